@@ -1,0 +1,69 @@
+"""Knowledge distillation from diffusion-generated images.
+
+    dmkd distill CONFIG                      the whole job
+    from dmkd_fast import kd_loss            the fused loss for any training loop
+    from dmkd_fast import Distiller, ...     the parts, with your own modules
+
+Names are imported on first use, so `from dmkd_fast import kd_loss` needs torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmkd_fast.distill import Distiller, Schedule
+    from dmkd_fast.evaluate import ImageSet, load_idx
+    from dmkd_fast.labels import LabelStream
+    from dmkd_fast.models import load_classifier, load_denoiser, save_classifier
+    from dmkd_fast.ops.kd_loss import DistillKL, kd_loss, kd_loss_and_grad
+    from dmkd_fast.ring_buffer import RingBuffer
+    from dmkd_fast.sampler import DiffusionSampler
+    from dmkd_fast.views import Views
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DiffusionSampler": "sampler",
+    "DistillKL": "ops.kd_loss",
+    "Distiller": "distill",
+    "ImageSet": "evaluate",
+    "LabelStream": "labels",
+    "RingBuffer": "ring_buffer",
+    "Schedule": "distill",
+    "Views": "views",
+    "kd_loss": "ops.kd_loss",
+    "kd_loss_and_grad": "ops.kd_loss",
+    "load_classifier": "models",
+    "load_denoiser": "models",
+    "load_idx": "evaluate",
+    "save_classifier": "models",
+}
+
+__all__ = [
+    "DiffusionSampler",
+    "DistillKL",
+    "Distiller",
+    "ImageSet",
+    "LabelStream",
+    "RingBuffer",
+    "Schedule",
+    "Views",
+    "kd_loss",
+    "kd_loss_and_grad",
+    "load_classifier",
+    "load_denoiser",
+    "load_idx",
+    "save_classifier",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"dmkd_fast.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'dmkd_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,123 @@
+"""The command line: `dmkd distill | evaluate | pretrain`.
+
+Stands on floor 4. Errors that the user can mend end in one line on stderr and exit code 2; Ctrl-C
+ends with exit code 130 and a line that says how to go on. The last line of output is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dmkd_fast import config as cfg
+
+OVERRIDES = "Any setting can be changed with section.field=value, for example sampler.num_steps=4."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
+    try:
+        result = verb(options)
+    except cfg.ConfigError as error:
+        print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dmkd: stopped", file=sys.stderr)
+        return 130
+    if result is not None:
+        print(json.dumps(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dmkd", description="Knowledge distillation from diffusion-generated images."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    distill = verbs.add_parser(
+        "distill", help="train a student online from generated images", epilog=OVERRIDES,
+        description="Generate images, distill a student from a teacher on them, evaluate it on "
+        "real test images. Results go to a run directory; the last line of output is JSON.",
+    )  # fmt: skip
+    _config_arguments(distill)
+    distill.add_argument(
+        "--resume", action="store_true",
+        help="go on from the newest checkpoint of run_dir (or of the newest run of this name)",
+    )  # fmt: skip
+    distill.add_argument(
+        "--dry-run", action="store_true",
+        help="print the resolved settings and the memory plan, and do nothing",
+    )  # fmt: skip
+    distill.set_defaults(verb=_distill)
+
+    evaluate = verbs.add_parser(
+        "evaluate", help="accuracy of a run's student on its real test set",
+        description="Load the student that a run saved and measure it again.",
+    )  # fmt: skip
+    evaluate.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="directory of the run")
+    evaluate.set_defaults(verb=_evaluate)
+
+    pretrain = verbs.add_parser(
+        "pretrain", help="train a small teacher or denoiser on real images",
+        description="Make a teacher or a denoiser from real images: what `distill` starts from.",
+    )  # fmt: skip
+    kinds = pretrain.add_subparsers(required=True, metavar="KIND")
+    for kind, text in (("teacher", "a classifier"), ("denoiser", "a class-conditional pixel DiT")):
+        sub = kinds.add_parser(kind, help=text, description=f"Train {text}.", epilog=OVERRIDES)
+        _config_arguments(sub)
+        sub.add_argument(
+            "--data", type=Path, required=True, metavar="DIR", help="folder with idx files"
+        )
+        sub.add_argument(
+            "--resume", action="store_true", help="go on from the newest checkpoint of run_dir"
+        )
+        sub.set_defaults(verb=_pretrain, kind=kind)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="settings to change"
+    )
+
+
+def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
+    config = cfg.load(cfg.DistillConfig, options.config, options.overrides)
+    from dmkd_fast import job
+
+    if options.dry_run:
+        config = job.resolve(config)
+        print(cfg.dump(config), end="")
+        print("memory plan:")
+        for name, count in job.memory_plan(config, job.load_parts(config)).items():
+            print(f"  {name}: {count:,} bytes ({count / 2**20:.1f} MiB)")
+        return None
+    return job.run(config, resume=options.resume)
+
+
+def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    from dmkd_fast import job
+
+    return dict(job.evaluate_run(options.run_dir))
+
+
+def _pretrain(options: argparse.Namespace) -> dict[str, Any]:
+    from dmkd_fast import pretrain
+
+    if options.kind == "teacher":
+        teacher = cfg.load(cfg.TeacherConfig, options.config, options.overrides)
+        return pretrain.teacher(teacher, options.data, resume=options.resume)
+    denoiser = cfg.load(cfg.PretrainDenoiserConfig, options.config, options.overrides)
+    return pretrain.denoiser(denoiser, options.data, resume=options.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

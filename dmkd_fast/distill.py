@@ -1,0 +1,262 @@
+"""Online generate-and-distill. Read this file first: the whole job is `Distiller.fit`.
+
+Stands on floor 3. Data goes one way::
+
+    LabelStream -> DiffusionSampler -> RingBuffer -> Views -> teacher, student -> kd_loss
+
+The parts know nothing of settings or of each other; `job.py` makes them from a config.
+Source: Li et al., "Is synthetic data from diffusion models ready for knowledge distillation?"
+(arXiv 2305.12954).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast import checkpoint, evaluate, models, optim, runtime
+from dmkd_fast.labels import LabelStream
+from dmkd_fast.metrics import Metrics
+from dmkd_fast.ops.kd_loss import kd_loss_and_grad
+from dmkd_fast.ring_buffer import RingBuffer
+from dmkd_fast.sampler import DiffusionSampler
+from dmkd_fast.views import Views
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Optimizer settings and the rhythm of a run; see `OptimConfig` and `TrainConfig`."""
+
+    batch_size: int
+    num_views: int
+    lr: float
+    name: str = "adamw"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    ema_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    checkpoint_every_s: float = 600.0
+    log_every_steps: int = 50
+    num_evaluations: int = 8
+
+
+class Distiller:
+    """Trains a student from a teacher on images that a diffusion model makes on the way.
+
+    Args:
+        sampler: Makes images: `sample(ids, labels, out=)`.
+        ring: Holds them; its block size is the sampler's batch.
+        labels: Decides the class of each image.
+        views: Makes the random views that both networks see.
+        teacher: (B, c, S, S) views -> (B, C) logits; frozen here.
+        student: Same shapes; trained.
+        schedule: Length, batch and optimizer.
+        run_dir: Everything a run leaves goes there.
+        temperature: Of the loss.
+        dtype: Autocast dtype of both networks; float32 turns autocast off.
+        compile: torch.compile both networks.
+        test_set: Real images to report accuracy on; nothing is decided by them.
+        show: Whether to print progress.
+    """
+
+    def __init__(
+        self, *, sampler: DiffusionSampler, ring: RingBuffer, labels: LabelStream, views: Views,
+        teacher: nn.Module, student: nn.Module, schedule: Schedule, run_dir: Path | str,
+        temperature: float = 4.0, dtype: torch.dtype = torch.float32, compile: bool = False,
+        test_set: evaluate.ImageSet | None = None, show: bool = True,
+    ) -> None:  # fmt: skip
+        self.sampler, self.ring, self.labels, self.views = sampler, ring, labels, views
+        self.teacher, self.student = models.freeze(teacher), student.train()
+        self.schedule, self.temperature, self.test_set = schedule, temperature, test_set
+        self.run_dir, self.show = Path(run_dir), show
+        self.device = ring.images.device
+        self.num_steps = -(-schedule.num_views // schedule.batch_size)
+        self.step = 0
+        self.optimizer = optim.build_optimizer(
+            student, name="sgd" if schedule.name == "sgd" else "adamw", lr=schedule.lr,
+            momentum=schedule.momentum, weight_decay=schedule.weight_decay,
+        )  # fmt: skip
+        self.average = optim.Average(student, decay=schedule.ema_decay)
+        self._teacher = torch.compile(teacher, dynamic=False) if compile else teacher
+        self._student = torch.compile(student, dynamic=False) if compile else student
+        self._autocast = torch.autocast(
+            self.device.type, dtype=dtype, enabled=dtype != torch.float32
+        )
+        self._is_compiled = compile
+        self._interrupts = runtime.Interrupts()
+        self.clock = runtime.Clock()
+
+    def refill(self) -> None:
+        """Generate blocks until the limiter lets the next batch be drawn."""
+        while self.ring.must_insert(self.schedule.batch_size):
+            block = self.ring.reserve()
+            ids, labels = self.labels.peek(len(block.images))
+            try:
+                self.sampler.sample(ids, labels, out=block.images)
+            except BaseException:
+                self.ring.abort()
+                raise
+            with self._interrupts.held():
+                self.ring.commit(block, ids=ids, labels=labels)
+                self.labels.advance(len(ids))
+
+    def train_step(self) -> Tensor:
+        """One optimizer step on one batch of views; returns the loss without waiting for it."""
+        draw = self.ring.sample(self.schedule.batch_size)
+        views = self.views(self.ring.images, draw.indices, draw.ids, draw.uses)
+        optim.set_lr(self.optimizer, self.lr())
+        with self._autocast:
+            with torch.no_grad():
+                teacher_logits = self._teacher(views)  # (B, C)
+            student_logits = self._student(views)  # (B, C)
+        loss, grad = kd_loss_and_grad(student_logits, teacher_logits, temperature=self.temperature)
+        student_logits.backward(grad)
+        if self.schedule.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.student.parameters(), self.schedule.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.student)
+        self.step += 1
+        return loss
+
+    def fit(self, *, resume: bool = False) -> dict[str, Any]:
+        """Run to the end, or until Ctrl-C.
+
+        Returns:
+            generated_images, views, reuse (views per image), and over the whole run, compilation
+            and evaluation included: wall_s, cpu_s, images_per_s, views_per_s.
+
+        Raises:
+            KeyboardInterrupt: After a checkpoint has been written.
+        """
+        if resume:
+            checkpoint.restore(self._checkpoints, self._state())
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        total = self.num_steps * self.schedule.batch_size
+        metrics = Metrics(self.run_dir, total, wall_s_before=self.clock.wall_s(), show=self.show)
+        try:
+            with self._interrupts:
+                self._loop(metrics)
+        except KeyboardInterrupt:
+            saved = checkpoint.save(self._checkpoints, self.step, self._state())
+            metrics.note(f"interrupted at {self.num_views:,} of {total:,} views; saved {saved}")
+            raise
+        finally:
+            metrics.close()
+        return self.totals()
+
+    @property
+    def num_views(self) -> int:
+        """Views the student has seen."""
+        return self.step * self.schedule.batch_size
+
+    def lr(self) -> float:
+        """Learning rate of the current step."""
+        schedule = self.schedule
+        return optim.lr_at(
+            self.step, num_steps=self.num_steps, peak=schedule.lr, warmup=schedule.warmup
+        )
+
+    def _loop(self, metrics: Metrics) -> None:
+        schedule, folder = self.schedule, self._checkpoints
+        self._warm_up(metrics)
+        last_saved = time.monotonic()
+        count = schedule.num_evaluations
+        evaluate_at = {self.num_steps * (i + 1) // count for i in range(count)}
+        while self.step < self.num_steps:
+            self.refill()
+            with self._interrupts.held():
+                metrics.add("loss", self.train_step())
+            scores = self._scores() if self.step in evaluate_at else {}
+            if scores or self.step % schedule.log_every_steps == 0:
+                metrics.flush(
+                    views=self.num_views, images=self.ring.num_inserted, lr=self.lr(), **scores
+                )
+            if time.monotonic() - last_saved > schedule.checkpoint_every_s:
+                with self._interrupts.held():
+                    checkpoint.save(folder, self.step, self._state())
+                last_saved = time.monotonic()
+        with self._interrupts.held():
+            checkpoint.save(folder, self.step, self._state())
+
+    def _warm_up(self, metrics: Metrics) -> None:
+        """Compile everything on throw-away inputs, so that no step is interrupted by it."""
+        if not self._is_compiled:
+            return
+        metrics.note("compiling sampler, teacher and student (once) ...")
+        started = time.monotonic()
+        buffers = [b.clone() for b in self.student.buffers()]
+        scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
+        ids = torch.arange(len(scratch), device=self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            self.sampler.sample(ids, torch.zeros_like(ids), out=scratch)
+            places = torch.zeros(self.schedule.batch_size, dtype=torch.int64, device=self.device)
+            views = self.views(scratch, places, places, places)
+            with self._autocast:
+                with torch.no_grad():
+                    self._teacher(views)
+                self._student(views).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.student.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        metrics.note(f"compiled in {time.monotonic() - started:.0f} s")
+
+    def _scores(self) -> dict[str, float]:
+        """top1 of the averaged student on the test set, in the compute dtype."""
+        if self.test_set is None:
+            return {}
+        with self._autocast:
+            logits = evaluate.predict(self.average.module, self.test_set.images, self.views.whole)
+        return {"top1": evaluate.score(logits, self.test_set.labels)["top1"]}
+
+    def totals(self) -> dict[str, Any]:
+        """What `fit` returns, as of now."""
+        images, views, wall_s = self.ring.num_inserted, self.num_views, self.clock.wall_s()
+        return {
+            "generated_images": images,
+            "views": views,
+            "reuse": round(views / images, 2),
+            "images_per_s": round(images / wall_s, 1),
+            "views_per_s": round(views / wall_s, 1),
+            "wall_s": round(wall_s, 1),
+            "cpu_s": round(self.clock.cpu_s(), 1),
+        }
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    def _state(self) -> dict[str, checkpoint.Stateful]:
+        """Everything that the rest of the run depends on."""
+        return {
+            "student": self.student,
+            "optimizer": self.optimizer,
+            "average": self.average,
+            "ring": self.ring,
+            "labels": self.labels,
+            "progress": self,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, time spent, and the random state that a student with dropout draws from."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
+            "step": self.step,
+            "clock": self.clock.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.step = state["step"]
+        self.clock.load_state_dict(state["clock"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)

@@ -1,0 +1,287 @@
+"""From settings to a finished run: load the parts, check that they fit, distill, leave the results.
+
+Stands on floor 3; the only place where settings meet the parts of `distill.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmkd_fast import config as cfg
+from dmkd_fast import evaluate, models, pictures, run_dir, runtime
+from dmkd_fast.assets import resolve as resolve_path
+from dmkd_fast.distill import Distiller, Schedule
+from dmkd_fast.labels import LabelStream
+from dmkd_fast.ring_buffer import RingBuffer
+from dmkd_fast.sampler import DiffusionSampler
+from dmkd_fast.views import Views
+
+STUDENT, SUMMARY = "student", "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Models and data of a run, loaded and checked against each other."""
+
+    denoiser: models.Denoiser
+    teacher: nn.Module
+    student: nn.Module
+    student_spec: models.ClassifierSpec
+    test_set: evaluate.ImageSet
+
+
+def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
+    """Replace every "auto" by what this machine gives; the result is saved with the run.
+
+    Raises:
+        ConfigError: The machine does not have what was asked for.
+    """
+    with cfg.user_errors():
+        device = runtime.resolve_device(config.device)
+        dtype = runtime.resolve_dtype(config.dtype, device)
+    compiles = config.train.compile
+    if compiles == "auto":
+        compiles = runtime.can_compile(device.type)
+    return run_dir.name_new(config).model_copy(
+        update={
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "num_threads": runtime.set_num_threads(config.num_threads),
+            "train": config.train.model_copy(update={"compile": compiles}),
+        }
+    )
+
+
+def load_parts(config: cfg.DistillConfig) -> Parts:
+    """Load everything a resolved config names; nothing is written.
+
+    Raises:
+        ConfigError: A file is missing or damaged, or parts do not fit together.
+    """
+    device = torch.device(config.device)
+    with cfg.user_errors():
+        denoiser = models.load_denoiser(resolve_path(config.denoiser.path), device)
+        test_set = evaluate.load_idx(resolve_path(config.eval.path), "t10k").to(device)
+        if config.teacher.path is None:
+            raise ValueError("teacher: got arch, expected path; a teacher needs trained weights")
+        teacher, teacher_spec = models.load_classifier(resolve_path(config.teacher.path), device)
+        _check_fit(config, denoiser, teacher_spec, test_set)
+        student, student_spec = _student(config.student, teacher_spec, device, config.seed)
+    return Parts(
+        denoiser=denoiser, teacher=teacher, student=student, student_spec=student_spec,
+        test_set=test_set,
+    )  # fmt: skip
+
+
+def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Distiller:
+    """Assemble a resolved config and its parts."""
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    shape = (parts.denoiser.channels, parts.denoiser.image_size, parts.denoiser.image_size)
+    compiles = config.train.compile is True
+    with cfg.user_errors():
+        sampler = DiffusionSampler(
+            parts.denoiser.module, scheduler=parts.denoiser.scheduler, image_shape=shape,
+            null_class=parts.denoiser.null_class, num_steps=config.sampler.num_steps,
+            guidance_scale=config.sampler.guidance_scale,
+            micro_batch_images=config.sampler.micro_batch_images, dtype=dtype, device=device,
+            seed=config.seed, compile=compiles,
+        )  # fmt: skip
+        ring = RingBuffer(
+            config.ring.capacity_images, image_shape=shape,
+            block_images=config.sampler.micro_batch_images,
+            samples_per_insert=config.ring.samples_per_insert,
+            min_fill_images=config.ring.min_fill_images, device=device, seed=config.seed,
+        )  # fmt: skip
+    spec = parts.student_spec
+    return Distiller(
+        sampler=sampler,
+        ring=ring,
+        labels=LabelStream(parts.denoiser.num_classes, seed=config.seed, device=device),
+        views=Views(
+            **config.views.model_dump(),
+            mean=spec.mean,
+            std=spec.std,
+            device=device,
+            seed=config.seed,
+        ),
+        teacher=parts.teacher,
+        student=parts.student,
+        schedule=Schedule(
+            **config.optim.model_dump(),
+            batch_size=config.train.batch_size,
+            num_views=config.train.num_views,
+            checkpoint_every_s=config.train.checkpoint_every_s,
+            log_every_steps=config.train.log_every_steps,
+            num_evaluations=config.eval.num_points,
+        ),
+        run_dir=config.run_dir,
+        temperature=config.loss.temperature,
+        dtype=dtype,
+        compile=compiles,
+        test_set=parts.test_set,
+        show=show,
+    )
+
+
+def memory_plan(config: cfg.DistillConfig, parts: Parts) -> dict[str, int]:
+    """Bytes that a run keeps on its device, by part; activations come on top."""
+    block = config.sampler.micro_batch_images
+    slots = -(-config.ring.capacity_images // block) * block
+    pixels = parts.denoiser.channels * parts.denoiser.image_size**2
+    compute = getattr(torch, config.dtype).itemsize
+    weights = sum(p.numel() for p in parts.student.parameters())
+    moments = 2 if config.optim.name == "adamw" else 1
+    return {
+        "ring": slots * (pixels + 3 * 8),
+        "denoiser": compute * sum(p.numel() for p in parts.denoiser.module.parameters()),
+        "teacher": 4 * sum(p.numel() for p in parts.teacher.parameters()),
+        "student, gradients, optimizer, average": 4 * weights * (3 + moments),
+        "test images": parts.test_set.images.numel(),
+    }
+
+
+def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -> dict[str, Any]:
+    """The whole job; leaves student, pictures, statistics and a model card in the run directory.
+
+    Args:
+        config: Resolved or not.
+        resume: Go on from the newest checkpoint of `config.run_dir`.
+        show: Whether to print progress.
+
+    Returns:
+        The summary that the command line prints as its last line.
+
+    Raises:
+        ConfigError: Something about the settings or files is wrong; nothing was written.
+        KeyboardInterrupt: After a checkpoint has been written.
+    """
+    clock = runtime.Clock()
+    config = resolve(run_dir.find(config) if resume else config)
+    parts = load_parts(config)
+    distiller = build(config, parts, show=show)
+    distiller.clock = clock  # Loading counts as part of the run.
+    folder = Path(config.run_dir) if resume else run_dir.claim(config)
+    try:
+        distiller.fit(resume=resume)
+    except KeyboardInterrupt:
+        print(f"to go on: dmkd distill {folder / run_dir.CONFIG} --resume", file=sys.stderr)
+        raise
+
+    (folder / STUDENT).mkdir(exist_ok=True)
+    models.save_classifier(distiller.average.module, parts.student_spec, folder / STUDENT)
+    scores = evaluate_run(folder)
+    _draw(distiller, parts, folder, scores["teacher_top1"])
+    summary = {
+        **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
+        **distiller.totals(),
+        "run_dir": str(folder),
+    }
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _write_card(folder, config, parts, summary)
+    return summary
+
+
+def evaluate_run(folder: Path) -> dict[str, float]:
+    """Accuracy of a run's saved student on its real test set, in float32.
+
+    Returns:
+        top1, top5, ece, teacher_top1 and agreement, shares in [0, 1].
+
+    Raises:
+        ConfigError: The folder is not a finished run, or its files are damaged.
+    """
+    config = cfg.load(cfg.DistillConfig, folder / run_dir.CONFIG)
+    runtime.set_num_threads(config.num_threads)
+    with cfg.user_errors():
+        device = runtime.resolve_device(config.device)
+        test_set = evaluate.load_idx(resolve_path(config.eval.path), "t10k").to(device)
+        student, spec = models.load_classifier(folder / STUDENT, device)
+        teacher, _ = models.load_classifier(resolve_path(config.teacher.path or ""), device)
+    views = Views(size=config.views.size, mean=spec.mean, std=spec.std, device=device)
+    student_logits, teacher_logits = (
+        evaluate.predict(model, test_set.images, views.whole) for model in (student, teacher)
+    )
+    return evaluate.score(student_logits, test_set.labels, teacher_logits)
+
+
+def _student(
+    settings: cfg.ClassifierConfig, teacher: models.ClassifierSpec, device: torch.device, seed: int
+) -> tuple[nn.Module, models.ClassifierSpec]:
+    """A new student fed like the teacher, or a saved one to go on with."""
+    if settings.path is not None:
+        return models.load_classifier(resolve_path(settings.path), device)
+    spec = models.ClassifierSpec(
+        architecture=settings.arch or "",
+        num_classes=teacher.num_classes,
+        in_chans=teacher.in_chans,
+        input_size=teacher.input_size,
+        mean=teacher.mean,
+        std=teacher.std,
+        model_args=settings.model_args,
+        small_input=settings.small_input,
+    )
+    torch.manual_seed(seed)
+    student = models.build_classifier(spec)
+    return student.to(device).to(memory_format=torch.channels_last), spec
+
+
+def _check_fit(
+    config: cfg.DistillConfig, denoiser: models.Denoiser, teacher: models.ClassifierSpec,
+    test_set: evaluate.ImageSet,
+) -> None:  # fmt: skip
+    """Classes, channels and sizes must agree."""
+    facts = (
+        ("classes", denoiser.num_classes, teacher.num_classes, len(test_set.class_names)),
+        ("channels", denoiser.channels, teacher.in_chans, test_set.images.shape[1]),
+    )
+    for what, made, judged, tested in facts:
+        if not made == judged == tested:
+            raise ValueError(
+                f"{what}: denoiser.path has {made}, teacher.path has {judged}, eval.path has "
+                f"{tested}, expected the same; change the one that is off"
+            )
+    if config.views.size != teacher.input_size:
+        raise ValueError(
+            f"views.size: got {config.views.size}, expected the teacher's input size "
+            f"{teacher.input_size}; set views.size={teacher.input_size}"
+        )
+
+
+def _draw(distiller: Distiller, parts: Parts, folder: Path, teacher_top1: float) -> None:
+    """samples.png from the ring and curves.png from the statistics."""
+    ring, names = distiller.ring, parts.test_set.class_names
+    filled = ring.labels[: ring.num_filled]
+    chosen = [(filled == label).nonzero()[:10, 0] for label in range(len(names))]
+    if all(len(slots) == 10 for slots in chosen):
+        pictures.grid(ring.images[torch.cat(chosen)], names, folder / "samples.png")
+    pictures.curves(folder / "stats.jsonl", folder / "curves.png", teacher_top1=teacher_top1)
+
+
+def _write_card(
+    folder: Path, config: cfg.DistillConfig, parts: Parts, summary: dict[str, Any]
+) -> None:
+    """README.md beside the student's weights."""
+    spec = parts.student_spec
+    rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
+    text = (
+        f"---\nlibrary_name: timm\ntags: [knowledge-distillation, synthetic-data]\n---\n"
+        f"# {spec.architecture} distilled from generated images\n\n"
+        f"Teacher `{config.teacher.path}`, images from `{config.denoiser.path}` "
+        f"({config.sampler.num_steps} steps, guidance {config.sampler.guidance_scale:g}). The "
+        "student saw no real training image; the images' generator was trained on real ones. "
+        "Accuracies are shares of the real test set, which decided nothing.\n\n"
+        f"| figure | value |\n|---|---|\n{rows}\n\n"
+        "```python\nfrom pathlib import Path\nimport torch\n"
+        "from dmkd_fast import load_classifier\n\n"
+        'model, spec = load_classifier(Path("."), torch.device("cpu"))\n```\n'
+        f"Inputs: {spec.in_chans} x {spec.input_size} x {spec.input_size}, pixels in [0, 1] "
+        f"normalised with mean {list(spec.mean)} and std {list(spec.std)}.\n"
+    )
+    (folder / STUDENT / "README.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,55 @@
+"""Which class each image id gets: balanced and shuffled, a pure function of (seed, id).
+
+Stands on floor 2. Every run of `num_classes` consecutive ids holds each class once, in an order
+of its own, so any window of the stream is balanced to within one image per class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.ops import noise
+
+
+class LabelStream:
+    """Hands out consecutive image ids and their classes.
+
+    Args:
+        num_classes: C.
+        seed: Another seed gives another order.
+        device: Of the tensors handed out.
+    """
+
+    def __init__(
+        self, num_classes: int, *, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
+        self.num_classes, self.seed = num_classes, seed
+        self.device = torch.device(device)
+        self.next_id = 0
+
+    def peek(self, count: int) -> tuple[Tensor, Tensor]:
+        """The next ids and their labels, (count,) int64 each; `advance` moves past them."""
+        ids = torch.arange(self.next_id, self.next_id + count, device=self.device)
+        return ids, self.labels_of(ids)
+
+    def advance(self, count: int) -> None:
+        """Count the next `count` ids as made."""
+        self.next_id += count
+
+    def labels_of(self, ids: Tensor) -> Tensor:
+        """Labels (B,) int64 of any ids (B,) int64."""
+        blocks, place = ids // self.num_classes, ids % self.num_classes
+        keys = noise.random_bits(
+            self.seed, blocks, step=0, stream=noise.STREAM_LABELS, count=self.num_classes
+        )  # (B, C)
+        # The class at a place is the index of the key with that rank.
+        return keys.argsort(dim=1, stable=True).gather(1, place[:, None])[:, 0]
+
+    def state_dict(self) -> dict[str, int]:
+        """The next id."""
+        return {"next_id": self.next_id}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Inverse of `state_dict`."""
+        self.next_id = state["next_id"]

@@ -1,0 +1,65 @@
+"""Run directories: a new one for each job, found again to resume.
+
+Stands on floor 0. It holds `config.yaml`, the resolved settings, from its first moment.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TypeVar
+
+from dmkd_fast.config import ConfigError, RunConfig, dump, load
+
+C = TypeVar("C", bound=RunConfig)
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+
+
+def name_new(config: C) -> C:
+    """Settings with `run_dir: auto` replaced by runs/NAME-DATE-TIME."""
+    if config.run_dir != "auto":
+        return config
+    run_dir = f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return config.model_copy(update={"run_dir": run_dir})
+
+
+def claim(config: RunConfig) -> Path:
+    """Make `config.run_dir` and save the settings in it.
+
+    Raises:
+        ConfigError: It holds a run already, or cannot be written to.
+    """
+    folder = Path(config.run_dir)
+    if (folder / CONFIG).exists():
+        raise ConfigError(
+            f"run_dir: {folder} holds a run already; choose another, or add --resume to go on"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(dump(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir: cannot write to {folder} ({error.strerror}); set run_dir=DIR to another"
+        ) from None
+    return folder
+
+
+def find(config: C) -> C:
+    """The saved settings of the run to resume: of `run_dir`, or of the newest run of this name.
+
+    Raises:
+        ConfigError: There is no such run, or it has no checkpoint.
+    """
+    if config.run_dir != "auto":
+        folder = Path(config.run_dir)
+        if not any((folder / CHECKPOINTS).glob("step-*")):
+            raise ConfigError(f"--resume: got no checkpoint in {folder}, expected one; start anew")
+    else:
+        found = sorted(Path("runs").glob(f"{config.name}-*/{CHECKPOINTS}/step-*"))
+        if not found:
+            raise ConfigError(
+                f"--resume: got no run with a checkpoint in runs/{config.name}-*, expected one; "
+                "start without --resume or set run_dir"
+            )
+        folder = max(found, key=lambda path: path.stat().st_mtime).parent.parent
+    return load(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})

@@ -1,0 +1,151 @@
+"""Device, dtype, threads and what this machine can do, decided once.
+
+Stands on floor 0. Choices are made by capability, never by timing, so that the same settings on
+the same machine always resolve to the same run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Literal
+
+import torch
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def resolve_device(name: Device) -> torch.device:
+    """Turn `auto` into `cuda` where there is one, else `cpu`.
+
+    Raises:
+        ValueError: `cuda` was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, but no CUDA device is visible; set device=cpu or auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn `auto` into the compute dtype that the device multiplies fastest.
+
+    CUDA: float16. CPU with AVX512-BF16 or AMX: bfloat16, else float32. float16 on a CPU is about
+    25 times slower than bfloat16 and therefore refused.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("dtype: got float16 on a CPU, expected bfloat16 or float32; use auto")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bfloat16 multiply instructions."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile can build kernels here: a C++ compiler on a CPU, Triton on CUDA."""
+    if device_type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return bool(has_triton())
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def set_num_threads(num_threads: int) -> int:
+    """Use this many CPU threads (0: all cores this process may run on); returns the number."""
+    count = num_threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    return count
+
+
+def peak_memory_mib() -> float:
+    """Highest resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of the helpers it has waited for, in seconds."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+class Clock:
+    """Wall and processor seconds since it was made, earlier parts of a resumed run included."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), cpu_seconds()
+
+    def wall_s(self) -> float:
+        """Seconds of wall time."""
+        return time.perf_counter() - self._wall
+
+    def cpu_s(self) -> float:
+        """Seconds of processor time, all threads together."""
+        return cpu_seconds() - self._cpu
+
+    def state_dict(self) -> dict[str, float]:
+        """Both readings."""
+        return {"wall_s": self.wall_s(), "cpu_s": self.cpu_s()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on counting from these readings."""
+        self._wall = time.perf_counter() - state["wall_s"]
+        self._cpu = cpu_seconds() - state["cpu_s"]
+
+
+class Interrupts:
+    """Turns Ctrl-C and SIGTERM into KeyboardInterrupt, but never inside `held`.
+
+    Work that must not be torn (an optimizer step, a commit) is held: the signal waits until it is
+    done. Everything else is interrupted at once. Use as a context manager in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._is_held = False
+        self._is_pending = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals wait until the block ends."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._is_pending:
+            self._is_pending = False
+            raise KeyboardInterrupt
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self._is_held:
+            self._is_pending = True
+        else:
+            raise KeyboardInterrupt
