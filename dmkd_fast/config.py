@@ -43,6 +43,8 @@ class SamplerConfig(Section):
     """Classifier-free guidance; 1 means none (and half the cost)."""
     micro_batch_images: int = Field(256, ge=1)
     """Images denoised together; part of what fixes an image's bits."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile of the denoiser; auto: where the machine has what that needs."""
 
 
 class RingConfig(Section):
@@ -90,8 +92,9 @@ class ClassifierConfig(Section):
     """`lenet5`, `lenet5_half` or any timm model name."""
     model_args: dict[str, Any] = {}
     """Further keyword arguments of the timm model."""
-    small_input: bool = False
-    """First convolution 3x3 with stride 1: for images below 64 pixels (timm ResNets)."""
+    stem: Literal["own", "conv3_pool", "conv3_stride2"] = "own"
+    """First layers of a timm ResNet: its own (for 224 pixels); for small images a 3x3 convolution
+    with stride 1 and the pooling after it, or a 3x3 convolution with stride 2 without pooling."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ClassifierConfig:
@@ -100,9 +103,9 @@ class ClassifierConfig(Section):
                 f"got path={self.path!r} and arch={self.arch!r}, expected exactly one of the two; "
                 "set path for saved weights or arch for a new model"
             )
-        if self.path is not None and (self.model_args or self.small_input):
+        if self.path is not None and (self.model_args or self.stem != "own"):
             raise ValueError(
-                "got model_args or small_input beside path, expected neither: a saved model "
+                "got model_args or stem beside path, expected neither: a saved model "
                 "carries its own; remove them or set arch"
             )
         return self
@@ -140,7 +143,7 @@ class TrainConfig(Section):
     num_views: int = Field(ge=1)
     """Views seen by the student (or model) in all."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile of the models; auto: when the machine has what that needs."""
+    """torch.compile of what is trained and its teacher; auto: on CUDA."""
     checkpoint_every_s: float = Field(600.0, gt=0)
     """Seconds between checkpoints; one is always written at the end and on Ctrl-C."""
     log_every_steps: int = Field(50, ge=1)

@@ -88,7 +88,6 @@ class Distiller:
         self._autocast = torch.autocast(
             self.device.type, dtype=dtype, enabled=dtype != torch.float32
         )
-        self._is_compiled = compile
         self._interrupts = runtime.Interrupts()
         self.clock = runtime.Clock()
 
@@ -186,10 +185,8 @@ class Distiller:
             checkpoint.save(folder, self.step, self._state())
 
     def _warm_up(self, metrics: Metrics) -> None:
-        """Compile everything on throw-away inputs, so that no step is interrupted by it."""
-        if not self._is_compiled:
-            return
-        metrics.note("compiling sampler, teacher and student (once) ...")
+        """Run everything on throw-away inputs: what compiles does so here, not inside a step."""
+        metrics.note("warming up ...")
         started = time.monotonic()
         buffers = [b.clone() for b in self.student.buffers()]
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
@@ -205,7 +202,7 @@ class Distiller:
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.student.buffers(), buffers, strict=True):
             buffer.copy_(before)
-        metrics.note(f"compiled in {time.monotonic() - started:.0f} s")
+        metrics.note(f"warm after {time.monotonic() - started:.0f} s")
 
     def _scores(self) -> dict[str, float]:
         """top1 of the averaged student on the test set, in the compute dtype."""

@@ -46,15 +46,19 @@ def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
     with cfg.user_errors():
         device = runtime.resolve_device(config.device)
         dtype = runtime.resolve_dtype(config.dtype, device)
-    compiles = config.train.compile
-    if compiles == "auto":
-        compiles = runtime.can_compile(device.type)
+    able = runtime.can_compile(device.type)
+    sampler, train = config.sampler.compile, config.train.compile
+    # Measured on a CPU: a compiled sampler makes 1.5 times the images, but a compiled ResNet takes
+    # 1.4 times as long per step as an eager one, whose convolutions oneDNN runs anyway.
+    sampler = able if sampler == "auto" else sampler
+    train = able and device.type == "cuda" if train == "auto" else train
     return run_dir.name_new(config).model_copy(
         update={
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "num_threads": runtime.set_num_threads(config.num_threads),
-            "train": config.train.model_copy(update={"compile": compiles}),
+            "sampler": config.sampler.model_copy(update={"compile": sampler}),
+            "train": config.train.model_copy(update={"compile": train}),
         }
     )
 
@@ -84,14 +88,13 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
     """Assemble a resolved config and its parts."""
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     shape = (parts.denoiser.channels, parts.denoiser.image_size, parts.denoiser.image_size)
-    compiles = config.train.compile is True
     with cfg.user_errors():
         sampler = DiffusionSampler(
             parts.denoiser.module, scheduler=parts.denoiser.scheduler, image_shape=shape,
             null_class=parts.denoiser.null_class, num_steps=config.sampler.num_steps,
             guidance_scale=config.sampler.guidance_scale,
             micro_batch_images=config.sampler.micro_batch_images, dtype=dtype, device=device,
-            seed=config.seed, compile=compiles,
+            seed=config.seed, compile=config.sampler.compile is True,
         )  # fmt: skip
         ring = RingBuffer(
             config.ring.capacity_images, image_shape=shape,
@@ -124,7 +127,7 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
         run_dir=config.run_dir,
         temperature=config.loss.temperature,
         dtype=dtype,
-        compile=compiles,
+        compile=config.train.compile is True,
         test_set=parts.test_set,
         show=show,
     )
@@ -225,7 +228,7 @@ def _student(
         mean=teacher.mean,
         std=teacher.std,
         model_args=settings.model_args,
-        small_input=settings.small_input,
+        stem=settings.stem,
     )
     torch.manual_seed(seed)
     student = models.build_classifier(spec)

@@ -59,16 +59,16 @@ class ClassifierSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     model_args: dict[str, Any] = field(default_factory=dict)
-    small_input: bool = False
+    stem: str = "own"
 
     def to_json(self) -> dict[str, Any]:
-        """The spec in timm's hub layout (`local-dir:` reads it where small_input is false)."""
+        """The spec in timm's hub layout (`local-dir:` reads it where the stem is its own)."""
         shape = [self.in_chans, self.input_size, self.input_size]
         return {
             "architecture": self.architecture,
             "num_classes": self.num_classes,
             "model_args": {"in_chans": self.in_chans, **self.model_args},
-            "small_input": self.small_input,
+            "stem": self.stem,
             "pretrained_cfg": {
                 "input_size": shape, "mean": list(self.mean), "std": list(self.std),
                 "num_classes": self.num_classes, "interpolation": "bilinear",
@@ -88,7 +88,7 @@ class ClassifierSpec:
             mean=tuple(inputs["mean"]),
             std=tuple(inputs["std"]),
             model_args=args,
-            small_input=values.get("small_input", False),
+            stem=values.get("stem", "own"),
         )
 
 
@@ -130,7 +130,7 @@ def build_classifier(spec: ClassifierSpec) -> nn.Module:
         )  # fmt: skip
     except TypeError as error:
         raise ValueError(f"model_args of {spec.architecture}: {error}; change or remove") from None
-    if spec.small_input:
+    if spec.stem != "own":
         _use_small_stem(model, spec)
     return model
 
@@ -281,16 +281,21 @@ def spec_as_dict(spec: ClassifierSpec) -> dict[str, Any]:
     return asdict(spec)
 
 
-def _use_small_stem(model: nn.Module, spec: ClassifierSpec) -> None:
-    """Replace a ResNet's 7x7 stride-2 first convolution by a 3x3 stride-1 one."""
-    stem = getattr(model, "conv1", None)
-    if not isinstance(stem, nn.Conv2d) or stem.in_channels != spec.in_chans:
+def _use_small_stem(model: Any, spec: ClassifierSpec) -> None:
+    """Replace a ResNet's 7x7 stride-2 first convolution by a 3x3 one."""
+    first = getattr(model, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or spec.stem not in ("conv3_pool", "conv3_stride2"):
         raise ValueError(
-            f"small_input: got arch {spec.architecture!r}, expected a timm ResNet with a single "
-            "first convolution; remove small_input or change arch"
+            f"stem: got {spec.stem!r} for {spec.architecture!r}, expected own, or conv3_pool or "
+            "conv3_stride2 for a timm ResNet with a single first convolution; set stem=own"
         )
-    model.conv1 = nn.Conv2d(spec.in_chans, stem.out_channels, 3, padding=1, bias=False)
+    stride = 2 if spec.stem == "conv3_stride2" else 1
+    model.conv1 = nn.Conv2d(
+        spec.in_chans, first.out_channels, 3, stride=stride, padding=1, bias=False
+    )
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if stride == 2:
+        model.maxpool = nn.Identity()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
         mean=(config.mean,) * real.train.images.shape[1],
         std=(config.std,) * real.train.images.shape[1],
         model_args=config.model.model_args,
-        small_input=config.model.small_input,
+        stem=config.model.stem,
     )
     with cfg.user_errors():
         model = models.build_classifier(spec).to(device).to(memory_format=torch.channels_last)
