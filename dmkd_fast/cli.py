@@ -20,7 +20,13 @@ OVERRIDES = "Any setting can be changed with section.field=value, for example sa
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives up on overrides that follow an option; they are meant all the same.
+    if not hasattr(options, "overrides") or any("=" not in a or a[0] == "-" for a in rest):
+        rest and parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        options.overrides += rest
     verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
     try:
         result = verb(options)

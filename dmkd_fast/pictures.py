@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -21,18 +22,22 @@ def grid(images: Tensor, class_names: Sequence[str], path: Path) -> None:
         class_names: C names.
         path: PNG file to write.
     """
-    per_class = len(images) // len(class_names)
-    height, width = images.shape[-2:]
-    rows = images.cpu().unflatten(0, (len(class_names), per_class))  # (C, n, c, H, W)
-    sheet = rows.permute(0, 3, 1, 4, 2).reshape(len(class_names) * height, per_class * width, -1)
-    figure, axes = _figure(1, width=per_class * 0.55 + 1.2, height=len(class_names) * 0.55)
-    axes[0].imshow(sheet.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-    axes[0].set_yticks([height * (i + 0.5) for i in range(len(class_names))], class_names)
-    axes[0].set_xticks([])
-    axes[0].tick_params(length=0)
-    for spine in axes[0].spines.values():
-        spine.set_visible(False)
-    _save(figure, path)
+    _sheet(images, class_names, path, width_inches=len(images) // len(class_names) * 0.55 + 1.2)
+
+
+def pairs(images: Tensor, others: Tensor, class_names: Sequence[str], path: Path) -> None:
+    """Images of each class with another image to the right of each; a thin gap between pairs.
+
+    Args:
+        images, others: (C * n, c, H, W) uint8, n of each class in class order.
+        class_names: C names.
+        path: PNG file to write.
+    """
+    gap = images.new_full((*images.shape[:-1], 3), 255)
+    wide = torch.cat((images, others, gap), dim=-1)
+    height, width = wide.shape[-2:]
+    per_class = len(wide) // len(class_names)
+    _sheet(wide, class_names, path, width_inches=per_class * 0.55 * width / height + 1.2)
 
 
 def curves(stats: Path, path: Path, *, teacher_top1: float) -> None:
@@ -50,6 +55,21 @@ def curves(stats: Path, path: Path, *, teacher_top1: float) -> None:
         losses.set(ylabel="distillation loss", yscale="log")
         axis.set_zorder(losses.get_zorder() + 1)
         axis.patch.set_visible(False)
+    _save(figure, path)
+
+
+def _sheet(images: Tensor, class_names: Sequence[str], path: Path, *, width_inches: float) -> None:
+    per_class = len(images) // len(class_names)
+    height, width = images.shape[-2:]
+    rows = images.cpu().unflatten(0, (len(class_names), per_class))  # (C, n, c, H, W)
+    sheet = rows.permute(0, 3, 1, 4, 2).reshape(len(class_names) * height, per_class * width, -1)
+    figure, axes = _figure(1, width=width_inches, height=len(class_names) * 0.55)
+    axes[0].imshow(sheet.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+    axes[0].set_yticks([height * (i + 0.5) for i in range(len(class_names))], class_names)
+    axes[0].set_xticks([])
+    axes[0].tick_params(length=0)
+    for spine in axes[0].spines.values():
+        spine.set_visible(False)
     _save(figure, path)
 
 

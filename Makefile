@@ -1,0 +1,36 @@
+# make run    set up, then distill a student and test it on real images
+# make test   set up, then run the tests
+# make setup  .venv with the package, its extension and its extras
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+
+.PHONY: run test test-long setup lint clean
+
+run: setup
+	$(BIN)/dmkd distill configs/fashion_mnist.yaml
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-long: setup
+	$(BIN)/python -m pytest
+
+setup: $(STAMP)
+
+# torch comes first: the extension is built against the torch that will load it.
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja \
+	  "$$($(BIN)/python -c 'import tomllib; d = tomllib.load(open("pyproject.toml", "rb")); print(next(r for r in d["project"]["dependencies"] if r.startswith("torch")))')"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dali,xformers,dev]"
+	touch $(STAMP)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+clean:
+	rm -rf .venv build dist *.egg-info dmkd_fast/*.so

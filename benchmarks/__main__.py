@@ -1,0 +1,28 @@
+"""`python -m benchmarks NAME`: picks the measurement."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+NAMES = {
+    "embedded": "the embedded job, end to end",
+    "kd-loss": "the fused loss against eager PyTorch and torch.compile",
+    "nearest": "generated images beside their nearest real ones",
+    "render": "write the tables of README and docs from the recorded rows",
+}
+
+
+def main() -> int:
+    """Run one measurement."""
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        print("usage: python -m benchmarks NAME [--record]\n")
+        for name, text in NAMES.items():
+            print(f"  {name:10} {text}")
+        return 0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else 2
+    module = importlib.import_module(f"benchmarks.{sys.argv[1].replace('-', '_')}")
+    return int(module.main(sys.argv[2:]) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What all measurements share: interleaved timing, rows, goals, environment, results files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmkd_fast import runtime
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A figure to reach; missing it is reported, never an error."""
+
+    value: float
+    goal: float
+    met: bool
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What one measurement prints as its last line and records."""
+
+    bench: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    goals: dict[str, Goal] = field(default_factory=dict)
+
+    def at_least(self, name: str, value: float, goal: float) -> None:
+        """Note a goal that is met at `goal` or above."""
+        self.goals[name] = Goal(value=round(value, 4), goal=goal, met=value >= goal)
+
+    def at_most(self, name: str, value: float, goal: float) -> None:
+        """Note a goal that is met at `goal` or below."""
+        self.goals[name] = Goal(value=round(value, 4), goal=goal, met=value <= goal)
+
+    def finish(self, *, record: bool) -> None:
+        """Print the JSON line; with `record`, append the rows to results/BENCH.jsonl."""
+        stamp = environment()
+        if record:
+            RESULTS.mkdir(exist_ok=True)
+            with (RESULTS / f"{self.bench}.jsonl").open("a", encoding="utf-8") as file:
+                for row in self.rows:
+                    file.write(json.dumps({**row, "environment": stamp}) + "\n")
+        goals = {name: asdict(goal) for name, goal in self.goals.items()}
+        line = {"bench": self.bench, "rows": self.rows, "goals": goals, "environment": stamp}
+        print(json.dumps(line))
+
+
+def time_interleaved(
+    arms: Mapping[str, Callable[[], object]], *, n: int, warmup: int = 3
+) -> dict[str, dict[str, float]]:
+    """Time each arm n times, one after the other in turn, so that drift hits all alike.
+
+    Returns:
+        For each arm: median_ms, p20_ms, p80_ms, n. Warm-up calls (compilation) are not timed.
+    """
+    for arm in arms.values():
+        for _ in range(warmup):
+            arm()
+    samples: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(n):
+        for name, arm in arms.items():
+            _wait()
+            start = time.perf_counter()
+            arm()
+            _wait()
+            samples[name].append(1e3 * (time.perf_counter() - start))
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def summary(values_ms: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile and number of samples."""
+    ordered = sorted(values_ms)
+    pick = lambda share: ordered[round(share * (len(ordered) - 1))]  # noqa: E731
+    return {
+        "median_ms": round(statistics.median(ordered), 5),
+        "p20_ms": round(pick(0.2), 5),
+        "p80_ms": round(pick(0.8), 5),
+        "n": len(ordered),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit that a row was measured with."""
+    cuda = torch.cuda.is_available()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU {_cpu_name()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "peak_memory_mib": round(runtime.peak_memory_mib()),
+    }
+
+
+def arguments(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser with what every measurement takes."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=description)
+    parser.add_argument("--record", action="store_true", help="append the rows to results/")
+    return parser
+
+
+def read_rows(bench: str) -> list[dict[str, Any]]:
+    """All recorded rows of a measurement, oldest first."""
+    path = RESULTS / f"{bench}.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return " ".join(line.partition(":")[2].split())
+    return platform.machine()
+
+
+def _commit() -> str:
+    root = Path(__file__).parent.parent
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

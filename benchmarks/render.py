@@ -1,0 +1,103 @@
+"""Writes tables between `<!-- rows:NAME -->` and `<!-- end -->` in README and docs.
+
+Each table shows the newest recorded rows of its measurement (those of the last commit and date).
+`--check` changes nothing and fails where a table and its rows disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import read_rows
+
+ROOT = Path(__file__).parent.parent
+MARKED = re.compile(r"(<!-- rows:([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Row = dict[str, Any]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks render", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether they agree")
+    options = parser.parse_args(argv)
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        before = path.read_text(encoding="utf-8")
+        after = render(before)
+        if before != after:
+            stale.append(path.name)
+            if not options.check:
+                path.write_text(after, encoding="utf-8")
+    verb = "differ from their rows" if options.check else "rendered"
+    print(f"{', '.join(stale) or 'no file'}: {verb}", file=sys.stderr)
+    return 1 if options.check and stale else 0
+
+
+def render(text: str) -> str:
+    """The text with every marked table written anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        return match[1] + TABLES[match[2]](latest(match[2])) + match[3]
+
+    return MARKED.sub(replace, text)
+
+
+def latest(bench: str) -> list[Row]:
+    """The rows recorded together with the last one."""
+    rows = read_rows(bench)
+    return [row for row in rows if row["environment"] == rows[-1]["environment"]]
+
+
+def _table(header: list[str], body: list[list[str]], note: str) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{note}\n"
+
+
+def _where(rows: list[Row]) -> str:
+    stamp = rows[0]["environment"]
+    return f"{stamp['device']}, {stamp['threads']} threads, torch {stamp['torch']}, {stamp['date']}"
+
+
+def _embedded(rows: list[Row]) -> str:
+    header = ["seed", "student top-1", "teacher top-1", "agreement", "generated images",
+              "views", "wall s", "CPU s"]  # fmt: skip
+    body = [
+        [str(r["seed"]), f"{r['top1']:.4f}", f"{r['teacher_top1']:.4f}", f"{r['agreement']:.4f}",
+         f"{r['generated_images']:,}", f"{r['views']:,}", f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}"]
+        for r in rows
+    ]  # fmt: skip
+    return _table(header, body, f"Last step, 10,000 real test images. {_where(rows)}.")
+
+
+def _kd_loss(rows: list[Row]) -> str:
+    arms = ["eager", "compile", "ours", "ours, one pass", "copy"]
+    found = {(r["shape"], r["dtype"], r["arm"]): r for r in rows}
+    body = []
+    for shape, dtype in dict.fromkeys((r["shape"], r["dtype"]) for r in rows):
+        cells = [f"{found[shape, dtype, arm]['median_ms']:.3f}" for arm in arms]
+        gain = found[shape, dtype, "ours"]["times_faster_than_eager"]
+        body.append([shape, dtype, *cells, f"{gain:.1f}x"])
+    header = ["B x C", "dtype", "eager", "torch.compile", "`kd_loss`", "`kd_loss_and_grad`",
+              "copy of the bytes", "`kd_loss` vs eager"]  # fmt: skip
+    note = f"Loss and gradient, median ms of {rows[0]['n']}, interleaved. {_where(rows)}."
+    return _table(header, body, note)
+
+
+def _nearest(rows: list[Row]) -> str:
+    header = ["images", "n", "min", "5 %", "median", "95 %"]
+    body = [
+        [r["images"], str(r["n"]), *(f"{r[k]:.3f}" for k in ("min", "p5", "median", "p95"))]
+        for r in rows
+    ]
+    return _table(header, body, "RMS pixel distance in [0, 1] to the nearest training image.")
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "embedded": _embedded,
+    "kd-loss": _kd_loss,
+    "nearest": _nearest,
+}
