@@ -209,31 +209,39 @@ def _train(
     device = next(model.parameters()).device
     started = last_saved = time.monotonic()
     cpu_before = runtime.cpu_seconds()
+    interrupts, done = runtime.Interrupts(), first
     model.train()
-    step = first
     try:
-        for step, indices, uses in _batches(num_images, batch, first, num_steps, config.seed):
-            # Seeded per step, a resumed run draws what an uninterrupted one would have drawn.
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            lr = optim.lr_at(step, num_steps=num_steps, peak=settings.lr, warmup=settings.warmup)
-            optim.set_lr(optimizer, lr)
-            loss = loss_of(indices.to(device), uses.to(device))
-            loss.backward()
-            if settings.max_grad_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update(model)
-            metrics.add("loss", loss)
-            if (step + 1) % train.log_every_steps == 0:
-                metrics.flush(views=(step + 1) * batch, lr=lr)
-            if time.monotonic() - last_saved > train.checkpoint_every_s:
-                checkpoint.save(checkpoints, step + 1, saved)
-                last_saved = time.monotonic()
+        with interrupts:
+            for step, indices, uses in _batches(num_images, batch, first, num_steps, config.seed):
+                lr = optim.lr_at(
+                    step, num_steps=num_steps, peak=settings.lr, warmup=settings.warmup
+                )
+                # The first step compiles; nothing is lost if it is interrupted.
+                with interrupts.held() if step > first else contextlib.nullcontext():
+                    # Seeded per step, a resumed run draws what an uninterrupted one would have.
+                    torch.manual_seed(config.seed * 1_000_003 + step)
+                    optim.set_lr(optimizer, lr)
+                    loss = loss_of(indices.to(device), uses.to(device))
+                    loss.backward()
+                    if settings.max_grad_norm:
+                        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    average.update(model)
+                    done = step + 1
+                metrics.add("loss", loss)
+                if done % train.log_every_steps == 0:
+                    metrics.flush(views=done * batch, lr=lr)
+                if time.monotonic() - last_saved > train.checkpoint_every_s:
+                    with interrupts.held():
+                        checkpoint.save(checkpoints, done, saved)
+                    last_saved = time.monotonic()
         checkpoint.save(checkpoints, num_steps, saved)
     except KeyboardInterrupt:
-        path = checkpoint.save(checkpoints, step, saved)
-        metrics.note(f"interrupted; saved {path}; to go on, add run_dir={folder} --resume")
+        if done > first:
+            path = checkpoint.save(checkpoints, done, saved)
+            metrics.note(f"interrupted; saved {path}; to go on, add run_dir={folder} --resume")
         raise
     finally:
         metrics.close()

@@ -17,7 +17,8 @@ class Views:
     """Draws a random crop and flip for each sample and renders it.
 
     The crop covers a share of the image's area drawn from `scale`, with an aspect ratio whose
-    logarithm is uniform in `ratio`; it lies anywhere inside the image and its black border.
+    logarithm is uniform in `ratio`, in whole pixels; it lies anywhere inside the image and its black
+    border.
 
     Args:
         size: Side of a view, in pixels.
@@ -65,15 +66,11 @@ class Views:
         area = height * width * (self.scale[0] + u[:, 0] * (self.scale[1] - self.scale[0]))
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         aspect = torch.exp(low + u[:, 1] * (high - low))
-        rows = torch.sqrt(area / aspect).clamp(max=height)
-        columns = torch.sqrt(area * aspect).clamp(max=width)
+        rows = torch.sqrt(area / aspect).round().clamp(1, height)
+        columns = torch.sqrt(area * aspect).round().clamp(1, width)
         down, right = height + 2 * self.pad - rows, width + 2 * self.pad - columns
-        if self.scale == (1.0, 1.0) and self.ratio == (1.0, 1.0):
-            # A crop of the image's own size moves by whole pixels, so nothing is resampled.
-            top, left = (u[:, 2] * (down + 1)).floor(), (u[:, 3] * (right + 1)).floor()
-        else:
-            top, left = u[:, 2] * down, u[:, 3] * right
-        top, left = top - self.pad, left - self.pad
+        top = (u[:, 2] * (down + 1)).floor() - self.pad
+        left = (u[:, 3] * (right + 1)).floor() - self.pad
         return torch.stack((top, left, rows, columns), dim=1), u[:, 4] < self.flip
 
     def whole(self, slots: Tensor, indices: Tensor) -> Tensor:

@@ -133,8 +133,9 @@ class _KdLoss(torch.autograd.Function):
         return torch.ops.dmkd_fast.kd_loss_forward(student, teacher, temperature)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("kd_loss has no second derivative; do not pass create_graph=True")
         student, teacher = ctx.saved_tensors
         # The upstream gradient is multiplied in before rounding: float16 underflows otherwise.
         grad = torch.ops.dmkd_fast.kd_loss_backward(row_grad, student, teacher, ctx.temperature)

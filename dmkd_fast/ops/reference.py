@@ -20,11 +20,11 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
     compute = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     log_q = torch.log_softmax(student_logits.to(compute) / temperature, dim=-1)
     log_p = torch.log_softmax(teacher_logits.to(compute) / temperature, dim=-1)
-    p, d = log_p.exp(), log_p - log_q
-    terms = p * (torch.expm1(-d) + d)
+    p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+    # Far from zero, p * expm1(-d) is better had as q - p: expm1 may overflow where p is tiny.
+    terms = torch.where(d.abs() < 1, p * (torch.expm1(-d) + d), (q - p) + p * d)
     # 0 * log 0 is 0; a student that rules out what the teacher allows costs infinitely much.
-    terms = torch.where(log_p == -torch.inf, log_q.exp(), terms)
-    terms = torch.where((log_q == -torch.inf) & (p > 0), torch.inf, terms)
+    terms = torch.where(p == 0, q, terms)
     return temperature**2 * terms.sum(dim=-1)
 
 
@@ -42,8 +42,9 @@ def views(
 ) -> Tensor:  # fmt: skip
     """Gather, crop, resize (bilinear, antialiased), flip, normalise, cast: one view per row.
 
-    Resampling is separable: rows and columns are weighted by triangle filters, written as two
-    batched matrix products. The filter widens with the crop where it shrinks by more than 1.15.
+    Resampling is separable: rows and columns are weighted by triangle filters over the pixels whose
+    centres lie in the box, written as two batched matrix products. The filter widens with the crop
+    where that shrinks by more than 1.15. Equals cropping first and then torchvision's `resize`.
 
     Args:
         slots: (N, c, H, W) uint8.
@@ -75,6 +76,7 @@ def _filter(start: Tensor, length: Tensor, source: int, size: int, pad: int) -> 
     centres = start[:, None] + steps * scale[:, None]  # (B, S)
     pixels = torch.arange(-pad, source + pad, device=start.device) + 0.5  # (source + 2 pad,)
     distance = (pixels - centres[..., None]).abs() / support[:, None, None]
-    weights = (1 - distance).clamp_min(0)
+    inside = (pixels > start[:, None, None]) & (pixels < (start + length)[:, None, None])
+    weights = (1 - distance).clamp_min(0) * inside
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-6)
     return weights[..., pad : pad + source]

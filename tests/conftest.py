@@ -1,0 +1,86 @@
+"""Small parts that tests share: an embedded config cut short, and a tiny denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Schedule, Views
+from dmkd_fast.pretrain import FLOW
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "configs" / "fashion_mnist.yaml")
+SHORT = [
+    "num_threads=1", "dtype=float32", "sampler.num_steps=1", "sampler.guidance_scale=1",
+    "sampler.compile=false", "sampler.micro_batch_images=64", "ring.capacity_images=192",
+    "ring.min_fill_images=64", "ring.samples_per_insert=4", "teacher.path=embedded:fashion_mnist/weak",
+    "train.batch_size=32", "train.num_views=640", "train.log_every_steps=5", "eval.num_points=1",
+    "student={arch: lenet5_half}",
+]  # fmt: skip
+
+
+class TinyDenoiser(nn.Module):
+    """A velocity that depends on latents, time and label: enough for everything but pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.mix = nn.Conv2d(1, 1, 3, padding=1)
+        self.embed = nn.Embedding(5, 1)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        shift = self.embed(labels)[:, :, None, None] * (timesteps / 1000)[:, None, None, None]
+        return self.mix(latents) + shift.to(latents.dtype)
+
+
+def tiny_sampler(**changes: object) -> DiffusionSampler:
+    """Four classes of 8 x 8 images."""
+    settings: dict[str, object] = {
+        "scheduler": FLOW, "image_shape": (1, 8, 8), "null_class": 4, "num_steps": 3,
+        "guidance_scale": 2.0, "micro_batch_images": 16,
+    }  # fmt: skip
+    return DiffusionSampler(TinyDenoiser(), **(settings | changes))  # type: ignore[arg-type]
+
+
+def small_classifier(*, dropout: float = 0.0) -> nn.Module:
+    """8 x 8 images to four classes, with batch norm and, if wanted, dropout."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Dropout(dropout), nn.Linear(8 * 64, 4),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def make_distiller(tmp_path: Path) -> Callable[..., Distiller]:
+    """Builds equal distillers, each with a run directory of its own."""
+    count = 0
+
+    def make(*, dropout: float = 0.0, **changes: object) -> Distiller:
+        nonlocal count
+        count += 1
+        sampler = tiny_sampler()
+        torch.manual_seed(5)
+        teacher = small_classifier()
+        torch.manual_seed(7)
+        student = small_classifier(dropout=dropout)
+        schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10}
+        return Distiller(
+            sampler=sampler,
+            ring=RingBuffer(
+                64, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4,
+                min_fill_images=32,
+            ),
+            labels=LabelStream(4),
+            views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,)),
+            teacher=teacher,
+            student=student,
+            schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]
+            run_dir=tmp_path / f"run{count}",
+            show=False,
+        )  # fmt: skip
+
+    return make

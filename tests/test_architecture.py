@@ -1,0 +1,119 @@
+"""The rules of docs/design.md that a machine can hold: floors, sizes, the README's tree."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import dmkd_fast
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dmkd_fast"
+FLOORS = {
+    "config": 0, "runtime": 0, "run_dir": 0, "assets": 0,
+    "solvers": 1, "ops.noise": 1, "ops.reference": 1, "ops.kd_loss": 1,
+    "sampler": 2, "ring_buffer": 2, "views": 2, "labels": 2, "models": 2, "optim": 2,
+    "evaluate": 2, "metrics": 2, "pictures": 2, "checkpoint": 2,
+    "distill": 3, "job": 3, "pretrain": 3,
+    "cli": 4,
+}  # fmt: skip
+# Floor 3 is where settings end; `run_dir` is about settings itself.
+MAY_SEE_CONFIG = {"run_dir", "job", "pretrain", "cli"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    for name in ("__init__", "ops"):
+        found.pop(name)
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dmkd_fast":
+            base = (node.module or "").removeprefix("dmkd_fast").lstrip(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}".lstrip(".")
+                found.add(name if name in FLOORS else base)
+    return found - {""}
+
+
+def external(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(modules()) == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", sorted(FLOORS))
+def test_imports_point_down_only(name: str) -> None:
+    for other in imports(modules()[name]):
+        assert FLOORS[other] <= FLOORS[name], f"{name} imports {other} from above"
+        if FLOORS[name] == 2:
+            assert FLOORS[other] < 2, f"{name} and {other} are on floor 2 and must not meet"
+        if other == "config":
+            assert name in MAY_SEE_CONFIG, f"{name} sees settings"
+
+
+def test_only_models_imports_the_model_libraries() -> None:
+    for name, path in modules().items():
+        if name != "models":
+            assert not external(path) & {"diffusers", "timm", "xformers"}, name
+
+
+def test_nothing_is_unpickled() -> None:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert "pickle" not in external(path), path
+        assert "torch.load(" not in text and "yaml.load(" not in text, path
+
+
+def test_files_are_short_and_say_what_they_are() -> None:
+    code = [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *ROOT.glob("csrc/*")]
+    for path in code:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 400, f"{path.name}: {len(lines)} lines"
+        if path.suffix == ".py":
+            assert ast.get_docstring(ast.parse("\n".join(lines))), path
+
+
+def test_public_names_are_stable_and_importable() -> None:
+    assert dmkd_fast.__all__ == [
+        "DiffusionSampler", "DistillKL", "Distiller", "ImageSet", "LabelStream", "RingBuffer",
+        "Schedule", "Views", "kd_loss", "kd_loss_and_grad", "load_classifier", "load_denoiser",
+        "load_idx", "save_classifier",
+    ]  # fmt: skip
+    for name in dmkd_fast.__all__:
+        assert getattr(dmkd_fast, name).__doc__, name
+
+
+def test_readme_tree_matches_the_disk() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"```tree\n(.*?)```", text, re.DOTALL)
+    assert tree, "README has no ```tree block"
+    listed = {line.split()[0] for line in tree[1].splitlines() if line.strip()}
+    on_disk = {f"dmkd_fast/{p.relative_to(PACKAGE)}" for p in modules().values()}
+    on_disk |= {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir()}
+    on_disk |= {"benchmarks/", "configs/", "tests/", "docs/"}
+    assert listed == on_disk
+
+
+def test_every_config_says_its_command_first() -> None:
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert first.startswith("# dmkd ") and str(path.relative_to(ROOT)) in first, path

@@ -1,0 +1,73 @@
+"""The harness counts right, and every rendered table is what its rows say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harness, render
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_tables_agree_with_the_recorded_rows() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = path.read_text(encoding="utf-8")
+        assert render.render(text) == text, f"{path.name}: run python -m benchmarks render"
+    marked = re.findall(r"<!-- rows:([a-z-]+) -->", (ROOT / "README.md").read_text())
+    assert marked, "README shows no measured rows"
+    for name in marked:
+        assert render.latest(name), f"no rows for {name}"
+
+
+def test_a_changed_figure_is_noticed() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = render.MARKED.search(text)
+    assert block
+    digit = re.search(r"0\.\d+", block[0])
+    assert digit
+    wrong = text.replace(digit[0], "0.12345", 1)
+    assert render.render(wrong) == text != wrong
+
+
+def test_arms_take_turns_and_medians_are_right() -> None:
+    order: list[str] = []
+    arms = {
+        "slow": lambda: (order.append("slow"), time.sleep(0.02)),
+        "fast": lambda: order.append("fast"),
+    }
+    timings = harness.time_interleaved(arms, n=3, warmup=1)
+    assert order == ["slow", "fast"] * 4
+    assert 20 <= timings["slow"]["median_ms"] < 60 > timings["fast"]["median_ms"]
+    assert harness.summary([5, 1, 4, 2, 3]) == {
+        "median_ms": 3, "p20_ms": 2, "p80_ms": 4, "n": 5,
+    }  # fmt: skip
+
+
+def test_missed_goal_is_reported_and_rows_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    report = harness.Report(bench="thing")
+    report.rows.append({"x": 1})
+    report.at_least("speed", 2.0, 3.0)
+    report.at_most("time", 2.0, 3.0)
+    report.finish(record=True)
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["goals"]["speed"] == {"value": 2.0, "goal": 3.0, "met": False}
+    assert line["goals"]["time"]["met"] and line["environment"]["cores"] >= 1
+    assert harness.read_rows("thing")[0]["x"] == 1
+
+
+def test_kd_loss_benchmark_ends_with_one_json_line() -> None:
+    command = [sys.executable, "-m", "benchmarks", "kd-loss", "--n", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["bench"] == "kd-loss" and len(line["goals"]) == 4
+    assert {row["arm"] for row in line["rows"]} >= {"ours", "eager", "compile", "copy"}

@@ -1,0 +1,285 @@
+"""The command line: whole short runs, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIG, SHORT
+from safetensors.torch import load_file, save_file
+
+from dmkd_fast import cli
+from dmkd_fast.assets import resolve
+
+FMNIST = "embedded:fashion_mnist"
+
+
+def dmkd(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dmkd_fast.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_distill_leaves_a_complete_run_that_evaluate_reproduces(tmp_path: Path) -> None:
+    done = dmkd("distill", CONFIG, f"run_dir={tmp_path}/a", *SHORT)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert list(summary) == [
+        "top1", "top5", "teacher_top1", "agreement", "generated_images", "views", "reuse",
+        "images_per_s", "views_per_s", "wall_s", "cpu_s", "run_dir",
+    ]  # fmt: skip
+    assert summary["views"] == 640 and summary["generated_images"] == 192
+    assert 0 <= summary["top1"] <= summary["top5"] <= 1
+    run = tmp_path / "a"
+    for name in ("config.yaml", "stats.jsonl", "samples.png", "curves.png", "summary.json",
+                 "student/model.safetensors", "student/config.json", "student/README.md"):  # fmt: skip
+        assert (run / name).stat().st_size > 0, name
+    assert list(run.glob("events.out.tfevents*"))
+    assert "views/s" in done.stderr and "ETA" in done.stderr
+
+    again = dmkd("evaluate", str(run))
+    scores = json.loads(again.stdout.splitlines()[-1])
+    assert {k: scores[k] for k in ("top1", "top5", "agreement")} == {
+        k: summary[k] for k in ("top1", "top5", "agreement")
+    }
+
+    twin = dmkd("distill", f"{run}/config.yaml", f"run_dir={tmp_path}/b")
+    assert twin.returncode == 0, twin.stderr
+    first, second = (load_file(tmp_path / r / "student" / "model.safetensors") for r in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_dry_run_prints_settings_and_plan_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["distill", CONFIG, "--dry-run", "sampler.num_steps=3"]) == 0
+    out = capsys.readouterr().out
+    assert "num_steps: 3" in out and "device: cpu" in out and "ring: 8,2" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_only_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["-h"], ["distill", "-h"], ["evaluate", "-h"], ["pretrain", "teacher", "-h"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "section.field=value" in out and "--resume" in out
+    verbs = [
+        line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "
+    ]
+    assert [v for v in verbs if v.islower()][:3] == ["distill", "evaluate", "pretrain"]
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A folder with damaged copies of the assets."""
+    teacher, denoiser, test = (resolve(f"{FMNIST}/{n}") for n in ("weak", "denoiser", "test"))
+    (tmp_path / "empty").mkdir()
+    for name in ("flipped", "truncated", "classes", "badjson"):
+        shutil.copytree(teacher, tmp_path / name)
+    for name in ("cut_denoiser", "odd_scheduler", "unet"):
+        shutil.copytree(denoiser, tmp_path / name)
+    weights = tmp_path / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "flipped" / "model.safetensors").write_bytes(b"\xff" * 5000)
+    config = json.loads((tmp_path / "classes" / "config.json").read_text())
+    config["num_classes"] = 7
+    (tmp_path / "classes" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "badjson" / "config.json").write_text("{")
+    cut = tmp_path / "cut_denoiser" / "transformer" / "diffusion_pytorch_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    (tmp_path / "odd_scheduler" / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "HeunDiscreteScheduler"}'
+    )
+    unet = tmp_path / "unet" / "transformer" / "config.json"
+    unet.write_text(unet.read_text().replace("DiTTransformer2DModel", "UNet2DModel"))
+    seven = {k: v[:7] if k.startswith("classifier.2") else v
+             for k, v in load_file(teacher / "model.safetensors").items()}  # fmt: skip
+    shutil.copytree(tmp_path / "classes", tmp_path / "seven")
+    save_file(seven, tmp_path / "seven" / "model.safetensors")
+    shutil.copytree(test, tmp_path / "cut_test")
+    images = tmp_path / "cut_test" / "t10k-images-idx3-ubyte.gz"
+    images.write_bytes(images.read_bytes()[:5000])
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    (tmp_path / "broken.yaml").write_text("name: [unclosed\n")
+    (tmp_path / "short.yaml").write_text("name: x\n")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.yaml").write_text("name: x\n")
+    return tmp_path
+
+
+MISTAKES = [
+    (["smapler.num_steps=4"], ["'smapler'", "did you mean 'sampler'"]),
+    (["sampler.num_step=4"], ["'sampler.num_step'", "did you mean 'num_steps'"]),
+    (["sampler.num_steps=many"], ["sampler.num_steps", "'many'", "integer"]),
+    (["sampler.num_steps=1001"], ["num_steps", "1001", "1000"]),
+    (["sampler.guidance_scale=0.5"], ["sampler.guidance_scale", "0.5", "or equal to 1"]),
+    (["ring.capacity_images=64"], ["ring.capacity_images", "got 64", "raise"]),
+    (["train.batch_size=4000"], ["train.batch_size=4000", "raise"]),
+    (["ring.min_fill_images=100000"], ["ring.min_fill_images", "100000", "lower"]),
+    (["ring.samples_per_insert=0.01"], ["ring.samples_per_insert", "raise"]),
+    (["ring.samples_per_insert=-1"], ["ring.samples_per_insert", "greater than 0"]),
+    (["loss.temperature=0"], ["loss.temperature", "greater than 0"]),
+    (["views.size=32"], ["views.size", "32", "views.size=28"]),
+    (["views.scale=[1, 0.5]"], ["scale", "low <= high"]),
+    (["device=cuda"], ["cuda", "device=cpu"]),
+    (["device=tpu"], ["device", "'tpu'"]),
+    (["dtype=float16"], ["float16", "bfloat16"]),
+    (["name=../up"], ["name", "'../up'"]),
+    (["seed"], ["'seed'", "section.field=value"]),
+    (["seed.x=1"], ["seed", "integer"]),
+    (["teacher.arch=lenet5"], ["teacher", "exactly one"]),
+    (["teacher={arch: lenet5}"], ["teacher", "trained weights"]),
+    (["teacher.path={tmp}/nowhere"], ["nowhere", "config.json"]),
+    (["teacher.path={tmp}/empty"], ["config.json", "No such file"]),
+    (["teacher.path={tmp}/badjson"], ["config.json", "not valid JSON"]),
+    (["teacher.path={tmp}/flipped"], ["model.safetensors", "damaged"]),
+    (["teacher.path={tmp}/truncated"], ["model.safetensors", "damaged"]),
+    (["teacher.path={tmp}/classes"], ["classifier.2", "class count"]),
+    (["teacher.path={tmp}/seven"], ["classes", "teacher.path has 7", "denoiser.path has 10"]),
+    (["teacher.path=embedded:fashion_mnist/best"], ["no such asset", "fashion_mnist/lenet5"]),
+    (["denoiser.path={tmp}/nowhere"], ["scheduler_config.json", "No such file"]),
+    (["denoiser.path={tmp}/cut_denoiser"], ["safetensors", "damaged"]),
+    (["denoiser.path={tmp}/odd_scheduler"], ["HeunDiscreteScheduler"]),
+    (["denoiser.path={tmp}/unet"], ["UNet2DModel", "DiTTransformer2DModel"]),
+    (["eval.path={tmp}/empty"], ["t10k-images-idx3-ubyte", "no such file"]),
+    (["eval.path={tmp}/cut_test"], ["t10k-images", "damaged"]),
+    (["student={arch: resnet1800}"], ["resnet1800", "timm"]),
+    (["student={arch: resnet18, model_args: {wings: 2}}"], ["model_args", "wings"]),
+    (["student={arch: vgg11, stem: conv3_pool}"], ["stem", "vgg11"]),
+    (["run_dir={tmp}/file/run"], ["run_dir", "cannot write", "run_dir=DIR"]),
+    (["run_dir={tmp}/taken"], ["run_dir", "holds a run already", "--resume"]),
+    (["run_dir={tmp}/empty", "--resume"], ["--resume", "no checkpoint"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda v: str(v[0])[:40])
+def test_a_mistake_ends_in_one_line_and_leaves_nothing(
+    arguments: list[str], words: list[str], broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in broken.rglob("*")}
+    arguments = [a.replace("{tmp}", str(broken)) for a in arguments]
+    if not any(a.startswith("run_dir") for a in arguments):
+        arguments.insert(0, f"run_dir={broken}/new")
+    assert cli.main(["distill", CONFIG, *SHORT[1:2], *arguments]) == 2
+    _one_line(capsys, words)
+    assert {p: p.stat().st_mtime_ns for p in broken.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["distill", "{tmp}/none.yaml"], ["none.yaml", "No such file", "configs/"]),
+    (["distill", "{tmp}/list.yaml"], ["list.yaml", "got list"]),
+    (["distill", "{tmp}/broken.yaml"], ["broken.yaml", "not valid YAML"]),
+    (["distill", "{tmp}/short.yaml"], ["denoiser", "missing"]),
+    (["evaluate", "{tmp}/empty"], ["config.yaml", "No such file"]),
+    (["pretrain", "teacher", "{tmp}/short.yaml", "--data", "{tmp}"], ["optim", "missing"]),
+    (["pretrain", "teacher", "{lenet}", "--data", "{tmp}/empty"], ["train-images", "no such file"]),
+])  # fmt: skip
+def test_other_verbs_end_in_one_line_too(
+    arguments: list[str], words: list[str], broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lenet = str(Path(CONFIG).parent / "pretrain" / "lenet5.yaml")
+    arguments = [a.replace("{tmp}", str(broken)).replace("{lenet}", lenet) for a in arguments]
+    assert cli.main(arguments) == 2
+    _one_line(capsys, words)
+
+
+def _one_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("dmkd: "), captured.err
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_within_five_seconds_and_resumes(tmp_path: Path, number: int) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "dmkd_fast.cli", "distill", CONFIG, f"run_dir={run}", *SHORT,
+               "train.num_views=64000"]  # fmt: skip
+    # A job started in the background of a shell ignores SIGINT unless it is told not to.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "views/s" in line:
+            break
+    process.send_signal(number)
+    start = time.monotonic()
+    rest = process.stderr.read()
+    assert process.wait(timeout=10) == 130
+    assert time.monotonic() - start < 5
+    assert f"dmkd distill {run}/config.yaml --resume" in rest
+    done = dmkd("distill", f"{run}/config.yaml", "--resume", "--dry-run")
+    assert done.returncode == 0
+    saved = list((run / "checkpoints").glob("step-*"))
+    assert len(saved) == 1
+    step = int(saved[0].name.removeprefix("step-"))
+    # Finish quickly: only the length is changed, in the saved settings.
+    text = (run / "config.yaml").read_text()
+    text = text.replace("num_views: 64000", f"num_views: {32 * (step + 3)}")
+    (run / "config.yaml").write_text(text)
+    done = dmkd("distill", f"{run}/config.yaml", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["views"] == 32 * (step + 3)
+
+
+def test_no_real_training_image_is_opened(tmp_path: Path) -> None:
+    """A decoy training set lies where one would look; every opened file is on the allow-list."""
+    decoy = tmp_path / "data" / "fashion-mnist"
+    decoy.mkdir(parents=True)
+    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        (decoy / name).write_bytes(b"decoy")
+        os.utime(decoy / name, (1, 1))
+    probe = tmp_path / "probe"
+    probe.write_bytes(b"probe")
+    os.utime(probe, (1, 1))
+    script = textwrap.dedent(
+        """
+        import os, site, sys, tempfile
+        opened = []
+        sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
+        from dmkd_fast import assets, cli
+        code = cli.main(sys.argv[1:])
+        package = os.path.dirname(os.path.dirname(os.path.abspath(assets.__file__)))
+        data = [str(assets.ROOT / "fashion_mnist" / n) for n in ("test", "weak", "denoiser")]
+        home = os.path.expanduser("~")
+        system = [sys.prefix, sys.base_prefix, *site.getsitepackages(), "/proc", "/sys", "/dev",
+                  "/usr", "/lib", "/etc", "/opt", "/var/lib", tempfile.gettempdir(),
+                  home + "/.cache", home + "/.config"]
+        run = next(a for a in sys.argv if a.startswith("run_dir=")).removeprefix("run_dir=")
+        config = sys.argv[2]
+        paths = {os.path.abspath(os.fsdecode(p)) for p in opened if isinstance(p, (str, bytes))}
+        code_files = (".py", ".pyc", "manifest.json")
+        odd = {p for p in paths if p.startswith(str(assets.ROOT)) and os.path.isfile(p)
+               and not p.startswith(tuple(data)) and not p.endswith(code_files)}
+        own = lambda p: p.startswith((package, run)) or p == config
+        odd |= {p for p in paths if not own(p) and not p.startswith(tuple(system))}
+        odd |= {p for p in paths if "train-images" in p or "train-labels" in p}
+        assert not odd, odd
+        assert any("t10k-images" in p for p in paths)
+        sys.exit(code)
+        """
+    )
+    command = [sys.executable, "-c", script, "distill", CONFIG, f"run_dir={tmp_path}/run", *SHORT]
+    (tmp_path / "scratch").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "scratch")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    probe.read_bytes()
+    if probe.stat().st_atime > 1:  # The file system records reads, so C code is seen as well.
+        for name in decoy.iterdir():
+            assert name.stat().st_atime == 1, name

@@ -1,0 +1,162 @@
+"""The training loop: it learns, repeats, resumes, and never waits for the device."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmkd_fast import Distiller
+
+Make = Callable[..., Distiller]
+
+
+def weights(distiller: Distiller) -> list[torch.Tensor]:
+    return [
+        *distiller.student.state_dict().values(),
+        *distiller.average.module.state_dict().values(),
+    ]
+
+
+def test_student_learns_what_the_teacher_knows(make_distiller: Make) -> None:
+    distiller = make_distiller(num_views=6400, lr=1e-2)
+    distiller.refill()
+    before = distiller.train_step().item()
+    distiller.fit()
+    draw = distiller.ring.sample(64)
+    views = distiller.views(distiller.ring.images, draw.indices, draw.ids, draw.uses)
+    with torch.no_grad():
+        same = distiller.average.module(views).argmax(1) == distiller.teacher(views).argmax(1)
+    assert distiller.train_step().item() < before / 20
+    assert same.float().mean() > 0.8  # a quarter by chance
+
+
+def test_fused_and_reference_loss_train_the_same_student(
+    make_distiller: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # SGD, because Adam turns the rounding noise of gradients that are zero into full steps.
+    fused = make_distiller(name="sgd", lr=0.02)
+    fused.fit()
+    from dmkd_fast import distill
+    from dmkd_fast.ops import reference
+
+    def eager(student: torch.Tensor, teacher: torch.Tensor, *, temperature: float) -> Any:
+        rows = reference.kd_loss(student.detach(), teacher, temperature=temperature)
+        grad = reference.kd_grad(student.detach(), teacher, temperature=temperature)
+        return rows.mean(), grad / len(rows)
+
+    monkeypatch.setattr(distill, "kd_loss_and_grad", eager)
+    plain = make_distiller(name="sgd", lr=0.02)
+    plain.fit()
+    for a, b in zip(weights(fused), weights(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_one_seed_gives_one_student(make_distiller: Make) -> None:
+    first, second = make_distiller(dropout=0.3), make_distiller(dropout=0.3)
+    for distiller in (first, second):
+        torch.manual_seed(0)
+        distiller.fit()
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+
+
+@pytest.mark.parametrize("stop_at", [1, 17, 39])
+def test_resumed_run_ends_like_an_uninterrupted_one(make_distiller: Make, stop_at: int) -> None:
+    whole, broken = make_distiller(dropout=0.3), make_distiller(dropout=0.3)
+    torch.manual_seed(0)
+    whole.fit()
+
+    step = broken.train_step
+
+    def interrupted() -> torch.Tensor:
+        loss = step()
+        if broken.step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    broken.train_step = interrupted  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    again = make_distiller(dropout=0.3)
+    again.run_dir = broken.run_dir
+    torch.manual_seed(99)
+    totals = again.fit(resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+    assert torch.equal(whole.ring.images, again.ring.images)
+    assert totals["views"] == 640
+
+
+def test_interrupt_while_generating_loses_nothing(make_distiller: Make) -> None:
+    whole, broken = make_distiller(), make_distiller()
+    whole.fit()
+    sample, calls = broken.sampler.sample, 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        kwargs["out"].zero_()
+        if calls == 8:  # the ring is full: this block lies over old images
+            signal.raise_signal(signal.SIGINT)
+        return sample(*args, **kwargs)
+
+    broken.sampler.sample = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    again = make_distiller()
+    again.run_dir = broken.run_dir
+    again.fit(resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+
+
+def test_reuse_is_what_was_asked_for(make_distiller: Make) -> None:
+    distiller = make_distiller(num_views=3200)
+    totals = distiller.fit()
+    assert totals["reuse"] == pytest.approx(4, rel=0.05)
+    assert totals["generated_images"] == distiller.ring.num_inserted == distiller.labels.next_id
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises on every operator whose result depends on reading device memory from the host."""
+
+    BANNED = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select",
+              "bincount", "item")  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        assert not any(name == b or name.startswith(f"{b}_") for b in self.BANNED), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_training_step_never_reads_the_device(
+    make_distiller: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distiller = make_distiller(max_grad_norm=1.0)
+    distiller.refill()
+    distiller.train_step()
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *_, what=name: pytest.fail(f"host read: {what}")
+        )
+    with NoHostReads():
+        for _ in range(30):
+            distiller.refill()
+            distiller.train_step()
+    with pytest.raises(AssertionError), NoHostReads():
+        torch.ones(3).nonzero()
+
+
+def test_statistics_tell_the_run(make_distiller: Make) -> None:
+    import json
+
+    distiller = make_distiller()
+    distiller.fit()
+    rows = [json.loads(r) for r in (distiller.run_dir / "stats.jsonl").read_text().splitlines()]
+    assert [row["views"] for row in rows] == [160, 320, 480, 640]
+    assert rows[-1]["images"] == distiller.ring.num_inserted
+    assert all(row["loss"] > 0 and row["views_per_s"] >= 0 for row in rows)
+    assert list(distiller.run_dir.glob("events.out.tfevents*"))
