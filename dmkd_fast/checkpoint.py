@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -88,8 +89,11 @@ def restore(folder: Path, objects: Mapping[str, Stateful]) -> int:
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """`value` with each tensor moved to `tensors` and each dictionary turned into pairs."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().clone().contiguous()
-        return {"tensor": path}
+        # Files hold dense tensors only, but fused optimizers walk a parameter and its moments in
+        # memory order: a moment that came back in another layout would be applied scrambled.
+        channels_last = value.ndim == 4 and not value.is_contiguous()
+        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": path, "channels_last": channels_last}
     if isinstance(value, Mapping):
         return {"pairs": [[k, _split(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
@@ -102,7 +106,10 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return tensors[value["tensor"]]
+        tensor = tensors[value["tensor"]]
+        if value["channels_last"]:
+            return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
     if "pairs" in value:
         return {k: _join(v, tensors) for k, v in value["pairs"]}
     return [_join(v, tensors) for v in value["list"]]

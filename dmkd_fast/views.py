@@ -17,8 +17,8 @@ class Views:
     """Draws a random crop and flip for each sample and renders it.
 
     The crop covers a share of the image's area drawn from `scale`, with an aspect ratio whose
-    logarithm is uniform in `ratio`, in whole pixels; it lies anywhere inside the image and its black
-    border.
+    logarithm is uniform in `ratio`, in whole pixels. It lies anywhere inside the image and its
+    black border.
 
     Args:
         size: Side of a view, in pixels.

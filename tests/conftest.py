@@ -17,7 +17,8 @@ CONFIG = str(ROOT / "configs" / "fashion_mnist.yaml")
 SHORT = [
     "num_threads=1", "dtype=float32", "sampler.num_steps=1", "sampler.guidance_scale=1",
     "sampler.compile=false", "sampler.micro_batch_images=64", "ring.capacity_images=192",
-    "ring.min_fill_images=64", "ring.samples_per_insert=4", "teacher.path=embedded:fashion_mnist/weak",
+    "ring.min_fill_images=64", "ring.samples_per_insert=4",
+    "teacher.path=embedded:fashion_mnist/weak",
     "train.batch_size=32", "train.num_views=640", "train.log_every_steps=5", "eval.num_points=1",
     "student={arch: lenet5_half}",
 ]  # fmt: skip

@@ -292,8 +292,17 @@ def test_average_follows_the_model_and_copies_buffers() -> None:
     assert torch.equal(slow.module[1].running_mean, model[1].running_mean)
 
 
-def test_checkpoint_restores_everything_and_keeps_the_last_two(tmp_path: Path) -> None:
-    model, other = small_classifier(), small_classifier()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_checkpoint_restores_everything_and_keeps_the_last_two(
+    tmp_path: Path, layout: torch.memory_format
+) -> None:
+    model, other = (
+        torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), *small_classifier())
+        for _ in range(2)
+    )
+    model[1] = torch.nn.Conv2d(4, 8, 3, padding=1)
+    other[1] = torch.nn.Conv2d(4, 8, 3, padding=1)
+    model, other = model.to(memory_format=layout), other.to(memory_format=layout)
     optimizer = optim.build_optimizer(model, name="adamw", lr=0.1, momentum=0.9, weight_decay=0)
     model(torch.randn(4, 1, 8, 8)).sum().backward()
     optimizer.step()
@@ -309,7 +318,8 @@ def test_checkpoint_restores_everything_and_keeps_the_last_two(tmp_path: Path) -
         torch.manual_seed(0)
         m(torch.randn(4, 1, 8, 8)).square().sum().backward()
         o.step()
-    assert torch.equal(model[0].weight, other[0].weight)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
 
 
 def test_damaged_checkpoint_is_noticed(tmp_path: Path) -> None:
