@@ -7,15 +7,15 @@
 
 #include "kd_loss_cpu.h"
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 namespace dmkd {
 namespace {
@@ -56,13 +56,15 @@ DMKD_INLINE void store(scalar_t* target, compute_t value) {
 template <>
 DMKD_INLINE void store<BFloat16, float>(BFloat16* target, float value) {
   const uint32_t bits = float_to_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const uint32_t rounded =
+      (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const uint32_t nan = (bits >> 16) | 0x40u;
   target->x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
-// exp(x) for x <= 0 with less than 1.5 ulp error: 2^n * P(r). Zero below the smallest normal number,
-// NaN stays NaN. Branch-free, so loops around it vectorise for whatever the caller's target has.
+// exp(x) for x <= 0 with less than 1.5 ulp error: 2^n * P(r). Zero below the smallest normal
+// number, NaN stays NaN. Branch-free, so loops around it vectorise for whatever the caller's target
+// has.
 DMKD_INLINE float exp_nonpositive(float x) {
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = x * 1.44269504f + magic;
@@ -81,8 +83,9 @@ DMKD_INLINE float exp_nonpositive(float x) {
 
 DMKD_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-// p * (expm1(-d) + d) with d = log p - log q. The difference q - p + p * d loses its digits as d -> 0
-// (relative error 2e-6 at d = 1/4); there the series, p d^2 (1/2! - d/3! + ... + d^8/10!), does not.
+// p * (expm1(-d) + d) with d = log p - log q. The difference q - p + p * d loses its digits as d ->
+// 0 (relative error 2e-6 at d = 1/4); there the series, p d^2 (1/2! - d/3! + ... + d^8/10!), does
+// not.
 template <typename compute_t>
 DMKD_INLINE compute_t divergence(compute_t p, compute_t q, compute_t d) {
   const compute_t far = (q - p) + p * d;
@@ -156,8 +159,7 @@ DMKD_INLINE compute_t row(const scalar_t* __restrict student, const scalar_t* __
     if constexpr (with_loss) {
       const compute_t s = load<scalar_t, compute_t>(student + i);
       const compute_t t = load<scalar_t, compute_t>(teacher + i);
-      const compute_t d =
-          ((t - teacher_max) - (s - student_max)) * inverse_temperature + offset;
+      const compute_t d = ((t - teacher_max) - (s - student_max)) * inverse_temperature + offset;
       loss += divergence<compute_t>(p, q, d);
     }
     if constexpr (with_grad) {
@@ -178,7 +180,8 @@ DMKD_INLINE void rows(const KdArguments& a, int64_t begin, int64_t end) {
     auto* grad = with_grad ? static_cast<scalar_t*>(a.grad) + i * a.classes : nullptr;
     // Each row's gradient is T * (q - p) * row_grad, in one factor, rounded once.
     const compute_t scale =
-        with_grad ? temperature * static_cast<const compute_t*>(a.row_grad)[i * a.row_grad_stride] : 0;
+        with_grad ? temperature * static_cast<const compute_t*>(a.row_grad)[i * a.row_grad_stride]
+                  : 0;
     const compute_t loss = row<scalar_t, compute_t, with_loss, with_grad>(
         student, teacher, grad, scratch.data(), a.classes, compute_t(1) / temperature, scale);
     if constexpr (with_loss) {
@@ -213,8 +216,10 @@ DMKD_INLINE void dispatch_dtype(const KdArguments& a, int64_t begin, int64_t end
 
 // The same code compiled three times; the machine decides at run time. `flatten` pulls everything
 // into the function that carries the target attribute.
-__attribute__((flatten, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")))
-void run_avx512(const KdArguments& a, int64_t begin, int64_t end) {
+__attribute__((
+    flatten,
+    target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))) void
+run_avx512(const KdArguments& a, int64_t begin, int64_t end) {
   dispatch_dtype(a, begin, end);
 }
 

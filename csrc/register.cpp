@@ -4,16 +4,15 @@
 // version it targets on. Shapes and dtypes are checked in Python; what is checked again here is
 // what memory safety depends on.
 
-#include <algorithm>
-#include <cstdint>
-#include <tuple>
-
 #include <Python.h>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
 
 #include "kd_loss_cpu.h"
 
@@ -67,10 +66,10 @@ KdArguments arguments_for(const Tensor& student, const Tensor& teacher, double t
 }
 
 void run(const KdArguments& arguments, int64_t rows) {
-  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, arguments.classes));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    kd_loss_rows(arguments, begin, end);
-  });
+  const int64_t grain =
+      std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, arguments.classes));
+  torch::stable::parallel_for(
+      0, rows, grain, [&](int64_t begin, int64_t end) { kd_loss_rows(arguments, begin, end); });
 }
 
 ScalarType loss_type(const Tensor& logits) {
@@ -142,8 +141,8 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods,
-                      nullptr,               nullptr, nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -53,11 +53,13 @@ def _parser() -> argparse.ArgumentParser:
         "real test images. Results go to a run directory; the last line of output is JSON.",
     )  # fmt: skip
     _config_arguments(distill)
-    distill.add_argument(
+    either = distill.add_mutually_exclusive_group()
+    either.add_argument(
         "--resume", action="store_true",
-        help="go on from the newest checkpoint of run_dir (or of the newest run of this name)",
+        help="go on, with the saved settings, from the newest checkpoint of run_dir (or of the "
+        "newest run of this name)",
     )  # fmt: skip
-    distill.add_argument(
+    either.add_argument(
         "--dry-run", action="store_true",
         help="print the resolved settings and the memory plan, and do nothing",
     )  # fmt: skip
@@ -106,6 +108,7 @@ def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
         for name, count in job.memory_plan(config, job.load_parts(config)).items():
             print(f"  {name}: {count:,} bytes ({count / 2**20:.1f} MiB)")
         return None
+    _refuse_changes(options)
     return job.run(config, resume=options.resume)
 
 
@@ -118,11 +121,22 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 def _pretrain(options: argparse.Namespace) -> dict[str, Any]:
     from dmkd_fast import pretrain
 
+    _refuse_changes(options)
     if options.kind == "teacher":
         teacher = cfg.load(cfg.TeacherConfig, options.config, options.overrides)
         return pretrain.teacher(teacher, options.data, resume=options.resume)
     denoiser = cfg.load(cfg.PretrainDenoiserConfig, options.config, options.overrides)
     return pretrain.denoiser(denoiser, options.data, resume=options.resume)
+
+
+def _refuse_changes(options: argparse.Namespace) -> None:
+    """A resumed run goes on with its saved settings; changing some would be ignored."""
+    changed = [text for text in options.overrides if not text.startswith("run_dir=")]
+    if options.resume and changed:
+        raise cfg.ConfigError(
+            f"--resume: got {changed[0]}, expected no setting but run_dir, as the saved ones are "
+            "used; remove it, or change config.yaml in the run directory"
+        )
 
 
 if __name__ == "__main__":

@@ -91,8 +91,14 @@ class Distiller:
         self._interrupts = runtime.Interrupts()
         self.clock = runtime.Clock()
 
-    def refill(self) -> None:
-        """Generate blocks until the limiter lets the next batch be drawn."""
+    def refill(self, metrics: Metrics | None = None) -> None:
+        """Generate blocks until the limiter lets the next batch be drawn.
+
+        Args:
+            metrics: Told how a long fill goes on.
+        """
+        before, started = self.ring.num_inserted, time.monotonic()
+        told = started
         while self.ring.must_insert(self.schedule.batch_size):
             block = self.ring.reserve()
             ids, labels = self.labels.peek(len(block.images))
@@ -104,6 +110,10 @@ class Distiller:
             with self._interrupts.held():
                 self.ring.commit(block, ids=ids, labels=labels)
                 self.labels.advance(len(ids))
+            now = time.monotonic()
+            if metrics is not None and now - told > 5:
+                made, told = self.ring.num_inserted - before, now
+                metrics.note(f"filling: {made:,} images, {made / (now - started):,.0f} images/s")
 
     def train_step(self) -> Tensor:
         """One optimizer step on one batch of views; returns the loss without waiting for it."""
@@ -169,7 +179,7 @@ class Distiller:
         count = schedule.num_evaluations
         evaluate_at = {self.num_steps * (i + 1) // count for i in range(count)}
         while self.step < self.num_steps:
-            self.refill()
+            self.refill(metrics)
             with self._interrupts.held():
                 metrics.add("loss", self.train_step())
             scores = self._scores() if self.step in evaluate_at else {}
@@ -191,17 +201,19 @@ class Distiller:
         buffers = [b.clone() for b in self.student.buffers()]
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
         ids = torch.arange(len(scratch), device=self.device)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            self.sampler.sample(ids, torch.zeros_like(ids), out=scratch)
-            places = torch.zeros(self.schedule.batch_size, dtype=torch.int64, device=self.device)
-            views = self.views(scratch, places, places, places)
-            with self._autocast:
-                with torch.no_grad():
-                    self._teacher(views)
-                self._student(views).sum().backward()
-        self.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.student.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+        places = torch.zeros(self.schedule.batch_size, dtype=torch.int64, device=self.device)
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                self.sampler.sample(ids, torch.zeros_like(ids), out=scratch)
+                views = self.views(scratch, places, places, places)
+                with self._autocast:
+                    with torch.no_grad():
+                        self._teacher(views)
+                    self._student(views).sum().backward()
+        finally:  # An interrupt here must not leave traces in what the checkpoint saves.
+            self.optimizer.zero_grad(set_to_none=True)
+            for buffer, before in zip(self.student.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         metrics.note(f"warm after {time.monotonic() - started:.0f} s")
 
     def _scores(self) -> dict[str, float]:

@@ -198,17 +198,18 @@ def _train(
         weight_decay=settings.weight_decay,
     )  # fmt: skip
     average = optim.Average(model, decay=settings.ema_decay)
+    clock = runtime.Clock()
     saved: dict[str, checkpoint.Stateful] = {
+        "clock": clock,
         "model": model,
         "optimizer": optimizer,
         "average": average,
     }
     checkpoints = folder / run_dir.CHECKPOINTS
     first = checkpoint.restore(checkpoints, saved) if resume else 0
-    metrics = Metrics(folder, num_steps * batch)
+    metrics = Metrics(folder, num_steps * batch, wall_s_before=clock.wall_s())
     device = next(model.parameters()).device
-    started = last_saved = time.monotonic()
-    cpu_before = runtime.cpu_seconds()
+    last_saved = time.monotonic()
     interrupts, done = runtime.Interrupts(), first
     model.train()
     try:
@@ -247,13 +248,11 @@ def _train(
         metrics.close()
     facts = {
         "views": num_steps * batch,
-        "wall_s": round(time.monotonic() - started, 1),
-        "cpu_s": round(runtime.cpu_seconds() - cpu_before, 1),
+        "wall_s": round(clock.wall_s(), 1),
+        "cpu_s": round(clock.cpu_s(), 1),
         "num_threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    if first:
-        facts["resumed_at_step"] = first
     return average, facts
 
 

@@ -193,7 +193,8 @@ def _say_eager_once() -> None:
         _said_eager = True
         warnings.warn(
             f"dmkd_fast has no compiled CPU kernels ({_WHY_EAGER}); kd_loss uses its eager "
-            "definition, several times slower. Install with a C++ compiler to get them.",
+            "definition, several times slower. Install again where there is a C++ compiler; "
+            "torch.compile on the CPU needs one too.",
             stacklevel=4,
         )
 
