@@ -24,7 +24,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of all settings: frozen, unknown keys refused, defaults checked."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 class DenoiserConfig(Section):

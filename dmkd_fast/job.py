@@ -78,10 +78,14 @@ def load_parts(config: cfg.DistillConfig) -> Parts:
         teacher, teacher_spec = models.load_classifier(resolve_path(config.teacher.path), device)
         _check_fit(config, denoiser, teacher_spec, test_set)
         student, student_spec = _student(config.student, teacher_spec, device, config.seed)
-    return Parts(
+        for name, model in (("teacher", teacher), ("student", student)):
+            _check_takes(name, model, teacher_spec, device)
+    parts = Parts(
         denoiser=denoiser, teacher=teacher, student=student, student_spec=student_spec,
         test_set=test_set,
     )  # fmt: skip
+    _check_memory(config, parts)
+    return parts
 
 
 def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Distiller:
@@ -254,6 +258,44 @@ def _check_fit(
         raise ValueError(
             f"views.size: got {config.views.size}, expected the teacher's input size "
             f"{teacher.input_size}; set views.size={teacher.input_size}"
+        )
+
+
+def _check_takes(
+    name: str, model: nn.Module, spec: models.ClassifierSpec, device: torch.device
+) -> None:
+    """One forward pass on zeros, so that a network that cannot take the views fails here."""
+    size = spec.input_size
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(2, spec.in_chans, size, size, device=device))
+    except Exception as error:  # Networks raise what they like when a shape does not fit.
+        raise ValueError(
+            f"{name}: cannot take {spec.in_chans} x {size} x {size} views ({error}); use another "
+            "architecture or stem"
+        ) from None
+    finally:
+        model.train(was_training)
+    if logits.shape != (2, spec.num_classes):
+        raise ValueError(
+            f"{name}: got logits of shape {tuple(logits.shape)} for 2 views, expected "
+            f"(2, {spec.num_classes}); use a classifier"
+        )
+
+
+def _check_memory(config: cfg.DistillConfig, parts: Parts) -> None:
+    plan = memory_plan(config, parts)
+    have = runtime.available_bytes(torch.device(config.device))
+    # Models and test images are loaded by now; what is still to come has to fit.
+    need = sum(count for name, count in plan.items() if name != "test images")
+    if need > have:
+        slot = plan["ring"] // config.ring.capacity_images
+        fits = max(0, (have - need + plan["ring"]) // max(1, slot))
+        raise cfg.ConfigError(
+            f"ring.capacity_images: got {config.ring.capacity_images}, which needs "
+            f"{plan['ring'] / 2**30:.1f} GiB of {have / 2**30:.1f} GiB available; lower it to at "
+            f"most {fits}"
         )
 
 

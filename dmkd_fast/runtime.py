@@ -75,6 +75,15 @@ def set_num_threads(num_threads: int) -> int:
     return count
 
 
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be had on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":") for line in file)
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
 def peak_memory_mib() -> float:
     """Highest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
