@@ -134,7 +134,15 @@ class Distiller:
         self.step += 1
         return loss
 
-    def fit(self, *, resume: bool = False) -> dict[str, Any]:
+    def restore(self) -> None:
+        """Take up the newest checkpoint of `run_dir`; `fit` then goes on from there.
+
+        Raises:
+            ValueError: There is none, or it is damaged.
+        """
+        checkpoint.restore(self._checkpoints, self._state())
+
+    def fit(self) -> dict[str, Any]:
         """Run to the end, or until Ctrl-C.
 
         Returns:
@@ -144,8 +152,6 @@ class Distiller:
         Raises:
             KeyboardInterrupt: After a checkpoint has been written.
         """
-        if resume:
-            checkpoint.restore(self._checkpoints, self._state())
         self.run_dir.mkdir(parents=True, exist_ok=True)
         total = self.num_steps * self.schedule.batch_size
         metrics = Metrics(self.run_dir, total, wall_s_before=self.clock.wall_s(), show=self.show)
@@ -175,6 +181,7 @@ class Distiller:
     def _loop(self, metrics: Metrics) -> None:
         schedule, folder = self.schedule, self._checkpoints
         self._warm_up(metrics)
+        metrics.begin(views=self.num_views, images=self.ring.num_inserted)
         last_saved = time.monotonic()
         count = schedule.num_evaluations
         evaluate_at = {self.num_steps * (i + 1) // count for i in range(count)}

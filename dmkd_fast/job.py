@@ -174,9 +174,12 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
     parts = load_parts(config)
     distiller = build(config, parts, show=show)
     distiller.clock = clock  # Loading counts as part of the run.
+    if resume:
+        with cfg.user_errors():
+            distiller.restore()
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
     try:
-        distiller.fit(resume=resume)
+        distiller.fit()
     except KeyboardInterrupt:
         print(f"to go on: dmkd distill {folder / run_dir.CONFIG} --resume", file=sys.stderr)
         raise

@@ -40,8 +40,14 @@ class Metrics:
         self._last_time = time.perf_counter()
         self._start = self._last_time - wall_s_before
         self._last: dict[str, float] = {}
-        self._first_views: float | None = None
+        self._first_views, self._first_time = 0.0, self._last_time
         self._bar: Progress | None = None
+
+    def begin(self, *, views: int, **totals: float) -> None:
+        """Count rates and the time left from here: call it once what is not progress is over."""
+        self._last = {"views": float(views), **totals}
+        self._first_views, self._first_time = views, time.perf_counter()
+        self._last_time = self._first_time
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a scalar tensor to the running mean of `name`, without waiting for the device."""
@@ -72,7 +78,7 @@ class Metrics:
         if "images" in values:
             totals["images"] = values["images"]
         span = max(now - self._last_time, 1e-9)
-        rates = {f"{k}_per_s": (v - self._last.get(k, v)) / span for k, v in totals.items()}
+        rates = {f"{k}_per_s": (v - self._last.get(k, 0.0)) / span for k, v in totals.items()}
         self._last, self._last_time = totals, now
         row = {"views": views, "wall_s": now - self._start, **values, **means, **rates}
         self._stats.write(json.dumps(row) + "\n")
@@ -103,8 +109,6 @@ class Metrics:
 
     def _report(self, row: dict[str, Any]) -> None:
         views = row["views"]
-        if self._first_views is None:
-            self._first_views, self._first_time = views, time.perf_counter()
         done = views - self._first_views
         spent = time.perf_counter() - self._first_time
         left = spent * (self._total - views) / done if done > 0 else float("nan")

@@ -206,8 +206,10 @@ def _train(
         "average": average,
     }
     checkpoints = folder / run_dir.CHECKPOINTS
-    first = checkpoint.restore(checkpoints, saved) if resume else 0
+    with cfg.user_errors():
+        first = checkpoint.restore(checkpoints, saved) if resume else 0
     metrics = Metrics(folder, num_steps * batch, wall_s_before=clock.wall_s())
+    metrics.begin(views=first * batch)
     device = next(model.parameters()).device
     last_saved = time.monotonic()
     interrupts, done = runtime.Interrupts(), first

@@ -11,9 +11,11 @@ import os
 import resource
 import shutil
 import signal
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
@@ -60,12 +62,16 @@ def cpu_has_bf16() -> bool:
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether torch.compile can build kernels here: a C++ compiler on a CPU, Triton on CUDA."""
+    """Whether torch.compile can build kernels here.
+
+    On CUDA that takes Triton; on a CPU a C++ compiler and the headers of Python.
+    """
     if device_type == "cuda":
         from torch.utils._triton import has_triton
 
         return bool(has_triton())
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def set_num_threads(num_threads: int) -> int:

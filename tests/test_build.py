@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -44,4 +45,9 @@ def test_wheel_is_one_for_all_pythons(tmp_path: Path) -> None:
         [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation",
          "--wheel-dir", str(tmp_path)], cwd=ROOT, check=True, capture_output=True,
     )  # fmt: skip
-    assert [p.name for p in tmp_path.iterdir()] == ["dmkd_fast-0.1.0-cp311-abi3-linux_x86_64.whl"]
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name == "dmkd_fast-0.1.0-cp311-abi3-linux_x86_64.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    weights = "denoiser/transformer/diffusion_pytorch_model.safetensors"
+    for name in ("_C.abi3.so", "assets/manifest.json", f"assets/fashion_mnist/{weights}"):
+        assert f"dmkd_fast/{name}" in names

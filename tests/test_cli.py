@@ -231,6 +231,15 @@ def test_interrupt_saves_within_five_seconds_and_resumes(tmp_path: Path, number:
     assert f"dmkd distill {run}/config.yaml --resume" in rest
     saved = list((run / "checkpoints").glob("step-*"))
     assert len(saved) == 1
+
+    tensors = saved[0] / "state.safetensors"
+    intact = tensors.read_bytes()
+    tensors.write_bytes(intact[:-1] + b"?")
+    damaged = dmkd("distill", f"{run}/config.yaml", "--resume")
+    assert damaged.returncode == 2 and damaged.stderr.count("\n") == 1
+    assert "SHA-256" in damaged.stderr
+    tensors.write_bytes(intact)
+
     step = int(saved[0].name.removeprefix("step-"))
     # Finish quickly: only the length is changed, in the saved settings.
     text = (run / "config.yaml").read_text()

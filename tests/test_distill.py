@@ -85,7 +85,8 @@ def test_resumed_run_ends_like_an_uninterrupted_one(make_distiller: Make, stop_a
     again = make_distiller(dropout=0.3)
     again.run_dir = broken.run_dir
     torch.manual_seed(99)
-    totals = again.fit(resume=True)
+    again.restore()
+    totals = again.fit()
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
     assert torch.equal(whole.ring.images, again.ring.images)
     assert totals["views"] == 640
@@ -109,7 +110,8 @@ def test_interrupt_while_generating_loses_nothing(make_distiller: Make) -> None:
         broken.fit()
     again = make_distiller()
     again.run_dir = broken.run_dir
-    again.fit(resume=True)
+    again.restore()
+    again.fit()
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
 
 
