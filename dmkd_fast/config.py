@@ -41,6 +41,8 @@ class SamplerConfig(Section):
 
     num_steps: int = Field(8, ge=1, le=1000)
     """Denoising steps per image."""
+    solver: Literal["euler", "dpm++2m"] = "dpm++2m"
+    """First order (Euler for flow models, DDIM for others) or second order at the same cost."""
     guidance_scale: float = Field(1.5, ge=1.0)
     """Classifier-free guidance; 1 means none (and half the cost)."""
     micro_batch_images: int = Field(256, ge=1)

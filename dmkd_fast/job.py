@@ -96,6 +96,7 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
         sampler = DiffusionSampler(
             parts.denoiser.module, scheduler=parts.denoiser.scheduler, image_shape=shape,
             null_class=parts.denoiser.null_class, num_steps=config.sampler.num_steps,
+            solver=config.sampler.solver,
             guidance_scale=config.sampler.guidance_scale,
             micro_batch_images=config.sampler.micro_batch_images, dtype=dtype, device=device,
             seed=config.seed, compile=config.sampler.compile is True,

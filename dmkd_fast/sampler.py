@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast.ops import noise
-from dmkd_fast.solvers import solver_table
+from dmkd_fast.solvers import Solver, solver_table
 
 
 class DiffusionSampler:
@@ -27,6 +27,7 @@ class DiffusionSampler:
         image_shape: (c, h, w).
         null_class: Label that stands for "no class"; None if the model has none.
         num_steps: K.
+        solver: "euler" or "dpm++2m", see `solvers.py`.
         guidance_scale: 1 means no guidance.
         micro_batch_images: B; smaller requests are filled up, so shapes never change.
         dtype: Compute dtype of the module; latents stay float32 between steps.
@@ -40,7 +41,8 @@ class DiffusionSampler:
 
     def __init__(
         self, module: nn.Module, *, scheduler: dict[str, Any], image_shape: tuple[int, int, int],
-        null_class: int | None = None, num_steps: int = 8, guidance_scale: float = 1.0,
+        null_class: int | None = None, num_steps: int = 8, solver: Solver = "euler",
+        guidance_scale: float = 1.0,
         micro_batch_images: int = 64, dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu", seed: int = 0, compile: bool = False,
     ) -> None:  # fmt: skip
@@ -55,7 +57,7 @@ class DiffusionSampler:
         self.dtype, self.seed = dtype, seed
         self._module = module.to(device=self.device, dtype=dtype)
         self._predict = torch.compile(self._module, dynamic=False) if compile else self._module
-        self.table = solver_table(scheduler, num_steps, self.device)
+        self.table = solver_table(scheduler, num_steps, self.device, solver=solver)
 
     @torch.inference_mode()
     def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
@@ -84,9 +86,12 @@ class DiffusionSampler:
         if self.guidance_scale != 1.0:
             assert self.null_class is not None
             labels = torch.cat((labels, torch.full_like(labels, self.null_class)))  # (2B,)
-        for step in range(len(self.table.timesteps)):
-            prediction = self._denoise(latents, self.table.timesteps[step], labels)
-            latents = self.table.a[step] * latents + self.table.b[step] * prediction
+        table, before = self.table, torch.zeros_like(latents)
+        for k in range(len(table.timesteps)):
+            prediction = self._denoise(latents, table.timesteps[k], labels)
+            newest = table.c[k] * latents + table.d[k] * prediction
+            latents = table.a[k] * latents + table.b[k, 0] * newest + table.b[k, 1] * before
+            before = newest
         return latents
 
     def _denoise(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
