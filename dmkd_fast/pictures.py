@@ -43,12 +43,12 @@ def pairs(images: Tensor, others: Tensor, class_names: Sequence[str], path: Path
 def curves(stats: Path, path: Path, *, teacher_top1: float) -> None:
     """Accuracy and loss against views and seconds, from a run's stats.jsonl."""
     rows = [json.loads(line) for line in stats.read_text(encoding="utf-8").splitlines()]
-    figure, axes = _figure(2, width=9, height=3.4)
+    figure, axes = _figure(2, width=10, height=3.8)
     for axis, key, label in ((axes[0], "views", "views"), (axes[1], "wall_s", "seconds")):
         scored = [row for row in rows if "top1" in row]
         axis.plot([r[key] for r in scored], [r["top1"] for r in scored], "o-", color="tab:blue")
         axis.axhline(teacher_top1, color="tab:blue", linestyle=":", linewidth=1)
-        axis.set(xlabel=label, ylabel="top-1 on real test images (dotted: teacher)")
+        axis.set(xlabel=label, ylabel="top-1, real test images (dotted: teacher)")
         losses = axis.twinx()
         trained = [row for row in rows if "loss" in row]
         losses.plot([r[key] for r in trained], [r["loss"] for r in trained], color="tab:orange")
