@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -274,11 +274,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 "the file belongs to another architecture or class count"
             )
     model.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()})
-
-
-def spec_as_dict(spec: ClassifierSpec) -> dict[str, Any]:
-    """The spec's fields as plain values."""
-    return asdict(spec)
 
 
 def _use_small_stem(model: Any, spec: ClassifierSpec) -> None:
