@@ -68,7 +68,14 @@ def test_teacher_learns_and_resumes_exactly(data: Path, tmp_path: Path) -> None:
     (tmp_path / "cut" / "model" / "model.safetensors").unlink()
     half = pretrain_state(data, tmp_path, views)
     half.rename(folder / half.name)
-    run("teacher", "lenet5", data, tmp_path / "cut", "--resume")
+    again = [
+        str(CONFIGS / "lenet5.yaml"),
+        f"run_dir={tmp_path}/cut",
+        "--data",
+        str(data),
+        "--resume",
+    ]
+    assert cli.main(["pretrain", "teacher", *again]) == 0
     first, second = (
         load_file(tmp_path / r / "model" / "model.safetensors") for r in ("whole", "cut")
     )
