@@ -227,7 +227,14 @@ def _student(
 ) -> tuple[nn.Module, models.ClassifierSpec]:
     """A new student fed like the teacher, or a saved one to go on with."""
     if settings.path is not None:
-        return models.load_classifier(resolve_path(settings.path), device)
+        student, spec = models.load_classifier(resolve_path(settings.path), device)
+        # Both see the same views, so they must agree on what a view is.
+        if (spec.mean, spec.std) != (teacher.mean, teacher.std):
+            raise ValueError(
+                f"student.path: got mean {spec.mean} and std {spec.std}, expected the teacher's "
+                f"{teacher.mean} and {teacher.std}; use a student with the same normalisation"
+            )
+        return student, spec
     spec = models.ClassifierSpec(
         architecture=settings.arch or "",
         num_classes=teacher.num_classes,
@@ -320,7 +327,7 @@ def _write_card(
     spec = parts.student_spec
     rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
     text = (
-        f"---\nlibrary_name: timm\ntags: [knowledge-distillation, synthetic-data]\n---\n"
+        f"---\nlibrary_name: dmkd_fast\ntags: [knowledge-distillation, synthetic-data]\n---\n"
         f"# {spec.architecture} distilled from generated images\n\n"
         f"Teacher `{config.teacher.path}`, images from `{config.denoiser.path}` "
         f"({config.sampler.num_steps} steps, guidance {config.sampler.guidance_scale:g}). The "
