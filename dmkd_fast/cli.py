@@ -73,16 +73,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(verb=_evaluate)
 
     pretrain = verbs.add_parser(
-        "pretrain", help="train a small teacher or denoiser on real images",
-        description="Make a teacher or a denoiser from real images: what `distill` starts from.",
+        "pretrain", help="train a small teacher or denoiser",
+        description="Make what `distill` starts from: a teacher or a denoiser from real images, or "
+        "a few-step denoiser from a many-step one.",
     )  # fmt: skip
     kinds = pretrain.add_subparsers(required=True, metavar="KIND")
-    for kind, text in (("teacher", "a classifier"), ("denoiser", "a class-conditional pixel DiT")):
+    for kind, text in (
+        ("teacher", "a classifier on real images"),
+        ("denoiser", "a class-conditional pixel DiT on real images"),
+        ("fewstep", "a denoiser to do in a few steps what it does in many"),
+    ):
         sub = kinds.add_parser(kind, help=text, description=f"Train {text}.", epilog=OVERRIDES)
         _config_arguments(sub)
-        sub.add_argument(
-            "--data", type=Path, required=True, metavar="DIR", help="folder with idx files"
-        )
+        if kind != "fewstep":
+            sub.add_argument(
+                "--data", type=Path, required=True, metavar="DIR", help="folder with idx files"
+            )
         sub.add_argument(
             "--resume", action="store_true", help="go on from the newest checkpoint of run_dir"
         )
@@ -119,14 +125,17 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _pretrain(options: argparse.Namespace) -> dict[str, Any]:
-    from dmkd_fast import pretrain
+    from dmkd_fast import pretrain, pretrain_diffusion
 
     _refuse_changes(options)
     if options.kind == "teacher":
         teacher = cfg.load(cfg.TeacherConfig, options.config, options.overrides)
         return pretrain.teacher(teacher, options.data, resume=options.resume)
-    denoiser = cfg.load(cfg.PretrainDenoiserConfig, options.config, options.overrides)
-    return pretrain.denoiser(denoiser, options.data, resume=options.resume)
+    if options.kind == "denoiser":
+        denoiser = cfg.load(cfg.PretrainDenoiserConfig, options.config, options.overrides)
+        return pretrain_diffusion.denoiser(denoiser, options.data, resume=options.resume)
+    fewstep = cfg.load(cfg.PretrainFewstepConfig, options.config, options.overrides)
+    return pretrain_diffusion.fewstep(fewstep, resume=options.resume)
 
 
 def _refuse_changes(options: argparse.Namespace) -> None:

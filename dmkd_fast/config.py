@@ -226,18 +226,18 @@ class DistillConfig(RunConfig):
 
 
 class PretrainConfig(RunConfig):
-    """What both kinds of pretraining share."""
+    """What all kinds of pretraining share."""
 
     optim: OptimConfig
     train: TrainConfig
-    mean: float = 0.0
-    """Pixel mean (of values in [0, 1]) that inputs are normalised with."""
-    std: float = Field(1.0, gt=0)
 
 
 class TeacherConfig(PretrainConfig):
     """A classifier on real images: `dmkd pretrain teacher`."""
 
+    mean: float = 0.0
+    """Pixel mean (of values in [0, 1]) that inputs are normalised with."""
+    std: float = Field(1.0, gt=0)
     model: ClassifierConfig
     views: ViewsConfig
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -252,6 +252,35 @@ class PretrainDenoiserConfig(PretrainConfig):
     head_dim: int = Field(ge=2)
     label_dropout: float = Field(0.1, gt=0, lt=1)
     """Share of examples trained with the null class, which guidance needs."""
+
+
+class PretrainFewstepConfig(PretrainConfig):
+    """A denoiser taught to make in few steps what it makes in many: `dmkd pretrain fewstep`."""
+
+    denoiser: DenoiserConfig
+    """Where to start from; it is the teacher as well."""
+    sampler: SamplerConfig
+    """How the teacher makes its trajectories; its guidance is folded into the result."""
+    num_steps: int = Field(4, ge=1)
+    """Steps of the result; sampler.num_steps must be a multiple."""
+    pool_images: int = Field(8192, ge=1)
+    """Trajectories kept at a time, float16 on the device."""
+    reuse: int = Field(4, ge=1)
+    """Passes over the pool before it is made anew."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PretrainFewstepConfig:
+        if self.sampler.num_steps % self.num_steps:
+            raise ValueError(
+                f"num_steps: got {self.num_steps}, expected a divisor of "
+                f"sampler.num_steps={self.sampler.num_steps}; change one of the two"
+            )
+        if self.pool_images * self.num_steps % self.train.batch_size:
+            raise ValueError(
+                f"train.batch_size: got {self.train.batch_size}, expected a divisor of "
+                f"pool_images * num_steps={self.pool_images * self.num_steps}; change one"
+            )
+        return self
 
 
 C = TypeVar("C", bound=RunConfig)

@@ -1,11 +1,8 @@
-"""Trains a small teacher or denoiser on real images: how the embedded assets were made.
+"""Trains a small teacher on real images, and the loop that all pretraining shares.
 
 Stands on floor 3. The last `HELD_OUT` training images are never trained on; every choice of a
 setting is made on them. The test set is read once, after the last step, and only reported.
-B batch, c channels, H W pixels.
-
-Source of the denoiser's objective: flow matching (Lipman et al., arXiv 2210.02747) with timesteps
-from a logit-normal distribution (Esser et al., arXiv 2403.03206, section 3.1).
+B batch.
 """
 
 from __future__ import annotations
@@ -19,21 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dmkd_fast import checkpoint, evaluate, models, optim, pictures, run_dir, runtime
+from dmkd_fast import checkpoint, evaluate, models, optim, run_dir, runtime
 from dmkd_fast import config as cfg
 from dmkd_fast.metrics import Metrics
-from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.views import Views
 
 P = TypeVar("P", bound=cfg.PretrainConfig)
 HELD_OUT = 5_000
-FLOW = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-}
 
 
 @dataclass(kw_only=True)
@@ -75,7 +65,7 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
     Returns:
         held_out_top1, test_top1 and what the run took.
     """
-    config, device, dtype = _prepare(config, resume)
+    config, device, dtype = prepare(config, resume)
     with cfg.user_errors():
         real = load_real(data, device)
         if config.model.arch is None:
@@ -92,21 +82,21 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
     )
     with cfg.user_errors():
         model = models.build_classifier(spec).to(device).to(memory_format=torch.channels_last)
-    forward = torch.compile(model) if _compiles(config, device) else model
+    forward = torch.compile(model) if compiles(config, device) else model
     views = Views(
         **config.views.model_dump(), mean=spec.mean, std=spec.std, device=device, seed=config.seed
     )
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
         batch = views(real.train.images, indices, indices, uses)
-        with _autocast(device, dtype):
+        with autocast(device, dtype):
             logits = forward(batch)
         return nn.functional.cross_entropy(
             logits.float(), real.train.labels[indices], label_smoothing=config.label_smoothing
         )
 
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
-    average, facts = _train(config, model, loss_of, len(real.train.labels), folder, resume)
+    average, facts = train(config, model, loss_of, len(real.train.labels), folder, resume)
     final = average.module
     for name, part in (("held_out_top1", real.held_out), ("test_top1", real.test)):
         facts[name] = evaluate.score(
@@ -115,81 +105,27 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
     target = folder / "model"
     target.mkdir(exist_ok=True)
     models.save_classifier(final, spec, target)
-    _write_card(target, f"{config.name}: {spec.architecture}", "pretrain teacher", config, facts)
+    write_card(target, f"{config.name}: {spec.architecture}", "pretrain teacher CONFIG --data DIR", config, facts)
     return facts
 
 
-def denoiser(
-    config: cfg.PretrainDenoiserConfig, data: Path, *, resume: bool = False
-) -> dict[str, Any]:
-    """Train a class-conditional pixel DiT by flow matching; writes `model` into the run directory.
-
-    Returns:
-        held_out_loss and what the run took.
-    """
-    config, device, dtype = _prepare(config, resume)
-    with cfg.user_errors():
-        real = load_real(data, device)
-    channels, size = real.train.images.shape[1:3]
-    num_classes = len(real.train.class_names)
-    model = models.new_pixel_dit(
-        num_classes=num_classes, channels=channels, image_size=size, patch_size=config.patch_size,
-        num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim,
-    ).to(device)  # fmt: skip
-    forward = torch.compile(model) if _compiles(config, device) else model
-
-    def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
-        del uses  # An image is not changed; what differs between uses is noise and timestep.
-        labels = drop_labels(real.train.labels[indices], num_classes, config.label_dropout)
-        return flow_loss(forward, real.train.images[indices], labels, device, dtype)
-
-    folder = Path(config.run_dir) if resume else run_dir.claim(config)
-    average, facts = _train(config, model, loss_of, len(real.train.labels), folder, resume)
-    torch.manual_seed(config.seed)
-    facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, device, dtype)
-    target = folder / "model"
-    target.mkdir(exist_ok=True)
-    models.save_denoiser(average.module.dit, FLOW, target)
-    grids = _sample_grids(target, num_classes, device)
-    for scale, images in grids.items():
-        pictures.grid(images, real.train.class_names, target / f"samples_guidance_{scale:g}.png")
-    _write_card(target, f"{config.name}: pixel DiT", "pretrain denoiser", config, facts)
-    return facts
-
-
-def drop_labels(labels: Tensor, null_class: int, share: float) -> Tensor:
-    """Replace a random `share` of labels (B,) by the null class, one decision per example."""
-    dropped = torch.rand(labels.shape, device=labels.device) < share
-    return torch.where(dropped, null_class, labels)
-
-
-def flow_loss(
-    forward: Callable[..., Tensor], images: Tensor, labels: Tensor, device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Mean squared error of the predicted velocity noise - image.
+def train(
+    config: cfg.PretrainConfig, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor],
+    num_examples: int, folder: Path, resume: bool,
+    before_step: Callable[[Tensor], None] | None = None,
+) -> tuple[optim.Average, dict[str, Any]]:  # fmt: skip
+    """The loop that all kinds share: shuffled passes, one seed per step, resumable.
 
     Args:
-        forward: The denoiser.
-        images: (B, c, H, W) uint8.
-        labels: (B,) int64, null class included.
+        config: Length, batch and optimizer.
+        model: Trained in place.
+        loss_of: (indices (B,), passes (B,)) -> scalar loss.
+        num_examples: In one pass.
+        folder: Of the run.
+        resume: Go on from its newest checkpoint.
+        before_step: Called with the passes (B,) before each step; may take long, as it can be
+            interrupted where a step cannot.
     """
-    clean = images.float() / 127.5 - 1
-    noise = torch.randn_like(clean)
-    levels = torch.sigmoid(torch.randn(len(clean), device=device))  # (B,)
-    mixed = torch.lerp(clean, noise, levels[:, None, None, None])
-    # With 49 tokens the CPU's flash backward takes half of the whole step; plain products do not.
-    kernels = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-    with kernels, _autocast(device, dtype):
-        velocity = forward(mixed, levels * 1000, labels)
-    return nn.functional.mse_loss(velocity.float(), noise - clean)
-
-
-def _train(
-    config: cfg.PretrainConfig, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor],
-    num_images: int, folder: Path, resume: bool,
-) -> tuple[optim.Average, dict[str, Any]]:  # fmt: skip
-    """The loop that both kinds share: shuffled passes, one seed per step, resumable."""
     batch, train = config.train.batch_size, config.train
     num_steps = -(-train.num_views // batch)
     settings = config.optim
@@ -216,10 +152,12 @@ def _train(
     model.train()
     try:
         with interrupts:
-            for step, indices, uses in _batches(num_images, batch, first, num_steps, config.seed):
+            for step, indices, uses in _batches(num_examples, batch, first, num_steps, config.seed):
                 lr = optim.lr_at(
                     step, num_steps=num_steps, peak=settings.lr, warmup=settings.warmup
                 )
+                if before_step is not None:
+                    before_step(uses)
                 # The first step compiles; nothing is lost if it is interrupted.
                 with interrupts.held() if step > first else contextlib.nullcontext():
                     # Seeded per step, a resumed run draws what an uninterrupted one would have.
@@ -259,52 +197,23 @@ def _train(
 
 
 def _batches(
-    num_images: int, batch: int, first: int, num_steps: int, seed: int
+    num_examples: int, batch: int, first: int, num_steps: int, seed: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Steps from `first` on: (step, indices (B,), uses (B,)), in shuffled passes over the set."""
     orders: dict[int, Tensor] = {}
     for step in range(first, num_steps):
         places = torch.arange(step * batch, (step + 1) * batch)
-        passes = places // num_images
+        passes = places // num_examples
         for number in passes.unique().tolist():
             if number not in orders:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                orders[number] = torch.randperm(num_images, generator=generator)
+                orders[number] = torch.randperm(num_examples, generator=generator)
                 orders.pop(number - 2, None)
-        chosen = [orders[int(p)][int(i)] for p, i in zip(passes, places % num_images, strict=True)]
+        chosen = [orders[int(p)][int(i)] for p, i in zip(passes, places % num_examples, strict=True)]
         yield step, torch.stack(chosen), passes
 
 
-@torch.inference_mode()
-def _held_out_loss(
-    model: nn.Module, part: evaluate.ImageSet, device: torch.device, dtype: torch.dtype
-) -> float:
-    losses = [
-        flow_loss(model, images, labels, device, dtype)
-        for images, labels in zip(part.images.split(500), part.labels.split(500), strict=True)
-    ]
-    return round(torch.stack(losses).mean().item(), 5)
-
-
-def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[float, Tensor]:
-    """Eight images of each class at three guidance scales, 16 steps, from the saved weights."""
-    loaded = models.load_denoiser(folder, device)
-    labels = torch.arange(num_classes, device=device).repeat_interleave(8)
-    ids = torch.arange(len(labels), device=device)
-    shape = (loaded.channels, loaded.image_size, loaded.image_size)
-    grids = {}
-    for scale in (1.0, 1.5, 2.0):
-        sampler = DiffusionSampler(
-            loaded.module, scheduler=loaded.scheduler, image_shape=shape,
-            null_class=loaded.null_class, num_steps=16, guidance_scale=scale, device=device,
-            micro_batch_images=len(labels),
-        )  # fmt: skip
-        out = torch.empty((len(labels), *shape), dtype=torch.uint8, device=device)
-        grids[scale] = sampler.sample(ids, labels, out=out)
-    return grids
-
-
-def _prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:
+def prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:
     """The settings of the run (the saved ones on resume), its device and dtype."""
     config = run_dir.find(config) if resume else run_dir.name_new(config)
     runtime.set_num_threads(config.num_threads)
@@ -314,25 +223,28 @@ def _prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:
         return config, device, runtime.resolve_dtype(config.dtype, device)
 
 
-def _compiles(config: cfg.PretrainConfig, device: torch.device) -> bool:
+def compiles(config: cfg.PretrainConfig, device: torch.device) -> bool:
+    """Whether the model is compiled; "auto" means where the machine can."""
     if config.train.compile == "auto":
         return runtime.can_compile(device.type)
     return config.train.compile
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to `dtype`, off for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _write_card(
-    folder: Path, title: str, verb: str, config: cfg.PretrainConfig, facts: dict[str, Any]
-) -> None:
+def write_card(
+    folder: Path, title: str, verb: str, config: cfg.PretrainConfig, facts: dict[str, Any],
+    *, source: str = f"the training images less the last {HELD_OUT:,}; the test images decided "
+    "nothing",
+) -> None:  # fmt: skip
     """README.md beside the weights: command, settings and figures."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     text = (
-        f"# {title}\n\nMade by `dmkd {verb} CONFIG --data DIR` with the settings below, from the "
-        f"training images less the last {HELD_OUT:,}; the test images decided nothing, and the "
-        f"figures are those of the last step.\n\n| figure | value |\n|---|---|\n{rows}\n\n"
+        f"# {title}\n\nMade by `dmkd {verb}` with the settings below, from {source}. The figures "
+        f"are those of the last step.\n\n| figure | value |\n|---|---|\n{rows}\n\n"
         f"```yaml\n{cfg.dump(config)}```\n"
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

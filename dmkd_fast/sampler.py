@@ -9,6 +9,7 @@ Source of guidance: Ho & Salimans, classifier-free guidance (arXiv 2207.12598), 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,20 +80,30 @@ class DiffusionSampler:
             out[batch].copy_(_to_uint8(latents[:count]))
         return out
 
+    @torch.inference_mode()
+    def trajectory(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """All states of one micro-batch, noise first: (B,), (B,) -> (K + 1, B, c, h, w) float32."""
+        return torch.stack(list(self._states(ids, labels)))
+
     def _run(self, ids: Tensor, labels: Tensor) -> Tensor:
         """All K steps of one micro-batch: (B,), (B,) -> latents (B, c, h, w) float32."""
+        *_, latents = self._states(ids, labels)
+        return latents
+
+    def _states(self, ids: Tensor, labels: Tensor) -> Iterator[Tensor]:
         count = self.image_shape[0] * self.image_shape[1] * self.image_shape[2]
         latents = noise.normal(self.seed, ids, step=0, count=count).view(-1, *self.image_shape)
         if self.guidance_scale != 1.0:
             assert self.null_class is not None
             labels = torch.cat((labels, torch.full_like(labels, self.null_class)))  # (2B,)
+        yield latents
         table, before = self.table, torch.zeros_like(latents)
         for k in range(len(table.timesteps)):
             prediction = self._denoise(latents, table.timesteps[k], labels)
             newest = table.c[k] * latents + table.d[k] * prediction
             latents = table.a[k] * latents + table.b[k, 0] * newest + table.b[k, 1] * before
             before = newest
-        return latents
+            yield latents
 
     def _denoise(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         """Guided prediction (B, c, h, w) float32 from one call of the module."""

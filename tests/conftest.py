@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Schedule, Views
-from dmkd_fast.pretrain import FLOW
+from dmkd_fast.pretrain_diffusion import FLOW
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "fashion_mnist.yaml")

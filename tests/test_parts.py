@@ -63,7 +63,7 @@ def test_second_order_table_steps_like_dpm_solver(num_steps: int) -> None:
         final_sigmas_type="zero", lower_order_final=True,
     )  # fmt: skip
     scheduler.set_timesteps(num_steps)
-    table = solver_table(pretrain.FLOW, num_steps, torch.device("cpu"), solver="dpm++2m")
+    table = solver_table(pretrain_diffusion.FLOW, num_steps, torch.device("cpu"), solver="dpm++2m")
     torch.manual_seed(0)
     mine = theirs = torch.randn(2, 1, 8, 8)
     sigmas = flow_sigmas(num_steps, 1.0)
@@ -94,7 +94,7 @@ def test_unknown_schedulers_and_too_many_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="EDMEulerScheduler"):
         solver_table({"_class_name": "EDMEulerScheduler"}, 4, torch.device("cpu"))
     with pytest.raises(ValueError, match="at most 1000"):
-        solver_table(pretrain.FLOW, 1001, torch.device("cpu"))
+        solver_table(pretrain_diffusion.FLOW, 1001, torch.device("cpu"))
 
 
 def test_an_image_does_not_depend_on_the_others_made_with_it() -> None:
@@ -177,7 +177,7 @@ def test_one_label_mask_reaches_all_blocks_of_the_denoiser() -> None:
         )
         assert block.norm1.emb.class_embedder.dropout_prob == 0
     torch.manual_seed(0)
-    labels = pretrain.drop_labels(torch.arange(10).repeat(10), 10, 0.5)
+    labels = pretrain_diffusion.drop_labels(torch.arange(10).repeat(10), 10, 0.5)
     assert 20 < (labels == 10).sum() < 80
     latents, times = torch.randn(100, 1, 8, 8), torch.rand(100) * 1000
     # In train mode twice with one mask: the same output, so nothing else drops labels.
@@ -191,7 +191,7 @@ def test_saved_denoiser_loads_equal_here_and_in_diffusers(tmp_path: Path) -> Non
     model = models.new_pixel_dit(
         num_classes=3, channels=1, image_size=8, patch_size=4, num_layers=2, num_heads=2, head_dim=8
     )
-    models.save_denoiser(model.dit, pretrain.FLOW, tmp_path)
+    models.save_denoiser(model.dit, pretrain_diffusion.FLOW, tmp_path)
     loaded = models.load_denoiser(tmp_path, torch.device("cpu"))
     assert (loaded.num_classes, loaded.null_class, loaded.image_size) == (3, 3, 8)
     inputs = torch.randn(4, 1, 8, 8), torch.rand(4) * 1000, torch.tensor([0, 1, 2, 3])
