@@ -13,10 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmkd_fast.denoisers import load_denoiser
     from dmkd_fast.distill import Distiller, Schedule
     from dmkd_fast.evaluate import ImageSet, load_idx
     from dmkd_fast.labels import LabelStream
-    from dmkd_fast.models import load_classifier, load_denoiser, save_classifier
+    from dmkd_fast.models import load_classifier, save_classifier
     from dmkd_fast.ops.kd_loss import DistillKL, kd_loss, kd_loss_and_grad
     from dmkd_fast.ring_buffer import RingBuffer
     from dmkd_fast.sampler import DiffusionSampler
@@ -36,7 +37,7 @@ _HOMES = {
     "kd_loss": "ops.kd_loss",
     "kd_loss_and_grad": "ops.kd_loss",
     "load_classifier": "models",
-    "load_denoiser": "models",
+    "load_denoiser": "denoisers",
     "load_idx": "evaluate",
     "save_classifier": "models",
 }

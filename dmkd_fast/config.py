@@ -1,54 +1,104 @@
-"""Typed, frozen, strict settings; YAML files mirror the classes below exactly.
+"""The settings of every job, as classes that the YAML files mirror exactly.
 
-Stands on floor 0. `load` reads a file and applies `section.field=value` overrides; every mistake
-becomes one `ConfigError` line that says where, what was got, what was expected and what to change.
-Settings stop at the builders (`distill.py`, `pretrain.py`): nothing below ever sees them.
+Stands on floor 0; how files are read and mistakes explained is in `settings.py`. Settings stop at
+the builders (`job.py`, `pretrain.py`): nothing below ever sees them.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one line for the user."""
-
-
-class Section(BaseModel):
-    """Base of all settings: frozen, unknown keys refused, defaults checked."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
-    )
+from dmkd_fast.settings import ConfigError as ConfigError
+from dmkd_fast.settings import Section
+from dmkd_fast.settings import dump as dump
+from dmkd_fast.settings import load as load
+from dmkd_fast.settings import user_errors as user_errors
 
 
 class DenoiserConfig(Section):
     """Where the diffusion model comes from."""
 
     path: str
-    """Directory in diffusers format, or `embedded:NAME` for one shipped with the package."""
+    """Directory in diffusers format, `embedded:NAME` for one shipped with the package, or
+    `hf-hub:OWNER/NAME` for one on the Hugging Face Hub."""
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """Commit of an `hf-hub:` path: 40 hexadecimal digits, so that the weights never change."""
+    prompts: tuple[str, ...] | None = None
+    """One prompt per class, for text-to-image models."""
+    decoder: str | None = None
+    """Path of another autoencoder to decode latents with, such as an AutoencoderTiny."""
+
+    @model_validator(mode="after")
+    def _pinned(self) -> DenoiserConfig:
+        if self.path.startswith("hf-hub:") != (self.revision is not None):
+            raise ValueError(
+                f"got path={self.path!r} and revision={self.revision!r}, expected a revision "
+                "(40 hexadecimal digits) with an hf-hub: path and none with others"
+            )
+        return self
+
+
+# Cost and student accuracy of each are measured by `python -m benchmarks fidelity`.
+FIDELITY: dict[str, dict[str, Any]] = {
+    "low": {"num_steps": 4, "solver": "dpm++2m", "guidance_scale": 1.5},
+    "medium": {"num_steps": 8, "solver": "dpm++2m", "guidance_scale": 1.5},
+    "high": {"num_steps": 32, "solver": "dpm++2m", "guidance_scale": 2.0},
+}
 
 
 class SamplerConfig(Section):
     """How images are made."""
 
+    fidelity: Literal["low", "medium", "high"] | None = None
+    """Sets num_steps, solver and guidance_scale together; lower is cheaper."""
     num_steps: int = Field(8, ge=1, le=1000)
     """Denoising steps per image."""
-    solver: Literal["euler", "dpm++2m"] = "dpm++2m"
-    """First order (Euler for flow models, DDIM for others) or second order at the same cost."""
+    solver: Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"] = "auto"
+    """How a step is taken; auto: as the model's own scheduler does."""
     guidance_scale: float = Field(1.5, ge=1.0)
     """Classifier-free guidance; 1 means none (and half the cost)."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Share of the steps at which guidance starts and stops; outside it a step costs half."""
+    guidance_channels: int | None = Field(None, ge=1)
+    """Guide only the first so many channels (3 in the original DiT code)."""
+    attention: Literal["auto", "xformers", "sdpa", "products"] = "auto"
+    """Attention of DiTs; auto: by capability (xformers on CUDA where it can, else PyTorch's)."""
     micro_batch_images: int = Field(256, ge=1)
     """Images denoised together; part of what fixes an image's bits."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile of the denoiser; auto: where the machine has what that needs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("fidelity") not in FIDELITY:
+            return values
+        preset = FIDELITY[values["fidelity"]]
+        for name, value in preset.items():
+            if values.get(name, value) != value:
+                raise ValueError(
+                    f"{name}: got {values[name]} beside fidelity={values['fidelity']}, which sets "
+                    f"it to {value}; remove one of the two"
+                )
+        return preset | values
+
+    @model_validator(mode="after")
+    def _interval(self) -> SamplerConfig:
+        start, stop = self.guidance_interval
+        if not 0 <= start < stop <= 1:
+            raise ValueError(
+                f"guidance_interval: got [{start}, {stop}], expected 0 <= start < stop <= 1"
+            )
+        if self.guidance_scale == 1 and (
+            self.guidance_channels is not None or self.guidance_interval != (0.0, 1.0)
+        ):
+            raise ValueError(
+                "got guidance_interval or guidance_channels with guidance_scale=1, which turns "
+                "guidance off; remove them or raise guidance_scale"
+            )
+        return self
 
 
 class RingConfig(Section):
@@ -94,7 +144,7 @@ class ClassifierConfig(Section):
     """Directory with config.json and model.safetensors, or `embedded:NAME`."""
     arch: str | None = None
     """`lenet5`, `lenet5_half` or any timm model name."""
-    model_args: dict[str, Any] = {}
+    model_args: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the timm model."""
     stem: Literal["own", "conv3_pool", "conv3_stride2"] = "own"
     """First layers of a timm ResNet: its own (for 224 pixels); for small images a 3x3 convolution
@@ -281,107 +331,3 @@ class PretrainFewstepConfig(PretrainConfig):
                 f"pool_images * num_steps={self.pool_images * self.num_steps}; change one"
             )
         return self
-
-
-C = TypeVar("C", bound=RunConfig)
-
-
-def load(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
-    """Read a YAML file as `kind` and apply overrides.
-
-    Args:
-        kind: The settings class the file mirrors.
-        path: YAML file.
-        overrides: `section.field=value` strings; values are parsed as YAML.
-
-    Raises:
-        ConfigError: The file is missing or not YAML, a key is unknown, a value has the wrong type
-            or range, or settings contradict each other.
-    """
-    return _validate(kind, apply_overrides(_read_yaml(Path(path)), overrides or []), str(path))
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Errors of loading what the settings name become ConfigError: one line, no traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-
-
-def dump(config: RunConfig) -> str:
-    """All settings as YAML that `load` reads back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Set `section.field=value` entries in nested dictionaries."""
-    for text in overrides:
-        key, equals, raw = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(
-                f"override {text!r}: expected section.field=value, for example sampler.num_steps=4"
-            )
-        *sections, field = key.split(".")
-        target = values
-        for name in sections:
-            target = target.setdefault(name, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"override {text!r}: {name} is a value, not a section")
-        try:
-            target[field] = yaml.safe_load(raw)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {text!r}: the value is not valid YAML; quote it") from None
-    return values
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"config {path}: {error.strerror or error}; give the path of a YAML file (see configs/)"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()
-        raise ConfigError(
-            f"config {path}: not valid YAML ({reason[0]} ... {reason[-1].strip()})"
-        ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config {path}: got {type(values).__name__}, expected key: value lines")
-    return values
-
-
-def _validate(kind: type[C], values: dict[str, Any], where: str) -> C:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(kind, error.errors()[0])}") from None
-
-
-def _explain(kind: type[Section], problem: Any) -> str:
-    """One line for one pydantic error."""
-    location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(kind, location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {name!r}; {hint}"
-    if problem["type"] == "missing":
-        return f"{name}: missing; add it or pass {name}=VALUE"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{name}: {message}" if name else message
-    expected = message.removeprefix("Input should be ")
-    return f"{name}: got {problem['input']!r}, expected {expected}; change it or pass {name}=VALUE"
-
-
-def _fields_at(kind: type[Section], location: list[str]) -> list[str]:
-    """Field names of the section at `location`."""
-    section: Any = kind
-    for name in location:
-        field = getattr(section, "model_fields", {}).get(name)
-        section = field.annotation if field is not None else None
-    return list(getattr(section, "model_fields", {}))

@@ -6,8 +6,9 @@ Stands on floor 3; the only place where settings meet the parts of `distill.py`.
 from __future__ import annotations
 
 import json
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from torch import nn
 
 from dmkd_fast import config as cfg
-from dmkd_fast import evaluate, models, pictures, run_dir, runtime
+from dmkd_fast import denoisers, evaluate, models, pictures, run_dir, runtime
+from dmkd_fast.assets import licence
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.distill import Distiller, Schedule
+from dmkd_fast.dit import LeanDiT
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.ring_buffer import RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
@@ -30,7 +33,7 @@ STUDENT, SUMMARY = "student", "summary.json"
 class Parts:
     """Models and data of a run, loaded and checked against each other."""
 
-    denoiser: models.Denoiser
+    denoiser: denoisers.Denoiser
     teacher: nn.Module
     student: nn.Module
     student_spec: models.ClassifierSpec
@@ -71,7 +74,7 @@ def load_parts(config: cfg.DistillConfig) -> Parts:
     """
     device = torch.device(config.device)
     with cfg.user_errors():
-        denoiser = models.load_denoiser(resolve_path(config.denoiser.path), device)
+        denoiser = _denoiser(config.denoiser, device)
         test_set = evaluate.load_idx(resolve_path(config.eval.path), "t10k").to(device)
         if config.teacher.path is None:
             raise ValueError("teacher: got arch, expected path; a teacher needs trained weights")
@@ -88,22 +91,47 @@ def load_parts(config: cfg.DistillConfig) -> Parts:
     return parts
 
 
+def choose_attention(config: cfg.DistillConfig, denoiser: denoisers.Denoiser) -> cfg.DistillConfig:
+    """Fix the denoiser's attention; the result is saved with the run and reused on resume.
+
+    Raises:
+        ConfigError: The one asked for cannot run here.
+    """
+    name = config.sampler.attention
+    with cfg.user_errors():
+        if isinstance(denoiser.module, LeanDiT):
+            name = denoiser.module.choose_attention(
+                name, device=torch.device(config.device), dtype=getattr(torch, config.dtype)
+            )
+        elif name not in ("auto", "sdpa"):
+            raise ValueError(
+                f"sampler.attention: got {name} for a {type(denoiser.module).__name__}, expected "
+                "sdpa; set sampler.attention=auto"
+            )
+        else:
+            name = "sdpa"
+    sampler = config.sampler.model_copy(update={"attention": name})
+    return config.model_copy(update={"sampler": sampler})
+
+
 def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Distiller:
     """Assemble a resolved config and its parts."""
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    shape = (parts.denoiser.channels, parts.denoiser.image_size, parts.denoiser.image_size)
+    denoiser, sampling = parts.denoiser, config.sampler
     with cfg.user_errors():
         sampler = DiffusionSampler(
-            parts.denoiser.module, scheduler=parts.denoiser.scheduler, image_shape=shape,
-            null_class=parts.denoiser.null_class, num_steps=config.sampler.num_steps,
-            solver=config.sampler.solver,
-            guidance_scale=config.sampler.guidance_scale,
-            micro_batch_images=config.sampler.micro_batch_images, dtype=dtype, device=device,
-            seed=config.seed, compile=config.sampler.compile is True,
+            denoiser.module, scheduler=denoiser.scheduler, latent_shape=denoiser.latent_shape,
+            decoder=denoiser.decoder, null_class=denoiser.null_class,
+            takes_guidance=denoiser.takes_guidance, num_classes=denoiser.num_classes,
+            num_steps=sampling.num_steps, solver=sampling.solver,
+            guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
+            guidance_channels=sampling.guidance_channels,
+            micro_batch_images=sampling.micro_batch_images, dtype=dtype, device=device,
+            seed=config.seed, compile=sampling.compile is True,
         )  # fmt: skip
         ring = RingBuffer(
-            config.ring.capacity_images, image_shape=shape,
-            block_images=config.sampler.micro_batch_images,
+            config.ring.capacity_images, image_shape=denoiser.image_shape,
+            block_images=sampling.micro_batch_images,
             samples_per_insert=config.ring.samples_per_insert,
             min_fill_images=config.ring.min_fill_images, device=device, seed=config.seed,
         )  # fmt: skip
@@ -142,13 +170,13 @@ def memory_plan(config: cfg.DistillConfig, parts: Parts) -> dict[str, int]:
     """Bytes that a run keeps on its device, by part; activations come on top."""
     block = config.sampler.micro_batch_images
     slots = -(-config.ring.capacity_images // block) * block
-    pixels = parts.denoiser.channels * parts.denoiser.image_size**2
+    pixels = math.prod(parts.denoiser.image_shape)
     compute = getattr(torch, config.dtype).itemsize
     weights = sum(p.numel() for p in parts.student.parameters())
     moments = 2 if config.optim.name == "adamw" else 1
     return {
         "ring": slots * (pixels + 3 * 8),
-        "denoiser": compute * sum(p.numel() for p in parts.denoiser.module.parameters()),
+        "denoiser": compute * sum(p.numel() for p in _parameters(parts.denoiser)),
         "teacher": 4 * sum(p.numel() for p in parts.teacher.parameters()),
         "student, gradients, optimizer, average": 4 * weights * (3 + moments),
         "test images": parts.test_set.images.numel(),
@@ -173,6 +201,10 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
     clock = runtime.Clock()
     config = resolve(run_dir.find(config) if resume else config)
     parts = load_parts(config)
+    config = choose_attention(config, parts.denoiser)
+    if show:
+        note = f"{config.denoiser.path}: weights under licence {parts.denoiser.licence}"
+        print(note, file=sys.stderr)
     distiller = build(config, parts, show=show)
     distiller.clock = clock  # Loading counts as part of the run.
     if resume:
@@ -192,6 +224,7 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
     summary = {
         **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
         **distiller.totals(),
+        "denoiser_licence": parts.denoiser.licence,
         "run_dir": str(folder),
     }
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -220,6 +253,20 @@ def evaluate_run(folder: Path) -> dict[str, float]:
         evaluate.predict(model, test_set.images, views.whole) for model in (student, teacher)
     )
     return evaluate.score(student_logits, test_set.labels, teacher_logits)
+
+
+def _denoiser(settings: cfg.DenoiserConfig, device: torch.device) -> denoisers.Denoiser:
+    """The diffusion model that the settings name; fetched first if it is on the Hub."""
+    loaded = denoisers.load_denoiser(
+        resolve_path(settings.path, settings.revision), device, prompts=settings.prompts,
+        decoder=None if settings.decoder is None else resolve_path(settings.decoder),
+    )  # fmt: skip
+    return replace(loaded, licence=licence(settings.path) or loaded.licence)
+
+
+def _parameters(denoiser: denoisers.Denoiser) -> list[nn.Parameter]:
+    decoder = [] if denoiser.decoder is None else list(denoiser.decoder.parameters())
+    return [*denoiser.module.parameters(), *decoder]
 
 
 def _student(
@@ -251,13 +298,13 @@ def _student(
 
 
 def _check_fit(
-    config: cfg.DistillConfig, denoiser: models.Denoiser, teacher: models.ClassifierSpec,
+    config: cfg.DistillConfig, denoiser: denoisers.Denoiser, teacher: models.ClassifierSpec,
     test_set: evaluate.ImageSet,
 ) -> None:  # fmt: skip
     """Classes, channels and sizes must agree."""
     facts = (
         ("classes", denoiser.num_classes, teacher.num_classes, len(test_set.class_names)),
-        ("channels", denoiser.channels, teacher.in_chans, test_set.images.shape[1]),
+        ("channels", denoiser.image_shape[0], teacher.in_chans, test_set.images.shape[1]),
     )
     for what, made, judged, tested in facts:
         if not made == judged == tested:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmkd_fast import config as cfg
-from dmkd_fast import evaluate, models, optim, pictures, run_dir
+from dmkd_fast import denoisers, evaluate, pictures, run_dir
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.pretrain import autocast, compiles, load_real, prepare, train, write_card
 from dmkd_fast.sampler import DiffusionSampler
@@ -48,7 +48,7 @@ def denoiser(
         real = load_real(data, device)
     channels, size = real.train.images.shape[1:3]
     num_classes = len(real.train.class_names)
-    model = models.new_pixel_dit(
+    model = denoisers.new_pixel_dit(
         num_classes=num_classes, channels=channels, image_size=size, patch_size=config.patch_size,
         num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim,
     ).to(device)  # fmt: skip
@@ -65,11 +65,13 @@ def denoiser(
     facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, device, dtype)
     target = folder / "model"
     target.mkdir(exist_ok=True)
-    models.save_denoiser(average.module.dit, FLOW, target)
+    denoisers.save_denoiser(average.module.dit, FLOW, target)
     grids = _sample_grids(target, num_classes, device)
     for scale, images in grids.items():
         pictures.grid(images, real.train.class_names, target / f"samples_guidance_{scale:g}.png")
-    write_card(target, f"{config.name}: pixel DiT", "pretrain denoiser CONFIG --data DIR", config, facts)
+    write_card(
+        target, f"{config.name}: pixel DiT", "pretrain denoiser CONFIG --data DIR", config, facts
+    )
     return facts
 
 
@@ -110,15 +112,17 @@ def fewstep(config: cfg.PretrainFewstepConfig, *, resume: bool = False) -> dict[
     """
     config, device, dtype = prepare(config, resume)
     with cfg.user_errors():
-        start = models.load_denoiser(resolve_path(config.denoiser.path), device)
+        start = denoisers.load_denoiser(resolve_path(config.denoiser.path), device)
         if start.scheduler.get("_class_name") != FLOW["_class_name"]:
             raise ValueError(
                 f"denoiser.path: got a {start.scheduler.get('_class_name')}, expected a flow model "
                 f"({FLOW['_class_name']}); use one from `dmkd pretrain denoiser`"
             )
     pool = Pool(start, config, device, dtype)
-    model = models.load_denoiser(resolve_path(config.denoiser.path), device).module
-    models.share_embedder(model.dit)
+    model: Any = denoisers.load_denoiser(
+        resolve_path(config.denoiser.path), device, lean=False
+    ).module
+    denoisers.share_embedder(model.dit)
     model.requires_grad_(True)
     forward = torch.compile(model) if compiles(config, device) else model
 
@@ -141,7 +145,7 @@ def fewstep(config: cfg.PretrainFewstepConfig, *, resume: bool = False) -> dict[
         "distilled_steps": config.num_steps,
         "distilled_guidance_scale": config.sampler.guidance_scale,
     }
-    models.save_denoiser(average.module.dit, scheduler, target)
+    denoisers.save_denoiser(average.module.dit, scheduler, target)
     facts |= _compare(target, pool, start, config, device)
     write_card(
         target, f"{config.name}: {config.num_steps}-step pixel DiT", "pretrain fewstep CONFIG",
@@ -154,17 +158,17 @@ class Pool:
     """Guided trajectories of the teacher at the K + 1 states that the few-step model steps over."""
 
     def __init__(
-        self, start: models.Denoiser, config: cfg.PretrainFewstepConfig, device: torch.device,
+        self, start: denoisers.Denoiser, config: cfg.PretrainFewstepConfig, device: torch.device,
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.size, self.num_steps, self.device = config.pool_images, config.num_steps, device
         self.num_classes = start.num_classes
         self.stride = config.sampler.num_steps // config.num_steps
-        shape = (start.channels, start.image_size, start.image_size)
+        shape = start.latent_shape
         compiled = config.sampler.compile
         with cfg.user_errors():
             self.sampler = DiffusionSampler(
-                start.module, scheduler=start.scheduler, image_shape=shape,
+                start.module, scheduler=start.scheduler, latent_shape=shape,
                 null_class=start.null_class, num_steps=config.sampler.num_steps,
                 solver=config.sampler.solver, guidance_scale=config.sampler.guidance_scale,
                 micro_batch_images=config.sampler.micro_batch_images, dtype=dtype, device=device,
@@ -192,7 +196,7 @@ class Pool:
         self._number = number
 
     def trajectories(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """States at the K + 1 noise levels, (K + 1, B, c, H, W) float32, B a micro-batch or less."""
+        """States at the K + 1 noise levels: (B,), (B,) -> (K + 1, B, c, H, W) float32."""
         return self.sampler.trajectory(ids, labels)[:: self.stride]
 
     def intervals(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,17 +209,17 @@ class Pool:
 
 @torch.inference_mode()
 def _compare(
-    folder: Path, pool: Pool, start: models.Denoiser, config: cfg.PretrainFewstepConfig,
+    folder: Path, pool: Pool, start: denoisers.Denoiser, config: cfg.PretrainFewstepConfig,
     device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """Saved few-step model and teacher from the same new noise: RMS differences and a picture."""
-    loaded = models.load_denoiser(folder, device)
+    loaded = denoisers.load_denoiser(folder, device)
     size = pool.sampler.micro_batch_images
     ids = HELD_OUT_ID + torch.arange(size, device=device)
     labels = ids % start.num_classes
     wanted = pool.trajectories(ids, labels)[-1]
     shared: dict[str, Any] = {
-        "image_shape": pool.sampler.image_shape, "null_class": start.null_class,
+        "latent_shape": start.latent_shape, "null_class": start.null_class,
         "num_steps": config.num_steps, "micro_batch_images": size, "device": device,
         "seed": config.seed,
     }  # fmt: skip
@@ -229,7 +233,7 @@ def _compare(
         got = sampler.trajectory(ids, labels)[-1].clamp(-1, 1)
         facts[name] = round((got - wanted.clamp(-1, 1)).square().mean().sqrt().item(), 4)
     classes = torch.arange(start.num_classes, device=device).repeat_interleave(8)
-    out = torch.empty((len(classes), *pool.sampler.image_shape), dtype=torch.uint8, device=device)
+    out = torch.empty((len(classes), *start.latent_shape), dtype=torch.uint8, device=device)
     made.sample(HELD_OUT_ID + torch.arange(len(classes), device=device), classes, out=out)
     names = [str(label) for label in range(start.num_classes)]
     pictures.grid(out, names, folder / "samples.png")
@@ -237,7 +241,7 @@ def _compare(
 
 
 def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """With 49 tokens the CPU's flash backward takes half of the whole step; plain products do not."""
+    """With 49 tokens the CPU's flash backward takes half of the whole step; products do not."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
@@ -254,14 +258,14 @@ def _held_out_loss(
 
 def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[float, Tensor]:
     """Eight images of each class at three guidance scales, 16 steps, from the saved weights."""
-    loaded = models.load_denoiser(folder, device)
+    loaded = denoisers.load_denoiser(folder, device)
     labels = torch.arange(num_classes, device=device).repeat_interleave(8)
     ids = torch.arange(len(labels), device=device)
-    shape = (loaded.channels, loaded.image_size, loaded.image_size)
+    shape = loaded.latent_shape
     grids = {}
     for scale in (1.0, 1.5, 2.0):
         sampler = DiffusionSampler(
-            loaded.module, scheduler=loaded.scheduler, image_shape=shape,
+            loaded.module, scheduler=loaded.scheduler, latent_shape=shape,
             null_class=loaded.null_class, num_steps=16, guidance_scale=scale, device=device,
             micro_batch_images=len(labels),
         )  # fmt: skip

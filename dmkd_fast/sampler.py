@@ -1,14 +1,18 @@
 """Makes class-conditional images with a diffusion model, straight into the slots it is given.
 
-Stands on floor 2. The noise of an image is keyed by (seed, image id), so an image does not depend
-on the others made with it; its bits are fixed for a fixed micro-batch, device and build.
-B micro-batch, c channels, h w latent cells (pixels, for a pixel model), K steps.
+Stands on floor 2. The noise of an image is keyed by (seed, image id, step), so an image does not
+depend on the others made with it; its bits are fixed for a fixed micro-batch, device and build.
+Shapes never change and nothing inside waits for the device, so the loop compiles to one graph per
+kind of step and, on CUDA, is captured whole.
+B micro-batch, c channels, h w latent cells (pixels, for a pixel model), H W pixels, K steps.
 
-Source of guidance: Ho & Salimans, classifier-free guidance (arXiv 2207.12598), eq. 6.
+Sources: Ho & Salimans, classifier-free guidance (arXiv 2207.12598), eq. 6; Kynkaanniemi et al.,
+guidance in an interval (arXiv 2404.07724); solvers: see solvers.py.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,49 +20,74 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast.ops import noise
-from dmkd_fast.solvers import Solver, solver_table
+from dmkd_fast.solvers import Solver, SolverTable, solver_table
+
+# Images that pass the decoder at a time: its activations are hundreds of times the latents, and
+# its speed no longer grows beyond this.
+MOST_DECODED = 8
 
 
 class DiffusionSampler:
     """Fixed-shape sampling loop over a coefficient table.
 
     Args:
-        module: `module(latents (B, c, h, w), timesteps (B,), labels (B,))` -> (B, c, h, w).
+        module: `module(latents (B, c, h, w), timesteps (B,), labels (B,))` -> (B, c, h, w), or
+            (B, 2c, h, w) if it also predicts variances. Moved and cast in place.
         scheduler: Content of the model's scheduler_config.json; fixes objective and solver.
-        image_shape: (c, h, w).
+        latent_shape: (c, h, w).
+        decoder: Latents -> images in [-1, 1]; None for a pixel model.
         null_class: Label that stands for "no class"; None if the model has none.
+        takes_guidance: The module has a fourth input, the guidance scales (B,).
+        num_classes: Labels are checked against it, on a CPU; None skips that.
         num_steps: K.
-        solver: "euler" or "dpm++2m", see `solvers.py`.
+        solver: See `solvers.py`; "auto" is the scheduler's own.
         guidance_scale: 1 means no guidance.
+        guidance_interval: Steps int(start * K) to int(stop * K) - 1 are guided; the others run
+            without their unconditional half.
+        guidance_channels: Guide only the first so many channels (the original DiT code: 3);
+            None: all.
         micro_batch_images: B; smaller requests are filled up, so shapes never change.
         dtype: Compute dtype of the module; latents stay float32 between steps.
         device: Where everything lives.
         seed: Of the noise.
-        compile: torch.compile the module.
+        compile: torch.compile each kind of step and the decoder.
 
     Raises:
-        ValueError: Guidance without a null class, or an unsupported scheduler.
+        ValueError: Guidance without a null class, or an unsupported scheduler or setting.
     """
 
     def __init__(
-        self, module: nn.Module, *, scheduler: dict[str, Any], image_shape: tuple[int, int, int],
-        null_class: int | None = None, num_steps: int = 8, solver: Solver = "euler",
-        guidance_scale: float = 1.0,
+        self, module: nn.Module, *, scheduler: dict[str, Any], latent_shape: tuple[int, int, int],
+        decoder: nn.Module | None = None, null_class: int | None = None,
+        takes_guidance: bool = False, num_classes: int | None = None, num_steps: int = 8,
+        solver: Solver = "auto", guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0), guidance_channels: int | None = None,
         micro_batch_images: int = 64, dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu", seed: int = 0, compile: bool = False,
     ) -> None:  # fmt: skip
-        if guidance_scale != 1.0 and null_class is None:
-            raise ValueError(
-                f"guidance_scale: got {guidance_scale} for a model without a null class, "
-                "expected 1; set guidance_scale=1"
-            )
-        self.device = torch.device(device)
-        self.image_shape, self.null_class = image_shape, null_class
-        self.guidance_scale, self.micro_batch_images = guidance_scale, micro_batch_images
-        self.dtype, self.seed = dtype, seed
-        self._module = module.to(device=self.device, dtype=dtype)
-        self._predict = torch.compile(self._module, dynamic=False) if compile else self._module
+        self.device, self.dtype, self.seed = torch.device(device), dtype, seed
+        _check_guidance(scheduler, guidance_scale, null_class, takes_guidance)
+        self.latent_shape, self.null_class, self.num_classes = latent_shape, null_class, num_classes
+        self.guidance_scale, self.takes_guidance = guidance_scale, takes_guidance
+        self.guidance_channels = guidance_channels
+        self.micro_batch_images = micro_batch_images
         self.table = solver_table(scheduler, num_steps, self.device, solver=solver)
+        self._noisy = self.table.stochastic
+        first, last = (int(share * num_steps) for share in guidance_interval)
+        batched = guidance_scale != 1.0 and not takes_guidance
+        self._guided = [batched and first <= k < last for k in range(num_steps)]
+        self._module = module.to(device=self.device, dtype=dtype)
+        self._decoder = None if decoder is None else decoder.to(device=self.device, dtype=dtype)
+        self._advance, self._finish = _advance, _decode
+        if compile:
+            self._advance = torch.compile(_copy(_advance), fullgraph=True, dynamic=False)
+            self._finish = torch.compile(_copy(_decode), fullgraph=True, dynamic=False)
+        self._graph: _Graph | None = None
+
+    @property
+    def forwards_per_image(self) -> int:
+        """Evaluations of the module that one image takes, unconditional ones included."""
+        return len(self._guided) + sum(self._guided)
 
     @torch.inference_mode()
     def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
@@ -67,17 +96,20 @@ class DiffusionSampler:
         Args:
             ids: (n,) int64 image ids; each fixes its image's noise.
             labels: (n,) int64 classes.
-            out: (n, c, H, W) uint8, written in place.
+            out: (n, 1 or 3, H, W) uint8, written in place.
 
         Returns:
             `out`.
+
+        Raises:
+            ValueError: A label is not a class of the model.
         """
+        self._check_labels(labels)
         size = self.micro_batch_images
         for start in range(0, len(ids), size):
             batch = slice(start, start + size)
-            count = len(ids[batch])
-            latents = self._run(_fill(ids[batch], size), _fill(labels[batch], size))
-            out[batch].copy_(_to_uint8(latents[:count]))
+            images = self._images(_fill(ids[batch], size), _fill(labels[batch], size))
+            out[batch].copy_(images[: len(ids[batch])])
         return out
 
     @torch.inference_mode()
@@ -85,43 +117,173 @@ class DiffusionSampler:
         """All states of one micro-batch, noise first: (B,), (B,) -> (K + 1, B, c, h, w) float32."""
         return torch.stack(list(self._states(ids, labels)))
 
-    def _run(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """All K steps of one micro-batch: (B,), (B,) -> latents (B, c, h, w) float32."""
+    def _images(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """One micro-batch, (B,) and (B,) -> (B, 1 or 3, H, W) uint8; replayed on CUDA."""
+        if self.device.type != "cuda":
+            return self._make(ids, labels)
+        if self._graph is None:
+            self._graph = _Graph(self._make, ids, labels)
+        return self._graph(ids, labels)
+
+    def _make(self, ids: Tensor, labels: Tensor) -> Tensor:
         *_, latents = self._states(ids, labels)
-        return latents
+        if self._decoder is None:
+            return self._finish(None, latents, self.dtype)
+        size = min(MOST_DECODED, len(latents))
+        parts = [
+            self._finish(self._decoder, _fill(part, size), self.dtype)[: len(part)]
+            for part in latents.split(size)
+        ]
+        return torch.cat(parts)
 
     def _states(self, ids: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        count = self.image_shape[0] * self.image_shape[1] * self.image_shape[2]
-        latents = noise.normal(self.seed, ids, step=0, count=count).view(-1, *self.image_shape)
-        if self.guidance_scale != 1.0:
+        """The K + 1 states of one micro-batch, each (B, c, h, w) float32."""
+        table = self.table
+        x = table.initial_scale * self._noise(ids, step=0)
+        yield x
+        both = labels
+        if any(self._guided):
             assert self.null_class is not None
-            labels = torch.cat((labels, torch.full_like(labels, self.null_class)))  # (2B,)
-        yield latents
-        table, before = self.table, torch.zeros_like(latents)
-        for k in range(len(table.timesteps)):
-            prediction = self._denoise(latents, table.timesteps[k], labels)
-            newest = table.c[k] * latents + table.d[k] * prediction
-            latents = table.a[k] * latents + table.b[k, 0] * newest + table.b[k, 1] * before
-            before = newest
-            yield latents
+            both = torch.cat((labels, torch.full_like(labels, self.null_class)))  # (2B,)
+        before = torch.zeros_like(x)
+        for k, guided in enumerate(self._guided):
+            fresh = self._noise(ids, step=k + 1) if self._noisy[k] else None
+            x, before = self._advance(
+                self._module, x, before, table.rows[k], both if guided else labels, fresh,
+                guided=guided, scale=self.guidance_scale, channels=self.guidance_channels,
+                takes_guidance=self.takes_guidance, clip=table.clip,
+                learned_variance=table.learned_variance, dtype=self.dtype,
+            )  # fmt: skip
+            yield x
 
-    def _denoise(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        """Guided prediction (B, c, h, w) float32 from one call of the module."""
-        guided = self.guidance_scale != 1.0
-        inputs = torch.cat((latents, latents)) if guided else latents
-        timesteps = timestep.expand(len(inputs))
-        prediction = self._predict(inputs.to(self.dtype), timesteps, labels).float()
-        if not guided:
-            return prediction
+    def _noise(self, ids: Tensor, step: int) -> Tensor:
+        """(B,) ids -> (B, c, h, w) float32."""
+        c, h, w = self.latent_shape
+        return noise.normal(self.seed, ids, step=step, count=c * h * w).view(-1, c, h, w)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        # On CUDA this would wait for the device; there the embedding itself asserts.
+        if self.num_classes is None or labels.device.type != "cpu" or len(labels) == 0:
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"labels: got {low if low < 0 else high}, expected 0 to {self.num_classes - 1}, "
+                "the classes of this model; change the labels"
+            )
+
+
+def _advance(
+    module: nn.Module, x: Tensor, before: Tensor, row: Tensor, labels: Tensor,
+    fresh: Tensor | None, *, guided: bool, scale: float, channels: int | None,
+    takes_guidance: bool, clip: float | None, learned_variance: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step of any solver: x, before (B, c, h, w) float32 -> the next two.
+
+    Args:
+        module: The denoiser.
+        x: State.
+        before: Clipped image estimate of the step before.
+        row: (len(SolverTable.COLUMNS),) float32.
+        labels: (B,), or (2B,) with the null class in the second half if guided.
+        fresh: New noise (B, c, h, w), or None.
+        guided: Whether to combine conditional and unconditional prediction.
+        scale: Guidance scale.
+        channels: How many channels it applies to; None: all.
+        takes_guidance: Whether the scale is an input of the module.
+        clip: Bound of the image estimate, or None.
+        learned_variance: Whether the module's second half interpolates the noise's variance.
+        dtype: Of the module.
+    """
+    values = dict(zip(SolverTable.COLUMNS, row.unbind(), strict=True))
+    inputs = (values["input_scale"] * x).to(dtype)
+    if guided:
+        inputs = torch.cat((inputs, inputs))
+    timesteps = values["timestep"].expand(len(inputs))
+    if takes_guidance:
+        output = module(inputs, timesteps, labels, torch.full_like(timesteps, scale))
+    else:
+        output = module(inputs, timesteps, labels)
+    width = x.shape[1]
+    prediction, variance = output[:, :width].float(), output[: len(x), width:].float()
+    if guided:
         conditional, unconditional = prediction.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        prediction = unconditional + scale * (conditional - unconditional)
+        if channels is not None:
+            prediction = torch.cat((prediction[:, :channels], conditional[:, channels:]), dim=1)
+    estimate = values["skip"] * x + values["out"] * prediction
+    newest = estimate if clip is None else estimate.clamp(-clip, clip)
+    x = values["a"] * x + values["b0"] * newest + values["b1"] * before + values["u"] * estimate
+    if fresh is not None:
+        deviation = values["n"]
+        if learned_variance:
+            share = (variance + 1) / 2
+            low, high = values["log_variance_low"], values["log_variance_high"]
+            deviation = deviation * torch.exp((share * high + (1 - share) * low) / 2)
+        x = x + deviation * fresh
+    return x, newest
+
+
+def _decode(decoder: nn.Module | None, latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Latents (B, c, h, w) float32 -> (B, 1 or 3, H, W) uint8, rounded to the nearest level."""
+    images = latents
+    if decoder is not None:
+        latents = latents.to(dtype).contiguous(memory_format=torch.channels_last)
+        images = decoder(latents).float()
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class _Graph:
+    """All of one micro-batch as one CUDA graph: two small copies in, one launch."""
+
+    def __init__(self, make: Any, ids: Tensor, labels: Tensor) -> None:
+        self._ids, self._labels = ids.clone(), labels.clone()
+        # Compilation and lazy initialisation must be over before the capture.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                make(self._ids, self._labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._images = make(self._ids, self._labels)
+
+    def __call__(self, ids: Tensor, labels: Tensor) -> Tensor:
+        self._ids.copy_(ids)
+        self._labels.copy_(labels)
+        self._graph.replay()
+        return self._images
+
+
+def _check_guidance(
+    scheduler: dict[str, Any], scale: float, null_class: int | None, takes_guidance: bool
+) -> None:
+    if scale == 1.0:
+        return
+    if "distilled_guidance_scale" in scheduler:
+        raise ValueError(
+            f"guidance_scale: got {scale} for a denoiser that has guidance "
+            f"{scheduler['distilled_guidance_scale']} folded in, expected 1; set guidance_scale=1"
+        )
+    if null_class is None and not takes_guidance:
+        raise ValueError(
+            f"guidance_scale: got {scale} for a model without a null class, "
+            "expected 1; set guidance_scale=1"
+        )
+
+
+def _copy(function: Any) -> Any:
+    """The same function with a code object of its own.
+
+    torch.compile keeps its graphs per code object and gives up after eight, so samplers that
+    shared one would run out.
+    """
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _fill(values: Tensor, size: int) -> Tensor:
     """Repeat the last entry until there are `size`."""
-    return torch.cat((values, values[-1:].expand(size - len(values))))
-
-
-def _to_uint8(latents: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255, rounded to the nearest level."""
-    return (latents * 127.5 + 127.5).round().clamp_(0, 255).to(torch.uint8)
+    return torch.cat((values, values[-1:].expand(size - len(values), *values.shape[1:])))

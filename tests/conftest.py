@@ -41,7 +41,7 @@ class TinyDenoiser(nn.Module):
 def tiny_sampler(**changes: object) -> DiffusionSampler:
     """Four classes of 8 x 8 images."""
     settings: dict[str, object] = {
-        "scheduler": FLOW, "image_shape": (1, 8, 8), "null_class": 4, "num_steps": 3,
+        "scheduler": FLOW, "latent_shape": (1, 8, 8), "null_class": 4, "num_steps": 3,
         "guidance_scale": 2.0, "micro_batch_images": 16,
     }  # fmt: skip
     return DiffusionSampler(TinyDenoiser(), **(settings | changes))  # type: ignore[arg-type]

@@ -14,7 +14,15 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from dmkd_fast import LabelStream, checkpoint, evaluate, models, optim, pretrain
+from dmkd_fast import (
+    LabelStream,
+    checkpoint,
+    denoisers,
+    evaluate,
+    models,
+    optim,
+    pretrain_diffusion,
+)
 from dmkd_fast.assets import resolve
 from dmkd_fast.solvers import flow_sigmas, solver_table
 
@@ -40,7 +48,9 @@ def test_flow_table_steps_like_the_scheduler(num_steps: int, shift: float) -> No
     scheduler.set_timesteps(sigmas=sigmas)
     table = solver_table(dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
                          num_steps, torch.device("cpu"))  # fmt: skip
-    torch.testing.assert_close(table.timesteps, scheduler.timesteps.float(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        table.column("timestep"), scheduler.timesteps.float(), rtol=1e-5, atol=1e-3
+    )
     _same_trajectory(scheduler, table)
 
 
@@ -51,7 +61,7 @@ def test_ddim_table_steps_like_the_scheduler(num_steps: int, schedule: str) -> N
     scheduler.set_timesteps(num_steps)
     table = solver_table(dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
                          num_steps, torch.device("cpu"))  # fmt: skip
-    assert table.timesteps.tolist() == scheduler.timesteps.tolist()
+    assert table.column("timestep").tolist() == scheduler.timesteps.tolist()
     _same_trajectory(scheduler, table)
 
 
@@ -70,9 +80,10 @@ def test_second_order_table_steps_like_dpm_solver(num_steps: int) -> None:
     # Its own grid starts just below pure noise; ours starts at it, where the first step is exact.
     scheduler.sigmas = sigmas.float().clamp(max=1 - 1e-6)
     before = torch.zeros_like(mine)
+    skip, out, a, b0, b1 = (table.column(name) for name in ("skip", "out", "a", "b0", "b1"))
     for k, timestep in enumerate(scheduler.timesteps):
-        newest = table.c[k] * mine + table.d[k] * torch.tanh(mine)
-        mine = table.a[k] * mine + table.b[k, 0] * newest + table.b[k, 1] * before
+        newest = skip[k] * mine + out[k] * torch.tanh(mine)
+        mine = a[k] * mine + b0[k] * newest + b1[k] * before
         before = newest
         theirs = scheduler.step(torch.tanh(theirs), timestep, theirs).prev_sample
         if k == 0:
@@ -83,9 +94,10 @@ def test_second_order_table_steps_like_dpm_solver(num_steps: int) -> None:
 def _same_trajectory(scheduler, table) -> None:
     torch.manual_seed(0)
     mine = theirs = torch.randn(2, 1, 8, 8)
+    skip, out, a, b0, u = (table.column(name) for name in ("skip", "out", "a", "b0", "u"))
     for k, timestep in enumerate(scheduler.timesteps):
-        image = table.c[k] * mine + table.d[k] * torch.tanh(mine)
-        mine = table.a[k] * mine + table.b[k, 0] * image
+        image = skip[k] * mine + out[k] * torch.tanh(mine)
+        mine = a[k] * mine + (b0[k] + u[k]) * image
         theirs = scheduler.step(torch.tanh(theirs), timestep, theirs).prev_sample
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
@@ -93,7 +105,7 @@ def _same_trajectory(scheduler, table) -> None:
 def test_unknown_schedulers_and_too_many_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="EDMEulerScheduler"):
         solver_table({"_class_name": "EDMEulerScheduler"}, 4, torch.device("cpu"))
-    with pytest.raises(ValueError, match="at most 1000"):
+    with pytest.raises(ValueError, match="1 to 1000"):
         solver_table(pretrain_diffusion.FLOW, 1001, torch.device("cpu"))
 
 
@@ -135,9 +147,9 @@ def test_embedded_dit_matches_an_eager_diffusers_loop() -> None:
     from dmkd_fast.ops import noise
 
     folder = resolve("embedded:fashion_mnist/denoiser")
-    loaded = models.load_denoiser(folder, torch.device("cpu"))
+    loaded = denoisers.load_denoiser(folder, torch.device("cpu"))
     sampler = DiffusionSampler(
-        loaded.module, scheduler=loaded.scheduler, image_shape=(1, 28, 28), null_class=10,
+        loaded.module, scheduler=loaded.scheduler, latent_shape=(1, 28, 28), null_class=10,
         num_steps=4, guidance_scale=1.5, micro_batch_images=10,
     )  # fmt: skip
     ids, labels = torch.arange(10), torch.arange(10)
@@ -161,7 +173,7 @@ def test_embedded_dit_matches_an_eager_diffusers_loop() -> None:
 
 
 def test_one_label_mask_reaches_all_blocks_of_the_denoiser() -> None:
-    model = models.new_pixel_dit(
+    model = denoisers.new_pixel_dit(
         num_classes=10,
         channels=1,
         image_size=8,
@@ -188,12 +200,12 @@ def test_one_label_mask_reaches_all_blocks_of_the_denoiser() -> None:
 
 def test_saved_denoiser_loads_equal_here_and_in_diffusers(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = models.new_pixel_dit(
+    model = denoisers.new_pixel_dit(
         num_classes=3, channels=1, image_size=8, patch_size=4, num_layers=2, num_heads=2, head_dim=8
     )
-    models.save_denoiser(model.dit, pretrain_diffusion.FLOW, tmp_path)
-    loaded = models.load_denoiser(tmp_path, torch.device("cpu"))
-    assert (loaded.num_classes, loaded.null_class, loaded.image_size) == (3, 3, 8)
+    denoisers.save_denoiser(model.dit, pretrain_diffusion.FLOW, tmp_path)
+    loaded = denoisers.load_denoiser(tmp_path, torch.device("cpu"))
+    assert (loaded.num_classes, loaded.null_class, loaded.image_shape) == (3, 3, (1, 8, 8))
     inputs = torch.randn(4, 1, 8, 8), torch.rand(4) * 1000, torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
         # Weights are stored in float16.

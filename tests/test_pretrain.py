@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmkd_fast import cli, evaluate, models, pretrain
+from dmkd_fast import cli, denoisers, evaluate, pretrain
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "pretrain"
 
@@ -115,7 +115,7 @@ def test_denoiser_learns_and_its_samples_follow_the_label(data: Path, tmp_path: 
     folder = tmp_path / "run" / "model"
     for name in ("README.md", "samples_guidance_1.png", "samples_guidance_2.png"):
         assert (folder / name).stat().st_size > 0
-    loaded = models.load_denoiser(folder, torch.device("cpu"))
+    loaded = denoisers.load_denoiser(folder, torch.device("cpu"))
     images = pretrain._sample_grids(folder, loaded.num_classes, torch.device("cpu"))[2.0]
     bright = torch.stack([
         images[:, 0, r : r + 10, c : c + 5].float().mean((1, 2))

@@ -1,6 +1,7 @@
-"""The data and weights that ship with the package, each checked against `manifest.json` on load.
+"""From the path of a setting to a folder: on disk, shipped with the package, or on the Hub.
 
-Stands on floor 0. Every file is listed with its SHA-256; every folder with its licence and source.
+Stands on floor 0. What ships is listed in `manifest.json`: every file with its SHA-256, which is
+checked on load, every folder with its licence and source.
 """
 
 from __future__ import annotations
@@ -11,15 +12,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent
-PREFIX = "embedded:"
+PREFIX, HUB = "embedded:", "hf-hub:"
 
 
-def resolve(path: str) -> Path:
-    """Turn `embedded:NAME` into a checked folder of the package; other paths are returned as given.
+def resolve(path: str, revision: str | None = None) -> Path:
+    """The folder that a setting names.
+
+    Args:
+        path: `embedded:NAME` (checked), `hf-hub:OWNER/NAME` (fetched once, safetensors and
+            configs only), or a path.
+        revision: Commit of a Hub repository.
 
     Raises:
-        ValueError: There is no such asset, or a file of it differs from the manifest.
+        ValueError: There is no such asset, a file of it differs from the manifest, or the Hub
+            does not give it.
     """
+    if path.startswith(HUB):
+        return _fetch(path.removeprefix(HUB), revision)
     if not path.startswith(PREFIX):
         return Path(path)
     name = path.removeprefix(PREFIX)
@@ -30,6 +39,29 @@ def resolve(path: str) -> Path:
         if file_sha256(ROOT / name / file) != digest:
             raise ValueError(f"{path}: {file} differs from the manifest; install the package again")
     return ROOT / name
+
+
+def licence(path: str) -> str | None:
+    """The licence of an embedded asset; None for other paths."""
+    if not path.startswith(PREFIX):
+        return None
+    entries: dict[str, Any] = json.loads((ROOT / "manifest.json").read_text(encoding="utf-8"))
+    return str(entries[path.removeprefix(PREFIX)]["licence"])
+
+
+def _fetch(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # A pickled checkpoint is never fetched; .txt and .model are tokenizers' vocabularies.
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{HUB}{repository} at {revision}: {reason}; check name, revision, network and log-in"
+        ) from None
 
 
 def write_manifest(entries: dict[str, dict[str, str]]) -> None:
