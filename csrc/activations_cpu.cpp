@@ -52,11 +52,15 @@ DMKD_INLINE float hidden(float value) {
   return value;
 }
 
-// exp(x) to 2 ulp for |x| <= bound = 87; beyond that the result of the bound. NaN stays NaN.
-DMKD_INLINE float fast_exp(float x, float bound) {
+struct Bounds {
+  float low = hidden(-87.0f), high = hidden(89.0f);  // the result at 89 is infinity
+};
+
+// exp(x) to 2 ulp for -87 <= x <= 88; the result of the bounds beyond them. NaN stays NaN.
+DMKD_INLINE float fast_exp(float x, const Bounds& bounds) {
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = x > bound ? bound : x;
-  x = x < -bound ? -bound : x;
+  x = x > bounds.high ? bounds.high : x;
+  x = x < bounds.low ? bounds.low : x;
   const float shifted = x * 1.44269504f + magic;
   const float n = shifted - magic;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -73,12 +77,12 @@ DMKD_INLINE float fast_exp(float x, float bound) {
 // x / 2 * (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3).
 template <typename scalar_t>
 DMKD_INLINE void gelu(const scalar_t* in, scalar_t* out, int64_t begin, int64_t end) {
-  const float bound = hidden(87.0f);
+  const Bounds bounds;
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) {
     const float x = load(in + i);
     const float twice_u = x * (1.5957691216f + 0.0713548163f * (x * x));
-    store(out + i, x / (1.0f + fast_exp(-twice_u, bound)));
+    store(out + i, x / (1.0f + fast_exp(-twice_u, bounds)));
   }
 }
 
@@ -88,7 +92,7 @@ DMKD_INLINE void softmax(const scalar_t* in, scalar_t* out, int64_t begin, int64
   thread_local std::vector<float> scratch;
   scratch.resize(columns);
   float* __restrict row = scratch.data();
-  const float bound = hidden(87.0f);
+  const Bounds bounds;
   for (int64_t r = begin; r < end; ++r) {
     const scalar_t* source = in + r * columns;
     scalar_t* target = out + r * columns;
@@ -102,7 +106,7 @@ DMKD_INLINE void softmax(const scalar_t* in, scalar_t* out, int64_t begin, int64
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < columns; ++i) {
-      row[i] = fast_exp(row[i] - largest, bound);
+      row[i] = fast_exp(row[i] - largest, bounds);
       sum += row[i];
     }
     const float inverse = 1.0f / sum;

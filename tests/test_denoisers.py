@@ -99,10 +99,10 @@ def test_class_conditional_unet(tmp_path: Path, monkeypatch: Any, name: str) -> 
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet")
     scheduler.set_timesteps(8)
     x = noise_of(0, (3, 8, 8))
+    steps = iter(range(1, 99))
     monkeypatch.setattr(
-        scheduling_ddpm, "randn_tensor",
-        lambda *_, drawn=iter(range(1, 99)), **__: noise_of(next(drawn), (3, 8, 8)),
-    )  # fmt: skip
+        scheduling_ddpm, "randn_tensor", lambda *_, **__: noise_of(next(steps), (3, 8, 8))
+    )
     for timestep in scheduler.timesteps:
         with torch.no_grad():
             output = unet(x, timestep, class_labels=labels).sample
@@ -214,6 +214,7 @@ def edit(path: Path, **changes: Any) -> None:
 def breakages(folder: Path) -> dict[str, Any]:
     transformer, vae = folder / "transformer", folder / "vae"
     weights = transformer / "diffusion_pytorch_model.safetensors"
+    flux, video = "FluxTransformer2DModel", "AutoencoderKLWan"
     return {
         "no scheduler": (lambda: shutil.rmtree(folder / "scheduler"), "scheduler_config.json"),
         "no model": (lambda: shutil.rmtree(transformer), "neither transformer/ nor unet/"),
@@ -226,12 +227,12 @@ def breakages(folder: Path) -> dict[str, Any]:
             "no .safetensors",
         ),
         "other vae": (lambda: edit(vae / "config.json", latent_channels=16), "latent channels"),
-        "video vae": (lambda: edit(vae / "config.json", _class_name="AutoencoderKLWan"), "AutoencoderTiny"),
+        "video vae": (lambda: edit(vae / "config.json", _class_name=video), "AutoencoderTiny"),
         "cut vae": (
             lambda: next(vae.glob("*.safetensors")).write_bytes(b"x" * 99), "vae",
         ),
-        "text model": (lambda: edit(transformer / "config.json", _class_name="FluxTransformer2DModel"), "FluxTransformer2DModel"),
-        "other size": (lambda: edit(transformer / "config.json", num_layers=3), "transformer_blocks.2"),
+        "text model": (lambda: edit(transformer / "config.json", _class_name=flux), flux),
+        "other size": (lambda: edit(transformer / "config.json", num_layers=3), "blocks.2"),
         "bad json": (lambda: (transformer / "config.json").write_text("{"), "not valid JSON"),
     }  # fmt: skip
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from dmkd_fast.ops import noise
@@ -52,3 +57,67 @@ def test_normal_numbers_have_the_moments_of_a_normal() -> None:
     assert abs((x[:, 1:] * x[:, :-1]).mean()) < 5 / n**0.5
     assert abs((x[1:] * x[:-1]).mean()) < 5 / n**0.5
     assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 63, 64, 65, 784, 3072])
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 11])
+def test_the_cpu_kernel_gives_the_bits_of_the_definition(seed: int, count: int) -> None:
+    ids = torch.tensor([7, 2**40 + 1, 0, 99, 2**62])
+    for step in (0, 1, 4096):
+        expected = noise.normal_reference(seed, ids, step, count)
+        assert torch.equal(noise.normal(seed, ids, step=step, count=count), expected)
+
+
+def test_logarithm_sine_and_cosine_are_accurate() -> None:
+    u = (torch.arange(2**20).float() * 16 + 0.5) * 2.0**-24
+    error = (noise._log_unit(u).double() - u.double().log()).abs()
+    assert (error / u.double().log().abs()).max() < 3e-7
+    r = torch.linspace(-0.125, 0.125, 10001)
+    sine = r * noise._polynomial(noise.SIN, r * r)
+    cosine = noise._polynomial(noise.COS, r * r)
+    turns = 2 * torch.pi * r.double()
+    assert (sine.double() - turns.sin()).abs().max() < 1.5e-7
+    assert (cosine.double() - turns.cos()).abs().max() < 1.5e-7
+
+
+INTERPRETED = """
+import torch
+from dmkd_fast.ops import noise, noise_triton
+ids = torch.tensor([7, 2**40 + 1, 0, 99])
+for seed in (0, 1, 2**40 + 11):
+    for count in (1, 5, 784, 3000):
+        for step in (0, 3):
+            got = noise_triton.normal(seed, ids, step, count)
+            assert torch.equal(got, noise.normal_reference(seed, ids, step, count)), (seed, count)
+print("equal")
+"""
+
+
+def test_the_triton_kernel_gives_the_bits_of_the_definition() -> None:
+    """Under Triton's interpreter, in a process of its own: it is chosen on import."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_the_triton_kernel_builds_without_fused_products(capability: int) -> None:
+    """A fused product would change bits; a square root must be the correctly rounded one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from dmkd_fast.ops import noise_triton
+
+    source = ASTSource(
+        fn=noise_triton.normal_kernel,
+        signature={"out": "*fp32", "ids": "*i64", "count": "i32", "seed": "i64", "step": "i32",
+                   "BLOCKS": "constexpr"},
+        constexprs={(5,): noise_triton.BLOCKS},
+    )  # fmt: skip
+    kernel = compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}
+    )
+    assert "fma.rn" not in kernel.asm["ptx"] and "sqrt.rn.f32" in kernel.asm["ptx"]
+    assert kernel.asm["cubin"]
