@@ -26,8 +26,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the training set")
     options: argparse.Namespace = parser.parse_args(argv)
     path = ROOT / "configs" / "fashion_mnist.yaml"
-    config = job.resolve(cfg.load(cfg.DistillConfig, path, ["sampler.compile=false"]))
-    distiller = job.build(config, job.load_parts(config), show=False)
+    config, parts = job.prepare(cfg.load(cfg.DistillConfig, path, ["sampler.compile=false"]))
+    distiller = job.build(config, parts, show=False)
     real = pretrain.load_real(options.data, distiller.device)
 
     ids, labels = distiller.labels.peek(NUM_IMAGES)

@@ -108,10 +108,10 @@ def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
     from dmkd_fast import job
 
     if options.dry_run:
-        config = job.resolve(config)
+        config, parts = job.prepare(config)
         print(cfg.dump(config), end="")
         print("memory plan:")
-        for name, count in job.memory_plan(config, job.load_parts(config)).items():
+        for name, count in job.memory_plan(config, parts).items():
             print(f"  {name}: {count:,} bytes ({count / 2**20:.1f} MiB)")
         return None
     _refuse_changes(options)

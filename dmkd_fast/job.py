@@ -24,6 +24,7 @@ from dmkd_fast.dit import LeanDiT
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.ring_buffer import RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
+from dmkd_fast.solvers import choose_solver
 from dmkd_fast.views import Views
 
 STUDENT, SUMMARY = "student", "summary.json"
@@ -91,14 +92,17 @@ def load_parts(config: cfg.DistillConfig) -> Parts:
     return parts
 
 
-def choose_attention(config: cfg.DistillConfig, denoiser: denoisers.Denoiser) -> cfg.DistillConfig:
-    """Fix the denoiser's attention; the result is saved with the run and reused on resume.
+def prepare(config: cfg.DistillConfig) -> tuple[cfg.DistillConfig, Parts]:
+    """Settings without any "auto" left, and what they name; nothing is written.
 
     Raises:
-        ConfigError: The one asked for cannot run here.
+        ConfigError: Something about the settings, files or machine is wrong.
     """
-    name = config.sampler.attention
+    config = resolve(config)
+    parts = load_parts(config)
+    denoiser, name = parts.denoiser, config.sampler.attention
     with cfg.user_errors():
+        solver = choose_solver(denoiser.scheduler, config.sampler.solver)
         if isinstance(denoiser.module, LeanDiT):
             name = denoiser.module.choose_attention(
                 name, device=torch.device(config.device), dtype=getattr(torch, config.dtype)
@@ -110,8 +114,8 @@ def choose_attention(config: cfg.DistillConfig, denoiser: denoisers.Denoiser) ->
             )
         else:
             name = "sdpa"
-    sampler = config.sampler.model_copy(update={"attention": name})
-    return config.model_copy(update={"sampler": sampler})
+    sampler = config.sampler.model_copy(update={"attention": name, "solver": solver})
+    return config.model_copy(update={"sampler": sampler}), parts
 
 
 def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Distiller:
@@ -199,18 +203,16 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
         KeyboardInterrupt: After a checkpoint has been written.
     """
     clock = runtime.Clock()
-    config = resolve(run_dir.find(config) if resume else config)
-    parts = load_parts(config)
-    config = choose_attention(config, parts.denoiser)
-    if show:
-        note = f"{config.denoiser.path}: weights under licence {parts.denoiser.licence}"
-        print(note, file=sys.stderr)
+    config, parts = prepare(run_dir.find(config) if resume else config)
     distiller = build(config, parts, show=show)
     distiller.clock = clock  # Loading counts as part of the run.
     if resume:
         with cfg.user_errors():
             distiller.restore()
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
+    if show:
+        note = f"{config.denoiser.path}: weights under licence {parts.denoiser.licence}"
+        print(note, file=sys.stderr)
     try:
         distiller.fit()
     except KeyboardInterrupt:

@@ -95,7 +95,7 @@ def solver_table(
     trained = int(scheduler.get("num_train_timesteps", 40 if name == CONSISTENCY else 1000))
     if not 1 <= num_steps <= trained:
         raise ValueError(f"num_steps: got {num_steps}, expected 1 to {trained}; change it")
-    chosen = _choose(name, solver)
+    chosen = choose_solver(scheduler, solver)
     for key, value in UNSUPPORTED.items():
         if OWN_KEYS.get(key, chosen) == chosen and scheduler.get(key, value) not in (value, "-inf"):
             raise ValueError(
@@ -126,17 +126,13 @@ def solver_table(
     )
 
 
-def flow_sigmas(num_steps: int, shift: float) -> Tensor:
-    """Noise levels 1 = s_0 > ... > s_K = 0, (K + 1,) float64: equal steps, then shifted."""
-    sigmas = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
+    """Turn "auto" into the scheduler's own solver; check other names.
 
-
-Built = tuple[dict[str, Tensor], float, float | None]
-
-
-def _choose(name: str, solver: Solver) -> str:
-    """The solver to use, checked against the kind of model."""
+    Raises:
+        ValueError: The scheduler is not known, or the solver is not for models like this.
+    """
+    name = str(scheduler.get("_class_name"))
     possible: tuple[str, ...]
     if name == FLOW:
         possible, own = ("euler", "dpm++2m"), "euler"
@@ -154,6 +150,15 @@ def _choose(name: str, solver: Solver) -> str:
             f"{', '.join(possible)}; change the solver (all: {', '.join(get_args(Solver))})"
         )
     return chosen
+
+
+def flow_sigmas(num_steps: int, shift: float) -> Tensor:
+    """Noise levels 1 = s_0 > ... > s_K = 0, (K + 1,) float64: equal steps, then shifted."""
+    sigmas = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+Built = tuple[dict[str, Tensor], float, float | None]
 
 
 def _flow(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:

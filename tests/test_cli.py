@@ -34,7 +34,7 @@ def test_distill_leaves_a_complete_run_that_evaluate_reproduces(tmp_path: Path) 
     summary = json.loads(done.stdout.splitlines()[-1])
     assert list(summary) == [
         "top1", "top5", "teacher_top1", "agreement", "generated_images", "views", "reuse",
-        "images_per_s", "views_per_s", "wall_s", "cpu_s", "run_dir",
+        "images_per_s", "views_per_s", "wall_s", "cpu_s", "denoiser_licence", "run_dir",
     ]  # fmt: skip
     assert summary["views"] == 640 and summary["generated_images"] == 192
     assert 0 <= summary["top1"] <= summary["top5"] <= 1
@@ -156,7 +156,23 @@ MISTAKES = [
     (["denoiser.path={tmp}/nowhere"], ["scheduler_config.json", "No such file"]),
     (["denoiser.path={tmp}/cut_denoiser"], ["safetensors", "damaged"]),
     (["denoiser.path={tmp}/odd_scheduler"], ["HeunDiscreteScheduler"]),
-    (["denoiser.path={tmp}/unet"], ["UNet2DModel", "DiTTransformer2DModel"]),
+    (["denoiser.path={tmp}/unet"], ["num_class_embeds=None", "class-conditional"]),
+    (["denoiser.path={tmp}/empty"], ["scheduler_config.json", "No such file"]),
+    (["denoiser.path=hf-hub:facebook/DiT-XL-2-256"], ["revision", "40 hexadecimal digits"]),
+    (["denoiser.revision=main"], ["denoiser.revision", "'main'"]),
+    (["denoiser.prompts=[a, b]"], ["prompts: got 2 prompts", "DiTTransformer2DModel"]),
+    (["denoiser.decoder={tmp}/nowhere"], ["decoder", "no such folder"]),
+    (["sampler={fidelity: low, num_steps: 9}"], ["num_steps: got 9 beside fidelity=low"]),
+    (["sampler={fidelity: awful}"], ["sampler.fidelity", "'awful'"]),
+    (["sampler.solver=ddim"], ["solver", "'ddim'", "euler, dpm++2m"]),
+    (["sampler.solver=heun"], ["sampler.solver", "'heun'"]),
+    (["sampler.attention=xformers"], ["attention: got xformers", "attention=auto"]),
+    (["sampler.guidance_interval=[0.5, 0.2]"], ["guidance_interval", "start < stop"]),
+    (["sampler={guidance_scale: 1, guidance_channels: 3}"], ["guidance_channels", "turns"]),
+    (["denoiser.path=embedded:fashion_mnist/fewstep", "sampler={num_steps: 5, guidance_scale: 1}"],
+     ["got 5", "distilled to 4 steps"]),
+    (["denoiser.path=embedded:fashion_mnist/fewstep", "sampler={num_steps: 4, guidance_scale: 2}"],
+     ["guidance_scale", "folded in"]),
     (["eval.path={tmp}/empty"], ["t10k-images-idx3-ubyte", "no such file"]),
     (["eval.path={tmp}/cut_test"], ["t10k-images", "damaged"]),
     (["student={arch: resnet1800}"], ["resnet1800", "timm"]),

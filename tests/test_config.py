@@ -14,17 +14,19 @@ from dmkd_fast import job, run_dir, runtime
 
 
 def test_saved_settings_load_unchanged(tmp_path: Path) -> None:
-    config = job.resolve(cfg.load(cfg.DistillConfig, CONFIG, ["optim.lr=1e-3", "seed=7"]))
+    config, _ = job.prepare(cfg.load(cfg.DistillConfig, CONFIG, ["optim.lr=1e-3", "seed=7"]))
     path = tmp_path / "config.yaml"
     path.write_text(cfg.dump(config))
     assert cfg.load(cfg.DistillConfig, path) == config
     assert config.optim.lr == 1e-3 and config.seed == 7
     assert "auto" not in cfg.dump(config)
+    assert config.sampler.attention == "products"
 
 
 @pytest.mark.parametrize("path", sorted((Path(CONFIG).parent / "pretrain").glob("*.yaml")))
 def test_pretraining_configs_are_valid(path: Path) -> None:
-    kind = cfg.PretrainDenoiserConfig if path.stem == "denoiser" else cfg.TeacherConfig
+    kinds = {"denoiser": cfg.PretrainDenoiserConfig, "fewstep": cfg.PretrainFewstepConfig}
+    kind = kinds.get(path.stem, cfg.TeacherConfig)
     assert cfg.load(kind, path).name == path.stem
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import spread
 
-from dmkd_fast import cli, denoisers, evaluate, pretrain
+from dmkd_fast import cli, denoisers, evaluate, pretrain, pretrain_diffusion
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "pretrain"
 
@@ -116,7 +117,7 @@ def test_denoiser_learns_and_its_samples_follow_the_label(data: Path, tmp_path: 
     for name in ("README.md", "samples_guidance_1.png", "samples_guidance_2.png"):
         assert (folder / name).stat().st_size > 0
     loaded = denoisers.load_denoiser(folder, torch.device("cpu"))
-    images = pretrain._sample_grids(folder, loaded.num_classes, torch.device("cpu"))[2.0]
+    images = pretrain_diffusion._sample_grids(folder, loaded.num_classes, torch.device("cpu"))[2.0]
     bright = torch.stack([
         images[:, 0, r : r + 10, c : c + 5].float().mean((1, 2))
         for r in (0, 14) for c in (0, 5, 10, 15, 20)
@@ -134,4 +135,49 @@ def test_too_few_images_are_refused(data: Path, tmp_path: Path, capsys) -> None:
     arguments = ["pretrain", "teacher", str(CONFIGS / "weak.yaml"), "--data", str(small)]
     assert cli.main([*arguments, f"run_dir={tmp_path}/out"]) == 2
     assert "got 200 training images, expected more than the 5000" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+FEWSTEP = [
+    "num_threads=1", "dtype=float32", "train.compile=false", "sampler.compile=false",
+    "sampler={num_steps: 4, solver: dpm++2m, guidance_scale: 1.5, micro_batch_images: 32}",
+    "num_steps=2", "pool_images=64", "reuse=4", "train.batch_size=32", "train.log_every_steps=4",
+]  # fmt: skip
+
+
+def fewstep(out: Path, *changes: str) -> dict:
+    arguments = [str(CONFIGS / "fewstep.yaml"), f"run_dir={out}", *FEWSTEP, *changes]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cli.main(["pretrain", "fewstep", *arguments]) == 0
+    return json.loads(printed.getvalue().splitlines()[-1])
+
+
+def test_fewstep_comes_closer_to_its_teacher_without_any_data(tmp_path: Path) -> None:
+    model = denoisers.new_pixel_dit(
+        num_classes=3, channels=1, image_size=8, patch_size=4, num_layers=2, num_heads=2, head_dim=8
+    )
+    denoisers.save_denoiser(spread(model).dit, pretrain_diffusion.FLOW, tmp_path / "start")
+    facts = fewstep(
+        tmp_path, f"denoiser.path={tmp_path}/start", "train.num_views=65536", "optim.lr=5e-3",
+        "optim.ema_decay=0.9", "pool_images=1024", "train.batch_size=64",
+    )  # fmt: skip
+    assert facts["rms_to_teacher"] < 0.7 * facts["rms_without_training"]
+    loaded = denoisers.load_denoiser(tmp_path / "model", torch.device("cpu"))
+    assert loaded.scheduler["distilled_steps"] == 2
+    assert loaded.scheduler["distilled_guidance_scale"] == 1.5
+    assert (tmp_path / "model" / "samples.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("changes, words", [
+    (["num_steps=3"], "num_steps: got 3, expected a divisor"),
+    (["train.batch_size=100"], "train.batch_size: got 100, expected a divisor"),
+    (["denoiser.path=embedded:fashion_mnist/none"], "no such asset"),
+])  # fmt: skip
+def test_fewstep_refuses_what_does_not_fit(
+    changes: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(CONFIGS / "fewstep.yaml"), f"run_dir={tmp_path}/out", *FEWSTEP, *changes]
+    assert cli.main(["pretrain", "fewstep", *arguments]) == 2
+    assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

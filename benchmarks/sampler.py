@@ -1,0 +1,294 @@
+"""The sampler against the way people sample today: same model, solver, steps and guidance.
+
+Arms: `pipeline fp32`, diffusers as a user writes it (DiTPipeline; for pixel DiTs, which have none,
+the same loop over diffusers' module and scheduler); `pipeline half`, the same in bfloat16 (float16
+on CUDA); `lean eager`, ours without compilation; `ours`. Embedded weights, else random ones, which
+cost the same. One call makes a batch; images/s come from the median of interleaved calls.
+The share of the ceiling is the arithmetic of one call over what a large matrix product of the same
+dtype does in that time here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import cuda_facts
+from benchmarks.harness import Report, arguments, time_interleaved
+from dmkd_fast import DiffusionSampler, load_denoiser, runtime
+from dmkd_fast.assets import resolve
+from dmkd_fast.denoisers import Decoder, Denoiser, share_embedder
+from dmkd_fast.dit import LeanDiT, lean_dit
+
+EMBEDDED = "embedded:fashion_mnist/denoiser"
+FLOW_STEPS = {4: 128, 10: 128, 50: 32}  # steps -> batch
+LATENT_STEPS, LATENT_BATCH = (4, 10), 4
+SWEEP = (4, 8, 16, 32)
+DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
+diffusers: Any = importlib.import_module("diffusers")
+
+
+def main(argv: list[str]) -> None:
+    parser = arguments("sampler", __doc__ or "")
+    parser.add_argument("--model", type=Path, help="a DiT folder in diffusers format instead")
+    parser.add_argument("--n", type=int, default=5, help="timings per arm")
+    options: argparse.Namespace = parser.parse_args(argv)
+    runtime.set_num_threads(0)
+    device = runtime.resolve_device("auto")
+    half = runtime.resolve_dtype("auto", device)
+    report = Report(bench="sampler")
+    ceiling = gemm_ceiling(device, half)
+    report.rows.append({"model": "GEMM 4096x1152x4608", "tflop_per_s": round(ceiling / 1e12, 3)})
+    bench = Bench(report, device, half, ceiling, options.n)
+    if options.model is not None:
+        bench.folder(options.model)
+    else:
+        bench.embedded()
+        bench.latent("SD-VAE", sd_vae)
+        bench.latent("TAESD", taesd)
+        bench.sweep()
+    if device.type == "cuda":
+        report.rows += cuda_facts.sampler_rows(device, half)
+    report.finish(record=options.record)
+
+
+class Bench:
+    """The arms of every model, and the rows they leave."""
+
+    def __init__(
+        self, report: Report, device: torch.device, half: torch.dtype, ceiling: float, n: int
+    ) -> None:
+        self.report, self.device, self.half = report, device, half
+        self.ceiling, self.n = ceiling, n
+
+    def embedded(self) -> None:
+        """The pixel DiT that ships, guidance 1.5."""
+        folder = resolve(EMBEDDED)
+        for steps, batch in FLOW_STEPS.items():
+            labels = torch.arange(batch, device=self.device) % 10
+            modules = {name: _diffusers_dit(folder) for name in (torch.float32, self.half)}
+            arms: dict[str, Callable[[], object]] = {}
+            for name, dtype in (("pipeline fp32", torch.float32), ("pipeline half", self.half)):
+                module = modules[dtype].to(self.device, dtype)
+                arms[name] = partial(flow_loop, module, dtype, labels, steps, 1.5)
+            for name, compiled in (("lean eager", False), ("ours", True)):
+                sampler = self._sampler(
+                    load_denoiser(folder, self.device), steps, batch, compiled,
+                    guidance_scale=1.5, solver="euler",
+                )  # fmt: skip
+                arms[name] = self._call(sampler, labels, (1, 28, 28))
+            flops = 2 * steps * forward_flops(load_denoiser(folder, self.device), self.device)
+            medians = self._time(arms, "embedded DiT", "none", steps, batch, flops)
+            self._goals(f"embedded, {steps} steps", medians, 5.0, 1.5)
+
+    def latent(self, name: str, make_vae: Callable[[], nn.Module]) -> None:
+        """DiT-S/2 at 256 x 256 with an autoencoder, guidance 4, random weights."""
+        for steps in LATENT_STEPS:
+            medians = self._latent_arms("DiT-S/2", name, dit_s2(), make_vae(), DDIM, steps)
+            if name == "SD-VAE":
+                self._goals(f"DiT-S/2 with SD-VAE, {steps} steps", medians, 2.5, 1.2)
+
+    def folder(self, folder: Path) -> None:
+        """Any latent DiT folder."""
+        loaded = load_denoiser(folder, torch.device("cpu"))
+        dit = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
+        if loaded.decoder is None:
+            raise SystemExit(f"--model {folder}: got a pixel model, expected one with vae/")
+        for steps in LATENT_STEPS:
+            vae = loaded.decoder.vae
+            self._latent_arms(folder.name, "own", dit, vae, loaded.scheduler, steps)
+
+    def sweep(self) -> None:
+        """DiT-S/2 alone, compiled: forwards/s and share of the ceiling by batch."""
+        shares = [self._forward(batch) for batch in SWEEP]
+        self.report.at_least("DiT-S/2 denoiser, share of the GEMM ceiling", max(shares), 0.55)
+
+    def _forward(self, batch: int) -> float:
+        lean = lean_dit(dit_s2())
+        assert lean is not None
+        lean.choose_attention("auto", device=self.device, dtype=self.half)
+        forward = torch.compile(lean.to(self.device, self.half), fullgraph=True, dynamic=False)
+        x = torch.randn(batch, 4, 32, 32, device=self.device, dtype=self.half)
+        t, y = torch.full((batch,), 500.0, device=self.device), torch.arange(batch)
+        with torch.inference_mode():
+            arms = {"ours": partial(forward, x, t, y.to(self.device))}
+            timing = time_interleaved(arms, n=9)["ours"]
+        per_s = 1e3 * batch / timing["median_ms"]
+        share = per_s * dit_flops(dit_s2_config()) / self.ceiling
+        self.report.rows.append({
+            "model": "DiT-S/2 forward", "arm": "ours", "batch": batch, **timing,
+            "forwards_per_s": round(per_s, 2), "share_of_ceiling": round(share, 3),
+        })  # fmt: skip
+        return share
+
+    def _latent_arms(
+        self, model: str, decoder: str, dit: Any, vae: Any, scheduler: dict[str, Any], steps: int
+    ) -> dict[str, float]:
+        batch = LATENT_BATCH
+        labels = torch.arange(batch, device=self.device)
+        kind = getattr(diffusers, scheduler["_class_name"])
+        arms: dict[str, Callable[[], object]] = {}
+        for name, dtype in (("pipeline fp32", torch.float32), ("pipeline half", self.half)):
+            pipeline = diffusers.DiTPipeline(
+                transformer=copy.deepcopy(dit),
+                vae=copy.deepcopy(vae),
+                scheduler=kind.from_config(scheduler),
+            ).to(self.device, dtype)
+            pipeline.set_progress_bar_config(disable=True)
+            arms[name] = partial(
+                pipeline, labels.tolist(), num_inference_steps=steps, guidance_scale=4.0
+            )
+        size = dit.config.sample_size
+        pixels = size * 2 ** (len(vae.config.get("block_out_channels") or range(4)) - 1)
+        for name, compiled in (("lean eager", False), ("ours", True)):
+            lean = lean_dit(copy.deepcopy(dit))
+            assert lean is not None
+            loaded = Denoiser(
+                module=lean, scheduler=scheduler, num_classes=1000, null_class=1000,
+                latent_shape=(4, size, size), image_shape=(3, pixels, pixels),
+                decoder=Decoder(copy.deepcopy(vae)).to(memory_format=torch.channels_last),
+            )  # fmt: skip
+            sampler = self._sampler(loaded, steps, batch, compiled, guidance_scale=4.0)
+            arms[name] = self._call(sampler, labels, loaded.image_shape)
+        flops = 2 * steps * dit_flops(dict(dit.config)) + decoder_flops(vae, size)
+        return self._time(arms, model, decoder, steps, batch, flops)
+
+    def _sampler(
+        self, loaded: Denoiser, steps: int, batch: int, compiled: bool, **settings: Any
+    ) -> DiffusionSampler:
+        if isinstance(loaded.module, LeanDiT):
+            loaded.module.choose_attention("auto", device=self.device, dtype=self.half)
+        return DiffusionSampler(
+            loaded.module, scheduler=loaded.scheduler, latent_shape=loaded.latent_shape,
+            decoder=loaded.decoder, null_class=loaded.null_class, num_steps=steps,
+            micro_batch_images=batch, dtype=self.half, device=self.device, compile=compiled,
+            **settings,
+        )  # fmt: skip
+
+    def _call(
+        self, sampler: DiffusionSampler, labels: Tensor, shape: tuple[int, int, int]
+    ) -> Callable[[], object]:
+        out = torch.empty(len(labels), *shape, dtype=torch.uint8, device=self.device)
+        ids = torch.arange(len(labels), device=self.device)
+        return lambda: sampler.sample(ids, labels, out=out)
+
+    def _time(
+        self, arms: dict[str, Callable[[], object]], model: str, decoder: str, steps: int,
+        batch: int, flops: float,
+    ) -> dict[str, float]:  # fmt: skip
+        timings = time_interleaved(arms, n=self.n, warmup=1)
+        for arm, timing in timings.items():
+            per_s = 1e3 * batch / timing["median_ms"]
+            self.report.rows.append({
+                "model": model, "decoder": decoder, "steps": steps, "batch": batch, "arm": arm,
+                "images_per_s": round(per_s, 3), **timing,
+                "share_of_ceiling": round(per_s * flops / self.ceiling, 3),
+            })  # fmt: skip
+        return {arm: timing["median_ms"] for arm, timing in timings.items()}
+
+    def _goals(self, name: str, medians: dict[str, float], fp32: float, half: float) -> None:
+        self.report.at_least(
+            f"{name}: vs fp32 pipeline", medians["pipeline fp32"] / medians["ours"], fp32
+        )
+        self.report.at_least(
+            f"{name}: vs half pipeline", medians["pipeline half"] / medians["ours"], half
+        )
+
+
+@torch.no_grad()
+def flow_loop(
+    module: Any, dtype: torch.dtype, labels: Tensor, steps: int, guidance_scale: float
+) -> Tensor:
+    """What DiTPipeline does, for a flow model on pixels: uint8 images on the CPU."""
+    device = labels.device
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), device=device)
+    x = torch.randn(len(labels), 1, 28, 28, device=device, dtype=dtype)
+    both = torch.cat((labels, torch.full_like(labels, 10)))
+    for timestep in scheduler.timesteps:
+        velocity = module(
+            torch.cat((x, x)), timestep=timestep.expand(len(both)), class_labels=both
+        ).sample
+        conditional, unconditional = velocity.chunk(2)
+        velocity = unconditional + guidance_scale * (conditional - unconditional)
+        x = scheduler.step(velocity, timestep, x).prev_sample
+    return (x.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
+def gemm_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a 4096 x 1152 x 4608 product, the best of 20."""
+    a = torch.randn(4096, 1152, device=device, dtype=dtype)
+    b = torch.randn(4608, 1152, device=device, dtype=dtype)
+    with torch.inference_mode():
+        timing = time_interleaved({"gemm": lambda: nn.functional.linear(a, b)}, n=20, warmup=5)
+    return 2 * 4096 * 1152 * 4608 / (timing["gemm"]["p20_ms"] / 1e3)
+
+
+def dit_s2_config() -> dict[str, Any]:
+    """DiT-S/2 for 256 x 256 images (latents 4 x 32 x 32)."""
+    return {
+        "num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12, "in_channels": 4,
+        "out_channels": 8, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000,
+    }  # fmt: skip
+
+
+def dit_s2() -> Any:
+    torch.manual_seed(0)
+    dit = diffusers.DiTTransformer2DModel(**dit_s2_config()).eval()
+    share_embedder(dit)
+    return dit
+
+
+def sd_vae() -> Any:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=256,
+    ).eval()  # fmt: skip
+
+
+def taesd() -> Any:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderTiny().eval()
+
+
+def dit_flops(config: dict[str, Any]) -> float:
+    """Of one forward of one sample: matrix products, attention included."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    layers, patch = config["num_layers"], config["patch_size"]
+    tokens = (config["sample_size"] // patch) ** 2
+    ends = config["in_channels"] + (config["out_channels"] or config["in_channels"])
+    token = layers * (24 * width**2 + 4 * tokens * width) + 2 * patch**2 * ends * width
+    return float(tokens * token + 2 * width * (256 + width * (6 * layers + 3)))
+
+
+def forward_flops(loaded: Denoiser, device: torch.device) -> float:
+    """Of one forward of one image, counted."""
+    module: Any = loaded.module
+    module.attention = "products"
+    zero = torch.zeros(1, *loaded.latent_shape, device=device)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        module(zero, torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64).to(device))
+    return float(counter.get_total_flops())
+
+
+def decoder_flops(vae: Any, size: int) -> float:
+    """Of decoding one image, counted on shapes alone."""
+    meta = copy.deepcopy(vae).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        meta.decode(torch.zeros(1, 4, size, size, device="meta"))
+    return float(counter.get_total_flops())
+
+
+def _diffusers_dit(folder: Path) -> Any:
+    return diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
