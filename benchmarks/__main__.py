@@ -7,8 +7,11 @@ import sys
 
 NAMES = {
     "embedded": "the embedded job, end to end",
+    "fewstep": "time to the accuracy of the best many-step setting",
+    "fidelity": "what each fidelity preset costs and teaches",
     "kd-loss": "the fused loss against eager PyTorch and torch.compile",
     "nearest": "generated images beside their nearest real ones",
+    "sampler": "images/s against diffusers' pipelines",
     "render": "write the tables of README and docs from the recorded rows",
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import Report, arguments
 
@@ -21,7 +22,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     report = Report(bench="embedded")
     for seed in range(options.seeds):
-        report.rows.append({"seed": seed, **_run(seed, options.overrides)})
+        summary, _ = run_job(CONFIG, [f"seed={seed}", *options.overrides])
+        report.rows.append({"seed": seed, **summary})
         print(report.rows[-1], file=sys.stderr)
     top1 = [row["top1"] for row in report.rows]
     report.at_least("top1 on real test images (mean)", statistics.mean(top1), 0.88)
@@ -30,11 +32,13 @@ def main(argv: list[str]) -> None:
     report.finish(record=options.record)
 
 
-def _run(seed: int, overrides: list[str]) -> dict[str, float]:
+def run_job(config: Path, overrides: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One whole job in a process of its own: its summary and its stats.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "dmkd_fast.cli", "distill", str(CONFIG)]
-        command += [f"seed={seed}", f"run_dir={folder}/run", *overrides]
+        command = [sys.executable, "-m", "dmkd_fast.cli", "distill", str(config)]
+        command += [f"run_dir={folder}/run", *overrides]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    summary: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        stats = (Path(folder) / "run" / "stats.jsonl").read_text(encoding="utf-8")
+    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     summary.pop("run_dir")
-    return summary
+    return summary, [json.loads(line) for line in stats.splitlines()]

@@ -96,8 +96,62 @@ def _nearest(rows: list[Row]) -> str:
     return _table(header, body, "RMS pixel distance in [0, 1] to the nearest training image.")
 
 
+def _sampler(rows: list[Row]) -> str:
+    arms = ["pipeline fp32", "pipeline half", "lean eager", "ours"]
+    timed = [r for r in rows if r.get("arm") in arms and "steps" in r]
+    found = {(r["model"], r["decoder"], r["steps"], r["arm"]): r for r in timed}
+    body = []
+    for key in dict.fromkeys((r["model"], r["decoder"], r["steps"]) for r in timed):
+        per_s = [found[(*key, arm)]["images_per_s"] for arm in arms]
+        ours = found[(*key, "ours")]
+        body.append([
+            key[0], key[1], str(key[2]), str(ours["batch"]), *(f"{x:.3g}" for x in per_s),
+            f"{per_s[3] / per_s[0]:.1f}x / {per_s[3] / per_s[1]:.1f}x",
+            f"{ours['share_of_ceiling']:.0%}",
+        ])  # fmt: skip
+    header = ["model", "decoder", "steps", "batch", "diffusers fp32", "diffusers bf16",
+              "ours, not compiled", "ours", "gain", "of GEMM ceiling"]  # fmt: skip
+    forward = [r for r in rows if r["model"] == "DiT-S/2 forward"]
+    best = max(forward, key=lambda r: r["share_of_ceiling"])
+    note = (
+        f"Guided images/s, medians of {timed[0]['n']}, interleaved; gain over fp32 / bf16. DiT-S/2 "
+        f"forward alone: {best['share_of_ceiling']:.0%} of the ceiling at batch {best['batch']} "
+        f"(ceiling {rows[0]['tflop_per_s']:.2f} TFLOP/s). {_where(rows)}."
+    )
+    return _table(header, body, note)
+
+
+def _fidelity(rows: list[Row]) -> str:
+    header = ["fidelity", "steps", "solver", "guidance", "forwards", "images/s",
+              "Frechet distance", "student top-1"]  # fmt: skip
+    body = [
+        [r["fidelity"], str(r["num_steps"]), r["solver"], f"{r['guidance_scale']:g}",
+         str(r["forwards_per_image"]), f"{r['images_per_s']:.0f}", f"{r['frechet']:.3f}",
+         f"{r['top1']:.4f}"]
+        for r in rows
+    ]  # fmt: skip
+    note = (
+        f"{rows[0]['views']:,} views, {rows[0]['seeds']} seed(s); distance to real test images in "
+        f"the strong teacher's features. {_where(rows)}."
+    )
+    return _table(header, body, note)
+
+
+def _fewstep(rows: list[Row]) -> str:
+    header = ["job", "seed", "top-1", "whole job, s", "CPU s", "s to the target", "target"]
+    body = [
+        [r["job"], str(r["seed"]), f"{r['top1']:.4f}", f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}",
+         "never" if r["s_to_target"] is None else f"{r['s_to_target']:.0f}", f"{r['target']:.4f}"]
+        for r in rows
+    ]  # fmt: skip
+    return _table(header, body, f"Target: mean top-1 of the many-step job. {_where(rows)}.")
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "embedded": _embedded,
+    "fewstep": _fewstep,
+    "fidelity": _fidelity,
     "kd-loss": _kd_loss,
     "nearest": _nearest,
+    "sampler": _sampler,
 }

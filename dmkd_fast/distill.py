@@ -83,7 +83,9 @@ class Distiller:
             momentum=schedule.momentum, weight_decay=schedule.weight_decay,
         )  # fmt: skip
         self.average = optim.Average(student, decay=schedule.ema_decay)
-        self._teacher = torch.compile(teacher, dynamic=False) if compile else teacher
+        self.dtype = dtype
+        fast = models.for_inference(teacher, dtype)
+        self._teacher = torch.compile(fast, dynamic=False) if compile else fast
         self._student = torch.compile(student, dynamic=False) if compile else student
         self._autocast = torch.autocast(
             self.device.type, dtype=dtype, enabled=dtype != torch.float32
@@ -122,7 +124,7 @@ class Distiller:
         optim.set_lr(self.optimizer, self.lr())
         with self._autocast:
             with torch.no_grad():
-                teacher_logits = self._teacher(views)  # (B, C)
+                teacher_logits = self._teacher(views.to(self.dtype))  # (B, C)
             student_logits = self._student(views)  # (B, C)
         loss, grad = kd_loss_and_grad(student_logits, teacher_logits, temperature=self.temperature)
         student_logits.backward(grad)
@@ -215,7 +217,7 @@ class Distiller:
                 views = self.views(scratch, places, places, places)
                 with self._autocast:
                     with torch.no_grad():
-                        self._teacher(views)
+                        self._teacher(views.to(self.dtype))
                     self._student(views).sum().backward()
         finally:  # An interrupt here must not leave traces in what the checkpoint saves.
             self.optimizer.zero_grad(set_to_none=True)
