@@ -105,7 +105,13 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
     target = folder / "model"
     target.mkdir(exist_ok=True)
     models.save_classifier(final, spec, target)
-    write_card(target, f"{config.name}: {spec.architecture}", "pretrain teacher CONFIG --data DIR", config, facts)
+    write_card(
+        target,
+        f"{config.name}: {spec.architecture}",
+        "pretrain teacher CONFIG --data DIR",
+        config,
+        facts,
+    )
     return facts
 
 
@@ -209,7 +215,9 @@ def _batches(
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 orders[number] = torch.randperm(num_examples, generator=generator)
                 orders.pop(number - 2, None)
-        chosen = [orders[int(p)][int(i)] for p, i in zip(passes, places % num_examples, strict=True)]
+        chosen = [
+            orders[int(p)][int(i)] for p, i in zip(passes, places % num_examples, strict=True)
+        ]
         yield step, torch.stack(chosen), passes
 
 
