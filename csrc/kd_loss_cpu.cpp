@@ -82,14 +82,6 @@ DMKD_INLINE void store_row(const Matrix& m, int64_t r, const compute_t* row, int
   }
 }
 
-template <typename compute_t>
-DMKD_INLINE compute_t maximum(const compute_t* __restrict x, int64_t n) {
-  compute_t top = -std::numeric_limits<compute_t>::infinity();
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
-  return top;
-}
-
 template <typename compute_t, bool has_fma>
 struct Row {
   const KdArguments& a;
@@ -111,8 +103,8 @@ struct Row {
       s_max = s[i] > s_max ? s[i] : s_max;
       t_max = t[i] > t_max ? t[i] : t_max;
     }
-    compute_t s_sum = 0, t_sum = 0;
-#pragma omp simd reduction(+ : s_sum, t_sum)
+    compute_t s_sum = 0, t_sum = 0, gap = 0;
+#pragma omp simd reduction(+ : s_sum, t_sum, gap)
     for (int64_t i = 0; i < n; ++i) {
       const compute_t es = exp_scaled<has_fma>(s[i] - s_max, scale2, lowest);
       const compute_t et = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest);
@@ -120,23 +112,29 @@ struct Row {
       t_exp[i] = et;
       s_sum += es;
       t_sum += et;
+      gap += es - et;
     }
     stats[0] = s_max;
     stats[1] = s_sum;
     stats[2] = t_max;
     stats[3] = t_sum;
+    // The gradient feels this one's error in full. Near the teacher the sums' own rounding would be
+    // most of it; that of their difference, added up separately, is not.
+    const double ratio = std::abs(gap) < compute_t(0.5) * t_sum
+                             ? std::log1p(double(gap) / double(t_sum))
+                             : std::log(double(s_sum) / double(t_sum));
+    stats[4] = compute_t((double(s_max) - double(t_max)) / a.temperature + ratio);
   }
 
-  // What every log p - log q has in common. The gradient feels its error in full: double.
-  DMKD_INLINE compute_t offset() const {
-    return compute_t((double(stats[0]) - double(stats[2])) / a.temperature +
-                     std::log(double(stats[1]) / double(stats[3])));
+  // Where d is the small difference of large numbers, its rounding weighs more than that of q - p.
+  DMKD_INLINE compute_t near_limit() const {
+    return std::abs(stats[4]) < compute_t(1) ? compute_t(0.5) : compute_t(0);
   }
 
   // KL by the exponentials in scratch, and its gradient times `factor` into `out`.
   template <bool with_grad>
   DMKD_INLINE compute_t divergences(compute_t factor) {
-    const compute_t scale = compute_t(1 / a.temperature), common = offset();
+    const compute_t scale = compute_t(1 / a.temperature), common = stats[4], limit = near_limit();
     const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
     compute_t loss = 0;
 #pragma omp simd reduction(+ : loss)
@@ -144,7 +142,7 @@ struct Row {
       const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
       const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
       compute_t term, difference;
-      divergence<has_fma>(p, q, d, term, difference);
+      divergence<has_fma>(p, q, d, limit, term, difference);
       loss += term;
       if constexpr (with_grad) out[i] = difference * factor;
     }
@@ -154,7 +152,7 @@ struct Row {
 
   // The loss of a row with infinite logits, where 0 * log 0 = 0. Its gradient needs no such care.
   DMKD_INLINE compute_t careful() {
-    const compute_t scale = compute_t(1 / a.temperature), common = offset();
+    const compute_t scale = compute_t(1 / a.temperature), common = stats[4], limit = near_limit();
     const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
     compute_t loss = 0;
 #pragma omp simd reduction(+ : loss)
@@ -162,7 +160,7 @@ struct Row {
       const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
       const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
       compute_t term, difference;
-      divergence<has_fma>(p, q, d, term, difference);
+      divergence<has_fma>(p, q, d, limit, term, difference);
       loss += p == 0 ? q : term;
     }
     return loss;
@@ -170,7 +168,7 @@ struct Row {
 
   // The gradient again from stats: the same operations in the same order as above.
   DMKD_INLINE void gradient(compute_t factor) {
-    const compute_t scale = compute_t(1 / a.temperature), common = offset();
+    const compute_t scale = compute_t(1 / a.temperature), common = stats[4], limit = near_limit();
     const compute_t scale2 = compute_t(kLog2E / a.temperature);
     const compute_t lowest = compute_t(-127) / scale2;
     const compute_t s_max = stats[0], s_inverse = 1 / stats[1];
@@ -181,7 +179,7 @@ struct Row {
       const compute_t p = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest) * t_inverse;
       const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
       compute_t term, difference;
-      divergence<has_fma>(p, q, d, term, difference);
+      divergence<has_fma>(p, q, d, limit, term, difference);
       out[i] = difference * factor;
     }
   }
@@ -193,19 +191,21 @@ struct Row {
     const compute_t scale2 = compute_t(kLog2E), lowest = compute_t(-127) / scale2;
     const compute_t spread = compute_t(a.label_smoothing / double(n));
     const compute_t kept = compute_t(1 - a.label_smoothing);
+    const compute_t top = stats[0];
     compute_t mass = 1, loss = 0;
-    if (id < 0) {
+    if (id < 0 && !with_loss) {
+      mass = stats[6];
+    } else if (id < 0) {
       mass = 0;
 #pragma omp simd reduction(+ : mass)
       for (int64_t i = 0; i < n; ++i) mass += multiply_add<has_fma>(target[i], kept, spread);
     }
     if (with_loss) {
-      const compute_t top = maximum(s, n);
       compute_t sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < n; ++i) sum += exp_scaled<has_fma>(s[i] - top, scale2, lowest);
-      stats[4] = top;
       stats[5] = sum;
+      stats[6] = mass;
       const compute_t log_sum = std::log(sum);
       if (id < 0) {
 #pragma omp simd reduction(+ : loss)
@@ -225,7 +225,7 @@ struct Row {
       }
     }
     if (out == nullptr) return loss;
-    const compute_t top = stats[4], inverse = mass / stats[5];
+    const compute_t inverse = mass / stats[5];
     if (id < 0) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
@@ -298,7 +298,7 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
       row.exponentials();
       losses[r] = weight * (out ? row.template divergences<true>(factor)
                                 : row.template divergences<false>(factor));
-      losses[a.num_rows + r] = 0;
+      losses[a.num_rows + r] = stats[5] = stats[6] = 0;
     } else {
       row.gradient(factor);
     }

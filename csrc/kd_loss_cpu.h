@@ -8,9 +8,10 @@ namespace dmkd {
 
 enum class ScalarKind { kFloat, kDouble, kHalf, kBFloat16 };
 
-// What the kernel keeps of a row so that its gradient can be computed later in one sweep: maximum
-// and sum of exponentials of student and teacher at temperature T, and of the student at 1.
-constexpr int64_t kStats = 6;
+// What is kept of a row so that its gradient can be computed later in one sweep: maximum and sum of
+// exponentials of student and teacher at temperature T, what every log p - log q has in common, the
+// student's sum at T = 1, and the target's.
+constexpr int64_t kStats = 7;
 
 struct Matrix {  // (B, C), any strides, any of the dtypes
   void* data;    // null: not there

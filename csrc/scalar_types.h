@@ -121,12 +121,12 @@ DMKD_INLINE double exp_scaled(double x, double scale2, double) {
 
 // One class's share of the divergence, p * (expm1(-d) + d) with d = log p - log q, and q - p.
 //
-// Where |d| < 1/2 both come from (e^-d - 1 + d) / d^2, minimax of degree 5 (2e-8): q - p = p *
-// expm1(-d) then keeps its digits however close student and teacher are, which the difference of
-// two rounded softmaxes does not. Elsewhere nothing cancels.
+// Where |d| < 1/2 the first comes from (e^-d - 1 + d) / d^2, minimax of degree 5 (2e-8). So does
+// the second where |d| < near_limit: p * expm1(-d) keeps its digits however close student and
+// teacher are, which the difference of two rounded softmaxes does not. Elsewhere nothing cancels.
 template <bool has_fma, typename compute_t>
-DMKD_INLINE void divergence(compute_t p, compute_t q, compute_t d, compute_t& term,
-                            compute_t& difference) {
+DMKD_INLINE void divergence(compute_t p, compute_t q, compute_t d, compute_t near_limit,
+                            compute_t& term, compute_t& difference) {
   compute_t near, near_difference;
   const compute_t pd = p * d;
   if constexpr (sizeof(compute_t) == sizeof(float)) {
@@ -143,9 +143,8 @@ DMKD_INLINE void divergence(compute_t p, compute_t q, compute_t d, compute_t& te
     near = p * (std::expm1(-d) + d);
   }
   const compute_t far_difference = q - p;
-  const bool is_near = std::abs(d) < compute_t(0.5);
-  difference = is_near ? near_difference : far_difference;
-  term = is_near ? near : far_difference + pd;
+  difference = std::abs(d) < near_limit ? near_difference : far_difference;
+  term = std::abs(d) < compute_t(0.5) ? near : far_difference + pd;
 }
 
 }  // namespace dmkd

@@ -161,6 +161,7 @@ def kd_loss_and_grad(
         out = grad.view(student_logits.shape)
     else:
         grad = output_rows(out, student_logits, teacher_logits)
+        torch.autograd.graph.increment_version(out)
     loss = kd_loss_ops.forward_backward(grad, upstream, factor, *problem)[0]
     return loss, out
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from dmkd_fast.ops import reference
 
-NUM_STATS = 6  # per row: maximum and sum of exponentials of s / T, t / T and s
+# Per row: maximum and sum of exponentials of s / T and of t / T, the common part of log p - log q,
+# the sum of exponentials of s, and the target's sum.
+NUM_STATS = 7
 
 _PROBLEM = (
     "Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
@@ -157,36 +159,28 @@ def _fake_forward_backward(
     return _fake_forward(student, teacher, None, None, 1.0, 1.0, 1.0, 1.0, 0.0, False)
 
 
-def _triton() -> ModuleType | None:
-    try:
-        return importlib.import_module("dmkd_fast.ops.kd_loss_triton")
-    except ImportError as error:
-        say_once("cuda", f"dmkd_fast has no CUDA kernels ({error}); kd_loss uses its eager "
-                 "definition, several times slower. Install triton.")  # fmt: skip
-        return None
+def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The Triton implementation of an operator; float64, which is for checking, stays eager."""
+
+    def run(*arguments: Any) -> Any:
+        if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments):
+            return eager(*arguments)
+        try:
+            triton = importlib.import_module("dmkd_fast.ops.kd_loss_triton")
+        except ImportError as error:
+            say_once("cuda", f"dmkd_fast has no CUDA kernels ({error}); kd_loss uses its eager "
+                     "definition, several times slower. Install triton.")  # fmt: skip
+            return eager(*arguments)
+        return getattr(triton, name)(*arguments)
+
+    return run
 
 
-def _cuda_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    triton = _triton()
-    return (triton.forward if triton else _eager_forward)(*arguments)
-
-
-def _cuda_backward(*arguments: Any) -> Tensor:
-    triton = _triton()
-    return (triton.backward if triton else _eager_backward)(*arguments)
-
-
-def _cuda_forward_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    triton = _triton()
-    return (triton.forward_backward if triton else _eager_forward_backward)(*arguments)
-
-
-for _name, _eager, _cuda, _fake in (
-    ("kd_loss_forward", _eager_forward, _cuda_forward, _fake_forward),
-    ("kd_loss_backward", _eager_backward, _cuda_backward, _fake_backward),
-    ("kd_loss_forward_backward", _eager_forward_backward, _cuda_forward_backward,
-     _fake_forward_backward),
-):  # fmt: skip
-    _LIBRARY.impl(_name, _eager, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _cuda, "CUDA")
-    torch.library.register_fake(f"dmkd_fast::{_name}", _fake, lib=_LIBRARY)
+for _name, _eager, _fake in (
+    ("forward", _eager_forward, _fake_forward),
+    ("backward", _eager_backward, _fake_backward),
+    ("forward_backward", _eager_forward_backward, _fake_forward_backward),
+):
+    _LIBRARY.impl(f"kd_loss_{_name}", _eager, "CompositeExplicitAutograd")
+    _LIBRARY.impl(f"kd_loss_{_name}", _cuda(_name, _eager), "CUDA")
+    torch.library.register_fake(f"dmkd_fast::kd_loss_{_name}", _fake, lib=_LIBRARY)
