@@ -35,8 +35,8 @@ def _divergence(p, q, d, offset):
     far = q - p
     is_near = tl.abs(d) < 0.5
     term = tl.where(is_near, near, far + pd)
-    exact = is_near & (tl.abs(offset) < 1)
-    return tl.where(p == 0, q, term), tl.where(exact, near - pd, far)
+    limit = tl.where(tl.abs(offset) < 1, 0.5, 0.0)
+    return tl.where(p == 0, q, term), tl.where(tl.abs(d) < limit, near - pd, far)
 
 
 @triton.jit
