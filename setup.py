@@ -18,6 +18,8 @@ SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
 # multiply-adds are fused only where the source says so.
 FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno",
          "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
+         # Messages name csrc/FILE, not where it was built.
+         f"-fmacro-prefix-map={Path(__file__).resolve().parent}/=",
          "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030b0000"]  # fmt: skip
 
 

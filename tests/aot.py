@@ -69,7 +69,7 @@ def build(case: tuple[int, int, str, str]) -> dict[str, Any]:
     launch = plan(*rest)
     compiled = triton.compile(
         _source(launch), target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": launch.num_warps, "enable_fp_fusion": False},
+        options=launch.options,
     )  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -104,6 +104,8 @@ def kd_loss(
     Raises:
         TypeError: A tensor has the wrong dtype.
         ValueError: Shapes or devices differ, an argument is out of range or would be ignored.
+        RuntimeError: A class id is out of range (on CUDA, where raising would mean waiting, the
+            loss is nan instead).
     """
     problem = problem_of(
         student_logits, teacher_logits, target, temperature, alpha, reduction, t_squared, mask,
