@@ -14,9 +14,12 @@ from pathlib import Path
 from setuptools import setup
 
 SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
-# Reductions marked `omp simd` may be reordered; nothing else about floating point is relaxed.
-FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
-         "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
+# Reductions marked `omp simd` may be reordered; nothing else about floating point is relaxed, and
+# multiply-adds are fused only where the source says so.
+FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno",
+         "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
+         # Messages name csrc/FILE, not where it was built.
+         f"-fmacro-prefix-map={Path(__file__).resolve().parent}/=",
          "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030b0000"]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ NAMES = {
     "fewstep": "time to the accuracy of the best many-step setting",
     "fidelity": "what each fidelity preset costs and teaches",
     "kd-loss": "the fused loss against eager PyTorch and torch.compile",
+    "kd-loss-accuracy": "its errors against float64, beside eager's",
+    "kd-loss-gpu": "the same on a GPU, in GB/s (benchmarks/gpu.sh)",
     "nearest": "generated images beside their nearest real ones",
     "sampler": "images/s against diffusers' pipelines",
     "render": "write the tables of README and docs from the recorded rows",
@@ -21,7 +23,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         print("usage: python -m benchmarks NAME [--record]\n")
         for name, text in NAMES.items():
-            print(f"  {name:10} {text}")
+            print(f"  {name:16} {text}")
         return 0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else 2
     module = importlib.import_module(f"benchmarks.{sys.argv[1].replace('-', '_')}")
     return int(module.main(sys.argv[2:]) or 0)

@@ -75,6 +75,9 @@ def _embedded(rows: list[Row]) -> str:
 
 def _kd_loss(rows: list[Row]) -> str:
     arms = ["eager", "compile", "ours", "ours, one pass", "copy"]
+    threads = rows[-1]["environment"]["threads"]
+    rows = [r for r in rows if r.get("set", "allocated") == "allocated"
+            and r.get("threads", threads) == threads]  # fmt: skip
     found = {(r["shape"], r["dtype"], r["arm"]): r for r in rows}
     body = []
     for shape, dtype in dict.fromkeys((r["shape"], r["dtype"]) for r in rows):

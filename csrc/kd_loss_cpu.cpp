@@ -1,234 +1,340 @@
-// Distillation loss T^2 * KL(softmax(t / T) || softmax(s / T)) and its gradient, row by row.
+// Distillation loss KL(softmax(t / T) || softmax(s / T)), cross-entropy, and their gradient, by
+// row.
 //
-// One row is read twice from cache: maxima, then exponentials into scratch (2 C values that stay in
-// L1/L2), then loss and gradient from the scratch. Rows are independent and each has a fixed order
-// of operations, so the result does not depend on the number of threads.
+// A row is swept from cache: maxima; exponentials into scratch (2 C values in L1/L2); then loss and
+// gradient together. Rows of other dtypes or strides are widened into scratch first, so there is
+// one set of loops. Rows are independent and each has a fixed order of operations: the result does
+// not depend on the number of threads. With a row's maxima and sums already known (`stats`), the
+// gradient alone takes one sweep and comes out in the same bits.
 // B rows, C classes. Definition: dmkd_fast/ops/reference.py.
 
 #include "kd_loss_cpu.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
+#include <algorithm>
 #include <string>
 #include <vector>
+
+#include "scalar_types.h"
 
 namespace dmkd {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
+constexpr double kLog2E = 1.44269504088896340736;
 
-#define DMKD_INLINE inline __attribute__((always_inline))
-
-DMKD_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-DMKD_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-// Loads and stores: bfloat16 by shifts, which vectorise, half by its own conversions.
-template <typename scalar_t, typename compute_t>
-DMKD_INLINE compute_t load(const scalar_t* source) {
-  return static_cast<compute_t>(*source);
-}
-
-template <>
-DMKD_INLINE float load<BFloat16, float>(const BFloat16* source) {
-  return bits_to_float(static_cast<uint32_t>(source->x) << 16);
-}
-
-template <typename scalar_t, typename compute_t>
-DMKD_INLINE void store(scalar_t* target, compute_t value) {
-  *target = static_cast<scalar_t>(value);
-}
-
-template <>
-DMKD_INLINE void store<BFloat16, float>(BFloat16* target, float value) {
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t rounded =
-      (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const uint32_t nan = (bits >> 16) | 0x40u;
-  target->x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-}
-
-// exp(x) for x <= 0 with less than 1.5 ulp error: 2^n * P(r). Zero below the smallest normal
-// number, NaN stays NaN. Branch-free, so loops around it vectorise for whatever the caller's target
-// has.
-DMKD_INLINE float exp_nonpositive(float x) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = x * 1.44269504f + magic;
-  const float n = shifted - magic;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float poly = 1.9875691e-4f;
-  poly = poly * r + 1.3981999e-3f;
-  poly = poly * r + 8.3334519e-3f;
-  poly = poly * r + 4.1665796e-2f;
-  poly = poly * r + 1.6666665e-1f;
-  poly = poly * r + 5.0000001e-1f;
-  poly = poly * (r * r) + (r + 1.0f);
-  const float scale = bits_to_float((float_to_bits(shifted) - 0x4b400000u + 127u) << 23);
-  return x < -87.0f ? 0.0f : poly * scale;
-}
-
-DMKD_INLINE double exp_nonpositive(double x) { return std::exp(x); }
-
-// p * (expm1(-d) + d) with d = log p - log q. The difference q - p + p * d loses its digits as d ->
-// 0 (relative error 2e-6 at d = 1/4); there the series, p d^2 (1/2! - d/3! + ... + d^8/10!), does
-// not.
-template <typename compute_t>
-DMKD_INLINE compute_t divergence(compute_t p, compute_t q, compute_t d) {
-  const compute_t far = (q - p) + p * d;
-  compute_t series = compute_t(1.0 / 3628800);
-  series = compute_t(1.0 / 362880) - series * d;
-  series = compute_t(1.0 / 40320) - series * d;
-  series = compute_t(1.0 / 5040) - series * d;
-  series = compute_t(1.0 / 720) - series * d;
-  series = compute_t(1.0 / 120) - series * d;
-  series = compute_t(1.0 / 24) - series * d;
-  series = compute_t(1.0 / 6) - series * d;
-  series = compute_t(0.5) - series * d;
-  const compute_t near = p * (d * d) * series;
-  const compute_t term = std::abs(d) < compute_t(1) ? near : far;
-  return p == compute_t(0) ? q : term;  // 0 * log 0 = 0
-}
-
-template <>
-DMKD_INLINE double divergence<double>(double p, double q, double d) {
-  const double term = std::abs(d) < 1.0 ? p * (std::expm1(-d) + d) : (q - p) + p * d;
-  return p == 0.0 ? q : term;
-}
-
-template <typename scalar_t, typename compute_t, bool with_loss, bool with_grad>
-DMKD_INLINE compute_t row(const scalar_t* __restrict student, const scalar_t* __restrict teacher,
-                          scalar_t* __restrict grad, compute_t* __restrict scratch, int64_t classes,
-                          compute_t inverse_temperature, compute_t grad_scale) {
-  constexpr compute_t lowest = -std::numeric_limits<compute_t>::infinity();
-  compute_t* __restrict student_exp = scratch;
-  compute_t* __restrict teacher_exp = scratch + classes;
-
-  compute_t student_max = lowest, teacher_max = lowest;
-#pragma omp simd reduction(max : student_max, teacher_max)
-  for (int64_t i = 0; i < classes; ++i) {
-    const compute_t s = load<scalar_t, compute_t>(student + i);
-    const compute_t t = load<scalar_t, compute_t>(teacher + i);
-    student_max = s > student_max ? s : student_max;
-    teacher_max = t > teacher_max ? t : teacher_max;
-  }
-
-  compute_t student_sum = 0, teacher_sum = 0;
-#pragma omp simd reduction(+ : student_sum, teacher_sum)
-  for (int64_t i = 0; i < classes; ++i) {
-    const compute_t s = load<scalar_t, compute_t>(student + i);
-    const compute_t t = load<scalar_t, compute_t>(teacher + i);
-    const compute_t es = exp_nonpositive((s - student_max) * inverse_temperature);
-    const compute_t et = exp_nonpositive((t - teacher_max) * inverse_temperature);
-    student_exp[i] = es;
-    teacher_exp[i] = et;
-    student_sum += es;
-    teacher_sum += et;
-  }
-
-  const compute_t student_inverse = compute_t(1) / student_sum;
-  const compute_t teacher_inverse = compute_t(1) / teacher_sum;
-  // log p - log q = (t - s) / T + offset; the maxima are part of the offset.
-  const compute_t offset = std::log(student_sum) - std::log(teacher_sum);
-  // In a loop of its own, so that the products are rounded before they are subtracted: contracted
-  // into the subtraction, q - p would not be zero for equal logits.
-#pragma omp simd
-  for (int64_t i = 0; i < classes; ++i) {
-    student_exp[i] *= student_inverse;
-    teacher_exp[i] *= teacher_inverse;
-  }
-
-  compute_t loss = 0;
-#pragma omp simd reduction(+ : loss)
-  for (int64_t i = 0; i < classes; ++i) {
-    const compute_t q = student_exp[i];
-    const compute_t p = teacher_exp[i];
-    if constexpr (with_loss) {
-      const compute_t s = load<scalar_t, compute_t>(student + i);
-      const compute_t t = load<scalar_t, compute_t>(teacher + i);
-      const compute_t d = ((t - teacher_max) - (s - student_max)) * inverse_temperature + offset;
-      loss += divergence<compute_t>(p, q, d);
-    }
-    if constexpr (with_grad) {
-      store<scalar_t, compute_t>(grad + i, (q - p) * grad_scale);
-    }
-  }
-  return loss;
-}
-
-template <typename scalar_t, typename compute_t, bool with_loss, bool with_grad>
-DMKD_INLINE void rows(const KdArguments& a, int64_t begin, int64_t end) {
-  thread_local std::vector<compute_t> scratch;
-  scratch.resize(2 * a.classes);
-  const compute_t temperature = static_cast<compute_t>(a.temperature);
-  for (int64_t i = begin; i < end; ++i) {
-    const auto* student = static_cast<const scalar_t*>(a.student) + i * a.student_stride;
-    const auto* teacher = static_cast<const scalar_t*>(a.teacher) + i * a.teacher_stride;
-    auto* grad = with_grad ? static_cast<scalar_t*>(a.grad) + i * a.classes : nullptr;
-    // Each row's gradient is T * (q - p) * row_grad, in one factor, rounded once.
-    const compute_t scale =
-        with_grad ? temperature * static_cast<const compute_t*>(a.row_grad)[i * a.row_grad_stride]
-                  : 0;
-    const compute_t loss = row<scalar_t, compute_t, with_loss, with_grad>(
-        student, teacher, grad, scratch.data(), a.classes, compute_t(1) / temperature, scale);
-    if constexpr (with_loss) {
-      static_cast<compute_t*>(a.loss)[i] = temperature * temperature * loss;
-    }
-  }
-}
-
-template <typename scalar_t, typename compute_t>
-DMKD_INLINE void dispatch_outputs(const KdArguments& a, int64_t begin, int64_t end) {
-  if (a.loss != nullptr && a.grad != nullptr) {
-    rows<scalar_t, compute_t, true, true>(a, begin, end);
-  } else if (a.loss != nullptr) {
-    rows<scalar_t, compute_t, true, false>(a, begin, end);
+template <typename compute_t, typename scalar_t>
+DMKD_INLINE void widen_row(const scalar_t* __restrict source, int64_t stride,
+                           compute_t* __restrict target, int64_t n) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) target[i] = widen<compute_t>(source[i]);
   } else {
-    rows<scalar_t, compute_t, false, true>(a, begin, end);
+    for (int64_t i = 0; i < n; ++i) target[i] = widen<compute_t>(source[i * stride]);
   }
 }
 
-DMKD_INLINE void dispatch_dtype(const KdArguments& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
+// Row `r` as dense values of the accumulated type: the tensor's own memory, or a copy in scratch.
+template <typename compute_t>
+DMKD_INLINE const compute_t* row_of(const Matrix& m, int64_t r, compute_t* scratch, int64_t n) {
+  const int64_t start = r * m.row_stride;
+  const bool same = (m.dtype == ScalarKind::kDouble) == (sizeof(compute_t) == sizeof(double));
+  switch (m.dtype) {
     case ScalarKind::kFloat:
-      return dispatch_outputs<float, float>(a, begin, end);
     case ScalarKind::kDouble:
-      return dispatch_outputs<double, double>(a, begin, end);
-    case ScalarKind::kBFloat16:
-      return dispatch_outputs<BFloat16, float>(a, begin, end);
+      if (same && m.class_stride == 1) return static_cast<const compute_t*>(m.data) + start;
+      if (m.dtype == ScalarKind::kFloat) {
+        widen_row(static_cast<const float*>(m.data) + start, m.class_stride, scratch, n);
+      } else {
+        widen_row(static_cast<const double*>(m.data) + start, m.class_stride, scratch, n);
+      }
+      break;
     case ScalarKind::kHalf:
-      return dispatch_outputs<Half, float>(a, begin, end);
+      widen_row(static_cast<const Half*>(m.data) + start, m.class_stride, scratch, n);
+      break;
+    case ScalarKind::kBFloat16:
+      widen_row(static_cast<const BFloat16*>(m.data) + start, m.class_stride, scratch, n);
+      break;
   }
+  return scratch;
+}
+
+template <typename compute_t, typename scalar_t>
+DMKD_INLINE void narrow_row(const compute_t* __restrict source, scalar_t* __restrict target,
+                            int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(target + i, source[i]);
+}
+
+// Writes a gradient row that was computed in scratch; in the accumulated type it already lies
+// there.
+template <typename compute_t>
+DMKD_INLINE void store_row(const Matrix& m, int64_t r, const compute_t* row, int64_t n) {
+  const int64_t start = r * m.row_stride;
+  switch (m.dtype) {
+    case ScalarKind::kFloat:
+      if (sizeof(compute_t) != sizeof(float)) {
+        narrow_row(row, static_cast<float*>(m.data) + start, n);
+      }
+      return;
+    case ScalarKind::kDouble:
+      return;
+    case ScalarKind::kHalf:
+      return narrow_row(row, static_cast<Half*>(m.data) + start, n);
+    case ScalarKind::kBFloat16:
+      return narrow_row(row, static_cast<BFloat16*>(m.data) + start, n);
+  }
+}
+
+template <typename compute_t, bool has_fma>
+struct Row {
+  const KdArguments& a;
+  const int64_t n;
+  const compute_t* __restrict s;  // student's logits
+  const compute_t* __restrict t;  // teacher's
+  compute_t* __restrict out;      // gradient, or null
+  compute_t* __restrict s_exp;    // scratch
+  compute_t* __restrict t_exp;
+  compute_t* stats;
+
+  // Exponentials of both at temperature T into scratch; maxima and sums into stats.
+  DMKD_INLINE void exponentials() {
+    const compute_t scale2 = compute_t(kLog2E / a.temperature);
+    const compute_t lowest = compute_t(-127) / scale2;
+    compute_t s_max = -std::numeric_limits<compute_t>::infinity(), t_max = s_max;
+#pragma omp simd reduction(max : s_max, t_max)
+    for (int64_t i = 0; i < n; ++i) {
+      s_max = s[i] > s_max ? s[i] : s_max;
+      t_max = t[i] > t_max ? t[i] : t_max;
+    }
+    compute_t s_sum = 0, t_sum = 0, gap = 0;
+#pragma omp simd reduction(+ : s_sum, t_sum, gap)
+    for (int64_t i = 0; i < n; ++i) {
+      const compute_t es = exp_scaled<has_fma>(s[i] - s_max, scale2, lowest);
+      const compute_t et = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest);
+      s_exp[i] = es;
+      t_exp[i] = et;
+      s_sum += es;
+      t_sum += et;
+      gap += es - et;
+    }
+    stats[0] = s_max;
+    stats[1] = s_sum;
+    stats[2] = t_max;
+    stats[3] = t_sum;
+    // The gradient feels this one's error in full. Near the teacher the sums' own rounding would be
+    // most of it; that of their difference, added up separately, is not.
+    const double ratio = std::abs(gap) < compute_t(0.5) * t_sum
+                             ? std::log1p(double(gap) / double(t_sum))
+                             : std::log(double(s_sum) / double(t_sum));
+    stats[4] = compute_t((double(s_max) - double(t_max)) / a.temperature + ratio);
+  }
+
+  // Where d is the small difference of large numbers, its rounding weighs more than that of q - p.
+  DMKD_INLINE compute_t near_limit() const {
+    return std::abs(stats[4]) < compute_t(1) ? compute_t(0.5) : compute_t(0);
+  }
+
+  // KL by the exponentials in scratch, and its gradient times `factor` into `out`.
+  template <bool with_grad>
+  DMKD_INLINE compute_t divergences(compute_t factor) {
+    const compute_t scale = compute_t(1 / a.temperature), common = stats[4], limit = near_limit();
+    const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
+    compute_t loss = 0;
+#pragma omp simd reduction(+ : loss)
+    for (int64_t i = 0; i < n; ++i) {
+      const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
+      const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
+      compute_t term, difference;
+      divergence<has_fma>(p, q, d, limit, term, difference);
+      loss += term;
+      if constexpr (with_grad) out[i] = difference * factor;
+    }
+    if (!(loss <= std::numeric_limits<compute_t>::max())) loss = careful();
+    return loss;
+  }
+
+  // The loss of a row with infinite logits, where 0 * log 0 = 0. Its gradient needs no such care.
+  DMKD_INLINE compute_t careful() {
+    const compute_t scale = compute_t(1 / a.temperature), common = stats[4], limit = near_limit();
+    const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
+    compute_t loss = 0;
+#pragma omp simd reduction(+ : loss)
+    for (int64_t i = 0; i < n; ++i) {
+      const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
+      const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
+      compute_t term, difference;
+      divergence<has_fma>(p, q, d, limit, term, difference);
+      loss += p == 0 ? q : term;
+    }
+    return loss;
+  }
+
+  // The gradient again from stats: the same operations in the same order as above.
+  DMKD_INLINE void gradient(compute_t factor) {
+    const compute_t scale = compute_t(1 / a.temperature), common = stats[4], limit = near_limit();
+    const compute_t scale2 = compute_t(kLog2E / a.temperature);
+    const compute_t lowest = compute_t(-127) / scale2;
+    const compute_t s_max = stats[0], s_inverse = 1 / stats[1];
+    const compute_t t_max = stats[2], t_inverse = 1 / stats[3];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const compute_t q = exp_scaled<has_fma>(s[i] - s_max, scale2, lowest) * s_inverse;
+      const compute_t p = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest) * t_inverse;
+      const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
+      compute_t term, difference;
+      divergence<has_fma>(p, q, d, limit, term, difference);
+      out[i] = difference * factor;
+    }
+  }
+
+  // Cross-entropy at T = 1, and its gradient times `factor` added to `out`.
+  // id: class, or -1 with `target` as probabilities.
+  DMKD_INLINE compute_t cross_entropy(int64_t id, const compute_t* __restrict target,
+                                      bool with_loss, compute_t factor) {
+    const compute_t scale2 = compute_t(kLog2E), lowest = compute_t(-127) / scale2;
+    const compute_t spread = compute_t(a.label_smoothing / double(n));
+    const compute_t kept = compute_t(1 - a.label_smoothing);
+    const compute_t top = stats[0];
+    compute_t mass = 1, loss = 0;
+    if (id < 0 && !with_loss) {
+      mass = stats[6];
+    } else if (id < 0) {
+      mass = 0;
+#pragma omp simd reduction(+ : mass)
+      for (int64_t i = 0; i < n; ++i) mass += multiply_add<has_fma>(target[i], kept, spread);
+    }
+    if (with_loss) {
+      compute_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) sum += exp_scaled<has_fma>(s[i] - top, scale2, lowest);
+      stats[5] = sum;
+      stats[6] = mass;
+      const compute_t log_sum = std::log(sum);
+      if (id < 0) {
+#pragma omp simd reduction(+ : loss)
+        for (int64_t i = 0; i < n; ++i) {
+          const compute_t weight = multiply_add<has_fma>(target[i], kept, spread);
+          const compute_t term = weight * (log_sum - (s[i] - top));
+          loss += weight == 0 ? compute_t(0) : term;  // 0 * log 0 = 0
+        }
+      } else {
+        loss = kept * (log_sum - (s[id] - top));
+        if (spread != 0) {
+          compute_t gap = 0;
+#pragma omp simd reduction(+ : gap)
+          for (int64_t i = 0; i < n; ++i) gap += top - s[i];
+          loss += spread * (gap + compute_t(n) * log_sum);
+        }
+      }
+    }
+    if (out == nullptr) return loss;
+    const compute_t inverse = mass / stats[5];
+    if (id < 0) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const compute_t q = exp_scaled<has_fma>(s[i] - top, scale2, lowest) * inverse;
+        const compute_t weight = multiply_add<has_fma>(target[i], kept, spread);
+        out[i] += (q - weight) * factor;
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const compute_t q = exp_scaled<has_fma>(s[i] - top, scale2, lowest) * inverse;
+        out[i] += (q - spread) * factor;
+      }
+      out[id] -= kept * factor;
+    }
+    return loss;
+  }
+};
+
+template <typename compute_t, bool has_fma>
+DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
+  const int64_t n = a.num_classes;
+  const int64_t padded = (n + 15) / 16 * 16;
+  thread_local std::vector<compute_t> scratch;
+  scratch.resize(6 * padded);
+  compute_t* const memory = scratch.data();
+  const bool in_place = a.gradient.dtype == ScalarKind::kFloat
+                            ? sizeof(compute_t) == sizeof(float)
+                            : a.gradient.dtype == ScalarKind::kDouble;
+  const bool has_target = a.probabilities.data != nullptr || a.classes != nullptr;
+  auto* const losses = static_cast<compute_t*>(a.losses);
+
+  for (int64_t r = begin; r < end; ++r) {
+    const compute_t weight =
+        a.weight ? static_cast<const compute_t*>(a.weight)[r * a.weight_stride] : compute_t(1);
+    compute_t* const stats = static_cast<compute_t*>(a.stats) + r * kStats;
+    compute_t* out = nullptr;
+    if (a.gradient.data != nullptr) {
+      out = in_place ? static_cast<compute_t*>(a.gradient.data) + r * a.gradient.row_stride
+                     : memory + 5 * padded;
+    }
+    if (weight == 0) {  // Skipped, whatever its logits are.
+      if (losses) {
+        losses[r] = losses[a.num_rows + r] = 0;
+        std::fill(stats, stats + kStats, compute_t(0));
+      }
+      if (out) {
+        std::fill(out, out + n, compute_t(0));
+        store_row(a.gradient, r, out, n);
+      }
+      continue;
+    }
+    const int64_t id = a.classes ? a.classes[r * a.classes_stride] : -1;
+    if (a.classes && (id < 0 || id >= n)) return r;
+
+    Row<compute_t, has_fma> row{a,
+                                n,
+                                row_of(a.student, r, memory, n),
+                                row_of(a.teacher, r, memory + padded, n),
+                                out,
+                                memory + 2 * padded,
+                                memory + 3 * padded,
+                                stats};
+    const compute_t upstream =
+        weight *
+        (a.upstream ? static_cast<const compute_t*>(a.upstream)[r * a.upstream_stride] : 1);
+    // In one factor each, so that nothing is rounded to the gradient's dtype before it is scaled.
+    const compute_t factor = upstream * compute_t(a.kl_gradient / a.temperature);
+    if (losses) {
+      row.exponentials();
+      losses[r] = weight * (out ? row.template divergences<true>(factor)
+                                : row.template divergences<false>(factor));
+      losses[a.num_rows + r] = stats[5] = stats[6] = 0;
+    } else {
+      row.gradient(factor);
+    }
+    if (has_target) {
+      const compute_t* target =
+          a.classes ? nullptr : row_of(a.probabilities, r, memory + 4 * padded, n);
+      const compute_t ce =
+          row.cross_entropy(id, target, losses != nullptr, upstream * compute_t(a.ce_gradient));
+      if (losses) losses[a.num_rows + r] = weight * ce;
+    }
+    if (out) store_row(a.gradient, r, out, n);
+  }
+  return -1;
 }
 
 // The same code compiled three times; the machine decides at run time. `flatten` pulls everything
 // into the function that carries the target attribute.
 __attribute__((
-    flatten,
-    target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))) void
+    flatten, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))) int64_t
 run_avx512(const KdArguments& a, int64_t begin, int64_t end) {
-  dispatch_dtype(a, begin, end);
+  return rows<float, true>(a, begin, end);
 }
 
-__attribute__((flatten, target("avx2,fma,f16c"))) void run_avx2(const KdArguments& a, int64_t begin,
-                                                                int64_t end) {
-  dispatch_dtype(a, begin, end);
+__attribute__((flatten, target("avx2,fma"))) int64_t run_avx2(const KdArguments& a, int64_t begin,
+                                                              int64_t end) {
+  return rows<float, true>(a, begin, end);
 }
 
-void run_scalar(const KdArguments& a, int64_t begin, int64_t end) { dispatch_dtype(a, begin, end); }
+int64_t run_scalar(const KdArguments& a, int64_t begin, int64_t end) {
+  return rows<float, false>(a, begin, end);
+}
+
+// float64 is for checking gradients, not for speed.
+int64_t run_double(const KdArguments& a, int64_t begin, int64_t end) {
+  return rows<double, false>(a, begin, end);
+}
 
 }  // namespace
 
@@ -240,13 +346,13 @@ const char* kd_loss_instruction_set() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "avx2" : "scalar";
 }
 
-void kd_loss_rows(const KdArguments& arguments, int64_t begin, int64_t end) {
-  using Run = void (*)(const KdArguments&, int64_t, int64_t);
+int64_t kd_loss_rows(const KdArguments& arguments, int64_t begin, int64_t end) {
+  using Run = int64_t (*)(const KdArguments&, int64_t, int64_t);
   static const Run run = [] {
     const std::string name = kd_loss_instruction_set();
     return name == "avx512" ? run_avx512 : name == "avx2" ? run_avx2 : run_scalar;
   }();
-  run(arguments, begin, end);
+  return (arguments.is_double ? run_double : run)(arguments, begin, end);
 }
 
 }  // namespace dmkd

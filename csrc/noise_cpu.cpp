@@ -1,10 +1,8 @@
 // Standard normal numbers keyed by (seed, image id, step): Philox4x32-10, then Box-Muller.
 //
 // The bits are those of dmkd_fast/ops/noise.py and of its Triton kernel: logarithm, sine and cosine
-// are polynomials of separately rounded products and sums, so no two machines differ. This file
-// must therefore never be compiled with contraction into fused multiply-adds.
-
-#pragma GCC optimize("fp-contract=off")
+// are polynomials of separately rounded products and sums (-ffp-contract=off in setup.py), so no
+// two machines differ.
 
 #include "noise_cpu.h"
 

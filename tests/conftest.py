@@ -24,6 +24,14 @@ SHORT = [
 ]  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked cuda are skipped where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 class TinyDenoiser(nn.Module):
     """A velocity that depends on latents, time and label: enough for everything but pictures."""
 

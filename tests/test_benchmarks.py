@@ -66,8 +66,15 @@ def test_missed_goal_is_reported_and_rows_are_recorded(
 
 
 def test_kd_loss_benchmark_ends_with_one_json_line() -> None:
-    command = [sys.executable, "-m", "benchmarks", "kd-loss", "--n", "1"]
+    command = [sys.executable, "-m", "benchmarks", "kd-loss", "--quick", "--n", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     line = json.loads(done.stdout.splitlines()[-1])
-    assert line["bench"] == "kd-loss" and len(line["goals"]) == 4
+    assert line["bench"] == "kd-loss" and len(line["goals"]) == 2
+    assert all("peak memory" in name and goal["met"] for name, goal in line["goals"].items())
     assert {row["arm"] for row in line["rows"]} >= {"ours", "eager", "compile", "copy"}
+    assert {row["set"] for row in line["rows"]} == {"allocated", "reused", "memory"}
+    timed = [row for row in line["rows"] if row["set"] != "memory"]
+    assert {row["threads"] for row in timed} >= {1} and {row["dtype"] for row in timed} == {
+        "float32",
+        "bfloat16",
+    }

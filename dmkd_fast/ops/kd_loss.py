@@ -1,246 +1,261 @@
-"""Temperature-scaled KL distillation loss on logits, fused: T^2 * KL(softmax(t/T) || softmax(s/T)).
+"""Distillation loss on logits, fused: alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE.
 
-Stands on floor 1: schema, shape function and autograd here, the CPU kernel in
-csrc/kd_loss_cpu.cpp, the definition in reference.py (also what runs where there is no kernel).
-Gradient by the student's logits: T * (softmax(s/T) - softmax(t/T)), times what the reduction gives.
-B rows, C classes.
+Stands on floor 1: the public functions and autograd; checks are in kd_loss_problem.py, the
+operators underneath and who computes them in kd_loss_ops.py. Gradient by the student's logits, with
+softmaxes p (teacher) and q (student) at T: alpha * T * (q - p) + (1 - alpha) * (softmax(s) -
+target), times the reduction's factor. B rows, C classes.
 
 Source: Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531), section 2.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-import warnings
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast.ops import reference
-
-Reduction = Literal["batchmean", "mean", "sum", "none"]
-
-_LIBRARY = torch.library.Library("dmkd_fast", "DEF")
-_LIBRARY.define("kd_loss_forward(Tensor student, Tensor teacher, float temperature) -> Tensor")
-_LIBRARY.define(
-    "kd_loss_backward(Tensor row_grad, Tensor student, Tensor teacher, float temperature) -> Tensor"
-)
-_LIBRARY.define(
-    "kd_loss_forward_backward(Tensor row_grad, Tensor student, Tensor teacher, float temperature) "
-    "-> (Tensor, Tensor)"
-)
-
-try:
-    # Importing the extension registers the CPU kernels.
-    INSTRUCTION_SET: str = importlib.import_module("dmkd_fast._C").instruction_set()
-except ImportError as error:
-    INSTRUCTION_SET = "none"
-    _WHY_EAGER = str(error)
+from dmkd_fast.ops import kd_loss_ops
+from dmkd_fast.ops.kd_loss_problem import Reduction, grad_scale_of, output_rows, problem_of
 
 
+class KdLossParts(NamedTuple):
+    """What `kd_loss(..., return_parts=True)` returns: loss = alpha * kd + (1 - alpha) * ce.
+
+    `kd` and `ce` (None without a target) are reduced like the loss and carry no gradient.
+    """
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor | None
+
+
+@overload
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0,
-    reduction: Reduction = "batchmean",
-) -> Tensor:  # fmt: skip
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *,
+    temperature: float = ..., alpha: float | None = ..., reduction: Reduction = ...,
+    t_squared: bool = ..., mask: Tensor | None = ..., row_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., num_items: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *,
+    temperature: float = ..., alpha: float | None = ..., reduction: Reduction = ...,
+    t_squared: bool = ..., mask: Tensor | None = ..., row_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., num_items: float | Tensor | None = ...,
+    return_parts: bool,
+) -> Tensor | KdLossParts: ...  # fmt: skip
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *,
+    temperature: float = 4.0, alpha: float | None = None, reduction: Reduction = "batchmean",
+    t_squared: bool = True, mask: Tensor | None = None, row_weight: Tensor | None = None,
+    ignore_index: int = -100, label_smoothing: float = 0.0,
+    num_items: float | Tensor | None = None, return_parts: bool = False,
+) -> Tensor | KdLossParts:  # fmt: skip
     """Distillation loss, in one pass over the logits.
 
     Equals, but exact and never negative as the two distributions meet::
 
         log_q = (student_logits.float() / T).log_softmax(-1)
         p = (teacher_logits.float() / T).softmax(-1)
-        F.kl_div(log_q, p, reduction="batchmean") * T**2
+        kd = F.kl_div(log_q, p, reduction=reduction) * T**2
+        ce = F.cross_entropy(student_logits.float(), target)
+        loss = alpha * kd + (1 - alpha) * ce
+
+    A row counts unless `mask` is False there or its class id is `ignore_index`; one that does not
+    count adds nothing to either term and gets a zero gradient, whatever its logits are. With n
+    the number of rows that count, or `num_items` where given, the sums are divided by:
+
+    ===========  ==========  ==========
+    reduction    KD term     CE term
+    ===========  ==========  ==========
+    "batchmean"  n           n
+    "mean"       n * C       n
+    "sum"        1           1
+    "none"       one value per row, 0 where a row does not count
+    ===========  ==========  ==========
+
+    `row_weight` changes no denominator. Leading dimensions count as rows: (B, L, C) has B * L of
+    them, where `F.kl_div` divides "batchmean" by B. No rows at all give nan, as in torch; rows of
+    which none counts give 0.
 
     Args:
-        student_logits: (..., C) float32, float64, float16 or bfloat16; gradients flow into it.
-        teacher_logits: Same shape; never gets a gradient.
-        temperature: T, positive.
-        reduction: "batchmean" divides by the number of rows, "mean" by the number of logits,
-            "sum" adds the rows, "none" keeps one value per row.
+        student_logits: (..., C) float32, float64, float16 or bfloat16, any strides; gradients flow
+            into it.
+        teacher_logits: Same shape, any of these dtypes; never gets a gradient.
+        target: Class ids (...) int64, or probabilities (..., C) of any of these dtypes.
+        temperature: T of the KD term, positive; the CE term is at T = 1.
+        alpha: Share of the KD term, in [0, 1). None, the only choice without a target, means 1.
+        reduction: See above.
+        t_squared: Multiply the KD term with T^2, which keeps its gradient's size as T changes.
+        mask: (...) bool, True where a row counts.
+        row_weight: (...) factors on the rows' losses.
+        ignore_index: Class id of rows that do not count.
+        label_smoothing: In [0, 1): this share of the target is spread over all classes.
+        num_items: Number of rows to divide by, for batches that are parts of a larger one (gradient
+            accumulation, data parallelism): a number, or a tensor of one on the logits' device.
+        return_parts: Return `KdLossParts(loss, kd, ce)`.
 
     Returns:
-        float32 (float64 for float64 logits): a scalar, or (...) for "none".
+        float32 (float64 if any logits are): a scalar, or (...) for "none".
 
     Raises:
-        TypeError: Logits are not floating-point tensors.
-        ValueError: Shapes or devices differ, or an argument is out of range.
+        TypeError: A tensor has the wrong dtype.
+        ValueError: Shapes or devices differ, an argument is out of range or would be ignored.
+        RuntimeError: A class id is out of range (on CUDA, where raising would mean waiting, the
+            loss is nan instead).
     """
-    student, teacher = _rows(student_logits, teacher_logits, temperature)
-    rows: Tensor = _KdLoss.apply(student, teacher, float(temperature))
-    if reduction == "none":
-        return rows.view(student_logits.shape[:-1])
-    return rows.sum() * _row_weight(reduction, student)
+    problem = problem_of(
+        student_logits, teacher_logits, target, temperature, alpha, reduction, t_squared, mask,
+        row_weight, ignore_index, label_smoothing, num_items,
+    )  # fmt: skip
+    per_row = reduction == "none"
+    if torch.is_grad_enabled() and student_logits.requires_grad:
+        loss, kd, ce = _KdLoss.apply(per_row, *problem)
+    else:
+        loss, kd, ce, _ = kd_loss_ops.forward(*problem, per_row)
+    if per_row:
+        shape = student_logits.shape[:-1]
+        loss, kd, ce = loss.view(shape), kd.view(shape), ce.view(shape)
+    return KdLossParts(loss, kd, None if target is None else ce) if return_parts else loss
 
 
 def kd_loss_and_grad(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0,
-    grad_scale: float = 1.0,
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *,
+    temperature: float = 4.0, alpha: float | None = None,
+    reduction: Literal["batchmean", "mean", "sum"] = "batchmean",
+    t_squared: bool = True, mask: Tensor | None = None, row_weight: Tensor | None = None,
+    ignore_index: int = -100, label_smoothing: float = 0.0,
+    num_items: float | Tensor | None = None, grad_scale: float | Tensor = 1.0,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and gradient in one pass: two reads and one write, without an autograd graph.
 
     Use it as `loss, grad = kd_loss_and_grad(...)`, then `student_logits.backward(grad)`.
 
     Args:
-        student_logits, teacher_logits, temperature: As for `kd_loss`.
-        grad_scale: Factor on the gradient alone, applied in float32 before rounding.
+        student_logits, teacher_logits, target, temperature, alpha, reduction, t_squared, mask,
+            row_weight, ignore_index, label_smoothing, num_items: As for `kd_loss`, without "none".
+        grad_scale: Factor on the gradient alone, applied in float32 before rounding: a number, or a
+            tensor of one on the logits' device, such as a GradScaler's scale.
+        out: Where to write the gradient: shape, dtype and device of `student_logits`, classes
+            dense, rows in equal steps, in memory that no input uses.
 
     Returns:
-        The batchmean loss (scalar float32), and grad_scale times its gradient by
+        The loss (a scalar as from `kd_loss`), and grad_scale times its gradient by
         `student_logits` (same shape and dtype).
+
+    Raises:
+        TypeError, ValueError: As `kd_loss`.
     """
-    student, teacher = _rows(student_logits.detach(), teacher_logits, temperature)
-    weight = _row_weight("batchmean", student)
-    row_grad = torch.full(
-        (1,), weight * grad_scale, dtype=_loss_dtype(student), device=student.device
-    )
-    rows, grad = torch.ops.dmkd_fast.kd_loss_forward_backward(
-        row_grad.expand(len(student)), student, teacher, float(temperature)
-    )
-    return rows.sum() * weight, grad.view(student_logits.shape).to(student_logits.dtype)
+    problem = problem_of(
+        student_logits.detach(), teacher_logits, target, temperature, alpha, reduction, t_squared,
+        mask, row_weight, ignore_index, label_smoothing, num_items,
+    )  # fmt: skip
+    if reduction == "none":
+        raise ValueError('reduction: got "none", expected "batchmean", "mean" or "sum"')
+    student, teacher = problem[:2]
+    upstream, factor = grad_scale_of(grad_scale, student, teacher)
+    if out is None:
+        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+        out = grad.view(student_logits.shape)
+    else:
+        grad = output_rows(out, student_logits, teacher_logits)
+        torch.autograd.graph.increment_version(out)
+    loss = kd_loss_ops.forward_backward(grad, upstream, factor, *problem)[0]
+    return loss, out
 
 
 class DistillKL(nn.Module):
     """`kd_loss` as a module.
 
+    Also callable as the published DM-KD code does, `DistillKL()(y_s, y_t, temp, opt)`: temperature
+    with the call, and options of which that code reads no field, and neither does this.
+
     Args:
-        temperature: T.
-        reduction: As for `kd_loss`.
+        temperature: T; None means `kd_loss`'s default, or that each call gives it.
+        alpha, reduction, t_squared, ignore_index, label_smoothing: As for `kd_loss`.
     """
 
-    def __init__(self, temperature: float = 4.0, *, reduction: Reduction = "batchmean") -> None:
+    def __init__(
+        self, temperature: float | None = None, *, alpha: float | None = None,
+        reduction: Reduction = "batchmean", t_squared: bool = True, ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.temperature, self.reduction = temperature, reduction
+        self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
+        self.t_squared, self.ignore_index = t_squared, ignore_index
+        self.label_smoothing = label_smoothing
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """See `kd_loss`."""
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor,
+        target: Tensor | float | None = None, opt: object = None, *,
+        mask: Tensor | None = None, row_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None, return_parts: bool = False,
+    ) -> Tensor | KdLossParts:  # fmt: skip
+        """See `kd_loss`; a number in third place is the temperature, as in the published code."""
+        temperature = self.temperature
+        if isinstance(target, int | float):
+            if temperature is not None:
+                raise ValueError(
+                    f"temperature: got {target} with the call and {temperature} before, expected "
+                    "one; write DistillKL() to give it with each call"
+                )
+            temperature, target = target, None
+        elif opt is not None:
+            raise ValueError(
+                "opt: expected after a temperature, as in DistillKL()(s, t, temp, opt)"
+            )
+        given = {} if temperature is None else {"temperature": temperature}
         return kd_loss(
-            student_logits, teacher_logits, temperature=self.temperature, reduction=self.reduction
-        )
+            student_logits, teacher_logits, target, alpha=self.alpha, reduction=self.reduction,
+            t_squared=self.t_squared, mask=mask, row_weight=row_weight,
+            ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
+            num_items=num_items, return_parts=return_parts, **given,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """What print() shows."""
-        return f"temperature={self.temperature}, reduction={self.reduction!r}"
+        return f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
 
 
 class _KdLoss(torch.autograd.Function):
-    """Per-row losses; the backward pass recomputes both softmaxes from the saved logits."""
+    """Loss, KD and CE parts of which the loss is differentiable.
+
+    On a CPU the forward pass computes the gradient too, while the row is in cache, for an upstream
+    gradient of 1: it then is handed over, once. Every other case (another upstream gradient, a
+    second backward pass, rows, float16, which would underflow, other devices, where looking at the
+    upstream gradient would wait for them) recomputes it from the logits and each row's statistics,
+    with the upstream gradient multiplied in before rounding.
+    """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(student, teacher)
-        ctx.temperature = temperature
-        return torch.ops.dmkd_fast.kd_loss_forward(student, teacher, temperature)
+    def forward(ctx: Any, per_row: bool, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+        student, teacher, target, weight, *numbers = problem
+        ctx.grad = None
+        if (
+            per_row
+            or student.device.type != "cpu"
+            or student.dtype == torch.float16
+            or torch.compiler.is_compiling()
+        ):
+            loss, kd, ce, stats = kd_loss_ops.forward(*problem, per_row)
+        else:
+            ctx.grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            loss, kd, ce, stats = kd_loss_ops.forward_backward(ctx.grad, None, 1.0, *problem)
+        ctx.save_for_backward(stats, student, teacher, target, weight)
+        ctx.numbers = numbers
+        ctx.mark_non_differentiable(kd, ce)
+        return loss, kd, ce
 
     @staticmethod
-    def backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:
             raise RuntimeError("kd_loss has no second derivative; do not pass create_graph=True")
-        student, teacher = ctx.saved_tensors
-        # The upstream gradient is multiplied in before rounding: float16 underflows otherwise.
-        grad = torch.ops.dmkd_fast.kd_loss_backward(row_grad, student, teacher, ctx.temperature)
-        return grad, None, None
-
-
-def _rows(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Check the arguments; both logits as (B, C) of one dtype, the teacher's detached."""
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
-        if logits.ndim == 0 or logits.shape[-1] == 0:
-            raise ValueError(
-                f"{name}: got shape {tuple(logits.shape)}, expected (..., C) with C >= 1"
-            )
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"teacher_logits: got shape {tuple(teacher.shape)}, expected the student's "
-            f"{tuple(student.shape)}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"teacher_logits: got device {teacher.device}, expected the student's {student.device}"
-        )
-    if not temperature > 0 or not math.isfinite(temperature):
-        raise ValueError(f"temperature: got {temperature}, expected a positive number")
-    if INSTRUCTION_SET == "none" and student.device.type == "cpu":
-        _say_eager_once()
-    if student.dtype != teacher.dtype:
-        common = torch.promote_types(student.dtype, teacher.dtype)
-        student, teacher = student.to(common), teacher.to(common)
-    classes = student.shape[-1]
-    return student.reshape(-1, classes), teacher.detach().reshape(-1, classes)
-
-
-def _row_weight(reduction: str, rows: Tensor) -> float:
-    """What each row's loss is multiplied with; an empty batch gives 0 * nan = nan, as in torch."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {get_args(Reduction)}")
-    count = {"batchmean": rows.shape[0], "mean": rows.numel(), "sum": 1}[reduction]
-    return 1.0 / count if count else math.nan
-
-
-def _loss_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-_said_eager = False
-
-
-def _say_eager_once() -> None:
-    global _said_eager
-    if not _said_eager:
-        _said_eager = True
-        warnings.warn(
-            f"dmkd_fast has no compiled CPU kernels ({_WHY_EAGER}); kd_loss uses its eager "
-            "definition, several times slower. Install again where there is a C++ compiler; "
-            "torch.compile on the CPU needs one too.",
-            stacklevel=4,
-        )
-
-
-def _eager_forward(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    return reference.kd_loss(student, teacher, temperature=temperature)
-
-
-def _eager_backward(
-    row_grad: Tensor, student: Tensor, teacher: Tensor, temperature: float
-) -> Tensor:
-    grad = reference.kd_grad(student, teacher, temperature=temperature)
-    return (grad * row_grad[:, None]).to(student.dtype)
-
-
-def _eager_forward_backward(
-    row_grad: Tensor, student: Tensor, teacher: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    rows = _eager_forward(student, teacher, temperature)
-    return rows, _eager_backward(row_grad, student, teacher, temperature)
-
-
-def _fake_forward(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    return student.new_empty(student.shape[0], dtype=_loss_dtype(student))
-
-
-def _fake_backward(
-    row_grad: Tensor, student: Tensor, teacher: Tensor, temperature: float
-) -> Tensor:
-    return torch.empty_like(student, memory_format=torch.contiguous_format)
-
-
-def _fake_forward_backward(
-    row_grad: Tensor, student: Tensor, teacher: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    return (
-        _fake_forward(student, teacher, temperature),
-        _fake_backward(row_grad, student, teacher, temperature),
-    )
-
-
-# Every device without a kernel of its own computes the definition.
-for _name, _eager, _fake in (
-    ("kd_loss_forward", _eager_forward, _fake_forward),
-    ("kd_loss_backward", _eager_backward, _fake_backward),
-    ("kd_loss_forward_backward", _eager_forward_backward, _fake_forward_backward),
-):
-    _LIBRARY.impl(_name, _eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dmkd_fast::{_name}", _fake, lib=_LIBRARY)
+        grad, ctx.grad = ctx.grad, None
+        if grad is None or upstream.item() != 1:
+            del grad  # before its successor is allocated
+            grad = kd_loss_ops.backward(upstream, *ctx.saved_tensors, *ctx.numbers)
+        return None, grad, *[None] * (3 + len(ctx.numbers))

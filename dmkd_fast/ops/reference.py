@@ -36,6 +36,30 @@ def kd_grad(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
     return temperature * (q - p)
 
 
+def cross_entropy(student_logits: Tensor, target: Tensor, *, label_smoothing: float) -> Tensor:
+    """Per-row cross-entropy at temperature 1 against class ids or probabilities, (B,).
+
+    As `F.cross_entropy(..., reduction="none")`, but a class of probability 0 costs 0 even where the
+    student rules it out.
+    """
+    weights = _target_weights(student_logits, target, label_smoothing)
+    terms = -weights * torch.log_softmax(student_logits, dim=-1)
+    return torch.where(weights == 0, 0, terms).sum(dim=-1)
+
+
+def cross_entropy_grad(student_logits: Tensor, target: Tensor, *, label_smoothing: float) -> Tensor:
+    """Gradient of each row of `cross_entropy`: softmax(s) * sum(target) - target, (B, C)."""
+    weights = _target_weights(student_logits, target, label_smoothing)
+    return torch.softmax(student_logits, dim=-1) * weights.sum(dim=-1, keepdim=True) - weights
+
+
+def _target_weights(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """The target as smoothed probabilities (B, C) in the logits' dtype."""
+    if target.ndim < logits.ndim:
+        target = torch.zeros_like(logits).scatter_(-1, target[..., None], 1)
+    return target.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / logits.shape[-1]
+
+
 def views(
     slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, *,
     size: int, pad: int, mean: Tensor, std: Tensor, dtype: torch.dtype,

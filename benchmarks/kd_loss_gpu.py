@@ -1,0 +1,117 @@
+"""kd_loss on a GPU: share of the copy bandwidth, microseconds per step, beside its rivals.
+
+Run by benchmarks/gpu.sh. Loss and gradient; outputs reused where an arm can. GB/s counts two reads
+and one write of the logits for every arm, whatever it really moves; the copy is torch.add of the
+same tensors. Steps at 256 x 1000 are timed as a user sees them and replayed from a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Report, arguments, time_interleaved
+from benchmarks.kd_loss import TEMPERATURE, eager
+from dmkd_fast import kd_loss, kd_loss_and_grad
+
+SHAPES = ((256, 100), (256, 1000), (8192, 1000), (2048, 21841), (8192, 32000), (4096, 128256))
+CALLS = 20  # per timing, so that the queue stays full
+
+
+def main(argv: list[str]) -> int:
+    parser = arguments("kd-loss-gpu", __doc__ or "")
+    parser.add_argument("--n", type=int, default=20, help="timings per arm")
+    options: argparse.Namespace = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("kd-loss-gpu: no CUDA device")
+        return 2
+    report = Report(bench="kd-loss-gpu")
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            _measure(report, shape, dtype, options.n)
+    report.finish(record=options.record)
+    return 0
+
+
+def _measure(report: Report, shape: tuple[int, int], dtype: torch.dtype, n: int) -> None:
+    torch.manual_seed(0)
+    student = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+    teacher = torch.randn(shape, device="cuda").to(dtype)
+    logits, out = student.detach(), torch.empty_like(student, requires_grad=False)
+
+    def backward(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            student.grad = None
+            loss(student, teacher).backward()
+
+        return call
+
+    def one_pass() -> None:
+        kd_loss_and_grad(logits, teacher, temperature=TEMPERATURE, out=out)
+
+    arms: dict[str, Callable[[], object]] = {
+        "ours": backward(lambda s, t: kd_loss(s, t, temperature=TEMPERATURE)),
+        "ours, one pass": one_pass,
+        "eager": backward(eager),
+        "compile": backward(torch.compile(eager, dynamic=False)),
+        "copy": lambda: torch.add(logits, teacher, out=out),
+    }
+    if importlib.util.find_spec("liger_kernel"):
+        arms["liger"] = backward(_liger())
+    if shape == (256, 1000):
+        arms["ours, one pass, graph"] = _captured(one_pass)
+    repeated = {name: _repeat(arm) for name, arm in arms.items()}
+    timings = time_interleaved(repeated, n=n)
+    moved = 3 * logits.numel() * logits.element_size()
+    peak = moved * CALLS / timings["copy"]["median_ms"]
+    for name, timing in timings.items():
+        report.rows.append(
+            {
+                "shape": f"{shape[0]}x{shape[1]}",
+                "dtype": str(dtype).removeprefix("torch."),
+                "arm": name,
+                "us_per_step": round(1e3 * timing["median_ms"] / CALLS, 2),
+                "gb_per_s": round(1e-6 * moved * CALLS / timing["median_ms"], 1),
+                "share_of_copy": round(moved * CALLS / timing["median_ms"] / peak, 3),
+                "n": timing["n"],
+            }
+        )
+        if name == "ours, one pass" and shape[1] >= 4096:
+            report.at_least(f"{shape[0]}x{shape[1]} {dtype} share of copy",
+                            report.rows[-1]["share_of_copy"], 0.85)  # fmt: skip
+
+
+def _repeat(arm: Callable[[], object]) -> Callable[[], None]:
+    def call() -> None:
+        for _ in range(CALLS):
+            arm()
+
+    return call
+
+
+def _captured(arm: Callable[[], object]) -> Callable[[], object]:
+    arm()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        arm()
+    return graph.replay
+
+
+def _liger() -> Callable[[Tensor, Tensor], Tensor]:
+    """Liger's KLDivLoss, with the softmaxes that it leaves to the caller."""
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    module = LigerKLDIVLoss(reduction="batchmean")
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q = F.log_softmax(student.float() / TEMPERATURE, dim=1)
+        p = F.softmax(teacher.float() / TEMPERATURE, dim=1)
+        return module(log_q, p) * TEMPERATURE**2
+
+    return loss
