@@ -13,7 +13,7 @@ from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Sche
 from dmkd_fast.pretrain_diffusion import FLOW
 
 ROOT = Path(__file__).parent.parent
-CONFIG = str(ROOT / "configs" / "fashion_mnist.yaml")
+CONFIG = str(ROOT / "configs" / "many_steps.yaml")
 SHORT = [
     "num_threads=1", "dtype=float32", "sampler.num_steps=1", "sampler.guidance_scale=1",
     "sampler.compile=false", "sampler.micro_batch_images=64", "ring.capacity_images=192",

@@ -126,8 +126,8 @@ def _valid(target: Tensor, weight: Tensor | None) -> Tensor:
 def _say_eager(logits: Tensor) -> None:
     if logits.device.type == "cpu" and extension.INSTRUCTION_SET == "none":
         say_once("cpu", f"dmkd_fast has no compiled CPU kernels ({extension.WHY_MISSING}); kd_loss "
-                 "uses its eager definition, several times slower. Install again where there is a C++ "
-                 "compiler; torch.compile on the CPU needs one too.")  # fmt: skip
+                 "uses its eager definition, several times slower. Install again where there is a "
+                 "C++ compiler; torch.compile on the CPU needs one too.")  # fmt: skip
 
 
 def _fake_forward(
