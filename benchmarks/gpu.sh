@@ -9,3 +9,4 @@ python=${PYTHON:-.venv/bin/python}
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
 "$python" -m pytest -q -m cuda
 "$python" -m benchmarks kd-loss-gpu "$@"
+"$python" -m benchmarks sampler "$@"

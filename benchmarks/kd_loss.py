@@ -70,6 +70,7 @@ def eager(student: Tensor, teacher: Tensor) -> Tensor:
 
 def arms(student: Tensor, teacher: Tensor) -> dict[str, Callable[[], object]]:
     """What is compared; all but the last two allocate their outputs."""
+    torch._dynamo.reset()  # else it gives up after eight shapes and runs eagerly
     compiled = torch.compile(eager, dynamic=False)
     logits, out = student.detach(), torch.empty_like(student, requires_grad=False)
 

@@ -77,15 +77,22 @@ DMKD_INLINE float fast_exp(float x, const Bounds& bounds) {
   return poly * as_float((as_bits(shifted) - 0x4b400000u + 127u) << 23);
 }
 
-// x / 2 * (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3).
+// y = x + bias; y / 2 * (1 + tanh(u)) = y / (1 + exp(-2 u)), u = sqrt(2 / pi) * (y + 0.044715 y^3).
+constexpr float kGeluLinear = 1.5957691216f, kGeluCubic = 0.0713548163f;
+
 template <typename scalar_t>
-DMKD_INLINE void gelu(const scalar_t* in, scalar_t* out, int64_t begin, int64_t end) {
+DMKD_INLINE void gelu(const scalar_t* in, const scalar_t* bias, scalar_t* out, int64_t begin,
+                      int64_t end, int64_t columns) {
   const Bounds bounds;
+  for (int64_t r = begin; r < end; ++r) {
+    const scalar_t* source = in + r * columns;
+    scalar_t* target = out + r * columns;
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) {
-    const float x = load(in + i);
-    const float twice_u = x * (1.5957691216f + 0.0713548163f * (x * x));
-    store(out + i, x / (1.0f + fast_exp(-twice_u, bounds)));
+    for (int64_t i = 0; i < columns; ++i) {
+      const float y = load(source + i) + load(bias + i);
+      const float twice_u = y * (kGeluLinear + kGeluCubic * (y * y));
+      store(target + i, y / (1.0f + fast_exp(-twice_u, bounds)));
+    }
   }
 }
 
@@ -125,20 +132,20 @@ DMKD_INLINE void softmax(const scalar_t* in, scalar_t* out, int64_t begin, int64
 #define DMKD_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
 
-DMKD_AVX512 inline __m512 load16(const float* source, __mmask16 mask) {
+DMKD_AVX512 DMKD_INLINE __m512 load16(const float* source, __mmask16 mask) {
   return _mm512_maskz_loadu_ps(mask, source);
 }
 
-DMKD_AVX512 inline __m512 load16(const uint16_t* source, __mmask16 mask) {
+DMKD_AVX512 DMKD_INLINE __m512 load16(const uint16_t* source, __mmask16 mask) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, source));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-DMKD_AVX512 inline void store16(float* target, __mmask16 mask, __m512 value) {
+DMKD_AVX512 DMKD_INLINE void store16(float* target, __mmask16 mask, __m512 value) {
   _mm512_mask_storeu_ps(target, mask, value);
 }
 
-DMKD_AVX512 inline void store16(uint16_t* target, __mmask16 mask, __m512 value) {
+DMKD_AVX512 DMKD_INLINE void store16(uint16_t* target, __mmask16 mask, __m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -149,7 +156,7 @@ DMKD_AVX512 inline void store16(uint16_t* target, __mmask16 mask, __m512 value) 
 }
 
 // exp(x) for x <= 0, as `fast_exp`; zero below -87, NaN stays NaN.
-DMKD_AVX512 inline __m512 exp16(__m512 x) {
+DMKD_AVX512 DMKD_INLINE __m512 exp16(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
@@ -200,53 +207,45 @@ DMKD_AVX512 void softmax_avx512(const scalar_t* in, scalar_t* out, int64_t begin
 
 struct Work {
   const void* in;
+  const void* bias;  // gelu alone
   void* out;
-  int64_t begin, end, columns;  // columns 0: gelu
-  float scale;
+  int64_t begin, end, columns;
+  float scale;  // softmax alone
 };
 
 template <typename scalar_t>
-DMKD_INLINE void gelu(const Work& work) {
-  gelu(static_cast<const scalar_t*>(work.in), static_cast<scalar_t*>(work.out), work.begin,
-       work.end);
+DMKD_INLINE void generic(const Work& work) {
+  const auto* in = static_cast<const scalar_t*>(work.in);
+  auto* out = static_cast<scalar_t*>(work.out);
+  if (work.bias != nullptr) {
+    gelu(in, static_cast<const scalar_t*>(work.bias), out, work.begin, work.end, work.columns);
+  } else {
+    softmax(in, out, work.begin, work.end, work.columns, work.scale);
+  }
 }
 
 template <typename scalar_t>
-DMKD_INLINE void softmax(const Work& work) {
-  softmax(static_cast<const scalar_t*>(work.in), static_cast<scalar_t*>(work.out), work.begin,
-          work.end, work.columns, work.scale);
-}
-
-DMKD_INLINE void generic(const Work& work, bool bfloat16) {
-  if (work.columns == 0) {
-    bfloat16 ? gelu<uint16_t>(work) : gelu<float>(work);
+DMKD_AVX512 __attribute__((flatten)) void vectors(const Work& work) {
+  const auto* in = static_cast<const scalar_t*>(work.in);
+  auto* out = static_cast<scalar_t*>(work.out);
+  if (work.bias != nullptr) {
+    gelu(in, static_cast<const scalar_t*>(work.bias), out, work.begin, work.end, work.columns);
   } else {
-    bfloat16 ? softmax<uint16_t>(work) : softmax<float>(work);
+    softmax_avx512(in, out, work.begin, work.end, work.columns, work.scale);
   }
-}
-
-DMKD_AVX512 __attribute__((flatten)) void gelu_avx512(const Work& work, bool bfloat16) {
-  bfloat16 ? gelu<uint16_t>(work) : gelu<float>(work);
 }
 
 void run_avx512(const Work& work, bool bfloat16) {
-  if (work.columns == 0) {
-    return gelu_avx512(work, bfloat16);
-  }
-  if (bfloat16) {
-    softmax_avx512(static_cast<const uint16_t*>(work.in), static_cast<uint16_t*>(work.out),
-                   work.begin, work.end, work.columns, work.scale);
-  } else {
-    softmax_avx512(static_cast<const float*>(work.in), static_cast<float*>(work.out), work.begin,
-                   work.end, work.columns, work.scale);
-  }
+  bfloat16 ? vectors<uint16_t>(work) : vectors<float>(work);
 }
 
 __attribute__((flatten, target("avx2,fma"))) void run_avx2(const Work& work, bool bfloat16) {
-  generic(work, bfloat16);
+  bfloat16 ? generic<uint16_t>(work) : generic<float>(work);
 }
 
-void run_scalar(const Work& work, bool bfloat16) { generic(work, bfloat16); }
+void run_scalar(const Work& work, bool bfloat16) {
+  bfloat16 ? generic<uint16_t>(work) : generic<float>(work);
+}
 
 void run(const Work& work, bool bfloat16) {
   using Run = void (*)(const Work&, bool);
@@ -261,13 +260,14 @@ void run(const Work& work, bool bfloat16) {
 
 }  // namespace
 
-void gelu_tanh(const void* in, void* out, int64_t begin, int64_t end, bool bfloat16) {
-  run({in, out, begin, end, 0, 1.0f}, bfloat16);
+void gelu_tanh(const void* in, const void* bias, void* out, int64_t begin, int64_t end,
+               int64_t columns, bool bfloat16) {
+  run({in, bias, out, begin, end, columns, 1.0f}, bfloat16);
 }
 
 void softmax_rows(const void* in, void* out, int64_t begin, int64_t end, int64_t columns,
                   float scale, bool bfloat16) {
-  run({in, out, begin, end, columns, scale}, bfloat16);
+  run({in, nullptr, out, begin, end, columns, scale}, bfloat16);
 }
 
 }  // namespace dmkd

@@ -6,8 +6,10 @@
 
 namespace dmkd {
 
-// out[i] = gelu_tanh(in[i]), bfloat16 bits or float. `in` and `out` may be the same.
-void gelu_tanh(const void* in, void* out, int64_t begin, int64_t end, bool bfloat16);
+// Rows [begin, end) of out = gelu_tanh(in + bias), each `columns` long, contiguous, bfloat16 bits
+// or float; bias (columns,). `in` and `out` may be the same.
+void gelu_tanh(const void* in, const void* bias, void* out, int64_t begin, int64_t end,
+               int64_t columns, bool bfloat16);
 
 // Rows [begin, end) of out = softmax(scale * in), each `columns` long, contiguous, bfloat16 bits or
 // float. `in` and `out` may be the same.

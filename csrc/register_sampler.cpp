@@ -44,14 +44,20 @@ Tensor normal(int64_t seed, const Tensor& ids, int64_t step, int64_t count) {
   return out;
 }
 
-Tensor gelu(const Tensor& input) {
-  const Tensor dense = torch::stable::contiguous(input);
+Tensor gelu(const Tensor& input, const Tensor& bias) {
+  const Tensor dense = torch::stable::contiguous(input), addend = torch::stable::contiguous(bias);
   const bool bfloat16 = is_bfloat16(dense);
+  const int64_t columns = addend.numel();
+  STD_TORCH_CHECK(addend.dim() == 1 && dense.dim() > 0 && columns == dense.size(dense.dim() - 1) &&
+                      addend.scalar_type() == dense.scalar_type(),
+                  "bias: expected the size of the last dimension and the dtype of the input");
   Tensor out = torch::stable::empty_like(dense);
   const void* in = dense.const_data_ptr();
+  const void* added = addend.const_data_ptr();
   void* target = out.mutable_data_ptr();
-  torch::stable::parallel_for(0, dense.numel(), kElementsPerTask, [&](int64_t begin, int64_t end) {
-    gelu_tanh(in, target, begin, end, bfloat16);
+  const int64_t rows = columns == 0 ? 0 : dense.numel() / columns;
+  torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
+    gelu_tanh(in, added, target, begin, end, columns, bfloat16);
   });
   return out;
 }

@@ -93,9 +93,10 @@ class LeanDiT(nn.Module):
         query, key, value = heads.unbind(2)
         mixed = attention.attend(query, key, value, self.attention).flatten(2)
         x = x + gate * block.project(mixed)
-        hidden = block.up(_norm(x, self.mlp_norm_eps) * (1 + scale_mlp) + shift_mlp)
+        normed = _norm(x, self.mlp_norm_eps) * (1 + scale_mlp) + shift_mlp
         # PyTorch's tanh form takes as long as the products around it on a CPU; see activations.py.
-        return x + gate_mlp * block.down(gelu_tanh(hidden))
+        hidden = gelu_tanh(F.linear(normed, block.up.weight), block.up.bias)
+        return x + gate_mlp * block.down(hidden)
 
 
 class Block(nn.Module):

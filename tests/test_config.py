@@ -50,7 +50,7 @@ def test_auto_is_resolved_by_capability(monkeypatch: pytest.MonkeyPatch) -> None
 def test_newest_run_of_a_name_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = cfg.load(cfg.DistillConfig, CONFIG)
-    for name in ("fashion_mnist-20200101-000000", "fashion_mnist-20210101-000000"):
+    for name in ("many_steps-20200101-000000", "many_steps-20210101-000000"):
         claimed = run_dir.claim(config.model_copy(update={"run_dir": f"runs/{name}"}))
         (claimed / "checkpoints" / "step-000000001").mkdir(parents=True)
-    assert run_dir.find(config).run_dir == "runs/fashion_mnist-20210101-000000"
+    assert run_dir.find(config).run_dir == "runs/many_steps-20210101-000000"

@@ -186,11 +186,12 @@ def test_images_are_the_same_bits_in_five_arrangements(dtype: torch.dtype) -> No
     assert restarted == whole[9:] and tail == whole[19:]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 7, 24])
-def test_other_micro_batches_differ_by_a_level_in_few_pixels(size: int) -> None:
+def test_other_micro_batches_differ_by_a_level_in_few_pixels(size: int, dtype: torch.dtype) -> None:
     ids = torch.arange(24)
-    reference = make(embedded(), ids, 10)
-    other = make(embedded(micro_batch_images=size), ids, 10)
+    reference = make(embedded(dtype=dtype), ids, 10)
+    other = make(embedded(micro_batch_images=size, dtype=dtype), ids, 10)
     levels = (reference.int() - other.int()).abs()
     assert levels.max() <= 1 and (levels > 0).float().mean() <= 1e-3
 
@@ -270,3 +271,46 @@ def test_a_flow_model_distilled_to_few_steps_refuses_others() -> None:
         tiny_sampler(scheduler=flow, num_steps=3, guidance_scale=1.0)
     with pytest.raises(ValueError, match=r"guidance 1\.5 folded in"):
         tiny_sampler(scheduler=flow, num_steps=4, guidance_scale=2.0)
+
+
+@pytest.mark.cuda
+def test_noise_has_the_same_bits_on_a_gpu() -> None:
+    """Needs an NVIDIA GPU of compute capability 8.0 or higher."""
+    ids = torch.tensor([0, 7, 2**40 + 1])
+    for seed, step in ((0, 0), (1, 3), (2**40 + 11, 9)):
+        expected = noise.normal_reference(seed, ids, step, 3072)
+        got = noise.normal(seed, ids.cuda(), step=step, count=3072)
+        assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compile", [False, True])
+def test_replayed_graph_equals_the_loop_and_never_waits(compile: bool) -> None:
+    """Needs an NVIDIA GPU of compute capability 8.0 or higher."""
+    sampler = dit_sampler(device="cuda", dtype=torch.float16, compile=compile, num_steps=6)
+    ids = torch.arange(10, device="cuda")
+    out = torch.empty(10, 4, 8, 8, dtype=torch.uint8, device="cuda")
+    sampler.sample(ids, ids, out=out)
+    expected = torch.cat([
+        sampler._make(part, part) for part in (ids[:4], ids[4:8], ids[[8, 9, 9, 9]])
+    ])[:10]  # fmt: skip
+    assert (out.int() - expected.int()).abs().max() <= 1
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.current"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler.sample(ids, ids, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.current"] == before
+
+
+def test_benchmark_counts_the_arithmetic_of_dits_exactly() -> None:
+    from benchmarks.sampler import dit_flops
+
+    dit = small_dit()
+    lean: Any = lean_dit(dit)
+    lean.attention = "products"
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        lean(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    assert dit_flops(dict(dit.config)) == counter.get_total_flops()

@@ -13,13 +13,15 @@ from torch import Tensor
 from dmkd_fast.ops import extension as extension
 
 _LIBRARY = torch.library.Library("dmkd_fast", "FRAGMENT")
-_LIBRARY.define("gelu_tanh(Tensor input) -> Tensor")
+_LIBRARY.define("gelu_tanh(Tensor input, Tensor bias) -> Tensor")
 _LIBRARY.define("scaled_softmax(Tensor input, float scale) -> Tensor")
 
 
-def gelu_tanh(values: Tensor) -> Tensor:
-    """`F.gelu(values, approximate="tanh")` for float32 and bfloat16, any shape."""
-    result: Tensor = torch.ops.dmkd_fast.gelu_tanh(values)
+def gelu_tanh(values: Tensor, bias: Tensor) -> Tensor:
+    """`F.gelu(values + bias, approximate="tanh")`, (..., C) and (C,), float32 or bfloat16."""
+    if values.device.type != "cpu":  # An opaque operator would keep the compiler from fusing it.
+        return _eager_gelu(values, bias)
+    result: Tensor = torch.ops.dmkd_fast.gelu_tanh(values, bias)
     return result
 
 
@@ -29,8 +31,8 @@ def scaled_softmax(scores: Tensor, scale: float) -> Tensor:
     return result
 
 
-def _eager_gelu(values: Tensor) -> Tensor:
-    return F.gelu(values, approximate="tanh")
+def _eager_gelu(values: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(values + bias, approximate="tanh")
 
 
 def _eager_softmax(scores: Tensor, scale: float) -> Tensor:
@@ -41,7 +43,7 @@ _LIBRARY.impl("gelu_tanh", _eager_gelu, "CompositeExplicitAutograd")
 _LIBRARY.impl("scaled_softmax", _eager_softmax, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "dmkd_fast::gelu_tanh",
-    lambda values: torch.empty_like(values, memory_format=torch.contiguous_format),
+    lambda values, bias: torch.empty_like(values, memory_format=torch.contiguous_format),
     lib=_LIBRARY,
 )
 torch.library.register_fake(
