@@ -12,37 +12,24 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
+
+#include "scalar_types.h"
 
 namespace dmkd {
 namespace {
 
-#define DMKD_INLINE inline __attribute__((always_inline))
-
-DMKD_INLINE float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-DMKD_INLINE uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
 DMKD_INLINE float load(const float* source) { return *source; }
 
 DMKD_INLINE float load(const uint16_t* source) {
-  return as_float(static_cast<uint32_t>(*source) << 16);
+  return bits_to_float(static_cast<uint32_t>(*source) << 16);
 }
 
 DMKD_INLINE void store(float* target, float value) { *target = value; }
 
 DMKD_INLINE void store(uint16_t* target, float value) {
-  const uint32_t bits = as_bits(value);
+  const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40u;
   *target = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
@@ -74,7 +61,7 @@ DMKD_INLINE float fast_exp(float x, const Bounds& bounds) {
   poly = poly * r + 1.6666665e-1f;
   poly = poly * r + 5.0000001e-1f;
   poly = poly * (r * r) + (r + 1.0f);
-  return poly * as_float((as_bits(shifted) - 0x4b400000u + 127u) << 23);
+  return poly * bits_to_float((float_to_bits(shifted) - 0x4b400000u + 127u) << 23);
 }
 
 // y = x + bias; y / 2 * (1 + tanh(u)) = y / (1 + exp(-2 u)), u = sqrt(2 / pi) * (y + 0.044715 y^3).

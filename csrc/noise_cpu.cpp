@@ -9,33 +9,20 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+
+#include "scalar_types.h"
 
 namespace dmkd {
 namespace {
 
 constexpr int kBlocks = 16;  // Philox blocks of four words computed side by side
 
-#define DMKD_INLINE inline __attribute__((always_inline))
-
-DMKD_INLINE float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-DMKD_INLINE uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
 // log(u) for u in (0, 1]: exponent and, for the mantissa m in [sqrt(1/2), sqrt(2)), a polynomial in
 // m - 1.
 DMKD_INLINE float log_unit(float u) {
-  const uint32_t bits = as_bits(u);
+  const uint32_t bits = float_to_bits(u);
   const int32_t exponent = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
-  const float f = as_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+  const float f = bits_to_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
   float poly = kLog[8];
   for (int i = 7; i >= 0; --i) {
     poly = poly * f + kLog[i];

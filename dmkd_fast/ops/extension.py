@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 
+import torch as torch  # loads the libraries that the extension is linked against
+
 INSTRUCTION_SET = "none"
 WHY_MISSING = ""
 try:
