@@ -33,11 +33,10 @@ def main(argv: list[str]) -> None:
             runs[name].append({"job": name, "seed": seed, **summary, "curve": curve(stats)})
             print({k: v for k, v in runs[name][-1].items() if k != "curve"}, file=sys.stderr)
     target = statistics.mean(run["top1"] for run in runs["many steps"])
-    for name, found in runs.items():
+    for found in runs.values():
         for run in found:
             reached = time_to(run.pop("curve"), target)
             report.rows.append({**run, "target": round(target, 4), "s_to_target": reached})
-            report.rows[-1]["job"] = name
     spent = statistics.mean(run["wall_s"] for run in runs["many steps"])
     times = [row["s_to_target"] for row in report.rows if row["job"] == "few steps"]
     if None in times:

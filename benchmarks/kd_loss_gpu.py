@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Report, arguments, time_interleaved
-from benchmarks.kd_loss import TEMPERATURE, eager
-from dmkd_fast import kd_loss, kd_loss_and_grad
+from benchmarks.kd_loss import TEMPERATURE, arms, backward
 
 SHAPES = ((256, 100), (256, 1000), (8192, 1000), (2048, 21841), (8192, 32000), (4096, 128256))
 CALLS = 20  # per timing, so that the queue stays full
@@ -42,32 +41,22 @@ def _measure(report: Report, shape: tuple[int, int], dtype: torch.dtype, n: int)
     torch.manual_seed(0)
     student = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
     teacher = torch.randn(shape, device="cuda").to(dtype)
-    logits, out = student.detach(), torch.empty_like(student, requires_grad=False)
-
-    def backward(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
-        def call() -> None:
-            student.grad = None
-            loss(student, teacher).backward()
-
-        return call
-
-    def one_pass() -> None:
-        kd_loss_and_grad(logits, teacher, temperature=TEMPERATURE, out=out)
-
-    arms: dict[str, Callable[[], object]] = {
-        "ours": backward(lambda s, t: kd_loss(s, t, temperature=TEMPERATURE)),
+    found = arms(student, teacher)
+    one_pass = found["ours, one pass, reused"]
+    compared: dict[str, Callable[[], object]] = {
+        "ours": found["ours"],
         "ours, one pass": one_pass,
-        "eager": backward(eager),
-        "compile": backward(torch.compile(eager, dynamic=False)),
-        "copy": lambda: torch.add(logits, teacher, out=out),
+        "eager": found["eager"],
+        "compile": found["compile"],
+        "copy": found["copy, reused"],
     }
     if importlib.util.find_spec("liger_kernel"):
-        arms["liger"] = backward(_liger())
+        compared["liger"] = backward(_liger(), student, teacher)
     if shape == (256, 1000):
-        arms["ours, one pass, graph"] = _captured(one_pass)
-    repeated = {name: _repeat(arm) for name, arm in arms.items()}
+        compared["ours, one pass, graph"] = _captured(one_pass)
+    repeated = {name: _repeat(arm) for name, arm in compared.items()}
     timings = time_interleaved(repeated, n=n)
-    moved = 3 * logits.numel() * logits.element_size()
+    moved = 3 * student.numel() * student.element_size()
     peak = moved * CALLS / timings["copy"]["median_ms"]
     for name, timing in timings.items():
         report.rows.append(

@@ -131,8 +131,9 @@ struct Row {
     return std::abs(stats[4]) < compute_t(1) ? compute_t(0.5) : compute_t(0);
   }
 
-  // KL by the exponentials in scratch, and its gradient times `factor` into `out`.
-  template <bool with_grad>
+  // KL by the exponentials in scratch, and its gradient times `factor` into `out`. Only rows with
+  // infinite logits need 0 * log 0 = 0, and their loss alone: it is computed again with the select.
+  template <bool with_grad, bool with_zeros = false>
   DMKD_INLINE compute_t divergences(compute_t factor) {
     const compute_t scale = compute_t(1 / a.temperature), common = stats[4], limit = near_limit();
     const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
@@ -143,25 +144,12 @@ struct Row {
       const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
       compute_t term, difference;
       divergence<has_fma>(p, q, d, limit, term, difference);
-      loss += term;
+      loss += with_zeros && p == 0 ? q : term;
       if constexpr (with_grad) out[i] = difference * factor;
     }
-    if (!(loss <= std::numeric_limits<compute_t>::max())) loss = careful();
-    return loss;
-  }
-
-  // The loss of a row with infinite logits, where 0 * log 0 = 0. Its gradient needs no such care.
-  DMKD_INLINE compute_t careful() {
-    const compute_t scale = compute_t(1 / a.temperature), common = stats[4], limit = near_limit();
-    const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
-    compute_t loss = 0;
-#pragma omp simd reduction(+ : loss)
-    for (int64_t i = 0; i < n; ++i) {
-      const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
-      const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
-      compute_t term, difference;
-      divergence<has_fma>(p, q, d, limit, term, difference);
-      loss += p == 0 ? q : term;
+    if constexpr (!with_zeros) {
+      const bool finite = loss <= std::numeric_limits<compute_t>::max();
+      if (!finite) loss = divergences<false, true>(factor);
     }
     return loss;
   }

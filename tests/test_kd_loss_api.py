@@ -280,3 +280,19 @@ assert rows[0] == 0 and (rows[1:] > 0).all()
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         torch.save((student, teacher, target, loss.detach(), leaf.grad), file.name)
         subprocess.run([sys.executable, "-c", code, file.name], check=True)
+
+
+def test_without_triton_cuda_says_so_once_and_uses_the_definition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the dispatcher calls for CUDA tensors, on CPU ones: only its choice is looked at."""
+    monkeypatch.setitem(sys.modules, "dmkd_fast.ops.kd_loss_triton", None)
+    monkeypatch.setattr(kd_loss_ops, "_said", {"cpu"})
+    run = kd_loss_ops._cuda("forward", kd_loss_ops._eager_forward)
+    problem = (torch.randn(3, 5), torch.randn(3, 5), None, None, 4.0, 1.0, 16.0, 1.0, 0.0, False)
+    with pytest.warns(UserWarning, match="no CUDA kernels .* Install triton"):
+        loss = run(*problem)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(run(*problem)[0], loss)
+    torch.testing.assert_close(loss, kd_loss(problem[0], problem[1], reduction="sum"))
