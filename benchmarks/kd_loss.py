@@ -146,14 +146,14 @@ def _memory(arm: str, shape: str) -> float:
 
 
 def _peak_gradients(arm: str, shape: str) -> float:
-    """Growth of resident memory at its highest in one call, after a small one has loaded all code."""
+    """Growth of peak resident memory in one call, after a small one has loaded all code."""
     rows, classes = map(int, shape.split("x"))
     runtime.set_num_threads(1)
     small = torch.randn(2, 8).requires_grad_(), torch.randn(2, 8)
     arms(*small)[arm]()
     student, teacher = torch.randn(rows, classes).requires_grad_(), torch.randn(rows, classes)
     call = arms(student, teacher)[arm]
-    # The mark is put back to what is resident now: loading left it far above, where no call reaches.
+    # The mark is put back to what is resident now: loading left it far above any call.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _highest_kib()
     call()

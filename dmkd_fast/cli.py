@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dmkd_fast import config as cfg
+from dmkd_fast import runtime
 
 OVERRIDES = "Any setting can be changed with section.field=value, for example sampler.num_steps=4."
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         options.overrides += rest
     verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
+    runtime.keep_freed_memory()
     try:
         result = verb(options)
     except cfg.ConfigError as error:

@@ -63,7 +63,7 @@ class SamplerConfig(Section):
     """Share of the steps at which guidance starts and stops; outside it a step costs half."""
     guidance_channels: int | None = Field(None, ge=1)
     """Guide only the first so many channels (3 in the original DiT code)."""
-    attention: Literal["auto", "xformers", "sdpa", "products"] = "auto"
+    attention: Literal["auto", "xformers", "sdpa", "short"] = "auto"
     """Attention of DiTs; auto: by capability (xformers on CUDA where it can, else PyTorch's)."""
     micro_batch_images: int = Field(256, ge=1)
     """Images denoised together; part of what fixes an image's bits."""

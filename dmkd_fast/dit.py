@@ -2,7 +2,8 @@
 
 Stands on floor 1. The same function as diffusers' module within rounding, with less work around the
 matrix products: one timestep and label embedder for all blocks, all blocks' modulations in one
-product, query, key and value in one, attention chosen once. No gradients flow through it.
+product, query, key and value in one, attention chosen once, and biases, residual sums and norms in
+as few passes as there can be. No gradients flow through it.
 B batch, c channels, T tokens, D width, H heads, L blocks, p patch.
 
 Source: Peebles & Xie, DiT (arXiv 2212.09748), section 3 (adaLN-Zero).
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmkd_fast import attention
-from dmkd_fast.ops.activations import gelu_tanh
+from dmkd_fast.ops.transformer import gelu_tanh, modulated_norm, residual_norm
 
 EMBEDDER = "norm1.emb."
 
@@ -70,10 +71,13 @@ class LeanDiT(nn.Module):
         x = (self.patchify(x) + self.positions).to(latents.dtype)  # (B, T, D)
         condition = F.silu(self._condition(timesteps, labels))  # (B, D)
         modulations = self.modulation(condition).unflatten(1, (self.num_layers, 6, -1))
-        for block, modulation in zip(self.blocks, modulations.unbind(1), strict=True):
-            x = self._block(block, x, modulation[:, :, None])
-        shift, scale = self.modulation_out(condition)[:, None].chunk(2, dim=2)
-        x = self.out(_norm(x, 1e-6) * (1 + scale) + shift)  # (B, T, p * p * out_channels)
+        # Shift and scale of the norm that follows each block; the last are the output's.
+        ends = [m[:, :2].unbind(1) for m in modulations.unbind(1)[1:]]
+        ends.append(self.modulation_out(condition).chunk(2, dim=1))
+        normed = modulated_norm(x, *modulations[:, 0, :2].unbind(1), eps=1e-6)
+        for block, modulation, end in zip(self.blocks, modulations.unbind(1), ends, strict=True):
+            x, normed = self._block(block, x, normed, modulation[:, 2:], end)
+        x = self.out(normed)  # (B, T, p * p * out_channels)
         x = x.view(-1, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(latents), self.out_channels, g * p, g * p)
 
@@ -85,18 +89,28 @@ class LeanDiT(nn.Module):
         waves = torch.cat((angles.cos(), angles.sin()), dim=1).to(self.time_in.weight.dtype)
         return self.time_out(F.silu(self.time_in(waves))) + self.labels(labels)
 
-    def _block(self, block: Any, x: Tensor, modulation: Tensor) -> Tensor:
-        """(B, T, D) and six (B, 1, D) in (B, 6, 1, D) -> (B, T, D)."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(1)
-        heads = block.qkv(_norm(x, 1e-6) * (1 + scale) + shift)
-        heads = heads.unflatten(2, (3, self.num_heads, self.head_dim))  # (B, T, 3, H, d)
-        query, key, value = heads.unbind(2)
-        mixed = attention.attend(query, key, value, self.attention).flatten(2)
-        x = x + gate * block.project(mixed)
-        normed = _norm(x, self.mlp_norm_eps) * (1 + scale_mlp) + shift_mlp
-        # PyTorch's tanh form takes as long as the products around it on a CPU; see activations.py.
+    def _block(
+        self, block: Any, x: Tensor, normed: Tensor, modulation: Tensor,
+        end: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """One block on x and its modulated norm, (B, T, D) each; returns the next two.
+
+        Args:
+            block: Its products.
+            x, normed: (B, T, D).
+            modulation: (B, 4, D): gate of the attention; shift, scale and gate of the MLP.
+            end: Shift and scale (B, D) of the norm after this block.
+        """
+        gate, shift, scale, gate_mlp = modulation.unbind(1)
+        qkv = F.linear(normed, block.qkv.weight).unflatten(2, (3, self.num_heads, self.head_dim))
+        mixed = attention.attend(qkv, block.qkv.bias, self.attention).flatten(2)  # (B, T, D)
+        mixed = F.linear(mixed, block.project.weight)
+        x, normed = residual_norm(
+            x, mixed, block.project.bias, gate, shift, scale, eps=self.mlp_norm_eps
+        )
         hidden = gelu_tanh(F.linear(normed, block.up.weight), block.up.bias)
-        return x + gate_mlp * block.down(hidden)
+        hidden = F.linear(hidden, block.down.weight)
+        return residual_norm(x, hidden, block.down.bias, gate_mlp, *end, eps=1e-6)
 
 
 class Block(nn.Module):
@@ -161,7 +175,3 @@ def lean_dit(dit: Any) -> LeanDiT | None:
                 state[f"{ours}qkv.{kind}"] = torch.cat([weights[name] for name in names])
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def _norm(x: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=eps)

@@ -6,6 +6,8 @@ the same machine always resolve to the same run.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import os
 import resource
@@ -22,6 +24,7 @@ from typing import Literal
 import torch
 
 Device = Literal["auto", "cpu", "cuda"]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def resolve_device(name: Device) -> torch.device:
@@ -79,6 +82,19 @@ def set_num_threads(num_threads: int) -> int:
     count = num_threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
     return count
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse the memory of large tensors instead of giving it back each time.
+
+    glibc maps every block above 32 MiB anew and returns the top of its heap; on a CPU the page
+    faults of fresh outputs took a tenth (batches of 256) to a fifth (512) of a denoiser's forward.
+    For programs that own the process, not for a library's import. Does nothing without glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def available_bytes(device: torch.device) -> int:

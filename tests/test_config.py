@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from dmkd_fast import config as cfg
 from dmkd_fast import job, run_dir, runtime
+from dmkd_fast.ops import transformer
 
 
 def test_saved_settings_load_unchanged(tmp_path: Path) -> None:
@@ -20,7 +21,8 @@ def test_saved_settings_load_unchanged(tmp_path: Path) -> None:
     assert cfg.load(cfg.DistillConfig, path) == config
     assert config.optim.lr == 1e-3 and config.seed == 7
     assert "auto" not in cfg.dump(config)
-    assert config.sampler.attention == "products"
+    able = transformer.has_short_attention(getattr(torch, config.dtype), head_dim=32)
+    assert config.sampler.attention == ("short" if able else "sdpa")
 
 
 @pytest.mark.parametrize("path", sorted((Path(CONFIG).parent / "pretrain").glob("*.yaml")))

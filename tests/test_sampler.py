@@ -36,7 +36,7 @@ def dit_sampler(**changes: Any) -> DiffusionSampler:
 def embedded(**changes: Any) -> DiffusionSampler:
     loaded = load_denoiser(resolve("embedded:fashion_mnist/denoiser"), torch.device("cpu"))
     assert isinstance(loaded.module, LeanDiT)
-    loaded.module.attention = "products"
+    loaded.module.attention = "short"
     settings: dict[str, Any] = {
         "scheduler": loaded.scheduler, "latent_shape": loaded.latent_shape, "null_class": 10,
         "num_steps": 2, "guidance_scale": 1.5, "micro_batch_images": 8, "solver": "dpm++2m",
@@ -310,7 +310,7 @@ def test_benchmark_counts_the_arithmetic_of_dits_exactly() -> None:
 
     dit = small_dit()
     lean: Any = lean_dit(dit)
-    lean.attention = "products"
+    lean.attention = "short"
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         lean(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     assert dit_flops(dict(dit.config)) == counter.get_total_flops()

@@ -19,7 +19,7 @@ from torch import Tensor
 from dmkd_fast.ops import kd_loss_kernels as kernels
 from dmkd_fast.ops.kd_loss_ops import NUM_STATS
 
-# The widest row and block of columns whose kernels need no spills (tests/golden/kd_loss_kernels.json).
+# The widest row and block of columns whose kernels need no spills: tests/golden/.
 MAX_TILE = 8192
 BLOCK = 4096
 PACKED_TILE = 4096  # logits per program where rows are short
