@@ -91,10 +91,15 @@ def keep_freed_memory() -> None:
     faults of fresh outputs took a tenth (batches of 256) to a fifth (512) of a denoiser's forward.
     For programs that own the process, not for a library's import. Does nothing without glibc.
     """
+    set_malloc_thresholds(mmap_bytes=1 << 30, trim_bytes=(1 << 31) - 1)
+
+
+def set_malloc_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
+    """Block size that glibc maps anew, and size of a free heap top that it gives back."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(M_MMAP_THRESHOLD, mmap_bytes)
+        mallopt(M_TRIM_THRESHOLD, trim_bytes)
 
 
 def available_bytes(device: torch.device) -> int:
