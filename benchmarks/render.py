@@ -119,7 +119,7 @@ def _sampler(rows: list[Row]) -> str:
     note = (
         f"Guided images/s, medians of {timed[0]['n']}, interleaved; gain over fp32 / bf16. DiT-S/2 "
         f"forward alone: {best['share_of_ceiling']:.0%} of the ceiling at batch {best['batch']} "
-        f"(ceiling {rows[0]['tflop_per_s']:.2f} TFLOP/s). {_where(rows)}."
+        f"(ceiling {best['ceiling_tflop_per_s']:.2f} TFLOP/s). {_where(rows)}."
     )
     return _table(header, body, note)
 

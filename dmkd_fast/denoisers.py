@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dmkd_fast.dit import lean_dit
+from dmkd_fast.upsampling import double_by_phases
 from dmkd_fast.weights import CONFIG, load_weights, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -111,11 +112,14 @@ class TextUNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """An autoencoder's decoder, from the sampler's latents to pixels."""
+    """An autoencoder's decoder, from the sampler's latents to pixels; changes `vae` in place."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
+        from diffusers.models.upsampling import Upsample2D
+
         self.vae = vae
+        double_by_phases(vae.decoder, Upsample2D)
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(vae.config.get("shift_factor") or 0.0)
 

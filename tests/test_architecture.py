@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dmkd_fast"
 FLOORS = {
     "settings": 0, "config": 0, "runtime": 0, "run_dir": 0, "assets": 0,
-    "solvers": 1, "attention": 1, "dit": 1, "weights": 1, "ops.extension": 1, "ops.noise": 1,
+    "solvers": 1, "attention": 1, "dit": 1, "upsampling": 1, "weights": 1, "ops.extension": 1,
+    "ops.noise": 1,
     "ops.noise_triton": 1, "ops.transformer": 1, "ops.reference": 1, "ops.kd_loss": 1,
     "ops.kd_loss_ops": 1, "ops.kd_loss_problem": 1, "ops.kd_loss_triton": 1,
     "ops.kd_loss_kernels": 1,
