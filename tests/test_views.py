@@ -26,7 +26,7 @@ def photos(count: int = 3, channels: int = 3, size: int = 40) -> torch.Tensor:
 def test_equals_torchvision_with_the_same_crop(box: tuple, size: int, flip: bool) -> None:
     slots = photos()
     got = reference.views(
-        slots, torch.tensor([1]), torch.tensor([box], dtype=torch.float32), torch.tensor([flip]),
+        slots, torch.tensor([1]), torch.tensor([box], dtype=torch.int32), torch.tensor([flip]),
         size=size, pad=0, mean=torch.zeros(3), std=torch.ones(3), dtype=torch.float32,
     )  # fmt: skip
     shrinks = [side / size > 1.15 for side in box[2:]]
@@ -41,7 +41,7 @@ def test_equals_torchvision_with_the_same_crop(box: tuple, size: int, flip: bool
 def test_moved_crop_shows_black_beyond_the_image() -> None:
     slots = torch.full((1, 1, 4, 4), 255, dtype=torch.uint8)
     got = reference.views(
-        slots, torch.tensor([0]), torch.tensor([[-1.0, 2.0, 4.0, 4.0]]), torch.tensor([False]),
+        slots, torch.tensor([0]), torch.tensor([[-1, 2, 4, 4]], dtype=torch.int32), torch.tensor([False]),
         size=4, pad=2, mean=torch.zeros(1), std=torch.ones(1), dtype=torch.float32,
     )  # fmt: skip
     expected = torch.zeros(4, 4)
