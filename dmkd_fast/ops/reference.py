@@ -102,7 +102,9 @@ def _filter(start: Tensor, length: Tensor, source: int, size: int, pad: int) -> 
     Distances between pixels of crop and view are whole multiples of 1 / (2 * size), so the weights
     are ratios of integers.
     """
-    pixels = torch.arange(-pad, source + pad, device=start.device) - start[:, None]  # (B, W + 2 pad)
+    pixels = (
+        torch.arange(-pad, source + pad, device=start.device) - start[:, None]
+    )  # (B, W + 2 pad)
     centres = (2 * torch.arange(size, device=start.device) + 1) * length[:, None]  # (B, S)
     gaps = ((2 * pixels + 1) * size)[:, None] - centres[..., None]  # (B, S, W + 2 pad)
     support = torch.where(20 * length > 23 * size, length, size)

@@ -59,8 +59,8 @@ def views(
 
     Raises:
         TypeError, ValueError: A tensor's dtype, shape, device or layout is wrong.
-        IndexError: An index or a box is out of range. On CUDA, where raising would mean waiting,
-            and compiled, such a view is NaN or the error a RuntimeError, respectively.
+        IndexError: An index or a box is out of range (a RuntimeError under torch.compile). On CUDA,
+            where raising would mean waiting, such a view reads nothing and is NaN.
     """
     _check(slots, indices, boxes, flips, mean, std, size, pad)
     if dtype not in DTYPES:
@@ -81,7 +81,7 @@ def views(
 
 
 def _naming_bad_rows(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """Call an operator; what C++ can only throw as RuntimeError becomes an IndexError of one line."""
+    """Call an operator; C++ can only throw RuntimeError: make it an IndexError of one line."""
     if torch.compiler.is_compiling():
         return operator(*arguments)
     try:
@@ -119,9 +119,12 @@ def _check(
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
         if tensor.device != slots.device:
             raise ValueError(f"{name}: got {tensor.device}, expected {slots.device}, as slots")
-    if not 1 <= size <= MAX_SIDE or max(slots.shape[2:]) > MAX_SIDE:
+    if not 1 <= size <= MAX_SIDE:
+        raise ValueError(f"size: got {size}, expected 1 to {MAX_SIDE}")
+    if max(slots.shape[2:]) > MAX_SIDE or slots.shape[1:].numel() >= 2**31:
         raise ValueError(
-            f"size: got {size} for images of {tuple(slots.shape[2:])}, expected 1 to {MAX_SIDE}"
+            f"slots: got images of {tuple(slots.shape[1:])}, expected sides of at most {MAX_SIDE} "
+            "and less than 2**31 bytes"
         )
     if not 0 <= pad <= MAX_SIDE:
         raise ValueError(f"pad: got {pad}, expected 0 to {MAX_SIDE}")
@@ -136,13 +139,13 @@ def _eager_views(
 ) -> Tensor:  # fmt: skip
     _say_eager(slots)
     if slots.device.type == "cpu":
-        _raise_for_bad_rows(slots, indices, boxes, pad)
+        raise_for_bad_rows(slots, indices, boxes, pad)
     return reference.views(
         slots, indices, boxes, flips, size=size, pad=pad, mean=mean, std=std, dtype=dtype
     )
 
 
-def _raise_for_bad_rows(slots: Tensor, indices: Tensor, boxes: Tensor, pad: int) -> None:
+def raise_for_bad_rows(slots: Tensor, indices: Tensor, boxes: Tensor, pad: int) -> None:
     """What the C++ kernel says, where there is none."""
     height, width = slots.shape[2:]
     bad = (indices < 0) | (indices >= len(slots))
@@ -151,9 +154,9 @@ def _raise_for_bad_rows(slots: Tensor, indices: Tensor, boxes: Tensor, pad: int)
         raise IndexError(
             f"indices: got {int(indices[row])} in row {row}, expected 0 to {len(slots) - 1}"
         )
-    ends = boxes[:, :2] + boxes[:, 2:]
+    starts, extents = boxes.long().split(2, dim=1)
     limits = torch.tensor([height + pad, width + pad])
-    bad = ((boxes[:, :2] < -pad) | (boxes[:, 2:] < 1) | (ends > limits)).any(1)
+    bad = ((starts < -pad) | (extents < 1) | (starts + extents > limits)).any(1)
     if bad.any():
         row = int(bad.int().argmax())
         top, left, rows, columns = boxes[row].tolist()
