@@ -27,8 +27,9 @@ constexpr int64_t kSlack = 48;  // floats that vectors may read or write beyond 
       target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=" \
              "512")))
 
-// How one axis of a crop becomes `size` pixels: pixel j is the sum over k of weights[j, k] *
-// source[first[j] + k]. Triangle filter; source pixel i and view pixel j have weight proportional
+// How one axis of a crop becomes `size` pixels: pixel j is the sum over k of weights[k, j] *
+// source[first[j] + k]. No tap lies beyond the crop, but for the second one of a crop of one pixel,
+// whose weight is 0. Triangle filter; source pixel i and view pixel j have weight proportional
 // to 2 d - |(2 i + 1) size - (2 j + 1) length|, where d is size, or length where that is more than
 // 1.15 times size.
 struct Axis {
@@ -38,10 +39,11 @@ struct Axis {
 
   DMKD_INLINE void set(int64_t length, int64_t size, bool reversed) {
     const int64_t d = 20 * length > 23 * size ? length : size;
-    taps = d == size ? 2 : 2 * length / size + 2;
+    taps = d == size ? 2 : std::max<int64_t>(2, std::min(2 * length / size + 2, length));
     first.resize(size + kSlack);
     weights.resize(taps * size + kSlack);
-    int64_t low = (length - 2 * d - size);  // floor((low + 2 j length) / (2 size)) + 1 comes first
+    const int64_t latest = std::max<int64_t>(0, length - taps);
+    const int64_t low = length - 2 * d - size;  // floor((low + 2 j length) / (2 size)) + 1 is first
     int64_t quotient = low / (2 * size), remainder = low % (2 * size);
     if (remainder < 0) {
       remainder += 2 * size;
@@ -52,7 +54,7 @@ struct Axis {
     int64_t inverse_of = 2 * size;
     for (int64_t j = 0; j < size; ++j) {
       const int64_t place = reversed ? size - 1 - j : j;
-      const int64_t begin = std::max<int64_t>(0, quotient + 1);
+      const int64_t begin = std::clamp<int64_t>(quotient + 1, 0, latest);
       const int64_t centre = (2 * j + 1) * length;
       const auto share = [&](int64_t k) {
         const int64_t gap = (2 * (begin + k) + 1) * size - centre;

@@ -20,6 +20,7 @@ from dmkd_fast.ops import extension, reference
 from dmkd_fast.ops.kd_loss_ops import say_once
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_SIDE = 8192  # The CUDA kernel's 32-bit products of two sides then do not overflow.
 
 _INPUTS = "Tensor slots, Tensor indices, Tensor boxes, Tensor flips, Tensor mean, Tensor std"
 _LIBRARY = torch.library.Library("dmkd_fast", "FRAGMENT")
@@ -128,9 +129,6 @@ def _check(
         )
     if not 0 <= pad <= MAX_SIDE:
         raise ValueError(f"pad: got {pad}, expected 0 to {MAX_SIDE}")
-
-
-MAX_SIDE = 8192  # Products of two sides and a factor stay below 2^31.
 
 
 def _eager_views(
