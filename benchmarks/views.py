@@ -11,9 +11,10 @@ of as many numbers from planar to channels-last.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -162,8 +163,10 @@ def _dali(
     Not pipelined: batches made ahead would be made while other arms are timed. Small images are
     padded once, beforehand, so that crop, flip and normalisation are one operator.
     """
-    from nvidia.dali import fn, pipeline_def, types
-
+    # Untyped: what its stubs say changes between versions.
+    fn, types, dali = (
+        cast(Any, importlib.import_module(f"nvidia.dali{part}")) for part in (".fn", ".types", "")
+    )
     pad = crops.get("pad", 0)
     images = slots.permute(0, 2, 3, 1).contiguous().numpy()  # It crops channels-last images only.
     images = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -172,7 +175,7 @@ def _dali(
     def feed() -> list[Any]:
         return [images[i] for i in generator.integers(0, len(images), BATCH)]
 
-    @pipeline_def  # type: ignore[misc]
+    @dali.pipeline_def
     def pipeline() -> Any:
         views = fn.external_source(source=feed, device="cpu", no_copy=True, layout="HWC")
         if not pad:

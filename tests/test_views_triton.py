@@ -35,7 +35,8 @@ QUICK = [c for c in aot_views.all_cases() if c[0] in (80, 100) and c[1] != "grey
 def test_interpreted_kernels_keep_their_promises() -> None:
     done = subprocess.run(
         [sys.executable, str(HERE / "interpreted_views.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
     assert "skipped" not in done.stdout
