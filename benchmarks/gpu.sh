@@ -10,3 +10,4 @@ python=${PYTHON:-.venv/bin/python}
 "$python" -m pytest -q -m cuda
 "$python" -m benchmarks kd-loss-gpu "$@"
 "$python" -m benchmarks sampler "$@"
+"$python" -m benchmarks views "$@"

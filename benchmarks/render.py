@@ -150,6 +150,28 @@ def _fewstep(rows: list[Row]) -> str:
     return _table(header, body, f"Target: mean top-1 of the many-step job. {_where(rows)}.")
 
 
+def _views(rows: list[Row]) -> str:
+    arms = ["ours", "DALI", "torchvision", "eager", "copy"]
+    rows = [r for r in rows if r["device"] == "cpu"]
+    found = {(r["case"], r["dtype"], r["arm"], r["set"]): r for r in rows}
+    body = []
+    for key in dict.fromkeys((r["case"], r["dtype"]) for r in rows):
+        cells = [found.get((*key, arm, "fresh")) for arm in arms]
+        gains = [r["ours_is_times_faster"] if r else None for r in cells[1:3]]
+        reused = found[(*key, "ours", "reused")]["images_per_s"]
+        body.append([
+            *key, *(f"{r['images_per_s']:,}" if r else "" for r in cells), f"{reused:,}",
+            " / ".join(f"{g:.1f}x" if g else "-" for g in gains),
+        ])  # fmt: skip
+    header = ["pixels", "dtype", "`Views`", "DALI, CPU", "torchvision per image", "eager",
+              "strided copy", "`Views`, memory reused", "vs DALI / torchvision"]  # fmt: skip
+    note = (
+        f"Images/s at batch {rows[0]['batch']}, results allocated anew but for one column, medians "
+        f"of {rows[0]['n']}, interleaved. {_where(rows)}."
+    )
+    return _table(header, body, note)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "embedded": _embedded,
     "fewstep": _fewstep,
@@ -157,4 +179,5 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kd-loss": _kd_loss,
     "nearest": _nearest,
     "sampler": _sampler,
+    "views": _views,
 }

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from dmkd_fast.distill import Distiller, Schedule
     from dmkd_fast.evaluate import ImageSet, load_idx
     from dmkd_fast.labels import LabelStream
+    from dmkd_fast.mix import Mixer
     from dmkd_fast.models import load_classifier, save_classifier
     from dmkd_fast.ops.kd_loss import DistillKL, kd_loss, kd_loss_and_grad
     from dmkd_fast.ring_buffer import RingBuffer
     from dmkd_fast.sampler import DiffusionSampler
-    from dmkd_fast.views import Views
+    from dmkd_fast.views import Views, ViewSpec
 
 __version__ = "0.1.0"
 
@@ -31,8 +32,10 @@ _HOMES = {
     "Distiller": "distill",
     "ImageSet": "evaluate",
     "LabelStream": "labels",
+    "Mixer": "mix",
     "RingBuffer": "ring_buffer",
     "Schedule": "distill",
+    "ViewSpec": "views",
     "Views": "views",
     "kd_loss": "ops.kd_loss",
     "kd_loss_and_grad": "ops.kd_loss",
@@ -48,8 +51,10 @@ __all__ = [
     "Distiller",
     "ImageSet",
     "LabelStream",
+    "Mixer",
     "RingBuffer",
     "Schedule",
+    "ViewSpec",
     "Views",
     "kd_loss",
     "kd_loss_and_grad",

@@ -1,6 +1,8 @@
 """Random views of ring slots: parameters per sample, then one operation.
 
-Stands on floor 2. A view is fixed by (seed, image id, use): it can be replayed on any machine.
+Stands on floor 2. A view is fixed by (seed, image id, use): it can be replayed on any device. What
+is cut out (boxes and flips) and what a network wants to see of it (`ViewSpec`) are separate, so
+several networks can look at the same crops, each at its own size and normalisation.
 """
 
 from __future__ import annotations
@@ -10,19 +12,49 @@ import math
 import torch
 from torch import Tensor
 
-from dmkd_fast.ops import noise, reference
+from dmkd_fast.ops import views as ops
+
+
+class ViewSpec:
+    """What one network takes: side, normalisation and dtype.
+
+    Args:
+        size: Side of a view, in pixels.
+        mean, std: Per channel, of pixel values in [0, 1].
+        dtype: float32, float16 or bfloat16.
+        device: Where the images live.
+
+    Raises:
+        ValueError: A size below 1, or means and standard deviations that do not belong together.
+    """
+
+    def __init__(
+        self, *, size: int, mean: tuple[float, ...], std: tuple[float, ...],
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        if size < 1:
+            raise ValueError(f"size: got {size}, expected at least 1")
+        if len(mean) != len(std) or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+            raise ValueError(
+                f"mean, std: got {tuple(mean)} and {tuple(std)}, expected one finite number each "
+                "per channel, std above 0"
+            )
+        self.size, self.dtype = size, dtype
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
+        self.std = torch.tensor(std, dtype=torch.float32, device=device)
 
 
 class Views:
     """Draws a random crop and flip for each sample and renders it.
 
     The crop covers a share of the image's area drawn from `scale`, with an aspect ratio whose
-    logarithm is uniform in `ratio`, in whole pixels. It lies anywhere inside the image and its
-    black border.
+    logarithm is uniform in `ratio`, in whole pixels, and lies anywhere inside the image and its
+    black border. As in torchvision's RandomResizedCrop, a crop larger than the image is drawn
+    again, up to ten times in all; then the middle of the image is taken, as much as `ratio` allows.
 
     Args:
         size: Side of a view, in pixels.
-        scale: Range of area shares; (1, 1) keeps the size.
+        scale: Range of area shares; (1, 1), with ratio (1, 1), keeps the size.
         ratio: Range of width / height.
         pad: Width of the black border, in pixels. With scale (1, 1) this is "pad and crop".
         flip: Probability of a horizontal flip.
@@ -30,6 +62,9 @@ class Views:
         dtype: Of the views.
         device: Where ring and models live.
         seed: Of the views; other seeds give other views.
+
+    Raises:
+        ValueError: A setting is out of range.
     """
 
     def __init__(
@@ -38,12 +73,21 @@ class Views:
         mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu", seed: int = 0,
     ) -> None:  # fmt: skip
-        self.size, self.scale, self.ratio, self.pad, self.flip = size, scale, ratio, pad, flip
-        self.seed, self.dtype = seed, dtype
-        self.mean = torch.tensor(mean, device=device)
-        self.std = torch.tensor(std, device=device)
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale: got {tuple(scale)}, expected 0 < low <= high <= 1")
+        if not 2.0**-15 <= ratio[0] <= ratio[1] <= 2.0**15:
+            raise ValueError(
+                f"ratio: got {tuple(ratio)}, expected low <= high between 2**-15 and 2**15"
+            )
+        if pad < 0 or not 0 <= flip <= 1:
+            raise ValueError(f"pad, flip: got {pad} and {flip}, expected pad >= 0, 0 <= flip <= 1")
+        self.spec = ViewSpec(size=size, mean=mean, std=std, dtype=dtype, device=device)
+        self.scale, self.ratio, self.pad, self.flip, self.seed = scale, ratio, pad, flip, seed
 
-    def __call__(self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor) -> Tensor:
+    def __call__(
+        self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor, *,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Render one view per index.
 
         Args:
@@ -51,37 +95,74 @@ class Views:
             indices: (B,) int64, slots to read.
             ids: (B,) int64, image ids in those slots.
             uses: (B,) int64, how often each image was used before.
+            out: Memory for the result, instead of fresh memory.
 
         Returns:
             (B, c, size, size) in `dtype`, normalised, channels_last.
+
+        Raises:
+            TypeError, ValueError, IndexError: As `dmkd_fast.ops.views.views`.
         """
         boxes, flips = self.parameters(ids, uses, slots.shape[-2], slots.shape[-1])
-        return self.render(slots, indices, boxes, flips)
+        return self.render(slots, indices, boxes, flips, out=out)
 
     def parameters(
         self, ids: Tensor, uses: Tensor, height: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """Boxes (B, 4) float32 (top, left, height, width) and flips (B,) bool."""
-        u = noise.uniform(self.seed, ids, step=uses, stream=noise.STREAM_VIEWS, count=5)  # (B, 5)
-        area = height * width * (self.scale[0] + u[:, 0] * (self.scale[1] - self.scale[0]))
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        aspect = torch.exp(low + u[:, 1] * (high - low))
-        rows = torch.sqrt(area / aspect).round().clamp(1, height)
-        columns = torch.sqrt(area * aspect).round().clamp(1, width)
-        down, right = height + 2 * self.pad - rows, width + 2 * self.pad - columns
-        top = (u[:, 2] * (down + 1)).floor() - self.pad
-        left = (u[:, 3] * (right + 1)).floor() - self.pad
-        return torch.stack((top, left, rows, columns), dim=1), u[:, 4] < self.flip
+        """The crops and flips of these (image id, use), the same on every device.
 
-    def whole(self, slots: Tensor, indices: Tensor) -> Tensor:
+        Args:
+            ids: (B,) int64, non-negative.
+            uses: (B,) int64, below 2**24.
+            height, width: Of the images, in pixels.
+
+        Returns:
+            Boxes (B, 4) int32 (top, left, height, width), and flips (B,) bool.
+        """
+        keeps_size = self.scale == (1, 1) and self.ratio == (1, 1)
+        spare = (height, width)
+        if width < self.ratio[0] * height and not keeps_size:
+            spare = (max(1, round(width / self.ratio[0])), width)
+        elif width > self.ratio[1] * height and not keeps_size:
+            spare = (height, max(1, round(height * self.ratio[1])))
+        fixed = lambda x: round(x * 2**24)  # noqa: E731
+        boxes, flips = torch.ops.dmkd_fast.view_boxes(
+            self.seed, ids, uses, height, width, self.pad, *map(fixed, self.scale),
+            *(fixed(math.log2(r) / 2) for r in self.ratio), *spare, 0 if keeps_size else 10,
+            self.flip,
+        )  # fmt: skip
+        return boxes, flips
+
+    def whole(self, slots: Tensor, indices: Tensor, spec: ViewSpec | None = None) -> Tensor:
         """The unchanged images at view size, normalised: what evaluation uses."""
         count, (height, width) = indices.shape[0], slots.shape[-2:]
-        boxes = torch.tensor([[0.0, 0.0, height, width]], device=slots.device).expand(count, 4)
-        return self.render(slots, indices, boxes, torch.zeros_like(indices, dtype=torch.bool))
+        boxes = torch.zeros((count, 4), dtype=torch.int32, device=slots.device)
+        boxes[:, 2], boxes[:, 3] = height, width
+        flips = torch.zeros(count, dtype=torch.bool, device=slots.device)
+        return self.render(slots, indices, boxes, flips, spec)
 
-    def render(self, slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-        """Views (B, c, size, size) of given boxes and flips."""
-        return reference.views(
-            slots, indices, boxes, flips, size=self.size, pad=self.pad,
-            mean=self.mean, std=self.std, dtype=self.dtype,
+    def render(
+        self, slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor,
+        spec: ViewSpec | None = None, *, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Views of given boxes and flips, as `spec` (or these views' own) says.
+
+        Args:
+            slots: (N, c, H, W) uint8.
+            indices: (B,) int64, slots to read.
+            boxes: (B, 4) int32, from `parameters`.
+            flips: (B,) bool.
+            spec: What this network takes.
+            out: Memory for the result, instead of fresh memory.
+
+        Returns:
+            (B, c, size, size), normalised, channels_last.
+
+        Raises:
+            TypeError, ValueError, IndexError: As `dmkd_fast.ops.views.views`.
+        """
+        spec = spec or self.spec
+        return ops.views(
+            slots, indices, boxes, flips, size=spec.size, pad=self.pad, mean=spec.mean,
+            std=spec.std, dtype=spec.dtype, out=out,
         )  # fmt: skip

@@ -1,6 +1,7 @@
-"""Builds kd_loss's Triton kernels for GPUs that are not there, and reads what came out.
+"""Builds Triton kernels for GPUs that are not there, and reads what came out.
 
-The launches are those that kd_loss_triton plans; only the launching is left out. Registers, spills
+The launches are those that kd_loss_triton and (aot_views.py) views_triton plan; only the launching
+is left out. Registers, spills
 and memory accesses are read from the machine code. Write the golden file anew with
 
     python -m tests.aot
@@ -32,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KINDS = ("forward", "one_pass", "backward", "one_pass_target")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-            torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
+            torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}  # fmt: skip
 BATCH = 256
 
 
@@ -66,7 +67,11 @@ def plan(classes: int, dtype: str, kind: str) -> kd_loss_triton.Launch:
 def build(case: tuple[int, int, str, str]) -> dict[str, Any]:
     """Registers, spill bytes, shared memory, and global accesses by width in bits."""
     architecture, *rest = case
-    launch = plan(*rest)
+    return inspect(plan(*rest), architecture)
+
+
+def inspect(launch: kd_loss_triton.Launch, architecture: int) -> dict[str, Any]:
+    """What `build` returns, of any launch."""
     compiled = triton.compile(
         _source(launch), target=GPUTarget("cuda", architecture, 32),
         options=launch.options,
@@ -114,7 +119,7 @@ def _source(launch: kd_loss_triton.Launch) -> ASTSource:
             signature[name] = POINTERS[value.dtype]
             divides = value.data_ptr() % 16 == 0
         elif isinstance(value, int):
-            signature[name] = "constexpr" if value == 1 else "i32"
+            signature[name] = "constexpr" if value == 1 else "i32" if value < 2**31 else "i64"
             if value == 1:
                 constants[name] = 1
             divides = value % 16 == 0 and value != 1
@@ -143,10 +148,14 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def main() -> None:
-    results = {key(case): build(case) for case in all_cases()}
+    write(GOLDEN, {key(case): build(case) for case in all_cases()})
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """A golden file: a line for each build."""
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in results.items()]
     head = f'"triton": {json.dumps(triton.__version__)}'
-    GOLDEN.write_text("{\n" + ",\n".join([head, *lines]) + "\n}\n", encoding="utf-8")
+    path.write_text("{\n" + ",\n".join([head, *lines]) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ FLOORS = {
     "ops.noise": 1,
     "ops.noise_triton": 1, "ops.transformer": 1, "ops.reference": 1, "ops.kd_loss": 1,
     "ops.kd_loss_ops": 1, "ops.kd_loss_problem": 1, "ops.kd_loss_triton": 1,
-    "ops.kd_loss_kernels": 1,
-    "sampler": 2, "ring_buffer": 2, "views": 2, "labels": 2, "models": 2, "denoisers": 2,
+    "ops.kd_loss_kernels": 1, "ops.views": 1, "ops.views_triton": 1,
+    "sampler": 2, "ring_buffer": 2, "views": 2, "mix": 2, "labels": 2, "models": 2, "denoisers": 2,
     "optim": 2,
     "evaluate": 2, "metrics": 2, "pictures": 2, "checkpoint": 2,
     "distill": 3, "job": 3, "pretrain": 3, "pretrain_diffusion": 3,
@@ -101,9 +101,9 @@ def test_files_are_short_and_say_what_they_are() -> None:
 
 def test_public_names_are_stable_and_importable() -> None:
     assert dmkd_fast.__all__ == [
-        "DiffusionSampler", "DistillKL", "Distiller", "ImageSet", "LabelStream", "RingBuffer",
-        "Schedule", "Views", "kd_loss", "kd_loss_and_grad", "load_classifier", "load_denoiser",
-        "load_idx", "save_classifier",
+        "DiffusionSampler", "DistillKL", "Distiller", "ImageSet", "LabelStream", "Mixer",
+        "RingBuffer", "Schedule", "ViewSpec", "Views", "kd_loss", "kd_loss_and_grad",
+        "load_classifier", "load_denoiser", "load_idx", "save_classifier",
     ]  # fmt: skip
     for name in dmkd_fast.__all__:
         assert getattr(dmkd_fast, name).__doc__, name

@@ -1,13 +1,18 @@
-"""Views: against torchvision, and replayable."""
+"""Views: against torchvision per image, and replayable."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
+from torchvision import transforms as v1
 from torchvision.transforms.v2 import functional as tv
 
-from dmkd_fast import Views
+from dmkd_fast import Views, ViewSpec
 from dmkd_fast.ops import reference
+from dmkd_fast.ops.views import views as operator
 
 
 def photos(count: int = 3, channels: int = 3, size: int = 40) -> torch.Tensor:
@@ -23,10 +28,14 @@ def photos(count: int = 3, channels: int = 3, size: int = 40) -> torch.Tensor:
     ((10, 10, 12, 9), 28),
 ])  # fmt: skip
 @pytest.mark.parametrize("flip", [False, True])
-def test_equals_torchvision_with_the_same_crop(box: tuple, size: int, flip: bool) -> None:
+@pytest.mark.parametrize("views", [reference.views, operator])
+def test_equals_torchvision_with_the_same_crop(
+    box: tuple, size: int, flip: bool, views: Callable[..., Tensor]
+) -> None:
+    """Within 2e-5 of the pixel range: torchvision's own float32 positions are that far off."""
     slots = photos()
-    got = reference.views(
-        slots, torch.tensor([1]), torch.tensor([box], dtype=torch.float32), torch.tensor([flip]),
+    got = views(
+        slots, torch.tensor([1]), torch.tensor([box], dtype=torch.int32), torch.tensor([flip]),
         size=size, pad=0, mean=torch.zeros(3), std=torch.ones(3), dtype=torch.float32,
     )  # fmt: skip
     shrinks = [side / size > 1.15 for side in box[2:]]
@@ -40,9 +49,10 @@ def test_equals_torchvision_with_the_same_crop(box: tuple, size: int, flip: bool
 
 def test_moved_crop_shows_black_beyond_the_image() -> None:
     slots = torch.full((1, 1, 4, 4), 255, dtype=torch.uint8)
-    got = reference.views(
-        slots, torch.tensor([0]), torch.tensor([[-1.0, 2.0, 4.0, 4.0]]), torch.tensor([False]),
-        size=4, pad=2, mean=torch.zeros(1), std=torch.ones(1), dtype=torch.float32,
+    got = operator(
+        slots, torch.tensor([0]), torch.tensor([[-1, 2, 4, 4]], dtype=torch.int32),
+        torch.tensor([False]), size=4, pad=2, mean=torch.zeros(1), std=torch.ones(1),
+        dtype=torch.float32,
     )  # fmt: skip
     expected = torch.zeros(4, 4)
     expected[1:, :2] = 1
@@ -62,10 +72,16 @@ def test_a_view_is_fixed_by_seed_id_and_use() -> None:
     for row in range(4):
         one = slice(row, row + 1)
         alone = make()(slots, indices[one], ids[one], uses[one])
-        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-6)
+        assert torch.equal(alone[0], together[row])
     moved = make()(slots.flip(0), 5 - indices, ids, uses)
     assert torch.equal(moved, together)
     assert not torch.equal(make(seed=6)(slots, indices, ids, uses), together)
+
+
+def test_a_uniform_number_that_rounds_to_one_stays_inside() -> None:
+    largest = ((torch.tensor([2**24 - 1]).float() + 0.5) * 2.0**-24).clone()
+    assert largest == 1  # 24 bits and a half do not fit float32
+    assert reference._position(largest, torch.tensor([4]), torch.tensor([True])) == 4
 
 
 def test_pad_and_crop_reaches_every_offset_equally_often() -> None:
@@ -97,3 +113,91 @@ def test_whole_is_the_normalised_image_in_channels_last() -> None:
     expected = (slots[[1, 0]].float() / 255 - mean) / std
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_crops_are_distributed_as_torchvision_draws_them() -> None:
+    """Each number of a crop, by Kolmogorov and Smirnov's distance; also where few crops fit."""
+    settings = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
+    count = 4000
+    torch.manual_seed(0)
+    for height, width in ((256, 256), (90, 200), (60, 300)):
+        image = torch.empty(1, height, width)
+        theirs = torch.tensor(
+            [v1.RandomResizedCrop.get_params(image, list(settings["scale"]),
+                                             list(settings["ratio"])) for _ in range(count)]
+        )  # fmt: skip
+        ids = torch.arange(count)
+        views = make(pad=0, size=224, **settings)
+        ours, _ = views.parameters(ids, torch.zeros_like(ids), height, width)
+        for column in range(4):
+            values = torch.cat((ours[:, column], theirs[:, column])).unique()
+            below = [(x[:, column] <= values[:, None]).double().mean(1) for x in (ours, theirs)]
+            # Exceeded once in a thousand times by equal distributions.
+            assert (below[0] - below[1]).abs().max() < 1.95 * (2 / count) ** 0.5, (width, column)
+
+
+def test_parameters_of_known_views_never_change() -> None:
+    """Written down once: a change here breaks every replay."""
+    ids, uses = torch.tensor([0, 7, 2**40, 3]), torch.tensor([0, 3, 99, 1])
+    views = make(pad=0, size=224, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    boxes, flips = views.parameters(ids, uses, 256, 256)
+    assert boxes.tolist() == [
+        [51, 64, 159, 133],
+        [8, 34, 138, 148],
+        [42, 75, 135, 158],
+        [12, 2, 200, 245],
+    ]
+    assert flips.tolist() == [False, False, False, True]
+    boxes, flips = make(pad=4, size=32).parameters(ids, uses, 32, 32)
+    assert boxes[:, :2].tolist() == [[0, 0], [-4, -2], [-1, 2], [-2, -3]]
+    assert flips.tolist() == [False, False, False, True]
+
+
+def test_compiled_parameters_and_views_have_the_same_bits() -> None:
+    torch.compiler.reset()
+    slots, ids, uses = photos(6, 1, 28), torch.tensor([40, 41, 40, 42]), torch.tensor([0, 3, 1, 0])
+    for views in (make(), make(scale=(0.3, 1.0), ratio=(0.5, 2.0))):
+        compiled = torch.compile(views, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(slots, ids % 6, ids, uses), views(slots, ids % 6, ids, uses))
+
+
+def test_each_network_gets_its_own_size_and_normalisation_of_the_same_crop() -> None:
+    slots = photos(4, 3, 40)
+    indices, uses = torch.tensor([3, 0, 1]), torch.tensor([0, 1, 2])
+    ours = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    views = make(size=32, pad=0, scale=(0.3, 1.0), **ours)
+    boxes, flips = views.parameters(indices, uses, 40, 40)
+    spec = ViewSpec(size=16, mean=(0.1,) * 3, std=(0.5,) * 3, dtype=torch.bfloat16)
+    teacher = views.render(slots, indices, boxes, flips, spec)
+    assert teacher.dtype == torch.bfloat16 and teacher.shape == (3, 3, 16, 16)
+    alone = make(size=16, pad=0, scale=(0.3, 1.0), mean=(0.1,) * 3, std=(0.5,) * 3,
+                 dtype=torch.bfloat16)  # fmt: skip
+    assert torch.equal(teacher, alone(slots, indices, indices, uses))
+    assert torch.equal(views.render(slots, indices, boxes, flips),
+                       views(slots, indices, indices, uses))  # fmt: skip
+    assert torch.equal(views.whole(slots, indices, spec), alone.whole(slots, indices))
+
+
+def test_a_size_keeping_crop_of_an_oblong_image_is_all_of_it() -> None:
+    ids = torch.arange(500)
+    boxes, _ = make(pad=2).parameters(ids, ids, 20, 30)
+    assert (boxes[:, 2:] == torch.tensor([20, 30])).all()
+    assert boxes[:, :2].unique().tolist() == [-2, -1, 0, 1, 2]
+
+
+def test_out_is_written_in_place() -> None:
+    slots, ids = photos(6, 1, 28), torch.arange(6)
+    out = torch.empty(6, 1, 28, 28).to(memory_format=torch.channels_last)
+    assert make()(slots, ids, ids, ids, out=out) is out
+    assert torch.equal(out, make()(slots, ids, ids, ids))
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"scale": (0.5, 2.0)}, r"scale: got \(0.5, 2.0\)"), ({"scale": (0.5, 0.4)}, "low <= high"),
+    ({"ratio": (0.0, 1.0)}, "ratio: got"), ({"pad": -1}, "pad, flip: got -1"),
+    ({"flip": 1.5}, "pad, flip: got"), ({"size": 0}, "size: got 0"),
+    ({"std": (0.0,)}, "mean, std: got"), ({"mean": (0.1, 0.2)}, "mean, std: got"),
+])  # fmt: skip
+def test_settings_out_of_range_are_named(changes: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make(**changes)

@@ -39,7 +39,7 @@ class Launch(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """For the compiler. Left to itself, ptxas spills a few bytes to fit in one more program."""
-        registers = {8: 255, 16: 128}[self.num_warps]
+        registers = 128 if self.num_warps == 16 else 255
         # Fusion off: q - p must be 0 where q equals p.
         return {"num_warps": self.num_warps, "maxnreg": registers, "enable_fp_fusion": False}
 

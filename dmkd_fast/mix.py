@@ -1,0 +1,132 @@
+"""Mixup and cutmix of a batch of views, replayable from (seed, step).
+
+Stands on floor 2, between views and networks: teacher and student see the same mixed views.
+B batch, c channels, S side of a view.
+Sources: Zhang et al., arXiv 1710.09412 (mixup); Yun et al., arXiv 1905.04899 (cutmix); Cheng,
+"Generating beta variates with nonintegral shape parameters", CACM 21, 1978 (algorithm BA).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.ops import noise
+
+_FOR_PARTNERS, _FOR_NUMBERS = 0, 1  # sub-counters of a step
+
+
+class Mixed(NamedTuple):
+    """Mixed views, and what mixes their targets.
+
+    A hard-label loss is `share * loss(logits, target) + (1 - share) * loss(logits,
+    target[partner])`; a teacher looks at the mixed views and needs neither.
+    """
+
+    views: Tensor
+    """(B, c, S, S), channels_last."""
+    partner: Tensor
+    """(B,) int64, a permutation: which row each row was mixed with."""
+    share: float
+    """Of a row's own view and target."""
+
+
+class Mixer:
+    """Mixes each view of a batch with another one: mixup, cutmix, or either with equal chances.
+
+    The share is drawn from Beta(alpha, alpha), one for the batch, on the host; partners are drawn
+    on the device. Nothing waits for the device.
+
+    Args:
+        mixup_alpha: Of whole views: share * view + (1 - share) * partner; 0 turns it off.
+        cutmix_alpha: Of a square of the partner's pixels, cut off at the edges; 0 turns it off.
+        seed: Of shares, squares and partners.
+
+    Raises:
+        ValueError: An alpha is negative or both are 0.
+    """
+
+    def __init__(
+        self, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0, seed: int = 0
+    ) -> None:
+        alphas = (mixup_alpha, cutmix_alpha)
+        if not all(0 <= alpha < math.inf for alpha in alphas) or max(alphas) == 0:
+            raise ValueError(
+                f"mixup_alpha, cutmix_alpha: got {mixup_alpha} and {cutmix_alpha}, expected finite "
+                "numbers of at least 0, not both 0; leave the mixer out to mix nothing"
+            )
+        self.mixup_alpha, self.cutmix_alpha, self.seed = mixup_alpha, cutmix_alpha, seed
+
+    def __call__(self, views: Tensor, *, step: int) -> Mixed:
+        """Mix one batch.
+
+        Args:
+            views: (B, c, S, S) of any float dtype; stays as it is.
+            step: Non-negative; a step mixes in the same way whenever it is repeated.
+
+        Returns:
+            Mixed views, partners and share.
+        """
+        share, square = self.parameters(step, views.shape[-2], views.shape[-1])
+        partner = self.partners(step, len(views), views.device)
+        rows = views.permute(0, 2, 3, 1)  # (B, S, S, c)
+        if square is None:
+            mixed = torch.lerp(rows[partner], rows, share)
+        else:
+            top, bottom, left, right = square
+            mixed = rows.clone(memory_format=torch.contiguous_format)
+            mixed[:, top:bottom, left:right] = rows[:, top:bottom, left:right][partner]
+        return Mixed(mixed.permute(0, 3, 1, 2), partner, share)
+
+    def parameters(
+        self, step: int, height: int, width: int
+    ) -> tuple[float, tuple[int, int, int, int] | None]:
+        """A step's share and, for cutmix, its square: top, bottom, left, right."""
+        numbers = _uniforms(self.seed, step)
+        which, down, right = next(numbers), next(numbers), next(numbers)
+        either = self.mixup_alpha > 0 and self.cutmix_alpha > 0
+        if self.cutmix_alpha == 0 or (either and which < 0.5):
+            return _beta(self.mixup_alpha, numbers), None
+        half = 0.5 * math.sqrt(1 - _beta(self.cutmix_alpha, numbers))
+        sides = [
+            (max(0, int(place * side) - int(half * side)),
+             min(side, int(place * side) + int(half * side)))
+            for place, side in ((down, height), (right, width))
+        ]  # fmt: skip
+        (top, bottom), (first, last) = sides
+        share = 1 - (bottom - top) * (last - first) / (height * width)
+        return share, (top, bottom, first, last)
+
+    def partners(self, step: int, count: int, device: torch.device) -> Tensor:
+        """A step's permutation of the rows, (B,) int64."""
+        steps = torch.full((1,), step, dtype=torch.int64, device=device)
+        bits = noise.random_bits(
+            self.seed, steps, step=_FOR_PARTNERS, stream=noise.STREAM_MIX, count=count
+        )
+        return bits[0].argsort(stable=True)
+
+
+def _uniforms(seed: int, step: int) -> Iterator[float]:
+    """The numbers in (0, 1) of one step, one after the other, on the host."""
+    philox: Any = noise.philox  # Its arithmetic is that of integers too.
+    for block in range(2**32):
+        words = philox(
+            seed, step & 0xFFFFFFFF, step >> 32, _FOR_NUMBERS | (noise.STREAM_MIX << 24), block
+        )
+        yield from (((word >> 8) + 0.5) * 2.0**-24 for word in words)
+
+
+def _beta(alpha: float, numbers: Iterator[float]) -> float:
+    """A number distributed as Beta(alpha, alpha)."""
+    slope = 1 / alpha if alpha <= 1 else math.sqrt((2 * alpha - 2) / (2 * alpha**2 - 2 * alpha))
+    while True:
+        first, second = next(numbers), next(numbers)
+        v = max(-600.0, min(600.0, slope * math.log(first / (1 - first))))  # exp must not overflow
+        w = alpha * math.exp(v)
+        bound = 2 * alpha * math.log(2 * alpha / (alpha + w)) + (alpha + 1 / slope) * v
+        if bound - math.log(4) >= math.log(first * first * second):
+            return w / (alpha + w)
