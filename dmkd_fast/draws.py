@@ -7,6 +7,7 @@ N capacity, B views drawn, C classes, b images per block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
 import torch
@@ -64,8 +65,8 @@ class Order(Protocol):
         """Block `blocks.committed - 1` has come, and the oldest may have left."""
         ...
 
-    def draw(self, count: int) -> list[Tensor]:
-        """`count` slots, int64, in one or more parts."""
+    def draw(self, count: int) -> Iterator[Tensor]:
+        """`count` slots, int64, in one or more parts; each is counted before the next is asked."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,17 +132,15 @@ class Passes:
             self._members = self._members - {old} | {new}
         self._passes[new] = 1
 
-    def draw(self, count: int) -> list[Tensor]:
+    def draw(self, count: int) -> Iterator[Tensor]:
         """The next `count` slots; one part for each pass they come from."""
-        parts = []
         while count:
             if self._position == len(self._slots):
                 self._begin()
             part = self._slots[self._position : self._position + count]  # a view
             self._position += len(part)
             count -= len(part)
-            parts.append(part)
-        return parts
+            yield part
 
     def _begin(self) -> None:
         """Shuffle the slots of the next pass."""
@@ -209,9 +208,8 @@ class Uniform:
     def on_commit(self) -> None:
         """Nothing: what there is to draw is looked up at each draw."""
 
-    def draw(self, count: int) -> list[Tensor]:
+    def draw(self, count: int) -> Iterator[Tensor]:
         """The next `count` slots."""
-        parts = []
         while count:
             chunk, offset = divmod(self._num_drawn, self.CHUNK)
             if chunk != self._chunk:
@@ -222,10 +220,9 @@ class Uniform:
                 self._bits, self._chunk = bits.flatten(), chunk  # (CHUNK,)
             bits = self._bits[offset : offset + count]
             place = (bits * self._blocks.num_drawable) >> 32
-            parts.append((place + self._blocks.first_slot) % self._blocks.capacity)
             self._num_drawn += len(bits)
             count -= len(bits)
-        return parts
+            yield (place + self._blocks.first_slot) % self._blocks.capacity
 
     def state_dict(self) -> dict[str, Any]:
         """How many slots have been drawn."""
@@ -237,63 +234,66 @@ class Uniform:
 
 
 class Balanced:
-    """Class n % C at draw number n; within a class, images come in a shuffled order.
+    """Class n % C at draw number n; within a class, the least used images first, shuffled.
 
-    The shuffle is made anew after as many draws as there are images, and when a block comes. The
+    Images are sorted anew after as many draws as there are images, and when a block comes. The
     turn of a class without images goes to the next class that has some.
 
     Args:
         blocks: What there is.
         labels: (N,) int64, the ring's.
-        num_classes: C.
+        uses: (N,) int64, the ring's.
+        num_classes: C, at most 2**15.
         seed: Of the order.
     """
 
     unique = False
 
-    def __init__(self, blocks: Blocks, labels: Tensor, *, num_classes: int, seed: int) -> None:
-        self._blocks, self._labels = blocks, labels
+    def __init__(
+        self, blocks: Blocks, labels: Tensor, uses: Tensor, *, num_classes: int, seed: int
+    ) -> None:
+        self._blocks, self._labels, self._uses = blocks, labels, uses
         self._num_classes, self._seed = num_classes, seed
         self._num_drawn = self._first = self._num_shuffles = 0
-        self._table: tuple[Tensor, Tensor, Tensor] | None = None
+        self._slots: Tensor | None = None
 
     def uses_left(self) -> int | None:
         """Any number."""
         return None
 
     def on_commit(self) -> None:
-        """Shuffle anew before the next draw."""
-        self._table = None
+        """Sort anew before the next draw."""
+        self._slots = None
 
-    def draw(self, count: int) -> list[Tensor]:
+    def draw(self, count: int) -> Iterator[Tensor]:
         """The next `count` slots."""
-        parts = []
         while count:
             used = self._num_drawn - self._first
-            if self._table is None or used >= self._blocks.num_drawable:
+            if self._slots is None or used >= self._blocks.num_drawable:
                 self._first, used = self._num_drawn, 0
                 self._num_shuffles += 1
-                self._table = self._shuffle()
+                self._slots = self._shuffle()
             part = min(count, self._blocks.num_drawable - used)
-            parts.append(self._look_up(*self._table, part))
+            slots = self._look_up(self._slots, part)
             self._num_drawn += part
             count -= part
-        return parts
+            yield slots
 
-    def _shuffle(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Slots sorted by class and at random within it (n,); first place and number by class."""
+    def _shuffle(self) -> Tensor:
+        """Slots sorted by class, use and at random, (n,)."""
         blocks, device = self._blocks, self._labels.device
         count = blocks.num_drawable
         slots = (torch.arange(count, device=device) + blocks.first_slot) % blocks.capacity
-        labels = self._labels[slots]
         keys = _shuffle_keys(self._seed, self._num_shuffles, count, device)
-        slots = slots[((labels << 32) | keys).argsort(stable=True)]
-        numbers = torch.zeros(self._num_classes, dtype=torch.int64, device=device)
-        numbers.scatter_add_(0, labels, torch.ones_like(labels))
-        return slots, numbers.cumsum(0) - numbers, numbers
+        keys |= self._uses[slots].clamp(max=2**16 - 1) << 32
+        return slots[(keys | self._labels[slots] << 48).argsort(stable=True)]
 
-    def _look_up(self, slots: Tensor, starts: Tensor, numbers: Tensor, count: int) -> Tensor:
+    def _look_up(self, slots: Tensor, count: int) -> Tensor:
         """Slots (count,) of draws `num_drawn` and after."""
+        labels = self._labels[slots]
+        numbers = torch.zeros(self._num_classes, dtype=torch.int64, device=slots.device)
+        numbers.scatter_add_(0, labels, torch.ones_like(labels))
+        starts = numbers.cumsum(0) - numbers
         classes = torch.arange(self._num_classes, device=slots.device)
         # The first class at or after each one, going round, that has images.
         twice = torch.cat((classes, classes + self._num_classes))
@@ -309,23 +309,23 @@ class Balanced:
         return slots[starts[got] + place]
 
     def state_dict(self) -> dict[str, Any]:
-        """Draws, and where and which the shuffle under way is."""
+        """Draws, and the sorted slots under way."""
         return {
             "num_drawn": self._num_drawn,
             "first": self._first,
             "num_shuffles": self._num_shuffles,
-            "is_shuffled": self._table is not None,
+            "slots": self._slots,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; the shuffle is a function of the rest and made again."""
+        """Inverse of `state_dict`."""
         self._num_drawn, self._first = state["num_drawn"], state["first"]
         self._num_shuffles = state["num_shuffles"]
-        self._table = self._shuffle() if state["is_shuffled"] else None
+        self._slots = None if state["slots"] is None else state["slots"].to(self._labels.device)
 
 
 def make_order(
-    name: OrderName, blocks: Blocks, *, labels: Tensor, num_classes: int | None,
+    name: OrderName, blocks: Blocks, *, labels: Tensor, uses: Tensor, num_classes: int | None,
     max_uses: int | None, seed: int,
 ) -> Order:  # fmt: skip
     """The order of that name.
@@ -333,7 +333,7 @@ def make_order(
     Args:
         name: Which.
         blocks: What there is to draw from.
-        labels: (N,) int64, the ring's.
+        labels, uses: (N,) int64, the ring's.
         num_classes: C; needed by "balanced".
         max_uses: For orders in passes.
         seed: Of the order.
@@ -342,7 +342,7 @@ def make_order(
         return Uniform(blocks, seed=seed, device=labels.device)
     if name == "balanced":
         assert num_classes is not None
-        return Balanced(blocks, labels, num_classes=num_classes, seed=seed)
+        return Balanced(blocks, labels, uses, num_classes=num_classes, seed=seed)
     equal = name == "equal"
     return Passes(blocks, equal=equal, max_uses=max_uses, seed=seed, device=labels.device)
 

@@ -62,9 +62,6 @@ class Turns:
     def join(self) -> None:
         """Nothing to wait for."""
 
-    def restart(self) -> None:
-        """Nothing to note."""
-
 
 class Fences:
     """The producer's stream and all events between it and the consumer's (the current) stream.
@@ -81,10 +78,12 @@ class Fences:
         self._waits: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=1000)
         self._read = self._record(torch.cuda.current_stream(device))
         self._left = deque([self._read] * guard_blocks, maxlen=guard_blocks)
-        self._is_unread = False
+        self._is_unread = self._was_joined = False
 
     def before_write(self) -> None:
         """The producer waits until slots about to be overwritten have been read."""
+        if self._was_joined:
+            self._restart()
         idle = self._record(self._stream)
         self._stream.wait_event(self._left[0])
         self._waits.append(("producer", idle, self._left[0]))
@@ -131,13 +130,19 @@ class Fences:
         self._is_unread = False
 
     def join(self) -> None:
-        """The consumer waits for all that the producer was told to do, aborted blocks too."""
-        torch.cuda.current_stream().wait_event(self._written)
+        """All slots will be read or written on the current stream now.
 
-    def restart(self) -> None:
-        """All slots were written on the current stream: the producer's next blocks wait for it."""
-        self.after_gather()
+        It waits for all that the producer was told to do, aborted blocks too, and the producer's
+        next block waits for it.
+        """
+        torch.cuda.current_stream().wait_event(self._written)
+        self._was_joined = True
+
+    def _restart(self) -> None:
+        """The next blocks wait for everything on the current stream."""
+        self._read = self._record(torch.cuda.current_stream())
         self._left.extend([self._read] * len(self._left))
+        self._was_joined = False
 
     def waits_s(self) -> dict[str, float]:
         """Seconds that either stream waited for the other since the last call; waits for both."""

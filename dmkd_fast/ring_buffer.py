@@ -123,8 +123,8 @@ class RingBuffer:
         self._is_torn = False
         self._fences = Fences(device, guard_blocks=guard_blocks) if own_stream else Turns()
         self._order = make_order(
-            order, self._blocks, labels=self.labels, num_classes=num_classes, max_uses=max_uses,
-            seed=seed,
+            order, self._blocks, labels=self.labels, uses=self.uses, num_classes=num_classes,
+            max_uses=max_uses, seed=seed,
         )  # fmt: skip
 
     @property
@@ -257,11 +257,11 @@ class RingBuffer:
             state = f"fewer than {count} of max_uses={self.max_uses} draws per image are left"
         if state is not None:
             raise RuntimeError(f"sample: {state}; commit a block first")
-        parts = self._order.draw(count)
-        before = [self._count(part) for part in parts]
-        indices, uses = (
-            (parts[0], before[0]) if len(parts) == 1 else (torch.cat(parts), torch.cat(before))
-        )
+        parts, before = [], []
+        for part in self._order.draw(count):
+            parts.append(part)
+            before.append(self._count(part))
+        indices, uses = (p[0] if len(p) == 1 else torch.cat(p) for p in (parts, before))  # (B,)
         self._limiter.num_sampled += count
         self._fences.after_draw()
         return Draw(indices=indices, ids=self.ids[indices], uses=uses)
@@ -358,7 +358,6 @@ class RingBuffer:
         self._blocks.committed = state["num_inserted"] // self.block_images
         self._is_torn, self._open = state["is_torn"], None
         self._order.load_state_dict(state["order"])
-        self._fences.restart()
 
     def _tensors(self) -> dict[str, Tensor]:
         names = ("images", "labels", "ids", "uses", "stamps")
