@@ -107,14 +107,15 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
     config = cfg.load(cfg.DistillConfig, options.config, options.overrides)
-    from dmkd_fast import job
+    from dmkd_fast import job, memory
 
     if options.dry_run:
         config, parts = job.prepare(config)
         print(cfg.dump(config), end="")
         print("memory plan:")
-        for name, count in job.memory_plan(config, parts).items():
+        for name, count in memory.plan(config, parts).items():
             print(f"  {name}: {count:,} bytes ({count / 2**20:.1f} MiB)")
+        print(f"largest ring.capacity_images that fits: {memory.check(config, parts):,}")
         return None
     _refuse_changes(options)
     return job.run(config, resume=options.resume)

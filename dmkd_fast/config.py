@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from dmkd_fast.limiter import Limiter, check_loop, check_ring, slots_for
 from dmkd_fast.settings import ConfigError as ConfigError
 from dmkd_fast.settings import Section
 from dmkd_fast.settings import dump as dump
@@ -110,6 +111,17 @@ class RingConfig(Section):
     """Images in the ring before the first student step."""
     samples_per_insert: float = Field(gt=0)
     """Reuse: views drawn per generated image."""
+    error_buffer: float | None = Field(None, gt=0)
+    """Views by which reuse may be off in either direction while the run goes on; unset:
+    samples_per_insert * min_fill_images, so that views never exceed samples_per_insert * images."""
+    order: Literal["shuffled", "equal", "uniform", "balanced"] = "shuffled"
+    """How images are drawn: in shuffled passes over all; in passes over the less used half, so
+    that late images catch up with early ones; each draw by itself; equally often by class."""
+    max_uses: int | None = Field(None, ge=1)
+    """Views of an image after which it is drawn no more (order shuffled or equal)."""
+    overlap: bool = False
+    """Make the next block while the student trains, on a CUDA stream of its own; the block that
+    will be overwritten next is then not drawn."""
 
 
 class ViewsConfig(Section):
@@ -251,27 +263,29 @@ class DistillConfig(RunConfig):
                 f"of sampler.micro_batch_images={block}; raise the capacity to {2 * block} or "
                 "lower micro_batch_images"
             )
-        if ring.capacity_images < self.train.batch_size:
-            raise ValueError(
-                f"ring.capacity_images: got {ring.capacity_images}, expected at least "
-                f"train.batch_size={self.train.batch_size}; raise the capacity or lower the batch"
-            )
-        if ring.min_fill_images > ring.capacity_images - block:
-            raise ValueError(
-                f"ring.min_fill_images: got {ring.min_fill_images}, expected at most "
-                f"{ring.capacity_images - block} (capacity_images less one block); lower it"
-            )
-        if ring.min_fill_images < self.train.batch_size:
+        if ring.min_fill_images < self.train.batch_size <= ring.capacity_images:
             raise ValueError(
                 f"ring.min_fill_images: got {ring.min_fill_images}, expected at least "
                 f"train.batch_size={self.train.batch_size}; raise it"
             )
-        if ring.min_fill_images * ring.samples_per_insert < self.train.batch_size:
-            raise ValueError(
-                f"ring.samples_per_insert: got {ring.samples_per_insert}, which allows fewer views "
-                "than one batch after the first fill and would wait for ever; raise it or "
-                "min_fill_images"
-            )
+        try:
+            guard = int(ring.overlap)
+            limiter = Limiter(
+                ring.samples_per_insert, min_fill_images=ring.min_fill_images, block_images=block,
+                error_buffer=ring.error_buffer,
+            )  # fmt: skip
+            check_loop(
+                limiter, batch_size=self.train.batch_size,
+                most_drawable=slots_for(ring.capacity_images, block) - guard * block,
+            )  # fmt: skip
+            check_ring(
+                ring.capacity_images, block_images=block, min_fill_images=ring.min_fill_images,
+                guard_blocks=guard, samples_per_insert=ring.samples_per_insert, order=ring.order,
+                max_uses=ring.max_uses, num_classes=0,
+            )  # fmt: skip
+        except ValueError as error:
+            section = "train" if str(error).startswith("batch_size") else "ring"
+            raise ValueError(f"{section}.{error}") from None
         return self
 
 

@@ -23,7 +23,7 @@ from dmkd_fast import checkpoint, evaluate, models, optim, runtime
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
-from dmkd_fast.ring_buffer import RingBuffer
+from dmkd_fast.ring_buffer import Block, RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.views import Views
 
@@ -76,6 +76,8 @@ class Distiller:
         self.schedule, self.temperature, self.test_set = schedule, temperature, test_set
         self.run_dir, self.show = Path(run_dir), show
         self.device = ring.images.device
+        ring.check(schedule.batch_size)
+        self._ahead: tuple[Block, Tensor, Tensor] | None = None
         self.num_steps = -(-schedule.num_views // schedule.batch_size)
         self.step = 0
         self.optimizer = optim.build_optimizer(
@@ -102,25 +104,46 @@ class Distiller:
         before, started = self.ring.num_inserted, time.monotonic()
         told = started
         while self.ring.must_insert(self.schedule.batch_size):
-            block = self.ring.reserve()
-            ids, labels = self.labels.peek(len(block.images))
-            try:
-                self.sampler.sample(ids, labels, out=block.images)
-            except BaseException:
-                self.ring.abort()
-                raise
+            block, ids, labels = self._ahead or self._generate()
             with self._interrupts.held():
                 self.ring.commit(block, ids=ids, labels=labels)
                 self.labels.advance(len(ids))
+                self._ahead = None
             now = time.monotonic()
             if metrics is not None and now - told > 5:
                 made, told = self.ring.num_inserted - before, now
                 metrics.note(f"filling: {made:,} images, {made / (now - started):,.0f} images/s")
 
+        if self._wants_ahead():
+            self._ahead = self._generate()
+
+    def _wants_ahead(self) -> bool:
+        """Whether to make a block before it is needed: with a guard, if views to come need it."""
+        to_come = (self.num_steps - self.step) * self.schedule.batch_size
+        return (
+            self.ring.guard_blocks > 0
+            and self.ring.must_insert(to_come)
+            and self.ring.may_insert(self.schedule.batch_size)
+        )
+
+    def _generate(self) -> tuple[Block, Tensor, Tensor]:
+        """Write a block of new images, to be committed; does not wait for a producer's stream."""
+        self.ring.abort()  # An interrupt may have come between a block's writing and its commit.
+        block = self.ring.reserve()
+        try:
+            with self.ring.producing():
+                ids, labels = self.labels.peek(len(block.images))
+                self.sampler.sample(ids, labels, out=block.images)
+        except BaseException:
+            self.ring.abort()
+            raise
+        return block, ids, labels
+
     def train_step(self) -> Tensor:
         """One optimizer step on one batch of views; returns the loss without waiting for it."""
         draw = self.ring.sample(self.schedule.batch_size)
         views = self.views(self.ring.images, draw.indices, draw.ids, draw.uses)
+        self.ring.release()
         optim.set_lr(self.optimizer, self.lr())
         with self._autocast:
             with torch.no_grad():
@@ -194,8 +217,9 @@ class Distiller:
             scores = self._scores() if self.step in evaluate_at else {}
             if scores or self.step % schedule.log_every_steps == 0:
                 metrics.flush(
-                    views=self.num_views, images=self.ring.num_inserted, lr=self.lr(), **scores
-                )
+                    views=self.num_views, images=self.ring.num_inserted, lr=self.lr(), **scores,
+                    **self._ring_figures(metrics),
+                )  # fmt: skip
             if time.monotonic() - last_saved > schedule.checkpoint_every_s:
                 with self._interrupts.held():
                     checkpoint.save(folder, self.step, self._state())
@@ -203,17 +227,32 @@ class Distiller:
         with self._interrupts.held():
             checkpoint.save(folder, self.step, self._state())
 
+    def _ring_figures(self, metrics: Metrics) -> dict[str, float]:
+        """What a log line says about the ring; figures on the device go to the metrics."""
+        statistics = self.ring.statistics()
+        for name, value in statistics.means().items():
+            metrics.add(name, value)
+        return {
+            "ring_fill": statistics.fill,
+            "reuse_error": statistics.error,
+            "producer_wait_s": statistics.producer_wait_s,
+            "consumer_wait_s": statistics.consumer_wait_s,
+        }
+
     def _warm_up(self, metrics: Metrics) -> None:
         """Run everything on throw-away inputs: what compiles does so here, not inside a step."""
         metrics.note("warming up ...")
         started = time.monotonic()
         buffers = [b.clone() for b in self.student.buffers()]
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
-        ids = torch.arange(len(scratch), device=self.device)
         places = torch.zeros(self.schedule.batch_size, dtype=torch.int64, device=self.device)
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                self.sampler.sample(ids, torch.zeros_like(ids), out=scratch)
+                # Where blocks will be made: a captured graph must not run on two streams at once.
+                with self.ring.producing():
+                    made = torch.empty_like(scratch)
+                    ids = torch.arange(len(made), device=self.device)
+                    self.sampler.sample(ids, torch.zeros_like(ids), out=made)
                 views = self.views(scratch, places, places, places)
                 with self._autocast:
                     with torch.no_grad():
@@ -273,7 +312,7 @@ class Distiller:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.step = state["step"]
+        self.step, self._ahead = state["step"], None
         self.clock.load_state_dict(state["clock"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:

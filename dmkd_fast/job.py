@@ -6,7 +6,6 @@ Stands on floor 3; the only place where settings meet the parts of `distill.py`.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from dmkd_fast import config as cfg
-from dmkd_fast import denoisers, evaluate, models, pictures, run_dir, runtime
+from dmkd_fast import denoisers, evaluate, memory, models, pictures, run_dir, runtime
 from dmkd_fast.assets import licence
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.distill import Distiller, Schedule
@@ -84,12 +83,10 @@ def load_parts(config: cfg.DistillConfig) -> Parts:
         student, student_spec = _student(config.student, teacher_spec, device, config.seed)
         for name, model in (("teacher", teacher), ("student", student)):
             _check_takes(name, model, teacher_spec, device)
-    parts = Parts(
+    return Parts(
         denoiser=denoiser, teacher=teacher, student=student, student_spec=student_spec,
         test_set=test_set,
     )  # fmt: skip
-    _check_memory(config, parts)
-    return parts
 
 
 def prepare(config: cfg.DistillConfig) -> tuple[cfg.DistillConfig, Parts]:
@@ -136,8 +133,9 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
         ring = RingBuffer(
             config.ring.capacity_images, image_shape=denoiser.image_shape,
             block_images=sampling.micro_batch_images,
-            samples_per_insert=config.ring.samples_per_insert,
-            min_fill_images=config.ring.min_fill_images, device=device, seed=config.seed,
+            **config.ring.model_dump(exclude={"capacity_images", "overlap"}),
+            guard_blocks=int(config.ring.overlap), own_stream=config.ring.overlap,
+            num_classes=denoiser.num_classes, device=device, seed=config.seed,
         )  # fmt: skip
     spec = parts.student_spec
     return Distiller(
@@ -170,23 +168,6 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
     )
 
 
-def memory_plan(config: cfg.DistillConfig, parts: Parts) -> dict[str, int]:
-    """Bytes that a run keeps on its device, by part; activations come on top."""
-    block = config.sampler.micro_batch_images
-    slots = -(-config.ring.capacity_images // block) * block
-    pixels = math.prod(parts.denoiser.image_shape)
-    compute = getattr(torch, config.dtype).itemsize
-    weights = sum(p.numel() for p in parts.student.parameters())
-    moments = 2 if config.optim.name == "adamw" else 1
-    return {
-        "ring": slots * (pixels + 3 * 8),
-        "denoiser": compute * sum(p.numel() for p in _parameters(parts.denoiser)),
-        "teacher": 4 * sum(p.numel() for p in parts.teacher.parameters()),
-        "student, gradients, optimizer, average": 4 * weights * (3 + moments),
-        "test images": parts.test_set.images.numel(),
-    }
-
-
 def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -> dict[str, Any]:
     """The whole job; leaves student, pictures, statistics and a model card in the run directory.
 
@@ -204,6 +185,7 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
     """
     clock = runtime.Clock()
     config, parts = prepare(run_dir.find(config) if resume else config)
+    memory.check(config, parts)
     distiller = build(config, parts, show=show)
     distiller.clock = clock  # Loading counts as part of the run.
     if resume:
@@ -264,11 +246,6 @@ def _denoiser(settings: cfg.DenoiserConfig, device: torch.device) -> denoisers.D
         decoder=None if settings.decoder is None else resolve_path(settings.decoder),
     )  # fmt: skip
     return replace(loaded, licence=licence(settings.path) or loaded.licence)
-
-
-def _parameters(denoiser: denoisers.Denoiser) -> list[nn.Parameter]:
-    decoder = [] if denoiser.decoder is None else list(denoiser.decoder.parameters())
-    return [*denoiser.module.parameters(), *decoder]
 
 
 def _student(
@@ -341,21 +318,6 @@ def _check_takes(
         raise ValueError(
             f"{name}: got logits of shape {tuple(logits.shape)} for 2 views, expected "
             f"(2, {spec.num_classes}); use a classifier"
-        )
-
-
-def _check_memory(config: cfg.DistillConfig, parts: Parts) -> None:
-    plan = memory_plan(config, parts)
-    have = runtime.available_bytes(torch.device(config.device))
-    # Models and test images are loaded by now; what is still to come has to fit.
-    need = sum(count for name, count in plan.items() if name != "test images")
-    if need > have:
-        slot = plan["ring"] // config.ring.capacity_images
-        fits = max(0, (have - need + plan["ring"]) // max(1, slot))
-        raise cfg.ConfigError(
-            f"ring.capacity_images: got {config.ring.capacity_images}, which needs "
-            f"{plan['ring'] / 2**30:.1f} GiB of {have / 2**30:.1f} GiB available; lower it to at "
-            f"most {fits}"
         )
 
 

@@ -1,21 +1,31 @@
 """The images that teacher and student learn from: a pre-allocated ring of uint8 slots.
 
 Stands on floor 2, between sampler and views. Images are written in blocks: `reserve` gives a slice
-of slots, the sampler writes into it, `commit` makes it visible; until then nothing of it can be
-drawn. `sample` draws slots in shuffled passes, so every image of a pass is used exactly once. A
-limiter keeps (views drawn) <= samples_per_insert * (images committed).
-N capacity, c channels, H W pixels.
+of slots, the sampler writes into it inside `producing`, `commit` makes it visible; until then
+nothing of it can be drawn. `sample` draws slots in the order asked for (`draws.py`), `release` says
+that they have been read. A limiter keeps reuse where it was asked for (`limiter.py`).
 
-Source of the limiter: Cassirer et al., Reverb (arXiv 2102.04736), section 3.3.
+With `guard_blocks` G > 0 the G blocks that will be overwritten next are not drawn, so one may be
+written, or given up half written, while views are drawn from the others; with a stream of its own
+for the producer (`fences.py`) that happens at the same time. Images and draws are the same with
+and without that stream.
+N capacity, B views drawn, C classes, b images per block, c channels, H W pixels.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dmkd_fast.draws import Blocks, OrderName, make_order, occurrences
+from dmkd_fast.fences import Fences, Turns
+from dmkd_fast.limiter import Limiter, check_loop, check_ring
+from dmkd_fast.logit_cache import LogitCache
+from dmkd_fast.ring_statistics import BINS, Statistics, count_slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +34,7 @@ class Block:
 
     start: int
     images: Tensor
-    """(n, c, H, W) uint8, a slice of the ring."""
+    """(b, c, H, W) uint8, a slice of the ring."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,50 +54,126 @@ class RingBuffer:
     Args:
         capacity_images: N; rounded up to whole blocks.
         image_shape: (c, H, W).
-        block_images: Images per block: the sampler's batch.
-        samples_per_insert: Views per image that the limiter allows.
-        min_fill_images: Images before the first view.
+        block_images: b, the sampler's batch.
+        samples_per_insert: Views per image that the limiter aims at.
+        min_fill_images: Images before the first view; rounded up to whole blocks.
+        error_buffer: Views by which reuse may be off; see `Limiter`.
+        order: "shuffled": passes over all images, so early images are drawn more often than late
+            ones; "equal": passes over the less used half, so late ones catch up; "uniform": each
+            draw by itself, with replacement; "balanced": as many draws for each class.
+        max_uses: Draws of an image after which it is not drawn again; with "shuffled" and "equal"
+            only. An image that comes in the middle of a pass may get one draw fewer.
+        guard_blocks: G, blocks ahead of the writing that are not drawn.
+        own_stream: Give the producer a CUDA stream of its own; needs a guard.
+        num_classes: C, for "balanced" and for statistics by class.
+        num_logits: Classes of the teacher logits that `store_logits` keeps; 0 keeps none.
+        logits_dtype: Of those, float16 or float32.
         device: Where the ring lives.
         seed: Of the order of drawing.
 
     Raises:
-        ValueError: Fewer than two blocks fit, or the ring could never hold `min_fill_images`.
+        ValueError: Sizes do not fit together, or a setting would be ignored.
     """
 
     def __init__(
         self, capacity_images: int, *, image_shape: tuple[int, int, int], block_images: int,
-        samples_per_insert: float, min_fill_images: int, device: torch.device | str = "cpu",
+        samples_per_insert: float, min_fill_images: int, error_buffer: float | None = None,
+        order: OrderName = "shuffled", max_uses: int | None = None, guard_blocks: int = 0,
+        own_stream: bool = False, num_classes: int | None = None, num_logits: int = 0,
+        logits_dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:  # fmt: skip
-        if capacity_images < 2 * block_images:
+        device = torch.device(device)
+        self._limiter = Limiter(
+            samples_per_insert, min_fill_images=min_fill_images, block_images=block_images,
+            error_buffer=error_buffer,
+        )  # fmt: skip
+        check_ring(
+            capacity_images, block_images=block_images, min_fill_images=min_fill_images,
+            guard_blocks=guard_blocks, samples_per_insert=samples_per_insert, order=order,
+            max_uses=max_uses, num_classes=num_classes,
+        )  # fmt: skip
+        if own_stream and (device.type != "cuda" or guard_blocks == 0):
             raise ValueError(
-                f"capacity_images: got {capacity_images}, expected at least two blocks of "
-                f"{block_images}; raise it"
+                f"own_stream: got device {device.type} and guard_blocks={guard_blocks}, expected "
+                "cuda and at least 1; set guard_blocks=1 or own_stream=False"
             )
-        self.capacity = -(-capacity_images // block_images) * block_images
-        if min_fill_images > self.capacity - block_images:
-            raise ValueError(
-                f"min_fill_images: got {min_fill_images}, expected at most "
-                f"{self.capacity - block_images} (capacity less one block); lower it"
-            )
-        self.block_images = block_images
-        self.samples_per_insert, self.min_fill_images = samples_per_insert, min_fill_images
-        self.images = torch.zeros((self.capacity, *image_shape), dtype=torch.uint8, device=device)
-        self.labels = torch.zeros(self.capacity, dtype=torch.int64, device=device)
-        self.ids = torch.full((self.capacity,), -1, dtype=torch.int64, device=device)
-        self.uses = torch.zeros(self.capacity, dtype=torch.int64, device=device)
-        self.num_inserted = 0
-        self.num_sampled = 0
-        self._reserved: Block | None = None
+        self._blocks = Blocks(
+            -(-capacity_images // block_images), block_images=block_images,
+            guard_blocks=guard_blocks,
+        )  # fmt: skip
+        self.capacity, self.block_images = self._blocks.capacity, block_images
+        self.max_uses, self.num_classes = max_uses, num_classes
+        slots = self.capacity
+        self.images = torch.zeros((slots, *image_shape), dtype=torch.uint8, device=device)
+        self.labels = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.ids = torch.full((slots,), -1, dtype=torch.int64, device=device)
+        self.uses = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.stamps = torch.full((slots,), -1, dtype=torch.int32, device=device)
+        """Number of the block that wrote each slot; -1 if none has."""
+        self.logits: LogitCache | None = None
+        if num_logits:
+            self.logits = LogitCache(slots, num_logits, dtype=logits_dtype, device=device)
+        self._retired = torch.zeros(BINS, dtype=torch.int64, device=device)
+        self._settings = {
+            "block_images": block_images, "guard_blocks": guard_blocks, "order": order,
+            "max_uses": max_uses, "seed": seed,
+        }  # fmt: skip
+        self._open: Block | None = None
         self._is_torn = False
-        self._pass = torch.empty(0, dtype=torch.int64, device=device)
-        self._pass_position = 0
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._fences = Fences(device, guard_blocks=guard_blocks) if own_stream else Turns()
+        self._order = make_order(
+            order, self._blocks, labels=self.labels, uses=self.uses, num_classes=num_classes,
+            max_uses=max_uses, seed=seed,
+        )  # fmt: skip
+
+    @property
+    def num_inserted(self) -> int:
+        """Images committed so far."""
+        return self._limiter.num_inserted
+
+    @property
+    def num_sampled(self) -> int:
+        """Views drawn so far."""
+        return self._limiter.num_sampled
 
     @property
     def num_filled(self) -> int:
         """Images in the ring now."""
         return min(self.num_inserted, self.capacity)
+
+    @property
+    def guard_blocks(self) -> int:
+        """G: with 0, blocks and views take turns; with more, a block may stay open."""
+        return self._blocks.guard_blocks
+
+    def check(self, batch_size: int) -> None:
+        """Refuse settings with which a loop that draws `batch_size` views at a time would stop.
+
+        Raises:
+            ValueError: One that says what to change.
+        """
+        check_loop(
+            self._limiter, batch_size=batch_size,
+            most_drawable=self.capacity - self.guard_blocks * self.block_images,
+        )  # fmt: skip
+
+    def must_insert(self, count: int) -> bool:
+        """Whether another block has to be committed before `count` more views are drawn.
+
+        True before the first fill, when the limiter says so, and when images are used up.
+        """
+        return not self._limiter.may_sample(count) or self._is_used_up(count)
+
+    def may_insert(self, count: int) -> bool:
+        """Whether a block may be reserved now, ahead of need; counts one that is open.
+
+        Args:
+            count: Views that will be drawn next.
+        """
+        if self._open is not None:
+            return False
+        return self._limiter.may_insert() or self._is_used_up(count)
 
     def reserve(self) -> Block:
         """The next block of slots, the oldest images first once the ring is full.
@@ -95,93 +181,219 @@ class RingBuffer:
         Raises:
             RuntimeError: A block is reserved already.
         """
-        if self._reserved is not None:
+        if self._open is not None:
             raise RuntimeError("reserve: a block is open already; commit or abort it first")
-        start = self.num_inserted % self.capacity
-        self._reserved = Block(start=start, images=self.images[start : start + self.block_images])
-        return self._reserved
+        self._fences.before_write()
+        start = self._blocks.committed % self._blocks.num_blocks * self.block_images
+        self._open = Block(start=start, images=self.images[start : start + self.block_images])
+        self._limiter.num_reserved += self.block_images
+        return self._open
+
+    def producing(self) -> AbstractContextManager[None]:
+        """Where a reserved block is written: on the producer's stream, if it has one.
+
+        Ids and labels given to `commit` are made inside as well.
+        """
+        return self._fences.producing()
 
     def commit(self, block: Block, *, ids: Tensor, labels: Tensor) -> None:
         """Make a written block visible.
 
         Args:
             block: What `reserve` returned.
-            ids: (block_images,) int64 image ids.
-            labels: (block_images,) int64 classes.
+            ids: (b,) int64 image ids.
+            labels: (b,) int64 classes.
+
+        Raises:
+            RuntimeError: The block is not open, or draws have not been released.
+            ValueError: Ids or labels have another shape, dtype or device.
         """
-        if block is not self._reserved:
+        if block is not self._open:
             raise RuntimeError("commit: got a block that is not reserved; reserve it first")
+        for name, values in (("ids", ids), ("labels", labels)):
+            _check_rows(name, values, self.block_images, self.images.device)
+        self._fences.before_commit(ids, labels)
         slots = slice(block.start, block.start + self.block_images)
+        if self.num_inserted >= self.capacity:
+            old = self.uses[slots].clamp(max=BINS - 1)
+            self._retired.scatter_add_(0, old, torch.ones_like(old))
         self.ids[slots], self.labels[slots], self.uses[slots] = ids, labels, 0
-        self.num_inserted += self.block_images
-        self._reserved, self._is_torn = None, False
+        self.stamps[slots] = self._blocks.committed
+        if self.logits is not None:
+            self.logits.valid[slots] = False
+        self._limiter.num_inserted += self.block_images
+        self._blocks.committed += 1
+        self._order.on_commit()
+        self._open, self._is_torn = None, False
+        self._fences.after_commit()
 
     def abort(self) -> None:
         """Give up the reserved block, if any.
 
-        If it lay over older images, those may be overwritten in part: nothing can be drawn until
-        the same slots have been reserved and committed again.
+        Without a guard, if it lay over older images, those may be overwritten in part: nothing can
+        be drawn until the same slots have been reserved and committed again.
         """
-        self._is_torn |= self._reserved is not None and self.num_inserted >= self.capacity
-        self._reserved = None
-
-    def must_insert(self, count: int) -> bool:
-        """Whether the limiter wants another block before `count` more views are drawn."""
-        allowed = self.samples_per_insert * self.num_inserted
-        return self.num_inserted < self.min_fill_images or self.num_sampled + count > allowed
+        self._is_torn = self._tears()
+        if self._open is not None:
+            self._limiter.num_reserved -= self.block_images
+        self._open = None
 
     def sample(self, count: int) -> Draw:
-        """Draw `count` images in shuffled passes over what the ring holds.
+        """Draw `count` images.
 
         Raises:
-            RuntimeError: The ring is empty, a block is open, or one was aborted over old images.
+            ValueError: `count` is not positive.
+            RuntimeError: The ring is empty or its images are used up, or, without a guard, a block
+                is open or was aborted over old images.
         """
-        if self._reserved is not None or self._is_torn or self.num_inserted == 0:
-            state = "the ring is empty" if self.num_inserted == 0 else "a block is half written"
+        if count < 1:
+            raise ValueError(f"count: got {count}, expected at least 1; draw something")
+        state = None
+        if self._blocks.num_drawable == 0:
+            state = "the ring is empty"
+        elif self.guard_blocks == 0 and (self._open is not None or self._is_torn):
+            state = "a block is half written"
+        elif self._is_used_up(count):
+            state = f"fewer than {count} of max_uses={self.max_uses} draws per image are left"
+        if state is not None:
             raise RuntimeError(f"sample: {state}; commit a block first")
-        parts, missing = [], count
-        while missing:
-            if self._pass_position == len(self._pass):
-                self._pass = torch.randperm(
-                    self.num_filled, generator=self._generator, device=self.images.device
-                )
-                self._pass_position = 0
-            part = self._pass[self._pass_position : self._pass_position + missing]
-            self._pass_position += len(part)
-            missing -= len(part)
+        parts, before = [], []
+        for part in self._order.draw(count):
             parts.append(part)
-        indices = torch.cat(parts)  # (B,)
-        draw = Draw(indices=indices, ids=self.ids[indices], uses=self.uses[indices])
-        self.uses.index_add_(0, indices, torch.ones_like(indices))
-        self.num_sampled += count
-        return draw
+            before.append(self._count(part))
+        indices, uses = (p[0] if len(p) == 1 else torch.cat(p) for p in (parts, before))  # (B,)
+        self._limiter.num_sampled += count
+        self._fences.after_draw()
+        return Draw(indices=indices, ids=self.ids[indices], uses=uses)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Images, counters, the pass under way and the generator: all that drawing depends on."""
-        names = ("images", "labels", "ids", "uses", "num_inserted", "num_sampled", "_is_torn")
-        state = {name: getattr(self, name) for name in names}
-        return state | {
-            "pass": self._pass,
-            "pass_position": self._pass_position,
-            "generator": self._generator.get_state(),
+    def release(self) -> None:
+        """Everything drawn so far has been read by work on the current stream.
+
+        Needed after each gather where the producer has a stream of its own.
+        """
+        self._fences.after_gather()
+
+    def store_logits(self, draw: Draw, logits: Tensor) -> None:
+        """Keep teacher logits of drawn images until they are overwritten.
+
+        They are one row per image, so they belong to one fixed view of it (such as the whole
+        image). Rows of images that were overwritten since the draw are dropped.
+
+        Args:
+            draw: What `sample` returned.
+            logits: (B, num_logits).
+
+        Raises:
+            ValueError: The ring keeps no logits, or they have another shape.
+        """
+        self._cache().store(draw.indices, self.ids[draw.indices] == draw.ids, logits)
+
+    def load_logits(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Logits (B, num_logits) kept for drawn images, and which of them are valid, (B,) bool.
+
+        Raises:
+            ValueError: The ring keeps no logits.
+        """
+        cache = self._cache()
+        is_there = self.ids[draw.indices] == draw.ids  # (B,)
+        return cache.rows[draw.indices], cache.valid[draw.indices] & is_there
+
+    def statistics(self) -> Statistics:
+        """Counts on the device, to be read when a log line is due."""
+        waits = self._fences.waits_s()
+        uses, class_counts, ages = count_slots(
+            self.stamps, self.uses, self.labels, committed=self._blocks.committed,
+            num_classes=self.num_classes,
+        )  # fmt: skip
+        return Statistics(
+            uses=uses, retired_uses=self._retired.clone(), class_counts=class_counts, ages=ages,
+            fill=self.num_filled / self.capacity, error=self._limiter.error,
+            inserted=self.num_inserted, sampled=self.num_sampled,
+            producer_wait_s=waits["producer"], consumer_wait_s=waits["consumer"],
+        )  # fmt: skip
+
+    def state_dict(self, *, images: bool = True) -> dict[str, Any]:
+        """All that drawing depends on; tensors are the ring's own. An open block is left out.
+
+        Args:
+            images: Whether to include the pixels; without them, whoever loads the state writes
+                the same pixels into `images`.
+        """
+        self._fences.join()
+        tensors = self._tensors()
+        if not images:
+            del tensors["images"]
+        rest: dict[str, Any] = {
+            "settings": self._settings,
+            "num_inserted": self.num_inserted,
+            "num_sampled": self.num_sampled,
+            "is_torn": self._tears(),
+            "order": self._order.state_dict(),
         }
+        return tensors | rest
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`.
+        """Inverse of `state_dict`; pixels stay as they are where the state has none.
 
         Raises:
-            ValueError: The state belongs to a ring of another shape.
+            ValueError: The state belongs to a ring of another shape or with other settings.
         """
-        if state["images"].shape != self.images.shape:
+        for name, mine in self._tensors().items():
+            if name in state and state[name].shape != mine.shape:
+                raise ValueError(
+                    f"ring: got {name} of shape {tuple(state[name].shape)}, expected "
+                    f"{tuple(mine.shape)}; resume with the settings of the run"
+                )
+        if state["settings"] != self._settings:
             raise ValueError(
-                f"ring: got a state of shape {tuple(state['images'].shape)}, expected "
-                f"{tuple(self.images.shape)}; resume with the settings of the run"
+                f"ring: got a state of {state['settings']}, expected {self._settings}; resume with "
+                "the settings of the run"
             )
-        for name in ("images", "labels", "ids", "uses"):
-            getattr(self, name).copy_(state[name])
-        self.num_inserted, self.num_sampled = state["num_inserted"], state["num_sampled"]
-        self._is_torn = state["_is_torn"]
-        self._pass = state["pass"].to(self.images.device)
-        self._pass_position = state["pass_position"]
-        self._generator.set_state(state["generator"])
-        self._reserved = None
+        self._fences.join()
+        for name, mine in self._tensors().items():
+            if name in state:
+                mine.copy_(state[name])
+        self._limiter.num_inserted = self._limiter.num_reserved = state["num_inserted"]
+        self._limiter.num_sampled = state["num_sampled"]
+        self._blocks.committed = state["num_inserted"] // self.block_images
+        self._is_torn, self._open = state["is_torn"], None
+        self._order.load_state_dict(state["order"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("images", "labels", "ids", "uses", "stamps")
+        tensors = {name: getattr(self, name) for name in names} | {"retired": self._retired}
+        if self.logits is not None:
+            tensors |= {"logits": self.logits.rows, "has_logits": self.logits.valid}
+        return tensors
+
+    def _cache(self) -> LogitCache:
+        if self.logits is None:
+            raise ValueError("logits: got a ring that keeps none; make it with num_logits=C")
+        return self.logits
+
+    def _is_used_up(self, count: int) -> bool:
+        left = self._order.uses_left()
+        return left is not None and left < count
+
+    def _tears(self) -> bool:
+        """Whether slots that may be drawn are half written unless the open block is committed."""
+        is_over_old = self._open is not None and self.num_inserted >= self.capacity
+        return self._is_torn or (is_over_old and self.guard_blocks == 0)
+
+    def _count(self, part: Tensor) -> Tensor:
+        """Count one use of each slot (n,); returns how often each had been used before."""
+        before = self.uses[part]
+        if self._order.unique:
+            self.uses[part] = before + 1
+            return before
+        self.uses.index_add_(0, part, torch.ones_like(part))
+        # A slot that comes twice is used twice: the second time is another view of it.
+        return before + occurrences(part)
+
+
+def _check_rows(name: str, values: Tensor, count: int, device: torch.device) -> None:
+    if values.shape != (count,) or values.dtype != torch.int64 or values.device != device:
+        raise ValueError(
+            f"{name}: got {tuple(values.shape)} {values.dtype} on {values.device}, expected "
+            f"({count},) torch.int64 on {device}; give one for each image of the block"
+        )

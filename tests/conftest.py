@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,9 @@ def make_distiller(tmp_path: Path) -> Callable[..., Distiller]:
     """Builds equal distillers, each with a run directory of its own."""
     count = 0
 
-    def make(*, dropout: float = 0.0, **changes: object) -> Distiller:
+    def make(
+        *, dropout: float = 0.0, ring: dict[str, Any] | None = None, **changes: object
+    ) -> Distiller:
         nonlocal count
         count += 1
         sampler = tiny_sampler()
@@ -81,7 +84,7 @@ def make_distiller(tmp_path: Path) -> Callable[..., Distiller]:
             sampler=sampler,
             ring=RingBuffer(
                 64, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4,
-                min_fill_images=32,
+                min_fill_images=32, **(ring or {}),
             ),
             labels=LabelStream(4),
             views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,)),

@@ -13,20 +13,20 @@ import dmkd_fast
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dmkd_fast"
 FLOORS = {
-    "settings": 0, "config": 0, "runtime": 0, "run_dir": 0, "assets": 0,
+    "settings": 0, "config": 0, "limiter": 0, "runtime": 0, "run_dir": 0, "assets": 0,
     "solvers": 1, "attention": 1, "dit": 1, "upsampling": 1, "weights": 1, "ops.extension": 1,
-    "ops.noise": 1,
-    "ops.noise_triton": 1, "ops.transformer": 1, "ops.reference": 1, "ops.kd_loss": 1,
-    "ops.kd_loss_ops": 1, "ops.kd_loss_problem": 1, "ops.kd_loss_triton": 1,
+    "ops.noise": 1, "ops.noise_triton": 1, "ops.transformer": 1, "ops.reference": 1,
+    "ops.kd_loss": 1, "ops.kd_loss_ops": 1, "ops.kd_loss_problem": 1, "ops.kd_loss_triton": 1,
     "ops.kd_loss_kernels": 1, "ops.views": 1, "ops.views_triton": 1,
+    "capacity": 1, "draws": 1, "fences": 1, "logit_cache": 1, "ring_statistics": 1,
     "sampler": 2, "ring_buffer": 2, "views": 2, "mix": 2, "labels": 2, "models": 2, "denoisers": 2,
     "optim": 2,
     "evaluate": 2, "metrics": 2, "pictures": 2, "checkpoint": 2,
-    "distill": 3, "job": 3, "pretrain": 3, "pretrain_diffusion": 3,
+    "distill": 3, "job": 3, "memory": 3, "pretrain": 3, "pretrain_diffusion": 3,
     "cli": 4,
 }  # fmt: skip
 # Floor 3 is where settings end; `run_dir` is about settings itself.
-MAY_SEE_CONFIG = {"run_dir", "job", "pretrain", "pretrain_diffusion", "cli"}
+MAY_SEE_CONFIG = {"run_dir", "job", "memory", "pretrain", "pretrain_diffusion", "cli"}
 
 
 def modules() -> dict[str, Path]:

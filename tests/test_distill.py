@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmkd_fast import Distiller
 
@@ -122,36 +121,6 @@ def test_reuse_is_what_was_asked_for(make_distiller: Make) -> None:
     assert totals["generated_images"] == distiller.ring.num_inserted == distiller.labels.next_id
 
 
-class NoHostReads(TorchDispatchMode):
-    """Raises on every operator whose result depends on reading device memory from the host."""
-
-    BANNED = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select",
-              "bincount", "item")  # fmt: skip
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        assert not any(name == b or name.startswith(f"{b}_") for b in self.BANNED), name
-        return func(*args, **(kwargs or {}))
-
-
-def test_training_step_never_reads_the_device(
-    make_distiller: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    distiller = make_distiller(max_grad_norm=1.0)
-    distiller.refill()
-    distiller.train_step()
-    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__"):
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda *_, what=name: pytest.fail(f"host read: {what}")
-        )
-    with NoHostReads():
-        for _ in range(30):
-            distiller.refill()
-            distiller.train_step()
-    with pytest.raises(AssertionError), NoHostReads():
-        torch.ones(3).nonzero()
-
-
 def test_statistics_tell_the_run(make_distiller: Make) -> None:
     import json
 
@@ -161,4 +130,11 @@ def test_statistics_tell_the_run(make_distiller: Make) -> None:
     assert [row["views"] for row in rows] == [160, 320, 480, 640]
     assert rows[-1]["images"] == distiller.ring.num_inserted
     assert all(row["loss"] > 0 and row["views_per_s"] >= 0 for row in rows)
+    last = rows[-1]
+    assert last["ring_fill"] == 1 and last["ring_age_blocks"] == 1.5  # four blocks: 0 to 3
+    held = distiller.ring.uses.float().mean().item()
+    assert last["ring_uses"] == pytest.approx(held, rel=1e-5) and last["reuse_error"] <= 64
+    assert last["consumer_wait_s"] > 0 and last["producer_wait_s"] > 0
+    made = last["images"]
+    assert last["retired_uses"] * (made - 64) + held * 64 == pytest.approx(640, rel=1e-3)
     assert list(distiller.run_dir.glob("events.out.tfevents*"))

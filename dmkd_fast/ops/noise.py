@@ -17,7 +17,7 @@ _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
-STREAM_NOISE, STREAM_VIEWS, STREAM_LABELS, STREAM_MIX = 0, 1, 2, 3
+STREAM_NOISE, STREAM_VIEWS, STREAM_LABELS, STREAM_MIX, STREAM_DRAWS = 0, 1, 2, 3, 4
 
 # Fitted in Chebyshev points, as float32; lowest degree first.
 # log(1 + f) = f + f^2 * LOG(f); sin(2 pi r) = r * SIN(r^2); cos(2 pi r) = COS(r^2).

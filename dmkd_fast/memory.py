@@ -1,0 +1,60 @@
+"""What a run keeps in memory, by part, and whether it fits: known before the ring is allocated.
+
+Stands on floor 3, beside `job.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dmkd_fast import config as cfg
+from dmkd_fast import runtime
+from dmkd_fast.capacity import capacity_plan, largest_capacity
+
+if TYPE_CHECKING:
+    from dmkd_fast.job import Parts
+
+
+def plan(config: cfg.DistillConfig, parts: Parts) -> dict[str, int]:
+    """Bytes that a run keeps on its device, by part; activations come on top."""
+    compute = getattr(torch, config.dtype).itemsize
+    weights = sum(p.numel() for p in parts.student.parameters())
+    moments = 2 if config.optim.name == "adamw" else 1
+    modules = [m for m in (parts.denoiser.module, parts.denoiser.decoder) if m is not None]
+    ring = capacity_plan(config.ring.capacity_images, **_ring_shape(config, parts))
+    return {f"ring {name}": count for name, count in ring.items()} | {
+        "denoiser": compute * sum(p.numel() for module in modules for p in module.parameters()),
+        "teacher": 4 * sum(p.numel() for p in parts.teacher.parameters()),
+        "student, gradients, optimizer, average": 4 * weights * (3 + moments),
+        "test images": parts.test_set.images.numel(),
+    }
+
+
+def check(config: cfg.DistillConfig, parts: Parts) -> int:
+    """The largest ring.capacity_images that fits beside the other parts of a run.
+
+    Raises:
+        ConfigError: The one asked for does not.
+    """
+    parts_plan = plan(config, parts)
+    have = runtime.available_bytes(torch.device(config.device))
+    # Models and test images are loaded by now; what is still to come has to fit.
+    ring = sum(count for name, count in parts_plan.items() if name.startswith("ring "))
+    rest = sum(parts_plan.values()) - ring - parts_plan["test images"]
+    fits = largest_capacity(have - rest, **_ring_shape(config, parts))
+    if ring + rest > have:
+        raise cfg.ConfigError(
+            f"ring.capacity_images: got {config.ring.capacity_images}, which needs "
+            f"{ring / 2**30:.1f} GiB of {have / 2**30:.1f} GiB available; lower it to at most "
+            f"{fits}"
+        )
+    return fits
+
+
+def _ring_shape(config: cfg.DistillConfig, parts: Parts) -> dict[str, Any]:
+    return {
+        "image_shape": parts.denoiser.image_shape,
+        "block_images": config.sampler.micro_batch_images,
+    }
