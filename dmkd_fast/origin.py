@@ -180,9 +180,10 @@ def num_weights(images: denoisers.Denoiser | OpenSource) -> int:
 def describe(config: cfg.DistillConfig, images: denoisers.Denoiser | OpenSource) -> str:
     """A line for the log: what is used, under which licence."""
     if isinstance(images, OpenSource):
-        count = f"{images.source.num_images:,} images ({images.kind})"
         path = config.source.path if config.source else ""
-        return f"{path}: {count} made with weights under licence {images.licence}"
+        text = f"{path}: {images.source.num_images:,} images ({images.kind})"
+        made = f", made with weights under licence {images.licence}"
+        return text + made if images.kind == "shards" else text
     path = config.denoiser.path if config.denoiser else ""
     return f"{path}: weights under licence {images.licence}"
 

@@ -136,7 +136,9 @@ def claim(folder: Path, plan: Plan) -> None:
     try:
         (folder / MANIFEST).mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN).exists():
-            kept = [p.name for p in folder.iterdir() if p.name != MANIFEST and p.name[0] != "."]
+            # Another job of the farm may be writing its first files at this moment.
+            ours = (PLAN, MANIFEST, "shard-")
+            kept = [p.name for p in folder.iterdir() if not p.name.startswith((".", *ours))]
             if kept:
                 raise ValueError(f"--out: {folder} holds other files ({kept[0]}); choose another")
             text = plan.model_dump_json(indent=2) + "\n"
