@@ -14,6 +14,7 @@ NAMES = {
     "kd-loss-gpu": "the same on a GPU, in GB/s (benchmarks/gpu.sh)",
     "nearest": "generated images beside their nearest real ones",
     "sampler": "images/s against diffusers' pipelines",
+    "shards": "images/s to and from disk, beside torchvision's ImageFolder",
     "render": "write the tables of README and docs from the recorded rows",
 }
 

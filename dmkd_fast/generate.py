@@ -58,7 +58,7 @@ class Maker:
         images = torch.empty((len(ids), *self.image_shape), dtype=torch.uint8, device=device)
         self.sampler.sample(numbers, labels, out=images)
         guesses = evaluate.predict(self.teacher, images, self.views.whole).softmax(dim=1).max(dim=1)
-        pngs = self.pool.map(_png, images.cpu().numpy())
+        pngs = self.pool.map(to_png, images.cpu().numpy())
         columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
         for image_id, label, png, guess, share in zip(*columns, strict=True):
             row = {"teacher_class": guess, "teacher_probability": share}
@@ -67,7 +67,7 @@ class Maker:
 
 def run(
     config: cfg.DistillConfig, folder: Path, num_images: int, *, part: tuple[int, int] = (0, 1),
-    images_per_shard: int | None = None, command: str = "", show: bool = True,
+    images_per_shard: int | None = None, command: str = "the same call", show: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Make this job's part of a directory of images; what is finished already is only checked.
 
@@ -225,7 +225,7 @@ def _out_of_space(folder: Path, error: OSError, command: str) -> str:
     return f"--out: {what} in {folder}; every finished shard is kept; mend it, then: {command}"
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def to_png(pixels: np.ndarray) -> bytes:
     """(c, H, W) uint8 -> a lossless PNG."""
     from PIL import Image
 

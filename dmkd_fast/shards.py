@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveInt, ValidationError
 
-from dmkd_fast.settings import ConfigError, Section, load
+from dmkd_fast.settings import Section
 
 PLAN, MANIFEST = "job.json", "manifest"
 # No honest picture is larger; a tar that says so is not read.
@@ -47,7 +47,7 @@ class Plan(Section):
 
     num_images: int = Field(ge=1)
     images_per_shard: int = Field(ge=1)
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     num_classes: int = Field(ge=1)
     class_names: tuple[str, ...]
     licence: str
@@ -116,12 +116,18 @@ def read_plan(folder: Path) -> Plan:
         SourceError: There is none, or it is damaged.
     """
     path = folder / PLAN
-    if not path.is_file():
-        raise SourceError(f"{path}: no such file, expected a directory made by dmkd generate")
     try:
-        plan = load(Plan, path)
-    except ConfigError as error:
-        raise SourceError(f"{error} ({path} is damaged: make the directory anew)") from None
+        plan = Plan.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise SourceError(
+            f"{path}: {error.strerror}, expected a directory made by dmkd generate"
+        ) from None
+    except ValidationError as error:
+        reason = error.errors()[0]
+        where = ".".join(map(str, reason["loc"]))
+        raise SourceError(
+            f"{path}: damaged ({where} {reason['msg']}); make the directory anew"
+        ) from None
     if len(plan.class_names) != plan.num_classes or plan.image_shape[0] not in (1, 3):
         raise SourceError(f"{path}: damaged (class_names or image_shape); make the directory anew")
     return plan
@@ -134,20 +140,11 @@ def claim(folder: Path, plan: Plan) -> None:
         ValueError: It holds something else, or images made with other settings.
     """
     try:
-        (folder / MANIFEST).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN).exists():
-            # Another job of the farm may be writing its first files at this moment.
-            ours = (PLAN, MANIFEST, "shard-")
-            kept = [p.name for p in folder.iterdir() if not p.name.startswith((".", *ours))]
-            if kept:
-                raise ValueError(f"--out: {folder} holds other files ({kept[0]}); choose another")
-            text = plan.model_dump_json(indent=2) + "\n"
-            partial = folder / f".{PLAN}.{os.getpid()}.partial"
-            write_file(partial, text.encode())
-            with contextlib.suppress(FileExistsError):  # Another job of the same farm was first.
-                os.link(partial, folder / PLAN)
-            partial.unlink()
-            _flush(folder)
+            _begin(folder, plan)
+        (folder / MANIFEST).mkdir(exist_ok=True)
+        _flush(folder)
     except OSError as error:
         raise ValueError(
             f"--out: cannot write to {folder} ({error.strerror}); choose another"
@@ -293,10 +290,21 @@ def tar_members(path: Path, *, most_members: int) -> Iterator[tuple[str, int, in
     raise SourceError(f"{path}: more than {most_members} members; make it again")
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on disk."""
-    path.write_bytes(data)
-    _flush(path)
+def _begin(folder: Path, plan: Plan) -> None:
+    """Write the plan into a new directory."""
+    # Another job of the farm may be writing its first files at this moment.
+    ours = (".", PLAN, MANIFEST, "shard-")
+    kept = next((p.name for p in folder.iterdir() if not p.name.startswith(ours)), None)
+    if kept is not None:
+        raise ValueError(f"--out: {folder} holds other files ({kept}); choose another")
+    partial = folder / f".{PLAN}.{os.getpid()}.partial"
+    try:
+        partial.write_bytes(plan.model_dump_json(indent=2).encode() + b"\n")
+        _flush(partial)
+        with contextlib.suppress(FileExistsError):  # Another job was first.
+            os.link(partial, folder / PLAN)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _check_header(path: Path, position: int, header: bytes) -> int:

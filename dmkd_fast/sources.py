@@ -40,6 +40,7 @@ class ShardSource:
         self.plan: Plan = shards.read_plan(folder)
         self.num_images = self.plan.num_images
         self._shards: dict[int, Shard] = {}
+        self._order: list[int] = []
         self.first_pass: np.ndarray = np.empty(0, dtype=np.int64)
         self.poll()
 
@@ -61,7 +62,8 @@ class ShardSource:
             found = shards.finished(self.folder)
         except OSError as error:
             raise SourceError(f"{self.folder / shards.MANIFEST}: {error.strerror}") from None
-        fresh = [s for s in found if s not in self._shards and s < self.plan.num_shards]
+        taken = set(self._order)
+        fresh = [s for s in found if s not in taken and s < self.plan.num_shards]
         self._take(fresh)
         return bool(fresh)
 
@@ -85,7 +87,7 @@ class ShardSource:
 
     def state_dict(self) -> dict[str, object]:
         """Which shards were taken up, in order."""
-        return {"shards": list(self._shards), "num_images": self.num_images}
+        return {"shards": list(self._order), "num_images": self.num_images}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Take the same shards in the same order, then what has come since.
@@ -100,14 +102,15 @@ class ShardSource:
         if gone or state["num_images"] != self.num_images:
             what = f"shard {gone[0]} is gone" if gone else "it has another number of images"
             raise SourceError(f"{self.folder}: not what the run was reading ({what}); put it back")
-        self._shards.clear()
-        self.first_pass = self.first_pass[:0]
+        self._order, self.first_pass = [], self.first_pass[:0]
         self._take(taken)
         self.poll()
 
     def _take(self, numbers: Sequence[int]) -> None:
         for number in numbers:
-            self._shards[number] = shards.load_shard(self.folder, self.plan, number)
+            if number not in self._shards:
+                self._shards[number] = shards.load_shard(self.folder, self.plan, number)
+        self._order += numbers
         fresh = [np.array(self.plan.ids(number), dtype=np.int64) for number in numbers]
         self.first_pass = np.concatenate((self.first_pass, *fresh))
 

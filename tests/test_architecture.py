@@ -77,7 +77,8 @@ def test_imports_point_down_only(name: str) -> None:
 
 def test_each_model_library_is_imported_in_one_place() -> None:
     homes = {"timm": "models", "diffusers": "denoisers", "transformers": "denoisers",
-             "xformers": "attention", "huggingface_hub": "assets", "pyarrow": "shards", "nvidia": "image_reader"}  # fmt: skip
+             "xformers": "attention", "huggingface_hub": "assets", "pyarrow": "shards",
+             "nvidia": "image_reader"}  # fmt: skip
     for name, path in modules().items():
         for library in external(path) & set(homes):
             assert homes[library] == name, f"{name} imports {library}"

@@ -159,7 +159,8 @@ def test_a_flipped_bit_is_found_or_changes_no_image(folder: Path) -> None:
 def test_every_truncation_is_found(folder: Path) -> None:
     path = folder / "shard-000001.tar"
     intact = path.read_bytes()
-    last = tarfile.open(path).getmembers()[-1]
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
     for length in range(0, last.offset_data + last.size, 97):
         path.write_bytes(intact[:length])
         with pytest.raises(shards.SourceError, match="shard-000001"):
