@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 from conftest import CONFIG, ROOT, SHORT
 from generate_farm import SETTINGS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from shard_files import contents
 
 from dmkd_fast import LabelStream, Views, cli, generate, job, models, origin, shards
@@ -28,17 +29,17 @@ from dmkd_fast.image_reader import ImageReader
 from dmkd_fast.sources import ShardSource
 
 
-def make(out: Path, num_images: int, *overrides: str, **options: Any) -> dict[str, Any]:
+def make(out: Path, *overrides: str, **options: Any) -> dict[str, Any]:
     config = cfg.load(cfg.DistillConfig, CONFIG, [*SETTINGS, *overrides])
-    options = {"images_per_shard": 32, "show": False} | options
-    return generate.run(config, out, num_images, **options)
+    options = {"num_images": 200, "images_per_shard": 32, "show": False} | options
+    return generate.run(config, out, **options)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 images made by one job without a break."""
     folder = tmp_path_factory.mktemp("generate") / "whole"
-    summary = make(folder, 200)
+    summary = make(folder)
     assert summary["made_images"] == summary["images"] == 200 and summary["is_complete"]
     return folder
 
@@ -74,10 +75,10 @@ def test_images_and_manifest_are_those_of_online_generation(whole: Path) -> None
 
 def test_the_result_does_not_depend_on_the_number_of_jobs(whole: Path, tmp_path: Path) -> None:
     for part in (2, 0, 1):
-        summary = make(tmp_path, 200, part=(part, 3))
+        summary = make(tmp_path, part=(part, 3))
         assert summary["is_complete"] == (part == 1)
     assert contents(tmp_path) == contents(whole)
-    assert make(tmp_path, 200, part=(1, 2))["made_images"] == 0  # another n finds all of it
+    assert make(tmp_path, part=(1, 2))["made_images"] == 0  # another n finds all of it
 
 
 def run_farm(*arguments: object) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def test_five_kills_change_nothing(whole: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_thirty_kills_change_nothing(tmp_path: Path) -> None:
-    make(tmp_path / "whole", 2000)
+    make(tmp_path / "whole", num_images=2000)
     result = run_farm(tmp_path / "killed", 2000, 1, 30, 1)
     assert result["kills"] >= 25
     check_complete(tmp_path / "killed", 2000)
@@ -157,7 +158,8 @@ def test_three_jobs_killed_ten_times_each_feed_a_follower(
     (["seed=1"], {}, "seed is 0 there and 1 here"),
     (["sampler.num_steps=2"], {}, "sampler.num_steps is 1 there and 2 here"),
     (["teacher.path=embedded:fashion_mnist/lenet5"], {}, "teacher is"),
-    (["denoiser.path=embedded:fashion_mnist/fewstep", "sampler.num_steps=4"], {}, "denoiser.path"),
+    (["denoiser.path=embedded:fashion_mnist/fewstep", "sampler={num_steps: 4, solver: euler, "
+      "guidance_scale: 1, micro_batch_images: 16}"], {}, "denoiser.path is"),
     ([], {"num_images": 201}, "num_images is 200 there and 201 here"),
     ([], {"images_per_shard": 64}, "images_per_shard is 32 there and 64 here"),
     ([], {"images_per_shard": 40}, "expected a multiple of sampler.micro_batch_images=16"),
@@ -168,16 +170,29 @@ def test_other_settings_are_refused_and_nothing_changes(
 ) -> None:
     before = contents(whole)
     with pytest.raises(cfg.ConfigError, match=words) as error:
-        make(whole, options.pop("num_images", 200), *changes, **options)
+        make(whole, *changes, **options)
     assert "\n" not in str(error.value) and contents(whole) == before
+
+
+def test_other_weights_under_the_same_path_are_refused(tmp_path: Path) -> None:
+    model = shutil.copytree(resolve("embedded:fashion_mnist/denoiser"), tmp_path / "model")
+    settings = [f"denoiser.path={model}"]
+    make(tmp_path / "set", *settings, num_images=16)
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out_2.bias"] += 0.5
+    save_file(weights, file)
+    with pytest.raises(cfg.ConfigError, match="denoiser_sha256"):
+        make(tmp_path / "set", *settings, num_images=16)
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(cfg.ConfigError, match=r"holds other files \(thesis\.tex"):
-        make(tmp_path, 16)
+        make(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(cfg.ConfigError, match="cannot write"):
-        make(tmp_path / "thesis.tex" / "set", 16)
+        make(tmp_path / "thesis.tex" / "set")
 
 
 def test_damaged_shards_are_made_again(whole: Path, tmp_path: Path) -> None:
@@ -194,7 +209,7 @@ def test_damaged_shards_are_made_again(whole: Path, tmp_path: Path) -> None:
     parquet.write_bytes(parquet.read_bytes()[:-50])
     (folder / "manifest" / "shard-000005.parquet").unlink()
     (folder / ".shard-000005.tar.0-of-1.partial").write_bytes(b"left by a killed job")
-    assert make(folder, 200)["made_images"] == 4 * 32
+    assert make(folder)["made_images"] == 4 * 32
     assert contents(folder) == contents(whole)
     assert not list(folder.rglob(".*partial"))
 
@@ -204,10 +219,12 @@ def test_two_jobs_with_the_same_part_do_not_meet(whole: Path) -> None:
         shards.locked(whole, "0-of-1"),
         pytest.raises(cfg.ConfigError, match="another job makes part 0-of-1"),
     ):
-        make(whole, 200)
+        make(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_an_interrupt_keeps_finished_shards_and_says_how_to_go_on(
     whole: Path, tmp_path: Path, number: int
 ) -> None:
@@ -291,28 +308,28 @@ def test_the_job_from_disk_ends_with_the_student_of_the_online_job(tmp_path: Pat
      ["source.block_images=64", "raise"]),
     ([*NO_DENOISER, "source.path={whole}", "ring.capacity_images=10240"], ["ring.min_fill"]),
     ([*NO_DENOISER, "source.path={names}"], ["class 0 is 'Ankle boot'", "'T-shirt/top'"]),
-    ([*NO_DENOISER, "source.path={nine}"], ["classes: source.path has 9, teacher.path has 10"]),
+    ([*NO_DENOISER, "source.path={eleven}"], ["classes: source.path has 11, teacher.path has 10"]),
 ])  # fmt: skip
 def test_a_wrong_source_ends_in_one_line(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
     words: list[str],
 ) -> None:  # fmt: skip
-    for name in ("part", "names", "nine"):
+    for name in ("part", "names", "eleven"):
         for file, data in contents(whole).items():
             if name == "part" and file.endswith("parquet") and file[-9] not in "01":
                 continue
             target = tmp_path / "copies" / name / file
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
-    plans = {name: tmp_path / "copies" / name / "job.json" for name in ("names", "nine")}
+    plans = {name: tmp_path / "copies" / name / "job.json" for name in ("names", "eleven")}
     plan = json.loads(plans["names"].read_text())
     plan["class_names"].reverse()
     plans["names"].write_text(json.dumps(plan))
-    plan["class_names"].pop()
-    plans["nine"].write_text(json.dumps(plan | {"num_classes": 9}))
+    plan["class_names"].append("Hat")
+    plans["eleven"].write_text(json.dumps(plan | {"num_classes": 11}))
     (tmp_path / "empty").mkdir()
-    places = {"{whole}": whole, "{tmp}": tmp_path / "empty", "{part}": tmp_path / "copies/part",
-              "{names}": tmp_path / "copies/names", "{nine}": tmp_path / "copies/nine"}  # fmt: skip
+    places = {"{whole}": whole, "{tmp}": tmp_path / "empty"}
+    places |= {f"{{{name}}}": tmp_path / "copies" / name for name in ("part", "names", "eleven")}
     for short, place in places.items():
         arguments = [a.replace(short, str(place)) for a in arguments]
     command = ["distill", CONFIG, "dtype=float32", f"run_dir={tmp_path}/run", *arguments]
