@@ -9,6 +9,7 @@ B images of a request, c channels, H W pixels.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import sys
 import time
@@ -63,6 +64,7 @@ class ImageReader:
         self.num_threads, self.seed, self.wait_s, self.show = num_threads, seed, wait_s, show
         self.position = 0
         self.waits: list[float] = []
+        self._told = -math.inf
         self._pipeline: Any = None
         self._pipeline_batch = 0
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -134,7 +136,8 @@ class ImageReader:
     def _wait_for(self, position: int) -> None:
         """Until the images before `position` exist; those of later passes need all images."""
         source = self.source
-        started = told = latest = time.monotonic()
+        started = latest = time.monotonic()
+        has_waited = False
         while not source.is_complete and position > source.num_ready:
             if source.poll():
                 latest = time.monotonic()
@@ -145,12 +148,13 @@ class ImageReader:
                     f"{source.folder}: {there} images are there and none came for "
                     f"{self.wait_s:g} s; start dmkd generate again, then go on with --resume"
                 )
-            if self.show and (told == started or now - told > 30):
+            if self.show and now - self._told > 30:
                 text = f"waiting for images: {there} are in {source.folder}"
                 print(text, file=sys.stderr, flush=True)
-                told = now
+                self._told = now
+            has_waited = True
             time.sleep(POLL_S)
-        if told > started or time.monotonic() - started > POLL_S:
+        if has_waited:
             self.waits.append(time.monotonic() - started)
 
     def _pass(self, number: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from dmkd_fast import config as cfg
 from dmkd_fast import denoisers, evaluate, models, origin, pictures, run_dir, runtime
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.distill import Distiller, Schedule
-from dmkd_fast.image_reader import SourceError
+from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.ring_buffer import RingBuffer
 from dmkd_fast.views import Views
 
@@ -212,6 +212,8 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
         "denoiser_licence": parts.origin.licence,
         "run_dir": str(folder),
     }
+    if isinstance(distiller.labels, ImageReader):
+        summary["waited_s"] = round(sum(distiller.labels.waits), 1)
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _write_card(folder, config, parts, summary)
     return summary
