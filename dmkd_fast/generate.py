@@ -122,13 +122,15 @@ def _prepare(
 ) -> tuple[Maker, shards.Plan]:  # fmt: skip
     """Load what makes images, and write down all that they depend on."""
     if config.source is not None:
-        raise ValueError("source: got it, expected a denoiser, which makes the images; remove it")
+        raise ValueError("source: got it, expected a denoiser to make images with; change config")
+    if config.teacher.path is None:
+        raise ValueError("teacher: got arch, expected path; a teacher needs trained weights")
     config = job.resolve(config)
     device = torch.device(config.device)
     denoiser = origin.load_denoiser(config.denoiser, device)
     config = origin.resolve_sampler(config, denoiser)
-    assert config.denoiser is not None and config.teacher.path is not None
-    teacher, spec = models.load_classifier(resolve_path(config.teacher.path), device)
+    assert config.denoiser is not None
+    teacher, spec = models.load_classifier(resolve_path(config.teacher.path or ""), device)
     test_set = evaluate.load_idx(resolve_path(config.eval.path), "t10k")
     job.check_fit(config, denoiser, spec, test_set)
     batch = config.sampler.micro_batch_images
@@ -154,7 +156,8 @@ def _prepare(
         class_names=test_set.class_names, licence=denoiser.licence, settings=settings,
     )  # fmt: skip
     maker = Maker(
-        sampler=origin.make_sampler(config, denoiser), teacher=teacher, pool=pool,
+        sampler=origin.make_sampler(config, denoiser), pool=pool,
+        teacher=models.for_inference(teacher, torch.float32),
         labels=LabelStream(denoiser.num_classes, seed=config.seed, device=device),
         views=Views(size=spec.input_size, mean=spec.mean, std=spec.std, device=device),
         image_shape=denoiser.image_shape,

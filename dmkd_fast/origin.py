@@ -190,13 +190,16 @@ def describe(config: cfg.DistillConfig, images: denoisers.Denoiser | OpenSource)
 
 def sentence(config: cfg.DistillConfig) -> str:
     """For the model card: which images, and what they say about real ones."""
+    no_real = (
+        "The student saw no real training image; the images' generator was trained on real ones."
+    )
     if config.source is not None:
-        return f"`{config.source.path}` ({config.source.kind})."
+        text = f"`{config.source.path}` ({config.source.kind})."
+        return f"{text} {no_real}" if config.source.kind == "shards" else text
     assert config.denoiser is not None
     return (
         f"`{config.denoiser.path}` ({config.sampler.num_steps} steps, guidance "
-        f"{config.sampler.guidance_scale:g}). The student saw no real training image; the images' "
-        "generator was trained on real ones."
+        f"{config.sampler.guidance_scale:g}). {no_real}"
     )
 
 

@@ -228,7 +228,8 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Remove what has not been committed."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # What is buffered may not fit on a full disk.
+            self._file.close()
         for path in (self._tar_path, self._rows_path):
             path.unlink(missing_ok=True)
 

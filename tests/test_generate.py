@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -212,6 +213,39 @@ def test_damaged_shards_are_made_again(whole: Path, tmp_path: Path) -> None:
     assert make(folder)["made_images"] == 4 * 32
     assert contents(folder) == contents(whole)
     assert not list(folder.rglob(".*partial"))
+
+
+def test_a_full_disk_is_one_line_and_the_job_can_go_on(whole: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: the same failing writes."""
+    make(tmp_path, part=(0, 7))
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        with pytest.raises(cfg.ConfigError, match="every finished shard is kept") as error:
+            make(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in str(error.value) and "\n" not in str(error.value)
+    assert contents(tmp_path) == before and not list(tmp_path.rglob(".*partial"))
+    make(tmp_path)
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["teacher={arch: lenet5}"], "teacher: got arch"),
+    (["denoiser=null", "sampler=null", "source={path: x}", "ring.capacity_images=512",
+      "ring.min_fill_images=64"], "source: got it"),
+    (["teacher.path=embedded:fashion_mnist/none"], "no such asset"),
+])  # fmt: skip
+def test_a_config_that_cannot_generate_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    command = ["generate", CONFIG, *arguments, "--out", str(tmp_path / "x"), "--num-images", "9"]
+    assert cli.main(command) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_two_jobs_with_the_same_part_do_not_meet(whole: Path) -> None:
