@@ -15,6 +15,7 @@ NAMES = {
     "nearest": "generated images beside their nearest real ones",
     "sampler": "images/s against diffusers' pipelines",
     "views": "crops of images in memory against DALI and torchvision",
+    "shards": "images/s to and from disk, beside torchvision's ImageFolder",
     "render": "write the tables of README and docs from the recorded rows",
 }
 

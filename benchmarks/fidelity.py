@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.embedded import run_job
 from benchmarks.harness import Report, arguments
+from dmkd_fast import DiffusionSampler, LabelStream, job
 from dmkd_fast import config as cfg
-from dmkd_fast import job
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NUM_IMAGES = 2_048
@@ -54,9 +54,10 @@ def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Sampler settings, images/s and Frechet distance."""
     config, parts = job.prepare(cfg.load(cfg.DistillConfig, path, overrides))
     distiller = job.build(config, parts, show=False)
-    sampler, ids = distiller.sampler, torch.arange(NUM_IMAGES)
-    labels = distiller.labels.labels_of(ids)
-    images = torch.empty(NUM_IMAGES, *parts.denoiser.image_shape, dtype=torch.uint8)
+    sampler, stream, ids = distiller.sampler, distiller.labels, torch.arange(NUM_IMAGES)
+    assert isinstance(sampler, DiffusionSampler) and isinstance(stream, LabelStream)
+    labels = stream.labels_of(ids)
+    images = torch.empty(NUM_IMAGES, *parts.origin.image_shape, dtype=torch.uint8)
     size = sampler.micro_batch_images
     sampler.sample(ids[:size], labels[:size], out=images[:size])  # compiles
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The command line: `dmkd distill | evaluate | pretrain`.
+"""The command line: `dmkd distill | generate | evaluate | pretrain`.
 
 Stands on floor 4. Errors that the user can mend end in one line on stderr and exit code 2; Ctrl-C
 ends with exit code 130 and a line that says how to go on. The last line of output is JSON.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     distill = verbs.add_parser(
-        "distill", help="train a student online from generated images", epilog=OVERRIDES,
+        "distill", help="train a student from generated images", epilog=OVERRIDES,
         description="Generate images, distill a student from a teacher on them, evaluate it on "
         "real test images. Results go to a run directory; the last line of output is JSON.",
     )  # fmt: skip
@@ -66,6 +67,27 @@ def _parser() -> argparse.ArgumentParser:
         help="print the resolved settings and the memory plan, and do nothing",
     )  # fmt: skip
     distill.set_defaults(verb=_distill)
+
+    generate = verbs.add_parser(
+        "generate", help="make images for later, as shards on disk", epilog=OVERRIDES,
+        description="Make the images that `distill` with the same settings would make, and write "
+        "them as WebDataset shards with a parquet manifest. Run the same command again after a "
+        "stop: finished shards are kept. Several jobs fill one directory with --shard.",
+    )  # fmt: skip
+    _config_arguments(generate)
+    generate.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory")
+    generate.add_argument(
+        "--num-images", type=_count, required=True, metavar="N", help="images in all, of all jobs"
+    )
+    generate.add_argument(
+        "--shard", type=_part, default=(0, 1), metavar="i/n",
+        help="make part i of n, counted from 0; the result does not depend on n",
+    )  # fmt: skip
+    generate.add_argument(
+        "--images-per-shard", type=_count, metavar="N",
+        help="images per tar file, a multiple of sampler.micro_batch_images (about 1,024)",
+    )  # fmt: skip
+    generate.set_defaults(verb=_generate)
 
     evaluate = verbs.add_parser(
         "evaluate", help="accuracy of a run's student on its real test set",
@@ -105,6 +127,20 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 10**15:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive whole number")
+    return int(text)
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, count = text.partition("/")
+    good = all(t.isascii() and t.isdigit() and len(t) < 10 for t in (part, count))
+    if not good or int(part) >= int(count):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected i/n with 0 <= i < n, as 0/3")
+    return int(part), int(count)
+
+
 def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
     config = cfg.load(cfg.DistillConfig, options.config, options.overrides)
     from dmkd_fast import job, memory
@@ -119,6 +155,20 @@ def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
         return None
     _refuse_changes(options)
     return job.run(config, resume=options.resume)
+
+
+def _generate(options: argparse.Namespace) -> dict[str, Any]:
+    config = cfg.load(cfg.DistillConfig, options.config, options.overrides)
+    from dmkd_fast import generate
+
+    words = ["dmkd", "generate", options.config, *options.overrides, "--out", str(options.out)]
+    words += ["--num-images", str(options.num_images), "--shard", "{}/{}".format(*options.shard)]
+    if options.images_per_shard is not None:
+        words += ["--images-per-shard", str(options.images_per_shard)]
+    return generate.run(
+        config, options.out, options.num_images, part=options.shard,
+        images_per_shard=options.images_per_shard, command=shlex.join(words),
+    )  # fmt: skip
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from dmkd_fast.config_source import SourceConfig as SourceConfig
 from dmkd_fast.limiter import Limiter, check_loop, check_ring, slots_for
 from dmkd_fast.settings import ConfigError as ConfigError
 from dmkd_fast.settings import Section
@@ -103,14 +104,15 @@ class SamplerConfig(Section):
 
 
 class RingConfig(Section):
-    """The buffer of generated images."""
+    """The buffer of images."""
 
     capacity_images: int = Field(ge=1)
     """Slots; each takes channels * H * W bytes."""
     min_fill_images: int = Field(ge=1)
     """Images in the ring before the first student step."""
     samples_per_insert: float = Field(gt=0)
-    """Reuse: views drawn per generated image."""
+    """Reuse: views drawn per image. With a source that fits into the ring it paces the first pass;
+    once all its images are in the ring, they are drawn until train.num_views."""
     error_buffer: float | None = Field(None, gt=0)
     """Views by which reuse may be off in either direction while the run goes on; unset:
     samples_per_insert * min_fill_images, so that views never exceed samples_per_insert * images."""
@@ -121,7 +123,7 @@ class RingConfig(Section):
     """Views of an image after which it is drawn no more (order shuffled or equal)."""
     overlap: bool = False
     """Make the next block while the student trains, on a CUDA stream of its own; the block that
-    will be overwritten next is then not drawn."""
+    will be overwritten next is then not drawn. Not for a source."""
 
 
 class ViewsConfig(Section):
@@ -241,10 +243,14 @@ class RunConfig(Section):
 
 
 class DistillConfig(RunConfig):
-    """Online generate-and-distill: `dmkd distill`."""
+    """Distillation from generated images: `dmkd distill`, `dmkd generate`.
 
-    denoiser: DenoiserConfig
+    Images come from a denoiser and its sampler, or from a source on disk.
+    """
+
+    denoiser: DenoiserConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
+    source: SourceConfig | None = None
     ring: RingConfig
     views: ViewsConfig
     teacher: ClassifierConfig
@@ -254,14 +260,52 @@ class DistillConfig(RunConfig):
     train: TrainConfig
     eval: EvalConfig
 
+    @property
+    def block_images(self) -> int:
+        """Images that enter the ring together."""
+        if self.source is not None:
+            return self.source.block_images
+        return self.sampler.micro_batch_images
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_origin(cls, values: Any) -> Any:
+        # An unknown key may be a misspelt denoiser: that has a better message of its own.
+        if not isinstance(values, dict) or not set(values) <= set(cls.model_fields):
+            return values
+        if values.get("source") is None and values.get("denoiser") is None:
+            raise ValueError("denoiser: missing; add it, or source for images on disk")
+        if values.get("source") is not None:
+            for name in ("denoiser", "sampler"):
+                if values.get(name) is not None:
+                    raise ValueError(
+                        f"{name}: got it beside source, expected one of the two, as images on disk "
+                        f"are not made again; remove one, for example with {name}=null"
+                    )
+            values = {k: v for k, v in values.items() if k not in ("denoiser", "sampler")}
+        return values
+
+    @model_serializer(mode="wrap")
+    def _without_the_other(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        for name in ("denoiser", "sampler") if self.source is not None else ("source",):
+            del values[name]
+        return values
+
     @model_validator(mode="after")
     def _fits_together(self) -> DistillConfig:
-        block, ring = self.sampler.micro_batch_images, self.ring
+        block, ring = self.block_images, self.ring
         if ring.capacity_images < 2 * block:
+            where = "source.block_images" if self.source else "sampler.micro_batch_images"
             raise ValueError(
                 f"ring.capacity_images: got {ring.capacity_images}, expected at least two blocks "
-                f"of sampler.micro_batch_images={block}; raise the capacity to {2 * block} or "
-                "lower micro_batch_images"
+                f"of {where}={block}; raise the capacity to {2 * block} or lower "
+                f"{where.partition('.')[2]}"
+            )
+        if self.source is not None and ring.overlap:
+            raise ValueError(
+                "ring.overlap: got true with a source, expected false, as images on disk are only "
+                "read; remove it"
             )
         if ring.min_fill_images < self.train.batch_size <= ring.capacity_images:
             raise ValueError(

@@ -4,7 +4,8 @@ Stands on floor 3. Data goes one way::
 
     LabelStream -> DiffusionSampler -> RingBuffer -> Views -> teacher, student -> kd_loss
 
-The parts know nothing of settings or of each other; `job.py` makes them from a config.
+An ImageReader takes the place of the first two when the images are on disk. The parts know nothing
+of settings or of each other; `job.py` makes them from a config.
 Source: Li et al., "Is synthetic data from diffusion models ready for knowledge distillation?"
 (arXiv 2305.12954).
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast import checkpoint, evaluate, models, optim, runtime
+from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
@@ -50,9 +52,9 @@ class Distiller:
     """Trains a student from a teacher on images that a diffusion model makes on the way.
 
     Args:
-        sampler: Makes images: `sample(ids, labels, out=)`.
+        sampler: Makes images, or reads them: `sample(ids, labels, out=)`.
         ring: Holds them; its block size is the sampler's batch.
-        labels: Decides the class of each image.
+        labels: Decides the class of each image; the same ImageReader if one is the sampler.
         views: Makes the random views that both networks see.
         teacher: (B, c, S, S) views -> (B, C) logits; frozen here.
         student: Same shapes; trained.
@@ -66,7 +68,8 @@ class Distiller:
     """
 
     def __init__(
-        self, *, sampler: DiffusionSampler, ring: RingBuffer, labels: LabelStream, views: Views,
+        self, *, sampler: DiffusionSampler | ImageReader, ring: RingBuffer,
+        labels: LabelStream | ImageReader, views: Views,
         teacher: nn.Module, student: nn.Module, schedule: Schedule, run_dir: Path | str,
         temperature: float = 4.0, dtype: torch.dtype = torch.float32, compile: bool = False,
         test_set: evaluate.ImageSet | None = None, show: bool = True,
@@ -96,14 +99,16 @@ class Distiller:
         self.clock = runtime.Clock()
 
     def refill(self, metrics: Metrics | None = None) -> None:
-        """Generate blocks until the limiter lets the next batch be drawn.
+        """Insert blocks until the limiter lets the next batch be drawn.
+
+        A reader whose whole set is in the ring has nothing to insert: then drawing goes on.
 
         Args:
             metrics: Told how a long fill goes on.
         """
         before, started = self.ring.num_inserted, time.monotonic()
         told = started
-        while self.ring.must_insert(self.schedule.batch_size):
+        while self.ring.must_insert(self.schedule.batch_size) and not self.labels.is_exhausted:
             block, ids, labels = self._ahead or self._generate()
             with self._interrupts.held():
                 self.ring.commit(block, ids=ids, labels=labels)
@@ -176,6 +181,7 @@ class Distiller:
 
         Raises:
             KeyboardInterrupt: After a checkpoint has been written.
+            SourceError: Images on disk cannot be read; a checkpoint has been written.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         total = self.num_steps * self.schedule.batch_size
@@ -183,7 +189,7 @@ class Distiller:
         try:
             with self._interrupts:
                 self._loop(metrics)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SourceError):
             saved = checkpoint.save(self._checkpoints, self.step, self._state())
             metrics.note(f"interrupted at {self.num_views:,} of {total:,} views; saved {saved}")
             raise
@@ -246,13 +252,15 @@ class Distiller:
         buffers = [b.clone() for b in self.student.buffers()]
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
         places = torch.zeros(self.schedule.batch_size, dtype=torch.int64, device=self.device)
+        makes_images = not isinstance(self.sampler, ImageReader)  # reading compiles nothing
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 # Where blocks will be made: a captured graph must not run on two streams at once.
                 with self.ring.producing():
-                    made = torch.empty_like(scratch)
-                    ids = torch.arange(len(made), device=self.device)
-                    self.sampler.sample(ids, torch.zeros_like(ids), out=made)
+                    if makes_images:
+                        made = torch.empty_like(scratch)
+                        ids = torch.arange(len(made), device=self.device)
+                        self.sampler.sample(ids, torch.zeros_like(ids), out=made)
                 views = self.views(scratch, places, places, places)
                 with self._autocast:
                     with torch.no_grad():

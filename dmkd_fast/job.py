@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,11 @@ import torch
 from torch import nn
 
 from dmkd_fast import config as cfg
-from dmkd_fast import denoisers, evaluate, memory, models, pictures, run_dir, runtime
-from dmkd_fast.assets import licence
+from dmkd_fast import denoisers, evaluate, memory, models, origin, pictures, run_dir, runtime
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.distill import Distiller, Schedule
-from dmkd_fast.dit import LeanDiT
-from dmkd_fast.labels import LabelStream
+from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.ring_buffer import RingBuffer
-from dmkd_fast.sampler import DiffusionSampler
-from dmkd_fast.solvers import choose_solver
 from dmkd_fast.views import Views
 
 STUDENT, SUMMARY = "student", "summary.json"
@@ -33,7 +29,8 @@ STUDENT, SUMMARY = "student", "summary.json"
 class Parts:
     """Models and data of a run, loaded and checked against each other."""
 
-    denoiser: denoisers.Denoiser
+    origin: denoisers.Denoiser | origin.OpenSource
+    """Where images come from: a diffusion model, or files."""
     teacher: nn.Module
     student: nn.Module
     student_spec: models.ClassifierSpec
@@ -74,17 +71,24 @@ def load_parts(config: cfg.DistillConfig) -> Parts:
     """
     device = torch.device(config.device)
     with cfg.user_errors():
-        denoiser = _denoiser(config.denoiser, device)
         test_set = evaluate.load_idx(resolve_path(config.eval.path), "t10k").to(device)
         if config.teacher.path is None:
             raise ValueError("teacher: got arch, expected path; a teacher needs trained weights")
         teacher, teacher_spec = models.load_classifier(resolve_path(config.teacher.path), device)
-        _check_fit(config, denoiser, teacher_spec, test_set)
+        images: denoisers.Denoiser | origin.OpenSource
+        if config.source is not None:
+            images = origin.open_source(
+                config.source, num_classes=teacher_spec.num_classes, channels=teacher_spec.in_chans,
+                class_names=test_set.class_names,
+            )  # fmt: skip
+        else:
+            images = origin.load_denoiser(config.denoiser, device)
+        check_fit(config, images, teacher_spec, test_set)
         student, student_spec = _student(config.student, teacher_spec, device, config.seed)
         for name, model in (("teacher", teacher), ("student", student)):
             _check_takes(name, model, teacher_spec, device)
     return Parts(
-        denoiser=denoiser, teacher=teacher, student=student, student_spec=student_spec,
+        origin=images, teacher=teacher, student=student, student_spec=student_spec,
         test_set=test_set,
     )  # fmt: skip
 
@@ -97,51 +101,29 @@ def prepare(config: cfg.DistillConfig) -> tuple[cfg.DistillConfig, Parts]:
     """
     config = resolve(config)
     parts = load_parts(config)
-    denoiser, name = parts.denoiser, config.sampler.attention
     with cfg.user_errors():
-        solver = choose_solver(denoiser.scheduler, config.sampler.solver)
-        if isinstance(denoiser.module, LeanDiT):
-            name = denoiser.module.choose_attention(
-                name, device=torch.device(config.device), dtype=getattr(torch, config.dtype)
-            )
-        elif name not in ("auto", "sdpa"):
-            raise ValueError(
-                f"sampler.attention: got {name} for a {type(denoiser.module).__name__}, expected "
-                "sdpa; set sampler.attention=auto"
-            )
-        else:
-            name = "sdpa"
-    sampler = config.sampler.model_copy(update={"attention": name, "solver": solver})
-    return config.model_copy(update={"sampler": sampler}), parts
+        if isinstance(parts.origin, origin.OpenSource):
+            return origin.resolve_source(config, parts.origin), parts
+        return origin.resolve_sampler(config, parts.origin), parts
 
 
 def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Distiller:
     """Assemble a resolved config and its parts."""
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    denoiser, sampling = parts.denoiser, config.sampler
     with cfg.user_errors():
-        sampler = DiffusionSampler(
-            denoiser.module, scheduler=denoiser.scheduler, latent_shape=denoiser.latent_shape,
-            decoder=denoiser.decoder, null_class=denoiser.null_class,
-            takes_guidance=denoiser.takes_guidance, num_classes=denoiser.num_classes,
-            num_steps=sampling.num_steps, solver=sampling.solver,
-            guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
-            guidance_channels=sampling.guidance_channels,
-            micro_batch_images=sampling.micro_batch_images, dtype=dtype, device=device,
-            seed=config.seed, compile=sampling.compile is True,
-        )  # fmt: skip
         ring = RingBuffer(
-            config.ring.capacity_images, image_shape=denoiser.image_shape,
-            block_images=sampling.micro_batch_images,
+            config.ring.capacity_images, image_shape=parts.origin.image_shape,
+            block_images=config.block_images,
             **config.ring.model_dump(exclude={"capacity_images", "overlap"}),
             guard_blocks=int(config.ring.overlap), own_stream=config.ring.overlap,
-            num_classes=denoiser.num_classes, device=device, seed=config.seed,
+            num_classes=parts.origin.num_classes, device=device, seed=config.seed,
         )  # fmt: skip
+        sampler, labels = origin.make_origin(config, parts.origin, ring.capacity, show=show)
     spec = parts.student_spec
     return Distiller(
         sampler=sampler,
         ring=ring,
-        labels=LabelStream(parts.denoiser.num_classes, seed=config.seed, device=device),
+        labels=labels,
         views=Views(
             **config.views.model_dump(),
             mean=spec.mean,
@@ -193,12 +175,13 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
             distiller.restore()
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
     if show:
-        note = f"{config.denoiser.path}: weights under licence {parts.denoiser.licence}"
-        print(note, file=sys.stderr)
+        print(origin.describe(config, parts.origin), file=sys.stderr)
     try:
         distiller.fit()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SourceError) as stop:
         print(f"to go on: dmkd distill {folder / run_dir.CONFIG} --resume", file=sys.stderr)
+        if isinstance(stop, SourceError):
+            raise cfg.ConfigError(str(stop)) from None
         raise
 
     (folder / STUDENT).mkdir(exist_ok=True)
@@ -208,9 +191,11 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
     summary = {
         **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
         **distiller.totals(),
-        "denoiser_licence": parts.denoiser.licence,
+        "denoiser_licence": parts.origin.licence,
         "run_dir": str(folder),
     }
+    if isinstance(distiller.labels, ImageReader):
+        summary["waited_s"] = round(sum(distiller.labels.waits), 1)
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _write_card(folder, config, parts, summary)
     return summary
@@ -237,15 +222,6 @@ def evaluate_run(folder: Path) -> dict[str, float]:
         evaluate.predict(model, test_set.images, views.whole) for model in (student, teacher)
     )
     return evaluate.score(student_logits, test_set.labels, teacher_logits)
-
-
-def _denoiser(settings: cfg.DenoiserConfig, device: torch.device) -> denoisers.Denoiser:
-    """The diffusion model that the settings name; fetched first if it is on the Hub."""
-    loaded = denoisers.load_denoiser(
-        resolve_path(settings.path, settings.revision), device, prompts=settings.prompts,
-        decoder=None if settings.decoder is None else resolve_path(settings.decoder),
-    )  # fmt: skip
-    return replace(loaded, licence=licence(settings.path) or loaded.licence)
 
 
 def _student(
@@ -276,19 +252,20 @@ def _student(
     return student.to(device).to(memory_format=torch.channels_last), spec
 
 
-def _check_fit(
-    config: cfg.DistillConfig, denoiser: denoisers.Denoiser, teacher: models.ClassifierSpec,
-    test_set: evaluate.ImageSet,
+def check_fit(
+    config: cfg.DistillConfig, images: denoisers.Denoiser | origin.OpenSource,
+    teacher: models.ClassifierSpec, test_set: evaluate.ImageSet,
 ) -> None:  # fmt: skip
     """Classes, channels and sizes must agree."""
+    whose = "denoiser.path" if config.source is None else "source.path"
     facts = (
-        ("classes", denoiser.num_classes, teacher.num_classes, len(test_set.class_names)),
-        ("channels", denoiser.image_shape[0], teacher.in_chans, test_set.images.shape[1]),
+        ("classes", images.num_classes, teacher.num_classes, len(test_set.class_names)),
+        ("channels", images.image_shape[0], teacher.in_chans, test_set.images.shape[1]),
     )
     for what, made, judged, tested in facts:
         if not made == judged == tested:
             raise ValueError(
-                f"{what}: denoiser.path has {made}, teacher.path has {judged}, eval.path has "
+                f"{what}: {whose} has {made}, teacher.path has {judged}, eval.path has "
                 f"{tested}, expected the same; change the one that is off"
             )
     if config.views.size != teacher.input_size:
@@ -340,9 +317,7 @@ def _write_card(
     text = (
         f"---\nlibrary_name: dmkd_fast\ntags: [knowledge-distillation, synthetic-data]\n---\n"
         f"# {spec.architecture} distilled from generated images\n\n"
-        f"Teacher `{config.teacher.path}`, images from `{config.denoiser.path}` "
-        f"({config.sampler.num_steps} steps, guidance {config.sampler.guidance_scale:g}). The "
-        "student saw no real training image; the images' generator was trained on real ones. "
+        f"Teacher `{config.teacher.path}`, images from {origin.sentence(config)} "
         "Accuracies are shares of the real test set, which decided nothing.\n\n"
         f"| figure | value |\n|---|---|\n{rows}\n\n"
         "```python\nfrom pathlib import Path\nimport torch\n"

@@ -28,6 +28,9 @@ class LabelStream:
         self.device = torch.device(device)
         self.next_id = 0
 
+    is_exhausted = False
+    """There is always another image; what reads from disk may run out."""
+
     def peek(self, count: int) -> tuple[Tensor, Tensor]:
         """The next ids and their labels, (count,) int64 each; `advance` moves past them."""
         ids = torch.arange(self.next_id, self.next_id + count, device=self.device)

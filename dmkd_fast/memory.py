@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dmkd_fast import config as cfg
-from dmkd_fast import runtime
+from dmkd_fast import origin, runtime
 from dmkd_fast.capacity import capacity_plan, largest_capacity
 
 if TYPE_CHECKING:
@@ -22,10 +22,9 @@ def plan(config: cfg.DistillConfig, parts: Parts) -> dict[str, int]:
     compute = getattr(torch, config.dtype).itemsize
     weights = sum(p.numel() for p in parts.student.parameters())
     moments = 2 if config.optim.name == "adamw" else 1
-    modules = [m for m in (parts.denoiser.module, parts.denoiser.decoder) if m is not None]
     ring = capacity_plan(config.ring.capacity_images, **_ring_shape(config, parts))
     return {f"ring {name}": count for name, count in ring.items()} | {
-        "denoiser": compute * sum(p.numel() for module in modules for p in module.parameters()),
+        "denoiser": compute * origin.num_weights(parts.origin),
         "teacher": 4 * sum(p.numel() for p in parts.teacher.parameters()),
         "student, gradients, optimizer, average": 4 * weights * (3 + moments),
         "test images": parts.test_set.images.numel(),
@@ -55,6 +54,6 @@ def check(config: cfg.DistillConfig, parts: Parts) -> int:
 
 def _ring_shape(config: cfg.DistillConfig, parts: Parts) -> dict[str, Any]:
     return {
-        "image_shape": parts.denoiser.image_shape,
-        "block_images": config.sampler.micro_batch_images,
+        "image_shape": parts.origin.image_shape,
+        "block_images": config.block_images,
     }

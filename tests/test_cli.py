@@ -81,7 +81,7 @@ def test_help_names_only_what_works(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = [
         line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "
     ]
-    assert [v for v in verbs if v.islower()][:3] == ["distill", "evaluate", "pretrain"]
+    assert [v for v in verbs if v.islower()][:4] == ["distill", "generate", "evaluate", "pretrain"]
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_blocks_are_made_ahead_of_need_but_none_in_vain(make_distiller: Make) ->
 def test_settings_that_would_stop_the_loop_are_refused_before_it_starts(
     make_distiller: Make,
 ) -> None:
-    with pytest.raises(ValueError, match="error_buffer: got 30.*for ever"):
+    with pytest.raises(ValueError, match=r"error_buffer: got 30.*for ever"):
         make_distiller(ring={"error_buffer": 30.0})
     with pytest.raises(ValueError, match="batch_size: got 128, expected at most 64"):
         make_distiller(batch_size=128)
@@ -215,7 +215,7 @@ def test_dry_run_prints_the_exact_bytes_and_allocates_no_ring(
 
     def large(config: cfg.DistillConfig) -> job.Parts:
         parts = load(config)
-        return replace(parts, denoiser=replace(parts.denoiser, image_shape=(3, 256, 256)))
+        return replace(parts, origin=replace(parts.origin, image_shape=(3, 256, 256)))
 
     monkeypatch.setattr(job, "load_parts", large)
     monkeypatch.setattr(ring_buffer.RingBuffer, "__init__", lambda *_: pytest.fail("allocated"))

@@ -18,6 +18,7 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 STREAM_NOISE, STREAM_VIEWS, STREAM_LABELS, STREAM_MIX, STREAM_DRAWS = 0, 1, 2, 3, 4
+STREAM_ORDER = 16  # of the passes over images on disk
 
 # Fitted in Chebyshev points, as float32; lowest degree first.
 # log(1 + f) = f + f^2 * LOG(f); sin(2 pi r) = r * SIN(r^2); cos(2 pi r) = COS(r^2).

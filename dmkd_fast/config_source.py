@@ -1,0 +1,41 @@
+"""The settings of images that are read from disk instead of made.
+
+Stands on floor 0, a section of `config.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dmkd_fast.settings import Section
+
+
+class SourceConfig(Section):
+    """Images on disk in place of a denoiser: shards of `dmkd generate`, or single files."""
+
+    path: str
+    """The directory."""
+    kind: Literal["auto", "shards", "imagefolder", "paper"] = "auto"
+    """shards: made by `dmkd generate`; imagefolder: class sub-folders; paper: files named
+    class_X_seed_Y_num_Z.png, as the sets released with DM-KD; auto: by what is there."""
+    image_size: int | None = Field(None, ge=1)
+    """Scale to this many pixels, short side first, and crop to the centre; none: as stored."""
+    block_images: int = Field(256, ge=1)
+    """Images read together: the ring's block, as sampler.micro_batch_images is online."""
+    follow: bool = False
+    """The shards are still being made: take up new ones as they come."""
+    wait_s: float = Field(3600.0, gt=0)
+    """With follow, seconds without a new shard after which the run stops."""
+
+    @model_validator(mode="after")
+    def _follow(self) -> SourceConfig:
+        if self.follow and self.kind in ("imagefolder", "paper"):
+            raise ValueError(
+                f"follow: got true with kind={self.kind}, expected kind=shards, as only shards say "
+                "when they are finished; remove one of the two"
+            )
+        if not self.follow and self.wait_s != 3600:
+            raise ValueError("wait_s: got it without follow=true, which it is for; remove it")
+        return self
