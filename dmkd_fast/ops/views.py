@@ -120,8 +120,10 @@ def _check(
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
         if tensor.device != slots.device:
             raise ValueError(f"{name}: got {tensor.device}, expected {slots.device}, as slots")
-    if not 1 <= size <= MAX_SIDE:
-        raise ValueError(f"size: got {size}, expected 1 to {MAX_SIDE}")
+    if not 1 <= size <= MAX_SIDE or size * size * slots.shape[1] >= 2**31:
+        raise ValueError(
+            f"size: got {size}, expected 1 to {MAX_SIDE} and less than 2**31 numbers in a view"
+        )
     if max(slots.shape[2:]) > MAX_SIDE or slots.shape[1:].numel() >= 2**31:
         raise ValueError(
             f"slots: got images of {tuple(slots.shape[1:])}, expected sides of at most {MAX_SIDE} "
