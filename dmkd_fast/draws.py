@@ -100,6 +100,7 @@ class Passes:
         self._blocks, self._equal, self._max_uses = blocks, equal, max_uses
         self._seed, self._device = seed, device
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
+        self._places = torch.arange(blocks.num_blocks, device=device)
         self._position = 0
         self._members: set[int] = set()
         """Places in the pass under way."""
@@ -155,9 +156,8 @@ class Passes:
         chosen.sort()
         size, order = blocks.block_images, self._permutation(len(chosen) * blocks.block_images)
         if chosen != list(range(len(chosen))):
-            # Pinned, because a copy from pageable memory makes the host wait.
-            places = torch.tensor(chosen, pin_memory=self._device.type == "cuda")
-            places = places.to(self._device, non_blocking=True)
+            # Put together on the device: a copy from the host would make the host wait.
+            places = torch.cat([self._places[place : place + 1] for place in chosen])
             order = places[order // size] * size + order % size
         self._slots, self._position, self._members = order, 0, set(chosen)
         self._num_passes += 1
