@@ -13,6 +13,7 @@ NAMES = {
     "kd-loss-accuracy": "its errors against float64, beside eager's",
     "kd-loss-gpu": "the same on a GPU, in GB/s (benchmarks/gpu.sh)",
     "nearest": "generated images beside their nearest real ones",
+    "ring": "insert, draw and limiter, and their share of a training step",
     "sampler": "images/s against diffusers' pipelines",
     "views": "crops of images in memory against DALI and torchvision",
     "shards": "images/s to and from disk, beside torchvision's ImageFolder",

@@ -172,12 +172,32 @@ def _views(rows: list[Row]) -> str:
     return _table(header, body, note)
 
 
+def _ring(rows: list[Row]) -> str:
+    timed = [r for r in rows if "operation" in r]
+    capacities = list(dict.fromkeys(r["capacity"] for r in timed))
+    found = {(r["operation"], r["capacity"]): r["us"] for r in timed}
+    body = [
+        [name, *(f"{found[name, c]:.1f}" for c in capacities)]
+        for name in dict.fromkeys(r["operation"] for r in timed)
+    ]
+    steps = {r["step"]: r for r in rows if "step" in r}
+    ms = {name: f"{row['median_ms']:.2f}" for name, row in steps.items()}
+    note = (
+        f"Microseconds a call. Step of the embedded student (batch {steps['whole']['batch']}, "
+        f"{steps['whole']['dtype']}): {ms['whole']} ms, on ready views with a ready gradient "
+        f"{ms['bare']} ms; alone, the draw takes {ms['draw']} ms, the views {ms['views']} ms, the "
+        f"loss {ms['loss']} ms. Medians of {steps['whole']['n']}, interleaved. {_where(rows)}."
+    )
+    return _table(["operation", *(f"{c:,} slots" for c in capacities)], body, note)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "embedded": _embedded,
     "fewstep": _fewstep,
     "fidelity": _fidelity,
     "kd-loss": _kd_loss,
     "nearest": _nearest,
+    "ring": _ring,
     "sampler": _sampler,
     "views": _views,
 }

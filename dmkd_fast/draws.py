@@ -100,6 +100,7 @@ class Passes:
         self._blocks, self._equal, self._max_uses = blocks, equal, max_uses
         self._seed, self._device = seed, device
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
+        self._places = torch.arange(blocks.num_blocks, device=device)
         self._position = 0
         self._members: set[int] = set()
         """Places in the pass under way."""
@@ -155,9 +156,8 @@ class Passes:
         chosen.sort()
         size, order = blocks.block_images, self._permutation(len(chosen) * blocks.block_images)
         if chosen != list(range(len(chosen))):
-            # Pinned, because a copy from pageable memory makes the host wait.
-            places = torch.tensor(chosen, pin_memory=self._device.type == "cuda")
-            places = places.to(self._device, non_blocking=True)
+            # Put together on the device: a copy from the host would make the host wait.
+            places = torch.cat([self._places[place : place + 1] for place in chosen])
             order = places[order // size] * size + order % size
         self._slots, self._position, self._members = order, 0, set(chosen)
         self._num_passes += 1
@@ -256,6 +256,7 @@ class Balanced:
         self._num_classes, self._seed = num_classes, seed
         self._num_drawn = self._first = self._num_shuffles = 0
         self._slots: Tensor | None = None
+        self._table = torch.empty(0, dtype=torch.int64, device=labels.device)
 
     def uses_left(self) -> int | None:
         """Any number."""
@@ -273,6 +274,7 @@ class Balanced:
                 self._first, used = self._num_drawn, 0
                 self._num_shuffles += 1
                 self._slots = self._shuffle()
+                self._table = self._by_class(self._slots)
             part = min(count, self._blocks.num_drawable - used)
             slots = self._look_up(self._slots, part)
             self._num_drawn += part
@@ -288,12 +290,13 @@ class Balanced:
         keys |= self._uses[slots].clamp(max=2**16 - 1) << 32
         return slots[(keys | self._labels[slots] << 48).argsort(stable=True)]
 
-    def _look_up(self, slots: Tensor, count: int) -> Tensor:
-        """Slots (count,) of draws `num_drawn` and after."""
+    def _by_class(self, slots: Tensor) -> Tensor:
+        """For each class, of the one that has its turns: which of those in a round this is, how
+        many there are, where the images begin in `slots` and how many those are, (4, C).
+        """
         labels = self._labels[slots]
         numbers = torch.zeros(self._num_classes, dtype=torch.int64, device=slots.device)
         numbers.scatter_add_(0, labels, torch.ones_like(labels))
-        starts = numbers.cumsum(0) - numbers
         classes = torch.arange(self._num_classes, device=slots.device)
         # The first class at or after each one, going round, that has images.
         twice = torch.cat((classes, classes + self._num_classes))
@@ -301,12 +304,15 @@ class Balanced:
         served = twice.flip(0).cummin(0).values.flip(0)[: self._num_classes]
         behind, served = served - classes, served % self._num_classes
         turns = torch.zeros_like(numbers).scatter_add_(0, served, torch.ones_like(served))
-        draws = torch.arange(count, device=slots.device) + self._num_drawn
-        asked = draws % self._num_classes
-        got = served[asked]
+        starts = numbers.cumsum(0) - numbers
+        return torch.stack((behind, turns[served], starts[served], numbers[served]))
+
+    def _look_up(self, slots: Tensor, count: int) -> Tensor:
+        """Slots (count,) of draws `num_drawn` and after."""
+        draws = torch.arange(self._num_drawn, self._num_drawn + count, device=slots.device)
+        behind, turns, starts, numbers = self._table[:, draws % self._num_classes]  # (count,)
         rounds = draws // self._num_classes - self._first // self._num_classes
-        place = (rounds * turns[got] + behind[asked]) % numbers[got]
-        return slots[starts[got] + place]
+        return slots[starts + (rounds * turns + behind) % numbers]
 
     def state_dict(self) -> dict[str, Any]:
         """Draws, and the sorted slots under way."""
@@ -322,6 +328,8 @@ class Balanced:
         self._num_drawn, self._first = state["num_drawn"], state["first"]
         self._num_shuffles = state["num_shuffles"]
         self._slots = None if state["slots"] is None else state["slots"].to(self._labels.device)
+        if self._slots is not None:
+            self._table = self._by_class(self._slots)
 
 
 def make_order(

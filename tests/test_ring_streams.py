@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,10 @@ def fake_streams(log: Log, patch: pytest.MonkeyPatch) -> Iterator[None]:
             log.current = before
 
     with patch.context() as p:
+        # The engine keeps a stack trace for each access, which takes most of its time.
+        no_trace = SimpleNamespace(extract=lambda *_, **__: [])
+        stub = SimpleNamespace(StackSummary=no_trace, walk_stack=lambda frame: None)
+        p.setattr(torch.cuda._sanitizer, "traceback", stub)
         p.setattr(torch.cuda, "Stream", lambda device: Stream(log, PRODUCER))
         p.setattr(torch.cuda, "current_stream", lambda device=None: Stream(log, log.current))
         p.setattr(torch.cuda, "stream", on)
@@ -255,12 +260,12 @@ def check_schedules(count: int, patch: pytest.MonkeyPatch) -> None:
 def test_random_schedules_have_no_race_and_draw_as_one_stream_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    check_schedules(24, monkeypatch)
+    check_schedules(16, monkeypatch)
 
 
 @pytest.mark.slow
-def test_thousands_of_schedules_have_no_race(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_schedules(10_000, monkeypatch)
+def test_a_thousand_schedules_have_no_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_schedules(1000, monkeypatch)
 
 
 def dense_run(log: Log, patch: pytest.MonkeyPatch) -> range:
