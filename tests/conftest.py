@@ -65,10 +65,10 @@ def small_classifier(*, dropout: float = 0.0) -> nn.Module:
 
 @pytest.fixture
 def make_distiller(tmp_path: Path) -> Callable[..., Distiller]:
-    """Builds equal distillers, each with a run directory of its own."""
+    """Builds equal distillers, each with a run directory of its own unless one is given."""
     count = 0
 
-    def make(*, dropout: float = 0.0, **changes: object) -> Distiller:
+    def make(*, dropout: float = 0.0, run_dir: Path | None = None, **changes: object) -> Distiller:
         nonlocal count
         count += 1
         sampler = tiny_sampler()
@@ -88,7 +88,7 @@ def make_distiller(tmp_path: Path) -> Callable[..., Distiller]:
             teacher=teacher,
             student=student,
             schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]
-            run_dir=tmp_path / f"run{count}",
+            run_dir=run_dir or tmp_path / f"run{count}",
             show=False,
         )  # fmt: skip
 
