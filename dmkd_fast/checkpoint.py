@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dmkd_fast import durable, weights
 
-TENSORS, REST, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+TENSORS, REST, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
 
 
 class Stateful(Protocol):

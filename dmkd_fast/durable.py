@@ -62,10 +62,14 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> str:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name, for good."""
+    """Give a finished folder its name, for good; if that fails, it has its old one again."""
     sync(partial)
     os.rename(partial, final)
-    sync(final.parent)
+    try:
+        sync(final.parent)
+    except OSError:
+        os.rename(final, partial)
+        raise
 
 
 def read(path: Path) -> bytes:

@@ -13,14 +13,15 @@ import dmkd_fast
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dmkd_fast"
 FLOORS = {
-    "settings": 0, "config": 0, "runtime": 0, "run_dir": 0, "assets": 0,
+    "settings": 0, "config": 0, "runtime": 0, "run_dir": 0, "durable": 0, "assets": 0,
     "solvers": 1, "attention": 1, "dit": 1, "weights": 1, "ops.extension": 1, "ops.noise": 1,
     "ops.noise_triton": 1, "ops.activations": 1, "ops.reference": 1, "ops.kd_loss": 1,
     "ops.kd_loss_ops": 1, "ops.kd_loss_problem": 1, "ops.kd_loss_triton": 1,
     "ops.kd_loss_kernels": 1,
     "sampler": 2, "ring_buffer": 2, "views": 2, "labels": 2, "models": 2, "denoisers": 2,
     "optim": 2,
-    "evaluate": 2, "metrics": 2, "pictures": 2, "checkpoint": 2,
+    "evaluate": 2, "metrics": 2, "pictures": 2, "blocks": 2,
+    "checkpoint": 2,
     "distill": 3, "job": 3, "pretrain": 3, "pretrain_diffusion": 3,
     "cli": 4,
 }  # fmt: skip
