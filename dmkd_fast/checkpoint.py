@@ -223,7 +223,7 @@ def _read(path: Path, *, names: tuple[str, ...] = (TENSORS, REST)) -> dict[str, 
     expected = _sums({name: durable.sha256([data]) for name, data in files.items()})
     for name, line in zip(names, expected, strict=True):
         if line not in sums:
-            raise durable.Damaged(f"{name} has the wrong SHA-256")
+            raise durable.Damaged(f"{name} has not the SHA-256 that {SUMS} says")
     if len(names) == 2 and sums != b"".join(expected):
         raise durable.Damaged(f"{SUMS} is not as it was written")
     return files
@@ -274,12 +274,12 @@ def _found(folder: Path) -> list[Path]:
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """`value` with each tensor copied to `tensors` and each dictionary turned into pairs."""
     if isinstance(value, Tensor):
-        # Files hold dense tensors only, but fused optimizers walk a parameter and its moments in
-        # memory order: a moment that came back in another layout would be applied scrambled.
-        channels_last = value.ndim == 4 and not value.is_contiguous()
+        # Fused optimizers walk a parameter and its moments in memory order: a moment that came back
+        # in another layout would be applied scrambled. Files do not hold strides.
+        stride = torch.empty_like(value, device="meta").stride()
         copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         tensors[path] = copy.copy_(value.detach(), non_blocking=True)
-        return {"tensor": path, "channels_last": channels_last}
+        return {"tensor": path, "stride": list(stride)}
     if isinstance(value, Mapping):
         return {"pairs": [[k, _split(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
@@ -305,8 +305,7 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "tensor" in value:
         tensor = tensors[value["tensor"]]
         # A copy of its own: what an optimizer takes over as it is must be aligned as before.
-        layout = torch.channels_last if value["channels_last"] else torch.contiguous_format
-        return tensor.clone(memory_format=layout)
+        return torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype).copy_(tensor)
     if "pairs" in value:
         return {k: _join(v, tensors) for k, v in value["pairs"]}
     return [_join(v, tensors) for v in value["list"]]

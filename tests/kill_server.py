@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy
 import torch
-import torch.utils.tensorboard  # noqa: F401  # So that no child has to import it.
+import torch.utils.tensorboard  # So that no child has to import it.
 from conftest import build_distiller
 from run_state import fingerprint, rows
 

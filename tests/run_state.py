@@ -29,9 +29,7 @@ def fingerprint(distiller: Distiller) -> dict[str, str]:
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """Rows of stats.jsonl without what depends on the clock."""
     lines = (run_dir / "stats.jsonl").read_text(encoding="utf-8").splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith("_s")} for line in lines
-    ]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("_s")} for line in lines]
 
 
 def _walk(name: str, value: Any, found: dict[str, str]) -> None:
