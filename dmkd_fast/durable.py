@@ -118,7 +118,7 @@ def make_folder(path: Path) -> None:
 def discard(path: Path) -> None:
     """Delete a file, or a folder of files, if it is there and if that can be done.
 
-    A folder that others might take for whole is renamed first: see `hide`.
+    Visible folders go through `hide` first, or a crash might leave half of one.
     """
     try:
         if path.is_dir():

@@ -77,6 +77,11 @@ def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     place = 0
     for name in names:
         value, start = tensors[name], place
+        if value.dtype not in NAMES:
+            raise TypeError(
+                f"{name}: got {value.dtype}, expected one of {', '.join(map(str, NAMES))}; keep it "
+                "in another dtype"
+            )
         place += value.numel() * value.dtype.itemsize
         header[name] = {
             "dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, place],

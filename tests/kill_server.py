@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy
 import torch
-import torch.utils.tensorboard  # So that no child has to import it.
+import torch._dynamo  # Optimizers import it, and metrics the next: no child has to.
+import torch.utils.tensorboard
 from conftest import build_distiller
 from run_state import fingerprint, rows
 

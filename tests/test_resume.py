@@ -7,9 +7,12 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +144,28 @@ def test_a_last_checkpoint_that_fails_is_an_error(
         run.fit()
 
 
+def test_a_second_signal_does_not_wait_for_the_disk(make_distiller: Make) -> None:
+    run, gate = make_distiller(), threading.Event()
+    run._writer.submit(gate.wait)  # A disk that hangs.
+    step = run.train_step
+
+    def interrupted() -> torch.Tensor:
+        loss = step()
+        if run.step == 5:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    run.train_step = interrupted  # type: ignore[method-assign]
+    run._blocks.append = lambda: None  # type: ignore[method-assign]
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    assert 0.5 < time.monotonic() - start < 5 and not gate.is_set()
+    gate.set()
+    run._writer.close()
+
+
 def test_checkpoints_of_another_run_are_not_mixed_with(make_distiller: Make) -> None:
     first = make_distiller()
     first.fit()
@@ -180,8 +205,6 @@ def test_command_line_resumes_a_killed_run_exactly(
     with pytest.raises(Killed):
         distill(cut, CONFIG, *SHORT, *often)
     # Killed before its first checkpoint, a run begins again.
-    import shutil
-
     shutil.rmtree(cut / "checkpoints")
     with pytest.raises(Killed):
         distill(cut, str(cut / "config.yaml"), "--resume")
