@@ -80,7 +80,8 @@ def restore(folder: Path, objects: Mapping[str, Stateful]) -> Restored:
             damaged.append(path)
             continue
         for other in damaged:  # Only now: were all of them damaged, somebody might mend one.
-            durable.hide(other, "damaged")
+            with contextlib.suppress(OSError):
+                durable.hide(other, "damaged")
         return Restored(record["step"], [f"{note}; {path.name} is used" for note in notes])
     if notes:
         raise ValueError(
@@ -276,15 +277,26 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         # Fused optimizers walk a parameter and its moments in memory order: a moment that came back
         # in another layout would be applied scrambled. Files do not hold strides.
-        stride = torch.empty_like(value, device="meta").stride()
         copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         tensors[path] = copy.copy_(value.detach(), non_blocking=True)
+        stride = (value if _is_dense(value) else copy).stride()
         return {"tensor": path, "stride": list(stride)}
     if isinstance(value, Mapping):
         return {"pairs": [[k, _split(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         return {"list": [_split(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
     return value
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether the elements lie in memory without holes and without sharing, in any order."""
+    count = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size != 1:
+            if stride != count:
+                return False
+            count *= size
+    return True
 
 
 def _call(value: Any) -> Any:

@@ -298,6 +298,36 @@ def test_damaged_checkpoints_stay_until_a_whole_one_is_written(tmp_path: Path) -
     assert [p.name for p in sorted(folder.iterdir())] == ["step-000000001", "step-000000002"]
 
 
+def test_strides_come_back_as_they_were(tmp_path: Path) -> None:
+    base = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
+    saved = {
+        "channels_last": base.contiguous(memory_format=torch.channels_last),
+        "one_channel": torch.ones(8, 1, 3, 3).as_strided((8, 1, 3, 3), (9, 1, 3, 1)),
+        "volume": base[None].contiguous(memory_format=torch.channels_last_3d),
+        "transposed": base.permute(3, 1, 0, 2),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(3.0),
+    }
+    sparse = {"expanded": torch.ones(3, 1).expand(3, 4), "columns": base[..., ::2]}
+
+    class Holder:
+        state: dict[str, Any]
+
+        def state_dict(self) -> dict[str, Any]:
+            return saved | sparse
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.state = state
+
+    holder = Holder()
+    checkpoint.save(tmp_path, 1, {"holder": holder})
+    checkpoint.restore(tmp_path, {"holder": holder})
+    for name, value in (saved | sparse).items():
+        assert torch.equal(holder.state[name], value), name
+        expected = value if name in saved else value.contiguous()
+        assert holder.state[name].stride() == expected.stride(), name
+
+
 def test_a_second_checkpoint_at_a_step_comes_after_the_first(tmp_path: Path) -> None:
     state = State()
     names = [checkpoint.save(tmp_path, 5, {"state": state.at(5)}, keep=20).name for _ in range(12)]
