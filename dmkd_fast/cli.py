@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dmkd_fast import config as cfg
-from dmkd_fast import runtime
+from dmkd_fast import durable, runtime
 
 OVERRIDES = "Any setting can be changed with section.field=value, for example sampler.num_steps=4."
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     runtime.keep_freed_memory()
     try:
         result = verb(options)
-    except cfg.ConfigError as error:
+    except (cfg.ConfigError, durable.SaveError) as error:
         print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

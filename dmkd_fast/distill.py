@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import checkpoint, evaluate, models, optim, runtime
+from dmkd_fast import checkpoint, durable, evaluate, models, optim, runtime
+from dmkd_fast.blocks import RingBlocks
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.metrics import Metrics
@@ -77,7 +78,7 @@ class Distiller:
         self.sampler, self.ring, self.labels, self.views = sampler, ring, labels, views
         self.teacher, self.student = models.freeze(teacher), student.train()
         self.schedule, self.temperature, self.test_set = schedule, temperature, test_set
-        self.run_dir, self.show = Path(run_dir), show
+        self.run_dir = Path(run_dir)
         self.device = ring.images.device
         ring.check(schedule.batch_size)
         self._ahead: tuple[Block, Tensor, Tensor] | None = None
@@ -96,7 +97,17 @@ class Distiller:
             self.device.type, dtype=dtype, enabled=dtype != torch.float32
         )
         self._interrupts = runtime.Interrupts()
+        self._generators = runtime.Generators(self.device)
         self.clock = runtime.Clock()
+        total = self.num_steps * schedule.batch_size
+        self._metrics = Metrics(self.run_dir, total, show=show)
+        self._writer = durable.Writer()
+        self._blocks = RingBlocks(
+            ring, self.run_dir / "blocks", self._writer, remake=sampler.sample
+        )
+        self._saver = checkpoint.Saver(
+            self.run_dir / "checkpoints", self._writer, every_s=schedule.checkpoint_every_s
+        )
 
     def refill(self, metrics: Metrics | None = None) -> None:
         """Insert blocks until the limiter lets the next batch be drawn.
@@ -114,6 +125,10 @@ class Distiller:
                 self.ring.commit(block, ids=ids, labels=labels)
                 self.labels.advance(len(ids))
                 self._ahead = None
+                if metrics is not None:
+                    self._blocks.append()
+            if metrics is not None:
+                self._save_if_due()
             now = time.monotonic()
             if metrics is not None and now - told > 5:
                 made, told = self.ring.num_inserted - before, now
@@ -164,13 +179,17 @@ class Distiller:
         self.step += 1
         return loss
 
-    def restore(self) -> None:
-        """Take up the newest checkpoint of `run_dir`; `fit` then goes on from there.
+    def restore(self) -> checkpoint.Restored:
+        """Take up the newest whole checkpoint of `run_dir`; `fit` then goes on from there.
+
+        Returns:
+            Its step, and a line for each damaged file or checkpoint.
 
         Raises:
-            ValueError: There is none, or it is damaged.
+            ValueError: There is none, or it is of another student, ring or optimizer.
         """
-        checkpoint.restore(self._checkpoints, self._state())
+        step, notes = self._saver.restore(self._state())
+        return checkpoint.Restored(step, [*notes, *self._blocks.notes])
 
     def fit(self) -> dict[str, Any]:
         """Run to the end, or until Ctrl-C.
@@ -182,16 +201,21 @@ class Distiller:
         Raises:
             KeyboardInterrupt: After a checkpoint has been written.
             SourceError: Images on disk cannot be read; a checkpoint has been written.
+            SaveError: The last checkpoint could not be written.
+            ValueError: `run_dir` holds checkpoints that were not restored.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        total = self.num_steps * self.schedule.batch_size
-        metrics = Metrics(self.run_dir, total, wall_s_before=self.clock.wall_s(), show=self.show)
+        self._saver.check_folder()
+        durable.make_folder(self.run_dir)
+        metrics, total = self._metrics, self.num_steps * self.schedule.batch_size
         try:
             with self._interrupts:
                 self._loop(metrics)
         except (KeyboardInterrupt, SourceError):
-            saved = checkpoint.save(self._checkpoints, self.step, self._state())
+            saved = self._save_last()  # A second signal ends this, and the process, at once.
             metrics.note(f"interrupted at {self.num_views:,} of {total:,} views; saved {saved}")
+            raise
+        except Exception:
+            self._writer.close()
             raise
         finally:
             metrics.close()
@@ -210,28 +234,53 @@ class Distiller:
         )
 
     def _loop(self, metrics: Metrics) -> None:
-        schedule, folder = self.schedule, self._checkpoints
         self._warm_up(metrics)
-        metrics.begin(views=self.num_views, images=self.ring.num_inserted)
-        last_saved = time.monotonic()
-        count = schedule.num_evaluations
-        evaluate_at = {self.num_steps * (i + 1) // count for i in range(count)}
-        while self.step < self.num_steps:
+        metrics.begin(
+            views=self.num_views, images=self.ring.num_inserted, wall_s_before=self.clock.wall_s()
+        )
+        while True:
+            self._report(metrics)
+            self._save_if_due()
+            if self.step >= self.num_steps:
+                break
             self.refill(metrics)
             with self._interrupts.held():
                 metrics.add("loss", self.train_step())
-            scores = self._scores() if self.step in evaluate_at else {}
-            if scores or self.step % schedule.log_every_steps == 0:
-                metrics.flush(
-                    views=self.num_views, images=self.ring.num_inserted, lr=self.lr(), **scores,
-                    **self._ring_figures(metrics),
-                )  # fmt: skip
-            if time.monotonic() - last_saved > schedule.checkpoint_every_s:
-                with self._interrupts.held():
-                    checkpoint.save(folder, self.step, self._state())
-                last_saved = time.monotonic()
         with self._interrupts.held():
-            checkpoint.save(folder, self.step, self._state())
+            self._save_last()
+
+    def _report(self, metrics: Metrics) -> None:
+        """A row of statistics if one is due; an interrupted one is still due after a resume."""
+        count = self.schedule.num_evaluations
+        is_scored = self.test_set is not None and self.step in {
+            self.num_steps * (i + 1) // count for i in range(count)
+        }
+        is_due = is_scored or self.step % self.schedule.log_every_steps == 0
+        if not (is_due and metrics.has_values):
+            return
+        scores = self._scores() if is_scored else {}
+        with self._interrupts.held():
+            metrics.flush(
+                views=self.num_views, images=self.ring.num_inserted, lr=self.lr(), **scores,
+                **self._ring_figures(metrics),
+            )  # fmt: skip
+
+    def _save_if_due(self) -> None:
+        """Start a checkpoint in the background; one that failed is told of, and the run goes on."""
+        if problem := self._saver.problem():
+            self._metrics.note(problem)
+        if self._saver.is_due():
+            with self._interrupts.held():
+                self._saver.start(self.step, self._state())
+                self._blocks.drop_unused(lambda: self._saver.describe("ring"))
+
+    def _save_last(self) -> Path:
+        if problem := self._saver.problem():
+            self._metrics.note(problem)
+        path = self._saver.finish(self.step, self._state())
+        self._blocks.drop_unused(lambda: self._saver.describe("ring"))
+        self._writer.close()
+        return path
 
     def _ring_figures(self, metrics: Metrics) -> dict[str, float]:
         """What a log line says about the ring; figures on the device go to the metrics."""
@@ -293,35 +342,24 @@ class Distiller:
             "cpu_s": round(self.clock.cpu_s(), 1),
         }
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
-
     def _state(self) -> dict[str, checkpoint.Stateful]:
         """Everything that the rest of the run depends on."""
         return {
             "student": self.student,
             "optimizer": self.optimizer,
             "average": self.average,
-            "ring": self.ring,
+            "ring": self._blocks,
             "labels": self.labels,
+            "generators": self._generators,
+            "metrics": self._metrics,
+            "clock": self.clock,
             "progress": self,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, time spent, and the random state that a student with dropout draws from."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {
-            "step": self.step,
-            "clock": self.clock.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": cuda,
-        }
+        """The step; what else a run depends on is in its parts."""
+        return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.step, self._ahead = state["step"], None
-        self.clock.load_state_dict(state["clock"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)

@@ -170,9 +170,11 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
     memory.check(config, parts)
     distiller = build(config, parts, show=show)
     distiller.clock = clock  # Loading counts as part of the run.
-    if resume:
+    if resume and run_dir.has_checkpoint(Path(config.run_dir)):
         with cfg.user_errors():
-            distiller.restore()
+            restored = distiller.restore()
+        for note in restored.notes:
+            print(note, file=sys.stderr)
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
     if show:
         print(origin.describe(config, parts.origin), file=sys.stderr)

@@ -5,9 +5,12 @@ Stands on floor 2. Values are summed on the device; `flush` is the only place th
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import sys
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dmkd_fast import durable
+
 
 class Metrics:
     """Collects values on the device and reports them at intervals.
@@ -23,28 +28,46 @@ class Metrics:
     Args:
         folder: Run directory; `stats.jsonl` and TensorBoard events go there.
         total: Views of the whole run, for the progress bar and the estimate of time left.
-        wall_s_before: Seconds that earlier parts of a resumed run took.
         show: Whether to print progress: a bar on a terminal, else plain lines.
     """
 
-    def __init__(
-        self, folder: Path, total: int, *, wall_s_before: float = 0.0, show: bool = True
-    ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._stats = (folder / "stats.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder))
+    def __init__(self, folder: Path, total: int, *, show: bool = True) -> None:
+        self._folder = folder
+        # Rows on disk, in bytes, and those that a full disk has not taken yet.
+        self._written, self._waiting = 0, b""
+        self._stats: FileIO | None = None
+        self._board: Any = None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._total, self._show = total, show
-        self._last_time = time.perf_counter()
-        self._start = self._last_time - wall_s_before
+        self._start = self._last_time = time.perf_counter()
         self._last: dict[str, float] = {}
         self._first_views, self._first_time = 0.0, self._last_time
         self._bar: Progress | None = None
 
-    def begin(self, *, views: int, **totals: float) -> None:
-        """Count rates and the time left from here: call it once what is not progress is over."""
+    def begin(self, *, views: int, wall_s_before: float = 0.0, **totals: float) -> None:
+        """Open the files, and count rates and the time left from here.
+
+        Args:
+            views: Of the run so far; rows that a killed run wrote after its checkpoint are dropped.
+            wall_s_before: Seconds that the run has taken so far.
+            totals: Counts of other things that get a rate.
+
+        Raises:
+            SaveError: The folder cannot be written to.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self._stats = (self._folder / "stats.jsonl").open("ab", buffering=0)
+            self._written = min(self._written, self._stats.tell())
+            self._stats.truncate(self._written)
+        except OSError as error:
+            raise durable.SaveError(
+                f"{self._folder}: cannot write stats.jsonl ({error.strerror}); mend the folder"
+            ) from None
+        self._board = SummaryWriter(str(self._folder), purge_step=views + 1 if views else None)
+        self._start = time.perf_counter() - wall_s_before
         self._last = {"views": float(views), **totals}
         self._first_views, self._first_time = views, time.perf_counter()
         self._last_time = self._first_time
@@ -81,11 +104,16 @@ class Metrics:
         rates = {f"{k}_per_s": (v - self._last.get(k, 0.0)) / span for k, v in totals.items()}
         self._last, self._last_time = totals, now
         row = {"views": views, "wall_s": now - self._start, **values, **means, **rates}
-        self._stats.write(json.dumps(row) + "\n")
-        self._stats.flush()
-        for name, number in row.items():
-            if name != "views":
-                self._board.add_scalar(name, number, views)
+        self._waiting += json.dumps(row).encode() + b"\n"
+        try:
+            assert self._stats is not None, "begin comes first"
+            count = self._stats.write(self._waiting) or 0
+            self._written, self._waiting = self._written + count, self._waiting[count:]
+            for name, number in row.items():
+                if name != "views" and self._board is not None:
+                    self._board.add_scalar(name, number, views)
+        except OSError as error:  # Rows are worth less than the run.
+            self.note(f"statistics: not written ({error.strerror or error}); the run goes on")
         if self._show:
             self._report(row)
         return row
@@ -104,8 +132,38 @@ class Metrics:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._stats.close()
-        self._board.close()
+        if self._stats is not None:
+            self._stats.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+        self._stats = self._board = None
+
+    @property
+    def has_values(self) -> bool:
+        """Whether anything was added since the last row."""
+        return bool(self._sums)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums since the last row, and where in stats.jsonl that row ends."""
+        return {
+            "sums": self._sums,
+            "counts": self._counts,
+            "written": functools.partial(self._synced, self._written),
+            "waiting": self._waiting.decode(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; `begin` then cuts stats.jsonl to the rows of that moment."""
+        self._sums, self._counts = state["sums"], state["counts"]
+        self._written, self._waiting = state["written"], state["waiting"].encode()
+
+    def _synced(self, written: int) -> int:
+        """`written`, once the rows are on disk."""
+        path = self._folder / "stats.jsonl"
+        if path.exists():  # Not yet, if the run was interrupted before `begin`.
+            durable.sync(path)
+        return written
 
     def _report(self, row: dict[str, Any]) -> None:
         views = row["views"]

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import checkpoint, evaluate, models, optim, run_dir, runtime
+from dmkd_fast import checkpoint, durable, evaluate, models, optim, run_dir, runtime
 from dmkd_fast import config as cfg
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.views import Views
@@ -141,17 +141,21 @@ def train(
     )  # fmt: skip
     average = optim.Average(model, decay=settings.ema_decay)
     clock = runtime.Clock()
+    metrics = Metrics(folder, num_steps * batch)
     saved: dict[str, checkpoint.Stateful] = {
         "clock": clock,
         "model": model,
         "optimizer": optimizer,
         "average": average,
+        "metrics": metrics,
     }
-    checkpoints = folder / run_dir.CHECKPOINTS
-    with cfg.user_errors():
-        first = checkpoint.restore(checkpoints, saved) if resume else 0
-    metrics = Metrics(folder, num_steps * batch, wall_s_before=clock.wall_s())
-    metrics.begin(views=first * batch)
+    checkpoints, first = folder / run_dir.CHECKPOINTS, 0
+    if resume and run_dir.has_checkpoint(folder):
+        with cfg.user_errors():
+            first, notes = checkpoint.restore(checkpoints, saved)
+        for note in notes:
+            metrics.note(note)
+    metrics.begin(views=first * batch, wall_s_before=clock.wall_s())
     device = next(model.parameters()).device
     last_saved = time.monotonic()
     interrupts, done = runtime.Interrupts(), first
@@ -177,12 +181,15 @@ def train(
                     optimizer.zero_grad(set_to_none=True)
                     average.update(model)
                     done = step + 1
-                metrics.add("loss", loss)
-                if done % train.log_every_steps == 0:
-                    metrics.flush(views=done * batch, lr=lr)
+                    metrics.add("loss", loss)
+                    if done % train.log_every_steps == 0:
+                        metrics.flush(views=done * batch, lr=lr)
                 if time.monotonic() - last_saved > train.checkpoint_every_s:
                     with interrupts.held():
-                        checkpoint.save(checkpoints, done, saved)
+                        try:
+                            checkpoint.save(checkpoints, done, saved)
+                        except durable.SaveError as error:
+                            metrics.note(str(error))
                     last_saved = time.monotonic()
         checkpoint.save(checkpoints, num_steps, saved)
     except KeyboardInterrupt:

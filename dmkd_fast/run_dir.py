@@ -1,6 +1,7 @@
 """Run directories: a new one for each job, found again to resume.
 
-Stands on floor 0. It holds `config.yaml`, the resolved settings, from its first moment.
+Stands on floor 0. It holds `config.yaml`, the resolved settings, from its first moment; so a run
+that was killed before its first checkpoint can be resumed too, from its beginning.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
+from dmkd_fast import durable
 from dmkd_fast.config import ConfigError, RunConfig, dump, load
 
 C = TypeVar("C", bound=RunConfig)
@@ -35,8 +37,9 @@ def claim(config: RunConfig) -> Path:
             f"run_dir: {folder} holds a run already; choose another, or add --resume to go on"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(dump(config), encoding="utf-8")
+        durable.make_folder(folder)
+        durable.replace(folder / CONFIG, [dump(config).encode()])
+        durable.sync(folder)
     except OSError as error:
         raise ConfigError(
             f"run_dir: cannot write to {folder} ({error.strerror}); set run_dir=DIR to another"
@@ -48,18 +51,30 @@ def find(config: C) -> C:
     """The saved settings of the run to resume: of `run_dir`, or of the newest run of this name.
 
     Raises:
-        ConfigError: There is no such run, or it has no checkpoint.
+        ConfigError: There is no such run.
     """
     if config.run_dir != "auto":
         folder = Path(config.run_dir)
-        if not any((folder / CHECKPOINTS).glob("step-*")):
-            raise ConfigError(f"--resume: got no checkpoint in {folder}, expected one; start anew")
+        if not (folder / CONFIG).exists():
+            raise ConfigError(
+                f"--resume: got no run and no checkpoint in {folder}, expected {CONFIG}; start anew"
+            )
     else:
-        found = sorted(Path("runs").glob(f"{config.name}-*/{CHECKPOINTS}/step-*"))
+        found = sorted(Path("runs").glob(f"{config.name}-*/{CONFIG}"))
         if not found:
             raise ConfigError(
-                f"--resume: got no run with a checkpoint in runs/{config.name}-*, expected one; "
-                "start without --resume or set run_dir"
+                f"--resume: got no run in runs/{config.name}-*, expected one; start without "
+                "--resume or set run_dir"
             )
-        folder = max(found, key=lambda path: path.stat().st_mtime).parent.parent
+        folder = max((path.parent for path in found), key=_last_written)
     return load(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has one, whole or not."""
+    return any((folder / CHECKPOINTS).glob("step-*"))
+
+
+def _last_written(folder: Path) -> float:
+    places = [folder / CONFIG, *(folder / CHECKPOINTS).glob("step-*")]
+    return max(path.stat().st_mtime for path in places)

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import random
 import resource
 import shutil
 import signal
@@ -19,8 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
+import numpy
 import torch
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -144,6 +146,33 @@ class Clock:
         """Go on counting from these readings."""
         self._wall = time.perf_counter() - state["wall_s"]
         self._cpu = cpu_seconds() - state["cpu_s"]
+
+
+class Generators:
+    """The global random states that a student may draw from: torch's, NumPy's and Python's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of them, as they are."""
+        name, keys, *rest = numpy.random.get_state()
+        is_cuda = self.device.type == "cuda"
+        return {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if is_cuda else None,
+            "numpy": [name, numpy.asarray(keys).tolist(), *rest],
+            "python": random.getstate(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        torch.set_rng_state(state["cpu"])
+        if state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        numpy.random.set_state(tuple(state["numpy"]))
+        version, keys, gauss = state["python"]
+        random.setstate((version, tuple(keys), gauss))
 
 
 class Interrupts:

@@ -64,35 +64,63 @@ def small_classifier(*, dropout: float = 0.0) -> nn.Module:
     )  # fmt: skip
 
 
+def build_distiller(
+    run_dir: Path,
+    *,
+    seed: int = 0,
+    dropout: float = 0.0,
+    ring: dict[str, Any] | None = None,
+    **changes: object,
+) -> Distiller:
+    """A whole run in small: 8 x 8 images of four classes, 40 steps, a ring of four blocks."""
+    sampler = tiny_sampler(seed=seed)
+    torch.manual_seed(5)
+    teacher = small_classifier()
+    torch.manual_seed(7 + seed)
+    student = small_classifier(dropout=dropout)
+    schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10}
+    return Distiller(
+        sampler=sampler,
+        ring=RingBuffer(
+            64, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4,
+            min_fill_images=32, seed=seed, **(ring or {}),
+        ),
+        labels=LabelStream(4, seed=seed),
+        views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,), seed=seed),
+        teacher=teacher,
+        student=student,
+        schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]
+        run_dir=run_dir,
+        show=False,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def make_distiller(tmp_path: Path) -> Callable[..., Distiller]:
-    """Builds equal distillers, each with a run directory of its own."""
+    """Builds equal distillers, each with a run directory of its own unless one is given."""
     count = 0
 
-    def make(
-        *, dropout: float = 0.0, ring: dict[str, Any] | None = None, **changes: object
-    ) -> Distiller:
+    def make(*, run_dir: Path | None = None, **changes: Any) -> Distiller:
         nonlocal count
         count += 1
-        sampler = tiny_sampler()
-        torch.manual_seed(5)
-        teacher = small_classifier()
-        torch.manual_seed(7)
-        student = small_classifier(dropout=dropout)
-        schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10}
-        return Distiller(
-            sampler=sampler,
-            ring=RingBuffer(
-                64, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4,
-                min_fill_images=32, **(ring or {}),
-            ),
-            labels=LabelStream(4),
-            views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,)),
-            teacher=teacher,
-            student=student,
-            schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]
-            run_dir=tmp_path / f"run{count}",
-            show=False,
-        )  # fmt: skip
+        return build_distiller(run_dir or tmp_path / f"run{count}", **changes)
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """A table of the claims that were tested by many cases: see `record_property("cases", n)`."""
+    rows = []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            facts = dict(getattr(report, "user_properties", ()))
+            if "claim" in facts and report.when == "call":
+                failures = facts.get("failures", int(outcome == "failed"))
+                rows.append((facts["claim"], facts["cases"], failures))
+    if rows:
+        terminalreporter.section("claims")
+        terminalreporter.write_line(f"{'cases':>6} {'failures':>9}  claim")
+        for claim in dict.fromkeys(claim for claim, *_ in rows):
+            cases = sum(n for name, n, _ in rows if name == claim)
+            failures = sum(n for name, _, n in rows if name == claim)
+            terminalreporter.write_line(f"{cases:>6} {failures:>9}  {claim}")

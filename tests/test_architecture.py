@@ -15,14 +15,14 @@ PACKAGE = ROOT / "dmkd_fast"
 FLOORS = {
     name: floor
     for floor, names in enumerate((
-        """settings config config_source limiter runtime run_dir assets""",
+        """settings config config_source limiter runtime run_dir durable assets""",
         """solvers attention dit upsampling weights shards sources
         capacity draws fences logit_cache ring_statistics
         ops.extension ops.noise ops.noise_triton ops.transformer ops.reference
         ops.kd_loss ops.kd_loss_ops ops.kd_loss_problem ops.kd_loss_triton ops.kd_loss_kernels
         ops.views ops.views_triton""",
         """sampler image_reader ring_buffer views mix labels models denoisers optim evaluate metrics
-        pictures checkpoint""",
+        pictures blocks checkpoint""",
         """distill job memory origin generate pretrain pretrain_diffusion""",
         """cli""",
     ))

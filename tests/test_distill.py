@@ -81,8 +81,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(make_distiller: Make, stop_a
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
-    again = make_distiller(dropout=0.3)
-    again.run_dir = broken.run_dir
+    again = make_distiller(dropout=0.3, run_dir=broken.run_dir)
     torch.manual_seed(99)
     again.restore()
     totals = again.fit()
@@ -107,8 +106,7 @@ def test_interrupt_while_generating_loses_nothing(make_distiller: Make) -> None:
     broken.sampler.sample = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
-    again = make_distiller()
-    again.run_dir = broken.run_dir
+    again = make_distiller(run_dir=broken.run_dir)
     again.restore()
     again.fit()
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))

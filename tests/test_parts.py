@@ -352,7 +352,7 @@ def test_checkpoint_restores_everything_and_keeps_the_last_two(
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, {"model": model, "optimizer": optimizer})
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-000000002", "step-000000003"]
-    assert checkpoint.restore(tmp_path, {"model": other, "optimizer": twin}) == 3
+    assert checkpoint.restore(tmp_path, {"model": other, "optimizer": twin}).step == 3
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     for m, o in ((model, optimizer), (other, twin)):
