@@ -82,6 +82,7 @@ class Distiller:
         self.device = ring.images.device
         ring.check(schedule.batch_size)
         self._ahead: tuple[Block, Tensor, Tensor] | None = None
+        self._before_warm_up: list[Tensor] | None = None
         self.num_steps = -(-schedule.num_views // schedule.batch_size)
         self.step = 0
         self.optimizer = optim.build_optimizer(
@@ -275,6 +276,7 @@ class Distiller:
                 self._blocks.drop_unused(lambda: self._saver.describe("ring"))
 
     def _save_last(self) -> Path:
+        self._undo_warm_up()
         if problem := self._saver.problem():
             self._metrics.note(problem)
         path = self._saver.finish(self.step, self._state())
@@ -298,7 +300,7 @@ class Distiller:
         """Run everything on throw-away inputs: what compiles does so here, not inside a step."""
         metrics.note("warming up ...")
         started = time.monotonic()
-        buffers = [b.clone() for b in self.student.buffers()]
+        self._before_warm_up = [b.clone() for b in self.student.buffers()]
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
         places = torch.zeros(self.schedule.batch_size, dtype=torch.int64, device=self.device)
         makes_images = not isinstance(self.sampler, ImageReader)  # reading compiles nothing
@@ -315,11 +317,17 @@ class Distiller:
                     with torch.no_grad():
                         self._teacher(views.to(self.dtype))
                     self._student(views).sum().backward()
-        finally:  # An interrupt here must not leave traces in what the checkpoint saves.
-            self.optimizer.zero_grad(set_to_none=True)
-            for buffer, before in zip(self.student.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+        finally:
+            self._undo_warm_up()
         metrics.note(f"warm after {time.monotonic() - started:.0f} s")
+
+    def _undo_warm_up(self) -> None:
+        """Leave no trace in what a checkpoint saves; once more if an interrupt cut this short."""
+        if self._before_warm_up is not None:
+            for buffer, before in zip(self.student.buffers(), self._before_warm_up, strict=True):
+                buffer.copy_(before)
+            self.optimizer.zero_grad(set_to_none=True)
+        self._before_warm_up = None
 
     def _scores(self) -> dict[str, float]:
         """top1 of the averaged student on the test set, in the compute dtype."""
