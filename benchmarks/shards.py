@@ -24,7 +24,7 @@ from dmkd_fast.image_reader import ImageReader
 from dmkd_fast.sources import ShardSource, Source, open_files
 
 BATCH = 256
-SETS = {(1, 28, 28): 8192, (3, 256, 256): 1024}
+SETS = {(1, 28, 28): 8192, (3, 256, 256): 512}
 
 
 def main(argv: list[str]) -> None:

@@ -209,8 +209,7 @@ def _missing(folder: Path, plan: shards.Plan, part: tuple[int, int], show: bool)
 
 def _check_space(folder: Path, plan: shards.Plan, part: tuple[int, int]) -> None:
     """About how much this part will still take must be free, before anything is written."""
-    done = shards.finished(folder) if (folder / shards.MANIFEST).is_dir() else []
-    mine = sum(1 for number in done if number % part[1] == part[0])
+    mine = sum(1 for number in shards.finished(folder) if number % part[1] == part[0])
     images = (-(-plan.num_shards // part[1]) - mine) * plan.images_per_shard
     images = min(images, plan.num_images)
     need = images * (BYTES_BESIDE + BYTES_PER_PIXEL * math.prod(plan.image_shape))

@@ -179,6 +179,8 @@ def locked(folder: Path, part: str) -> Iterator[None]:
 
 def finished(folder: Path) -> list[int]:
     """Numbers of the finished shards, in order."""
+    if not (folder / MANIFEST).is_dir():  # The job that wrote the plan died before it made it.
+        return []
     matches = (_PART.fullmatch(entry.name) for entry in os.scandir(folder / MANIFEST))
     return sorted(int(match[1]) for match in matches if match)
 
