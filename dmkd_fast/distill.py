@@ -12,6 +12,7 @@ Source: Li et al., "Is synthetic data from diffusion models ready for knowledge 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast import checkpoint, evaluate, models, optim, runtime
+from dmkd_fast.image_sets import EncodedSet, ImageSet
+from dmkd_fast.inputs import InputSpec
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
 from dmkd_fast.ring_buffer import RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
+from dmkd_fast.teachers import Teacher, Teachers
 from dmkd_fast.views import Views
 
 
@@ -53,25 +57,31 @@ class Distiller:
         sampler: Makes images: `sample(ids, labels, out=)`.
         ring: Holds them; its block size is the sampler's batch.
         labels: Decides the class of each image.
-        views: Makes the random views that both networks see.
-        teacher: (B, c, S, S) views -> (B, C) logits; frozen here.
-        student: Same shapes; trained.
+        views: Makes the random views that the student sees.
+        teacher: A classifier fed like the student, or `Teachers`, each of which sees the same crops
+            at its own size and normalisation; frozen here.
+        student: (B, c, S, S) views -> (B, C) logits; trained.
         schedule: Length, batch and optimizer.
         run_dir: Everything a run leaves goes there.
         temperature: Of the loss.
         dtype: Autocast dtype of both networks; float32 turns autocast off.
         compile: torch.compile both networks.
         test_set: Real images to report accuracy on; nothing is decided by them.
+        student_input: How test images are cut for the student; None: as its views.
+        later_samplers: (share of the run, sampler) from which on others make the images.
         show: Whether to print progress.
     """
 
     def __init__(
         self, *, sampler: DiffusionSampler, ring: RingBuffer, labels: LabelStream, views: Views,
-        teacher: nn.Module, student: nn.Module, schedule: Schedule, run_dir: Path | str,
-        temperature: float = 4.0, dtype: torch.dtype = torch.float32, compile: bool = False,
-        test_set: evaluate.ImageSet | None = None, show: bool = True,
+        teacher: nn.Module | Teachers, student: nn.Module, schedule: Schedule,
+        run_dir: Path | str, temperature: float = 4.0, dtype: torch.dtype = torch.float32,
+        compile: bool = False, test_set: ImageSet | EncodedSet | None = None,
+        student_input: InputSpec | None = None,
+        later_samplers: Sequence[tuple[float, DiffusionSampler]] = (), show: bool = True,
     ) -> None:  # fmt: skip
         self.sampler, self.ring, self.labels, self.views = sampler, ring, labels, views
+        self._samplers = [(0.0, sampler), *later_samplers]
         self.teacher, self.student = models.freeze(teacher), student.train()
         self.schedule, self.temperature, self.test_set = schedule, temperature, test_set
         self.run_dir, self.show = Path(run_dir), show
@@ -84,8 +94,24 @@ class Distiller:
         )  # fmt: skip
         self.average = optim.Average(student, decay=schedule.ema_decay)
         self.dtype = dtype
-        fast = models.for_inference(teacher, dtype)
-        self._teacher = torch.compile(fast, dynamic=False) if compile else fast
+        self.input = student_input or InputSpec(
+            size=views.size, mean=tuple(views.mean.tolist()), std=tuple(views.std.tolist())
+        )
+        if self.input.size != views.size or len(self.input.mean) != len(views.mean):
+            raise ValueError(
+                f"student_input: got {self.input.num_channels} channels of {self.input.size} "
+                f"pixels, expected the views' {len(views.mean)} of {views.size}; make both agree"
+            )
+        if not isinstance(teacher, Teachers):
+            teacher = Teachers([Teacher(module=teacher, input=self.input)])
+
+        def fast(module: nn.Module) -> nn.Module:
+            copy = models.for_inference(module, dtype)
+            return torch.compile(copy, dynamic=False) if compile else copy  # type: ignore[return-value]
+
+        self._teachers = teacher.mapped(fast)
+        self._views = {spec: _views_for(views, spec) for spec in teacher.inputs}
+        self._views[self.input] = views
         self._student = torch.compile(student, dynamic=False) if compile else student
         self._autocast = torch.autocast(
             self.device.type, dtype=dtype, enabled=dtype != torch.float32
@@ -105,7 +131,7 @@ class Distiller:
             block = self.ring.reserve()
             ids, labels = self.labels.peek(len(block.images))
             try:
-                self.sampler.sample(ids, labels, out=block.images)
+                self._sampler().sample(ids, labels, out=block.images)
             except BaseException:
                 self.ring.abort()
                 raise
@@ -120,12 +146,12 @@ class Distiller:
     def train_step(self) -> Tensor:
         """One optimizer step on one batch of views; returns the loss without waiting for it."""
         draw = self.ring.sample(self.schedule.batch_size)
-        views = self.views(self.ring.images, draw.indices, draw.ids, draw.uses)
+        views = self._render(self.ring.images, draw.indices, draw.ids, draw.uses)
+        labels = self.ring.labels[draw.indices]  # (B,)
         optim.set_lr(self.optimizer, self.lr())
         with self._autocast:
-            with torch.no_grad():
-                teacher_logits = self._teacher(views.to(self.dtype))  # (B, C)
-            student_logits = self._student(views)  # (B, C)
+            teacher_logits = self._ask(views, labels)  # (B, C)
+            student_logits = self._student(views[self.input])  # (B, C)
         loss, grad = kd_loss_and_grad(student_logits, teacher_logits, temperature=self.temperature)
         student_logits.backward(grad)
         if self.schedule.max_grad_norm:
@@ -180,6 +206,34 @@ class Distiller:
             self.step, num_steps=self.num_steps, peak=schedule.lr, warmup=schedule.warmup
         )
 
+    @property
+    def share(self) -> float:
+        """How much of the run is done, in [0, 1]: what schedules go by."""
+        return self.step / self.num_steps
+
+    def _sampler(self) -> DiffusionSampler:
+        """The one whose time it is."""
+        return [sampler for start, sampler in self._samplers if start <= self.share][-1]
+
+    def _render(
+        self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor
+    ) -> dict[InputSpec, Tensor]:
+        """The same crops for the student and for every teacher whose time it is."""
+        boxes, flips = self.views.parameters(ids, uses, slots.shape[-2], slots.shape[-1])
+        needed = {self.input, *self._teachers.inputs_at(self.share)}
+        return {
+            spec: views.render(slots, indices, boxes, flips)
+            for spec, views in self._views.items()
+            if spec in needed
+        }
+
+    def _ask(self, views: dict[InputSpec, Tensor], labels: Tensor) -> Tensor:
+        """The teachers' logits (B, C)."""
+        wanted = self._teachers.inputs_at(self.share)
+        return self._teachers(
+            {spec: views[spec].to(self.dtype) for spec in wanted}, labels, self.share
+        )
+
     def _loop(self, metrics: Metrics) -> None:
         schedule, folder = self.schedule, self._checkpoints
         self._warm_up(metrics)
@@ -213,12 +267,20 @@ class Distiller:
         places = torch.zeros(self.schedule.batch_size, dtype=torch.int64, device=self.device)
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                self.sampler.sample(ids, torch.zeros_like(ids), out=scratch)
-                views = self.views(scratch, places, places, places)
+                for _, sampler in self._samplers:
+                    sampler.sample(ids, torch.zeros_like(ids), out=scratch)
+                boxes, flips = self.views.parameters(places, places, *scratch.shape[-2:])
+                views = {
+                    spec: made.render(scratch, places, boxes, flips)
+                    for spec, made in self._views.items()
+                }
                 with self._autocast:
                     with torch.no_grad():
-                        self._teacher(views.to(self.dtype))
-                    self._student(views).sum().backward()
+                        for network, member in zip(
+                            self._teachers.networks, self._teachers.members, strict=True
+                        ):
+                            network(views[member.input].to(self.dtype))
+                    self._student(views[self.input]).sum().backward()
         finally:  # An interrupt here must not leave traces in what the checkpoint saves.
             self.optimizer.zero_grad(set_to_none=True)
             for buffer, before in zip(self.student.buffers(), buffers, strict=True):
@@ -230,8 +292,11 @@ class Distiller:
         if self.test_set is None:
             return {}
         with self._autocast:
-            logits = evaluate.predict(self.average.module, self.test_set.images, self.views.whole)
-        return {"top1": evaluate.score(logits, self.test_set.labels)["top1"]}
+            scores = evaluate.measure(
+                self.average.module, self.test_set.batches([self.input]), input=self.input,
+                num_classes=len(self.test_set.class_names),
+            )  # fmt: skip
+        return {"top1": scores.result()["top1"]}
 
     def totals(self) -> dict[str, Any]:
         """What `fit` returns, as of now."""
@@ -278,3 +343,11 @@ class Distiller:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+def _views_for(views: Views, spec: InputSpec) -> Views:
+    """The same random crops at another size and normalisation."""
+    return Views(
+        size=spec.size, scale=views.scale, ratio=views.ratio, pad=views.pad, flip=views.flip,
+        mean=spec.mean, std=spec.std, dtype=views.dtype, device=views.mean.device, seed=views.seed,
+    )  # fmt: skip

@@ -15,19 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from dmkd_fast import classifiers, denoisers, models, pictures, run_dir, runtime
 from dmkd_fast import config as cfg
-from dmkd_fast import denoisers, evaluate, models, pictures, run_dir, runtime
 from dmkd_fast.assets import licence
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.distill import Distiller, Schedule
 from dmkd_fast.dit import LeanDiT
+from dmkd_fast.evaluation import STUDENT, evaluate_run, open_test_set
+from dmkd_fast.image_sets import EncodedSet, ImageSet
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.ring_buffer import RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.solvers import choose_solver
 from dmkd_fast.views import Views
 
-STUDENT, SUMMARY = "student", "summary.json"
+SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,10 @@ class Parts:
     """Models and data of a run, loaded and checked against each other."""
 
     denoiser: denoisers.Denoiser
-    teacher: nn.Module
+    teachers: classifiers.LoadedTeachers
     student: nn.Module
     student_spec: models.ClassifierSpec
-    test_set: evaluate.ImageSet
+    test_set: ImageSet | EncodedSet
 
 
 def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
@@ -50,6 +52,7 @@ def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
     with cfg.user_errors():
         device = runtime.resolve_device(config.device)
         dtype = runtime.resolve_dtype(config.dtype, device)
+        first, *more = (classifiers.pinned(teacher) for teacher in config.teachers.values())
     able = runtime.can_compile(device.type)
     sampler, train = config.sampler.compile, config.train.compile
     # Measured on a CPU: a compiled sampler makes 1.5 times the images, but a compiled ResNet takes
@@ -63,6 +66,8 @@ def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
             "num_threads": runtime.set_num_threads(config.num_threads),
             "sampler": config.sampler.model_copy(update={"compile": sampler}),
             "train": config.train.model_copy(update={"compile": train}),
+            "teacher": first,
+            "more_teachers": tuple(more),
         }
     )
 
@@ -76,16 +81,16 @@ def load_parts(config: cfg.DistillConfig) -> Parts:
     device = torch.device(config.device)
     with cfg.user_errors():
         denoiser = _denoiser(config.denoiser, device)
-        test_set = evaluate.load_idx(resolve_path(config.eval.path), "t10k").to(device)
-        if config.teacher.path is None:
-            raise ValueError("teacher: got arch, expected path; a teacher needs trained weights")
-        teacher, teacher_spec = models.load_classifier(resolve_path(config.teacher.path), device)
-        _check_fit(config, denoiser, teacher_spec, test_set)
-        student, student_spec = _student(config.student, teacher_spec, device, config.seed)
-        for name, model in (("teacher", teacher), ("student", student)):
-            _check_takes(name, model, teacher_spec, device)
+        teachers = classifiers.load_teachers(
+            config.teachers, temperature=config.loss.temperature, device=device
+        )
+        test_set = open_test_set(config.eval, None, None, device, denoiser.num_classes)
+        _check_fit(denoiser, teachers, test_set)
+        student, student_spec = classifiers.load_student(
+            config.student, teachers, view_size=config.views.size, device=device, seed=config.seed
+        )
     parts = Parts(
-        denoiser=denoiser, teacher=teacher, student=student, student_spec=student_spec,
+        denoiser=denoiser, teachers=teachers, student=student, student_spec=student_spec,
         test_set=test_set,
     )  # fmt: skip
     _check_memory(config, parts)
@@ -122,17 +127,22 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
     """Assemble a resolved config and its parts."""
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     denoiser, sampling = parts.denoiser, config.sampler
-    with cfg.user_errors():
-        sampler = DiffusionSampler(
+
+    def make_sampler(num_steps: int, guidance_scale: float) -> DiffusionSampler:
+        return DiffusionSampler(
             denoiser.module, scheduler=denoiser.scheduler, latent_shape=denoiser.latent_shape,
             decoder=denoiser.decoder, null_class=denoiser.null_class,
             takes_guidance=denoiser.takes_guidance, num_classes=denoiser.num_classes,
-            num_steps=sampling.num_steps, solver=sampling.solver,
-            guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
+            class_map=denoiser.class_map, num_steps=num_steps, solver=sampling.solver,
+            guidance_scale=guidance_scale, guidance_interval=sampling.guidance_interval,
             guidance_channels=sampling.guidance_channels,
             micro_batch_images=sampling.micro_batch_images, dtype=dtype, device=device,
             seed=config.seed, compile=sampling.compile is True,
         )  # fmt: skip
+
+    with cfg.user_errors():
+        sampler = make_sampler(sampling.num_steps, sampling.guidance_scale)
+        later = [(p.start, make_sampler(p.num_steps, p.guidance_scale)) for p in sampling.phases]
         ring = RingBuffer(
             config.ring.capacity_images, image_shape=denoiser.image_shape,
             block_images=sampling.micro_batch_images,
@@ -151,7 +161,7 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
             device=device,
             seed=config.seed,
         ),
-        teacher=parts.teacher,
+        teacher=parts.teachers.together,
         student=parts.student,
         schedule=Schedule(
             **config.optim.model_dump(),
@@ -166,6 +176,8 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
         dtype=dtype,
         compile=config.train.compile is True,
         test_set=parts.test_set,
+        student_input=spec.input,
+        later_samplers=later,
         show=show,
     )
 
@@ -181,9 +193,9 @@ def memory_plan(config: cfg.DistillConfig, parts: Parts) -> dict[str, int]:
     return {
         "ring": slots * (pixels + 3 * 8),
         "denoiser": compute * sum(p.numel() for p in _parameters(parts.denoiser)),
-        "teacher": 4 * sum(p.numel() for p in parts.teacher.parameters()),
+        "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
         "student, gradients, optimizer, average": 4 * weights * (3 + moments),
-        "test images": parts.test_set.images.numel(),
+        "test images": parts.test_set.num_bytes,
     }
 
 
@@ -211,8 +223,9 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
             distiller.restore()
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
     if show:
-        note = f"{config.denoiser.path}: weights under licence {parts.denoiser.licence}"
-        print(note, file=sys.stderr)
+        notes = {config.denoiser.path: parts.denoiser.licence, "teacher": parts.teachers.licence}
+        for name, licence_text in notes.items():
+            print(f"{name}: weights under licence {licence_text}", file=sys.stderr)
     try:
         distiller.fit()
     except KeyboardInterrupt:
@@ -221,40 +234,18 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
 
     (folder / STUDENT).mkdir(exist_ok=True)
     models.save_classifier(distiller.average.module, parts.student_spec, folder / STUDENT)
-    scores = evaluate_run(folder)
+    scores = evaluate_run(folder).scores
     _draw(distiller, parts, folder, scores["teacher_top1"])
     summary = {
         **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
         **distiller.totals(),
         "denoiser_licence": parts.denoiser.licence,
+        "teacher_licence": parts.teachers.licence,
         "run_dir": str(folder),
     }
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _write_card(folder, config, parts, summary)
     return summary
-
-
-def evaluate_run(folder: Path) -> dict[str, float]:
-    """Accuracy of a run's saved student on its real test set, in float32.
-
-    Returns:
-        top1, top5, ece, teacher_top1 and agreement, shares in [0, 1].
-
-    Raises:
-        ConfigError: The folder is not a finished run, or its files are damaged.
-    """
-    config = cfg.load(cfg.DistillConfig, folder / run_dir.CONFIG)
-    runtime.set_num_threads(config.num_threads)
-    with cfg.user_errors():
-        device = runtime.resolve_device(config.device)
-        test_set = evaluate.load_idx(resolve_path(config.eval.path), "t10k").to(device)
-        student, spec = models.load_classifier(folder / STUDENT, device)
-        teacher, _ = models.load_classifier(resolve_path(config.teacher.path or ""), device)
-    views = Views(size=config.views.size, mean=spec.mean, std=spec.std, device=device)
-    student_logits, teacher_logits = (
-        evaluate.predict(model, test_set.images, views.whole) for model in (student, teacher)
-    )
-    return evaluate.score(student_logits, test_set.labels, teacher_logits)
 
 
 def _denoiser(settings: cfg.DenoiserConfig, device: torch.device) -> denoisers.Denoiser:
@@ -263,6 +254,8 @@ def _denoiser(settings: cfg.DenoiserConfig, device: torch.device) -> denoisers.D
         resolve_path(settings.path, settings.revision), device, prompts=settings.prompts,
         decoder=None if settings.decoder is None else resolve_path(settings.decoder),
     )  # fmt: skip
+    if settings.class_map is not None:
+        loaded = loaded.restricted(settings.class_map)
     return replace(loaded, licence=licence(settings.path) or loaded.licence)
 
 
@@ -271,77 +264,23 @@ def _parameters(denoiser: denoisers.Denoiser) -> list[nn.Parameter]:
     return [*denoiser.module.parameters(), *decoder]
 
 
-def _student(
-    settings: cfg.ClassifierConfig, teacher: models.ClassifierSpec, device: torch.device, seed: int
-) -> tuple[nn.Module, models.ClassifierSpec]:
-    """A new student fed like the teacher, or a saved one to go on with."""
-    if settings.path is not None:
-        student, spec = models.load_classifier(resolve_path(settings.path), device)
-        # Both see the same views, so they must agree on what a view is.
-        if (spec.mean, spec.std) != (teacher.mean, teacher.std):
-            raise ValueError(
-                f"student.path: got mean {spec.mean} and std {spec.std}, expected the teacher's "
-                f"{teacher.mean} and {teacher.std}; use a student with the same normalisation"
-            )
-        return student, spec
-    spec = models.ClassifierSpec(
-        architecture=settings.arch or "",
-        num_classes=teacher.num_classes,
-        in_chans=teacher.in_chans,
-        input_size=teacher.input_size,
-        mean=teacher.mean,
-        std=teacher.std,
-        model_args=settings.model_args,
-        stem=settings.stem,
-    )
-    torch.manual_seed(seed)
-    student = models.build_classifier(spec)
-    return student.to(device).to(memory_format=torch.channels_last), spec
-
-
 def _check_fit(
-    config: cfg.DistillConfig, denoiser: denoisers.Denoiser, teacher: models.ClassifierSpec,
-    test_set: evaluate.ImageSet,
+    denoiser: denoisers.Denoiser, teachers: classifiers.LoadedTeachers,
+    test_set: ImageSet | EncodedSet,
 ) -> None:  # fmt: skip
-    """Classes, channels and sizes must agree."""
-    facts = (
-        ("classes", denoiser.num_classes, teacher.num_classes, len(test_set.class_names)),
-        ("channels", denoiser.image_shape[0], teacher.in_chans, test_set.images.shape[1]),
-    )
-    for what, made, judged, tested in facts:
-        if not made == judged == tested:
-            raise ValueError(
-                f"{what}: denoiser.path has {made}, teacher.path has {judged}, eval.path has "
-                f"{tested}, expected the same; change the one that is off"
-            )
-    if config.views.size != teacher.input_size:
-        raise ValueError(
-            f"views.size: got {config.views.size}, expected the teacher's input size "
-            f"{teacher.input_size}; set views.size={teacher.input_size}"
-        )
-
-
-def _check_takes(
-    name: str, model: nn.Module, spec: models.ClassifierSpec, device: torch.device
-) -> None:
-    """One forward pass on zeros, so that a network that cannot take the views fails here."""
-    size = spec.input_size
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, spec.in_chans, size, size, device=device))
-    except Exception as error:  # Networks raise what they like when a shape does not fit.
-        raise ValueError(
-            f"{name}: cannot take {spec.in_chans} x {size} x {size} views ({error}); use another "
-            "architecture or stem"
-        ) from None
-    finally:
-        model.train(was_training)
-    if logits.shape != (2, spec.num_classes):
-        raise ValueError(
-            f"{name}: got logits of shape {tuple(logits.shape)} for 2 views, expected "
-            f"(2, {spec.num_classes}); use a classifier"
-        )
+    """Classes and channels must agree."""
+    for section, spec in teachers.specs.items():
+        facts = (
+            ("classes", denoiser.num_classes, teachers.num_classes[section],
+             len(test_set.class_names)),
+            ("channels", denoiser.image_shape[0], spec.in_chans, test_set.num_channels),
+        )  # fmt: skip
+        for what, made, judged, tested in facts:
+            if made != judged or tested not in (judged, None):
+                raise ValueError(
+                    f"{what}: denoiser.path has {made}, {section}.path has {judged}, eval.path has "
+                    f"{tested}, expected the same; change the one that is off"
+                )
 
 
 def _check_memory(config: cfg.DistillConfig, parts: Parts) -> None:
@@ -374,11 +313,12 @@ def _write_card(
 ) -> None:
     """README.md beside the student's weights."""
     spec = parts.student_spec
+    judges = ", ".join(f"`{t.path or t.arch}`" for t in config.teachers.values())
     rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
     text = (
         f"---\nlibrary_name: dmkd_fast\ntags: [knowledge-distillation, synthetic-data]\n---\n"
         f"# {spec.architecture} distilled from generated images\n\n"
-        f"Teacher `{config.teacher.path}`, images from `{config.denoiser.path}` "
+        f"Teacher {judges}, images from `{config.denoiser.path}` "
         f"({config.sampler.num_steps} steps, guidance {config.sampler.guidance_scale:g}). The "
         "student saw no real training image; the images' generator was trained on real ones. "
         "Accuracies are shares of the real test set, which decided nothing.\n\n"

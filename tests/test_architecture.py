@@ -14,18 +14,29 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dmkd_fast"
 FLOORS = {
     "settings": 0, "config": 0, "runtime": 0, "run_dir": 0, "assets": 0,
-    "solvers": 1, "attention": 1, "dit": 1, "weights": 1, "ops.extension": 1, "ops.noise": 1,
+    "inputs": 0, "model_config": 0,
+    "solvers": 1, "attention": 1, "dit": 1, "weights": 1, "small_nets": 1, "encoded_images": 1,
+    "ops.extension": 1, "ops.noise": 1,
     "ops.noise_triton": 1, "ops.activations": 1, "ops.reference": 1, "ops.kd_loss": 1,
     "ops.kd_loss_ops": 1, "ops.kd_loss_problem": 1, "ops.kd_loss_triton": 1,
     "ops.kd_loss_kernels": 1,
     "sampler": 2, "ring_buffer": 2, "views": 2, "labels": 2, "models": 2, "denoisers": 2,
     "optim": 2,
-    "evaluate": 2, "metrics": 2, "pictures": 2, "checkpoint": 2,
-    "distill": 3, "job": 3, "pretrain": 3, "pretrain_diffusion": 3,
+    "teachers": 2, "image_sets": 2, "evaluate": 2, "metrics": 2, "pictures": 2, "checkpoint": 2,
+    "distill": 3, "classifiers": 3, "evaluation": 3, "job": 3, "pretrain": 3,
+    "pretrain_diffusion": 3,
     "cli": 4,
 }  # fmt: skip
 # Floor 3 is where settings end; `run_dir` is about settings itself.
-MAY_SEE_CONFIG = {"run_dir", "job", "pretrain", "pretrain_diffusion", "cli"}
+MAY_SEE_CONFIG = {
+    "run_dir",
+    "job",
+    "classifiers",
+    "evaluation",
+    "pretrain",
+    "pretrain_diffusion",
+    "cli",
+}
 
 
 def modules() -> dict[str, Path]:
@@ -76,7 +87,8 @@ def test_imports_point_down_only(name: str) -> None:
 
 def test_each_model_library_is_imported_in_one_place() -> None:
     homes = {"timm": "models", "diffusers": "denoisers", "transformers": "denoisers",
-             "xformers": "attention", "huggingface_hub": "assets"}  # fmt: skip
+             "xformers": "attention", "huggingface_hub": "assets", "torchvision": "models",
+             "nvidia": "encoded_images"}  # fmt: skip
     for name, path in modules().items():
         for library in external(path) & set(homes):
             assert homes[library] == name, f"{name} imports {library}"
@@ -100,9 +112,10 @@ def test_files_are_short_and_say_what_they_are() -> None:
 
 def test_public_names_are_stable_and_importable() -> None:
     assert dmkd_fast.__all__ == [
-        "DiffusionSampler", "DistillKL", "Distiller", "ImageSet", "LabelStream", "RingBuffer",
-        "Schedule", "Views", "kd_loss", "kd_loss_and_grad", "load_classifier", "load_denoiser",
-        "load_idx", "save_classifier",
+        "DiffusionSampler", "DistillKL", "Distiller", "EncodedSet", "ImageSet", "InputSpec",
+        "LabelStream", "RingBuffer", "Schedule", "Teacher", "Teachers", "Views", "kd_loss",
+        "kd_loss_and_grad", "load_classifier", "load_denoiser", "load_idx", "measure", "open_set",
+        "save_classifier",
     ]  # fmt: skip
     for name in dmkd_fast.__all__:
         assert getattr(dmkd_fast, name).__doc__, name
