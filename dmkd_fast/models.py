@@ -155,7 +155,10 @@ def hub_repository(architecture: str) -> str:
 
     if not timm.is_model(architecture):
         _refuse_name(architecture)
-    config = timm.get_pretrained_cfg(architecture)
+    try:
+        config = timm.get_pretrained_cfg(architecture)
+    except (RuntimeError, ValueError):  # no such tag
+        config = None
     if config is None or not config.hf_hub_id:
         known = timm.list_pretrained(f"{architecture.split('.')[0]}*")[:5]
         raise ValueError(
@@ -194,10 +197,11 @@ def load_torchvision(
     try:
         # A .pth file: weights_only refuses everything in it but tensors.
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # no network, or whatever the reader says of a damaged file
+        reason = str(error).strip().splitlines()[0][:120]
         raise ValueError(
-            f"{architecture}: cannot fetch {weights.url} ({error}); check the network, or save the "
-            "weights as safetensors elsewhere and set path"
+            f"{architecture}: cannot have {weights.url} ({reason}); check the network and torch's "
+            "cache, or set path to weights in safetensors"
         ) from None
     kept = model.state_dict().keys()
     state = {k: v for k, v in state.items() if k in kept or not k.lower().startswith("aux")}

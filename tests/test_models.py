@@ -185,7 +185,7 @@ def test_hub_classifiers_are_fetched_by_commit_and_never_unpickled(tmp_path: Pat
     ("hf-hub:acme/tiny", "revision '', expected hf-hub:acme/tiny@COMMIT"),
     ("hf-hub:acme/tiny@main", "revision 'main'"),
     ("resnet1800", "resnet1800.*timm"),
-    ("resnet18.nobody", "resnet18.nobody|expected"),
+    ("resnet18.nobody", "resnet18.nobody.*resnet18.a1_in1k"),
     ("torchvision:resnet81", "torchvision:resnet81"),
     ("some/folder", "config.json"),
 ])  # fmt: skip
@@ -200,7 +200,7 @@ def test_published_torchvision_weights_are_checked_before_use(
     """A cached file of the right name with other bytes, one of them a pickle, is not believed."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # discard port: no network
-    with pytest.raises(ValueError, match="cannot fetch https://download.pytorch.org/models/resnet"):
+    with pytest.raises(ValueError, match="cannot have https://download.pytorch.org/models/resnet"):
         models.load_torchvision("torchvision:resnet18", CPU)
 
     class Trap:
@@ -210,7 +210,7 @@ def test_published_torchvision_weights_are_checked_before_use(
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True, exist_ok=True)
     torch.save({"fc.weight": Trap()}, cache / "resnet18-f37072fd.pth")
-    with pytest.raises(ValueError, match="cannot fetch|damaged"):
+    with pytest.raises(ValueError, match="cannot have .*Weights only load failed"):
         models.load_torchvision("torchvision:resnet18", CPU)
     assert not (tmp_path / "sprung").exists()
 
