@@ -125,7 +125,8 @@ def measure(
             scores.add(model(views[input]).float(), labels, judged)
     finally:
         model.train(was_training)
-    return scores or Scores(num_classes)
+    # A rank without images still takes part in the sum, on its device.
+    return scores or Scores(num_classes, next((p.device for p in model.parameters()), "cpu"))
 
 
 def score(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> dict[str, float]:

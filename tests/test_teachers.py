@@ -71,10 +71,11 @@ def test_one_teacher_alone_is_passed_on_bit_for_bit() -> None:
 
 def test_routed_teachers_judge_the_images_of_their_classes_only() -> None:
     a, b = Pooled(seed=1), Pooled(seed=2)
-    routed = Teachers(
-        [Teacher(module=a, input=SMALL, teaches=(0, 3)), Teacher(module=b, input=LARGE, teaches=(1, 2))],
-        num_classes=4, temperature=2.0,
-    )  # fmt: skip
+    members = [
+        Teacher(module=a, input=SMALL, teaches=(0, 3)),
+        Teacher(module=b, input=LARGE, teaches=(1, 2)),
+    ]
+    routed = Teachers(members, num_classes=4, temperature=2.0)
     got = (routed(views(), LABELS, 0.0) / 2).softmax(1)
     own = torch.tensor([label in (0, 3) for label in LABELS.tolist()])[:, None]
     expected = torch.where(own, logits(a, SMALL) / 2, logits(b, LARGE) / 2).softmax(1)
@@ -101,9 +102,8 @@ def test_a_class_that_two_of_three_teach_gets_the_mean_of_the_two() -> None:
 
 def test_scheduled_teachers_run_in_their_time_and_not_outside_of_it() -> None:
     weak, strong = Pooled(seed=1), Pooled(seed=2)
-    schedule = Teachers([
-        Teacher(module=weak, input=SMALL, stop=0.25), Teacher(module=strong, input=LARGE, start=0.25)
-    ])  # fmt: skip
+    first = Teacher(module=weak, input=SMALL, stop=0.25)
+    schedule = Teachers([first, Teacher(module=strong, input=LARGE, start=0.25)])
     for share, module, spec in ((0.0, weak, SMALL), (0.2499, weak, SMALL), (0.25, strong, LARGE),
                                 (1.0, strong, LARGE)):  # fmt: skip
         assert schedule.inputs_at(share) == (spec,)
@@ -207,9 +207,8 @@ def test_every_teacher_sees_the_students_crop_in_its_own_size_and_scale(
                 seen[self.name] = views.detach().clone()
             return super().forward(views)
 
-    teachers = Teachers([
-        Teacher(module=Watching("large"), input=LARGE), Teacher(module=Watching("small"), input=SMALL)
-    ])  # fmt: skip
+    large = Teacher(module=Watching("large"), input=LARGE)
+    teachers = Teachers([large, Teacher(module=Watching("small"), input=SMALL)])
     distiller = with_teacher(make_distiller(), teachers)
     distiller.refill()
     ring, views = distiller.ring, distiller.views
