@@ -137,6 +137,11 @@ def load_student(
                 f"student.path: got a student for {spec.input_size} pixels, expected "
                 f"views.size={view_size}; set views.size={spec.input_size}"
             )
+        if spec.in_chans != first.in_chans:
+            raise ValueError(
+                f"student.path: got a student for {spec.in_chans} channels, expected the teacher's "
+                f"{first.in_chans}; use another student"
+            )
         if spec.num_classes != num_classes:
             raise ValueError(
                 f"student.path: got a student of {spec.num_classes} classes, expected the "

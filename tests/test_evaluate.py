@@ -413,6 +413,31 @@ def test_a_run_is_measured_on_its_own_set_or_another(
             }
 
 
+def test_a_job_of_some_classes_in_another_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ankle boots, trousers and bags of a 10-class generator and a 10-class teacher."""
+    from dmkd_fast.assets import resolve
+
+    test = image_sets.load_idx(resolve("embedded:fashion_mnist/test"), "t10k")
+    own = (9, 1, 8)
+    for label, original in enumerate(own):
+        place = tmp_path / "set" / f"{label}-{test.class_names[original]}".replace("/", "-")
+        place.mkdir(parents=True)
+        for i in (test.labels == original).nonzero()[:40, 0].tolist():
+            Image.fromarray(test.images[i, 0].numpy()).save(place / f"{i}.png")
+    arguments = [
+        "distill", CONFIG, *SHORT, f"run_dir={tmp_path}/run", f"eval={{path: {tmp_path}/set}}",
+        "denoiser.class_map=[9, 1, 8]", "teacher.class_map=[9, 1, 8]", "train.num_views=1600",
+        "sampler={num_steps: 2, guidance_scale: 1, compile: false, micro_batch_images: 64, "
+        "phases: [{start: 0.5, num_steps: 1, guidance_scale: 1}]}",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["teacher_top1"] > 0.95  # the teacher's map is in the order of the set
+    assert summary["top1"] > 0.6  # and the generator's in the order of both
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["{model}"], ["--data", "not the directory of a run"]),
     (["{model}", "--data", "{tmp}/none"], ["none", "no such folder"]),
