@@ -376,6 +376,7 @@ def test_the_command_line_measures_any_classifier_on_any_set(
         assert any(name in line and f"{row['top1']:.4f}" in line for line in table)
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_on_its_own_set_or_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -264,9 +264,7 @@ def test_embedded_teachers_reach_their_accuracy(name: str, low: float, high: flo
     teacher, read = models.load_classifier(resolve(f"embedded:fashion_mnist/{name}"), device)
     test = image_sets.load_idx(resolve("embedded:fashion_mnist/test"), "t10k")
     assert len(test.labels) == 10_000 and test.labels.bincount().tolist() == [1000] * 10
-    scores = evaluate.measure(
-        teacher, test.batches([read.input]), input=read.input, num_classes=10
-    )
+    scores = evaluate.measure(teacher, test.batches([read.input]), input=read.input, num_classes=10)
     top1 = scores.result()["top1"]
     assert low <= top1 <= high
     card = (resolve(f"embedded:fashion_mnist/{name}") / "README.md").read_text()
