@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.embedded import run_job
 from benchmarks.harness import Report, arguments
-from dmkd_fast import DiffusionSampler, LabelStream, job
+from dmkd_fast import DiffusionSampler, ImageSet, LabelStream, job
 from dmkd_fast import config as cfg
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -63,6 +63,7 @@ def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     sampler.sample(ids, labels, out=images)
     spent = time.perf_counter() - started
+    assert isinstance(parts.test_set, ImageSet)
     real = features(distiller, parts.test_set.images)
     return {
         "num_steps": config.sampler.num_steps, "solver": config.sampler.solver,
@@ -76,7 +77,7 @@ def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
 @torch.inference_mode()
 def features(distiller: Any, images: Tensor) -> Tensor:
     """Pooled features of the teacher, (N, F) float64."""
-    teacher, found = distiller.teacher, []
+    teacher, found = distiller.teacher.networks[0], []
     for places in torch.arange(len(images)).split(500):
         maps = teacher.forward_features(distiller.views.whole(images, places))
         found.append(teacher.forward_head(maps, pre_logits=True).double())

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dmkd_fast.denoisers import load_denoiser
     from dmkd_fast.distill import Distiller, Schedule
-    from dmkd_fast.evaluate import ImageSet, load_idx
+    from dmkd_fast.evaluate import measure
+    from dmkd_fast.image_sets import EncodedSet, ImageSet, load_idx, open_set
+    from dmkd_fast.inputs import InputSpec
     from dmkd_fast.labels import LabelStream
     from dmkd_fast.mix import Mixer
     from dmkd_fast.models import load_classifier, save_classifier
     from dmkd_fast.ops.kd_loss import DistillKL, kd_loss, kd_loss_and_grad
     from dmkd_fast.ring_buffer import RingBuffer
     from dmkd_fast.sampler import DiffusionSampler
+    from dmkd_fast.teachers import Teacher, Teachers
     from dmkd_fast.views import Views, ViewSpec
 
 __version__ = "0.1.0"
@@ -30,18 +33,24 @@ _HOMES = {
     "DiffusionSampler": "sampler",
     "DistillKL": "ops.kd_loss",
     "Distiller": "distill",
-    "ImageSet": "evaluate",
+    "EncodedSet": "image_sets",
+    "ImageSet": "image_sets",
+    "InputSpec": "inputs",
     "LabelStream": "labels",
     "Mixer": "mix",
     "RingBuffer": "ring_buffer",
     "Schedule": "distill",
+    "Teacher": "teachers",
+    "Teachers": "teachers",
     "ViewSpec": "views",
     "Views": "views",
     "kd_loss": "ops.kd_loss",
     "kd_loss_and_grad": "ops.kd_loss",
     "load_classifier": "models",
     "load_denoiser": "denoisers",
-    "load_idx": "evaluate",
+    "load_idx": "image_sets",
+    "measure": "evaluate",
+    "open_set": "image_sets",
     "save_classifier": "models",
 }
 
@@ -49,11 +58,15 @@ __all__ = [
     "DiffusionSampler",
     "DistillKL",
     "Distiller",
+    "EncodedSet",
     "ImageSet",
+    "InputSpec",
     "LabelStream",
     "Mixer",
     "RingBuffer",
     "Schedule",
+    "Teacher",
+    "Teachers",
     "ViewSpec",
     "Views",
     "kd_loss",
@@ -61,6 +74,8 @@ __all__ = [
     "load_classifier",
     "load_denoiser",
     "load_idx",
+    "measure",
+    "open_set",
     "save_classifier",
 ]
 

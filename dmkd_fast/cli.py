@@ -90,10 +90,26 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(verb=_generate)
 
     evaluate = verbs.add_parser(
-        "evaluate", help="accuracy of a run's student on its real test set",
-        description="Load the student that a run saved and measure it again.",
+        "evaluate", help="accuracy of a student or any classifier on real images",
+        description="Measure the student that a run saved, or any trained classifier, on labelled "
+        "images: top-1, top-5, calibration error, agreement with the run's teachers, and a table "
+        "by class. The last line of output is JSON.",
     )  # fmt: skip
-    evaluate.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="directory of the run")
+    evaluate.add_argument(
+        "what", metavar="RUN_DIR|CLASSIFIER",
+        help="directory of a run; or a classifier: a folder with config.json, embedded:NAME, "
+        "hf-hub:OWNER/NAME@COMMIT, or torchvision:NAME or a timm name for published weights",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="folder with idx files, one folder per class, or WebDataset shards (default: the "
+        "run's own test set)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--classes", type=Path, metavar="FILE",
+        help="class names, one a line, in the order of the classifier's outputs (default: "
+        "DIR/classes.txt, else the sorted class folders)",
+    )  # fmt: skip
     evaluate.set_defaults(verb=_evaluate)
 
     pretrain = verbs.add_parser(
@@ -172,9 +188,43 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    from dmkd_fast import job
+    from dmkd_fast import evaluation
 
-    return dict(job.evaluate_run(options.run_dir))
+    folder = Path(options.what)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        if options.classes is not None and options.data is None:
+            raise cfg.ConfigError("--classes: got it without --data, expected both; add --data DIR")
+        found = evaluation.evaluate_run(folder, data=options.data, classes=options.classes)
+    elif options.data is None:
+        raise cfg.ConfigError(
+            f"--data: got none for {options.what}, which is not the directory of a run; add "
+            "--data DIR with labelled images"
+        )
+    else:
+        found = evaluation.evaluate_classifier(
+            options.what, data=options.data, classes=options.classes
+        )
+    _print_classes(found.classes)
+    return found.summary()
+
+
+def _print_classes(classes: dict[str, dict[str, Any]]) -> None:
+    """A table by class: all of up to 100, else the 20 with the lowest top-1."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [(name, row) for name, row in classes.items() if row["images"]]
+    title = None
+    if len(rows) > 100:
+        rows = sorted(rows, key=lambda row: row[1]["top1"])[:20]
+        title = f"the 20 lowest of {len(classes)} classes"
+    table = Table(title=title)
+    table.add_column("class", overflow="fold")
+    for column in ("images", "top-1", "top-5"):
+        table.add_column(column, justify="right")
+    for name, row in rows:
+        table.add_row(name, f"{row['images']:,}", f"{row['top1']:.4f}", f"{row['top5']:.4f}")
+    Console(markup=False).print(table)
 
 
 def _pretrain(options: argparse.Namespace) -> dict[str, Any]:

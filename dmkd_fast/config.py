@@ -12,35 +12,14 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from dmkd_fast.config_source import SourceConfig as SourceConfig
 from dmkd_fast.limiter import Limiter, check_loop, check_ring, slots_for
+from dmkd_fast.model_config import ClassifierConfig as ClassifierConfig
+from dmkd_fast.model_config import DenoiserConfig as DenoiserConfig
+from dmkd_fast.model_config import TeachingConfig as TeachingConfig
 from dmkd_fast.settings import ConfigError as ConfigError
 from dmkd_fast.settings import Section
 from dmkd_fast.settings import dump as dump
 from dmkd_fast.settings import load as load
 from dmkd_fast.settings import user_errors as user_errors
-
-
-class DenoiserConfig(Section):
-    """Where the diffusion model comes from."""
-
-    path: str
-    """Directory in diffusers format, `embedded:NAME` for one shipped with the package, or
-    `hf-hub:OWNER/NAME` for one on the Hugging Face Hub."""
-    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
-    """Commit of an `hf-hub:` path: 40 hexadecimal digits, so that the weights never change."""
-    prompts: tuple[str, ...] | None = None
-    """One prompt per class, for text-to-image models."""
-    decoder: str | None = None
-    """Path of another autoencoder to decode latents with, such as an AutoencoderTiny."""
-
-    @model_validator(mode="after")
-    def _pinned(self) -> DenoiserConfig:
-        if self.path.startswith("hf-hub:") != (self.revision is not None):
-            raise ValueError(
-                f"got path={self.path!r} and revision={self.revision!r}, expected a revision "
-                "(40 hexadecimal digits) with an hf-hub: path and none with others"
-            )
-        return self
-
 
 # Cost and student accuracy of each are measured by `python -m benchmarks fidelity`.
 FIDELITY: dict[str, dict[str, Any]] = {
@@ -71,6 +50,8 @@ class SamplerConfig(Section):
     """Images denoised together; part of what fixes an image's bits."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile of the denoiser; auto: where the machine has what that needs."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Other steps and guidance later in the run, each from its start to the next one's."""
 
     @model_validator(mode="before")
     @classmethod
@@ -100,7 +81,20 @@ class SamplerConfig(Section):
                 "got guidance_interval or guidance_channels with guidance_scale=1, which turns "
                 "guidance off; remove them or raise guidance_scale"
             )
+        starts = [phase.start for phase in self.phases]
+        if sorted(set(starts)) != starts:
+            raise ValueError(f"phases: got starts {starts}, expected them to rise; sort the phases")
         return self
+
+
+class PhaseConfig(Section):
+    """From some point of the run on, images are made with other settings."""
+
+    start: float = Field(gt=0, lt=1)
+    """Share of the run's steps after which it begins."""
+    num_steps: int = Field(ge=1, le=1000)
+    """As in the sampler's own settings, which hold until the first phase."""
+    guidance_scale: float = Field(ge=1.0)
 
 
 class RingConfig(Section):
@@ -151,34 +145,6 @@ class ViewsConfig(Section):
         return self
 
 
-class ClassifierConfig(Section):
-    """A classifier: a saved one (`path`) or a new one (`arch`)."""
-
-    path: str | None = None
-    """Directory with config.json and model.safetensors, or `embedded:NAME`."""
-    arch: str | None = None
-    """`lenet5`, `lenet5_half` or any timm model name."""
-    model_args: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of the timm model."""
-    stem: Literal["own", "conv3_pool", "conv3_stride2"] = "own"
-    """First layers of a timm ResNet: its own (for 224 pixels); for small images a 3x3 convolution
-    with stride 1 and the pooling after it, or a 3x3 convolution with stride 2 without pooling."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ClassifierConfig:
-        if (self.path is None) == (self.arch is None):
-            raise ValueError(
-                f"got path={self.path!r} and arch={self.arch!r}, expected exactly one of the two; "
-                "set path for saved weights or arch for a new model"
-            )
-        if self.path is not None and (self.model_args or self.stem != "own"):
-            raise ValueError(
-                "got model_args or stem beside path, expected neither: a saved model "
-                "carries its own; remove them or set arch"
-            )
-        return self
-
-
 class LossConfig(Section):
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over the batch."""
 
@@ -222,7 +188,11 @@ class EvalConfig(Section):
     """The real test set; it decides nothing, it only reports."""
 
     path: str
-    """Directory with idx files, or `embedded:NAME`."""
+    """Directory with idx files, class folders (ImageFolder) or WebDataset shards, or
+    `embedded:NAME`."""
+    classes: str | None = None
+    """Text file with one class name a line, in the job's order; default: classes.txt in the
+    directory, else the sorted names of the class folders."""
     num_points: int = Field(8, ge=1)
     """Evaluations during a run, the last one included."""
 
@@ -253,7 +223,10 @@ class DistillConfig(RunConfig):
     source: SourceConfig | None = None
     ring: RingConfig
     views: ViewsConfig
-    teacher: ClassifierConfig
+    teacher: TeachingConfig
+    more_teachers: tuple[TeachingConfig, ...] = ()
+    """Further ones: an image is judged by all whose time and classes it falls into, by the mean of
+    their probabilities."""
     student: ClassifierConfig
     loss: LossConfig = LossConfig()
     optim: OptimConfig
@@ -291,6 +264,12 @@ class DistillConfig(RunConfig):
         for name in ("denoiser", "sampler") if self.source is not None else ("source",):
             del values[name]
         return values
+
+    @property
+    def teachers(self) -> dict[str, TeachingConfig]:
+        """All of them, by the name of their section."""
+        more = {f"more_teachers.{i}": teacher for i, teacher in enumerate(self.more_teachers)}
+        return {"teacher": self.teacher, **more}
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillConfig:

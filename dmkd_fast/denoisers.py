@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from dmkd_fast.dit import lean_dit
 from dmkd_fast.upsampling import double_by_phases
-from dmkd_fast.weights import CONFIG, load_weights, read_json
+from dmkd_fast.weights import CONFIG, load_weights, read_json, read_licence
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -56,6 +55,23 @@ class Denoiser:
     """Whether guidance is an input: `module(latents, timesteps, labels, guidance (B,))`."""
     licence: str = "unknown"
     """Of the weights, as their model card states it."""
+    class_map: tuple[int, ...] | None = None
+    """The module's own index of each of `num_classes` labels; None: labels are its own."""
+
+    def restricted(self, class_map: tuple[int, ...]) -> Denoiser:
+        """The same model for a job of some of its classes, in the job's order.
+
+        Raises:
+            ValueError: An entry is not a class of the model, or comes twice.
+        """
+        repeated = len(set(class_map)) < len(class_map)
+        if repeated or min(class_map) < 0 or max(class_map) >= self.num_classes:
+            raise ValueError(
+                f"denoiser.class_map: got {min(class_map)} to {max(class_map)}"
+                f"{', some twice' if repeated else ''}, expected different classes from 0 to "
+                f"{self.num_classes - 1}; correct the map"
+            )
+        return replace(self, num_classes=len(class_map), class_map=class_map)
 
 
 class PixelDiT(nn.Module):
@@ -223,15 +239,6 @@ def save_denoiser(dit: Any, scheduler: dict[str, Any], folder: Path) -> None:
     (folder / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(scheduler, indent=2) + "\n", encoding="utf-8"
     )
-
-
-def read_licence(folder: Path) -> str:
-    """The licence that a folder's model card states in its header, or "unknown"."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    found = header and re.search(r"^licen[sc]e:\s*[\"']?([\w.+-]+)", header[1], re.MULTILINE)
-    return found[1] if found else "unknown"
 
 
 def _load_dit(

@@ -13,6 +13,7 @@ Source: Li et al., "Is synthetic data from diffusion models ready for knowledge 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,15 @@ from torch import Tensor, nn
 from dmkd_fast import checkpoint, durable, evaluate, models, optim, runtime
 from dmkd_fast.blocks import RingBlocks
 from dmkd_fast.image_reader import ImageReader, SourceError
+from dmkd_fast.image_sets import EncodedSet, ImageSet
+from dmkd_fast.inputs import InputSpec
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
 from dmkd_fast.ring_buffer import Block, RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
+from dmkd_fast.supervision import Supervision
+from dmkd_fast.teachers import Teachers
 from dmkd_fast.views import Views
 
 
@@ -56,26 +61,32 @@ class Distiller:
         sampler: Makes images, or reads them: `sample(ids, labels, out=)`.
         ring: Holds them; its block size is the sampler's batch.
         labels: Decides the class of each image; the same ImageReader if one is the sampler.
-        views: Makes the random views that both networks see.
-        teacher: (B, c, S, S) views -> (B, C) logits; frozen here.
-        student: Same shapes; trained.
+        views: Makes the random views that the student sees.
+        teacher: A classifier fed like the student, or `Teachers`, each of which sees the same crops
+            at its own size and normalisation; frozen here.
+        student: (B, c, S, S) views -> (B, C) logits; trained.
         schedule: Length, batch and optimizer.
         run_dir: Everything a run leaves goes there.
         temperature: Of the loss.
         dtype: Autocast dtype of both networks; float32 turns autocast off.
         compile: torch.compile both networks.
         test_set: Real images to report accuracy on; nothing is decided by them.
+        student_input: How test images are cut for the student; None: as its views.
+        later_samplers: (share of the run, sampler) from which on others make the images.
         show: Whether to print progress.
     """
 
     def __init__(
         self, *, sampler: DiffusionSampler | ImageReader, ring: RingBuffer,
-        labels: LabelStream | ImageReader, views: Views,
-        teacher: nn.Module, student: nn.Module, schedule: Schedule, run_dir: Path | str,
-        temperature: float = 4.0, dtype: torch.dtype = torch.float32, compile: bool = False,
-        test_set: evaluate.ImageSet | None = None, show: bool = True,
+        labels: LabelStream | ImageReader, views: Views, teacher: nn.Module | Teachers,
+        student: nn.Module, schedule: Schedule, run_dir: Path | str, temperature: float = 4.0,
+        dtype: torch.dtype = torch.float32, compile: bool = False,
+        test_set: ImageSet | EncodedSet | None = None, student_input: InputSpec | None = None,
+        later_samplers: Sequence[tuple[float, DiffusionSampler]] = (), show: bool = True,
     ) -> None:  # fmt: skip
         self.sampler, self.ring, self.labels, self.views = sampler, ring, labels, views
+        self._samplers: list[tuple[float, DiffusionSampler | ImageReader]]
+        self._samplers = [(0.0, sampler), *later_samplers]
         self.teacher, self.student = models.freeze(teacher), student.train()
         self.schedule, self.temperature, self.test_set = schedule, temperature, test_set
         self.run_dir = Path(run_dir)
@@ -91,8 +102,9 @@ class Distiller:
         )  # fmt: skip
         self.average = optim.Average(student, decay=schedule.ema_decay)
         self.dtype = dtype
-        fast = models.for_inference(teacher, dtype)
-        self._teacher = torch.compile(fast, dynamic=False) if compile else fast
+        self._supervision = Supervision(
+            teacher, views, input=student_input, dtype=dtype, compile=compile
+        )
         self._student = torch.compile(student, dynamic=False) if compile else student
         self._autocast = torch.autocast(
             self.device.type, dtype=dtype, enabled=dtype != torch.float32
@@ -150,11 +162,12 @@ class Distiller:
     def _generate(self) -> tuple[Block, Tensor, Tensor]:
         """Write a block of new images, to be committed; does not wait for a producer's stream."""
         self.ring.abort()  # An interrupt may have come between a block's writing and its commit.
+        with self.ring.producing():  # A reader may wait here: no block should be open then.
+            ids, labels = self.labels.peek(self.ring.block_images)
         block = self.ring.reserve()
         try:
             with self.ring.producing():
-                ids, labels = self.labels.peek(len(block.images))
-                self.sampler.sample(ids, labels, out=block.images)
+                self._sampler().sample(ids, labels, out=block.images)
         except BaseException:
             self.ring.abort()
             raise
@@ -163,13 +176,15 @@ class Distiller:
     def train_step(self) -> Tensor:
         """One optimizer step on one batch of views; returns the loss without waiting for it."""
         draw = self.ring.sample(self.schedule.batch_size)
-        views = self.views(self.ring.images, draw.indices, draw.ids, draw.uses)
+        views = self._supervision.views(
+            self.ring.images, draw.indices, draw.ids, draw.uses, share=self.share
+        )
+        labels = self.ring.labels[draw.indices]  # (B,)
         self.ring.release()
         optim.set_lr(self.optimizer, self.lr())
         with self._autocast:
-            with torch.no_grad():
-                teacher_logits = self._teacher(views.to(self.dtype))  # (B, C)
-            student_logits = self._student(views)  # (B, C)
+            teacher_logits = self._supervision.logits(views, labels, share=self.share)  # (B, C)
+            student_logits = self._student(views[self._supervision.input])  # (B, C)
         loss, grad = kd_loss_and_grad(student_logits, teacher_logits, temperature=self.temperature)
         student_logits.backward(grad)
         if self.schedule.max_grad_norm:
@@ -233,6 +248,15 @@ class Distiller:
         return optim.lr_at(
             self.step, num_steps=self.num_steps, peak=schedule.lr, warmup=schedule.warmup
         )
+
+    @property
+    def share(self) -> float:
+        """How much of the run is done, in [0, 1]: what schedules go by."""
+        return self.step / self.num_steps
+
+    def _sampler(self) -> DiffusionSampler | ImageReader:
+        """The one whose time it is."""
+        return [sampler for start, sampler in self._samplers if start <= self.share][-1]
 
     def _loop(self, metrics: Metrics) -> None:
         self._warm_up(metrics)
@@ -311,11 +335,10 @@ class Distiller:
                     if makes_images:
                         made = torch.empty_like(scratch)
                         ids = torch.arange(len(made), device=self.device)
-                        self.sampler.sample(ids, torch.zeros_like(ids), out=made)
-                views = self.views(scratch, places, places, places)
+                        for _, sampler in self._samplers:
+                            sampler.sample(ids, torch.zeros_like(ids), out=made)
                 with self._autocast:
-                    with torch.no_grad():
-                        self._teacher(views.to(self.dtype))
+                    views = self._supervision.try_all(scratch, places)
                     self._student(views).sum().backward()
         finally:
             self._undo_warm_up()
@@ -333,9 +356,13 @@ class Distiller:
         """top1 of the averaged student on the test set, in the compute dtype."""
         if self.test_set is None:
             return {}
+        wanted = self._supervision.input
         with self._autocast:
-            logits = evaluate.predict(self.average.module, self.test_set.images, self.views.whole)
-        return {"top1": evaluate.score(logits, self.test_set.labels)["top1"]}
+            scores = evaluate.measure(
+                self.average.module, self.test_set.batches([wanted]), input=wanted,
+                num_classes=len(self.test_set.class_names),
+            )  # fmt: skip
+        return {"top1": scores.result()["top1"]}
 
     def totals(self) -> dict[str, Any]:
         """What `fit` returns, as of now."""

@@ -1,136 +1,136 @@
-"""Accuracy of a classifier on a real set, and the reading of such sets.
+"""Accuracy of a classifier on labelled images, counted batch by batch.
 
-Stands on floor 2. A set is an idx folder (the MNIST file format): `*-images-idx3-ubyte.gz` and
-`*-labels-idx1-ubyte.gz` with one prefix per split, and optionally `classes.txt`.
+Stands on floor 2. All counts are one float64 vector on the device: adding the vectors of several
+ranks (one all-reduce) gives the scores of the whole set, and no logits are kept.
+B batch, C classes.
 """
 
 from __future__ import annotations
 
-import gzip
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dmkd_fast.inputs import InputSpec
 
-@dataclass(frozen=True, kw_only=True)
-class ImageSet:
-    """Labelled real images."""
-
-    images: Tensor
-    """(N, c, H, W) uint8."""
-    labels: Tensor
-    """(N,) int64."""
-    class_names: tuple[str, ...]
-
-    def to(self, device: torch.device) -> ImageSet:
-        """The same set on a device."""
-        return ImageSet(
-            images=self.images.to(device), labels=self.labels.to(device),
-            class_names=self.class_names,
-        )  # fmt: skip
+Views = dict[InputSpec, Tensor]
+BINS = 15
 
 
-def load_idx(folder: Path, split: str) -> ImageSet:
-    """Read `SPLIT-images-idx3-ubyte(.gz)` and its labels; `t10k` is the test split.
+class Scores:
+    """Counts of hits, per class and in all.
 
-    Raises:
-        ValueError: A file is missing, damaged, or labels and images do not match.
+    Args:
+        num_classes: C.
+        device: Where logits will be.
     """
-    images = _read_idx(folder, f"{split}-images-idx3-ubyte", 3)[:, None]  # (N, 1, H, W)
-    labels = _read_idx(folder, f"{split}-labels-idx1-ubyte", 1).long()
-    if len(images) != len(labels) or len(labels) == 0:
-        raise ValueError(
-            f"{folder}: got {len(images)} images and {len(labels)} labels for {split!r}, "
-            "expected equally many, at least one; fetch the files again"
-        )
-    names = folder / "classes.txt"
-    count = int(labels.max()) + 1
-    if names.is_file():
-        class_names = tuple(names.read_text(encoding="utf-8").split("\n")[:-1])
-        if len(class_names) < count:
-            raise ValueError(f"{names}: got {len(class_names)} names, expected {count}, one a line")
-    else:
-        class_names = tuple(str(i) for i in range(count))
-    return ImageSet(images=images, labels=labels, class_names=class_names)
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        size = 3 * num_classes + BINS + 3
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+        """Per class images, top-1 hits and top-5 hits (C each); calibration gaps (15); teacher's
+        hits, agreements, images the teacher judged."""
+
+    def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> None:
+        """Count one batch, without waiting for the device.
+
+        Args:
+            logits: (B, C).
+            labels: (B,) int64 below C.
+            teacher_logits: (B, C) or None.
+
+        Raises:
+            ValueError: The logits are not of C classes.
+        """
+        for name, given in (("model", logits), ("teacher", teacher_logits)):
+            if given is not None and given.shape != (len(labels), self.num_classes):
+                raise ValueError(
+                    f"{name}: got logits of shape {tuple(given.shape)} for {len(labels)} images of "
+                    f"{self.num_classes} classes; use a classifier of that many classes"
+                )
+        count = self.num_classes
+        images, top1, top5 = self.sums[: 3 * count].view(3, count)
+        gaps, totals = self.sums[3 * count : 3 * count + BINS], self.sums[-3:]
+        top = logits.topk(min(5, count), dim=1).indices  # (B, 5)
+        hits = top == labels[:, None]
+        first, any_of_five = hits[:, 0].double(), hits.any(dim=1).double()
+        images.index_add_(0, labels, torch.ones_like(first))
+        top1.index_add_(0, labels, first)
+        top5.index_add_(0, labels, any_of_five)
+        confidence = logits.double().softmax(dim=1).amax(dim=1)
+        gaps.index_add_(0, (confidence * BINS).long().clamp_max(BINS - 1), first - confidence)
+        if teacher_logits is not None:
+            guess = teacher_logits.argmax(dim=1)
+            totals[0] += (guess == labels).sum()
+            totals[1] += (guess == top[:, 0]).sum()
+            totals[2] += len(labels)
+
+    def result(self) -> dict[str, float]:
+        """Shares in [0, 1] of all images counted.
+
+        Returns:
+            top1, top5, ece (expected calibration error over 15 equal-width bins, Guo et al. 2017)
+            and, with a teacher, teacher_top1 and agreement.
+        """
+        sums, count = self.sums.cpu(), self.num_classes
+        images, top1, top5 = sums[: 3 * count].view(3, count).sum(dim=1)
+        gaps = sums[3 * count : 3 * count + BINS]
+        hits, agreements, judged = sums[-3:]
+        scores = {"top1": top1 / images, "top5": top5 / images, "ece": gaps.abs().sum() / images}
+        if judged > 0:
+            scores |= {"teacher_top1": hits / judged, "agreement": agreements / judged}
+        return {name: value.item() for name, value in scores.items()}
+
+    @property
+    def num_images(self) -> int:
+        """Images counted."""
+        return int(self.sums[: self.num_classes].sum())
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """One row per class: images, top1, top5 (None for a class without images)."""
+        rows = []
+        for images, top1, top5 in self.sums[: 3 * self.num_classes].view(3, -1).T.tolist():
+            shares = (top1 / images, top5 / images) if images else (None, None)
+            rows.append({"images": int(images), "top1": shares[0], "top5": shares[1]})
+        return rows
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, images: Tensor, prepare: Callable[[Tensor, Tensor], Tensor], *,
-    batch_size: int = 500,
-) -> Tensor:  # fmt: skip
-    """Logits (N, C) float32 of all images, in eval mode; the model's mode is put back.
+def measure(
+    model: nn.Module, batches: Iterable[tuple[Views, Tensor]], *, input: InputSpec,
+    num_classes: int, teacher: Callable[[Views], Tensor] | None = None,
+) -> Scores:  # fmt: skip
+    """Count a classifier's hits in eval mode; the model's mode is put back.
 
     Args:
-        model: Classifier.
-        images: (N, c, H, W) uint8.
-        prepare: `(images, indices) -> views`, for example `Views.whole`.
-        batch_size: Fixes the bits of the result, as a matrix product's rounding may depend on it.
+        model: (B, c, S, S) -> (B, C).
+        batches: Views by input and labels, as `ImageSet.batches` gives them.
+        input: Which of the views the model takes.
+        num_classes: C.
+        teacher: From the same views to logits (B, C), for teacher_top1 and agreement.
+
+    Raises:
+        ValueError: The logits are not of C classes.
     """
     was_training = model.training
     model.eval()
-    parts = []
-    for indices in torch.arange(len(images), device=images.device).split(batch_size):
-        parts.append(model(prepare(images, indices)).float())
-    model.train(was_training)
-    return torch.cat(parts)
+    scores: Scores | None = None
+    try:
+        for views, labels in batches:
+            scores = scores or Scores(num_classes, labels.device)
+            judged = None if teacher is None else teacher(views).float()
+            scores.add(model(views[input]).float(), labels, judged)
+    finally:
+        model.train(was_training)
+    # A rank without images still takes part in the sum, on its device.
+    return scores or Scores(num_classes, next((p.device for p in model.parameters()), "cpu"))
 
 
 def score(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> dict[str, float]:
-    """Shares in [0, 1]: top1, top5, ece and, with a teacher, teacher_top1 and agreement.
-
-    Args:
-        logits: (N, C).
-        labels: (N,) int64.
-        teacher_logits: (N, C) or None.
-
-    Returns:
-        `ece` is the expected calibration error over 15 equal-width bins (Guo et al. 2017).
-    """
-    top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, 5)
-    hits = top == labels[:, None]
-    scores = {
-        "top1": hits[:, 0].double().mean().item(),
-        "top5": hits.any(dim=1).double().mean().item(),
-        "ece": _calibration_error(logits, hits[:, 0]),
-    }
-    if teacher_logits is not None:
-        guess = teacher_logits.argmax(dim=1)
-        scores["teacher_top1"] = (guess == labels).double().mean().item()
-        scores["agreement"] = (guess == top[:, 0]).double().mean().item()
-    return scores
-
-
-def _calibration_error(logits: Tensor, hits: Tensor) -> float:
-    confidence = logits.double().softmax(dim=1).amax(dim=1)
-    bins = (confidence * 15).long().clamp_max(14)
-    gap = torch.zeros(15, dtype=torch.float64, device=logits.device)
-    gap.index_add_(0, bins, hits.double() - confidence)
-    return (gap.abs().sum() / len(hits)).item()
-
-
-def _read_idx(folder: Path, stem: str, num_dims: int) -> Tensor:
-    """One idx file of unsigned bytes, gzip-compressed or not."""
-    path = next((p for p in (folder / f"{stem}.gz", folder / stem) if p.is_file()), None)
-    if path is None:
-        raise ValueError(f"{folder / stem}.gz: no such file; give a folder with idx files")
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        magic = struct.unpack(">HBB", data[:4])
-        shape = struct.unpack(f">{num_dims}I", data[4 : 4 + 4 * num_dims])
-    except (OSError, EOFError, struct.error) as error:
-        raise ValueError(f"{path}: damaged ({error}); fetch it again") from None
-    body = data[4 + 4 * num_dims :]
-    expected = 1
-    for length in shape:
-        expected *= length
-    if magic != (0, 8, num_dims) or len(body) != expected:
-        raise ValueError(
-            f"{path}: got header {magic} and {len(body)} bytes, expected (0, 8, {num_dims}) and "
-            f"{expected}; it is not an idx file of bytes"
-        )
-    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
+    """Scores of logits (N, C) that are at hand; see `Scores.result`."""
+    scores = Scores(logits.shape[1], logits.device)
+    scores.add(logits, labels, teacher_logits)
+    return scores.result()

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmkd_fast import classifiers, denoisers, job, models, origin, runtime, shards
 from dmkd_fast import config as cfg
-from dmkd_fast import denoisers, evaluate, job, models, origin, runtime, shards
-from dmkd_fast.assets import resolve as resolve_path
+from dmkd_fast.evaluation import open_test_set
+from dmkd_fast.image_sets import ImageSet
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.sampler import DiffusionSampler
-from dmkd_fast.views import Views
+from dmkd_fast.teachers import Teachers
 
 # Per image: headers and padding in the tar with a row of the manifest, and the PNG's share of the
 # pixels' bytes (embedded denoiser, 28 x 28 x 1: 0.73; the released 256 x 256 x 3 sets: about 0.5).
@@ -43,8 +44,7 @@ class Maker:
 
     sampler: DiffusionSampler
     labels: LabelStream
-    teacher: nn.Module
-    views: Views
+    teachers: Teachers
     image_shape: tuple[int, int, int]
     row: dict[str, Any]
     """Columns that are the same for all images."""
@@ -57,7 +57,10 @@ class Maker:
         labels = self.labels.labels_of(numbers)
         images = torch.empty((len(ids), *self.image_shape), dtype=torch.uint8, device=device)
         self.sampler.sample(numbers, labels, out=images)
-        guesses = evaluate.predict(self.teacher, images, self.views.whole).softmax(dim=1).max(dim=1)
+        whole = ImageSet(images=images, labels=labels, class_names=())
+        wanted = self.teachers.inputs_at(1.0)
+        logits = [self.teachers.predict(views) for views, _ in whole.batches(wanted)]
+        guesses = torch.cat(logits).softmax(dim=1).max(dim=1)
         pngs = self.pool.map(to_png, images.cpu().numpy())
         columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
         for image_id, label, png, guess, share in zip(*columns, strict=True):
@@ -123,16 +126,16 @@ def _prepare(
     """Load what makes images, and write down all that they depend on."""
     if config.source is not None:
         raise ValueError("source: got it, expected a denoiser to make images with; change config")
-    if config.teacher.path is None:
-        raise ValueError("teacher: got arch, expected path; a teacher needs trained weights")
     config = job.resolve(config)
     device = torch.device(config.device)
     denoiser = origin.load_denoiser(config.denoiser, device)
     config = origin.resolve_sampler(config, denoiser)
     assert config.denoiser is not None
-    teacher, spec = models.load_classifier(resolve_path(config.teacher.path or ""), device)
-    test_set = evaluate.load_idx(resolve_path(config.eval.path), "t10k")
-    job.check_fit(config, denoiser, spec, test_set)
+    teachers = classifiers.load_teachers(
+        config.teachers, temperature=config.loss.temperature, device=device
+    )
+    test_set = open_test_set(config.eval, None, None, device, denoiser.num_classes)
+    job.check_fit(config, denoiser, teachers, test_set)
     batch = config.sampler.micro_batch_images
     images_per_shard = images_per_shard or -(-USUAL_SHARD // batch) * batch
     if images_per_shard % batch:
@@ -147,8 +150,10 @@ def _prepare(
         "denoiser": config.denoiser.model_dump(mode="json"),
         "denoiser_sha256": _weights_sha256(denoiser),
         "sampler": sampling.model_dump(mode="json", exclude={"fidelity"}),
-        "teacher": config.teacher.path,
-        "teacher_sha256": _sha256(teacher),
+        "teachers": {
+            name: teacher.model_dump(mode="json") for name, teacher in config.teachers.items()
+        },
+        "teacher_sha256": _sha256(teachers.together),
     }
     plan = shards.Plan(
         num_images=num_images, images_per_shard=images_per_shard,
@@ -157,9 +162,8 @@ def _prepare(
     )  # fmt: skip
     maker = Maker(
         sampler=origin.make_sampler(config, denoiser), pool=pool,
-        teacher=models.for_inference(teacher, torch.float32),
+        teachers=teachers.together.mapped(lambda m: models.for_inference(m, torch.float32)),
         labels=LabelStream(denoiser.num_classes, seed=config.seed, device=device),
-        views=Views(size=spec.input_size, mean=spec.mean, std=spec.std, device=device),
         image_shape=denoiser.image_shape,
         row={
             "seed": config.seed, "guidance_scale": sampling.guidance_scale,

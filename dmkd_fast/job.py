@@ -14,15 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from dmkd_fast import (
+    classifiers,
+    denoisers,
+    memory,
+    models,
+    origin,
+    pictures,
+    run_dir,
+    runtime,
+)
 from dmkd_fast import config as cfg
-from dmkd_fast import denoisers, evaluate, memory, models, origin, pictures, run_dir, runtime
-from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.distill import Distiller, Schedule
+from dmkd_fast.evaluation import STUDENT, evaluate_run, open_test_set
 from dmkd_fast.image_reader import ImageReader, SourceError
+from dmkd_fast.image_sets import EncodedSet, ImageSet
 from dmkd_fast.ring_buffer import RingBuffer
 from dmkd_fast.views import Views
 
-STUDENT, SUMMARY = "student", "summary.json"
+SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +41,10 @@ class Parts:
 
     origin: denoisers.Denoiser | origin.OpenSource
     """Where images come from: a diffusion model, or files."""
-    teacher: nn.Module
+    teachers: classifiers.LoadedTeachers
     student: nn.Module
     student_spec: models.ClassifierSpec
-    test_set: evaluate.ImageSet
+    test_set: ImageSet | EncodedSet
 
 
 def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
@@ -46,6 +56,7 @@ def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
     with cfg.user_errors():
         device = runtime.resolve_device(config.device)
         dtype = runtime.resolve_dtype(config.dtype, device)
+        first, *more = (classifiers.pinned(teacher) for teacher in config.teachers.values())
     able = runtime.can_compile(device.type)
     sampler, train = config.sampler.compile, config.train.compile
     # Measured on a CPU: a compiled sampler makes 1.5 times the images, but a compiled ResNet takes
@@ -59,6 +70,8 @@ def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
             "num_threads": runtime.set_num_threads(config.num_threads),
             "sampler": config.sampler.model_copy(update={"compile": sampler}),
             "train": config.train.model_copy(update={"compile": train}),
+            "teacher": first,
+            "more_teachers": tuple(more),
         }
     )
 
@@ -71,24 +84,27 @@ def load_parts(config: cfg.DistillConfig) -> Parts:
     """
     device = torch.device(config.device)
     with cfg.user_errors():
-        test_set = evaluate.load_idx(resolve_path(config.eval.path), "t10k").to(device)
-        if config.teacher.path is None:
-            raise ValueError("teacher: got arch, expected path; a teacher needs trained weights")
-        teacher, teacher_spec = models.load_classifier(resolve_path(config.teacher.path), device)
+        teachers = classifiers.load_teachers(
+            config.teachers, temperature=config.loss.temperature, device=device
+        )
+        first = teachers.specs["teacher"]
+        num_classes = teachers.num_classes["teacher"]
         images: denoisers.Denoiser | origin.OpenSource
+        if config.source is None:
+            images = origin.load_denoiser(config.denoiser, device)
+            num_classes = images.num_classes
+        test_set = open_test_set(config.eval, None, None, device, num_classes)
         if config.source is not None:
             images = origin.open_source(
-                config.source, num_classes=teacher_spec.num_classes, channels=teacher_spec.in_chans,
+                config.source, num_classes=num_classes, channels=first.in_chans,
                 class_names=test_set.class_names,
             )  # fmt: skip
-        else:
-            images = origin.load_denoiser(config.denoiser, device)
-        check_fit(config, images, teacher_spec, test_set)
-        student, student_spec = _student(config.student, teacher_spec, device, config.seed)
-        for name, model in (("teacher", teacher), ("student", student)):
-            _check_takes(name, model, teacher_spec, device)
+        check_fit(config, images, teachers, test_set)
+        student, student_spec = classifiers.load_student(
+            config.student, teachers, view_size=config.views.size, device=device, seed=config.seed
+        )
     return Parts(
-        origin=images, teacher=teacher, student=student, student_spec=student_spec,
+        origin=images, teachers=teachers, student=student, student_spec=student_spec,
         test_set=test_set,
     )  # fmt: skip
 
@@ -119,6 +135,7 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
             num_classes=parts.origin.num_classes, device=device, seed=config.seed,
         )  # fmt: skip
         sampler, labels = origin.make_origin(config, parts.origin, ring.capacity, show=show)
+        later = origin.later_samplers(config, parts.origin)
     spec = parts.student_spec
     return Distiller(
         sampler=sampler,
@@ -131,7 +148,7 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
             device=device,
             seed=config.seed,
         ),
-        teacher=parts.teacher,
+        teacher=parts.teachers.together,
         student=parts.student,
         schedule=Schedule(
             **config.optim.model_dump(),
@@ -146,6 +163,8 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
         dtype=dtype,
         compile=config.train.compile is True,
         test_set=parts.test_set,
+        student_input=spec.input,
+        later_samplers=later,
         show=show,
     )
 
@@ -178,6 +197,7 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
     if show:
         print(origin.describe(config, parts.origin), file=sys.stderr)
+        print(f"teacher: weights under licence {parts.teachers.licence}", file=sys.stderr)
     try:
         distiller.fit()
     except (KeyboardInterrupt, SourceError) as stop:
@@ -188,12 +208,13 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
 
     (folder / STUDENT).mkdir(exist_ok=True)
     models.save_classifier(distiller.average.module, parts.student_spec, folder / STUDENT)
-    scores = evaluate_run(folder)
+    scores = evaluate_run(folder).scores
     _draw(distiller, parts, folder, scores["teacher_top1"])
     summary = {
         **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
         **distiller.totals(),
         "denoiser_licence": parts.origin.licence,
+        "teacher_licence": parts.teachers.licence,
         "run_dir": str(folder),
     }
     if isinstance(distiller.labels, ImageReader):
@@ -203,101 +224,24 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
     return summary
 
 
-def evaluate_run(folder: Path) -> dict[str, float]:
-    """Accuracy of a run's saved student on its real test set, in float32.
-
-    Returns:
-        top1, top5, ece, teacher_top1 and agreement, shares in [0, 1].
-
-    Raises:
-        ConfigError: The folder is not a finished run, or its files are damaged.
-    """
-    config = cfg.load(cfg.DistillConfig, folder / run_dir.CONFIG)
-    runtime.set_num_threads(config.num_threads)
-    with cfg.user_errors():
-        device = runtime.resolve_device(config.device)
-        test_set = evaluate.load_idx(resolve_path(config.eval.path), "t10k").to(device)
-        student, spec = models.load_classifier(folder / STUDENT, device)
-        teacher, _ = models.load_classifier(resolve_path(config.teacher.path or ""), device)
-    views = Views(size=config.views.size, mean=spec.mean, std=spec.std, device=device)
-    student_logits, teacher_logits = (
-        evaluate.predict(model, test_set.images, views.whole) for model in (student, teacher)
-    )
-    return evaluate.score(student_logits, test_set.labels, teacher_logits)
-
-
-def _student(
-    settings: cfg.ClassifierConfig, teacher: models.ClassifierSpec, device: torch.device, seed: int
-) -> tuple[nn.Module, models.ClassifierSpec]:
-    """A new student fed like the teacher, or a saved one to go on with."""
-    if settings.path is not None:
-        student, spec = models.load_classifier(resolve_path(settings.path), device)
-        # Both see the same views, so they must agree on what a view is.
-        if (spec.mean, spec.std) != (teacher.mean, teacher.std):
-            raise ValueError(
-                f"student.path: got mean {spec.mean} and std {spec.std}, expected the teacher's "
-                f"{teacher.mean} and {teacher.std}; use a student with the same normalisation"
-            )
-        return student, spec
-    spec = models.ClassifierSpec(
-        architecture=settings.arch or "",
-        num_classes=teacher.num_classes,
-        in_chans=teacher.in_chans,
-        input_size=teacher.input_size,
-        mean=teacher.mean,
-        std=teacher.std,
-        model_args=settings.model_args,
-        stem=settings.stem,
-    )
-    torch.manual_seed(seed)
-    student = models.build_classifier(spec)
-    return student.to(device).to(memory_format=torch.channels_last), spec
-
-
 def check_fit(
     config: cfg.DistillConfig, images: denoisers.Denoiser | origin.OpenSource,
-    teacher: models.ClassifierSpec, test_set: evaluate.ImageSet,
+    teachers: classifiers.LoadedTeachers, test_set: ImageSet | EncodedSet,
 ) -> None:  # fmt: skip
-    """Classes, channels and sizes must agree."""
+    """Classes and channels must agree."""
     whose = "denoiser.path" if config.source is None else "source.path"
-    facts = (
-        ("classes", images.num_classes, teacher.num_classes, len(test_set.class_names)),
-        ("channels", images.image_shape[0], teacher.in_chans, test_set.images.shape[1]),
-    )
-    for what, made, judged, tested in facts:
-        if not made == judged == tested:
-            raise ValueError(
-                f"{what}: {whose} has {made}, teacher.path has {judged}, eval.path has "
-                f"{tested}, expected the same; change the one that is off"
-            )
-    if config.views.size != teacher.input_size:
-        raise ValueError(
-            f"views.size: got {config.views.size}, expected the teacher's input size "
-            f"{teacher.input_size}; set views.size={teacher.input_size}"
-        )
-
-
-def _check_takes(
-    name: str, model: nn.Module, spec: models.ClassifierSpec, device: torch.device
-) -> None:
-    """One forward pass on zeros, so that a network that cannot take the views fails here."""
-    size = spec.input_size
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, spec.in_chans, size, size, device=device))
-    except Exception as error:  # Networks raise what they like when a shape does not fit.
-        raise ValueError(
-            f"{name}: cannot take {spec.in_chans} x {size} x {size} views ({error}); use another "
-            "architecture or stem"
-        ) from None
-    finally:
-        model.train(was_training)
-    if logits.shape != (2, spec.num_classes):
-        raise ValueError(
-            f"{name}: got logits of shape {tuple(logits.shape)} for 2 views, expected "
-            f"(2, {spec.num_classes}); use a classifier"
-        )
+    for section, spec in teachers.specs.items():
+        facts = (
+            ("classes", images.num_classes, teachers.num_classes[section],
+             len(test_set.class_names)),
+            ("channels", images.image_shape[0], spec.in_chans, test_set.num_channels),
+        )  # fmt: skip
+        for what, made, judged, tested in facts:
+            if made != judged or tested not in (judged, None):
+                raise ValueError(
+                    f"{what}: {whose} has {made}, {section}.path has {judged}, eval.path has "
+                    f"{tested}, expected the same; change the one that is off"
+                )
 
 
 def _draw(distiller: Distiller, parts: Parts, folder: Path, teacher_top1: float) -> None:
@@ -315,11 +259,12 @@ def _write_card(
 ) -> None:
     """README.md beside the student's weights."""
     spec = parts.student_spec
+    judges = ", ".join(f"`{t.path or t.arch}`" for t in config.teachers.values())
     rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
     text = (
         f"---\nlibrary_name: dmkd_fast\ntags: [knowledge-distillation, synthetic-data]\n---\n"
         f"# {spec.architecture} distilled from generated images\n\n"
-        f"Teacher `{config.teacher.path}`, images from {origin.sentence(config)} "
+        f"Teacher {judges}, images from {origin.sentence(config)} "
         "Accuracies are shares of the real test set, which decided nothing.\n\n"
         f"| figure | value |\n|---|---|\n{rows}\n\n"
         "```python\nfrom pathlib import Path\nimport torch\n"

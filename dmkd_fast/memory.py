@@ -25,9 +25,9 @@ def plan(config: cfg.DistillConfig, parts: Parts) -> dict[str, int]:
     ring = capacity_plan(config.ring.capacity_images, **_ring_shape(config, parts))
     return {f"ring {name}": count for name, count in ring.items()} | {
         "denoiser": compute * origin.num_weights(parts.origin),
-        "teacher": 4 * sum(p.numel() for p in parts.teacher.parameters()),
+        "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
         "student, gradients, optimizer, average": 4 * weights * (3 + moments),
-        "test images": parts.test_set.images.numel(),
+        "test images": parts.test_set.num_bytes,
     }
 
 

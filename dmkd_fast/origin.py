@@ -42,6 +42,8 @@ def load_denoiser(settings: cfg.DenoiserConfig | None, device: torch.device) -> 
         resolve_path(settings.path, settings.revision), device, prompts=settings.prompts,
         decoder=None if settings.decoder is None else resolve_path(settings.decoder),
     )  # fmt: skip
+    if settings.class_map is not None:
+        loaded = loaded.restricted(settings.class_map)
     return replace(loaded, licence=licence(settings.path) or loaded.licence)
 
 
@@ -70,15 +72,18 @@ def resolve_sampler(config: cfg.DistillConfig, denoiser: denoisers.Denoiser) -> 
     return config.model_copy(update={"sampler": sampler})
 
 
-def make_sampler(config: cfg.DistillConfig, denoiser: denoisers.Denoiser) -> DiffusionSampler:
-    """The sampler of a resolved config."""
+def make_sampler(
+    config: cfg.DistillConfig, denoiser: denoisers.Denoiser, phase: cfg.PhaseConfig | None = None
+) -> DiffusionSampler:
+    """The sampler of a resolved config, as it begins or in one of its later phases."""
     sampling = config.sampler
+    which = sampling if phase is None else phase
     return DiffusionSampler(
         denoiser.module, scheduler=denoiser.scheduler, latent_shape=denoiser.latent_shape,
         decoder=denoiser.decoder, null_class=denoiser.null_class,
         takes_guidance=denoiser.takes_guidance, num_classes=denoiser.num_classes,
-        num_steps=sampling.num_steps, solver=sampling.solver,
-        guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
+        class_map=denoiser.class_map, num_steps=which.num_steps, solver=sampling.solver,
+        guidance_scale=which.guidance_scale, guidance_interval=sampling.guidance_interval,
         guidance_channels=sampling.guidance_channels,
         micro_batch_images=sampling.micro_batch_images, dtype=getattr(torch, config.dtype),
         device=torch.device(config.device), seed=config.seed, compile=sampling.compile is True,
@@ -167,6 +172,15 @@ def make_origin(
         return reader, reader
     labels = LabelStream(images.num_classes, seed=config.seed, device=device)
     return make_sampler(config, images), labels
+
+
+def later_samplers(
+    config: cfg.DistillConfig, images: denoisers.Denoiser | OpenSource
+) -> list[tuple[float, DiffusionSampler]]:
+    """The samplers of later phases, with the share of the run at which each begins."""
+    if isinstance(images, OpenSource):
+        return []
+    return [(phase.start, make_sampler(config, images, phase)) for phase in config.sampler.phases]
 
 
 def num_weights(images: denoisers.Denoiser | OpenSource) -> int:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import checkpoint, durable, evaluate, models, optim, run_dir, runtime
+from dmkd_fast import checkpoint, durable, evaluate, image_sets, models, optim, run_dir, runtime
 from dmkd_fast import config as cfg
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.views import Views
@@ -30,9 +30,9 @@ HELD_OUT = 5_000
 class RealData:
     """Real images on the training device."""
 
-    train: evaluate.ImageSet
-    held_out: evaluate.ImageSet
-    test: evaluate.ImageSet
+    train: image_sets.ImageSet
+    held_out: image_sets.ImageSet
+    test: image_sets.ImageSet
 
 
 def load_real(folder: Path, device: torch.device) -> RealData:
@@ -41,21 +41,21 @@ def load_real(folder: Path, device: torch.device) -> RealData:
     Raises:
         ValueError: A file is missing or damaged, or there are too few images.
     """
-    full = evaluate.load_idx(folder, "train").to(device)
+    full = image_sets.load_idx(folder, "train").to(device)
     if len(full.labels) <= HELD_OUT:
         raise ValueError(
             f"{folder}: got {len(full.labels)} training images, expected more than the {HELD_OUT} "
             "that are held out; use a larger set"
         )
     parts = (
-        evaluate.ImageSet(
+        image_sets.ImageSet(
             images=full.images[part], labels=full.labels[part], class_names=full.class_names
         )
         for part in (slice(None, -HELD_OUT), slice(-HELD_OUT, None))
     )
     train, held_out = parts
     return RealData(
-        train=train, held_out=held_out, test=evaluate.load_idx(folder, "t10k").to(device)
+        train=train, held_out=held_out, test=image_sets.load_idx(folder, "t10k").to(device)
     )
 
 
@@ -99,9 +99,10 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
     average, facts = train(config, model, loss_of, len(real.train.labels), folder, resume)
     final = average.module
     for name, part in (("held_out_top1", real.held_out), ("test_top1", real.test)):
-        facts[name] = evaluate.score(
-            evaluate.predict(final, part.images, views.whole), part.labels
-        )["top1"]
+        scores = evaluate.measure(
+            final, part.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
+        )
+        facts[name] = scores.result()["top1"]
     target = folder / "model"
     target.mkdir(exist_ok=True)
     models.save_classifier(final, spec, target)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmkd_fast import config as cfg
-from dmkd_fast import denoisers, evaluate, pictures, run_dir
+from dmkd_fast import denoisers, image_sets, pictures, run_dir
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.pretrain import autocast, compiles, load_real, prepare, train, write_card
 from dmkd_fast.sampler import DiffusionSampler
@@ -247,7 +247,7 @@ def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 @torch.inference_mode()
 def _held_out_loss(
-    model: nn.Module, part: evaluate.ImageSet, device: torch.device, dtype: torch.dtype
+    model: nn.Module, part: image_sets.ImageSet, device: torch.device, dtype: torch.dtype
 ) -> float:
     losses = [
         flow_loss(model, images, labels, device, dtype)

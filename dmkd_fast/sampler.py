@@ -42,6 +42,7 @@ class DiffusionSampler:
         null_class: Label that stands for "no class"; None if the model has none.
         takes_guidance: The module has a fourth input, the guidance scales (B,).
         num_classes: Labels are checked against it, on a CPU; None skips that.
+        class_map: The module's own index of each label; None: labels are its own.
         num_steps: K.
         solver: See `solvers.py`; "auto" is the scheduler's own.
         guidance_scale: 1 means no guidance.
@@ -62,7 +63,8 @@ class DiffusionSampler:
     def __init__(
         self, module: nn.Module, *, scheduler: dict[str, Any], latent_shape: tuple[int, int, int],
         decoder: nn.Module | None = None, null_class: int | None = None,
-        takes_guidance: bool = False, num_classes: int | None = None, num_steps: int = 8,
+        takes_guidance: bool = False, num_classes: int | None = None,
+        class_map: tuple[int, ...] | None = None, num_steps: int = 8,
         solver: Solver = "auto", guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0), guidance_channels: int | None = None,
         micro_batch_images: int = 64, dtype: torch.dtype = torch.float32,
@@ -73,6 +75,9 @@ class DiffusionSampler:
         self.latent_shape, self.null_class, self.num_classes = latent_shape, null_class, num_classes
         self.guidance_scale, self.takes_guidance = guidance_scale, takes_guidance
         self.guidance_channels = guidance_channels
+        self._class_map = None
+        if class_map is not None:
+            self._class_map = torch.tensor(class_map, device=self.device)
         self.micro_batch_images = max(micro_batch_images, FEWEST_IMAGES)
         self.table = solver_table(scheduler, num_steps, self.device, solver=solver)
         self._noisy = self.table.stochastic
@@ -110,6 +115,8 @@ class DiffusionSampler:
             ValueError: A label is not a class of the model.
         """
         self._check_labels(labels)
+        if self._class_map is not None:
+            labels = self._class_map[labels]
         size = self.micro_batch_images
         for start in range(0, len(ids), size):
             batch = slice(start, start + size)

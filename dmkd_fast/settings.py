@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -127,6 +127,9 @@ def _fields_at(kind: type[Section], location: list[str]) -> list[str]:
     """Field names of the section at `location`."""
     section: Any = kind
     for name in location:
+        if name.isdigit():  # a place in a list of sections
+            section = next(iter(get_args(section)), None)
+            continue
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field is not None else None
     return list(getattr(section, "model_fields", {}))

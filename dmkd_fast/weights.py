@@ -6,6 +6,7 @@ Stands on floor 1.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,12 @@ def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     for name in names:
         if tensors[name].numel():
             yield tensors[name].reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_licence(folder: Path) -> str:
+    """The licence that a folder's model card states in its header, or "unknown"."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = header and re.search(r"^licen[sc]e:\s*[\"']?([\w.+-]+)", header[1], re.MULTILINE)
+    return found[1] if found else "unknown"

@@ -15,22 +15,25 @@ PACKAGE = ROOT / "dmkd_fast"
 FLOORS = {
     name: floor
     for floor, names in enumerate((
-        """settings config config_source limiter runtime run_dir durable assets""",
-        """solvers attention dit upsampling weights shards sources
+        """settings config config_source model_config inputs limiter runtime run_dir durable
+        assets""",
+        """solvers attention dit upsampling weights small_nets encoded_images shards sources
         capacity draws fences logit_cache ring_statistics
         ops.extension ops.noise ops.noise_triton ops.transformer ops.reference
         ops.kd_loss ops.kd_loss_ops ops.kd_loss_problem ops.kd_loss_triton ops.kd_loss_kernels
         ops.views ops.views_triton""",
-        """sampler image_reader ring_buffer views mix labels models denoisers optim evaluate metrics
-        pictures blocks checkpoint""",
-        """distill job memory origin generate pretrain pretrain_diffusion""",
+        """sampler image_reader ring_buffer views mix labels models teachers denoisers optim
+        image_sets evaluate metrics pictures blocks checkpoint""",
+        """distill supervision job memory origin classifiers evaluation generate pretrain
+        pretrain_diffusion""",
         """cli""",
     ))
     for name in names.split()
 }  # fmt: skip
 # Floor 3 is where settings end; `run_dir` is about settings itself.
 MAY_SEE_CONFIG = {
-    "run_dir", "job", "memory", "origin", "generate", "pretrain", "pretrain_diffusion", "cli"
+    "run_dir", "job", "memory", "origin", "classifiers", "evaluation", "generate", "pretrain",
+    "pretrain_diffusion", "cli",
 }  # fmt: skip
 
 
@@ -83,10 +86,12 @@ def test_imports_point_down_only(name: str) -> None:
 def test_each_model_library_is_imported_in_one_place() -> None:
     homes = {"timm": "models", "diffusers": "denoisers", "transformers": "denoisers",
              "xformers": "attention", "huggingface_hub": "assets", "pyarrow": "shards",
-             "nvidia": "image_reader"}  # fmt: skip
+             "torchvision": "models"}  # fmt: skip
     for name, path in modules().items():
         for library in external(path) & set(homes):
             assert homes[library] == name, f"{name} imports {library}"
+        if "nvidia" in external(path):  # images for the ring, and for tests
+            assert name in {"image_reader", "encoded_images"}
 
 
 def test_nothing_is_unpickled() -> None:
@@ -107,9 +112,10 @@ def test_files_are_short_and_say_what_they_are() -> None:
 
 def test_public_names_are_stable_and_importable() -> None:
     assert dmkd_fast.__all__ == [
-        "DiffusionSampler", "DistillKL", "Distiller", "ImageSet", "LabelStream", "Mixer",
-        "RingBuffer", "Schedule", "ViewSpec", "Views", "kd_loss", "kd_loss_and_grad",
-        "load_classifier", "load_denoiser", "load_idx", "save_classifier",
+        "DiffusionSampler", "DistillKL", "Distiller", "EncodedSet", "ImageSet", "InputSpec",
+        "LabelStream", "Mixer", "RingBuffer", "Schedule", "Teacher", "Teachers", "ViewSpec",
+        "Views", "kd_loss", "kd_loss_and_grad", "load_classifier", "load_denoiser", "load_idx",
+        "measure", "open_set", "save_classifier",
     ]  # fmt: skip
     for name in dmkd_fast.__all__:
         assert getattr(dmkd_fast, name).__doc__, name

@@ -34,7 +34,8 @@ def test_distill_leaves_a_complete_run_that_evaluate_reproduces(tmp_path: Path) 
     summary = json.loads(done.stdout.splitlines()[-1])
     assert list(summary) == [
         "top1", "top5", "teacher_top1", "agreement", "generated_images", "views", "reuse",
-        "images_per_s", "views_per_s", "wall_s", "cpu_s", "denoiser_licence", "run_dir",
+        "images_per_s", "views_per_s", "wall_s", "cpu_s", "denoiser_licence", "teacher_licence",
+        "run_dir",
     ]  # fmt: skip
     assert summary["views"] == 640 and summary["generated_images"] == 192
     assert 0 <= summary["top1"] <= summary["top5"] <= 1
@@ -89,7 +90,7 @@ def broken(tmp_path: Path) -> Path:
     """A folder with damaged copies of the assets."""
     teacher, denoiser, test = (resolve(f"{FMNIST}/{n}") for n in ("weak", "denoiser", "test"))
     (tmp_path / "empty").mkdir()
-    for name in ("flipped", "truncated", "classes", "badjson"):
+    for name in ("weak", "flipped", "truncated", "classes", "badjson"):
         shutil.copytree(teacher, tmp_path / name)
     for name in ("cut_denoiser", "odd_scheduler", "unet"):
         shutil.copytree(denoiser, tmp_path / name)
@@ -135,7 +136,8 @@ MISTAKES = [
     (["ring.samples_per_insert=0.001"], ["ring.samples_per_insert", "raise"]),
     (["ring.samples_per_insert=-1"], ["ring.samples_per_insert", "greater than 0"]),
     (["loss.temperature=0"], ["loss.temperature", "greater than 0"]),
-    (["views.size=32"], ["views.size", "32", "views.size=28"]),
+    (["student={path: {tmp}/weak}", "views.size=32"], ["student.path", "28 pixels", "=28"]),
+    (["student={path: {tmp}/seven}"], ["student.path", "7 classes", "teacher's 10"]),
     (["views.scale=[1, 0.5]"], ["scale", "low <= high"]),
     (["device=cuda"], ["cuda", "device=cpu"]),
     (["device=tpu"], ["device", "'tpu'"]),
@@ -145,6 +147,23 @@ MISTAKES = [
     (["seed.x=1"], ["seed", "integer"]),
     (["teacher.arch=lenet5"], ["teacher", "exactly one"]),
     (["teacher={arch: lenet5}"], ["teacher", "trained weights"]),
+    (["teacher={arch: lenet5, pretrained: true}"], ["lenet5", "timm"]),
+    (["teacher={arch: 'torchvision:resnet81', pretrained: true}"], ["torchvision:resnet81"]),
+    (["teacher.pretrained=true"], ["teacher", "pretrained=True"]),
+    (["teacher.path=hf-hub:acme/tiny"], ["teacher", "40 hexadecimal digits"]),
+    (["teacher.class_map=[0, 1, 2, 10]"], ["teacher.class_map", "got 10", "0 to 9"]),
+    (["teacher.class_map=[0, 1]"], ["classes", "teacher.path has 2", "denoiser.path has 10"]),
+    (["teacher.class_map=[0, 1, 2, 3, 4, 5, 6, 7, 8, 8]"], ["class_map", "9 of them different"]),
+    (["teacher.teaches=[0, 1]"], ["no teacher for class 2"]),
+    (["teacher.stop=0.5"], ["no teacher from share 0.5"]),
+    (["more_teachers=[{path: {tmp}/weak, strat: 0.5}]"], ["strat", "did you mean 'start'"]),
+    (["more_teachers=[{path: {tmp}/seven}]"], ["more_teachers.0 has 7", "class_map"]),
+    (["denoiser.class_map=[0, 10]"], ["denoiser.class_map", "0 to 10", "0 to 9"]),
+    (["denoiser.class_map=[3, 1]"], ["classes", "expected the same"]),
+    (["sampler.phases=[{start: 0.5, num_steps: 1}]"], ["phases.0.guidance_scale", "missing"]),
+    (["sampler.phases=[{start: 0.6, num_steps: 1, guidance_scale: 1}, "
+      "{start: 0.5, num_steps: 1, guidance_scale: 1}]"], ["phases", "sort"]),
+    (["eval.classes={tmp}/none.txt"], ["list of classes for idx", "remove it"]),
     (["teacher.path={tmp}/nowhere"], ["nowhere", "config.json"]),
     (["teacher.path={tmp}/empty"], ["config.json", "No such file"]),
     (["teacher.path={tmp}/badjson"], ["config.json", "not valid JSON"]),
@@ -173,7 +192,8 @@ MISTAKES = [
      ["got 5", "distilled to 4 steps"]),
     (["denoiser.path=embedded:fashion_mnist/fewstep", "sampler={num_steps: 4, guidance_scale: 2}"],
      ["guidance_scale", "folded in"]),
-    (["eval.path={tmp}/empty"], ["t10k-images-idx3-ubyte", "no such file"]),
+    (["eval.path={tmp}/empty"], ["empty", "no idx files, class folders or .tar"]),
+    (["eval.path={tmp}/nowhere"], ["nowhere", "no such folder"]),
     (["eval.path={tmp}/cut_test"], ["t10k-images", "damaged"]),
     (["student={arch: resnet1800}"], ["resnet1800", "timm"]),
     (["student={arch: resnet18, model_args: {wings: 2}}"], ["model_args", "wings"]),

@@ -19,6 +19,7 @@ from dmkd_fast import (
     checkpoint,
     denoisers,
     evaluate,
+    image_sets,
     models,
     optim,
     pretrain_diffusion,
@@ -259,14 +260,12 @@ def test_frozen_models_get_no_gradient_and_stay_in_eval_mode() -> None:
     ("strong", 0.93, 1.0), ("lenet5", 0.903, 0.913), ("weak", 0.85, 0.87),
 ])  # fmt: skip
 def test_embedded_teachers_reach_their_accuracy(name: str, low: float, high: float) -> None:
-    from dmkd_fast import Views
-
     device = torch.device("cpu")
     teacher, read = models.load_classifier(resolve(f"embedded:fashion_mnist/{name}"), device)
-    test = evaluate.load_idx(resolve("embedded:fashion_mnist/test"), "t10k")
+    test = image_sets.load_idx(resolve("embedded:fashion_mnist/test"), "t10k")
     assert len(test.labels) == 10_000 and test.labels.bincount().tolist() == [1000] * 10
-    views = Views(size=28, mean=read.mean, std=read.std)
-    top1 = evaluate.score(evaluate.predict(teacher, test.images, views.whole), test.labels)["top1"]
+    scores = evaluate.measure(teacher, test.batches([read.input]), input=read.input, num_classes=10)
+    top1 = scores.result()["top1"]
     assert low <= top1 <= high
     card = (resolve(f"embedded:fashion_mnist/{name}") / "README.md").read_text()
     assert f"test_top1 | {top1}" in card

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from small_models import spread
 
-from dmkd_fast import cli, denoisers, evaluate, pretrain, pretrain_diffusion
+from dmkd_fast import cli, denoisers, image_sets, pretrain, pretrain_diffusion
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "pretrain"
 
@@ -50,7 +50,7 @@ def run(kind: str, name: str, data: Path, out: Path, *changes: str) -> dict:
 
 def test_the_last_5000_training_images_are_held_out(data: Path) -> None:
     real = pretrain.load_real(data, torch.device("cpu"))
-    full = evaluate.load_idx(data, "train")
+    full = image_sets.load_idx(data, "train")
     assert torch.equal(real.train.images, full.images[:-5000])
     assert torch.equal(real.held_out.labels, full.labels[-5000:])
 

@@ -135,7 +135,7 @@ def test_100_steps_read_the_device_at_log_lines_and_checkpoints_only(
     from dmkd_fast import checkpoint
 
     monkeypatch.setattr(Metrics, "flush", allowed(Metrics.flush))
-    monkeypatch.setattr(checkpoint, "save", allowed(checkpoint.save))
+    monkeypatch.setattr(checkpoint.Saver, "finish", allowed(checkpoint.Saver.finish))
     monkeypatch.setattr(distiller, "_warm_up", lambda metrics: None)
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__"):
         real = getattr(Tensor, name)
@@ -160,7 +160,7 @@ def test_forward_half_of_a_step_stays_on_cuda(
     """Fake CUDA tensors: sample, decode, ring write, draw, views, teacher, student, loss."""
     distiller = make_distiller(ring={"order": order, "num_classes": 4, "guard_blocks": 1})
     ring, sampler, views = distiller.ring, distiller.sampler, distiller.views
-    teacher: Any = distiller._teacher
+    teacher: Any = distiller._supervision._teachers.networks[0]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = lambda t: mode.from_tensor(t.detach()).to("cuda")  # noqa: E731
         for module in (sampler._module, teacher, distiller.student):
@@ -183,7 +183,7 @@ def test_forward_half_of_a_step_stays_on_cuda(
         if order == "shuffled":  # generators of CUDA cannot be faked; the default one can
             order_._generator = None
             monkeypatch.setattr(order_, "_permutation", lambda n: torch.randperm(n, device=device))
-        views.mean, views.std = fake(views.mean), fake(views.std)
+        views.spec.mean, views.spec.std = fake(views.spec.mean), fake(views.spec.std)
         with OnDevice(), torch.no_grad():
             for _ in range(5):  # the ring wraps
                 block = ring.reserve()

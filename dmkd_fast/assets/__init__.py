@@ -41,6 +41,16 @@ def resolve(path: str, revision: str | None = None) -> Path:
     return ROOT / name
 
 
+def newest(repository: str) -> tuple[Path, str]:
+    """The folder of a Hub repository as it is today, and its commit: 40 hexadecimal digits.
+
+    Raises:
+        ValueError: The Hub does not give it.
+    """
+    folder = _fetch(repository, None)
+    return folder, folder.name  # the cache names snapshots by their commits
+
+
 def licence(path: str) -> str | None:
     """The licence of an embedded asset; None for other paths."""
     if not path.startswith(PREFIX):
@@ -59,8 +69,9 @@ def _fetch(repository: str, revision: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
+        which = revision or "its newest commit"
         raise ValueError(
-            f"{HUB}{repository} at {revision}: {reason}; check name, revision, network and log-in"
+            f"{HUB}{repository} at {which}: {reason}; check name, revision, network and log-in"
         ) from None
 
 

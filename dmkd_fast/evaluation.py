@@ -1,0 +1,122 @@
+"""What `dmkd evaluate` does: a run's student, or any trained classifier, on any labelled set.
+
+Stands on floor 3. In float32 and from the saved files, so that a run's own figures and those of a
+later evaluation are the same digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmkd_fast import assets, classifiers, evaluate, models, run_dir, runtime
+from dmkd_fast import config as cfg
+from dmkd_fast.image_sets import EncodedSet, ImageSet, open_set
+from dmkd_fast.inputs import InputSpec
+from dmkd_fast.teachers import Teachers
+
+STUDENT = "student"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    scores: dict[str, float]
+    """See `evaluate.Scores.result`."""
+    classes: dict[str, dict[str, Any]]
+    """By class name: images, top1, top5 (None for a class without images)."""
+    num_images: int
+
+    def summary(self) -> dict[str, Any]:
+        """The scores, the number of images, and top-1 by class."""
+        by_class = {name: row["top1"] for name, row in self.classes.items()}
+        return {**self.scores, "num_images": self.num_images, "class_top1": by_class}
+
+
+def evaluate_run(
+    folder: Path, *, data: Path | None = None, classes: Path | None = None
+) -> Evaluation:
+    """A run's saved student beside its teachers.
+
+    Args:
+        folder: Of a finished run.
+        data: Another set than the run's own test set.
+        classes: Class names of that set; see `open_set`.
+
+    Raises:
+        ConfigError: The folder is not a finished run, its files are damaged, or the set does not
+            fit the student.
+    """
+    config = cfg.load(cfg.DistillConfig, folder / run_dir.CONFIG)
+    runtime.set_num_threads(config.num_threads)
+    with cfg.user_errors():
+        device = runtime.resolve_device(config.device)
+        student, spec = models.load_classifier(folder / STUDENT, device)
+        images = open_test_set(
+            config.eval if data is None else None, data, classes, device, spec.num_classes
+        )
+        teachers = classifiers.load_teachers(
+            config.teachers, temperature=config.loss.temperature, device=device
+        )
+        return _measure(student, spec.input, images, teachers.together)
+
+
+def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -> Evaluation:
+    """Any trained classifier.
+
+    Args:
+        name: See `classifiers.load_trained`.
+        data: Labelled images; see `open_set`.
+        classes: Their class names.
+
+    Raises:
+        ConfigError: Classifier or set cannot be had, or do not fit each other.
+    """
+    runtime.set_num_threads(0)
+    with cfg.user_errors():
+        device = runtime.resolve_device("auto")
+        model, spec, _ = classifiers.load_trained(name, device)
+        images = open_test_set(None, data, classes, device, spec.num_classes)
+        return _measure(model, spec.input, images, None)
+
+
+def open_test_set(
+    settings: cfg.EvalConfig | None, data: Path | None, classes: Path | None,
+    device: torch.device, num_classes: int,
+) -> ImageSet | EncodedSet:  # fmt: skip
+    """The set that the settings name, or that of `data`, for networks of so many classes.
+
+    Raises:
+        ValueError: There is none, it is damaged, or it has other classes.
+    """
+    if settings is not None:
+        data = assets.resolve(settings.path)
+        classes = None if settings.classes is None else Path(settings.classes)
+    assert data is not None
+    images = open_set(data, device, classes=classes, num_classes=num_classes)
+    if len(images.class_names) != num_classes:
+        raise ValueError(
+            f"classes: {data} has {len(images.class_names)}, the networks have {num_classes}, "
+            "expected the same; use another set, or a classifier for these classes"
+        )
+    return images
+
+
+def _measure(
+    model: nn.Module, input: InputSpec, images: ImageSet | EncodedSet, teachers: Teachers | None
+) -> Evaluation:
+    inputs = [input, *([] if teachers is None else teachers.inputs_at(1.0))]
+    scores = evaluate.measure(
+        model, images.batches(inputs), input=input, num_classes=len(images.class_names),
+        teacher=None if teachers is None else teachers.predict,
+    )  # fmt: skip
+    return Evaluation(
+        scores=scores.result(),
+        classes=dict(zip(images.class_names, scores.by_class(), strict=True)),
+        num_images=scores.num_images,
+    )

@@ -1,0 +1,55 @@
+"""How a network wants its images: size, normalisation, and how a whole photo is cut to that.
+
+Stands on floor 0: classifiers state it, teachers are rendered by it, test sets are prepared by it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """The images a classifier expects; two networks with equal ones can share a rendering."""
+
+    size: int
+    """Side of the square input, in pixels."""
+    mean: tuple[float, ...]
+    """Per channel, of pixel values in [0, 1]."""
+    std: tuple[float, ...]
+    crop_pct: float = 1.0
+    """Evaluation resizes the short side to size / crop_pct and takes the centre: 0.875 is the
+    usual 256 -> 224; 1 keeps all of a square image."""
+    interpolation: Interpolation = "bilinear"
+    """Of that resizing; antialiased either way."""
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
+            raise ValueError(
+                f"mean and std: got {self.mean} and {self.std}, expected one number per channel "
+                "each, std above 0; correct the model's config"
+            )
+        if self.size < 1 or not 0 < self.crop_pct <= 1:
+            raise ValueError(
+                f"input: got size {self.size} and crop_pct {self.crop_pct}, expected at least 1 "
+                "and a share in (0, 1]; correct the model's config"
+            )
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(
+                f"interpolation: got {self.interpolation!r}, expected bilinear or bicubic; correct "
+                "the model's config"
+            )
+
+    @property
+    def num_channels(self) -> int:
+        """1 for grey images, 3 for colour."""
+        return len(self.mean)
+
+    @property
+    def short_side(self) -> int:
+        """What the short side of a whole image is resized to before the centre is cut out."""
+        return math.floor(self.size / self.crop_pct)

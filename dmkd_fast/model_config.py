@@ -1,0 +1,106 @@
+"""The settings that name models: the denoiser, teachers and students.
+
+Stands on floor 0; `config.py` puts them together with the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from dmkd_fast.settings import Section
+
+
+class DenoiserConfig(Section):
+    """Where the diffusion model comes from."""
+
+    path: str
+    """Directory in diffusers format, `embedded:NAME` for one shipped with the package, or
+    `hf-hub:OWNER/NAME` for one on the Hugging Face Hub."""
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """Commit of an `hf-hub:` path: 40 hexadecimal digits, so that the weights never change."""
+    prompts: tuple[str, ...] | None = None
+    """One prompt per class, for text-to-image models."""
+    decoder: str | None = None
+    """Path of another autoencoder to decode latents with, such as an AutoencoderTiny."""
+    class_map: tuple[int, ...] | None = Field(None, min_length=1)
+    """The generator's own index of each class of the job, which then has that many classes (100 of
+    1000, say); without it the job has all of the generator's classes."""
+
+    @model_validator(mode="after")
+    def _pinned(self) -> DenoiserConfig:
+        _check_pinned(self.path, self.revision)
+        return self
+
+
+class ClassifierConfig(Section):
+    """A classifier: a saved one (`path`) or a new one (`arch`)."""
+
+    path: str | None = None
+    """Directory with config.json and model.safetensors, `embedded:NAME`, or `hf-hub:OWNER/NAME` in
+    timm's layout."""
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """Commit of an `hf-hub:` path: 40 hexadecimal digits."""
+    arch: str | None = None
+    """One of `small_nets.py` (`lenet5`, `cifar_resnet20`, `cifar_wrn16_2`, `cifar_vgg8`, ...),
+    `torchvision:NAME`, or any timm model name."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the timm or torchvision model."""
+    stem: Literal["own", "conv3", "conv3_pool", "conv3_stride2"] = "own"
+    """First layers of a ResNet: its own (for 224 pixels); for small images a 3x3 convolution with
+    stride 1, without pooling or with it, or one with stride 2 without pooling."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ClassifierConfig:
+        if (self.path is None) == (self.arch is None):
+            raise ValueError(
+                f"got path={self.path!r} and arch={self.arch!r}, expected exactly one of the two; "
+                "set path for saved weights or arch for a new model"
+            )
+        if self.path is not None and (self.model_args or self.stem != "own"):
+            raise ValueError(
+                "got model_args or stem beside path, expected neither: a saved model "
+                "carries its own; remove them or set arch"
+            )
+        _check_pinned(self.path, self.revision)
+        return self
+
+
+class TeachingConfig(ClassifierConfig):
+    """A teacher: saved weights (`path`), or the published ones of a named model."""
+
+    pretrained: bool = False
+    """Download the weights that timm or torchvision has for `arch`; timm's are pinned to the commit
+    that the Hub has today, in the settings saved with the run."""
+    class_map: tuple[int, ...] | None = Field(None, min_length=1)
+    """The teacher's own index of each class of the job, in the job's order; None: the same."""
+    teaches: tuple[int, ...] | None = Field(None, min_length=1)
+    """Classes of the job whose images it judges; None: all."""
+    start: float = Field(0.0, ge=0, lt=1)
+    """Share of the run from which on it teaches."""
+    stop: float = Field(1.0, gt=0, le=1)
+    """Share of the run at which it stops."""
+
+    @model_validator(mode="after")
+    def _trained(self) -> TeachingConfig:
+        if self.pretrained != (self.arch is not None):
+            raise ValueError(
+                f"got arch={self.arch!r} and pretrained={self.pretrained}, expected path, or arch "
+                "with pretrained=true; a teacher needs trained weights"
+            )
+        if self.pretrained and (self.model_args or self.stem != "own"):
+            raise ValueError("got model_args or stem with pretrained=true, expected neither; "
+                             "remove them")  # fmt: skip
+        if self.start >= self.stop:
+            raise ValueError(f"got start={self.start} and stop={self.stop}, expected start < stop; "
+                             "change one")  # fmt: skip
+        return self
+
+
+def _check_pinned(path: str | None, revision: str | None) -> None:
+    if (path or "").startswith("hf-hub:") != (revision is not None):
+        raise ValueError(
+            f"got path={path!r} and revision={revision!r}, expected a revision "
+            "(40 hexadecimal digits) with an hf-hub: path and none with others"
+        )

@@ -1,0 +1,471 @@
+"""Real test sets: read right, each image counted once, and the same scores as a plain loop."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, SHORT
+from PIL import Image
+from torch import Tensor, nn
+
+from dmkd_fast import InputSpec, cli, evaluate, image_sets, measure, models, open_set
+from dmkd_fast.models import ClassifierSpec
+
+CPU = torch.device("cpu")
+COLOUR = InputSpec(size=24, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_pct=0.75)
+GREY = InputSpec(size=16, mean=(0.4,), std=(0.3,), interpolation="bicubic")
+NAMES = ("ant", "bee", "cat")
+
+
+def picture(seed: int, height: int, width: int) -> Image.Image:
+    """Smooth random colours, so that resizing has something to average."""
+    rough = np.random.default_rng(seed).integers(0, 256, (height // 6 + 2, width // 6 + 2, 3))
+    return Image.fromarray(rough.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(seed: int) -> tuple[bytes, str]:
+    """JPEG or PNG, colour or grey, of all shapes; one says in its EXIF that it lies on its side."""
+    shapes = ((40, 57), (64, 40), (33, 33), (70, 95), (32, 61))
+    image, buffer = picture(seed, *shapes[seed % 5]), io.BytesIO()
+    if seed % 7 == 3:
+        image = image.convert("L")
+    exif = Image.Exif()
+    if seed == 5:
+        exif[0x0112] = 6
+    kind = "png" if seed % 2 else "jpg"
+    image.save(buffer, "PNG" if kind == "png" else "JPEG", exif=exif)
+    return buffer.getvalue(), kind
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 images in class folders, one folder deep or two."""
+    root = tmp_path_factory.mktemp("folder")
+    for seed in range(23):
+        data, kind = encoded(seed)
+        place = root / NAMES[seed % 3] / ("deeper" if seed % 4 == 0 else "")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{seed:03d}.{kind}").write_bytes(data)
+    (root / "ant" / "notes.txt").write_text("not an image")
+    return root
+
+
+def write_shard(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images with the same labels in three tars."""
+    root = tmp_path_factory.mktemp("shards")
+    for shard in range(3):
+        members = []
+        for seed in range(shard, 23, 3):
+            data, kind = encoded(seed)
+            members += [(f"part/{seed:03d}.{kind}", data), (f"part/{seed:03d}.json", b"{}"),
+                        (f"part/{seed:03d}.cls", b"%d\n" % (seed % 3))]  # fmt: skip
+        write_shard(root / f"{shard:05d}.tar", members)
+    return root
+
+
+def all_of(images: Any, spec: InputSpec, **part: int) -> tuple[Tensor, Tensor]:
+    views, labels = zip(*images.batches([spec], **part), strict=True)
+    return torch.cat([v[spec] for v in views]), torch.cat(labels)
+
+
+def torchvision_of(item: Any, spec: InputSpec) -> Tensor:
+    """Resize, CenterCrop, ToTensor and Normalize of torchvision on what PIL reads."""
+    from torchvision import transforms as t
+
+    image = Image.open(io.BytesIO(item.read().tobytes()))
+    return t.Compose([
+        t.Resize(spec.short_side, interpolation=t.InterpolationMode(spec.interpolation)),
+        t.CenterCrop(spec.size), t.ToTensor(), t.Normalize(spec.mean, spec.std),
+    ])(image.convert("L" if spec.num_channels == 1 else "RGB"))  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", [
+    COLOUR, GREY, InputSpec(size=17, mean=(0.5,) * 3, std=(0.5,) * 3),
+    InputSpec(size=48, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=0.9, interpolation="bicubic"),
+], ids=lambda s: f"{s.size}-{s.interpolation}")  # fmt: skip
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_images_are_prepared_as_torchvision_prepares_them(
+    spec: InputSpec, kind: str, request: pytest.FixtureRequest
+) -> None:
+    images = open_set(request.getfixturevalue(kind), CPU)
+    views, labels = all_of(images, spec)
+    assert views.shape == (23, spec.num_channels, spec.size, spec.size)
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    assert isinstance(images, image_sets.EncodedSet)
+    assert labels.tolist() == [item.label for item in images.items]
+    expected = torch.stack([torchvision_of(item, spec) for item in images.items])
+    levels = (views - expected).abs() * torch.tensor(spec.std)[:, None, None] * 255
+    # DALI repeats the outermost pixels where torchvision renormalises the filter: a few levels in
+    # the outermost rows. Elsewhere one level of rounding, a few where bicubic overshoots.
+    assert levels.mean() < 0.5
+    inner = levels[..., 3:-3, 3:-3]
+    assert inner.max() <= (1.01 if spec.interpolation == "bilinear" else 8)
+
+
+def test_folder_and_shards_hold_the_same_images(folder: Path, shards: Path) -> None:
+    counts = []
+    for place in (folder, shards):
+        views, labels = all_of(open_set(place, CPU), COLOUR)
+        keys = sorted(zip(views.double().sum((1, 2, 3)).tolist(), labels.tolist(), strict=True))
+        counts.append(keys)
+    assert counts[0] == counts[1]
+
+
+class ByColour(nn.Module):
+    """A classifier whose answer depends on every pixel."""
+
+    def __init__(self, channels: int = 3, size: int = 24, num_classes: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(13)
+        self.head = nn.Linear(channels * size * size, num_classes)
+        self.norm = nn.BatchNorm1d(num_classes)
+
+    def forward(self, views: Tensor) -> Tensor:
+        return self.norm(self.head(views.flatten(1)))
+
+
+def test_scores_equal_those_of_a_plain_loop_over_pil_images(folder: Path) -> None:
+    images, model = open_set(folder, CPU), ByColour()
+    found = measure(model, images.batches([COLOUR]), input=COLOUR, num_classes=3)
+    assert model.training  # put back
+    assert isinstance(images, image_sets.EncodedSet)
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(torchvision_of(i, COLOUR)[None]) for i in images.items])
+    labels = torch.tensor([i.label for i in images.items])
+    margins = logits.sort(dim=1).values[:, -2:].diff(dim=1)
+    assert margins.min() > 0.02  # so that a level of rounding cannot turn an answer
+    hits = (logits.argmax(1) == labels).double()
+    assert found.result()["top1"] == hits.mean().item() and found.num_images == 23
+    confidence = logits.softmax(1).amax(1)
+    bins = (confidence * 15).long().clamp_max(14)
+    gaps = [float((hits - confidence)[bins == b].sum()) for b in range(15)]
+    assert found.result()["ece"] == pytest.approx(sum(map(abs, gaps)) / 23, abs=2e-3)
+    for label, row in enumerate(found.by_class()):
+        mine = labels == label
+        assert row == {"images": int(mine.sum()), "top1": hits[mine].mean().item(), "top5": 1.0}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
+def test_each_image_is_counted_once_whatever_the_batch_and_the_ranks(
+    folder: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_sets, "batch_images", lambda inputs: 4)  # 23 is no multiple
+    images, model = open_set(folder, CPU), ByColour()
+    total = evaluate.Scores(3)
+    seen = []
+    for rank in range(world_size):
+        part = {"rank": rank, "world_size": world_size}
+        if len(range(rank, 23, world_size)):
+            seen += all_of(images, COLOUR, **part)[0].double().sum((1, 2, 3)).tolist()
+        total.sums += measure(
+            model, images.batches([COLOUR], **part), input=COLOUR, num_classes=3
+        ).sums  # what an all-reduce does
+    whole = measure(model, images.batches([COLOUR]), input=COLOUR, num_classes=3)
+    assert total.num_images == len(seen) == len(set(seen)) == 23
+    assert total.by_class() == whole.by_class()
+    assert total.result() == pytest.approx(whole.result(), abs=1e-6)
+
+
+def test_networks_of_other_sizes_get_the_same_image_from_one_decoding(folder: Path) -> None:
+    other = InputSpec(size=12, mean=(0.1,) * 3, std=(0.9,) * 3)
+    images = open_set(folder, CPU)
+    together = list(images.batches([COLOUR, other, COLOUR]))
+    for spec in (COLOUR, other):
+        assert torch.equal(torch.cat([v[spec] for v, _ in together]), all_of(images, spec)[0])
+
+
+def test_agreement_and_teacher_are_counted_over_batches() -> None:
+    torch.manual_seed(0)
+    logits, judged, labels = torch.randn(50, 8), torch.randn(50, 8), torch.randint(0, 8, (50,))
+    scores = evaluate.Scores(8)
+    for part in torch.arange(50).split(7):
+        scores.add(logits[part], labels[part], judged[part])
+    result = scores.result()
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
+    assert result["top5"] == pytest.approx(top5)
+    same = (logits.argmax(1) == judged.argmax(1)).float().mean().item()
+    assert result["agreement"] == pytest.approx(same)
+    right = (judged.argmax(1) == labels).float().mean().item()
+    assert result["teacher_top1"] == pytest.approx(right)
+    assert evaluate.score(logits, labels, judged) == pytest.approx(result)
+    with pytest.raises(ValueError, match=r"model: got logits of shape \(2, 3\).*8 classes"):
+        scores.add(torch.zeros(2, 3), labels[:2])
+
+
+def test_idx_images_are_cut_as_image_files_are(tmp_path: Path) -> None:
+    """The same pixels as idx and as PNG: one level of rounding apart at most."""
+    pixels = np.stack([np.asarray(picture(s, 40, 40).convert("L")) for s in range(6)])
+    for kind, values in (("images-idx3", pixels), ("labels-idx1", np.arange(6, dtype=np.uint8))):
+        header = struct.pack(">HBB", 0, 8, values.ndim)
+        header += struct.pack(f">{values.ndim}I", *values.shape)
+        (tmp_path / f"t10k-{kind}-ubyte.gz").write_bytes(gzip.compress(header + values.tobytes()))
+    for label in range(6):
+        (tmp_path / "png" / str(label)).mkdir(parents=True)
+        Image.fromarray(pixels[label]).save(tmp_path / "png" / str(label) / "0.png")
+    spec = InputSpec(size=24, mean=(0.4,), std=(0.5,), crop_pct=0.8)
+    raw, files = (all_of(open_set(p, CPU), spec)[0] for p in (tmp_path, tmp_path / "png"))
+    assert ((raw - files) * 0.5 * 255).abs()[..., 2:-2, 2:-2].max() <= 1.01
+    same = InputSpec(size=40, mean=(0.4,), std=(0.5,))
+    expected = (torch.from_numpy(pixels).float()[:, None] / 255 - 0.4) / 0.5
+    assert torch.equal(all_of(open_set(tmp_path, CPU), same)[0], expected)
+
+
+def test_class_lists_give_the_order(folder: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "names.txt"
+    listed.write_text("cat\nant\nbee\n")
+    images = open_set(folder, CPU, classes=listed)
+    assert images.class_names == ("cat", "ant", "bee")
+    by_path = {i.path: i.label for i in images.items}  # type: ignore[union-attr]
+    assert all(("cat", "ant", "bee")[label] in path for path, label in by_path.items())
+
+
+def mistakes(root: Path, what: str) -> dict[str, Any]:
+    """Makes one broken set; returns further arguments of `open_set`."""
+    jpeg, _ = encoded(0)
+    if what == "loose":
+        (root / "a").mkdir()
+        (root / "a" / "0.jpg").write_bytes(jpeg)
+        (root / "1.jpg").write_bytes(jpeg)
+    elif what == "empty class":
+        (root / "a").mkdir()
+    elif what.startswith("classes"):
+        for name in ("a", "b"):
+            (root / name).mkdir()
+            (root / name / "0.jpg").write_bytes(jpeg)
+        names = {"classes missing": "a\nb\nc\n", "classes extra": "a\n", "classes twice": "a\na\n"}
+        (root / "list.txt").write_text(names.get(what, ""))
+        return {"classes": root / ("none.txt" if what == "classes none" else "list.txt")}
+    elif what == "no label":
+        write_shard(root / "0.tar", [("0.jpg", jpeg), ("0.cls", b"0"), ("1.jpg", jpeg)])
+    elif what == "no image":
+        write_shard(root / "0.tar", [("0.jpg", jpeg), ("0.cls", b"0"), ("1.cls", b"1")])
+    elif what == "odd label":
+        write_shard(root / "0.tar", [("0.jpg", jpeg), ("0.cls", b"ant")])
+    elif what == "high label":
+        write_shard(root / "0.tar", [("0.jpg", jpeg), ("0.cls", b"9")])
+        return {"num_classes": 3}
+    elif what == "link":
+        with tarfile.open(root / "0.tar", "w") as tar:
+            info = tarfile.TarInfo("0.jpg")
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(info)
+    elif what == "cut tar":
+        write_shard(root / "0.tar", [("0.jpg", jpeg * 40), ("0.cls", b"0")])
+        data = (root / "0.tar").read_bytes()
+        (root / "0.tar").write_bytes(data[:700])
+    elif what == "no tar":
+        (root / "0.tar").write_bytes(b"this is not a tar" * 99)
+    elif what == "file":
+        shutil.rmtree(root)
+    return {}
+
+
+@pytest.mark.parametrize(("what", "words"), [
+    ("file", "no such folder"),
+    ("nothing", "got no idx files, class folders or .tar shards"),
+    ("loose", "1.jpg: got an image without a label"),
+    ("empty class", "a: got no images"),
+    ("classes missing", "no folder for class 'c', which the list of 3 classes has"),
+    ("classes extra", "folder 'b', which the list of 1 classes does not have"),
+    ("classes twice", "got 2 lines, 1 of them different"),
+    ("classes empty", "got 0 lines"),
+    ("classes none", "none.txt: no such file"),
+    ("no label", "0.tar: 1: got an image without label"),
+    ("no image", "0.tar: 1: got an label without image"),
+    ("odd label", "got b'ant', expected a class number"),
+    ("high label", "0.cls|got class 9, expected 0 to 2"),
+    ("link", "0.jpg: a link or cut short"),
+    ("cut tar", "link or cut short|damaged"),
+    ("no tar", "0.tar: damaged"),
+])  # fmt: skip
+def test_a_broken_set_ends_in_one_clear_line(what: str, words: str, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    more = mistakes(root, what)
+    with pytest.raises(ValueError, match=words) as raised:
+        open_set(root, CPU, **more)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", ["cut jpeg", "garbage", "cut png", "empty"])
+def test_the_damaged_image_is_named(damage: str, folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(folder, root)
+    data = {"cut jpeg": encoded(0)[0][:400], "garbage": b"no image" * 50,
+            "cut png": encoded(1)[0][:300], "empty": b""}[damage]  # fmt: skip
+    (root / "bee" / "010.jpg").write_bytes(data)
+    with pytest.raises(ValueError, match=r"bee/010\.jpg: (damaged|got 0 bytes)"):
+        list(open_set(root, CPU).batches([COLOUR]))
+
+
+def test_networks_and_images_must_agree_on_channels(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"channels: got networks for images with \[1, 3\]"):
+        list(open_set(folder, CPU).batches([COLOUR, GREY]))
+    flat = image_sets.ImageSet(
+        images=torch.zeros(2, 1, 8, 8, dtype=torch.uint8), labels=torch.zeros(2, dtype=torch.int64),
+        class_names=("a",),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"images with \[3\] channels and images with 1"):
+        list(flat.batches([COLOUR]))
+    five = InputSpec(size=8, mean=(0.5,) * 5, std=(0.5,) * 5)
+    with pytest.raises(ValueError, match="5 channels, expected 1 or 3"):
+        list(open_set(folder, CPU).batches([five]))
+
+
+def test_without_dali_one_line_says_what_to_install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+    images = open_set(folder, CPU)
+    with pytest.raises(ValueError, match=r"pip install 'dmkd_fast\[dali\]'"):
+        list(images.batches([COLOUR]))
+
+
+def saved_classifier(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    base: dict[str, Any] = {
+        "architecture": "cifar_resnet8", "num_classes": 3, "in_chans": 3, "input_size": 24,
+        "mean": COLOUR.mean, "std": COLOUR.std, "crop_pct": 0.75,
+    }  # fmt: skip
+    spec = ClassifierSpec(**(base | changes))
+    torch.manual_seed(0)
+    models.save_classifier(models.build_classifier(spec), spec, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_the_command_line_measures_any_classifier_on_any_set(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = request.getfixturevalue(kind)
+    saved = saved_classifier(tmp_path / "model")
+    assert cli.main(["evaluate", str(saved), "--data", str(place)]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    model, spec = models.load_classifier(saved, CPU)
+    scores = measure(
+        model, open_set(place, CPU).batches([spec.input]), input=spec.input, num_classes=3
+    )
+    assert {k: found[k] for k in ("top1", "top5", "ece")} == scores.result()
+    assert found["num_images"] == 23 and len(found["class_top1"]) == 3
+    names = NAMES if kind == "folder" else ("0", "1", "2")
+    for name, row in zip(names, scores.by_class(), strict=True):
+        assert found["class_top1"][name] == row["top1"]
+        assert any(name in line and f"{row['top1']:.4f}" in line for line in table)
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_on_its_own_set_or_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run with two teachers of other sizes, tested on an ImageFolder, then on idx files."""
+    big = saved_classifier(
+        tmp_path / "big", architecture="lenet5", num_classes=12, in_chans=1, input_size=32,
+        mean=(0.3,), std=(0.4,), crop_pct=1.0,
+    )  # fmt: skip
+    place = tmp_path / "photos"
+    for label in range(10):
+        (place / str(label)).mkdir(parents=True)
+        picture(label, 30, 34).convert("L").save(place / str(label) / "0.png")
+    more = f"more_teachers=[{{path: {big}, class_map: [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]}}]"
+    run = tmp_path / "run"
+    command = ["distill", CONFIG, *SHORT, f"run_dir={run}", more, f"eval={{path: {place}}}",
+               "train.num_views=64"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "dmkd_fast.cli", *command], capture_output=True, text=True,
+        check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["teacher_licence"] and str(big) in (run / "student" / "README.md").read_text()
+    for arguments, count in (([], 10), (["--data", "embedded"], 10_000)):
+        if arguments:
+            from dmkd_fast.assets import resolve
+
+            arguments = ["--data", str(resolve("embedded:fashion_mnist/test"))]
+        assert cli.main(["evaluate", str(run), *arguments]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["num_images"] == count and 0 <= found["agreement"] <= 1
+        if not arguments:
+            assert {k: found[k] for k in ("top1", "agreement", "teacher_top1")} == {
+                k: summary[k] for k in ("top1", "agreement", "teacher_top1")
+            }
+
+
+def test_a_job_of_some_classes_in_another_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ankle boots, trousers and bags of a 10-class generator and a 10-class teacher."""
+    from dmkd_fast.assets import resolve
+
+    test = image_sets.load_idx(resolve("embedded:fashion_mnist/test"), "t10k")
+    own = (9, 1, 8)
+    for label, original in enumerate(own):
+        place = tmp_path / "set" / f"{label}-{test.class_names[original]}".replace("/", "-")
+        place.mkdir(parents=True)
+        for i in (test.labels == original).nonzero()[:40, 0].tolist():
+            Image.fromarray(test.images[i, 0].numpy()).save(place / f"{i}.png")
+    arguments = [
+        "distill", CONFIG, *SHORT, f"run_dir={tmp_path}/run", f"eval={{path: {tmp_path}/set}}",
+        "denoiser.class_map=[9, 1, 8]", "teacher.class_map=[9, 1, 8]", "train.num_views=1600",
+        "sampler={num_steps: 2, guidance_scale: 1, compile: false, micro_batch_images: 64, "
+        "phases: [{start: 0.5, num_steps: 1, guidance_scale: 1}]}",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["teacher_top1"] > 0.95  # the teacher's map is in the order of the set
+    assert summary["top1"] > 0.6  # and the generator's in the order of both
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["{model}"], ["--data", "not the directory of a run"]),
+    (["{model}", "--data", "{tmp}/none"], ["none", "no such folder"]),
+    (["{model}", "--data", "{two}"], ["classes", "has 2", "have 3"]),
+    (["{model}", "--data", "{folder}", "--classes", "{tmp}/none.txt"], ["none.txt", "no such"]),
+    (["{tmp}", "--classes", "{tmp}/x"], ["--classes", "add --data"]),
+    (["{tmp}", "--data", "{folder}"], ["config.yaml", "No such file"]),
+    (["embedded:fashion_mnist/weak", "--data", "{folder}"], ["classes", "has 3", "have 10"]),
+    (["embedded:fashion_mnist/best", "--data", "{folder}"], ["no such asset"]),
+    (["resnet1800", "--data", "{folder}"], ["resnet1800", "timm"]),
+    (["hf-hub:acme/tiny", "--data", "{folder}"], ["revision", "40 hexadecimal"]),
+    (["{tmp}/nowhere", "--data", "{folder}"], ["config.json", "No such file"]),
+])  # fmt: skip
+def test_mistakes_of_evaluate_end_in_one_line(
+    arguments: list[str], words: list[str], folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model, two = saved_classifier(tmp_path / "model"), tmp_path / "two"
+    for name in ("a", "b"):
+        (two / name).mkdir(parents=True)
+        picture(0, 30, 30).save(two / name / "0.png")
+    places = {"{model}": model, "{two}": two, "{folder}": folder, "{tmp}": tmp_path}
+    for mark, path in places.items():
+        arguments = [a.replace(mark, str(path)) for a in arguments]
+    assert cli.main(["evaluate", *arguments]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert captured.out == "" and len(lines) == 1 and lines[0].startswith("dmkd: "), captured.err
+    for word in words:
+        assert word in lines[0], (word, lines[0])
