@@ -269,3 +269,15 @@ def test_accepted_settings_with_max_uses_never_stop(order: str, error_buffer: fl
                 write(ring)
             ring.sample(batch)
             assert ring.uses.max() <= max_uses
+
+
+def test_mean_uses_are_exact_beyond_the_histogram() -> None:
+    ring = make(capacity=8, spi=1000)
+    write(ring)
+    ring.sample(4 * 150)
+    statistics = ring.statistics()
+    assert statistics.uses[-1] == 4  # the last bin: 64 times or more
+    assert statistics.means()["ring_uses"] == 150
+    write(ring)
+    write(ring)
+    assert ring.statistics().means()["retired_uses"] == 150

@@ -219,6 +219,9 @@ class Pair:
         if held:
             uses = [model.uses[i] for i in held]
             assert means["ring_uses"] == pytest.approx(sum(uses) / len(held), rel=1e-6)
+            gone = max(1, model.inserted - len(held))
+            retired = (model.sampled - sum(uses)) / gone
+            assert means["retired_uses"] == pytest.approx(retired, rel=1e-6)
             assert means["ring_unused"] == pytest.approx(uses.count(0) / len(held), rel=1e-6)
 
     def limiter(self) -> None:
