@@ -307,8 +307,8 @@ class DistillConfig(RunConfig):
                 max_uses=ring.max_uses, num_classes=0,
             )  # fmt: skip
         except ValueError as error:
-            section = "train" if str(error).startswith("batch_size") else "ring"
-            raise ValueError(f"{section}.{error}") from None
+            text = str(error).replace("or raise capacity", "or raise ring.capacity")
+            raise ValueError(f"{'train' if text[:5] == 'batch' else 'ring'}.{text}") from None
         return self
 
 

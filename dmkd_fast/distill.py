@@ -290,10 +290,13 @@ class Distiller:
         if not (is_due and metrics.has_values):
             return
         scores = self._scores() if is_scored else {}
+        statistics = self.ring.statistics()
+        for name, value in statistics.means().items():
+            metrics.add(name, value)
         with self._interrupts.held():
             metrics.flush(
                 views=self.num_views, images=self.ring.num_inserted, lr=self.lr(), **scores,
-                **self._ring_figures(metrics),
+                **statistics.figures(),
             )  # fmt: skip
 
     def _save_if_due(self) -> None:
@@ -313,18 +316,6 @@ class Distiller:
         self._blocks.drop_unused(lambda: self._saver.describe("ring"))
         self._writer.close()
         return path
-
-    def _ring_figures(self, metrics: Metrics) -> dict[str, float]:
-        """What a log line says about the ring; figures on the device go to the metrics."""
-        statistics = self.ring.statistics()
-        for name, value in statistics.means().items():
-            metrics.add(name, value)
-        return {
-            "ring_fill": statistics.fill,
-            "reuse_error": statistics.error,
-            "producer_wait_s": statistics.producer_wait_s,
-            "consumer_wait_s": statistics.consumer_wait_s,
-        }
 
     def _warm_up(self, metrics: Metrics) -> None:
         """Run everything on throw-away inputs: what compiles does so here, not inside a step."""

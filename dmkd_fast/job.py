@@ -57,6 +57,11 @@ def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
         device = runtime.resolve_device(config.device)
         dtype = runtime.resolve_dtype(config.dtype, device)
         first, *more = (classifiers.pinned(teacher) for teacher in config.teachers.values())
+        if config.ring.overlap and device.type != "cuda":
+            raise ValueError(
+                f"ring.overlap: got true with device {device.type}, which has one stream, expected "
+                "false; set ring.overlap=false"
+            )
     able = runtime.can_compile(device.type)
     sampler, train = config.sampler.compile, config.train.compile
     # Measured on a CPU: a compiled sampler makes 1.5 times the images, but a compiled ResNet takes

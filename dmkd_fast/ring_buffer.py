@@ -306,7 +306,8 @@ class RingBuffer:
             num_classes=self.num_classes,
         )  # fmt: skip
         return Statistics(
-            uses=uses, retired_uses=self._retired.clone(), class_counts=class_counts, ages=ages,
+            uses=uses, total_uses=self.uses.sum(), retired_uses=self._retired.clone(),
+            class_counts=class_counts, ages=ages,
             fill=self.num_filled / self.capacity, error=self._limiter.error,
             inserted=self.num_inserted, sampled=self.num_sampled,
             producer_wait_s=waits["producer"], consumer_wait_s=waits["consumer"],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BINS = 65  # use counts 0 to 63, and 64 or more
+BINS = 65  # use counts 0 to 63, and 64 or more: for a look at the spread; sums are exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,8 @@ class Statistics:
 
     uses: Tensor
     """(65,) int64: images in the ring by how often they were drawn; the last: 64 times or more."""
+    total_uses: Tensor
+    """() int64: draws of the images in the ring, exact."""
     retired_uses: Tensor
     """(65,) int64: the same of all images overwritten so far."""
     ages: Tensor
@@ -46,13 +48,21 @@ class Statistics:
             ring_age_blocks: mean age; retired_uses: mean uses of the images overwritten (0 before
             there are any).
         """
-        numbers = torch.arange(BINS, device=self.uses.device)
         held, gone = self.uses.sum().clamp(min=1), self.retired_uses.sum().clamp(min=1)
         return {
-            "ring_uses": (self.uses * numbers).sum() / held,
+            "ring_uses": self.total_uses / held,
             "ring_unused": self.uses[0] / held,
             "ring_age_blocks": self.ages.clamp(min=0).sum() / held,
-            "retired_uses": (self.retired_uses * numbers).sum() / gone,
+            "retired_uses": (self.sampled - self.total_uses) / gone,
+        }
+
+    def figures(self) -> dict[str, float]:
+        """Figures of a log line that the host has."""
+        return {
+            "ring_fill": self.fill,
+            "reuse_error": self.error,
+            "producer_wait_s": self.producer_wait_s,
+            "consumer_wait_s": self.consumer_wait_s,
         }
 
 

@@ -68,7 +68,9 @@ def test_dry_run_prints_settings_and_plan_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["distill", CONFIG, "--dry-run", "sampler.num_steps=3"]) == 0
     out = capsys.readouterr().out
-    assert "num_steps: 3" in out and "device: cpu" in out and "ring: " in out and "bytes" in out
+    assert (
+        "num_steps: 3" in out and "device: cpu" in out and "ring images: " in out and "bytes" in out
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -131,9 +133,15 @@ MISTAKES = [
     (["sampler.num_steps=1001"], ["num_steps", "1001", "1000"]),
     (["sampler.guidance_scale=0.5"], ["sampler.guidance_scale", "0.5", "or equal to 1"]),
     (["ring.capacity_images=64"], ["ring.capacity_images", "got 64", "raise"]),
-    (["train.batch_size=9999999"], ["train.batch_size=9999999", "raise"]),
+    (["train.batch_size=9999999"], ["train.batch_size: got 9999999", "raise ring.capacity_images"]),
     (["ring.min_fill_images=100000"], ["ring.min_fill_images", "100000", "lower"]),
     (["ring.samples_per_insert=0.001"], ["ring.samples_per_insert", "raise"]),
+    (["ring.error_buffer=1"], ["ring.error_buffer: got 1", "for ever", "raise error_buffer"]),
+    (["ring.max_uses=3"], ["ring.max_uses: got 3", "samples_per_insert=24", "raise"]),
+    (["ring={order: uniform, max_uses: 30, capacity_images: 9999, min_fill_images: 1024, "
+      "samples_per_insert: 2}"], ["ring.max_uses: got 30 with order=uniform", "change one"]),
+    (["ring.order=random"], ["ring.order", "'random'", "'balanced'"]),
+    (["ring.overlap=true"], ["ring.overlap: got true with device cpu", "ring.overlap=false"]),
     (["ring.samples_per_insert=-1"], ["ring.samples_per_insert", "greater than 0"]),
     (["loss.temperature=0"], ["loss.temperature", "greater than 0"]),
     (["student={path: {tmp}/weak}", "views.size=32"], ["student.path", "28 pixels", "=28"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -251,3 +252,32 @@ class NoTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"allocates: {func}")
+
+
+@pytest.mark.parametrize("order", ["shuffled", "equal"])
+@pytest.mark.parametrize("error_buffer", [None, 40.0])
+def test_accepted_settings_with_max_uses_never_stop(order: str, error_buffer: float | None) -> None:
+    for capacity, guard, max_uses, batch in itertools.product((12, 20), (0, 1), (3, 4, 9), (1, 6)):
+        ring = make(
+            capacity, order=order, max_uses=max_uses, guard_blocks=guard,
+            error_buffer=error_buffer,
+        )  # fmt: skip
+        ring.check(batch)
+        for _ in range(120):
+            while ring.must_insert(batch):
+                assert ring.may_insert(batch)
+                write(ring)
+            ring.sample(batch)
+            assert ring.uses.max() <= max_uses
+
+
+def test_mean_uses_are_exact_beyond_the_histogram() -> None:
+    ring = make(capacity=8, spi=1000)
+    write(ring)
+    ring.sample(4 * 150)
+    statistics = ring.statistics()
+    assert statistics.uses[-1] == 4  # the last bin: 64 times or more
+    assert statistics.means()["ring_uses"] == 150
+    write(ring)
+    write(ring)
+    assert ring.statistics().means()["retired_uses"] == 150

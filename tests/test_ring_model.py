@@ -46,7 +46,9 @@ class Model:
     def commit(self, ids: list[int]) -> None:
         newest = len(self.blocks)
         if newest >= self.places:
-            self.retired.update(self.uses.pop(i) for i in self.blocks[newest - self.places])
+            self.retired.update(
+                min(self.uses.pop(i), 64) for i in self.blocks[newest - self.places]
+            )
         self.blocks.append(ids)
         self.uses |= dict.fromkeys(ids, 0)
         self.is_open = self.is_torn = False
@@ -204,7 +206,7 @@ class Pair:
         found = {int(i): int(u) for i, u in zip(ring.ids, ring.uses, strict=True) if i >= 0}
         assert found == {i: model.uses[i] for i in held}
         statistics = ring.statistics()
-        assert _histogram(statistics.uses) == Counter(model.uses[i] for i in held)
+        assert _histogram(statistics.uses) == Counter(min(model.uses[i], 64) for i in held)
         assert _histogram(statistics.retired_uses) == model.retired
         assert statistics.class_counts is not None
         by_class = Counter(i % CLASSES for i in held)
@@ -217,6 +219,9 @@ class Pair:
         if held:
             uses = [model.uses[i] for i in held]
             assert means["ring_uses"] == pytest.approx(sum(uses) / len(held), rel=1e-6)
+            gone = max(1, model.inserted - len(held))
+            retired = (model.sampled - sum(uses)) / gone
+            assert means["retired_uses"] == pytest.approx(retired, rel=1e-6)
             assert means["ring_unused"] == pytest.approx(uses.count(0) / len(held), rel=1e-6)
 
     def limiter(self) -> None:
