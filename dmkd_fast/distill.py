@@ -290,10 +290,10 @@ class Distiller:
         if not (is_due and metrics.has_values):
             return
         scores = self._scores() if is_scored else {}
-        statistics = self.ring.statistics()
-        for name, value in statistics.means().items():
-            metrics.add(name, value)
         with self._interrupts.held():
+            statistics = self.ring.statistics()
+            for name, value in statistics.means().items():
+                metrics.add(name, value)
             metrics.flush(
                 views=self.num_views, images=self.ring.num_inserted, lr=self.lr(), **scores,
                 **statistics.figures(),
