@@ -119,9 +119,10 @@ def training_step(report: Report, *, n: int) -> None:
 
 def bare_step(distiller: Distiller, views: Tensor, gradient: Tensor) -> None:
     """What a step costs on ready views with a ready gradient."""
+    teacher = distiller._supervision._teachers.networks[0]
     with distiller._autocast:
         with torch.no_grad():
-            distiller._teacher(views.to(distiller.dtype))
+            teacher(views.to(distiller.dtype))
         logits = distiller._student(views)
     logits.backward(gradient.to(logits.dtype))
     distiller.optimizer.step()
