@@ -323,7 +323,7 @@ def test_no_real_training_image_is_opened(tmp_path: Path) -> None:
         code_files = (".py", ".pyc", "manifest.json")
         odd = {p for p in paths if p.startswith(str(assets.ROOT)) and os.path.isfile(p)
                and not p.startswith(tuple(data)) and not p.endswith(code_files)}
-        own = lambda p: p.startswith((package, run)) or p == config
+        own = lambda p: p.startswith((package, run)) or p in (config, os.path.dirname(run))
         odd |= {p for p in paths if not own(p) and not p.startswith(tuple(system))}
         odd |= {p for p in paths if "train-images" in p or "train-labels" in p}
         assert not odd, odd

