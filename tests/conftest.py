@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,21 @@ def build_distiller(
         run_dir=run_dir,
         show=False,
     )  # fmt: skip
+
+
+def fit_until(distiller: Distiller, stop_at: int) -> None:
+    """Fit until Ctrl-C right after a step."""
+    step = distiller.train_step
+
+    def interrupted() -> Tensor:
+        loss = step()
+        if distiller.step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    distiller.train_step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        distiller.fit()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import fit_until
 
 from dmkd_fast import Distiller
 
@@ -69,18 +70,8 @@ def test_resumed_run_ends_like_an_uninterrupted_one(make_distiller: Make, stop_a
     torch.manual_seed(0)
     whole.fit()
 
-    step = broken.train_step
-
-    def interrupted() -> torch.Tensor:
-        loss = step()
-        if broken.step == stop_at:
-            signal.raise_signal(signal.SIGINT)
-        return loss
-
-    broken.train_step = interrupted  # type: ignore[method-assign]
     torch.manual_seed(0)
-    with pytest.raises(KeyboardInterrupt):
-        broken.fit()
+    fit_until(broken, stop_at)
     again = make_distiller(dropout=0.3, run_dir=broken.run_dir)
     torch.manual_seed(99)
     again.restore()

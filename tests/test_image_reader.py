@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import signal
 import threading
 import time
 from collections import Counter
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as vision
-from conftest import tiny_sampler
+from conftest import fit_until, tiny_sampler
 from PIL import Image
 from shard_files import encode, random_images, write_shards
 
@@ -76,17 +75,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
     write_shards(tmp_path / "set", *generated(count), per_shard=16)
     whole, broken = (offline(make_distiller(), tmp_path / "set") for _ in range(2))
     whole.fit()
-    step = broken.train_step
-
-    def interrupted() -> torch.Tensor:
-        loss = step()
-        if broken.step == stop_at:
-            signal.raise_signal(signal.SIGINT)
-        return loss
-
-    broken.train_step = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        broken.fit()
+    fit_until(broken, stop_at)
     again = offline(make_distiller(run_dir=broken.run_dir), tmp_path / "set")
     again.restore()
     again.fit()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import signal
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import CONFIG, fit_until
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,17 +38,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
 ) -> None:
     whole, broken = (make_distiller(ring=ring) for _ in range(2))
     whole.fit()
-    step = broken.train_step
-
-    def interrupted() -> Tensor:
-        loss = step()
-        if broken.step == stop_at:
-            signal.raise_signal(signal.SIGINT)
-        return loss
-
-    broken.train_step = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        broken.fit()
+    fit_until(broken, stop_at)
     again = make_distiller(ring=ring, run_dir=broken.run_dir)
     again.restore()
     again.fit()
@@ -210,8 +200,6 @@ def test_dry_run_prints_the_exact_bytes_and_allocates_no_ring(
 ) -> None:
     """200,000 images of 3 x 256 x 256 on a machine that has, or has not, room for them."""
     from dataclasses import replace
-
-    from conftest import CONFIG
 
     from dmkd_fast import ring_buffer, runtime
 
