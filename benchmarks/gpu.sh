@@ -11,3 +11,4 @@ python=${PYTHON:-.venv/bin/python}
 "$python" -m benchmarks kd-loss-gpu "$@"
 "$python" -m benchmarks sampler "$@"
 "$python" -m benchmarks views "$@"
+"$python" -m benchmarks ring "$@"

@@ -126,6 +126,11 @@ def _prepare(
     """Load what makes images, and write down all that they depend on."""
     if config.source is not None:
         raise ValueError("source: got it, expected a denoiser to make images with; change config")
+    if config.sampler.phases:
+        raise ValueError(
+            "sampler.phases: got some, expected none, as a directory's images are all made alike; "
+            "set sampler.phases=[], or make a directory for each phase"
+        )
     config = job.resolve(config)
     device = torch.device(config.device)
     denoiser = origin.load_denoiser(config.denoiser, device)

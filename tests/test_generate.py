@@ -237,6 +237,7 @@ def test_a_full_disk_is_one_line_and_the_job_can_go_on(whole: Path, tmp_path: Pa
     (["denoiser=null", "sampler=null", "source={path: x}", "ring.capacity_images=512",
       "ring.min_fill_images=64"], "source: got it"),
     (["teacher.path=embedded:fashion_mnist/none"], "no such asset"),
+    (["sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 1}]"], "sampler.phases: got some"),
 ])  # fmt: skip
 def test_a_config_that_cannot_generate_ends_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
