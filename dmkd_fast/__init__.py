@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dmkd_fast.denoisers import load_denoiser
-    from dmkd_fast.distill import Distiller, Schedule
+    from dmkd_fast.distill import Distiller
     from dmkd_fast.evaluate import measure
     from dmkd_fast.image_sets import EncodedSet, ImageSet, load_idx, open_set
     from dmkd_fast.inputs import InputSpec
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dmkd_fast.mix import Mixer
     from dmkd_fast.models import load_classifier, save_classifier
     from dmkd_fast.ops.kd_loss import DistillKL, kd_loss, kd_loss_and_grad
+    from dmkd_fast.optim import Schedule
     from dmkd_fast.ring_buffer import RingBuffer
     from dmkd_fast.sampler import DiffusionSampler
     from dmkd_fast.teachers import Teacher, Teachers
@@ -39,7 +40,7 @@ _HOMES = {
     "LabelStream": "labels",
     "Mixer": "mix",
     "RingBuffer": "ring_buffer",
-    "Schedule": "distill",
+    "Schedule": "optim",
     "Teacher": "teachers",
     "Teachers": "teachers",
     "ViewSpec": "views",

@@ -10,9 +10,10 @@ N capacity, c channels, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,14 +59,15 @@ class RingBlocks:
         ring: (N, c, H, W) uint8 images in blocks.
         folder: Of the files.
         writer: Writes them, in the order of the blocks.
-        remake: `remake(ids, labels, out=images)` makes the images of a damaged file again; what it
-            makes is used only if it is the same to the bit.
+        remakes: `remake(ids, labels, out=images)` makes the images of a damaged file again; what
+            the first of them makes that is the same to the bit is used.
     """
 
     def __init__(
-        self, ring: Ring, folder: Path, writer: durable.Writer, *, remake: Callable[..., object]
-    ) -> None:
-        self.ring, self.folder, self.writer, self.remake = ring, folder, writer, remake
+        self, ring: Ring, folder: Path, writer: durable.Writer, *,
+        remakes: Sequence[Callable[..., object]],
+    ) -> None:  # fmt: skip
+        self.ring, self.folder, self.writer, self.remakes = ring, folder, writer, remakes
         self.notes: list[str] = []
         """One line for each file that was damaged and made again by `load_state_dict`."""
         self._queued: set[int] = set()
@@ -112,7 +114,7 @@ class RingBlocks:
 
         Raises:
             ValueError: The state belongs to a ring of another shape.
-            Damaged: A file is, and `remake` makes other pixels.
+            Damaged: A file is, and its images cannot be made again.
         """
         expected = [self.ring.block_images, *self.ring.images.shape]
         if state["shape"] != expected:
@@ -129,14 +131,23 @@ class RingBlocks:
                 self.ring.images[slots].copy_(load(data)["images"])
                 self._digests[number] = digest
             except durable.Damaged as error:
-                images = self.ring.images[slots]
-                self.remake(self.ring.ids[slots], self.ring.labels[slots], out=images)
-                if durable.sha256(weights.file_parts({"images": images.cpu()})) != digest:
+                if not self._remade(slots, digest):
                     raise durable.Damaged(
-                        f"{error}; its images were made again, but differ"
+                        f"{error}; its images could not be made again to the bit"
                     ) from None
                 self.notes.append(f"{path}: damaged ({error}); its images were made again")
         self._queued = set(self._digests)  # Those made again get new files.
+
+    def _remade(self, slots: slice, digest: str) -> bool:
+        """Make the images of some slots again; whether they are those of the file."""
+        images = self.ring.images[slots]
+        for remake in self.remakes:
+            # A source on disk may be damaged itself.
+            with contextlib.suppress(ValueError, OSError):
+                remake(self.ring.ids[slots], self.ring.labels[slots], out=images)
+                if durable.sha256(weights.file_parts({"images": images.cpu()})) == digest:
+                    return True
+        return False
 
     def _held(self) -> range:
         """Numbers of the blocks in the ring."""

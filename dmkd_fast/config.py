@@ -123,7 +123,7 @@ class RingConfig(Section):
 class ViewsConfig(Section):
     """Random views that teacher and student see."""
 
-    size: int = Field(ge=1)
+    size: int = Field(ge=1, le=8192)
     """Side of a view, in pixels."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Range of the crop's area as a share of the image's area."""
@@ -142,6 +142,8 @@ class ViewsConfig(Section):
                 raise ValueError(
                     f"{name}: got [{low}, {high}], expected 0 < low <= high; put the smaller first"
                 )
+        if self.scale[1] > 1:
+            raise ValueError(f"scale: got {list(self.scale)}, expected at most 1; lower the second")
         return self
 
 
@@ -286,6 +288,11 @@ class DistillConfig(RunConfig):
                 "ring.overlap: got true with a source, expected false, as images on disk are only "
                 "read; remove it"
             )
+        if ring.overlap and self.sampler.phases:
+            raise ValueError(
+                "ring.overlap: got true with sampler.phases, expected false, as a block made ahead "
+                "would be of the phase before; remove one of the two"
+            )
         if ring.min_fill_images < self.train.batch_size <= ring.capacity_images:
             raise ValueError(
                 f"ring.min_fill_images: got {ring.min_fill_images}, expected at least "
@@ -357,6 +364,16 @@ class PretrainFewstepConfig(PretrainConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainFewstepConfig:
+        for section, names in (("denoiser", ("prompts", "decoder", "class_map")),
+                               ("sampler", ("phases", "guidance_interval", "guidance_channels",
+                                            "attention"))):  # fmt: skip
+            given = getattr(self, section)
+            for name in names:
+                if getattr(given, name) != type(given).model_fields[name].default:
+                    raise ValueError(
+                        f"{section}.{name}: got {getattr(given, name)}, expected none, as it has "
+                        "no effect on a few-step denoiser's training; remove it"
+                    )
         if self.sampler.num_steps % self.num_steps:
             raise ValueError(
                 f"num_steps: got {self.num_steps}, expected a divisor of "

@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +29,12 @@ from dmkd_fast.inputs import InputSpec
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
+from dmkd_fast.optim import Schedule
 from dmkd_fast.ring_buffer import Block, RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.supervision import Supervision
 from dmkd_fast.teachers import Teachers
 from dmkd_fast.views import Views
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Optimizer settings and the rhythm of a run; see `OptimConfig` and `TrainConfig`."""
-
-    batch_size: int
-    num_views: int
-    lr: float
-    name: str = "adamw"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    ema_decay: float = 0.0
-    max_grad_norm: float = 0.0
-    checkpoint_every_s: float = 600.0
-    log_every_steps: int = 50
-    num_evaluations: int = 8
 
 
 class Distiller:
@@ -93,6 +75,11 @@ class Distiller:
         self.run_dir = Path(run_dir)
         self.device = ring.images.device
         ring.check(schedule.batch_size)
+        if ring.guard_blocks and isinstance(sampler, ImageReader):
+            raise ValueError(
+                f"guard_blocks: got {ring.guard_blocks} with an ImageReader, expected 0, as blocks "
+                "are not read ahead; make the ring without"
+            )
         self._ahead: tuple[Block, Tensor, Tensor] | None = None
         self._before_warm_up: list[Tensor] | None = None
         self.num_steps = -(-schedule.num_views // schedule.batch_size)
@@ -117,8 +104,9 @@ class Distiller:
         self._metrics = Metrics(self.run_dir, total, show=show)
         self._writer = durable.Writer()
         self._blocks = RingBlocks(
-            ring, self.run_dir / "blocks", self._writer, remake=sampler.sample
-        )
+            ring, self.run_dir / "blocks", self._writer,
+            remakes=[made_by.sample for _, made_by in self._samplers],
+        )  # fmt: skip
         self._saver = checkpoint.Saver(
             self.run_dir / "checkpoints", self._writer, every_s=schedule.checkpoint_every_s
         )
@@ -136,11 +124,14 @@ class Distiller:
         while self.ring.must_insert(self.schedule.batch_size) and not self.labels.is_exhausted:
             block, ids, labels = self._ahead or self._generate()
             with self._interrupts.held():
-                self.ring.commit(block, ids=ids, labels=labels)
+                self.ring.commit(
+                    block, ids=ids.to(self.device), labels=labels.to(self.device)
+                )  # A reader's are on the host.
                 self.labels.advance(len(ids))
                 self._ahead = None
                 if metrics is not None:
                     self._blocks.append()
+                    self.ring.release()  # They were read, to be copied.
             if metrics is not None:
                 self._save_if_due()
             now = time.monotonic()
@@ -208,6 +199,10 @@ class Distiller:
         step, notes = self._saver.restore(self._state())
         return checkpoint.Restored(step, [*notes, *self._blocks.notes])
 
+    def check_folder(self) -> None:
+        """Refuse, with a ValueError, a run directory whose checkpoints were not restored."""
+        self._saver.check_folder()
+
     def fit(self) -> dict[str, Any]:
         """Run to the end, or until Ctrl-C.
 
@@ -221,7 +216,7 @@ class Distiller:
             SaveError: The last checkpoint could not be written.
             ValueError: `run_dir` holds checkpoints that were not restored.
         """
-        self._saver.check_folder()
+        self.check_folder()
         durable.make_folder(self.run_dir)
         metrics, total = self._metrics, self.num_steps * self.schedule.batch_size
         try:

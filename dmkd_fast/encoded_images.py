@@ -1,7 +1,7 @@
 """Image files and tar members: listing them with their labels, decoding them with NVIDIA DALI.
 
-Stands on floor 1, below `image_sets.py`; the only file that imports DALI. Listing is done here and
-not by DALI's readers: they pad or drop at the end of a pass, and each kind of storage has another.
+Stands on floor 1, below `image_sets.py`. Listing is done here and not by DALI's readers: they pad
+or drop at the end of a pass, and each kind of storage has another.
 Tars are never extracted; only offsets of regular members are kept.
 """
 
@@ -63,6 +63,8 @@ def list_folder(folder: Path, names: tuple[str, ...]) -> tuple[list[Item], tuple
             f"{folder}: got no idx files, class folders or .tar shards, expected one of these; "
             "give another folder"
         )
+    if all(name.isascii() and name.isdigit() for name in found):
+        found.sort(key=int)  # as a source of such folders counts them
     names = names or tuple(found)
     missing, extra = sorted(set(names) - set(found)), sorted(set(found) - set(names))
     if missing or extra:

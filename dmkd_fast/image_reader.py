@@ -237,6 +237,7 @@ class ImageReader:
             images = fn.decoders.image(
                 fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, batch=True),
                 device="mixed" if on_cuda else "cpu",
+                adjust_orientation=False,  # as test images are read
                 output_type=types.GRAY if channels == 1 else types.RGB,
             )  # each (h, w, c)
             if self.resize:

@@ -25,10 +25,11 @@ from dmkd_fast import (
     runtime,
 )
 from dmkd_fast import config as cfg
-from dmkd_fast.distill import Distiller, Schedule
+from dmkd_fast.distill import Distiller
 from dmkd_fast.evaluation import STUDENT, evaluate_run, open_test_set
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.image_sets import EncodedSet, ImageSet
+from dmkd_fast.optim import Schedule
 from dmkd_fast.ring_buffer import RingBuffer
 from dmkd_fast.views import Views
 
@@ -142,36 +143,37 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
         sampler, labels = origin.make_origin(config, parts.origin, ring.capacity, show=show)
         later = origin.later_samplers(config, parts.origin)
     spec = parts.student_spec
-    return Distiller(
-        sampler=sampler,
-        ring=ring,
-        labels=labels,
-        views=Views(
-            **config.views.model_dump(),
-            mean=spec.mean,
-            std=spec.std,
-            device=device,
-            seed=config.seed,
-        ),
-        teacher=parts.teachers.together,
-        student=parts.student,
-        schedule=Schedule(
-            **config.optim.model_dump(),
-            batch_size=config.train.batch_size,
-            num_views=config.train.num_views,
-            checkpoint_every_s=config.train.checkpoint_every_s,
-            log_every_steps=config.train.log_every_steps,
-            num_evaluations=config.eval.num_points,
-        ),
-        run_dir=config.run_dir,
-        temperature=config.loss.temperature,
-        dtype=dtype,
-        compile=config.train.compile is True,
-        test_set=parts.test_set,
-        student_input=spec.input,
-        later_samplers=later,
-        show=show,
-    )
+    with cfg.user_errors():
+        return Distiller(
+            sampler=sampler,
+            ring=ring,
+            labels=labels,
+            views=Views(
+                **config.views.model_dump(),
+                mean=spec.mean,
+                std=spec.std,
+                device=device,
+                seed=config.seed,
+            ),
+            teacher=parts.teachers.together,
+            student=parts.student,
+            schedule=Schedule(
+                **config.optim.model_dump(),
+                batch_size=config.train.batch_size,
+                num_views=config.train.num_views,
+                checkpoint_every_s=config.train.checkpoint_every_s,
+                log_every_steps=config.train.log_every_steps,
+                num_evaluations=config.eval.num_points,
+            ),
+            run_dir=config.run_dir,
+            temperature=config.loss.temperature,
+            dtype=dtype,
+            compile=config.train.compile is True,
+            test_set=parts.test_set,
+            student_input=spec.input,
+            later_samplers=later,
+            show=show,
+        )
 
 
 def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -> dict[str, Any]:
@@ -199,6 +201,8 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
             restored = distiller.restore()
         for note in restored.notes:
             print(note, file=sys.stderr)
+    with cfg.user_errors():
+        distiller.check_folder()
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
     if show:
         print(origin.describe(config, parts.origin), file=sys.stderr)
@@ -211,21 +215,22 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
             raise cfg.ConfigError(str(stop)) from None
         raise
 
-    (folder / STUDENT).mkdir(exist_ok=True)
-    models.save_classifier(distiller.average.module, parts.student_spec, folder / STUDENT)
-    scores = evaluate_run(folder).scores
-    _draw(distiller, parts, folder, scores["teacher_top1"])
-    summary = {
-        **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
-        **distiller.totals(),
-        "denoiser_licence": parts.origin.licence,
-        "teacher_licence": parts.teachers.licence,
-        "run_dir": str(folder),
-    }
-    if isinstance(distiller.labels, ImageReader):
-        summary["waited_s"] = round(sum(distiller.labels.waits), 1)
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _write_card(folder, config, parts, summary)
+    with cfg.user_errors():
+        (folder / STUDENT).mkdir(exist_ok=True)
+        models.save_classifier(distiller.average.module, parts.student_spec, folder / STUDENT)
+        scores = evaluate_run(folder).scores
+        _draw(distiller, parts, folder, scores["teacher_top1"])
+        summary = {
+            **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
+            **distiller.totals(),
+            "denoiser_licence": parts.origin.licence,
+            "teacher_licence": parts.teachers.licence,
+            "run_dir": str(folder),
+        }
+        if isinstance(distiller.labels, ImageReader):
+            summary["waited_s"] = round(sum(distiller.labels.waits), 1)
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        _write_card(folder, config, parts, summary)
     return summary
 
 

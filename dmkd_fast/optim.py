@@ -7,10 +7,29 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Optimizer settings and the rhythm of a run; see `OptimConfig`, `TrainConfig`."""
+
+    batch_size: int
+    num_views: int
+    lr: float
+    name: str = "adamw"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    ema_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    checkpoint_every_s: float = 600.0
+    log_every_steps: int = 50
+    num_evaluations: int = 8
 
 
 def build_optimizer(

@@ -19,6 +19,7 @@ from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.dit import LeanDiT
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.labels import LabelStream
+from dmkd_fast.limiter import slots_for
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.shards import PLAN
 from dmkd_fast.solvers import choose_solver
@@ -150,6 +151,14 @@ def resolve_source(config: cfg.DistillConfig, opened: OpenSource) -> cfg.Distill
             raise ValueError(
                 f"{name}: got {least}, expected at most the {count} images of source.path; lower it"
             )
+    most = config.ring.max_uses
+    if most is not None and count <= slots_for(
+        config.ring.capacity_images, config.source.block_images
+    ):
+        raise ValueError(
+            f"ring.max_uses: got {most} with a source of {count} images that fits into the ring, "
+            "expected none, as its images are drawn until train.num_views; remove it"
+        )
     return config.model_copy(
         update={"source": config.source.model_copy(update={"kind": opened.kind})}
     )
@@ -211,10 +220,15 @@ def sentence(config: cfg.DistillConfig) -> str:
         text = f"`{config.source.path}` ({config.source.kind})."
         return f"{text} {no_real}" if config.source.kind == "shards" else text
     assert config.denoiser is not None
-    return (
-        f"`{config.denoiser.path}` ({config.sampler.num_steps} steps, guidance "
-        f"{config.sampler.guidance_scale:g}). {no_real}"
-    )
+    return f"`{config.denoiser.path}` ({_steps(config.sampler)}). {no_real}"
+
+
+def _steps(sampling: cfg.SamplerConfig) -> str:
+    """Steps and guidance, of every phase."""
+    text = f"{sampling.num_steps} steps, guidance {sampling.guidance_scale:g}"
+    for phase in sampling.phases:
+        text += f"; from {phase.start:.0%} of the run {phase.num_steps}, {phase.guidance_scale:g}"
+    return text
 
 
 def _wait_for_plan(folder: Path, wait_s: float) -> None:

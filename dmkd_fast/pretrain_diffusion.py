@@ -112,16 +112,15 @@ def fewstep(config: cfg.PretrainFewstepConfig, *, resume: bool = False) -> dict[
     """
     config, device, dtype = prepare(config, resume)
     with cfg.user_errors():
-        start = denoisers.load_denoiser(resolve_path(config.denoiser.path), device)
+        given = resolve_path(config.denoiser.path, config.denoiser.revision)
+        start = denoisers.load_denoiser(given, device)
         if start.scheduler.get("_class_name") != FLOW["_class_name"]:
             raise ValueError(
                 f"denoiser.path: got a {start.scheduler.get('_class_name')}, expected a flow model "
                 f"({FLOW['_class_name']}); use one from `dmkd pretrain denoiser`"
             )
     pool = Pool(start, config, device, dtype)
-    model: Any = denoisers.load_denoiser(
-        resolve_path(config.denoiser.path), device, lean=False
-    ).module
+    model: Any = denoisers.load_denoiser(given, device, lean=False).module
     denoisers.share_embedder(model.dit)
     model.requires_grad_(True)
     forward = torch.compile(model) if compiles(config, device) else model

@@ -10,7 +10,8 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -132,4 +133,6 @@ def _fields_at(kind: type[Section], location: list[str]) -> list[str]:
             continue
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field is not None else None
+        if get_origin(section) in (Union, UnionType):  # a section that may be missing
+            section = get_args(section)[0]
     return list(getattr(section, "model_fields", {}))

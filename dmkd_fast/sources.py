@@ -233,9 +233,12 @@ def open_files(
 
 def _image_names(folder: Path) -> list[str]:
     """Paths of all image files below a folder, sorted; hidden ones are left out."""
-    names = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    names, seen = [], {os.path.realpath(folder)}
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(root, name)) for name in folders}
+        # Classes of a subset are often links; one that leads back would never end.
+        folders[:] = [n for n in folders if not n.startswith(".") and real[n] not in seen]
+        seen |= {real[name] for name in folders}
         base = "" if root == str(folder) else os.path.relpath(root, folder) + "/"
         names += [
             base + name

@@ -26,7 +26,7 @@ class Made:
         self.sampler, self.labels = tiny_sampler(), LabelStream(4)
         self.writer = durable.Writer()
         self.blocks = RingBlocks(
-            self.ring, folder / "blocks", self.writer, remake=self.sampler.sample
+            self.ring, folder / "blocks", self.writer, remakes=[self.sampler.sample]
         )
         self.saver = checkpoint.Saver(folder / "checkpoints", self.writer, every_s=0)
 
@@ -160,3 +160,23 @@ def test_another_ring_is_refused(make: Callable[[], Made]) -> None:
     other.blocks.ring = other.ring
     with pytest.raises(ValueError, match=r"ring does not fit .*\[16, 64, 1, 8, 8\]"):
         other.restore()
+
+
+def test_a_damaged_block_of_a_later_phase_is_made_again_by_its_sampler(
+    tmp_path: Path, make: Callable[[], Made]
+) -> None:
+    late = tiny_sampler(num_steps=1, guidance_scale=1.0)
+    run = make()
+    run.add(2)
+    run.sampler = late
+    run.add(2)
+    run.save(1)
+    path = tmp_path / "blocks" / "block-000000003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    alone = make()
+    with pytest.raises(ValueError, match="could not be made again"):
+        alone.restore()
+    again = make()
+    again.blocks.remakes = [again.sampler.sample, late.sample]
+    assert len(again.restore().notes) == 0 and len(again.blocks.notes) == 1
+    assert torch.equal(again.ring.images, run.ring.images)

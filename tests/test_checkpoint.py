@@ -48,7 +48,7 @@ class SmallRun:
         self.ring = RingBuffer(
             16, image_shape=(1, 4, 4), block_images=4, samples_per_insert=4, min_fill_images=4
         )
-        self.blocks = RingBlocks(self.ring, folder / "blocks", self.writer, remake=self.make)
+        self.blocks = RingBlocks(self.ring, folder / "blocks", self.writer, remakes=[self.make])
         self.saver = checkpoint.Saver(folder / "checkpoints", self.writer, every_s=0, keep=2)
         self.objects = {"ring": self.blocks, "state": self.state}
 

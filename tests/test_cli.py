@@ -121,6 +121,7 @@ def broken(tmp_path: Path) -> Path:
     (tmp_path / "broken.yaml").write_text("name: [unclosed\n")
     (tmp_path / "short.yaml").write_text("name: x\n")
     (tmp_path / "file").write_text("")
+    (tmp_path / "other" / "checkpoints" / "step-000000003").mkdir(parents=True)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "config.yaml").write_text("name: x\n")
     return tmp_path
@@ -147,6 +148,13 @@ MISTAKES = [
     (["student={path: {tmp}/weak}", "views.size=32"], ["student.path", "28 pixels", "=28"]),
     (["student={path: {tmp}/seven}"], ["student.path", "7 classes", "teacher's 10"]),
     (["views.scale=[1, 0.5]"], ["scale", "low <= high"]),
+    (["views.scale=[0.5, 2]"], ["scale", "at most 1"]),
+    (["views.ratio=[1, 99999]"], ["ratio", "2**15"]),
+    (["views.size=9000"], ["views.size", "9000", "8192"]),
+    (["denoiser.pth=x"], ["'denoiser.pth'", "did you mean 'path'"]),
+    (["run_dir={tmp}/other"], ["checkpoints of another run", "another folder"]),
+    (["ring.overlap=true", "sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 1}]"],
+     ["ring.overlap", "sampler.phases", "remove one"]),
     (["device=cuda"], ["cuda", "device=cpu"]),
     (["device=tpu"], ["device", "'tpu'"]),
     (["dtype=float16"], ["float16", "bfloat16"]),

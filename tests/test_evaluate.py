@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dmkd_fast import InputSpec, cli, evaluate, image_sets, measure, models, open_set
 from dmkd_fast.models import ClassifierSpec
+from dmkd_fast.sources import open_files
 
 CPU = torch.device("cpu")
 COLOUR = InputSpec(size=24, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_pct=0.75)
@@ -469,3 +470,31 @@ def test_mistakes_of_evaluate_end_in_one_line(
     assert captured.out == "" and len(lines) == 1 and lines[0].startswith("dmkd: "), captured.err
     for word in words:
         assert word in lines[0], (word, lines[0])
+
+
+def test_numbered_class_folders_are_counted_as_a_source_of_images_counts_them(
+    tmp_path: Path,
+) -> None:
+    jpeg, _ = encoded(0)
+    for label in range(11):
+        (tmp_path / str(label)).mkdir()
+        (tmp_path / str(label) / "0.jpg").write_bytes(jpeg)
+    images = open_set(tmp_path, CPU)
+    assert images.class_names == tuple(map(str, range(11)))
+    source = open_files(tmp_path, "imagefolder", num_classes=11, class_names=images.class_names)
+    names = {i.path: i.label for i in images.items}  # type: ignore[union-attr]
+    labels = source.labels_of(np.arange(11)).tolist()
+    assert [names[str(tmp_path / name)] for name in source._names] == labels
+
+
+def test_class_folders_may_be_links(tmp_path: Path) -> None:
+    jpeg, _ = encoded(0)
+    for name in ("a", "b"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "0.jpg").write_bytes(jpeg)
+    (tmp_path / "some").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "some" / name).symlink_to(tmp_path / "all" / name)
+    (tmp_path / "all" / "b" / "back").symlink_to(tmp_path / "all")
+    source = open_files(tmp_path / "some", "imagefolder", num_classes=2, class_names=("a", "b"))
+    assert source.num_images == 2 == len(open_set(tmp_path / "some", CPU))

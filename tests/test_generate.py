@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_line_and_the_job_can_go_on(whole: Path, tmp_path: Pa
     (["denoiser=null", "sampler=null", "source={path: x}", "ring.capacity_images=512",
       "ring.min_fill_images=64"], "source: got it"),
     (["teacher.path=embedded:fashion_mnist/none"], "no such asset"),
-    (["sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 1}]"], "sampler.phases: got some"),
+    (["sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 1}]"], "phases: got some"),
 ])  # fmt: skip
 def test_a_config_that_cannot_generate_ends_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
@@ -342,6 +342,8 @@ def test_the_job_from_disk_ends_with_the_student_of_the_online_job(tmp_path: Pat
     ([*NO_DENOISER, "source.path={whole}", "ring.capacity_images=100"],
      ["source.block_images=64", "raise"]),
     ([*NO_DENOISER, "source.path={whole}", "ring.capacity_images=10240"], ["ring.min_fill"]),
+    ([*NO_DENOISER, "source.path={whole}", "ring.max_uses=50"],
+     ["ring.max_uses: got 50 with a source of 200 images that fits"]),
     ([*NO_DENOISER, "source.path={names}"], ["class 0 is 'Ankle boot'", "'T-shirt/top'"]),
     ([*NO_DENOISER, "source.path={eleven}"], ["classes: source.path has 11, teacher.path has 10"]),
 ])  # fmt: skip

@@ -42,7 +42,7 @@ def generated(count: int) -> tuple[np.ndarray, np.ndarray]:
 def offline(distiller: Distiller, folder: Path, **changes: Any) -> Distiller:
     reader = reader_of(folder, **changes)
     distiller.sampler = distiller.labels = reader
-    distiller._samplers, distiller._blocks.remake = [(0.0, reader)], reader.sample
+    distiller._samplers, distiller._blocks.remakes = [(0.0, reader)], [reader.sample]
     return distiller
 
 
