@@ -41,7 +41,8 @@ def render(text: str) -> str:
     """The text with every marked table written anew."""
 
     def replace(match: re.Match[str]) -> str:
-        return match[1] + TABLES[match[2]](latest(match[2])) + match[3]
+        rows = latest(match[2])
+        return match[1] + (TABLES[match[2]](rows) if rows else "No rows yet.\n") + match[3]
 
     return MARKED.sub(replace, text)
 

@@ -342,7 +342,7 @@ def test_the_job_from_disk_ends_with_the_student_of_the_online_job(tmp_path: Pat
     ([*NO_DENOISER, "source.path={whole}", "ring.capacity_images=100"],
      ["source.block_images=64", "raise"]),
     ([*NO_DENOISER, "source.path={whole}", "ring.capacity_images=10240"], ["ring.min_fill"]),
-    ([*NO_DENOISER, "source.path={whole}", "ring.max_uses=50"],
+    ([*NO_DENOISER, "source.path={whole}", "ring.max_uses=50", "ring.min_fill_images=64"],
      ["ring.max_uses: got 50 with a source of 200 images that fits"]),
     ([*NO_DENOISER, "source.path={names}"], ["class 0 is 'Ankle boot'", "'T-shirt/top'"]),
     ([*NO_DENOISER, "source.path={eleven}"], ["classes: source.path has 11, teacher.path has 10"]),

@@ -156,10 +156,12 @@ def test_a_follower_waits_only_when_the_limiter_forbids_sampling(
     images, labels = random_images(160)
     write_shards(tmp_path / "set", images, labels, 16, [0, 1])
     distiller = offline(make_distiller(), tmp_path / "set", wait_s=60)
-    peek, allowed, waited = distiller.labels.peek, [], []
+    peek, allowed, waited, wanted = distiller.labels.peek, [], [], threading.Event()
 
     def watched(count: int) -> Any:
         allowed.append(not distiller.ring.must_insert(distiller.schedule.batch_size))
+        if len(allowed) == 3:  # more than there is at the start
+            wanted.set()
         started = time.monotonic()
         result = peek(count)
         waited.append(time.monotonic() - started)
@@ -168,6 +170,7 @@ def test_a_follower_waits_only_when_the_limiter_forbids_sampling(
     distiller.labels.peek = watched  # type: ignore[method-assign]
 
     def generate() -> None:
+        assert wanted.wait(60)
         for number in (5, 2, 3, 9, 8, 4, 7, 6):
             time.sleep(0.05)
             write_shards(tmp_path / "set", images, labels, 16, [number])
