@@ -66,7 +66,8 @@ def find(config: C) -> C:
                 f"--resume: got no run in runs/{config.name}-*, expected one; start without "
                 "--resume or set run_dir"
             )
-        folder = max((path.parent for path in found), key=_last_written)
+        # Two may be written within one tick of the clock: then the later name.
+        folder = max((path.parent for path in found), key=lambda p: (_last_written(p), p.name))
     return load(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})
 
 
