@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Schedule, Views
+from dmkd_fast.image_reader import ImageReader
 from dmkd_fast.pretrain_diffusion import FLOW
 
 ROOT = Path(__file__).parent.parent
@@ -66,15 +67,11 @@ def small_classifier(*, dropout: float = 0.0) -> nn.Module:
 
 
 def build_distiller(
-    run_dir: Path,
-    *,
-    seed: int = 0,
-    dropout: float = 0.0,
-    ring: dict[str, Any] | None = None,
-    **changes: object,
-) -> Distiller:
+    run_dir: Path, *, seed: int = 0, dropout: float = 0.0, ring: dict[str, Any] | None = None,
+    reader: ImageReader | None = None, **changes: object,
+) -> Distiller:  # fmt: skip
     """A whole run in small: 8 x 8 images of four classes, 40 steps, a ring of four blocks."""
-    sampler = tiny_sampler(seed=seed)
+    sampler = reader or tiny_sampler(seed=seed)
     torch.manual_seed(5)
     teacher = small_classifier()
     torch.manual_seed(7 + seed)
@@ -86,7 +83,7 @@ def build_distiller(
             64, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4,
             min_fill_images=32, seed=seed, **(ring or {}),
         ),
-        labels=LabelStream(4, seed=seed),
+        labels=reader or LabelStream(4, seed=seed),
         views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,), seed=seed),
         teacher=teacher,
         student=student,

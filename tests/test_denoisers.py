@@ -21,6 +21,7 @@ from dmkd_fast.denoisers import Denoiser, read_licence
 from dmkd_fast.dit import LeanDiT, lean_dit
 from dmkd_fast.ops import noise
 from dmkd_fast.ops.transformer import has_short_attention
+from dmkd_fast.upsampling import UpsampleConv
 
 CPU = torch.device("cpu")
 IDS = torch.arange(4)
@@ -161,6 +162,8 @@ def test_tiny_decoder_in_place_of_the_models_own(tmp_path: Path) -> None:
     ))  # fmt: skip
     tiny.save_pretrained(tmp_path / "tiny")
     loaded = load_denoiser(folder, CPU, decoder=tmp_path / "tiny")
+    assert loaded.decoder is not None
+    assert any(isinstance(m, UpsampleConv) for m in loaded.decoder.modules())
     assert loaded.image_shape == (3, 16, 16)
     sampler = sampler_of(loaded, num_steps=2)
     got = images_of(sampler, loaded, torch.tensor([1, 2, 3, 4]))

@@ -129,13 +129,12 @@ def test_three_jobs_killed_ten_times_each_feed_a_follower(
     )  # fmt: skip
     while not (out / shards.PLAN).exists():
         time.sleep(0.1)
-    distiller = make_distiller(num_views=4 * count)
     reader = ImageReader(
         ShardSource(out), image_shape=(1, 8, 8), resize=True, ring_images=64, show=True,
         wait_s=120,
     )  # fmt: skip
     # The tiny teacher has four classes and the images ten; it only looks at pixels.
-    distiller.sampler = distiller.labels = reader
+    distiller = make_distiller(num_views=4 * count, reader=reader)
     taken: list[int] = []
     peek = reader.peek
 

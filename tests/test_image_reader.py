@@ -39,13 +39,6 @@ def generated(count: int) -> tuple[np.ndarray, np.ndarray]:
     return tiny_sampler().sample(ids, labels, out=images).numpy(), labels.numpy()
 
 
-def offline(distiller: Distiller, folder: Path, **changes: Any) -> Distiller:
-    reader = reader_of(folder, **changes)
-    distiller.sampler = distiller.labels = reader
-    distiller._samplers, distiller._blocks.remakes = [(0.0, reader)], [reader.sample]
-    return distiller
-
-
 def weights(distiller: Distiller) -> list[torch.Tensor]:
     return [*distiller.student.state_dict().values(),
             *distiller.average.module.state_dict().values()]  # fmt: skip
@@ -59,7 +52,7 @@ def test_offline_training_is_online_training_bit_for_bit(
     make_distiller: Make, tmp_path: Path
 ) -> None:
     write_shards(tmp_path / "set", *generated(200), per_shard=48)
-    online, from_disk = make_distiller(), offline(make_distiller(), tmp_path / "set")
+    online, from_disk = make_distiller(), make_distiller(reader=reader_of(tmp_path / "set"))
     assert online.fit()["generated_images"] == 160
     from_disk.fit()
     assert same(online, from_disk)
@@ -73,10 +66,10 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
     make_distiller: Make, tmp_path: Path, stop_at: int, count: int
 ) -> None:
     write_shards(tmp_path / "set", *generated(count), per_shard=16)
-    whole, broken = (offline(make_distiller(), tmp_path / "set") for _ in range(2))
+    whole, broken = (make_distiller(reader=reader_of(tmp_path / "set")) for _ in range(2))
     whole.fit()
     fit_until(broken, stop_at)
-    again = offline(make_distiller(run_dir=broken.run_dir), tmp_path / "set")
+    again = make_distiller(run_dir=broken.run_dir, reader=reader_of(tmp_path / "set"))
     again.restore()
     again.fit()
     assert same(whole, again) and torch.equal(whole.ring.ids, again.ring.ids)
@@ -88,7 +81,7 @@ def test_a_set_that_fits_is_inserted_once_and_drawn_to_the_end(
 ) -> None:
     images, labels = random_images(48)
     write_shards(tmp_path / "set", images, labels, 16)
-    distiller = offline(make_distiller(num_views=3200), tmp_path / "set")
+    distiller = make_distiller(num_views=3200, reader=reader_of(tmp_path / "set"))
     totals = distiller.fit()
     ring = distiller.ring
     assert ring.num_inserted == 48 and totals["views"] == 3200  # 4 per insert would be 192
@@ -155,7 +148,7 @@ def test_a_follower_waits_only_when_the_limiter_forbids_sampling(
 ) -> None:
     images, labels = random_images(160)
     write_shards(tmp_path / "set", images, labels, 16, [0, 1])
-    distiller = offline(make_distiller(), tmp_path / "set", wait_s=60)
+    distiller = make_distiller(reader=reader_of(tmp_path / "set", wait_s=60))
     peek, allowed, waited, wanted = distiller.labels.peek, [], [], threading.Event()
 
     def watched(count: int) -> Any:
@@ -193,13 +186,13 @@ def test_a_follower_whose_generators_are_gone_saves_and_says_so(
 ) -> None:
     images, labels = random_images(160)
     write_shards(tmp_path / "set", images, labels, 16, [0, 1])
-    stuck = offline(make_distiller(), tmp_path / "set", wait_s=0.6)
+    stuck = make_distiller(reader=reader_of(tmp_path / "set", wait_s=0.6))
     with pytest.raises(SourceError, match=r"32 of 160 images .* none came for 0\.6 s"):
         stuck.fit()
     assert stuck.num_views == 4 * 32
     write_shards(tmp_path / "set", images, labels, 16, range(2, 10))
-    again = offline(make_distiller(run_dir=stuck.run_dir), tmp_path / "set")
-    whole = offline(make_distiller(), tmp_path / "set")
+    again = make_distiller(run_dir=stuck.run_dir, reader=reader_of(tmp_path / "set"))
+    whole = make_distiller(reader=reader_of(tmp_path / "set"))
     again.restore()
     again.fit()
     whole.fit()
@@ -211,7 +204,7 @@ def test_a_damaged_image_stops_the_run_with_a_checkpoint(
 ) -> None:
     images, labels = random_images(160)
     write_shards(tmp_path / "set", images, labels, 16)
-    broken, whole = (offline(make_distiller(), tmp_path / "set") for _ in range(2))
+    broken, whole = (make_distiller(reader=reader_of(tmp_path / "set")) for _ in range(2))
     whole.fit()
     tar = tmp_path / "set" / "shard-000006.tar"
     intact = tar.read_bytes()
@@ -219,7 +212,7 @@ def test_a_damaged_image_stops_the_run_with_a_checkpoint(
     with pytest.raises(SourceError, match=r"shard-000006\.tar: the bytes of 000000099\.png"):
         broken.fit()
     tar.write_bytes(intact)
-    again = offline(make_distiller(run_dir=broken.run_dir), tmp_path / "set")
+    again = make_distiller(run_dir=broken.run_dir, reader=reader_of(tmp_path / "set"))
     again.restore()
     again.fit()
     assert same(again, whole)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -186,3 +188,15 @@ def test_attention_counts_its_arithmetic() -> None:
     with FlopCounterMode(display=False) as counter:
         torch.ops.dmkd_fast.short_attention(torch.zeros(2, 5, 3, 4, 6), None)
     assert counter.get_total_flops() == 2 * 4 * (2 * 5 * 5 * 6 + 2 * 5 * 5 * 6)
+
+
+def test_the_kernels_are_there_where_the_cpu_has_the_instructions() -> None:
+    """Else every test of attention above would be skipped, and the others would test PyTorch."""
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    if extension.INSTRUCTION_SET == "none":
+        pytest.skip("needs the C++ extension")
+    has_avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
+    assert has_short_attention(torch.float32, 32) == has_avx512
+    assert has_short_attention(torch.bfloat16, 32) == (has_avx512 and "avx512_bf16" in flags)
+    for name in ("gelu_tanh", "residual_norm", *["short_attention"] * has_avx512):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dmkd_fast::{name}", "CPU"), name
