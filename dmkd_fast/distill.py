@@ -323,6 +323,9 @@ class Distiller:
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 # Where blocks will be made: a captured graph must not run on two streams at once.
+                if self.device.type == "cuda":
+                    # Its stream does not wait for what has prepared the weights on this one.
+                    torch.cuda.synchronize(self.device)
                 with self.ring.producing():
                     if makes_images:
                         made = torch.empty_like(scratch)

@@ -157,6 +157,8 @@ def decode(
             raise ValueError(_blame(suspects, inputs, device, str(error))) from None
         # The pipeline writes its buffers again two runs later. channels_last is HWC in memory.
         views = [torch.from_dlpack(out.as_tensor()).clone().permute(0, 3, 1, 2) for out in outputs]
+        if device.type == "cuda":  # and without waiting for these copies
+            torch.cuda.current_stream(device).synchronize()
         labels = torch.tensor([item.label for item in batch], device=device)
         yield [view.to(device) for view in views], labels
 

@@ -117,7 +117,10 @@ class ImageReader:
         encoded = [self.source.read(place) for place in places]
         for place, data in zip(places, encoded, strict=True):
             self._check_size(place, data)
-        return out.copy_(self._decode(places, encoded))
+        out.copy_(self._decode(places, encoded))
+        if out.is_cuda:  # DALI writes its buffer again without waiting for this copy.
+            torch.cuda.current_stream(out.device).synchronize()
+        return out
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor and what was there."""
