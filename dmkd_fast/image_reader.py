@@ -264,7 +264,8 @@ def check_dali() -> None:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
         raise SourceError(
-            f"source: reading images takes NVIDIA DALI ({error}); pip install nvidia-dali-cuda130"
+            f"source: reading images takes NVIDIA DALI ({error}); install it with: "
+            "pip install 'dmkd_fast[dali]'"
         ) from None
 
 

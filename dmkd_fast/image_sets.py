@@ -75,7 +75,6 @@ class ImageSet:
 class EncodedSet:
     """Labelled images in files or tar shards; decoded anew on every pass."""
 
-    root: Path
     items: tuple[Item, ...]
     class_names: tuple[str, ...]
     device: torch.device
@@ -143,7 +142,7 @@ def open_set(
             )
     else:
         items, names = list_folder(path, names)
-    return EncodedSet(root=path, items=tuple(items), class_names=names, device=device)
+    return EncodedSet(items=tuple(items), class_names=names, device=device)
 
 
 def load_idx(folder: Path, split: str) -> ImageSet:

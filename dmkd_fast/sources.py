@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 
 from dmkd_fast import shards
+from dmkd_fast.encoded_images import EXTENSIONS
 from dmkd_fast.shards import MOST_BYTES, Plan, Shard, SourceError
 
 Kind = Literal["shards", "imagefolder", "paper"]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Names in the released sets of DM-KD (arXiv 2305.12954).
 _PAPER = re.compile(r"class_(\d{1,9})_seed_\d+_num_\d+\.png")
 
@@ -216,7 +216,7 @@ def open_files(
     """
     names = _image_names(folder)
     if not names:
-        raise SourceError(f"{folder}: got no image file, expected {', '.join(SUFFIXES)}")
+        raise SourceError(f"{folder}: got no image file, expected {', '.join(EXTENSIONS)}")
     if kind == "paper":
         return FileSource(folder, names, [_paper_class(folder, n, num_classes) for n in names])
     odd = next((n for n in names if "/" not in n), None)
@@ -243,7 +243,7 @@ def _image_names(folder: Path) -> list[str]:
         names += [
             base + name
             for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
         ]
     return sorted(names)
 

@@ -134,7 +134,7 @@ class Views:
         return boxes, flips
 
     def whole(self, slots: Tensor, indices: Tensor, spec: ViewSpec | None = None) -> Tensor:
-        """The unchanged images at view size, normalised: what evaluation uses."""
+        """The unchanged images at view size, normalised; no crop, no flip."""
         count, (height, width) = indices.shape[0], slots.shape[-2:]
         boxes = torch.zeros((count, 4), dtype=torch.int32, device=slots.device)
         boxes[:, 2], boxes[:, 3] = height, width
