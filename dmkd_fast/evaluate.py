@@ -127,10 +127,3 @@ def measure(
         model.train(was_training)
     # A rank without images still takes part in the sum, on its device.
     return scores or Scores(num_classes, next((p.device for p in model.parameters()), "cpu"))
-
-
-def score(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> dict[str, float]:
-    """Scores of logits (N, C) that are at hand; see `Scores.result`."""
-    scores = Scores(logits.shape[1], logits.device)
-    scores.add(logits, labels, teacher_logits)
-    return scores.result()

@@ -28,6 +28,7 @@ from typing import Any, TextIO
 import numpy as np
 from pydantic import Field, PositiveInt, ValidationError
 
+from dmkd_fast import durable
 from dmkd_fast.settings import Section
 
 PLAN, MANIFEST = "job.json", "manifest"
@@ -144,7 +145,7 @@ def claim(folder: Path, plan: Plan) -> None:
         if not (folder / PLAN).exists():
             _begin(folder, plan)
         (folder / MANIFEST).mkdir(exist_ok=True)
-        _flush(folder)
+        durable.sync(folder)
     except OSError as error:
         raise ValueError(
             f"--out: cannot write to {folder} ({error.strerror}); choose another"
@@ -222,11 +223,11 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         pq.write_table(pa.Table.from_pylist(self._rows, schema=_schema()), self._rows_path)
-        _flush(self._rows_path)
+        durable.sync(self._rows_path)
         os.replace(self._tar_path, self._folder / f"{self._name}.tar")
-        _flush(self._folder)
+        durable.sync(self._folder)
         os.replace(self._rows_path, self._folder / MANIFEST / f"{self._name}.parquet")
-        _flush(self._folder / MANIFEST)
+        durable.sync(self._folder / MANIFEST)
 
     def discard(self) -> None:
         """Remove what has not been committed."""
@@ -239,7 +240,7 @@ class ShardWriter:
 def withdraw(folder: Path, shard: int) -> None:
     """Take a damaged shard out of the manifest, so that it is made again."""
     (folder / MANIFEST / f"shard-{shard:06d}.parquet").unlink()
-    _flush(folder / MANIFEST)
+    durable.sync(folder / MANIFEST)
 
 
 def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
@@ -303,7 +304,7 @@ def _begin(folder: Path, plan: Plan) -> None:
     partial = folder / f".{PLAN}.{os.getpid()}.partial"
     try:
         partial.write_bytes(plan.model_dump_json(indent=2).encode() + b"\n")
-        _flush(partial)
+        durable.sync(partial)
         with contextlib.suppress(FileExistsError):  # Another job was first.
             os.link(partial, folder / PLAN)
     finally:
@@ -382,12 +383,3 @@ def _lock(file: TextIO) -> bool:
     except OSError:  # A file system without locks: nothing is promised about doubled jobs there.
         return True
     return True
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -210,7 +210,9 @@ def test_agreement_and_teacher_are_counted_over_batches() -> None:
     assert result["agreement"] == pytest.approx(same)
     right = (judged.argmax(1) == labels).float().mean().item()
     assert result["teacher_top1"] == pytest.approx(right)
-    assert evaluate.score(logits, labels, judged) == pytest.approx(result)
+    whole = evaluate.Scores(8)
+    whole.add(logits, labels, judged)
+    assert whole.result() == pytest.approx(result)
     with pytest.raises(ValueError, match=r"model: got logits of shape \(2, 3\).*8 classes"):
         scores.add(torch.zeros(2, 3), labels[:2])
 

@@ -304,12 +304,16 @@ def test_changed_asset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_scores_are_what_counting_gives() -> None:
     logits = torch.tensor([[3.0, 1, 0, 0, 0, 0], [0, 3.0, 2, 1, 0, 0], [9, 8, 7, 6, 5, 4.0]])
-    scores = evaluate.score(logits, torch.tensor([0, 2, 5]), logits.flip(0))
+    counted = evaluate.Scores(6)
+    counted.add(logits, torch.tensor([0, 2, 5]), logits.flip(0))
+    scores = counted.result()
     assert scores["top1"] == pytest.approx(1 / 3)
     assert scores["top5"] == pytest.approx(2 / 3)
     assert scores["agreement"] == pytest.approx(1)  # 0 1 0 both ways
     confident = torch.tensor([[50.0, 0.0]] * 4)
-    assert evaluate.score(confident, torch.tensor([0, 0, 0, 1]))["ece"] == pytest.approx(0.25)
+    counted = evaluate.Scores(2)
+    counted.add(confident, torch.tensor([0, 0, 0, 1]))
+    assert counted.result()["ece"] == pytest.approx(0.25)
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:
