@@ -207,6 +207,8 @@ class ImageReader:
             if decoded.shape[1:] != self.image_shape:
                 raise RuntimeError(f"got {tuple(decoded.shape[1:])}, expected {self.image_shape}")
             return decoded
+        except torch.OutOfMemoryError:
+            raise  # no image is to blame
         except RuntimeError as error:
             self._pipeline = None  # DALI gives a pipeline up after an error.
             reason = str(error).strip().splitlines()[0][:100]

@@ -107,7 +107,9 @@ def set_malloc_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be had on a device."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What PyTorch holds and does not use can be had as well.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     with open("/proc/meminfo", encoding="ascii") as file:
         fields = dict(line.split(":") for line in file)
     return 1024 * int(fields["MemAvailable"].split()[0])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmkd_fast import Mixer
 from dmkd_fast.mix import _beta, _uniforms
@@ -119,3 +120,13 @@ def test_bad_alphas_are_refused(alphas: tuple[float, float]) -> None:
 
 def test_an_empty_batch_stays_empty() -> None:
     assert Mixer(mixup_alpha=1.0)(views(0), step=1).views.shape == (0, 3, 20, 16)
+
+
+def test_mixing_on_cuda_keeps_device_and_dtype() -> None:
+    """Fake CUDA tensors: nothing is computed, but nothing may read or leave the device."""
+    for settings in ({"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            batch = torch.empty(6, 3, 20, 16, dtype=torch.float16, device="cuda")
+            mixed, partner, _ = Mixer(**settings, seed=3)(batch, step=4)
+        assert mixed.device.type == partner.device.type == "cuda"
+        assert mixed.dtype == torch.float16 and mixed.shape == batch.shape

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmkd_fast.upsampling import UpsampleConv, double_by_phases
 
@@ -58,3 +59,16 @@ def test_what_does_not_fit_is_left_alone() -> None:
     )  # fmt: skip
     double_by_phases(net, Upsample2D)
     assert not any(isinstance(m, UpsampleConv) for m in net.modules())
+
+
+def test_phases_on_cuda_keep_device_dtype_and_layout() -> None:
+    """Fake CUDA tensors: nothing is computed, but every operator checks where its inputs are."""
+    fast = UpsampleConv(nn.Conv2d(8, 6, 3, padding=1)).half()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for name, value in [*fast.named_parameters()]:
+            del fast._parameters[name]
+            setattr(fast, name, mode.from_tensor(value.detach()).to("cuda"))
+        x = torch.empty(2, 8, 5, 7, dtype=torch.float16, device="cuda")
+        got = fast(x.contiguous(memory_format=torch.channels_last))
+    assert (got.device.type, got.dtype, got.shape) == ("cuda", torch.float16, (2, 6, 10, 14))
+    assert got.is_contiguous(memory_format=torch.channels_last)
