@@ -120,11 +120,12 @@ def training_step(report: Report, *, n: int) -> None:
 def bare_step(distiller: Distiller, views: Tensor, gradient: Tensor) -> None:
     """What a step costs on ready views with a ready gradient."""
     teacher = distiller._supervision._teachers.networks[0]
-    with distiller._autocast:
+    learner = distiller.learner
+    with learner.autocast:
         with torch.no_grad():
             teacher(views.to(distiller.dtype))
-        logits = distiller._student(views)
+        logits = learner.network(views)
     logits.backward(gradient.to(logits.dtype))
-    distiller.optimizer.step()
-    distiller.optimizer.zero_grad(set_to_none=True)
-    distiller.average.update(distiller.student)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    learner.average.update()

@@ -2,16 +2,18 @@
 
 Stands on floor 3. Data goes one way::
 
-    LabelStream -> DiffusionSampler -> RingBuffer -> Views -> teacher, student -> kd_loss
+    LabelStream -> DiffusionSampler -> RingBuffer -> Views (-> Mixer) -> teacher -> Learner
 
-An ImageReader takes the place of the first two when the images are on disk. The parts know nothing
-of settings or of each other; `job.py` makes them from a config.
+An ImageReader takes the place of the first two when the images are on disk. The learner has the
+student, its optimizer and the loss. The parts know nothing of settings or of each other; `job.py`
+makes them from a config.
 Source: Li et al., "Is synthetic data from diffusion models ready for knowledge distillation?"
 (arXiv 2305.12954).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Sequence
@@ -21,17 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import checkpoint, durable, evaluate, models, optim, runtime
+from dmkd_fast import checkpoint, durable, evaluate, models, runtime
 from dmkd_fast.blocks import RingBlocks
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.image_sets import EncodedSet, ImageSet
 from dmkd_fast.inputs import InputSpec
 from dmkd_fast.labels import LabelStream
+from dmkd_fast.learner import Learner, NotFiniteError
 from dmkd_fast.metrics import Metrics
-from dmkd_fast.ops.kd_loss import kd_loss_and_grad
-from dmkd_fast.optim import Schedule
+from dmkd_fast.mix import Mixer
 from dmkd_fast.ring_buffer import Block, RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
+from dmkd_fast.schedule import Schedule
 from dmkd_fast.supervision import Supervision
 from dmkd_fast.teachers import Teachers
 from dmkd_fast.views import Views
@@ -51,7 +54,9 @@ class Distiller:
         schedule: Length, batch and optimizer.
         run_dir: Everything a run leaves goes there.
         temperature: Of the loss.
-        dtype: Autocast dtype of both networks; float32 turns autocast off.
+        alpha: Share of the teacher's term; the rest is cross-entropy with an image's class.
+        mixer: Mixes the views, for the student and all teachers alike; None: they stay as they are.
+        dtype: Compute dtype of both networks, the student's by autocast; float16 scales its loss.
         compile: torch.compile both networks.
         test_set: Real images to report accuracy on; nothing is decided by them.
         student_input: How test images are cut for the student; None: as its views.
@@ -63,15 +68,17 @@ class Distiller:
         self, *, sampler: DiffusionSampler | ImageReader, ring: RingBuffer,
         labels: LabelStream | ImageReader, views: Views, teacher: nn.Module | Teachers,
         student: nn.Module, schedule: Schedule, run_dir: Path | str, temperature: float = 4.0,
-        dtype: torch.dtype = torch.float32, compile: bool = False,
+        alpha: float = 1.0, mixer: Mixer | None = None, dtype: torch.dtype = torch.float32,
+        compile: bool = False,
         test_set: ImageSet | EncodedSet | None = None, student_input: InputSpec | None = None,
         later_samplers: Sequence[tuple[float, DiffusionSampler]] = (), show: bool = True,
     ) -> None:  # fmt: skip
         self.sampler, self.ring, self.labels, self.views = sampler, ring, labels, views
         self._samplers: list[tuple[float, DiffusionSampler | ImageReader]]
         self._samplers = [(0.0, sampler), *later_samplers]
-        self.teacher, self.student = models.freeze(teacher), student.train()
-        self.schedule, self.temperature, self.test_set = schedule, temperature, test_set
+        self.teacher, self.student = models.freeze(teacher), student
+        self.schedule, self.test_set = schedule, test_set
+        self.mixer = mixer
         self.run_dir = Path(run_dir)
         self.device = ring.images.device
         ring.check(schedule.batch_size)
@@ -81,22 +88,21 @@ class Distiller:
                 "are not read ahead; make the ring without"
             )
         self._ahead: tuple[Block, Tensor, Tensor] | None = None
-        self._before_warm_up: list[Tensor] | None = None
-        self.num_steps = -(-schedule.num_views // schedule.batch_size)
-        self.step = 0
-        self.optimizer = optim.build_optimizer(
-            student, name="sgd" if schedule.name == "sgd" else "adamw", lr=schedule.lr,
-            momentum=schedule.momentum, weight_decay=schedule.weight_decay,
-        )  # fmt: skip
-        self.average = optim.Average(student, decay=schedule.ema_decay)
+        self.num_steps, self.step = schedule.num_steps, 0
         self.dtype = dtype
+        self.learner = Learner(
+            student, schedule=schedule, temperature=temperature, alpha=alpha, dtype=dtype,
+            compile=compile,
+        )  # fmt: skip
+        self.average = self.learner.average
         self._supervision = Supervision(
             teacher, views, input=student_input, dtype=dtype, compile=compile
         )
-        self._student = torch.compile(student, dynamic=False) if compile else student
-        self._autocast = torch.autocast(
-            self.device.type, dtype=dtype, enabled=dtype != torch.float32
-        )
+        if mixer is not None and self._supervision.routes:
+            raise ValueError(
+                "mixer: got one with teachers that teach some classes only, expected none, as a "
+                "mixed view is of two classes; leave one of the two out"
+            )
         self._interrupts = runtime.Interrupts()
         self._generators = runtime.Generators(self.device)
         self.clock = runtime.Clock()
@@ -167,25 +173,21 @@ class Distiller:
 
     def train_step(self) -> Tensor:
         """One optimizer step on one batch of views; returns the loss without waiting for it."""
+        self.learner.start(self.lr())
         draw = self.ring.sample(self.schedule.batch_size)
         views = self._supervision.views(
             self.ring.images, draw.indices, draw.ids, draw.uses, share=self.share
         )
         labels = self.ring.labels[draw.indices]  # (B,)
         self.ring.release()
-        optim.set_lr(self.optimizer, self.lr())
-        with self._autocast:
-            teacher_logits = self._supervision.logits(views, labels, share=self.share)  # (B, C)
-            student_logits = self._student(views[self._supervision.input])  # (B, C)
-        loss, grad = kd_loss_and_grad(student_logits, teacher_logits, temperature=self.temperature)
-        student_logits.backward(grad)
-        if self.schedule.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.student.parameters(), self.schedule.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(self.student)
+        views, mixed = self._supervision.mixed(views, self.mixer, step=self.step)
+        parts = self._supervision.parts(
+            views, labels, mixed, share=self.share, size=self.schedule.micro_batch
+        )  # Each is asked of the teachers when its turn comes.
+        losses = [self.learner.learn(*part) for part in parts]
+        self.learner.finish()
         self.step += 1
-        return loss
+        return sum(losses[1:], losses[0])
 
     def restore(self) -> checkpoint.Restored:
         """Take up the newest whole checkpoint of `run_dir`; `fit` then goes on from there.
@@ -213,6 +215,8 @@ class Distiller:
         Raises:
             KeyboardInterrupt: After a checkpoint has been written.
             SourceError: Images on disk cannot be read; a checkpoint has been written.
+            NotFiniteError: Nothing was learnt for `max_skipped_steps`; a checkpoint as well.
+            torch.OutOfMemoryError: A checkpoint too, if it could be written.
             SaveError: The last checkpoint could not be written.
             ValueError: `run_dir` holds checkpoints that were not restored.
         """
@@ -222,11 +226,13 @@ class Distiller:
         try:
             with self._interrupts:
                 self._loop(metrics)
-        except (KeyboardInterrupt, SourceError):
+        except (KeyboardInterrupt, SourceError, NotFiniteError):
             saved = self._save_last()  # A second signal ends this, and the process, at once.
             metrics.note(f"interrupted at {self.num_views:,} of {total:,} views; saved {saved}")
             raise
-        except Exception:
+        except Exception as error:
+            if runtime.is_out_of_memory(error):
+                self._save_what_is_left()
             self._writer.close()
             raise
         finally:
@@ -241,10 +247,7 @@ class Distiller:
 
     def lr(self) -> float:
         """Learning rate of the current step."""
-        schedule = self.schedule
-        return optim.lr_at(
-            self.step, num_steps=self.num_steps, peak=schedule.lr, warmup=schedule.warmup
-        )
+        return self.schedule.lr_at(self.step)
 
     @property
     def share(self) -> float:
@@ -282,6 +285,7 @@ class Distiller:
             self.num_steps * (i + 1) // count for i in range(count)
         }
         is_due = is_scored or self.step % self.schedule.log_every_steps == 0
+        is_due |= self.step >= self.num_steps
         if not (is_due and metrics.has_values):
             return
         scores = self._scores() if is_scored else {}
@@ -289,10 +293,11 @@ class Distiller:
             statistics = self.ring.statistics()
             for name, value in statistics.means().items():
                 metrics.add(name, value)
-            metrics.flush(
+            row = metrics.flush(
                 views=self.num_views, images=self.ring.num_inserted, lr=self.lr(), **scores,
-                **statistics.figures(),
+                **statistics.figures(), counts=self.learner.counts(),
             )  # fmt: skip
+            self.learner.check(row["skipped_in_a_row"])
 
     def _save_if_due(self) -> None:
         """Start a checkpoint in the background; one that failed is told of, and the run goes on."""
@@ -304,7 +309,7 @@ class Distiller:
                 self._blocks.drop_unused(lambda: self._saver.describe("ring"))
 
     def _save_last(self) -> Path:
-        self._undo_warm_up()
+        self.learner.undo_warm_up()  # Once more, if an interrupt cut that short.
         if problem := self._saver.problem():
             self._metrics.note(problem)
         path = self._saver.finish(self.step, self._state())
@@ -312,13 +317,18 @@ class Distiller:
         self._writer.close()
         return path
 
+    def _save_what_is_left(self) -> None:
+        """A checkpoint after an error anywhere, unless it has left weights half changed."""
+        with contextlib.suppress(Exception):  # The error that led here is the one to tell.
+            self.step += self.learner.give_up()  # The views of a step begun were drawn.
+            self._metrics.note(f"saved {self._save_last()}")
+
     def _warm_up(self, metrics: Metrics) -> None:
         """Run everything on throw-away inputs: what compiles does so here, not inside a step."""
         metrics.note("warming up ...")
         started = time.monotonic()
-        self._before_warm_up = [b.clone() for b in self.student.buffers()]
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
-        places = torch.zeros(self.schedule.batch_size, dtype=torch.int64, device=self.device)
+        places = torch.zeros(self.schedule.micro_batch, dtype=torch.int64, device=self.device)
         makes_images = not isinstance(self.sampler, ImageReader)  # reading compiles nothing
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -332,27 +342,17 @@ class Distiller:
                         ids = torch.arange(len(made), device=self.device)
                         for _, sampler in self._samplers:
                             sampler.sample(ids, torch.zeros_like(ids), out=made)
-                with self._autocast:
-                    views = self._supervision.try_all(scratch, places)
-                    self._student(views).sum().backward()
+                self.learner.warm_up(self._supervision.try_all(scratch, places))
         finally:
-            self._undo_warm_up()
+            self.learner.undo_warm_up()
         metrics.note(f"warm after {time.monotonic() - started:.0f} s")
-
-    def _undo_warm_up(self) -> None:
-        """Leave no trace in what a checkpoint saves; once more if an interrupt cut this short."""
-        if self._before_warm_up is not None:
-            for buffer, before in zip(self.student.buffers(), self._before_warm_up, strict=True):
-                buffer.copy_(before)
-            self.optimizer.zero_grad(set_to_none=True)
-        self._before_warm_up = None
 
     def _scores(self) -> dict[str, float]:
         """top1 of the averaged student on the test set, in the compute dtype."""
         if self.test_set is None:
             return {}
         wanted = self._supervision.input
-        with self._autocast:
+        with self.learner.autocast:
             scores = evaluate.measure(
                 self.average.module, self.test_set.batches([wanted]), input=wanted,
                 num_classes=len(self.test_set.class_names),
@@ -376,8 +376,9 @@ class Distiller:
         """Everything that the rest of the run depends on."""
         return {
             "student": self.student,
-            "optimizer": self.optimizer,
+            "optimizer": self.learner.optimizer,
             "average": self.average,
+            "learner": self.learner,
             "ring": self._blocks,
             "labels": self.labels,
             "generators": self._generators,

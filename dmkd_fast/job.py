@@ -29,8 +29,10 @@ from dmkd_fast.distill import Distiller
 from dmkd_fast.evaluation import STUDENT, evaluate_run, open_test_set
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.image_sets import EncodedSet, ImageSet
-from dmkd_fast.optim import Schedule
+from dmkd_fast.learner import NotFiniteError
+from dmkd_fast.mix import Mixer
 from dmkd_fast.ring_buffer import RingBuffer
+from dmkd_fast.schedule import Schedule
 from dmkd_fast.views import Views
 
 SUMMARY = "summary.json"
@@ -122,7 +124,8 @@ def prepare(config: cfg.DistillConfig) -> tuple[cfg.DistillConfig, Parts]:
         ConfigError: Something about the settings, files or machine is wrong.
     """
     config = resolve(config)
-    parts = load_parts(config)
+    with memory.explained(config):
+        parts = load_parts(config)
     with cfg.user_errors():
         if isinstance(parts.origin, origin.OpenSource):
             return origin.resolve_source(config, parts.origin), parts
@@ -159,14 +162,12 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
             student=parts.student,
             schedule=Schedule(
                 **config.optim.model_dump(),
-                batch_size=config.train.batch_size,
-                num_views=config.train.num_views,
-                checkpoint_every_s=config.train.checkpoint_every_s,
-                log_every_steps=config.train.log_every_steps,
+                **config.train.model_dump(exclude={"compile"}),
                 num_evaluations=config.eval.num_points,
             ),
             run_dir=config.run_dir,
-            temperature=config.loss.temperature,
+            **config.loss.model_dump(),
+            mixer=Mixer(**config.mix.model_dump(), seed=config.seed) if config.mix.is_on else None,
             dtype=dtype,
             compile=config.train.compile is True,
             test_set=parts.test_set,
@@ -188,12 +189,20 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
         The summary that the command line prints as its last line.
 
     Raises:
-        ConfigError: Something about the settings or files is wrong; nothing was written.
+        ConfigError: Something about the settings or files is wrong, and nothing was written; or
+            training cannot go on, after a checkpoint.
         KeyboardInterrupt: After a checkpoint has been written.
     """
     clock = runtime.Clock()
     config, parts = prepare(run_dir.find(config) if resume else config)
     memory.check(config, parts)
+    with memory.explained(config, parts):
+        return _run(config, parts, clock, resume=resume, show=show)
+
+
+def _run(
+    config: cfg.DistillConfig, parts: Parts, clock: runtime.Clock, *, resume: bool, show: bool
+) -> dict[str, Any]:
     distiller = build(config, parts, show=show)
     distiller.clock = clock  # Loading counts as part of the run.
     if resume and run_dir.has_checkpoint(Path(config.run_dir)):
@@ -209,9 +218,11 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
         print(f"teacher: weights under licence {parts.teachers.licence}", file=sys.stderr)
     try:
         distiller.fit()
-    except (KeyboardInterrupt, SourceError) as stop:
-        print(f"to go on: dmkd distill {folder / run_dir.CONFIG} --resume", file=sys.stderr)
-        if isinstance(stop, SourceError):
+    except BaseException as stop:
+        is_known = isinstance(stop, KeyboardInterrupt | SourceError | NotFiniteError)
+        if (is_known or runtime.is_out_of_memory(stop)) and run_dir.has_checkpoint(folder):
+            print(f"to go on: dmkd distill {folder / run_dir.CONFIG} --resume", file=sys.stderr)
+        if isinstance(stop, SourceError | NotFiniteError):
             raise cfg.ConfigError(str(stop)) from None
         raise
 

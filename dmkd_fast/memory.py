@@ -5,6 +5,8 @@ Stands on floor 3, beside `job.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +52,43 @@ def check(config: cfg.DistillConfig, parts: Parts) -> int:
             f"{fits}"
         )
     return fits
+
+
+@contextmanager
+def explained(config: cfg.DistillConfig, parts: Parts | None = None) -> Iterator[None]:
+    """Running out of memory becomes one line: what a run keeps, what there was, what to lower.
+
+    Args:
+        config: Resolved.
+        parts: None: while they are being loaded.
+
+    Raises:
+        ConfigError: The device's or the host's memory is used up.
+    """
+    have = runtime.available_bytes(torch.device(config.device))
+    try:
+        yield
+    except Exception as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        keeps = "models and test images do not fit"
+        if parts is not None:
+            counts = plan(config, parts)
+            ring = {"ring": sum(n for name, n in counts.items() if name.startswith("ring "))}
+            rest = {name: n for name, n in counts.items() if not name.startswith("ring ")}
+            each = ", ".join(f"{name} {_gib(n)}" for name, n in (ring | rest).items())
+            keeps = f"it keeps {_gib(sum(counts.values()))} GiB ({each}) and activations on top"
+        raise cfg.ConfigError(
+            f"out of memory: the run had {_gib(have)} GiB of {config.device} memory left when "
+            f"{'it began' if parts else 'it loaded its parts'}; {keeps}; lower train.batch_size="
+            f"{config.train.batch_size}, ring.capacity_images={config.ring.capacity_images} or "
+            f"{config.block_name}={config.block_images}, or raise train.accumulate="
+            f"{config.train.accumulate}"
+        ) from None
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
 
 
 def _ring_shape(config: cfg.DistillConfig, parts: Parts) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,7 @@ class Metrics:
         self._written, self._waiting = 0, b""
         self._stats: FileIO | None = None
         self._board: Any = None
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}  # sum and number of values
         self._total, self._show = total, show
         self._start = self._last_time = time.perf_counter()
         self._last: dict[str, float] = {}
@@ -73,16 +73,24 @@ class Metrics:
         self._last_time = self._first_time
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add a scalar tensor to the running mean of `name`, without waiting for the device."""
-        value = value.detach().float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] = self._counts.get(name, 0) + 1
+        """Add a scalar tensor to the running mean of `name`, without waiting for the device.
 
-    def flush(self, *, views: int, **values: float) -> dict[str, Any]:
+        One that is not finite does not count; a mean of none is left out of the row.
+        """
+        value = value.detach().float()
+        pair = torch.stack((value.nan_to_num(0, 0, 0), value.isfinite().float()))
+        # Restored sums are on the host.
+        before = self._sums[name].to(pair.device) if name in self._sums else 0
+        self._sums[name] = pair + before
+
+    def flush(
+        self, *, views: int, counts: Mapping[str, Tensor] | None = None, **values: float
+    ) -> dict[str, Any]:
         """Report the means since the last call, the numbers given, and rates of views and images.
 
         Args:
             views: Views seen so far.
+            counts: Whole numbers on the device, reported as they are.
             values: Further numbers; `images` gets a rate, the others are reported as they are.
 
         Returns:
@@ -90,13 +98,13 @@ class Metrics:
         """
         now = time.perf_counter()
         means: dict[str, float] = {}
-        if self._sums:
-            numbers = torch.stack(list(self._sums.values())).tolist()
-            means = {
-                name: number / self._counts[name]
-                for name, number in zip(self._sums, numbers, strict=True)
-            }
-            self._sums, self._counts = {}, {}
+        counts = counts or {}
+        if self._sums or counts:
+            pairs = [torch.stack((count, count)) for count in counts.values()]
+            numbers = iter(torch.stack([*pairs, *self._sums.values()]).tolist())
+            means = {name: int(number) for name, (number, _) in zip(counts, numbers, strict=False)}
+            means |= {name: s / n for name, (s, n) in zip(self._sums, numbers, strict=True) if n}
+            self._sums = {}
         totals = {"views": float(views)}
         if "images" in values:
             totals["images"] = values["images"]
@@ -148,14 +156,13 @@ class Metrics:
         """The sums since the last row, and where in stats.jsonl that row ends."""
         return {
             "sums": self._sums,
-            "counts": self._counts,
             "written": functools.partial(self._synced, self._written),
             "waiting": self._waiting.decode(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; `begin` then cuts stats.jsonl to the rows of that moment."""
-        self._sums, self._counts = state["sums"], state["counts"]
+        self._sums = state["sums"]
         self._written, self._waiting = state["written"], state["waiting"].encode()
 
     def _synced(self, written: int) -> int:
@@ -172,6 +179,7 @@ class Metrics:
         left = spent * (self._total - views) / done if done > 0 else float("nan")
         parts = [f"{k} {row[k]:.4g}" for k in ("loss", "top1", "lr") if k in row]
         parts += [f"{row[f'{k}_per_s']:,.0f} {k}/s" for k in ("images", "views") if k in row]
+        parts += [f"skipped {row['skipped_steps']:,} steps"] * (row.get("skipped_steps", 0) > 0)
         text = "  ".join(parts)
         if sys.stderr.isatty():
             if self._bar is None:

@@ -115,6 +115,14 @@ def available_bytes(device: torch.device) -> int:
     return 1024 * int(fields["MemAvailable"].split()[0])
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the device or the host, is used up."""
+    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
 def peak_memory_mib() -> float:
     """Highest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -89,9 +89,9 @@ def pretrain_state(data: Path, tmp_path: Path, views: str) -> Path:
 
     update, count = optim.Average.update, 0
 
-    def interrupted(self: optim.Average, model: torch.nn.Module) -> None:
+    def interrupted(self: optim.Average, taken: torch.Tensor) -> None:
         nonlocal count
-        update(self, model)
+        update(self, taken)
         count += 1
         if count == 50:
             signal.raise_signal(signal.SIGINT)

@@ -221,7 +221,7 @@ def test_an_interrupt_while_the_warm_up_is_undone_leaves_no_trace(
     """One came between the end of the warm-up and the restoring of batch norms, 1 time in 50."""
     distiller = make_distiller()
     before = {name: b.clone() for name, b in distiller.student.named_buffers()}
-    real, calls = distiller._undo_warm_up, 0
+    real, calls = distiller.learner.undo_warm_up, 0
 
     def interrupted_once() -> None:
         nonlocal calls
@@ -230,7 +230,7 @@ def test_an_interrupt_while_the_warm_up_is_undone_leaves_no_trace(
             raise KeyboardInterrupt
         real()
 
-    monkeypatch.setattr(distiller, "_undo_warm_up", interrupted_once)
+    monkeypatch.setattr(distiller.learner, "undo_warm_up", interrupted_once)
     with pytest.raises(KeyboardInterrupt):
         distiller.fit()
     assert all(torch.equal(b, before[name]) for name, b in distiller.student.named_buffers())
