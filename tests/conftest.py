@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Schedule, Views
+from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Mixer, RingBuffer, Schedule, Views
 from dmkd_fast.image_reader import ImageReader
 from dmkd_fast.pretrain_diffusion import FLOW
 
@@ -68,14 +68,15 @@ def small_classifier(*, dropout: float = 0.0) -> nn.Module:
 
 def build_distiller(
     run_dir: Path, *, seed: int = 0, dropout: float = 0.0, ring: dict[str, Any] | None = None,
-    reader: ImageReader | None = None, **changes: object,
+    reader: ImageReader | None = None, mix: dict[str, float] | None = None, alpha: float = 1.0,
+    dtype: torch.dtype = torch.float32, student: nn.Module | None = None, **changes: object,
 ) -> Distiller:  # fmt: skip
     """A whole run in small: 8 x 8 images of four classes, 40 steps, a ring of four blocks."""
     sampler = reader or tiny_sampler(seed=seed)
     torch.manual_seed(5)
     teacher = small_classifier()
     torch.manual_seed(7 + seed)
-    student = small_classifier(dropout=dropout)
+    student = student or small_classifier(dropout=dropout)
     schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10}
     return Distiller(
         sampler=sampler,
@@ -89,6 +90,9 @@ def build_distiller(
         student=student,
         schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]
         run_dir=run_dir,
+        mixer=Mixer(**mix, seed=seed) if mix else None,  # type: ignore[arg-type]
+        alpha=alpha,
+        dtype=dtype,
         show=False,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -77,6 +78,41 @@ def test_resumed_run_ends_bit_equal(
         whole.fit()
         for point in points:
             resume_at(make_distiller, point, whole, **settings)
+
+
+RECIPES: list[dict[str, Any]] = [
+    {"accumulate": 4, "mix": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}, "alpha": 0.7,
+     "milestones": (0.3, 0.6, 0.9), "ema_decay": 0.9},
+    {"name": "sgd", "lr": 0.02, "nesterov": False, "accumulate": 2, "alpha": 0.5,
+     "max_grad_norm": 1.0, "mix": {"cutmix_alpha": 1.0}},
+    {"dtype": torch.float16, "milestones": (0.5,), "ema_decay": 0.9, "max_grad_norm": 1.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", RECIPES, ids=["adamw", "sgd", "float16"])
+def test_resumed_run_ends_bit_equal_with_all_of_a_recipe_and_steps_skipped_in_between(
+    make_distiller: Make, settings: dict[str, Any],
+    record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
+    record_property("claim", "resume of a whole recipe, skipped steps in between, tolerance 0")
+    points = [0, 1, 17, 26]  # 17 and 26 lie in rows of skipped steps
+    record_property("cases", len(points))
+
+    def make(**changes: Any) -> Distiller:
+        distiller = make_distiller(**changes)
+        weight = next(distiller.student.parameters())
+        skips = {0, 15, 16, 17, 18, 25, 26, 39}
+        weight.register_hook(lambda grad: grad * (math.inf if distiller.step in skips else 1))
+        return distiller
+
+    settings = {"dropout": 0.3, **settings}
+    whole = make(**settings)
+    torch.manual_seed(0)
+    whole.fit()
+    found = [(row["skipped_steps"], row["skipped_in_a_row"]) for row in rows(whole.run_dir)]
+    assert found == [(1, 1), (5, 4), (7, 2), (8, 1)]
+    for point in points:
+        resume_at(make, point, whole, **settings)
 
 
 SIGNALS = {
