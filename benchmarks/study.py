@@ -164,8 +164,8 @@ def load_teacher(name: str) -> tuple[nn.Module, models.ClassifierSpec]:
 
 
 def train_student(
-    images: FixedSet, *, teacher: str, student: str, num_views: int, seed: int,
-    lr: float, batch_size: int, test: ImageSet, temperature: float = 4.0, capacity: int | None = None,
+    images: FixedSet, *, teacher: str, student: str, num_views: int, seed: int, lr: float,
+    batch_size: int, test: ImageSet, temperature: float = 4.0, capacity: int | None = None,
 ) -> Row:  # fmt: skip
     """One student, from its random weights to its scores on `test`.
 
