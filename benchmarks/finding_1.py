@@ -11,6 +11,7 @@ much of it the images repeat.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +60,10 @@ def crops_of_a_photo(count: int) -> Tensor:
     from matplotlib.cbook import get_sample_data
     from PIL import Image
 
-    with get_sample_data("grace_hopper.jpg") as file, Image.open(file) as photo:
+    path: Any = get_sample_data("grace_hopper.jpg", asfileobj=False)
+    with Image.open(path) as photo:
         grey = photo.convert("L").crop((0, 0, 512, 512))
-        pixels = torch.tensor(list(grey.tobytes()), dtype=torch.uint8).view(1, 1, 512, 512)
+        pixels = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, 1, 512, 512)
     views = Views(size=28, scale=(0.01, 0.3), flip=0.5, mean=(0.0,), std=(1.0,), seed=1)
     first, ids = torch.zeros(count, dtype=torch.int64), torch.arange(count)
     crops = torch.cat([
