@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import study
 from benchmarks.harness import arguments
-from dmkd_fast import Views, runtime
+from dmkd_fast import Views
 
 COUNT = 30_720
 ARMS = ("diffusion", "real", "one image", "noise")
@@ -31,8 +31,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--views", type=int, default=384_000, help="per student")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     options = parser.parse_args(argv)
-    runtime.set_num_threads(options.threads)
-    cells, test = study.Cells("finding-1", record=options.record), study.test_images()
+    cells, test = study.Cells("finding-1", record=options.record, num_threads=options.threads), study.test_images()
     for seed in range(options.seeds):
         for arm in ARMS:
             cell = {"arm": arm, "seed": seed, "views": options.views}

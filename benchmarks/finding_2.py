@@ -18,7 +18,6 @@ from torch import Tensor
 from benchmarks import study
 from benchmarks.fidelity import frechet
 from benchmarks.harness import arguments
-from dmkd_fast import runtime
 from dmkd_fast.image_sets import prepare
 
 GUIDANCE, STEPS = (1.0, 1.5, 2.0, 4.0), (4, 16, 50)
@@ -38,8 +37,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     options = parser.parse_args(argv)
-    runtime.set_num_threads(options.threads)
-    cells, test = study.Cells("finding-2", record=options.record), study.test_images()
+    cells, test = study.Cells("finding-2", record=options.record, num_threads=options.threads), study.test_images()
     lenet: dict[str, Any] = {"teacher": "lenet5", "student": "lenet5_half", **study.LENET}
     resnet: dict[str, Any] = {"teacher": "strong", "student": "resnet", **study.RESNET_OPTIM}
     parts = {

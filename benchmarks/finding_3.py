@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from benchmarks import study
 from benchmarks.harness import arguments
-from dmkd_fast import runtime
 
 COUNT = 10_240
 TEACHERS, TEMPERATURES = ("weak", "lenet5", "strong"), (1.0, 4.0, 10.0)
@@ -21,8 +20,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     options = parser.parse_args(argv)
-    runtime.set_num_threads(options.threads)
-    cells, test = study.Cells("finding-3", record=options.record), study.test_images()
+    cells, test = study.Cells("finding-3", record=options.record, num_threads=options.threads), study.test_images()
     images = study.generated(COUNT, [], file="fashion_mnist.yaml")
     for student in options.students:
         small = student == "lenet5_half"

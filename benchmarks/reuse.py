@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from benchmarks import study
 from benchmarks.harness import arguments
-from dmkd_fast import runtime
 
 SIZES = (1_024, 3_072, 10_240, 30_720)
 VIEWS = 256_000
@@ -19,8 +18,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     options = parser.parse_args(argv)
-    runtime.set_num_threads(options.threads)
-    cells, test = study.Cells("reuse", record=options.record), study.test_images()
+    cells, test = study.Cells("reuse", record=options.record, num_threads=options.threads), study.test_images()
     images = study.generated(SIZES[-1], [], file="fashion_mnist.yaml")
     for seed in range(options.seeds):
         for size in SIZES:

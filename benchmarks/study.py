@@ -230,9 +230,12 @@ class Cells:
     Args:
         study: Name of the file in results/.
         record: Whether rows are written there; else they are only printed.
+        num_threads: Of this process; 0 means all cores.
     """
 
-    def __init__(self, study: str, *, record: bool) -> None:
+    def __init__(self, study: str, *, record: bool, num_threads: int = 0) -> None:
+        runtime.set_num_threads(num_threads)
+        runtime.keep_freed_memory()
         self.study, self.record = study, record
         self.rows = read_rows(study) if record else []
 

@@ -57,10 +57,10 @@ def test_a_cell_on_record_is_not_measured_again(
 ) -> None:
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path)
-    cells = study.Cells("thing", record=True)
+    cells = study.Cells("thing", record=True, num_threads=1)
     assert not cells.has(arm="real", seed=0)
     cells.add({"arm": "real", "seed": 0}, {"top1": 0.5, "cpu_s": 1.0})
-    again = study.Cells("thing", record=True)
+    again = study.Cells("thing", record=True, num_threads=1)
     assert again.has(arm="real", seed=0) and not again.has(arm="real", seed=1)
     assert "top1" in capsys.readouterr().err
 
