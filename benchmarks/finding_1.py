@@ -31,7 +31,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--views", type=int, default=384_000, help="per student")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     options = parser.parse_args(argv)
-    cells, test = study.Cells("finding-1", record=options.record, num_threads=options.threads), study.test_images()
+    cells, test = (
+        study.Cells("finding-1", record=options.record, num_threads=options.threads),
+        study.test_images(),
+    )
     for seed in range(options.seeds):
         for arm in ARMS:
             cell = {"arm": arm, "seed": seed, "views": options.views}

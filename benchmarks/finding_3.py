@@ -20,7 +20,10 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     options = parser.parse_args(argv)
-    cells, test = study.Cells("finding-3", record=options.record, num_threads=options.threads), study.test_images()
+    cells, test = (
+        study.Cells("finding-3", record=options.record, num_threads=options.threads),
+        study.test_images(),
+    )
     images = study.generated(COUNT, [], file="fashion_mnist.yaml")
     for student in options.students:
         small = student == "lenet5_half"
