@@ -1,6 +1,7 @@
 """Writes tables between `<!-- rows:NAME -->` and `<!-- end -->` in README and docs.
 
-Each table shows the newest recorded rows of its measurement (those of the last commit and date).
+Each table shows the newest recorded rows of its measurement (those of the last commit and date);
+those of the studies, which take hours, show all rows. Plots of the studies are drawn as well.
 `--check` changes nothing and fails where a table and its rows disagree.
 """
 
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import read_rows
+from benchmarks.study_plots import draw
+from benchmarks.study_tables import STUDY_TABLES
 
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"(<!-- rows:([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
 
@@ -32,6 +35,8 @@ def main(argv: list[str]) -> int:
             stale.append(path.name)
             if not options.check:
                 path.write_text(after, encoding="utf-8")
+    if not options.check:
+        draw(ROOT / "docs" / "images")
     verb = "differ from their rows" if options.check else "rendered"
     print(f"{', '.join(stale) or 'no file'}: {verb}", file=sys.stderr)
     return 1 if options.check and stale else 0
@@ -41,6 +46,10 @@ def render(text: str) -> str:
     """The text with every marked table written anew."""
 
     def replace(match: re.Match[str]) -> str:
+        if match[2] in STUDY_TABLES:
+            bench, table = STUDY_TABLES[match[2]]
+            rows = read_rows(bench)
+            return match[1] + (table(rows) if rows else "No rows yet.\n") + match[3]
         rows = latest(match[2])
         return match[1] + (TABLES[match[2]](rows) if rows else "No rows yet.\n") + match[3]
 
