@@ -5,13 +5,15 @@ Stands on floor 3. Data goes one way::
     LabelStream -> DiffusionSampler -> RingBuffer -> Views -> teacher, student -> kd_loss
 
 An ImageReader takes the place of the first two when the images are on disk. The parts know nothing
-of settings or of each other; `job.py` makes them from a config.
+of settings or of each other; `job.py` makes them from a config. Under torchrun each rank has all of
+them with its part of batch and ring, and the student's gradients are averaged (`ranks.py`).
 Source: Li et al., "Is synthetic data from diffusion models ready for knowledge distillation?"
 (arXiv 2305.12954).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ from dmkd_fast.labels import LabelStream
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
 from dmkd_fast.optim import Schedule
+from dmkd_fast.ranks import ALONE, Ranks, Turns
 from dmkd_fast.ring_buffer import Block, RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.supervision import Supervision
@@ -42,14 +45,14 @@ class Distiller:
 
     Args:
         sampler: Makes images, or reads them: `sample(ids, labels, out=)`.
-        ring: Holds them; its block size is the sampler's batch.
+        ring: Holds them, or this rank's part; its block size is the sampler's batch.
         labels: Decides the class of each image; the same ImageReader if one is the sampler.
         views: Makes the random views that the student sees.
         teacher: A classifier fed like the student, or `Teachers`, each of which sees the same crops
             at its own size and normalisation; frozen here.
         student: (B, c, S, S) views -> (B, C) logits; trained.
-        schedule: Length, batch and optimizer.
-        run_dir: Everything a run leaves goes there.
+        schedule: Length, batch (of all ranks together) and optimizer.
+        run_dir: Everything a run leaves goes there; all ranks must see it.
         temperature: Of the loss.
         dtype: Autocast dtype of both networks; float32 turns autocast off.
         compile: torch.compile both networks.
@@ -57,6 +60,7 @@ class Distiller:
         student_input: How test images are cut for the student; None: as its views.
         later_samplers: (share of the run, sampler) from which on others make the images.
         show: Whether to print progress.
+        ranks: This process among others that train the same student.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Distiller:
         dtype: torch.dtype = torch.float32, compile: bool = False,
         test_set: ImageSet | EncodedSet | None = None, student_input: InputSpec | None = None,
         later_samplers: Sequence[tuple[float, DiffusionSampler]] = (), show: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.sampler, self.ring, self.labels, self.views = sampler, ring, labels, views
         self._samplers: list[tuple[float, DiffusionSampler | ImageReader]]
@@ -74,13 +79,16 @@ class Distiller:
         self.schedule, self.temperature, self.test_set = schedule, temperature, test_set
         self.run_dir = Path(run_dir)
         self.device = ring.images.device
-        ring.check(schedule.batch_size)
+        self._ranks, self._turns = ranks, Turns(ranks)
+        self._batch = ranks.share("batch_size", schedule.batch_size)
+        ring.check(self._batch)
         if ring.guard_blocks and isinstance(sampler, ImageReader):
             raise ValueError(
                 f"guard_blocks: got {ring.guard_blocks} with an ImageReader, expected 0, as blocks "
                 "are not read ahead; make the ring without"
             )
         self._ahead: tuple[Block, Tensor, Tensor] | None = None
+        self._cpu_elsewhere_s = 0.0
         self._before_warm_up: list[Tensor] | None = None
         self.num_steps = -(-schedule.num_views // schedule.batch_size)
         self.step = 0
@@ -93,23 +101,27 @@ class Distiller:
         self._supervision = Supervision(
             teacher, views, input=student_input, dtype=dtype, compile=compile
         )
-        self._student = torch.compile(student, dynamic=False) if compile else student
+        self._student = ranks.parallel(
+            torch.compile(student, dynamic=False) if compile else student,  # type: ignore[arg-type]
+            self.device,
+        )
         self._autocast = torch.autocast(
             self.device.type, dtype=dtype, enabled=dtype != torch.float32
         )
-        self._interrupts = runtime.Interrupts()
+        self._interrupts = runtime.Interrupts(only_noted=ranks.world_size > 1)
         self._generators = runtime.Generators(self.device)
         self.clock = runtime.Clock()
         total = self.num_steps * schedule.batch_size
-        self._metrics = Metrics(self.run_dir, total, show=show)
+        self._metrics = Metrics(self.run_dir, total, show=show, ranks=ranks)
         self._writer = durable.Writer()
         self._blocks = RingBlocks(
-            ring, self.run_dir / "blocks", self._writer,
+            ring, ranks.folder(self.run_dir / "blocks"), self._writer,
             remakes=[made_by.sample for _, made_by in self._samplers],
         )  # fmt: skip
         self._saver = checkpoint.Saver(
-            self.run_dir / "checkpoints", self._writer, every_s=schedule.checkpoint_every_s
-        )
+            self.run_dir / "checkpoints", self._writer, every_s=schedule.checkpoint_every_s,
+            ranks=ranks,
+        )  # fmt: skip
 
     def refill(self, metrics: Metrics | None = None) -> None:
         """Insert blocks until the limiter lets the next batch be drawn.
@@ -121,7 +133,7 @@ class Distiller:
         """
         before, started = self.ring.num_inserted, time.monotonic()
         told = started
-        while self.ring.must_insert(self.schedule.batch_size) and not self.labels.is_exhausted:
+        while self.ring.must_insert(self._batch) and not self.labels.is_exhausted:
             block, ids, labels = self._ahead or self._generate()
             with self._interrupts.held():
                 self.ring.commit(
@@ -136,7 +148,7 @@ class Distiller:
                 self._save_if_due()
             now = time.monotonic()
             if metrics is not None and now - told > 5:
-                made, told = self.ring.num_inserted - before, now
+                made, told = (self.ring.num_inserted - before) * self._ranks.world_size, now
                 metrics.note(f"filling: {made:,} images, {made / (now - started):,.0f} images/s")
 
         if self._wants_ahead():
@@ -144,15 +156,20 @@ class Distiller:
 
     def _wants_ahead(self) -> bool:
         """Whether to make a block before it is needed: with a guard, if views to come need it."""
-        to_come = (self.num_steps - self.step) * self.schedule.batch_size
+        to_come = (self.num_steps - self.step) * self._batch
         return (
             self.ring.guard_blocks > 0
             and self.ring.must_insert(to_come)
-            and self.ring.may_insert(self.schedule.batch_size)
+            and self.ring.may_insert(self._batch)
         )
 
     def _generate(self) -> tuple[Block, Tensor, Tensor]:
         """Write a block of new images, to be committed; does not wait for a producer's stream."""
+        reads = isinstance(self.sampler, ImageReader)  # An image that one rank cannot read stops all.
+        with self._ranks.agreed(SourceError) if reads else contextlib.nullcontext():
+            return self._write_block()
+
+    def _write_block(self) -> tuple[Block, Tensor, Tensor]:
         self.ring.abort()  # An interrupt may have come between a block's writing and its commit.
         with self.ring.producing():  # A reader may wait here: no block should be open then.
             ids, labels = self.labels.peek(self.ring.block_images)
@@ -167,7 +184,7 @@ class Distiller:
 
     def train_step(self) -> Tensor:
         """One optimizer step on one batch of views; returns the loss without waiting for it."""
-        draw = self.ring.sample(self.schedule.batch_size)
+        draw = self.ring.sample(self._batch)
         views = self._supervision.views(
             self.ring.images, draw.indices, draw.ids, draw.uses, share=self.share
         )
@@ -196,7 +213,8 @@ class Distiller:
         Raises:
             ValueError: There is none, or it is of another student, ring or optimizer.
         """
-        step, notes = self._saver.restore(self._state())
+        common = {} if self._ranks.is_first else self._common_state()
+        step, notes = self._saver.restore(self._state(), common=common)
         return checkpoint.Restored(step, [*notes, *self._blocks.notes])
 
     def check_folder(self) -> None:
@@ -232,12 +250,21 @@ class Distiller:
         finally:
             gc.unfreeze()
             metrics.close()
+        mine = self.clock.cpu_s()
+        self._cpu_elsewhere_s = self._ranks.total(torch.tensor(mine).double()).item() - mine
+        if self._interrupts.is_pending:  # One of several ranks: it came during the last save.
+            raise KeyboardInterrupt
         return self.totals()
 
     @property
     def num_views(self) -> int:
         """Views the student has seen."""
         return self.step * self.schedule.batch_size
+
+    @property
+    def num_images(self) -> int:
+        """Images made so far; all ranks have made as many."""
+        return self.ring.num_inserted * self._ranks.world_size
 
     def lr(self) -> float:
         """Learning rate of the current step."""
@@ -262,7 +289,7 @@ class Distiller:
         gc.collect()
         gc.freeze()
         metrics.begin(
-            views=self.num_views, images=self.ring.num_inserted, wall_s_before=self.clock.wall_s()
+            views=self.num_views, images=self.num_images, wall_s_before=self.clock.wall_s()
         )
         while True:
             self._report(metrics)
@@ -289,25 +316,36 @@ class Distiller:
             statistics = self.ring.statistics()
             for name, value in statistics.means().items():
                 metrics.add(name, value)
+            figures = statistics.figures()
+            figures["reuse_error"] *= self._ranks.world_size
             metrics.flush(
-                views=self.num_views, images=self.ring.num_inserted, lr=self.lr(), **scores,
-                **statistics.figures(),
-            )  # fmt: skip
+                views=self.num_views, images=self.num_images, lr=self.lr(), **scores, **figures
+            )
 
     def _save_if_due(self) -> None:
         """Start a checkpoint in the background; one that failed is told of, and the run goes on."""
         if problem := self._saver.problem():
             self._metrics.note(problem)
-        if self._saver.is_due():
+        now = self._turns.next(
+            due=self._saver.is_due(), busy=self._saver.is_busy, failed=problem is not None,
+            stop=self._interrupts.is_pending,
+        )  # fmt: skip
+        if now.failed and problem is None:
+            self._saver.withdraw()
+        if now.save:
             with self._interrupts.held():
-                self._saver.start(self.step, self._state())
+                self._saver.start(self.step, self._state(), mark=self.ring.num_inserted)
                 self._blocks.drop_unused(lambda: self._saver.describe("ring"))
+        if now.stop:
+            raise KeyboardInterrupt
 
     def _save_last(self) -> Path:
         self._undo_warm_up()
+        self._turns.end()
         if problem := self._saver.problem():
             self._metrics.note(problem)
-        path = self._saver.finish(self.step, self._state())
+        with self._ranks.agreed(durable.SaveError):
+            path = self._saver.finish(self.step, self._state(), mark=self.ring.num_inserted)
         self._blocks.drop_unused(lambda: self._saver.describe("ring"))
         self._writer.close()
         return path
@@ -318,7 +356,7 @@ class Distiller:
         started = time.monotonic()
         self._before_warm_up = [b.clone() for b in self.student.buffers()]
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
-        places = torch.zeros(self.schedule.batch_size, dtype=torch.int64, device=self.device)
+        places = torch.zeros(self._batch, dtype=torch.int64, device=self.device)
         makes_images = not isinstance(self.sampler, ImageReader)  # reading compiles nothing
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -351,17 +389,20 @@ class Distiller:
         """top1 of the averaged student on the test set, in the compute dtype."""
         if self.test_set is None:
             return {}
-        wanted = self._supervision.input
+        wanted, ranks = self._supervision.input, self._ranks
+        ranks.follow_first(list(self.average.module.buffers()))
+        batches = self.test_set.batches([wanted], rank=ranks.rank, world_size=ranks.world_size)
         with self._autocast:
             scores = evaluate.measure(
-                self.average.module, self.test_set.batches([wanted]), input=wanted,
+                self.average.module, batches, input=wanted,
                 num_classes=len(self.test_set.class_names),
             )  # fmt: skip
+        scores.sums = ranks.total(scores.sums)
         return {"top1": scores.result()["top1"]}
 
     def totals(self) -> dict[str, Any]:
         """What `fit` returns, as of now."""
-        images, views, wall_s = self.ring.num_inserted, self.num_views, self.clock.wall_s()
+        images, views, wall_s = self.num_images, self.num_views, self.clock.wall_s()
         return {
             "generated_images": images,
             "views": views,
@@ -369,15 +410,13 @@ class Distiller:
             "images_per_s": round(images / wall_s, 1),
             "views_per_s": round(views / wall_s, 1),
             "wall_s": round(wall_s, 1),
-            "cpu_s": round(self.clock.cpu_s(), 1),
+            "cpu_s": round(self.clock.cpu_s() + self._cpu_elsewhere_s, 1),
         }
 
     def _state(self) -> dict[str, checkpoint.Stateful]:
-        """Everything that the rest of the run depends on."""
-        return {
-            "student": self.student,
-            "optimizer": self.optimizer,
-            "average": self.average,
+        """Everything that the rest of the run depends on; the first rank has what is common."""
+        common = self._common_state() if self._ranks.is_first else {}
+        return common | {
             "ring": self._blocks,
             "labels": self.labels,
             "generators": self._generators,
@@ -385,6 +424,9 @@ class Distiller:
             "clock": self.clock,
             "progress": self,
         }
+
+    def _common_state(self) -> dict[str, checkpoint.Stateful]:
+        return {"student": self.student, "optimizer": self.optimizer, "average": self.average}
 
     def state_dict(self) -> dict[str, Any]:
         """The step; what else a run depends on is in its parts."""
