@@ -13,7 +13,6 @@ Source: Li et al., "Is synthetic data from diffusion models ready for knowledge 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import time
 from collections.abc import Sequence
@@ -24,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast import checkpoint, durable, evaluate, models, optim, runtime
-from dmkd_fast.blocks import RingBlocks
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.image_sets import EncodedSet, ImageSet
 from dmkd_fast.inputs import InputSpec
+from dmkd_fast.keeper import Keeper
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
 from dmkd_fast.optim import Schedule
-from dmkd_fast.ranks import ALONE, Ranks, Turns
+from dmkd_fast.ranks import ALONE, Ranks
 from dmkd_fast.ring_buffer import Block, RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.supervision import Supervision
@@ -79,31 +78,29 @@ class Distiller:
         self.schedule, self.temperature, self.test_set = schedule, temperature, test_set
         self.run_dir = Path(run_dir)
         self.device = ring.images.device
-        self._ranks, self._turns = ranks, Turns(ranks)
-        self._batch = ranks.share("batch_size", schedule.batch_size)
+        self._ranks, self._batch = ranks, ranks.share("batch_size", schedule.batch_size)
         ring.check(self._batch)
         if ring.guard_blocks and isinstance(sampler, ImageReader):
             raise ValueError(
                 f"guard_blocks: got {ring.guard_blocks} with an ImageReader, expected 0, as blocks "
                 "are not read ahead; make the ring without"
             )
+        # An image that one rank cannot read stops all.
+        self._readers = ranks if isinstance(sampler, ImageReader) else ALONE
         self._ahead: tuple[Block, Tensor, Tensor] | None = None
         self._cpu_elsewhere_s = 0.0
         self._before_warm_up: list[Tensor] | None = None
-        self.num_steps = -(-schedule.num_views // schedule.batch_size)
-        self.step = 0
+        self.num_steps, self.step = -(-schedule.num_views // schedule.batch_size), 0
         self.optimizer = optim.build_optimizer(
             student, name="sgd" if schedule.name == "sgd" else "adamw", lr=schedule.lr,
             momentum=schedule.momentum, weight_decay=schedule.weight_decay,
         )  # fmt: skip
+        fast: Any = torch.compile(student, dynamic=False) if compile else student
+        self._student = ranks.parallel(fast, self.device)  # From here on with rank 0's weights.
         self.average = optim.Average(student, decay=schedule.ema_decay)
         self.dtype = dtype
         self._supervision = Supervision(
             teacher, views, input=student_input, dtype=dtype, compile=compile
-        )
-        self._student = ranks.parallel(
-            torch.compile(student, dynamic=False) if compile else student,  # type: ignore[arg-type]
-            self.device,
         )
         self._autocast = torch.autocast(
             self.device.type, dtype=dtype, enabled=dtype != torch.float32
@@ -113,14 +110,10 @@ class Distiller:
         self.clock = runtime.Clock()
         total = self.num_steps * schedule.batch_size
         self._metrics = Metrics(self.run_dir, total, show=show, ranks=ranks)
-        self._writer = durable.Writer()
-        self._blocks = RingBlocks(
-            ring, ranks.folder(self.run_dir / "blocks"), self._writer,
-            remakes=[made_by.sample for _, made_by in self._samplers],
-        )  # fmt: skip
-        self._saver = checkpoint.Saver(
-            self.run_dir / "checkpoints", self._writer, every_s=schedule.checkpoint_every_s,
-            ranks=ranks,
+        self._keeper = Keeper(
+            self.run_dir, ring, remakes=[made_by.sample for _, made_by in self._samplers],
+            every_s=schedule.checkpoint_every_s, ranks=ranks, interrupts=self._interrupts,
+            note=self._metrics.note,
         )  # fmt: skip
 
     def refill(self, metrics: Metrics | None = None) -> None:
@@ -134,7 +127,8 @@ class Distiller:
         before, started = self.ring.num_inserted, time.monotonic()
         told = started
         while self.ring.must_insert(self._batch) and not self.labels.is_exhausted:
-            block, ids, labels = self._ahead or self._generate()
+            with self._readers.agreed(SourceError):
+                block, ids, labels = self._ahead or self._generate()
             with self._interrupts.held():
                 self.ring.commit(
                     block, ids=ids.to(self.device), labels=labels.to(self.device)
@@ -142,10 +136,10 @@ class Distiller:
                 self.labels.advance(len(ids))
                 self._ahead = None
                 if metrics is not None:
-                    self._blocks.append()
+                    self._keeper.blocks.append()
                     self.ring.release()  # They were read, to be copied.
             if metrics is not None:
-                self._save_if_due()
+                self._keeper.save_if_due(self.step, self._state())
             now = time.monotonic()
             if metrics is not None and now - told > 5:
                 made, told = (self.ring.num_inserted - before) * self._ranks.world_size, now
@@ -165,11 +159,6 @@ class Distiller:
 
     def _generate(self) -> tuple[Block, Tensor, Tensor]:
         """Write a block of new images, to be committed; does not wait for a producer's stream."""
-        reads = isinstance(self.sampler, ImageReader)  # An image that one rank cannot read stops all.
-        with self._ranks.agreed(SourceError) if reads else contextlib.nullcontext():
-            return self._write_block()
-
-    def _write_block(self) -> tuple[Block, Tensor, Tensor]:
         self.ring.abort()  # An interrupt may have come between a block's writing and its commit.
         with self.ring.producing():  # A reader may wait here: no block should be open then.
             ids, labels = self.labels.peek(self.ring.block_images)
@@ -213,13 +202,11 @@ class Distiller:
         Raises:
             ValueError: There is none, or it is of another student, ring or optimizer.
         """
-        common = {} if self._ranks.is_first else self._common_state()
-        step, notes = self._saver.restore(self._state(), common=common)
-        return checkpoint.Restored(step, [*notes, *self._blocks.notes])
+        return self._keeper.restore(self._common_state(), self._own_state())
 
     def check_folder(self) -> None:
         """Refuse, with a ValueError, a run directory whose checkpoints were not restored."""
-        self._saver.check_folder()
+        self._keeper.saver.check_folder()
 
     def fit(self) -> dict[str, Any]:
         """Run to the end, or until Ctrl-C.
@@ -245,13 +232,12 @@ class Distiller:
             metrics.note(f"interrupted at {self.num_views:,} of {total:,} views; saved {saved}")
             raise
         except Exception:
-            self._writer.close()
+            self._keeper.writer.close()
             raise
         finally:
             gc.unfreeze()
             metrics.close()
-        mine = self.clock.cpu_s()
-        self._cpu_elsewhere_s = self._ranks.total(torch.tensor(mine).double()).item() - mine
+        self._cpu_elsewhere_s = self._ranks.elsewhere(self.clock.cpu_s())
         if self._interrupts.is_pending:  # One of several ranks: it came during the last save.
             raise KeyboardInterrupt
         return self.totals()
@@ -293,7 +279,7 @@ class Distiller:
         )
         while True:
             self._report(metrics)
-            self._save_if_due()
+            self._keeper.save_if_due(self.step, self._state())
             if self.step >= self.num_steps:
                 break
             self.refill(metrics)
@@ -316,39 +302,14 @@ class Distiller:
             statistics = self.ring.statistics()
             for name, value in statistics.means().items():
                 metrics.add(name, value)
-            figures = statistics.figures()
-            figures["reuse_error"] *= self._ranks.world_size
             metrics.flush(
-                views=self.num_views, images=self.num_images, lr=self.lr(), **scores, **figures
-            )
-
-    def _save_if_due(self) -> None:
-        """Start a checkpoint in the background; one that failed is told of, and the run goes on."""
-        if problem := self._saver.problem():
-            self._metrics.note(problem)
-        now = self._turns.next(
-            due=self._saver.is_due(), busy=self._saver.is_busy, failed=problem is not None,
-            stop=self._interrupts.is_pending,
-        )  # fmt: skip
-        if now.failed and problem is None:
-            self._saver.withdraw()
-        if now.save:
-            with self._interrupts.held():
-                self._saver.start(self.step, self._state(), mark=self.ring.num_inserted)
-                self._blocks.drop_unused(lambda: self._saver.describe("ring"))
-        if now.stop:
-            raise KeyboardInterrupt
+                views=self.num_views, images=self.num_images, lr=self.lr(), **scores,
+                **statistics.figures(),
+            )  # fmt: skip
 
     def _save_last(self) -> Path:
         self._undo_warm_up()
-        self._turns.end()
-        if problem := self._saver.problem():
-            self._metrics.note(problem)
-        with self._ranks.agreed(durable.SaveError):
-            path = self._saver.finish(self.step, self._state(), mark=self.ring.num_inserted)
-        self._blocks.drop_unused(lambda: self._saver.describe("ring"))
-        self._writer.close()
-        return path
+        return self._keeper.save_last(self.step, self._state())
 
     def _warm_up(self, metrics: Metrics) -> None:
         """Run everything on throw-away inputs: what compiles does so here, not inside a step."""
@@ -414,19 +375,20 @@ class Distiller:
         }
 
     def _state(self) -> dict[str, checkpoint.Stateful]:
-        """Everything that the rest of the run depends on; the first rank has what is common."""
-        common = self._common_state() if self._ranks.is_first else {}
-        return common | {
-            "ring": self._blocks,
+        """Everything that the rest of the run depends on."""
+        return self._keeper.state(self._common_state(), self._own_state())
+
+    def _common_state(self) -> dict[str, checkpoint.Stateful]:
+        return {"student": self.student, "optimizer": self.optimizer, "average": self.average}
+
+    def _own_state(self) -> dict[str, checkpoint.Stateful]:
+        return {
             "labels": self.labels,
             "generators": self._generators,
             "metrics": self._metrics,
             "clock": self.clock,
             "progress": self,
         }
-
-    def _common_state(self) -> dict[str, checkpoint.Stateful]:
-        return {"student": self.student, "optimizer": self.optimizer, "average": self.average}
 
     def state_dict(self) -> dict[str, Any]:
         """The step; what else a run depends on is in its parts."""

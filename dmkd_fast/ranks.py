@@ -14,11 +14,13 @@ import contextlib
 import json
 import os
 import socket
+import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -127,6 +129,10 @@ class Ranks:
                 dist.all_reduce(values, group=self.control)
         return values
 
+    def elsewhere(self, value: float) -> float:
+        """The sum of the other ranks' values."""
+        return float(self.total(torch.tensor(value, dtype=torch.float64))) - value
+
     def follow_first(self, tensors: list[Tensor]) -> None:
         """Give tensors on any device the values that they have on rank 0."""
         if self.control is None:
@@ -145,13 +151,9 @@ class Ranks:
         if self.control is None or not any(p.requires_grad for p in module.parameters()):
             return module
         group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        parallel = nn.parallel.DistributedDataParallel(module, process_group=group)
-        return parallel
-
-    def leave(self) -> None:
-        """Close all connections."""
-        if self.control is not None:
-            dist.destroy_process_group()
+        # Of a first convolution on grey images: its strides are ambiguous, not wrong.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        return nn.parallel.DistributedDataParallel(module, process_group=group)
 
 
 ALONE = Ranks()
@@ -260,6 +262,16 @@ def use_device(ranks: Ranks, device: torch.device) -> None:
                 "CUDA devices of this machine; lower it or set device=cpu"
             )
         torch.cuda.set_device(ranks.local_rank)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at once, with all that was printed.
+
+    The ordinary end takes Python apart while gloo's threads still run, which sometimes aborts.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _local_store(ranks: Ranks) -> dist.Store:

@@ -79,9 +79,14 @@ def can_compile(device_type: str) -> bool:
     return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
-def set_num_threads(num_threads: int) -> int:
-    """Use this many CPU threads (0: all cores this process may run on); returns the number."""
-    count = num_threads or len(os.sched_getaffinity(0))
+def set_num_threads(num_threads: int, *, num_processes: int = 1) -> int:
+    """Use this many CPU threads (0: all cores this process may run on); returns the number.
+
+    Args:
+        num_threads: How many.
+        num_processes: That share all cores.
+    """
+    count = num_threads or max(1, len(os.sched_getaffinity(0)) // num_processes)
     torch.set_num_threads(count)
     return count
 
