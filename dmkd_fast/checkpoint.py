@@ -13,6 +13,7 @@ counts if it is whole on all of them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import time
@@ -97,6 +98,7 @@ class Saver:
         self._ranks, self._first_folder = ranks, folder
         self._last = time.monotonic()
         self._saving: Future[Path] | None = None
+        self._latest: Future[Path] | None = None
         self._is_ours = False
 
     def restore(
@@ -146,13 +148,12 @@ class Saver:
         snapshot, self._is_ours = _Snapshot(objects), True
         snapshot.mark, snapshot.world_size = mark, self._ranks.world_size
         self._saving = self.writer.submit(lambda: _write(self.folder, step, snapshot, self.keep))
-        self._last = time.monotonic()
+        self._latest, self._last = self._saving, time.monotonic()
 
     def withdraw(self) -> None:
-        """Take back the last one, which another rank could not write."""
-        for path in _found(self.folder)[-1:]:
-            with contextlib.suppress(OSError):
-                durable.discard(durable.hide(path, "partial"))
+        """Take back the last one, once it is written: another rank could not write it."""
+        if self._latest is not None:
+            self.writer.submit(functools.partial(_withdraw, self._latest))
 
     def problem(self) -> str | None:
         """Why the last one could not be written, told once: the run goes on without it."""
@@ -239,6 +240,12 @@ def _write(folder: Path, step: int, snapshot: _Snapshot, keep: int) -> Path:
     for damaged in folder.glob(".step-*.damaged"):
         durable.discard(damaged)
     return final
+
+
+def _withdraw(written: Future[Path]) -> None:
+    with contextlib.suppress(OSError):
+        if written.exception() is None:
+            durable.discard(durable.hide(written.result(), "partial"))
 
 
 def _restore(

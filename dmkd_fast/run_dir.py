@@ -96,8 +96,8 @@ def mark(folder: Path, launch: str) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has one, whole or not."""
-    return any((folder / CHECKPOINTS).glob("step-*"))
+    """Whether a run, or any of its ranks, has one, whole or not."""
+    return any(any((folder / CHECKPOINTS).glob(names)) for names in ("step-*", "rank-*/step-*"))
 
 
 def _last_written(folder: Path) -> float:

@@ -30,7 +30,7 @@ from conftest import build_distiller
 from dying_os import FailingOs
 from run_state import fingerprint, rows
 
-from dmkd_fast import ImageSet, cli, durable, evaluate, job, ranks
+from dmkd_fast import ImageSet, cli, durable, evaluate, job, ranks, run_dir
 from dmkd_fast.distill import Distiller
 
 # Dropout, so that torch's generators matter.
@@ -52,7 +52,7 @@ def child(request: dict[str, Any], rank: int) -> int:
     )  # fmt: skip
     set_seeds(mine.seed(seed))
     left: dict[str, Any] = {"images": {}}
-    if any((run / "checkpoints").glob("step-*")):
+    if run_dir.has_checkpoint(run):
         set_seeds(mine.seed(seed) + 1)
         try:
             left["restored"] = distiller.restore()
@@ -80,13 +80,15 @@ def child(request: dict[str, Any], rank: int) -> int:
 
 
 def watch(distiller: Distiller, request: dict[str, Any], rank: int, images: dict[int, str]) -> None:
-    """Record the images made; stop, or break the disk, at a step, if asked to."""
+    """Record the images made; stop, die or find the disk full at a step, if asked to."""
     step, commit = distiller.train_step, distiller.ring.commit
 
     def watched_step() -> torch.Tensor:
         loss = step()
         if [distiller.step, rank] == request.get("stop_at"):
             signal.raise_signal(signal.SIGTERM)
+        if [distiller.step, rank] == request.get("kill_at"):
+            signal.raise_signal(signal.SIGKILL)
         if rank == request.get("full_disk"):
             full = 5 <= distiller.step < 20
             durable.os = FailingOs(0, 28) if full else os  # type: ignore[assignment]
