@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import generate_farm
 import pytest
 import torch
 from conftest import CONFIG, ROOT, SHORT, build_distiller
+from run_state import rows
 from safetensors.torch import load_file
 
 from dmkd_fast import LabelStream, job, ranks
@@ -232,6 +234,62 @@ def test_a_rank_killed_under_torchrun_recovers_and_nothing_listens_outside(
         assert summary[name] == expected[name]
     students = [load_file(run / "student" / "model.safetensors") for run in (whole, cut)]
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_and_the_run_resumes(serve: Serve, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = ["distill", CONFIG, *settings(), "train.num_views=3200"]
+    done = serve(tmp_path / "server", command=[*command, f"run_dir={whole}"])
+    assert done["codes"] == [0, 0], done["outputs"]
+    parts = [*TORCHRUN, "-m", "dmkd_fast.cli"]
+    with subprocess.Popen([*parts, *command, f"run_dir={cut}"], env=ENVIRONMENT) as agent:
+        while not (cut / "stats.jsonl").exists() or len(rows(cut)) < 2:
+            assert agent.poll() is None
+            time.sleep(0.01)
+        asked = time.monotonic()
+        agent.terminate()
+        agent.wait(timeout=60)
+    assert time.monotonic() - asked < 8  # The agent takes its time, too.
+    newest = {max(p.glob("step-*")).name for p in checkpoints(cut)}
+    assert len(newest) == 1 and newest < {f"step-{step:09d}" for step in range(1, 100)}
+    resume = [*parts, "distill", str(cut / "config.yaml"), "--resume"]
+    assert subprocess.run(resume, env=ENVIRONMENT, check=False).returncode == 0
+    students = [load_file(run / "student" / "model.safetensors") for run in (whole, cut)]
+    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+    assert rows(whole) == rows(cut)
+
+
+@pytest.mark.slow
+def test_two_ranks_reach_the_accuracy_of_one(tmp_path: Path) -> None:
+    scores, config = [], str(ROOT / "configs" / "fashion_mnist.yaml")
+    for parts in ([sys.executable], TORCHRUN):
+        run = tmp_path / str(len(scores))
+        command = [*parts, "-m", "dmkd_fast.cli", "distill", config, f"run_dir={run}",
+                   "ring.min_fill_images=9216"]  # fmt: skip
+        subprocess.run(command, env=ENVIRONMENT, check=True)
+        scores.append(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+    for name in ("generated_images", "views"):
+        assert scores[0][name] == scores[1][name]
+    # Three seeds of one process spread over 0.005.
+    assert abs(scores[0]["top1"] - scores[1]["top1"]) < 0.01
+
+
+def test_generate_shares_out_the_shards(serve: Serve, tmp_path: Path) -> None:
+    def make(out: Path, world_size: int) -> list[dict[str, Any]]:
+        command = ["generate", CONFIG, *generate_farm.SETTINGS, "--out", str(out),
+                   "--num-images", "160", "--images-per-shard", "32"]  # fmt: skip
+        done = serve(tmp_path / f"server{world_size}", command=command, world_size=world_size)
+        assert done["codes"] == [0] * world_size, done["outputs"]
+        return [json.loads(output.splitlines()[-1]) for output in done["outputs"]]
+
+    told = make(tmp_path / "both", 2)
+    assert [(part["part"], part["made_images"]) for part in told] == [("0/2", 96), ("1/2", 64)]
+    assert any(part["is_complete"] for part in told)
+    make(tmp_path / "alone", 1)
+    names = [f"shard-{number:06d}.tar" for number in range(5)]
+    for name in names:
+        assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 def settings() -> list[str]:
