@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dmkd_fast import optim
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
+from dmkd_fast.ranks import ALONE, Ranks
 from dmkd_fast.schedule import Schedule
 
 # torch.amp.GradScaler's: float16 gradients are kept above its smallest numbers by a factor that is
@@ -41,18 +42,21 @@ class Learner:
         alpha: Its share, in (0, 1]; the rest is cross-entropy with the targets.
         dtype: Autocast dtype; float32 turns autocast off, float16 turns loss scaling on.
         compile: torch.compile the student.
+        ranks: This process among those that train the same student, each on its part.
 
     Raises:
-        ValueError: `alpha` is out of range.
+        ValueError: `alpha` is out of range, or the batch does not fall into equal parts.
 
     Attributes:
         network: What is called with views: the student, or what is wrapped around it.
+        part_size: Views that go through it together.
         optimizer, average: Its optimizer and averaged weights.
     """
 
     def __init__(
         self, student: nn.Module, *, schedule: Schedule, temperature: float = 4.0,
         alpha: float = 1.0, dtype: torch.dtype = torch.float32, compile: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         if not 0 < alpha <= 1:
             raise ValueError(
@@ -61,14 +65,17 @@ class Learner:
             )
         self.student, self.schedule = student.train(), schedule
         self._temperature, self._alpha = temperature, alpha
-        self.network: Any = torch.compile(student, dynamic=False) if compile else student
+        self._batch = ranks.share("batch_size", schedule.batch_size, unit=schedule.accumulate)
+        self.part_size = self._batch // schedule.accumulate
+        fast: Any = torch.compile(student, dynamic=False) if compile else student
+        device = next(student.parameters()).device
+        self.network = ranks.parallel(fast, device)  # From here on with rank 0's weights.
         self.optimizer = optim.build_optimizer(
             student, name=schedule.name, lr=schedule.lr, momentum=schedule.momentum,
             nesterov=schedule.nesterov, weight_decay=schedule.weight_decay,
         )  # fmt: skip
         self.average = optim.Average(student, decay=schedule.ema_decay)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        device = self._parameters[0].device
         self.autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         self._buffers = optim.Buffers(student)
         self._before_warm_up: list[Tensor] | None = None
@@ -89,7 +96,7 @@ class Learner:
         self._buffers_before = self._buffers.copies()
 
     def learn(self, views: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """Add the gradient of a part of the batch, `schedule.micro_batch` views of it.
+        """Add the gradient of a part of this rank's batch, `part_size` views of it.
 
         Args:
             views: (B, c, S, S).
@@ -97,7 +104,7 @@ class Learner:
             target: Class ids (B,) int64 or probabilities (B, C); not looked at if alpha is 1.
 
         Returns:
-            The part's share of the batch's mean loss; what all parts return adds up to it.
+            The part's share of the mean loss of this rank's batch; those of all parts add up to it.
         """
         with self.autocast:
             student_logits = self.network(views)  # (B, C)
@@ -105,7 +112,7 @@ class Learner:
         loss, grad = kd_loss_and_grad(
             student_logits, teacher_logits, target if hard else None,
             alpha=self._alpha if hard else None, temperature=self._temperature,
-            num_items=self.schedule.batch_size, grad_scale=self._scale if self._scales else 1.0,
+            num_items=self._batch, grad_scale=self._scale if self._scales else 1.0,
         )  # fmt: skip
         # 0 if the loss is finite, else NaN: it can be infinite where its gradient is not.
         student_logits.backward(grad.add_(loss * 0))

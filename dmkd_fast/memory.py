@@ -14,6 +14,7 @@ import torch
 from dmkd_fast import config as cfg
 from dmkd_fast import origin, runtime
 from dmkd_fast.capacity import capacity_plan, largest_capacity
+from dmkd_fast.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from dmkd_fast.job import Parts
@@ -33,23 +34,30 @@ def plan(config: cfg.DistillConfig, parts: Parts) -> dict[str, int]:
     }
 
 
-def check(config: cfg.DistillConfig, parts: Parts) -> int:
+def check(config: cfg.DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
     """The largest ring.capacity_images that fits beside the other parts of a run.
+
+    Args:
+        config: Of this rank; see `job.share`.
+        parts: Loaded.
+        ranks: Those of one machine share a CPU's memory; each has a GPU of its own.
 
     Raises:
         ConfigError: The one asked for does not.
     """
     parts_plan = plan(config, parts)
     have = runtime.available_bytes(torch.device(config.device))
+    if config.device == "cpu":
+        have //= ranks.local_world_size
     # Models and test images are loaded by now; what is still to come has to fit.
     ring = sum(count for name, count in parts_plan.items() if name.startswith("ring "))
     rest = sum(parts_plan.values()) - ring - parts_plan["test images"]
-    fits = largest_capacity(have - rest, **_ring_shape(config, parts))
+    fits = ranks.world_size * largest_capacity(have - rest, **_ring_shape(config, parts))
     if ring + rest > have:
         raise cfg.ConfigError(
-            f"ring.capacity_images: got {config.ring.capacity_images}, which needs "
-            f"{ring / 2**30:.1f} GiB of {have / 2**30:.1f} GiB available; lower it to at most "
-            f"{fits}"
+            f"ring.capacity_images: got {ranks.world_size * config.ring.capacity_images}, which "
+            f"needs {ring / 2**30:.1f} GiB of {have / 2**30:.1f} GiB available"
+            f"{' to each rank' * (ranks.world_size > 1)}; lower it to at most {fits}"
         )
     return fits
 

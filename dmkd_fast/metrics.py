@@ -1,6 +1,7 @@
 """What a run tells: progress, stats.jsonl, TensorBoard events.
 
 Stands on floor 2. Values are summed on the device; `flush` is the only place that waits for it.
+Several ranks add up their sums there, and the first one tells of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dmkd_fast import durable
+from dmkd_fast.ranks import ALONE, Ranks
 
 
 class Metrics:
@@ -30,16 +32,19 @@ class Metrics:
         folder: Run directory; `stats.jsonl` and TensorBoard events go there.
         total: Views of the whole run, for the progress bar and the estimate of time left.
         show: Whether to print progress: a bar on a terminal, else plain lines.
+        ranks: All of them add values of the same names and flush together.
     """
 
-    def __init__(self, folder: Path, total: int, *, show: bool = True) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, total: int, *, show: bool = True, ranks: Ranks = ALONE
+    ) -> None:
+        self._folder, self._ranks = folder, ranks
         # Rows on disk, in bytes, and those that a full disk has not taken yet.
         self._written, self._waiting = 0, b""
         self._stats: FileIO | None = None
         self._board: Any = None
         self._sums: dict[str, Tensor] = {}  # sum and number of values
-        self._total, self._show = total, show
+        self._total, self._show = total, show and ranks.is_first
         self._start = self._last_time = time.perf_counter()
         self._last: dict[str, float] = {}
         self._first_views, self._first_time = 0.0, self._last_time
@@ -56,6 +61,8 @@ class Metrics:
         Raises:
             SaveError: The folder cannot be written to.
         """
+        if not self._ranks.is_first:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         try:
@@ -90,21 +97,27 @@ class Metrics:
 
         Args:
             views: Views seen so far.
-            counts: Whole numbers on the device, reported as they are.
+            counts: Whole numbers on the device, the same on all ranks; reported as they are.
             values: Further numbers; `images` gets a rate, the others are reported as they are.
 
         Returns:
-            The row appended to stats.jsonl.
+            The row appended to stats.jsonl; on other ranks than the first only the counts.
         """
         now = time.perf_counter()
         means: dict[str, float] = {}
         counts = counts or {}
         if self._sums or counts:
             pairs = [torch.stack((count, count)) for count in counts.values()]
-            numbers = iter(torch.stack([*pairs, *self._sums.values()]).tolist())
-            means = {name: int(number) for name, (number, _) in zip(counts, numbers, strict=False)}
+            summed = self._ranks.total(torch.stack([*pairs, *self._sums.values()]))
+            numbers, size = iter(summed.tolist()), self._ranks.world_size
+            means = {
+                name: round(number / size)
+                for name, (number, _) in zip(counts, numbers, strict=False)
+            }
             means |= {name: s / n for name, (s, n) in zip(self._sums, numbers, strict=True) if n}
             self._sums = {}
+        if not self._ranks.is_first:
+            return {name: means[name] for name in counts}
         totals = {"views": float(views)}
         if "images" in values:
             totals["images"] = values["images"]

@@ -79,9 +79,14 @@ def can_compile(device_type: str) -> bool:
     return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
-def set_num_threads(num_threads: int) -> int:
-    """Use this many CPU threads (0: all cores this process may run on); returns the number."""
-    count = num_threads or len(os.sched_getaffinity(0))
+def set_num_threads(num_threads: int, *, num_processes: int = 1) -> int:
+    """Use this many CPU threads (0: all cores this process may run on); returns the number.
+
+    Args:
+        num_threads: How many.
+        num_processes: That share all cores.
+    """
+    count = num_threads or max(1, len(os.sched_getaffinity(0)) // num_processes)
     torch.set_num_threads(count)
     return count
 
@@ -190,19 +195,31 @@ class Interrupts:
 
     Work that must not be torn (an optimizer step, a commit) is held: the signal waits until it is
     done. Everything else is interrupted at once. Use as a context manager in the main thread.
+
+    Args:
+        only_noted: Never raise, but set `is_pending`: one of several ranks must not leave the
+            others waiting for it. A second signal ends the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, only_noted: bool = False) -> None:
+        self._only_noted = only_noted
         self._is_held = False
         self._is_pending = False
         self._previous: dict[int, object] = {}
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a signal has come that nothing was raised for yet."""
+        return self._is_pending
 
     def __enter__(self) -> Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._only_noted and kind is not None:
+            return  # Another rank's signal has ended this: the own one may be still to come.
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -214,13 +231,18 @@ class Interrupts:
             yield
         finally:
             self._is_held = False
-        if self._is_pending:
+        if self._is_pending and not self._only_noted:
             self._is_pending = False
             raise KeyboardInterrupt
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        if self._is_held:
+        del frame
+        if self._only_noted:
+            if self._is_pending:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._is_pending = True
+        elif self._is_held:
             self._is_pending = True
         else:
             raise KeyboardInterrupt

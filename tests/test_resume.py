@@ -169,20 +169,20 @@ def test_a_last_checkpoint_that_fails_is_an_error(
     make_distiller: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_distiller()
-    finish = run._saver.finish
+    finish = run._keeper.saver.finish
 
-    def on_a_full_disk(*args: Any) -> Path:
+    def on_a_full_disk(*args: Any, **kwargs: Any) -> Path:
         monkeypatch.setattr(durable, "os", FailingOs(0, errno.ENOSPC))
-        return finish(*args)
+        return finish(*args, **kwargs)
 
-    run._saver.finish = on_a_full_disk  # type: ignore[method-assign]
+    run._keeper.saver.finish = on_a_full_disk  # type: ignore[method-assign]
     with pytest.raises(durable.SaveError, match="No space left on device"):
         run.fit()
 
 
 def test_a_second_signal_does_not_wait_for_the_disk(make_distiller: Make) -> None:
     run, gate = make_distiller(), threading.Event()
-    run._writer.submit(gate.wait)  # A disk that hangs.
+    run._keeper.writer.submit(gate.wait)  # A disk that hangs.
     step = run.train_step
 
     def interrupted() -> torch.Tensor:
@@ -193,13 +193,13 @@ def test_a_second_signal_does_not_wait_for_the_disk(make_distiller: Make) -> Non
         return loss
 
     run.train_step = interrupted  # type: ignore[method-assign]
-    run._blocks.append = lambda: None  # type: ignore[method-assign]
+    run._keeper.blocks.append = lambda: None  # type: ignore[method-assign]
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run.fit()
     assert 0.5 < time.monotonic() - start < 5 and not gate.is_set()
     gate.set()
-    run._writer.close()
+    run._keeper.writer.close()
 
 
 def test_checkpoints_of_another_run_are_not_mixed_with(make_distiller: Make) -> None:
