@@ -226,7 +226,7 @@ def test_a_rank_killed_under_torchrun_recovers_and_nothing_listens_outside(
             output, errors = agent.communicate(timeout=300)
         finally:
             agent.kill()
-    assert agent.returncode == 0, errors
+    assert agent.returncode == 0 and errors.count("warming up") == 2, errors
     assert found and all(address == "127.0.0.1" for address in found), found
     summary = json.loads(output.splitlines()[-1])
     expected = json.loads((whole / "summary.json").read_text(encoding="utf-8"))
@@ -326,8 +326,7 @@ def listeners(pid: int) -> list[str]:
     (["train.batch_size=33"], r"train.batch_size: got 33 with 2 ranks, expected a multiple of 2"),
     (["ring.capacity_images=320"], r"ring.capacity_images: got 320 .*blocks of 64"),
     (["ring.min_fill_images=64"], r"ring.min_fill_images: got 64 .*multiple of 128"),
-    (["train.batch_size=256", "ring.min_fill_images=128", "ring.samples_per_insert=0.5",
-      "ring.error_buffer=200"], r"of each of 2 ranks"),
+    (["ring.error_buffer=200"], r"error_buffer: got 100, .*of each of 2 ranks"),
 ])  # fmt: skip
 def test_settings_that_do_not_divide_are_refused(changes: list[str], message: str) -> None:
     config = cfg.load(cfg.DistillConfig, CONFIG, [*settings(), *changes])
