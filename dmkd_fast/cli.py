@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
-    # What ends one rank of a distillation ends all, and the first one tells of it.
+    # What all ranks agree on the first one tells of.
     tells = verb is _generate or ranks.read().is_first
     try:
         if verb in (_evaluate, _pretrain) and (count := ranks.read().world_size) > 1:
@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
             )
         result = verb(options)
     except (cfg.ConfigError, durable.SaveError) as error:
-        if tells:
+        if tells or not ranks.is_agreed(error):
             print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ranks.Lost as error:
