@@ -40,12 +40,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
-    # What ends one rank of a distillation ends all, and the first one tells of it.
-    tells = verb is not _distill or ranks.read().is_first
+    # What all ranks agree on the first one tells of.
+    tells = verb is _generate or ranks.read().is_first
     try:
+        if verb in (_evaluate, _pretrain) and (count := ranks.read().world_size) > 1:
+            raise cfg.ConfigError(
+                f"torchrun: got {count} ranks, expected one process; run it alone"
+            )
         result = verb(options)
     except (cfg.ConfigError, durable.SaveError) as error:
-        if tells:
+        if tells or not ranks.is_agreed(error):
             print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ranks.Lost as error:

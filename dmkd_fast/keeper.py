@@ -57,9 +57,10 @@ class Keeper:
             ValueError: There is none, or it is of another student, ring, optimizer or number of
                 ranks.
         """
-        step, notes = self.saver.restore(
-            self.state(common, own), common={} if self._ranks.is_first else common
-        )
+        with self._ranks.agreed(ValueError):
+            step, notes = self.saver.restore(
+                self.state(common, own), common={} if self._ranks.is_first else common
+            )
         return checkpoint.Restored(step, [*notes, *self.blocks.notes])
 
     def save_if_due(self, step: int, state: Mapping[str, Stateful]) -> None:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
 # A dead peer is noticed at once, as its connections close; this is for one that hangs. Ranks wait
 # for each other while one of them compiles.
 TIMEOUT = timedelta(seconds=600)
@@ -118,7 +118,9 @@ class Ranks:
         problems = self.gather(problem)
         for rank, text in enumerate(problems):
             if text:
-                raise kind(f"rank {rank}: {text}" if rank else text)
+                raised = kind(f"rank {rank}: {text}" if rank else text)
+                raised.add_note(AGREED)
+                raise raised
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all ranks, on the CPU."""
@@ -246,6 +248,13 @@ def join() -> Ranks:
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     return replace(ranks, control=dist.group.WORLD)
+
+
+def is_agreed(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was made from, was raised on all ranks by `agreed`."""
+    while error is not None and AGREED not in getattr(error, "__notes__", ()):
+        error = error.__context__
+    return error is not None
 
 
 def use_device(ranks: Ranks, device: torch.device) -> None:
