@@ -82,6 +82,7 @@ def child(request: dict[str, Any], rank: int) -> int:
 def watch(distiller: Distiller, request: dict[str, Any], rank: int, images: dict[int, str]) -> None:
     """Record the images made; stop, die or find the disk full at a step, if asked to."""
     step, commit = distiller.train_step, distiller.ring.commit
+    saved = distiller.run_dir / "checkpoints" / (f"rank-{rank}" if rank else "")
 
     def watched_step() -> torch.Tensor:
         loss = step()
@@ -90,6 +91,8 @@ def watch(distiller: Distiller, request: dict[str, Any], rank: int, images: dict
         if [distiller.step, rank] == request.get("kill_at"):
             signal.raise_signal(signal.SIGKILL)
         if rank == request.get("full_disk"):
+            while distiller.step == 4 and not any(saved.glob("step-*")):
+                time.sleep(0.01)  # One checkpoint comes first, however busy the machine.
             full = 5 <= distiller.step < 20
             durable.os = FailingOs(0, 28) if full else os  # type: ignore[assignment]
         return loss
@@ -163,6 +166,7 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
             old.unlink()
         pids = start(request, world_size, restarts)
         codes: dict[int, int] = {}
+        victims: set[int] = set()
         ready, asked, failed = 0.0, 0.0, 0.0
         while len(codes) < world_size:
             time.sleep(0.002)
@@ -186,11 +190,13 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
                 victim, _ = request["kill"].pop(0)
                 for pid in [p for p in alive if pids[p] == victim]:
                     os.kill(pid, signal.SIGKILL)
-                    hits += 1
+                    victims.add(victim)
             if ready and not asked and "term" in request and now - ready > request["term"]:
                 asked = now
                 for pid in alive:
                     os.kill(pid, signal.SIGTERM)
+        # One that ended as it was killed was not hit.
+        hits += sum(codes[victim] == -signal.SIGKILL for victim in victims)
         if not any(codes.values()) or restarts == request.get("restarts", 0):
             break
         restarts += 1
