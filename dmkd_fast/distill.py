@@ -4,9 +4,8 @@ Stands on floor 3. Data goes one way::
 
     LabelStream -> DiffusionSampler -> RingBuffer -> Views (-> Mixer) -> teacher -> Learner
 
-An ImageReader takes the place of the first two when the images are on disk. The learner has the
-student, its optimizer and the loss. The parts know nothing of settings or of each other; `job.py`
-makes them from a config.
+An ImageReader takes the place of the first two when the images are on disk. The Learner has the
+student. The parts know nothing of settings or of each other; `job.py` makes them from a config.
 Source: Li et al., "Is synthetic data from diffusion models ready for knowledge distillation?"
 (arXiv 2305.12954).
 """
@@ -181,9 +180,8 @@ class Distiller:
         labels = self.ring.labels[draw.indices]  # (B,)
         self.ring.release()
         views, mixed = self._supervision.mixed(views, self.mixer, step=self.step)
-        parts = self._supervision.parts(
-            views, labels, mixed, share=self.share, size=self.schedule.micro_batch
-        )  # Each is asked of the teachers when its turn comes.
+        size = self.schedule.micro_batch  # Teachers are asked for a part when its turn comes.
+        parts = self._supervision.parts(views, labels, mixed, share=self.share, size=size)
         losses = [self.learner.learn(*part) for part in parts]
         self.learner.finish()
         self.step += 1
@@ -285,7 +283,7 @@ class Distiller:
             self.num_steps * (i + 1) // count for i in range(count)
         }
         is_due = is_scored or self.step % self.schedule.log_every_steps == 0
-        is_due |= self.step >= self.num_steps
+        is_due = is_due or self.step >= self.num_steps
         if not (is_due and metrics.has_values):
             return
         scores = self._scores() if is_scored else {}
