@@ -77,7 +77,6 @@ class Distiller:
         self._samplers = [(0.0, sampler), *later_samplers]
         self.teacher, self.student = models.freeze(teacher), student
         self.schedule, self.test_set = schedule, test_set
-        self.mixer = mixer
         self.run_dir = Path(run_dir)
         self.device = ring.images.device
         ring.check(schedule.batch_size)
@@ -95,13 +94,8 @@ class Distiller:
         )  # fmt: skip
         self.average = self.learner.average
         self._supervision = Supervision(
-            teacher, views, input=student_input, dtype=dtype, compile=compile
+            teacher, views, mixer, input=student_input, dtype=dtype, compile=compile
         )
-        if mixer is not None and self._supervision.routes:
-            raise ValueError(
-                "mixer: got one with teachers that teach some classes only, expected none, as a "
-                "mixed view is of two classes; leave one of the two out"
-            )
         self._interrupts = runtime.Interrupts()
         self._generators = runtime.Generators(self.device)
         self.clock = runtime.Clock()
@@ -179,7 +173,7 @@ class Distiller:
         )
         labels = self.ring.labels[draw.indices]  # (B,)
         self.ring.release()
-        views, mixed = self._supervision.mixed(views, self.mixer, step=self.step)
+        views, mixed = self._supervision.mixed(views, step=self.step)
         size = self.schedule.micro_batch  # Teachers are asked for a part when its turn comes.
         parts = self._supervision.parts(views, labels, mixed, share=self.share, size=size)
         losses = [self.learner.learn(*part) for part in parts]
