@@ -80,7 +80,7 @@ class Distiller:
         self._samplers: list[tuple[float, DiffusionSampler | ImageReader]]
         self._samplers = [(0.0, sampler), *later_samplers]
         self.teacher, self.student = models.freeze(teacher), student
-        self.schedule, self.test_set, self.mixer = schedule, test_set, mixer
+        self.schedule, self.test_set = schedule, test_set
         self.run_dir, self.device = Path(run_dir), ring.images.device
         self._ranks, self._batch = ranks, ranks.share("batch_size", schedule.batch_size)
         ring.check(self._batch)
@@ -100,13 +100,8 @@ class Distiller:
         )  # fmt: skip
         self.average = self.learner.average
         self._supervision = Supervision(
-            teacher, views, input=student_input, dtype=dtype, compile=compile
+            teacher, views, mixer, input=student_input, dtype=dtype, compile=compile
         )
-        if mixer is not None and self._supervision.routes:
-            raise ValueError(
-                "mixer: got one with teachers that teach some classes only, expected none, as a "
-                "mixed view is of two classes; leave one of the two out"
-            )
         self._interrupts = runtime.Interrupts(only_noted=ranks.world_size > 1)
         self._generators = runtime.Generators(self.device)
         self.clock = runtime.Clock()
@@ -181,10 +176,9 @@ class Distiller:
         )
         labels = self.ring.labels[draw.indices]  # (B,)
         self.ring.release()
-        views, mixed = self._supervision.mixed(views, self.mixer, step=self.step)
-        parts = self._supervision.parts(
-            views, labels, mixed, share=self.share, size=self.learner.part_size
-        )  # Each is asked of the teachers when its turn comes.
+        views, mixed = self._supervision.mixed(views, step=self.step)
+        size = self.learner.part_size  # Teachers are asked for a part when its turn comes.
+        parts = self._supervision.parts(views, labels, mixed, share=self.share, size=size)
         losses = [self.learner.learn(*part) for part in parts]
         self.learner.finish()
         self.step += 1
@@ -294,7 +288,7 @@ class Distiller:
             self.num_steps * (i + 1) // count for i in range(count)
         }
         is_due = is_scored or self.step % self.schedule.log_every_steps == 0
-        is_due |= self.step >= self.num_steps
+        is_due = is_due or self.step >= self.num_steps
         if not (is_due and metrics.has_values):
             return
         scores = self._scores() if is_scored else {}

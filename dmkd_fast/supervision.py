@@ -36,17 +36,18 @@ class Supervision:
     Args:
         teacher: A classifier fed like the student, or `Teachers`.
         views: Decides the crops; its own size and normalisation are the student's.
+        mixer: Mixes them; None: they stay as they are.
         input: The student's input; None: as the views.
         dtype: What the teachers compute in.
         compile: torch.compile the teachers.
 
     Raises:
-        ValueError: `input` does not fit the views.
+        ValueError: `input` does not fit the views, or a mixer teachers of some classes only.
     """
 
     def __init__(
-        self, teacher: nn.Module | Teachers, views: Views, *, input: InputSpec | None,
-        dtype: torch.dtype, compile: bool,
+        self, teacher: nn.Module | Teachers, views: Views, mixer: Mixer | None = None, *,
+        input: InputSpec | None, dtype: torch.dtype, compile: bool,
     ) -> None:  # fmt: skip
         spec = views.spec
         self.input = input or InputSpec(
@@ -59,6 +60,12 @@ class Supervision:
             )
         if not isinstance(teacher, Teachers):
             teacher = Teachers([Teacher(module=teacher, input=self.input)])
+        if mixer is not None and any(member.teaches is not None for member in teacher.members):
+            raise ValueError(
+                "mixer: got one with teachers that teach some classes only, expected none, as a "
+                "mixed view is of two classes; leave one of the two out"
+            )
+        self._mixer = mixer
 
         def fast(module: nn.Module) -> nn.Module:
             copy = models.for_inference(module, dtype)
@@ -89,24 +96,18 @@ class Supervision:
         needed = {self.input, *self._teachers.inputs_at(share)}
         return self._render(slots, indices, ids, uses, needed)
 
-    @property
-    def routes(self) -> bool:
-        """Whether a teacher judges the images of some classes only."""
-        return any(member.teaches is not None for member in self._teachers.members)
-
     def mixed(
-        self, views: dict[InputSpec, Tensor], mixer: Mixer | None, *, step: int
+        self, views: dict[InputSpec, Tensor], *, step: int
     ) -> tuple[dict[InputSpec, Tensor], Mixed | None]:
         """Views mixed for everybody alike, and how the student's were; without a mixer as they are.
 
         Args:
             views: (B, c, S, S) for each input.
-            mixer: None mixes nothing.
             step: Of the run; it decides what is mixed.
         """
-        if mixer is None:
+        if self._mixer is None:
             return views, None
-        mixed = mixer.renderings(views, step=step)
+        mixed = self._mixer.renderings(views, step=step)
         return {spec: each.views for spec, each in mixed.items()}, mixed[self.input]
 
     def parts(

@@ -226,14 +226,18 @@ def test_gradients_too_small_for_float16_survive_by_the_loss_scale() -> None:
     assert (lost - exact).abs().max() > 0.3 * exact.abs().max()
 
 
-def test_loss_scale_is_that_of_gradscaler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_scale_is_that_of_gradscaler_also_after_a_restore(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(learner, "GROWTH_STEPS", 3)
-    net = nn.Linear(12, 4)
-    one = Learner(net, schedule=Schedule(batch_size=16, num_views=160, lr=0.1), dtype=torch.float16)
+    schedule, net = Schedule(batch_size=16, num_views=160, lr=0.1), nn.Linear(12, 4)
+    one = Learner(net, schedule=schedule, dtype=torch.float16)
     scaler = torch.amp.GradScaler("cpu", growth_interval=3)
     views, teacher = torch.randn(16, 12), torch.randn(16, 4)
     seen = []
     for bad in (1, 1, 0, 0, 0, 0, 1, 0, 0, 0):
+        before, one = one, Learner(net, schedule=schedule, dtype=torch.float16)
+        one.load_state_dict(before.state_dict())
         one.start(0.1)
         one.learn(views, teacher * (math.inf if bad else 1), torch.zeros(0))
         one.finish()
@@ -245,6 +249,39 @@ def test_loss_scale_is_that_of_gradscaler(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append((one.state_dict()["scale"].item(), scaler.get_scale()))
     assert [math.log2(ours) for ours, _ in seen] == [15, 14, 14, 14, 15, 15, 14, 14, 14, 15]
     assert all(ours == theirs for ours, theirs in seen), seen
+
+
+@pytest.mark.parametrize("bad", ["loss", "logits"])
+def test_ranks_that_average_their_gradients_skip_together(bad: str) -> None:
+    """One of two has a loss that is not finite, in one case with a gradient that is."""
+    ranks, views = [], torch.ones(8, 12)
+    for _ in range(2):
+        torch.manual_seed(0)
+        schedule = Schedule(batch_size=8, num_views=80, lr=0.1)
+        ranks.append(Learner(nn.Linear(12, 4), schedule=schedule, alpha=0.5))
+    start = ranks[0].student.weight.clone()
+    for number, rank in enumerate(ranks):
+        targets = torch.full((8, 4), 0.25)
+        teacher = torch.zeros(8, 4)
+        if number == 1 and bad == "loss":
+            rank.student.register_forward_hook(  # log 0 for a class that is asked for
+                lambda _, args, out: out + torch.tensor([0.0, 0.0, 0.0, -math.inf])
+            )
+        if number == 1 and bad == "logits":
+            teacher *= math.nan
+        rank.start(0.1)
+        loss = rank.learn(views, teacher, targets)
+        assert loss.isfinite() == (number == 0)
+    pairs = zip(*(rank.student.parameters() for rank in ranks), strict=True)
+    for p, q in pairs:
+        assert p.grad is not None and q.grad is not None
+        mean = (p.grad + q.grad) / 2
+        p.grad.copy_(mean)
+        q.grad.copy_(mean)
+    for rank in ranks:
+        rank.finish()
+        assert rank.counts()["skipped_steps"] == 1
+        assert torch.equal(rank.student.weight, start)
 
 
 def test_the_mean_loss_of_a_row_counts_finite_ones_only(make_distiller: Make) -> None:
