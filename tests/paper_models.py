@@ -36,7 +36,7 @@ TEXT = {
     "bos_token_id": 52, "eos_token_id": 53,
 }  # fmt: skip
 # Parameters of the published weights, in millions; DiT's embedder is stored once per block.
-MILLIONS = {"dit": 749, "vae": 84, "unet": 860}
+MILLIONS = {"dit": 750, "vae": 84, "unet": 860}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "dmkd_fast"
 FLOORS = {
     name: floor
     for floor, names in enumerate((
-        """settings config config_source model_config inputs limiter runtime run_dir durable
-        assets""",
+        """settings config config_source sampler_config model_config inputs limiter runtime
+        run_dir durable assets""",
         """solvers attention dit upsampling weights small_nets encoded_images shards sources
         capacity draws fences logit_cache ring_statistics
         ops.extension ops.noise ops.noise_triton ops.transformer ops.reference
