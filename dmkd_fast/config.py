@@ -15,6 +15,9 @@ from dmkd_fast.limiter import Limiter, check_loop, check_ring, slots_for
 from dmkd_fast.model_config import ClassifierConfig as ClassifierConfig
 from dmkd_fast.model_config import DenoiserConfig as DenoiserConfig
 from dmkd_fast.model_config import TeachingConfig as TeachingConfig
+from dmkd_fast.sampler_config import FIDELITY as FIDELITY
+from dmkd_fast.sampler_config import PhaseConfig as PhaseConfig
+from dmkd_fast.sampler_config import SamplerConfig as SamplerConfig
 from dmkd_fast.settings import ConfigError as ConfigError
 from dmkd_fast.settings import Section
 from dmkd_fast.settings import dump as dump
@@ -24,81 +27,6 @@ from dmkd_fast.training_config import LossConfig as LossConfig
 from dmkd_fast.training_config import MixConfig as MixConfig
 from dmkd_fast.training_config import OptimConfig as OptimConfig
 from dmkd_fast.training_config import TrainConfig as TrainConfig
-
-# Cost and student accuracy of each are measured by `python -m benchmarks fidelity`.
-FIDELITY: dict[str, dict[str, Any]] = {
-    "low": {"num_steps": 4, "solver": "dpm++2m", "guidance_scale": 1.5},
-    "medium": {"num_steps": 8, "solver": "dpm++2m", "guidance_scale": 1.5},
-    "high": {"num_steps": 32, "solver": "dpm++2m", "guidance_scale": 2.0},
-}
-
-
-class SamplerConfig(Section):
-    """How images are made."""
-
-    fidelity: Literal["low", "medium", "high"] | None = None
-    """Sets num_steps, solver and guidance_scale together; lower is cheaper."""
-    num_steps: int = Field(8, ge=1, le=1000)
-    """Denoising steps per image."""
-    solver: Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"] = "auto"
-    """How a step is taken; auto: as the model's own scheduler does."""
-    guidance_scale: float = Field(1.5, ge=1.0)
-    """Classifier-free guidance; 1 means none (and half the cost)."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Share of the steps at which guidance starts and stops; outside it a step costs half."""
-    guidance_channels: int | None = Field(None, ge=1)
-    """Guide only the first so many channels (3 in the original DiT code)."""
-    attention: Literal["auto", "xformers", "sdpa", "short"] = "auto"
-    """Attention of DiTs; auto: by capability (xformers on CUDA where it can, else PyTorch's)."""
-    micro_batch_images: int = Field(256, ge=1)
-    """Images denoised together; part of what fixes an image's bits."""
-    compile: bool | Literal["auto"] = "auto"
-    """torch.compile of the denoiser; auto: where the machine has what that needs."""
-    phases: tuple[PhaseConfig, ...] = ()
-    """Other steps and guidance later in the run, each from its start to the next one's."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("fidelity") not in FIDELITY:
-            return values
-        preset = FIDELITY[values["fidelity"]]
-        for name, value in preset.items():
-            if values.get(name, value) != value:
-                raise ValueError(
-                    f"{name}: got {values[name]} beside fidelity={values['fidelity']}, which sets "
-                    f"it to {value}; remove one of the two"
-                )
-        return preset | values
-
-    @model_validator(mode="after")
-    def _interval(self) -> SamplerConfig:
-        start, stop = self.guidance_interval
-        if not 0 <= start < stop <= 1:
-            raise ValueError(
-                f"guidance_interval: got [{start}, {stop}], expected 0 <= start < stop <= 1"
-            )
-        if self.guidance_scale == 1 and (
-            self.guidance_channels is not None or self.guidance_interval != (0.0, 1.0)
-        ):
-            raise ValueError(
-                "got guidance_interval or guidance_channels with guidance_scale=1, which turns "
-                "guidance off; remove them or raise guidance_scale"
-            )
-        starts = [phase.start for phase in self.phases]
-        if sorted(set(starts)) != starts:
-            raise ValueError(f"phases: got starts {starts}, expected them to rise; sort the phases")
-        return self
-
-
-class PhaseConfig(Section):
-    """From some point of the run on, images are made with other settings."""
-
-    start: float = Field(gt=0, lt=1)
-    """Share of the run's steps after which it begins."""
-    num_steps: int = Field(ge=1, le=1000)
-    """As in the sampler's own settings, which hold until the first phase."""
-    guidance_scale: float = Field(ge=1.0)
 
 
 class RingConfig(Section):
@@ -342,8 +270,8 @@ class PretrainFewstepConfig(PretrainConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainFewstepConfig:
         for section, names in (("denoiser", ("prompts", "decoder", "class_map")),
-                               ("sampler", ("phases", "guidance_interval", "guidance_channels",
-                                            "attention"))):  # fmt: skip
+                               ("sampler", ("phases", "class_guidance", "guidance_interval",
+                                            "guidance_channels", "attention"))):  # fmt: skip
             given = getattr(self, section)
             for name in names:
                 if getattr(given, name) != type(given).model_fields[name].default:

@@ -64,7 +64,10 @@ class Maker:
         pngs = self.pool.map(to_png, images.cpu().numpy())
         columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
         for image_id, label, png, guess, share in zip(*columns, strict=True):
-            row = {"teacher_class": guess, "teacher_probability": share}
+            scale = self.sampler.class_guidance.get(label, self.sampler.guidance_scale)
+            row = {
+                "guidance_scale": scale, "teacher_class": guess, "teacher_probability": share,
+            }  # fmt: skip
             yield image_id, label, png, self.row | row
 
 
@@ -174,8 +177,7 @@ def _prepare(
         labels=LabelStream(denoiser.num_classes, seed=config.seed, device=device),
         image_shape=denoiser.image_shape,
         row={
-            "seed": config.seed, "guidance_scale": sampling.guidance_scale,
-            "num_steps": sampling.num_steps, "solver": sampling.solver,
+            "seed": config.seed, "num_steps": sampling.num_steps, "solver": sampling.solver,
             "denoiser": config.denoiser.path, "revision": config.denoiser.revision,
         },
     )  # fmt: skip

@@ -85,7 +85,8 @@ def make_sampler(
         decoder=denoiser.decoder, null_class=denoiser.null_class,
         takes_guidance=denoiser.takes_guidance, num_classes=denoiser.num_classes,
         class_map=denoiser.class_map, num_steps=which.num_steps, solver=sampling.solver,
-        guidance_scale=which.guidance_scale, guidance_interval=sampling.guidance_interval,
+        guidance_scale=which.guidance_scale, class_guidance=sampling.guidance_of_classes,
+        guidance_interval=sampling.guidance_interval,
         guidance_channels=sampling.guidance_channels,
         micro_batch_images=sampling.micro_batch_images, dtype=getattr(torch, config.dtype),
         device=torch.device(config.device), seed=config.seed, compile=sampling.compile is True,
@@ -232,6 +233,8 @@ def _steps(sampling: cfg.SamplerConfig) -> str:
     text = f"{sampling.num_steps} steps, guidance {sampling.guidance_scale:g}"
     for phase in sampling.phases:
         text += f"; from {phase.start:.0%} of the run {phase.num_steps}, {phase.guidance_scale:g}"
+    for classes, scale in sampling.class_guidance.items():
+        text += f"; guidance {scale:g} for class {classes}"
     return text
 
 

@@ -13,7 +13,7 @@ guidance in an interval (arXiv 2404.07724); solvers: see solvers.py.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class DiffusionSampler:
         num_steps: K.
         solver: See `solvers.py`; "auto" is the scheduler's own.
         guidance_scale: 1 means no guidance.
+        class_guidance: Guidance scale of some labels in place of that; needs num_classes. All
+            images then take the steps of guided ones, those with scale 1 too.
         guidance_interval: Steps int(start * K) to int(stop * K) - 1 are guided; the others run
             without their unconditional half.
         guidance_channels: Guide only the first so many channels (the original DiT code: 3);
@@ -57,7 +59,8 @@ class DiffusionSampler:
         compile: torch.compile each kind of step, and on CUDA the decoder.
 
     Raises:
-        ValueError: Guidance without a null class, or an unsupported scheduler or setting.
+        ValueError: Guidance without a null class or of a label that there is not, or an
+            unsupported scheduler or setting.
     """
 
     def __init__(
@@ -66,23 +69,28 @@ class DiffusionSampler:
         takes_guidance: bool = False, num_classes: int | None = None,
         class_map: tuple[int, ...] | None = None, num_steps: int = 8,
         solver: Solver = "auto", guidance_scale: float = 1.0,
+        class_guidance: Mapping[int, float] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0), guidance_channels: int | None = None,
         micro_batch_images: int = 64, dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu", seed: int = 0, compile: bool = False,
     ) -> None:  # fmt: skip
         self.device, self.dtype, self.seed = torch.device(device), dtype, seed
-        _check_guidance(scheduler, guidance_scale, null_class, takes_guidance)
+        self.class_guidance = dict(class_guidance or {})
+        scales = {guidance_scale, *self.class_guidance.values()}
+        for scale in sorted(scales):
+            _check_guidance(scheduler, scale, null_class, takes_guidance)
         self.latent_shape, self.null_class, self.num_classes = latent_shape, null_class, num_classes
         self.guidance_scale, self.takes_guidance = guidance_scale, takes_guidance
         self.guidance_channels = guidance_channels
         self._class_map = None
         if class_map is not None:
             self._class_map = torch.tensor(class_map, device=self.device)
+        self._scales = self._scale_table()
         self.micro_batch_images = max(micro_batch_images, FEWEST_IMAGES)
         self.table = solver_table(scheduler, num_steps, self.device, solver=solver)
         self._noisy = self.table.stochastic
         first, last = (int(share * num_steps) for share in guidance_interval)
-        batched = guidance_scale != 1.0 and not takes_guidance
+        batched = scales != {1.0} and not takes_guidance
         self._guided = [batched and first <= k < last for k in range(num_steps)]
         self._module = module.to(device=self.device, dtype=dtype)
         self._decoder = None if decoder is None else decoder.to(device=self.device, dtype=dtype)
@@ -115,8 +123,6 @@ class DiffusionSampler:
             ValueError: A label is not a class of the model.
         """
         self._check_labels(labels)
-        if self._class_map is not None:
-            labels = self._class_map[labels]
         size = self.micro_batch_images
         for start in range(0, len(ids), size):
             batch = slice(start, start + size)
@@ -153,6 +159,11 @@ class DiffusionSampler:
         table = self.table
         x = table.initial_scale * self._noise(ids, step=0)
         yield x
+        scale: float | Tensor = self.guidance_scale
+        if self._scales is not None:
+            scale = self._scales[labels][:, None, None, None]  # (B, 1, 1, 1)
+        if self._class_map is not None:
+            labels = self._class_map[labels]
         both = labels
         if any(self._guided):
             assert self.null_class is not None
@@ -162,7 +173,7 @@ class DiffusionSampler:
             fresh = self._noise(ids, step=k + 1) if self._noisy[k] else None
             x, before = self._advance(
                 self._module, x, before, table.rows[k], both if guided else labels, fresh,
-                guided=guided, scale=self.guidance_scale, channels=self.guidance_channels,
+                guided=guided, scale=scale, channels=self.guidance_channels,
                 takes_guidance=self.takes_guidance, clip=table.clip,
                 learned_variance=table.learned_variance, dtype=self.dtype,
             )  # fmt: skip
@@ -172,6 +183,25 @@ class DiffusionSampler:
         """(B,) ids -> (B, c, h, w) float32."""
         c, h, w = self.latent_shape
         return noise.normal(self.seed, ids, step=step, count=c * h * w).view(-1, c, h, w)
+
+    def _scale_table(self) -> Tensor | None:
+        """Guidance scale of each label, (num_classes,) float32; None if it is one for all."""
+        if not self.class_guidance:
+            return None
+        if self.num_classes is None:
+            raise ValueError("num_classes: got None with class_guidance, expected their number; "
+                             "set it")  # fmt: skip
+        count = self.num_classes
+        low, high = min(self.class_guidance), max(self.class_guidance)
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"class_guidance: got class {low if low < 0 else high}, expected 0 to {count - 1}, "
+                "the classes of the job; correct it"
+            )
+        scales = torch.full((count,), self.guidance_scale, device=self.device)
+        for label, scale in self.class_guidance.items():
+            scales[label] = scale
+        return scales
 
     def _check_labels(self, labels: Tensor) -> None:
         # On CUDA this would wait for the device; there the embedding itself asserts.
@@ -187,7 +217,7 @@ class DiffusionSampler:
 
 def _advance(
     module: nn.Module, x: Tensor, before: Tensor, row: Tensor, labels: Tensor,
-    fresh: Tensor | None, *, guided: bool, scale: float, channels: int | None,
+    fresh: Tensor | None, *, guided: bool, scale: float | Tensor, channels: int | None,
     takes_guidance: bool, clip: float | None, learned_variance: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step of any solver: x, before (B, c, h, w) float32 -> the next two.
@@ -200,7 +230,7 @@ def _advance(
         labels: (B,), or (2B,) with the null class in the second half if guided.
         fresh: New noise (B, c, h, w), or None.
         guided: Whether to combine conditional and unconditional prediction.
-        scale: Guidance scale.
+        scale: Guidance scale: a number, or (B, 1, 1, 1).
         channels: How many channels it applies to; None: all.
         takes_guidance: Whether the scale is an input of the module.
         clip: Bound of the image estimate, or None.
@@ -213,7 +243,8 @@ def _advance(
         inputs = torch.cat((inputs, inputs))
     timesteps = values["timestep"].expand(len(inputs))
     if takes_guidance:
-        output = module(inputs, timesteps, labels, torch.full_like(timesteps, scale))
+        scales = scale.flatten() if isinstance(scale, Tensor) else torch.full_like(timesteps, scale)
+        output = module(inputs, timesteps, labels, scales)
     else:
         output = module(inputs, timesteps, labels)
     width = x.shape[1]
@@ -221,6 +252,8 @@ def _advance(
     if guided:
         conditional, unconditional = prediction.chunk(2)
         prediction = unconditional + scale * (conditional - unconditional)
+        if isinstance(scale, Tensor):  # scale 1 is no guidance, not only up to rounding
+            prediction = torch.where(scale == 1, conditional, prediction)
         if channels is not None:
             prediction = torch.cat((prediction[:, :channels], conditional[:, channels:]), dim=1)
     estimate = values["skip"] * x + values["out"] * prediction

@@ -71,23 +71,16 @@ def class_unet_folder(folder: Path, scheduler: Any, **changes: Any) -> Path:
 
 def stable_diffusion(folder: Path, scheduler: Any, **changes: Any) -> Any:
     """A small StableDiffusionPipeline, saved."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     unet = diffusers.UNet2DConditionModel(
         in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=16,
         attention_head_dim=2, **(UNET | changes),
     )  # fmt: skip
-    letters = [chr(c) for c in range(97, 123)]
-    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
-    )
+    tokenizer = letters_tokenizer(folder, max_length=16)
     encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=16, bos_token_id=52, eos_token_id=53,
     ))  # fmt: skip
     pipeline = diffusers.StableDiffusionPipeline(
@@ -97,3 +90,17 @@ def stable_diffusion(folder: Path, scheduler: Any, **changes: Any) -> Any:
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def letters_tokenizer(folder: Path, *, max_length: int) -> Any:
+    """A CLIP tokenizer of single letters; begin and end are tokens 52 and 53."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(c) for c in range(97, 123)]
+    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=max_length
+    )

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "dmkd_fast"
 FLOORS = {
     name: floor
     for floor, names in enumerate((
-        """settings config config_source model_config training_config schedule inputs limiter
-        runtime ranks run_dir durable assets""",
+        """settings config config_source sampler_config model_config training_config schedule inputs
+        limiter runtime ranks run_dir durable assets""",
         """solvers attention dit upsampling weights small_nets encoded_images shards sources
         capacity draws fences logit_cache ring_statistics optim state_tree
         ops.extension ops.noise ops.noise_triton ops.transformer ops.reference

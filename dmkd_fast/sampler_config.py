@@ -1,0 +1,133 @@
+"""The settings of how a diffusion model's images are made.
+
+Stands on floor 0, a section of `config.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dmkd_fast.settings import Section
+
+# Cost and student accuracy of each are measured by `python -m benchmarks fidelity`.
+FIDELITY: dict[str, dict[str, Any]] = {
+    "low": {"num_steps": 4, "solver": "dpm++2m", "guidance_scale": 1.5},
+    "medium": {"num_steps": 8, "solver": "dpm++2m", "guidance_scale": 1.5},
+    "high": {"num_steps": 32, "solver": "dpm++2m", "guidance_scale": 2.0},
+}
+
+
+class SamplerConfig(Section):
+    """How images are made."""
+
+    fidelity: Literal["low", "medium", "high"] | None = None
+    """Sets num_steps, solver and guidance_scale together; lower is cheaper."""
+    num_steps: int = Field(8, ge=1, le=1000)
+    """Denoising steps per image."""
+    solver: Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"] = "auto"
+    """How a step is taken; auto: as the model's own scheduler does."""
+    guidance_scale: float = Field(1.5, ge=1.0)
+    """Classifier-free guidance; 1 means none (and half the cost)."""
+    class_guidance: dict[str, float] = Field(default_factory=dict)
+    """Guidance of some of the job's classes in place of that, by class or range of classes:
+    {3: 1, 10-19: 2.5}. All images then cost what guided ones do."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Share of the steps at which guidance starts and stops; outside it a step costs half."""
+    guidance_channels: int | None = Field(None, ge=1)
+    """Guide only the first so many channels (3 in the original DiT code)."""
+    attention: Literal["auto", "xformers", "sdpa", "short"] = "auto"
+    """Attention of DiTs; auto: by capability (xformers on CUDA where it can, else PyTorch's)."""
+    micro_batch_images: int = Field(256, ge=1)
+    """Images denoised together; part of what fixes an image's bits."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile of the denoiser; auto: where the machine has what that needs."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Other steps and guidance later in the run, each from its start to the next one's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("fidelity") not in FIDELITY:
+            return values
+        preset = FIDELITY[values["fidelity"]]
+        for name, value in preset.items():
+            if values.get(name, value) != value:
+                raise ValueError(
+                    f"{name}: got {values[name]} beside fidelity={values['fidelity']}, which sets "
+                    f"it to {value}; remove one of the two"
+                )
+        return preset | values
+
+    @field_validator("class_guidance", mode="before")
+    @classmethod
+    def _class_names(cls, values: Any) -> Any:
+        # YAML reads 3 as a number.
+        return {str(k): v for k, v in values.items()} if isinstance(values, dict) else values
+
+    @property
+    def guidance_of_classes(self) -> dict[int, float]:
+        """`class_guidance` by class."""
+        return {
+            label: scale for key, scale in self.class_guidance.items() for label in _classes_in(key)
+        }
+
+    @model_validator(mode="after")
+    def _class_guidance(self) -> SamplerConfig:
+        ranges = sorted((_classes_in(key) for key in self.class_guidance), key=lambda r: r.start)
+        for before, after in pairwise(ranges):
+            if after.start < before.stop:
+                raise ValueError(
+                    f"class_guidance: got class {after.start} twice, expected it once; change a "
+                    "range"
+                )
+        low = min(self.class_guidance.values(), default=1.0)
+        if low < 1:
+            raise ValueError(
+                f"class_guidance: got a scale of {low:g}, expected 1 or more; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _interval(self) -> SamplerConfig:
+        start, stop = self.guidance_interval
+        if not 0 <= start < stop <= 1:
+            raise ValueError(
+                f"guidance_interval: got [{start}, {stop}], expected 0 <= start < stop <= 1"
+            )
+        if {self.guidance_scale, *self.class_guidance.values()} == {1} and (
+            self.guidance_channels is not None or self.guidance_interval != (0.0, 1.0)
+        ):
+            raise ValueError(
+                "got guidance_interval or guidance_channels with guidance_scale=1, which turns "
+                "guidance off; remove them or raise guidance_scale"
+            )
+        starts = [phase.start for phase in self.phases]
+        if sorted(set(starts)) != starts:
+            raise ValueError(f"phases: got starts {starts}, expected them to rise; sort the phases")
+        return self
+
+
+class PhaseConfig(Section):
+    """From some point of the run on, images are made with other settings."""
+
+    start: float = Field(gt=0, lt=1)
+    """Share of the run's steps after which it begins."""
+    num_steps: int = Field(ge=1, le=1000)
+    """As in the sampler's own settings, which hold until the first phase."""
+    guidance_scale: float = Field(ge=1.0)
+    """Of the classes that class_guidance does not name."""
+
+
+def _classes_in(key: str) -> range:
+    """`7` -> 7; `10-19` -> 10 to 19."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", key)
+    if not found or int(found[2] or found[1]) < int(found[1]):
+        raise ValueError(
+            f"class_guidance: got {key!r}, expected a class or a range of classes such as 3 or "
+            "10-19; correct it"
+        )
+    return range(int(found[1]), int(found[2] or found[1]) + 1)
