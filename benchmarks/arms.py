@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks import baseline, ladder
 from benchmarks.fewstep import curve as curve_of
+from benchmarks.harness import environment
 from benchmarks.ladder import Recipe
 from dmkd_fast import Distiller, LabelStream, cli, evaluate, job, origin, runtime
 from dmkd_fast import config as cfg
@@ -131,7 +132,10 @@ def run_part(study: Study, name: str, work: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     found = (make_images if name in IMAGES else run_arm)(study, name, target.parent)
     fresh = target.with_suffix(".new")
-    fresh.write_text(json.dumps({"study": study.facts(), **found}), encoding="utf-8")
+    fresh.write_text(
+        json.dumps({"study": study.facts(), "commit": environment()["commit"], **found}),
+        encoding="utf-8",
+    )
     fresh.rename(target)
 
 
@@ -271,7 +275,8 @@ def _theirs(study: Study, name: str, clock: runtime.Clock) -> Made:
     dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
     module = diffusers_dit(resolve(config.denoiser.path)).to(dtype)
     generator = torch.Generator().manual_seed(study.seed)
-    noise = torch.randn(study.num_images, 1, 28, 28, generator=generator)
+    side, channels = module.config.sample_size, module.config.in_channels
+    noise = torch.randn(study.num_images, channels, side, side, generator=generator)
     labels = torch.arange(study.num_images) % module.config.num_embeds_ada_norm
     make = partial(
         baseline.make_images, module, num_steps=config.sampler.num_steps,

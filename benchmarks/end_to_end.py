@@ -13,7 +13,7 @@ arm above). Imports do not count, but for those that `dmkd` makes on the way; lo
 and evaluation do. For the baselines the fastest number of images per call and of DataLoader
 workers is found first, which does not count. Time to target: to the first evaluation of the
 averaged student on the real test images at the final accuracy of the fp32 baseline (no_grad) less
-0.005, or above.
+0.005, or above. Memory is that of the largest process, `commit` that of the arm's own run.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def rows_of(study: Study, work: Path) -> list[dict[str, Any]]:
         rows[name] = {
             "arm": name, "after": arm.after, "seed": study.seed, "images_from": arm.images,
             "generation_carried_over": arm.images is not None and arm.images in used,
-            **row, "top1": round(curve[-1][1], 4), "curve": curve,
+            "commit": found["commit"], **row, "top1": round(curve[-1][1], 4), "curve": curve,
         }  # fmt: skip
         used.add(arm.images)
     target = rows[TARGET]["top1"] - BELOW

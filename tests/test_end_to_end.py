@@ -210,7 +210,7 @@ def made_up(work: Path, study: Study) -> Callable[..., Any]:
             }  # fmt: skip
         path = arms.part_file(work, study.seed, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"study": study.facts(), **found}))
+        path.write_text(json.dumps({"study": study.facts(), "commit": "abc", **found}))
 
     run.started = started  # type: ignore[attr-defined]
     return run
