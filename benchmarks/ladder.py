@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,92 +158,61 @@ def train(
     if recipe.keeps_memory:
         runtime.keep_freed_memory()
     runtime.set_num_threads(config.num_threads)
-    teachers = classifiers.load_teachers(
-        config.teachers, temperature=config.loss.temperature, device=CPU
-    )
-    student, spec = classifiers.load_student(
-        config.student, teachers, view_size=config.views.size, device=CPU, seed=config.seed
-    )
-    layout = torch.channels_last if recipe.fused_views else torch.contiguous_format
-    networks = [student, teachers.together.members[0].module]
-    for network in networks:
-        network.to(memory_format=layout)
+    student, teacher, spec = _networks(recipe, config)
     test_set = open_test_set(config.eval, None, None, CPU, spec.num_classes)
     schedule = Schedule(
         **config.optim.model_dump(), batch_size=config.train.batch_size,
         num_views=config.train.num_views, log_every_steps=config.train.log_every_steps,
+        num_evaluations=config.eval.num_points,
     )  # fmt: skip
-
-    def new_trainer(student: nn.Module, teacher: nn.Module) -> Trainer:
-        return Trainer(
-            student, teacher, recipe, schedule=schedule, temperature=config.loss.temperature
-        )
-
-    def read(workers: int) -> Batches:
+    settings: dict[str, Any] = {"schedule": schedule, "temperature": config.loss.temperature}
+    ring, workers = None, None
+    if recipe.ring:
+        ring = _filled_ring(config, images, labels)
+        source = _drawn(ring, recipe, config, spec.input)
+    else:
         assert pngs is not None
-        return baseline.png_batches(
-            pngs, config.views, spec.input, batch=schedule.batch_size, workers=workers,
+        read = partial(
+            baseline.png_batches, pngs, config.views, spec.input, batch=schedule.batch_size,
             seed=config.seed,
         )  # fmt: skip
-
-    def try_workers(workers: int) -> None:
-        trial, source = new_trainer(*deepcopy(networks)), read(workers)
-        for _ in range(min(TRIAL_STEPS, trial.num_steps)):
-            trial.step(*next(source))
-
-    workers = None
-    if not recipe.ring:
         choosing = runtime.Clock()
-        workers = baseline.fastest(baseline.WORKERS, try_workers)
+        workers = baseline.fastest(
+            baseline.WORKERS,
+            lambda count: _try(
+                Trainer(*deepcopy((student, teacher)), recipe, **settings), read(workers=count)
+            ),
+        )
         gc.collect()  # The losers' processes end here, and outside the clock.
-        before = clock.state_dict()
-        clock.load_state_dict({
-            "wall_s": before["wall_s"] - choosing.wall_s(),
-            "cpu_s": before["cpu_s"] - choosing.cpu_s(),
-        })  # fmt: skip
-    trainer = new_trainer(*networks)
-    ring = _filled_ring(config, images, labels) if recipe.ring else None
-    source = _drawn(ring, recipe, config, spec.input) if ring else read(workers or 0)
+        spent, lost = clock.state_dict(), choosing.state_dict()
+        clock.load_state_dict({kind: spent[kind] - lost[kind] for kind in spent})
+        source = read(workers=workers)
+    trainer = Trainer(student, teacher, recipe, **settings)
     torch.manual_seed(config.seed)  # of torchvision's crops
     if recipe.compiled_student:
         trainer.warm_up(next(source)[0])
-    started, faults = time.perf_counter(), page_faults()
-    curve, evaluation_s, batch = [], 0.0, None
-    count = config.eval.num_points
-    scored = {trainer.num_steps * (i + 1) // count for i in range(count)}
-    while trainer.steps < trainer.num_steps:
-        batch = next(source)
-        trainer.step(*batch)
-        if trainer.steps in scored:
-            began = time.perf_counter()
-            with trainer.autocast:
-                scores = evaluate.measure(
-                    trainer.average.module, test_set.batches([spec.input]), input=spec.input,
-                    num_classes=spec.num_classes,
-                )  # fmt: skip
-            evaluation_s += time.perf_counter() - began
-            curve.append((clock.wall_s(), scores.result()["top1"], evaluation_s))
-    training_s = time.perf_counter() - started - evaluation_s
-    faults = page_faults() - faults
+    loop = _fit(trainer, source, clock, lambda: test_set.batches([spec.input]), spec)
+    last = next(source)
     if ring is None:
         del source
         gc.collect()  # The workers end: their time counts.
     times = clock.state_dict()
-    assert batch is not None
+    faults = loop.pop("page_faults")
     proof = {
-        **seen_in(lambda: trainer.step(*(next(source) if ring else batch)), student),
-        "png_files": 0 if ring else len(list((pngs or Path()).rglob("*.png"))),
+        **seen_in(lambda: trainer.step(*(next(source) if ring else last)), student),
+        "png_files": 0 if ring or not pngs else len(list(pngs.rglob("*.png"))),
         "workers": workers,
         "ring_draws": 0 if ring is None else ring.num_sampled,
         "teacher_grads": sum(p.grad is not None for p in trainer.teacher.parameters()),
-        "teacher_batch_norms": _batch_norms(trainer.teacher),
+        "teacher_batch_norms": sum(
+            isinstance(module, nn.BatchNorm2d) for module in trainer.teacher.modules()
+        ),
         "page_faults_per_step": round(faults / trainer.num_steps),
     }
     if wrong := contradictions(recipe, proof, num_images=len(images)):
         raise RuntimeError(f"recipe: {'; '.join(wrong)}; mend the arm")
     return {
-        **times, "training_s": training_s, "evaluation_s": evaluation_s,
-        "views": trainer.num_steps * schedule.batch_size, "curve": curve,
+        **times, **loop, "views": trainer.num_steps * schedule.batch_size,
         "peak_memory_mib": runtime.peak_memory_mib(), "proof": proof,
     }  # fmt: skip
 
@@ -307,8 +277,50 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def _batch_norms(network: nn.Module) -> int:
-    return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+def _networks(
+    recipe: Recipe, config: cfg.DistillConfig
+) -> tuple[nn.Module, nn.Module, models.ClassifierSpec]:
+    """The job's new student and its teacher, in the layout of the recipe's views."""
+    teachers = classifiers.load_teachers(
+        config.teachers, temperature=config.loss.temperature, device=CPU
+    )
+    student, spec = classifiers.load_student(
+        config.student, teachers, view_size=config.views.size, device=CPU, seed=config.seed
+    )
+    layout = torch.channels_last if recipe.fused_views else torch.contiguous_format
+    teacher = teachers.together.members[0].module
+    return student.to(memory_format=layout), teacher.to(memory_format=layout), spec
+
+
+def _try(trainer: Trainer, source: Batches) -> None:
+    """A few steps that nobody keeps."""
+    for _ in range(min(TRIAL_STEPS, trainer.num_steps)):
+        trainer.step(*next(source))
+
+
+def _fit(
+    trainer: Trainer, source: Batches, clock: runtime.Clock, test: Callable[[], Any],
+    spec: models.ClassifierSpec,
+) -> dict[str, Any]:  # fmt: skip
+    """All steps, with an evaluation at equal distances."""
+    started, faults, evaluation_s, curve = time.perf_counter(), page_faults(), 0.0, []
+    count = trainer.schedule.num_evaluations
+    scored = {trainer.num_steps * (i + 1) // count for i in range(count)}
+    while trainer.steps < trainer.num_steps:
+        trainer.step(*next(source))
+        if trainer.steps in scored:
+            began, before = time.perf_counter(), page_faults()
+            with trainer.autocast:
+                scores = evaluate.measure(
+                    trainer.average.module, test(), input=spec.input, num_classes=spec.num_classes
+                )
+            evaluation_s += time.perf_counter() - began
+            faults += page_faults() - before  # They are not the training's.
+            curve.append((clock.wall_s(), scores.result()["top1"], evaluation_s))
+    return {
+        "training_s": time.perf_counter() - started - evaluation_s, "evaluation_s": evaluation_s,
+        "curve": curve, "page_faults": page_faults() - faults,
+    }  # fmt: skip
 
 
 def _filled_ring(config: cfg.DistillConfig, images: Tensor, labels: Tensor) -> RingBuffer:

@@ -228,8 +228,8 @@ def _ladder(rows: list[Row]) -> str:
     ]  # fmt: skip
     note = (
         "One change at a time; gain: seconds of the whole job before and after it. Images made "
-        "alike were made once, and their time is part of each row. The compiled student was "
-        f"measured and not kept. {_where(rows)}."
+        "alike were made once, and their time is part of each row. The compiled student is not "
+        f"carried on: on a CPU `dmkd` does not compile it. {_where(rows)}."
     )
     return _table(header, body, note)
 
