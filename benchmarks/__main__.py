@@ -7,6 +7,7 @@ import sys
 
 NAMES = {
     "embedded": "the embedded job, end to end",
+    "end-to-end": "the embedded job against the paper's way of working, and the way between",
     "fewstep": "time to the accuracy of the best many-step setting",
     "fidelity": "what each fidelity preset costs and teaches",
     "finding-1": "diffusion images against real ones, one photograph and noise (5 seeds)",

@@ -74,7 +74,7 @@ class Bench:
         folder = resolve(EMBEDDED)
         for steps, batch in FLOW_STEPS.items():
             labels = torch.arange(batch, device=self.device) % 10
-            modules = {name: _diffusers_dit(folder) for name in (torch.float32, self.half)}
+            modules = {name: diffusers_dit(folder) for name in (torch.float32, self.half)}
             arms: dict[str, Callable[[], object]] = {}
             for name, dtype in (("pipeline fp32", torch.float32), ("pipeline half", self.half)):
                 module = modules[dtype].to(self.device, dtype)
@@ -223,7 +223,6 @@ def _as_users_run_it(arm: Callable[[], object]) -> None:
     arm()
 
 
-@torch.no_grad()
 def flow_loop(
     module: Any, dtype: torch.dtype, labels: Tensor, steps: int, guidance_scale: float
 ) -> Tensor:
@@ -232,7 +231,15 @@ def flow_loop(
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), device=device)
     x = torch.randn(len(labels), 1, 28, 28, device=device, dtype=dtype)
-    both = torch.cat((labels, torch.full_like(labels, 10)))
+    return guided_loop(module, scheduler, x, labels, guidance_scale)
+
+
+@torch.no_grad()
+def guided_loop(
+    module: Any, scheduler: Any, x: Tensor, labels: Tensor, guidance_scale: float
+) -> Tensor:
+    """The same with any scheduler that has its timesteps, from noise x (B, c, H, W)."""
+    both = torch.cat((labels, torch.full_like(labels, module.config.num_embeds_ada_norm)))
     for timestep in scheduler.timesteps:
         velocity = module(
             torch.cat((x, x)), timestep=timestep.expand(len(both)), class_labels=both
@@ -313,5 +320,6 @@ def decoder_flops(vae: Any, size: int) -> float:
     return float(counter.get_total_flops())
 
 
-def _diffusers_dit(folder: Path) -> Any:
+def diffusers_dit(folder: Path) -> Any:
+    """The module as diffusers loads it."""
     return diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
