@@ -6,9 +6,11 @@ import importlib
 import sys
 
 NAMES = {
+    "cuda-facts": "the sampler on a GPU: host time, waits, allocations, attention",
     "embedded": "the embedded job, end to end",
     "fewstep": "time to the accuracy of the best many-step setting",
     "fidelity": "what each fidelity preset costs and teaches",
+    "imagenet": "ImageNet shapes: sampler, training step, cost of a whole job",
     "kd-loss": "the fused loss against eager PyTorch and torch.compile",
     "kd-loss-accuracy": "its errors against float64, beside eager's",
     "kd-loss-gpu": "the same on a GPU, in GB/s (benchmarks/gpu.sh)",
