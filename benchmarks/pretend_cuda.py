@@ -64,6 +64,8 @@ def pretended() -> Iterator[None]:
             mock.patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None)
         )
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
+        ignored = _with_signature_of(lambda self, stream: None, lambda **_: None)
+        stack.enter_context(mock.patch.object(Tensor, "record_stream", ignored))
         # Compiled code would be the CPU's: nothing of a GPU's to be seen there.
         same = _with_signature_of(torch.compile, lambda model=None, **_: model)
         stack.enter_context(mock.patch.object(torch, "compile", same))
@@ -92,8 +94,8 @@ class _Cuda(TorchFunctionMode):
                 raise RuntimeError(f"called a synchronizing operation: {name}")
         if name == "cuda":
             return args[0]
-        if name in ("record_stream", "pin_memory"):
-            return args[0] if name == "pin_memory" else None
+        if name == "pin_memory":
+            return args[0]
         if name == "cpu":
             return args[0].clone()
         return func(*(_real(a) for a in args), **kwargs)

@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest
     verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
     runtime.keep_freed_memory()
+    runtime.make_repeatable()
     try:
         result = verb(options)
     except (cfg.ConfigError, durable.SaveError) as error:
