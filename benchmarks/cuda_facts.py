@@ -26,7 +26,7 @@ CASES = (("sdpa", 8), ("sdpa", 32), ("sdpa", 128), ("xformers", 32))
 
 def main(argv: list[str]) -> int:
     parser = arguments("cuda-facts", __doc__ or "")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal: a small model, one timing")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: small model, one timing")
     options: argparse.Namespace = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("cuda-facts: no CUDA device")

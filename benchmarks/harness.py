@@ -107,7 +107,8 @@ def peak_mib(device: torch.device) -> Iterator[Callable[[], float]]:
         return
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before, peaks = torch.cuda.memory_allocated(device), []
+    before = torch.cuda.memory_allocated(device)
+    peaks: list[float] = []
     yield lambda: peaks[0]
     torch.cuda.synchronize(device)
     peaks.append(round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1))

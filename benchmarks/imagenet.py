@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,9 +43,12 @@ from dmkd_fast import (
 from dmkd_fast.denoisers import Decoder, share_embedder
 from dmkd_fast.dit import lean_dit
 
+diffusers: Any = importlib.import_module("diffusers")
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEMPERATURE = 10.0
+# Who makes the images, and who trains on them.
+JOBS = (("pipeline fp32", "published"), ("pipeline half", "eager half"), ("ours", "ours"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +118,8 @@ def main(argv: list[str]) -> int:
     runtime.set_num_threads(0)
     device = runtime.resolve_device("auto")
     torch.backends.cuda.matmul.allow_tf32 = True
+    runtime.make_repeatable()
+    torch.backends.cudnn.deterministic = False  # for ours alone: see `_as_dmkd_runs_it`
     report = Report(bench="imagenet", device=device)
     bench = Bench(report, TINY if options.tiny else Settings(), device)
     failed = 0
@@ -193,8 +199,7 @@ class Bench:
         s = self.settings
         few, many = s.steps
         for student in s.students:
-            for making, training in (("pipeline fp32", "published"), ("pipeline half", "eager half"),
-                                     ("ours", "ours")):  # fmt: skip
+            for making, training in JOBS:
                 keys = [("sampler", making, str(k)) for k in s.steps]
                 keys.append(("training", training, student))
                 if not all(key in self.found for key in keys):
@@ -212,7 +217,7 @@ class Bench:
                 })  # fmt: skip
 
     def _measure(
-        self, makers: dict[str, Callable[[], Callable[[], object]]], n: int
+        self, makers: Mapping[str, Callable[[], Callable[[], object]]], n: int
     ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
         """Timings in turn and peaks alone; an arm that does not fit is told of and left out."""
         peaks, arms = {}, {}
@@ -230,8 +235,6 @@ class Bench:
         return time_interleaved(arms, n=n, warmup=1), peaks
 
     def _models(self) -> tuple[Any, Any]:
-        import diffusers
-
         torch.manual_seed(0)
         with torch.device(self.device):
             dit = diffusers.DiTTransformer2DModel(**self.settings.dit).eval()
@@ -240,8 +243,6 @@ class Bench:
         return dit, vae
 
     def _pipeline(self, dtype: torch.dtype, steps: int) -> Callable[[], object]:
-        import diffusers
-
         s = self.settings
         dit, vae = self._models()
         pipeline = diffusers.DiTPipeline(
@@ -249,9 +250,7 @@ class Bench:
         ).to(self.device, dtype)
         pipeline.set_progress_bar_config(disable=True)
         labels = [i % s.num_classes for i in range(s.sampler_batch)]
-        return partial(
-            pipeline, labels, num_inference_steps=steps, guidance_scale=s.guidance_scale
-        )
+        return partial(pipeline, labels, num_inference_steps=steps, guidance_scale=s.guidance_scale)
 
     def _ours(self, steps: int) -> Callable[[], object]:
         s = self.settings
@@ -262,15 +261,17 @@ class Bench:
         lean.choose_attention("auto", device=self.device, dtype=self.half)
         sampler = DiffusionSampler(
             lean, scheduler=DDIM, latent_shape=(4, s.latent_side, s.latent_side),
-            decoder=Decoder(vae).to(memory_format=torch.channels_last), null_class=s.num_classes, num_steps=steps,
-            guidance_scale=s.guidance_scale, micro_batch_images=s.sampler_batch, dtype=self.half,
-            device=self.device, compile=self.device.type == "cuda",
+            decoder=Decoder(vae).to(memory_format=torch.channels_last),
+            null_class=s.num_classes, num_steps=steps, guidance_scale=s.guidance_scale,
+            micro_batch_images=s.sampler_batch, dtype=self.half, device=self.device,
+            compile=self.device.type == "cuda",
         )  # fmt: skip
         out = torch.empty(
             s.sampler_batch, 3, s.image_side, s.image_side, dtype=torch.uint8, device=self.device
         )
         ids = torch.arange(s.sampler_batch, device=self.device)
-        return partial(sampler.sample, ids, ids % s.num_classes, out=out)
+        call = partial(sampler.sample, ids, ids % s.num_classes, out=out)
+        return partial(_as_dmkd_runs_it, call)
 
     def _distiller(self, student: str, folder: Path) -> Distiller:
         """A filled ring and the networks; images are random, and none are made."""
@@ -306,7 +307,7 @@ class Bench:
         )  # fmt: skip
 
     def _train(self, student: str, folder: Path) -> Callable[[], object]:
-        return self._distiller(student, folder).train_step
+        return partial(_as_dmkd_runs_it, self._distiller(student, folder).train_step)
 
     def _networks(self, student: str, folder: Path) -> Callable[[], object]:
         """Teacher, student, optimizer and average, on ready views with a ready gradient."""
@@ -316,7 +317,7 @@ class Bench:
         views = distiller.views(distiller.ring.images, draw.indices, draw.ids, draw.uses)
         logits = [torch.randn(s.batch, s.num_classes, device=self.device) for _ in range(2)]
         gradient = kd_loss_and_grad(*logits, temperature=TEMPERATURE)[1]
-        return partial(bare_step, distiller, views, gradient)
+        return partial(_as_dmkd_runs_it, partial(bare_step, distiller, views, gradient))
 
     def _published(self, student: str) -> Callable[[], object]:
         teacher, learner, optimizer, batch = self._eager_parts(student)
@@ -367,7 +368,14 @@ class Bench:
 
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=self.settings.num_classes)
-        return model.to(self.device)  # type: ignore[no-any-return]
+        return model.to(self.device)
+
+
+def _as_dmkd_runs_it(call: Callable[[], object]) -> None:
+    """With kernels that repeat their bits; the other arms choose freely."""
+    torch.backends.cudnn.deterministic = True
+    call()
+    torch.backends.cudnn.deterministic = False
 
 
 @contextmanager

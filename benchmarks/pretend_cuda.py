@@ -214,7 +214,7 @@ def _real(value: Any) -> Any:
     return CPU if is_cuda else value
 
 
-def _memory(tensor: Tensor) -> tuple[int, int]:
+def _memory(tensor: Tensor) -> tuple[Any, Any]:
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset()
 
 

@@ -125,9 +125,9 @@ def _sampler(rows: list[Row]) -> str:
     forward = [r for r in rows if r["model"] == "DiT-S/2 forward"]
     best = max(forward, key=lambda r: r["share_of_ceiling"])
     note = (
-        f"Guided images/s, medians of {timed[0]['n']}, interleaved; gain over fp32 / {half}. DiT-S/2 "
-        f"forward alone: {best['share_of_ceiling']:.0%} of the ceiling at batch {best['batch']} "
-        f"(ceiling {best['ceiling_tflop_per_s']:.2f} TFLOP/s). {_where(rows)}."
+        f"Guided images/s, medians of {timed[0]['n']}, interleaved; gain over fp32 / {half}. "
+        f"DiT-S/2 forward alone: {best['share_of_ceiling']:.0%} of the ceiling at batch "
+        f"{best['batch']} (ceiling {best['ceiling_tflop_per_s']:.2f} TFLOP/s). {_where(rows)}."
     )
     return _table(header, body, note)
 

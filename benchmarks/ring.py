@@ -37,9 +37,10 @@ def main(argv: list[str]) -> None:
     runtime.set_num_threads(0)
     device = runtime.resolve_device("auto")
     report = Report(bench="ring", device=device)
-    for capacity in CAPACITIES[:1] if options.tiny else CAPACITIES:
-        report.rows += operations(capacity, device, n=1 if options.tiny else max(3, options.n // 10))
-    training_step(report, n=1 if options.tiny else options.n)
+    capacities, n = (CAPACITIES[:1], 1) if options.tiny else (CAPACITIES, options.n)
+    for capacity in capacities:
+        report.rows += operations(capacity, device, n=1 if options.tiny else max(3, n // 10))
+    training_step(report, n=n)
     report.finish(record=options.record)
 
 

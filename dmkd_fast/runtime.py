@@ -109,7 +109,8 @@ def make_repeatable() -> None:
     if torch.cuda.is_available():
         import torch._inductor.config as inductor
 
-        inductor.deterministic = True  # else timing decides how reductions are split
+        if hasattr(inductor, "deterministic"):  # else timing decides how reductions are split
+            inductor.deterministic = True
 
 
 def set_malloc_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:

@@ -159,5 +159,6 @@ def test_gpu_sh_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-2:] == [
         "passed: kernels whole-job imagenet kd-loss views cuda-facts sampler", "failed: ring"
     ]  # fmt: skip
-    again = subprocess.run(["bash", script, "--recrod"], capture_output=True, text=True, check=False)
+    wrong = ["bash", script, "--recrod"]
+    again = subprocess.run(wrong, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "usage" in again.stderr
