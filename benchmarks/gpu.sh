@@ -23,7 +23,7 @@ if [ "$#" -gt 1 ]; then
   exit 2
 fi
 
-python=(${PYTHON:-.venv/bin/python})
+python=("${PYTHON:-.venv/bin/python}")
 logs=runs/gpu
 record=()
 size=()

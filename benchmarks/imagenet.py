@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -123,16 +125,17 @@ def main(argv: list[str]) -> int:
     report = Report(bench="imagenet", device=device)
     bench = Bench(report, TINY if options.tiny else Settings(), device)
     failed = 0
-    for part in (bench.sampler, bench.training, bench.job):
-        try:
-            part()
-        except Exception:  # Hours of a rented GPU must not be lost for one arm.
-            traceback.print_exc()
-            failed = 1
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    report.finish(record=options.record)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit: rows are kept
+    try:
+        for part in (bench.sampler, bench.training, bench.job):
+            try:
+                part()
+            except Exception:  # Minutes of a rented GPU must not be lost for one arm.
+                traceback.print_exc()
+                failed = 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        report.finish(record=options.record)
     return failed
 
 

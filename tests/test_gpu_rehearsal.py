@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ from benchmarks import imagenet, render
 from benchmarks.pretend_cuda import pretended
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def switches() -> Iterator[None]:
+    """A measurement owns its process; here it does not."""
+    owner = torch.backends.cuda.matmul
+    before, threads = owner.allow_tf32, torch.get_num_threads()
+    yield
+    owner.allow_tf32 = before
+    torch.set_num_threads(threads)
 
 
 def rehearsed(*arguments: str) -> dict[str, Any]:
@@ -97,6 +109,22 @@ def test_one_part_that_fails_does_not_lose_the_others(
     out, err = capsys.readouterr()
     assert json.loads(out.splitlines()[-1])["rows"] == [{"part": "training"}]
     assert "a broken part" in err
+
+
+def test_a_time_limit_keeps_the_rows_so_far(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_long(bench: imagenet.Bench) -> None:
+        bench.report.rows.append({"part": "sampler"})
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(imagenet.Bench, "sampler", too_long)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        imagenet.main(["--tiny"])
+    assert signal.getsignal(signal.SIGTERM) is before
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["rows"] == [{"part": "sampler"}]
 
 
 def test_pretended_graphs_replay_and_waits_and_wrong_calls_are_errors() -> None:
