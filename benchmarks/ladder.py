@@ -86,20 +86,16 @@ class Trainer:
             self._forward = torch.compile(student, dynamic=False)
         self.autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
         self.optimizer = optim.build_optimizer(
-            student, name="sgd" if schedule.name == "sgd" else "adamw", lr=schedule.lr,
-            momentum=schedule.momentum, weight_decay=schedule.weight_decay,
+            student, name=schedule.name, lr=schedule.lr, momentum=schedule.momentum,
+            nesterov=schedule.nesterov, weight_decay=schedule.weight_decay,
         )  # fmt: skip
         self.average = optim.Average(student, decay=schedule.ema_decay)
-        self.num_steps = -(-schedule.num_views // schedule.batch_size)
         self.steps = 0
 
     def step(self, views: Tensor, labels: Tensor) -> None:
         """One optimizer step on views (B, c, S, S) of images made for labels (B,)."""
         recipe, schedule = self.recipe, self.schedule
-        rate = optim.lr_at(
-            self.steps, num_steps=self.num_steps, peak=schedule.lr, warmup=schedule.warmup
-        )
-        optim.set_lr(self.optimizer, rate)
+        optim.set_lr(self.optimizer, schedule.lr_at(self.steps))
         with self.autocast:
             student_logits = self._forward(views)  # (B, C)
             with torch.set_grad_enabled(recipe.teacher_graph):
@@ -122,7 +118,7 @@ class Trainer:
         else:
             student_logits.backward(grad)
         self.optimizer.step()
-        self.average.update(self.student)
+        self.average.update()
         self.steps += 1
 
     def warm_up(self, views: Tensor) -> None:

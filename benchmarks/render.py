@@ -1,7 +1,8 @@
 """Writes tables between `<!-- rows:NAME -->` and `<!-- end -->` in README and docs.
 
-Each table shows the newest recorded rows of its measurement (those of the last commit and date);
-those of the studies, which take hours, show all rows. Plots of the studies are drawn as well.
+Each table shows the newest recorded rows of its measurement (those of the last commit and date)
+that were measured on a CPU, NAME-gpu those on a GPU; tables of the studies, which take hours, show
+all rows. Plots of the studies are drawn as well.
 `--check` changes nothing and fails where a table and its rows disagree.
 """
 
@@ -58,14 +59,20 @@ def render(text: str) -> str:
 
 
 def latest(bench: str) -> list[Row]:
-    """The rows recorded together with the last one."""
-    rows = read_rows(RECORDED_BY.get(bench, bench))
+    """The rows recorded together with the last one on a CPU or, for `NAME-gpu`, on a GPU."""
+    name = bench.removesuffix("-gpu")
+    rows = read_rows(RECORDED_BY.get(name, name))
+    rows = [row for row in rows if _is_gpu(row) == (name != bench)]
     return [row for row in rows if row["environment"] == rows[-1]["environment"]]
 
 
 def _table(header: list[str], body: list[list[str]], note: str) -> str:
     lines = [header, ["---"] * len(header), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{note}\n"
+
+
+def _is_gpu(row: Row) -> bool:
+    return not row["environment"]["device"].startswith("CPU ")
 
 
 def _where(rows: list[Row]) -> str:
@@ -123,14 +130,15 @@ def _sampler(rows: list[Row]) -> str:
             f"{per_s[3] / per_s[0]:.1f}x / {per_s[3] / per_s[1]:.1f}x",
             f"{ours['share_of_ceiling']:.0%}",
         ])  # fmt: skip
-    header = ["model", "decoder", "steps", "batch", "diffusers fp32", "diffusers bf16",
+    half = "fp16" if _is_gpu(rows[0]) else "bf16"
+    header = ["model", "decoder", "steps", "batch", "diffusers fp32", f"diffusers {half}",
               "ours, not compiled", "ours", "gain", "of GEMM ceiling"]  # fmt: skip
     forward = [r for r in rows if r["model"] == "DiT-S/2 forward"]
     best = max(forward, key=lambda r: r["share_of_ceiling"])
     note = (
-        f"Guided images/s, medians of {timed[0]['n']}, interleaved; gain over fp32 / bf16. DiT-S/2 "
-        f"forward alone: {best['share_of_ceiling']:.0%} of the ceiling at batch {best['batch']} "
-        f"(ceiling {best['ceiling_tflop_per_s']:.2f} TFLOP/s). {_where(rows)}."
+        f"Guided images/s, medians of {timed[0]['n']}, interleaved; gain over fp32 / {half}. "
+        f"DiT-S/2 forward alone: {best['share_of_ceiling']:.0%} of the ceiling at batch "
+        f"{best['batch']} (ceiling {best['ceiling_tflop_per_s']:.2f} TFLOP/s). {_where(rows)}."
     )
     return _table(header, body, note)
 
@@ -163,7 +171,6 @@ def _fewstep(rows: list[Row]) -> str:
 
 def _views(rows: list[Row]) -> str:
     arms = ["ours", "DALI", "torchvision", "eager", "copy"]
-    rows = [r for r in rows if r["device"] == "cpu"]
     found = {(r["case"], r["dtype"], r["arm"], r["set"]): r for r in rows}
     body = []
     for key in dict.fromkeys((r["case"], r["dtype"]) for r in rows):
@@ -262,15 +269,71 @@ def _seen(proof: Row) -> str:
     return ", ".join([*parts, *(["compiled student"] if proof["compiled_graphs"] else [])])
 
 
+def _kd_loss_gpu(rows: list[Row]) -> str:
+    arms = list(dict.fromkeys(r["arm"] for r in rows if r["arm"] != "copy"))
+    found = {(r["shape"], r["dtype"], r["arm"]): r for r in rows}
+    body = []
+    for shape, dtype in dict.fromkeys((r["shape"], r["dtype"]) for r in rows):
+        cells = [found.get((shape, dtype, arm)) for arm in [*arms, "copy"]]
+        body.append([
+            shape, dtype,
+            *(f"{r['us_per_step']:,.1f} ({r['share_of_copy']:.0%})" if r else "" for r in cells),
+        ])  # fmt: skip
+    note = (
+        f"Loss and gradient, microseconds, and share of the copy's speed; medians of "
+        f"{rows[0]['n']}, interleaved. {_where(rows)}."
+    )
+    return _table(["B x C", "dtype", *arms, "copy of the bytes"], body, note)
+
+
+def _cuda_facts(rows: list[Row]) -> str:
+    header = ["attention", "batch", "images/s", "host ms a batch", "waits", "allocations"]
+    body = [
+        [r["arm"], str(r["batch"]), f"{r['images_per_s']:.1f}", f"{r['host_ms_per_batch']:.2f}",
+         str(r["syncs"]), str(r["allocations_per_batch"])]
+        for r in rows
+    ]  # fmt: skip
+    note = f"DiT-XL/2, 256 x 256, latents only, {rows[0]['steps']} guided steps. {_where(rows)}."
+    return _table(header, body, note)
+
+
+def _imagenet(rows: list[Row]) -> str:
+    body = []
+    for r in (r for r in rows if r["part"] == "sampler"):
+        what = f"{r['model']}, {r['side']} pixels, {r['steps']} guided steps, batch {r['batch']}"
+        body.append([what, r["arm"], f"{r['images_per_s']:,.2f} images/s", f"{r['peak_mib']:,.0f}"])
+    for r in (r for r in rows if r["part"] == "training"):
+        what = f"{r['teacher']} -> {r['student']}, {r['pixels']} pixels, batch {r['batch']}"
+        body.append([what, r["arm"], f"{r['views_per_s']:,.0f} views/s", f"{r['peak_mib']:,.0f}"])
+    for r in (r for r in rows if r["part"] == "outside"):
+        what = f"{r['teacher']} -> {r['student']}: share of a step outside the networks"
+        body.append([what, "ours", f"{r['share_outside_networks']:.1%}", ""])
+    for r in (r for r in rows if r["part"].startswith("job")):
+        what = (
+            f"whole job by arithmetic: {r['images']:,} images at {r['steps']} steps, reuse "
+            f"{r['reuse']}, {r['student']}"
+        )
+        parts = f"{r['generation_h']:,.1f} h + {r['training_h']:,.1f} h"
+        body.append([what, f"{r['images_by']}, {r['arm']}", parts, ""])
+    header = ["what", "arm", "figure", "peak MiB"]
+    return _table(header, body, f"Random weights; `benchmarks/imagenet.py`. {_where(rows)}.")
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "cuda-facts-gpu": _cuda_facts,
     "embedded": _embedded,
     "end-to-end": _end_to_end,
     "fewstep": _fewstep,
     "fidelity": _fidelity,
+    "imagenet-gpu": _imagenet,
     "kd-loss": _kd_loss,
     "ladder": _ladder,
+    "kd-loss-gpu": _kd_loss_gpu,
     "nearest": _nearest,
     "ring": _ring,
+    "ring-gpu": _ring,
     "sampler": _sampler,
+    "sampler-gpu": _sampler,
     "views": _views,
+    "views-gpu": _views,
 }

@@ -32,13 +32,15 @@ CALLS = 50  # of the ring per timing, because one takes microseconds
 def main(argv: list[str]) -> None:
     parser = arguments("ring", __doc__ or "")
     parser.add_argument("--n", type=int, default=60, help="timings per arm")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: one capacity, one timing")
     options: argparse.Namespace = parser.parse_args(argv)
     runtime.set_num_threads(0)
     device = runtime.resolve_device("auto")
-    report = Report(bench="ring")
-    for capacity in CAPACITIES:
-        report.rows += operations(capacity, device, n=max(3, options.n // 10))
-    training_step(report, n=options.n)
+    report = Report(bench="ring", device=device)
+    capacities, n = (CAPACITIES[:1], 1) if options.tiny else (CAPACITIES, options.n)
+    for capacity in capacities:
+        report.rows += operations(capacity, device, n=1 if options.tiny else max(3, n // 10))
+    training_step(report, n=n)
     report.finish(record=options.record)
 
 

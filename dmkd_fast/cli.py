@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         options.overrides += rest
     runtime.keep_freed_memory()
+    runtime.make_repeatable()
     code = _run(options)
     if ranks.read().world_size > 1:
         ranks.end_process(code)

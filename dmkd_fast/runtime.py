@@ -101,6 +101,23 @@ def keep_freed_memory() -> None:
     set_malloc_thresholds(mmap_bytes=1 << 30, trim_bytes=(1 << 31) - 1)
 
 
+def make_repeatable() -> None:
+    """Let CUDA libraries choose only kernels that give the same bits each time they run.
+
+    Without it convolutions' weight gradients are summed in any order, and a resumed run ends with
+    other bits. For programs that own the process, before their first product on a GPU. What it
+    does not reach: overlapping max pooling of a channels_last student that is not compiled.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products on several streams
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    if torch.cuda.is_available():
+        import torch._inductor.config as inductor
+
+        if hasattr(inductor, "deterministic"):  # else timing decides how reductions are split
+            inductor.deterministic = True
+
+
 def set_malloc_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
     """Block size that glibc maps anew, and size of a free heap top that it gives back."""
     with contextlib.suppress(OSError, AttributeError):
