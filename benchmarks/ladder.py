@@ -90,7 +90,7 @@ class Trainer:
             nesterov=schedule.nesterov, weight_decay=schedule.weight_decay,
         )  # fmt: skip
         self.average = optim.Average(student, decay=schedule.ema_decay)
-        self.steps = 0
+        self.num_steps, self.steps = schedule.num_steps, 0
 
     def step(self, views: Tensor, labels: Tensor) -> None:
         """One optimizer step on views (B, c, S, S) of images made for labels (B,)."""
