@@ -6,6 +6,7 @@ import importlib
 import sys
 
 NAMES = {
+    "cost": "how time and memory grow with batch, capacity, image size and ranks",
     "cuda-facts": "the sampler on a GPU: host time, waits, allocations, attention",
     "embedded": "the embedded job, end to end",
     "end-to-end": "the embedded job against the paper's way of working, and the way between",

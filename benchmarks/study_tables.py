@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -178,6 +178,59 @@ def reuse(rows: list[Row]) -> str:
     return _table(header, body, note + _spent(rows))
 
 
+COST = {
+    "batch": "training step, views a step", "capacity": "draw and views of 64, images in the ring",
+    "pixels": "64 views, pixels an image", "sampled images": "sampler, images a call",
+    "ranks": "training step of 64 views, ranks",
+}  # fmt: skip
+
+
+def cost(rows: list[Row]) -> str:
+    """Time and memory along each axis, and the straight line through them."""
+    rows = [row for row in rows if row["environment"] == rows[-1]["environment"]]
+    body = []
+    for axis, name in COST.items():
+        shown = [r for r in rows if r["axis"] == axis]
+        if not shown:
+            continue
+        values, ms = [r["value"] for r in shown], [r["median_ms"] for r in shown]
+        fit = "-"
+        if len(shown) > 2:
+            start, slope, worst = line(values, ms)
+            fit = f"{start:.3g} + {slope:.3g} x ({worst:.0%})"
+        points = [f"{v:,}: {t:.3g}" for v, t in zip(values, ms, strict=True)]
+        memory = f"{shown[0]['peak_memory_mib']:,} to {shown[-1]['peak_memory_mib']:,}"
+        body.append([name, ", ".join(points), fit, memory])
+    header = [
+        "what, x",
+        "ms at x",
+        "ms as a line (worst point off by)",
+        "peak memory of the process, MiB",
+    ]
+    stamp = rows[-1]["environment"]
+    note = (
+        f"Medians of {rows[0]['n']} (sampler {min(r['n'] for r in rows)}). {stamp['device']}, "
+        f"{stamp['cores']} cores, {stamp['date']}."
+    )
+    return _table(header, body, note)
+
+
+def line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float]:
+    """Intercept and slope of the line with the least relative errors, and the worst of them."""
+    # Weighted by 1 / y^2, so that the small end counts as much as the large one.
+    weights = [1 / y**2 for y in ys]
+    total = sum(weights)
+    x0 = sum(w * x for w, x in zip(weights, xs, strict=True)) / total
+    y0 = sum(w * y for w, y in zip(weights, ys, strict=True)) / total
+    pairs = list(zip(weights, xs, ys, strict=True))
+    slope = sum(w * (x - x0) * (y - y0) for w, x, y in pairs) / sum(
+        w * (x - x0) ** 2 for w, x, _ in pairs
+    )
+    start = y0 - slope * x0
+    worst = max(abs(start + slope * x - y) / y for x, y in zip(xs, ys, strict=True))
+    return start, slope, worst
+
+
 def _axes(rows: list[Row], name: str) -> list[Any]:
     return sorted({row[name] for row in rows})
 
@@ -201,5 +254,6 @@ STUDY_TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "finding-2-checks": ("finding-2", finding_2_checks),
     "finding-3": ("finding-3", finding_3),
     "reuse": ("reuse", reuse),
+    "cost": ("cost", cost),
 }
 """By the name in the text: which rows, all of them whenever they were measured, and the table."""
