@@ -1,10 +1,10 @@
 """Cost: how time and memory grow with batch, capacity, image size and ranks.
 
 Each point is a process of its own, so that its peak memory is its own. A straight line a + b x is
-fitted to each axis; the table says how far the worst point is from it. Axes: views of a training step
-of the embedded student; images in a ring from which 64 are drawn and made views of; pixels of 64
-views; images per call of the embedded denoiser (8 guided steps); ranks that share a step of 64 views,
-one thread each.
+fitted to each axis; the table says how far the worst point is from it. Axes: views of a training
+step of the embedded student; images in a ring from which 64 are drawn and made views of; pixels of
+64 views; images per call of the embedded denoiser (8 guided steps); ranks that share a step of 64
+views, one thread each.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def main(argv: list[str]) -> None:
     parser = arguments("cost", __doc__ or "")
     parser.add_argument("--n", type=int, default=20, help="timings per point")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--point", nargs=2, help="one point, by itself: AXIS VALUE")
+    parser.add_argument("--point", nargs=3, help="one point, by itself: AXIS VALUE N")
     options = parser.parse_args(argv)
     if options.point:
-        row = POINTS[options.point[0]](int(options.point[1]), options.n)
+        row = POINTS[options.point[0]](int(options.point[1]), int(options.point[2]))
         if ranks.read().is_first:
             print(json.dumps(row))
         if options.point[0] == "ranks":
@@ -65,8 +65,8 @@ def main(argv: list[str]) -> None:
     report = Report(bench="cost")
     for axis in options.axes:
         for value in AXES[axis]:
-            command = [sys.executable, "-m", "benchmarks", "cost", "--n", str(options.n)]
-            command += ["--point", axis, str(value)]
+            command = [sys.executable, "-m", "benchmarks", "cost"]
+            command += ["--point", axis, str(value), str(options.n)]
             if axis == "ranks":
                 command[1:2] = [
                     "-m",
