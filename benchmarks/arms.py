@@ -31,7 +31,7 @@ from dmkd_fast.assets import resolve
 from dmkd_fast.dit import LeanDiT
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-TARGET = "baseline, no_grad, fp32"
+PUBLISHED, TARGET = "baseline, as published, fp32", "baseline, no_grad, fp32"
 BF16, EQUAL, DEFAULT = "baseline, no_grad, bf16", "ours, equal settings", "ours, default"
 IMAGES = ("diffusers fp32", "diffusers bf16", "lean", "few steps")
 
@@ -50,9 +50,7 @@ class Arm:
 def _arms() -> dict[str, Arm]:
     bf16 = Recipe(dtype="bfloat16")
     arms = {
-        "baseline, as published, fp32": Arm(
-            images="diffusers fp32", recipe=Recipe(teacher_graph=True)
-        ),
+        PUBLISHED: Arm(images="diffusers fp32", recipe=Recipe(teacher_graph=True)),
         TARGET: Arm(images="diffusers fp32", recipe=Recipe()),
         BF16: Arm(images="diffusers bf16", recipe=bf16, after=TARGET),
         "lean compiled sampler": Arm(images="lean", recipe=bf16, after=BF16),
@@ -83,9 +81,9 @@ ARMS = _arms()
 class Study:
     """Sizes of the comparison."""
 
-    num_images: int = 4096
-    num_views: int = 60_000
-    num_points: int = 12
+    num_images: int
+    num_views: int
+    num_points: int
     seed: int = 0
     overrides: tuple[str, ...] = ()
     """Of both jobs' settings."""

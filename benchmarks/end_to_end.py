@@ -6,6 +6,8 @@ Baselines make all images with diffusers' eager loop, write them as PNG files an
 of images, and as configs/fashion_mnist.yaml ships. Student, teacher, optimizer, schedule, averaged
 weights and batch are the same everywhere. On the CPU.
 
+There are two parts: whole jobs at their own size, and the ladder at a smaller one.
+
 Every arm and every set of images is made in a process of its own, with an empty compiler cache, and
 leaves a file in --work: what is there is not run again. Arms whose images are made alike share a
 set: its time was measured once and is part of each (`generation_carried_over` where it came from an
@@ -25,7 +27,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from benchmarks.arms import (
     DEFAULT,
     EQUAL,
     IMAGES,
+    PUBLISHED,
     TARGET,
     Study,
     part_file,
@@ -46,54 +50,83 @@ from benchmarks.harness import Report, arguments
 BELOW = 0.005  # Accuracy that the target may lie under the baseline's.
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A comparison: its arms and usual sizes."""
+
+    arms: tuple[str, ...]
+    images: int
+    views: int
+    points: int
+
+
+_WHOLE = (PUBLISHED, TARGET, BF16, EQUAL, DEFAULT)
+PARTS = {
+    # The sizes of configs/many_steps.yaml.
+    "whole": Part(arms=_WHOLE, images=10_240, views=200_000, points=20),
+    "ladder": Part(
+        arms=(TARGET, *(arm for arm in ARMS if arm not in _WHOLE or arm == BF16)),
+        images=2_048, views=32_000, points=4,
+    ),
+}  # fmt: skip
+
+
 def main(argv: list[str]) -> None:
     parser = arguments("end-to-end", __doc__ or "")
-    parser.add_argument("--images", type=int, default=4096, help="generated images")
-    parser.add_argument("--views", type=int, default=60_000, help="views per student")
-    parser.add_argument("--points", type=int, default=12, help="evaluations per student")
+    parser.add_argument("--part", choices=PARTS, required=True, help="whole jobs, or the ladder")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these, and what is there")
+    parser.add_argument("--images", type=int, help="generated images")
+    parser.add_argument("--views", type=int, help="views per student")
+    parser.add_argument("--points", type=int, help="evaluations per student")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
     parser.add_argument("--work", type=Path, default=Path("runs/end-to-end"), help="kept results")
     parser.add_argument("--one", nargs=2, metavar=("SEED", "NAME"), help="only this part, in here")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     options = parser.parse_args(argv)
+    part = PARTS[options.part]
     study = Study(
-        num_images=options.images, num_views=options.views, num_points=options.points,
-        overrides=tuple(options.overrides),
+        num_images=options.images or part.images, num_views=options.views or part.views,
+        num_points=options.points or part.points, overrides=tuple(options.overrides),
     )  # fmt: skip
+    work = options.work / options.part
     if options.one is not None:
         seed, name = options.one
-        run_part(replace(study, seed=int(seed)), name, options.work)
+        run_part(replace(study, seed=int(seed)), name, work)
         return
     report = Report(bench="end-to-end")
     for seed in range(options.seeds):
-        for name in (*IMAGES, *ARMS):
-            _in_a_process(argv, options.work, seed, name)
-        report.rows += rows_of(replace(study, seed=seed), options.work)
+        arms = options.arms or part.arms
+        used = {ARMS[arm].images for arm in arms}
+        for name in (*(i for i in IMAGES if i in used), *arms):
+            _in_a_process(argv, work, seed, name)
+        rows = rows_of(replace(study, seed=seed), work, part.arms)
+        report.rows += [{"part": options.part, **row} for row in rows]
     for arm, goal in ((EQUAL, 2.0), (DEFAULT, 4.0)):
         gains = [r["times_faster_than_fp32"] for r in report.rows if r["arm"] == arm]
         if None in gains:
             print(f"{arm}: never reached the target", file=sys.stderr)
-        else:
+        elif gains:
             report.at_least(f"{arm}: time to target vs {TARGET}", statistics.mean(gains), goal)
     report.finish(record=options.record)
 
 
-def rows_of(study: Study, work: Path) -> list[dict[str, Any]]:
-    """One row per arm of a seed, from the files of its parts.
+def rows_of(study: Study, work: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per arm of a seed that has been run, from the files of its parts.
 
     Raises:
         RuntimeError: A file is of another study.
     """
-    sets = {name: _read(study, work, name) for name in IMAGES}
     rows: dict[str, dict[str, Any]] = {}
     used: set[str | None] = {None}
-    for name, arm in ARMS.items():
-        found = _read(study, work, name)
+    for name in arms:
+        if not part_file(work, study.seed, name).is_file():
+            continue
+        arm, found = ARMS[name], _read(study, work, name)
         if arm.images is None:
             row, offset = _own_row(found), 0.0
         else:
             uses_pngs = arm.recipe is not None and not arm.recipe.ring
-            row = _row_on(found, sets[arm.images], uses_pngs=uses_pngs)
+            row = _row_on(found, _read(study, work, arm.images), uses_pngs=uses_pngs)
             offset = row.pop("before_s")
         curve = [(offset + wall, top1, spent) for wall, top1, spent in found["curve"]]
         rows[name] = {
@@ -113,8 +146,8 @@ def rows_of(study: Study, work: Path) -> list[dict[str, Any]]:
             "resolution_s": round(statistics.mean(gaps), 1),
         }  # fmt: skip
     for row in rows.values():
-        for label, other in (("fp32", rows[TARGET]), ("bf16", rows[BF16])):
-            mine, theirs = row["s_to_target"], other["s_to_target"]
+        for label, other in (("fp32", TARGET), ("bf16", BF16)):
+            mine, theirs = row["s_to_target"], rows.get(other, {}).get("s_to_target")
             gain = None if mine is None or theirs is None else round(theirs / mine, 2)
             row[f"times_faster_than_{label}"] = gain
     return list(rows.values())

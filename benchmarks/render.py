@@ -22,7 +22,8 @@ from benchmarks.study_tables import STUDY_TABLES
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
-RECORDED_BY = {"ladder": "end-to-end"}  # Tables whose rows another measurement records.
+# Tables of one part of a measurement's rows.
+PARTS = {"end-to-end": ("end-to-end", "whole"), "ladder": ("end-to-end", "ladder")}
 
 
 def main(argv: list[str]) -> int:
@@ -61,8 +62,9 @@ def render(text: str) -> str:
 def latest(bench: str) -> list[Row]:
     """The rows recorded together with the last one on a CPU or, for `NAME-gpu`, on a GPU."""
     name = bench.removesuffix("-gpu")
-    rows = read_rows(RECORDED_BY.get(name, name))
-    rows = [row for row in rows if _is_gpu(row) == (name != bench)]
+    name, part = PARTS.get(name, (name, None))
+    rows = [row for row in read_rows(name) if _is_gpu(row) == bench.endswith("-gpu")]
+    rows = [row for row in rows if part is None or row["part"] == part]
     return [row for row in rows if row["environment"] == rows[-1]["environment"]]
 
 
@@ -219,12 +221,12 @@ def _end_to_end(rows: list[Row]) -> str:
          f"{r['evaluation_s']:.0f}", f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}",
          f"{r['disk_mib']:.0f}", f"{r['peak_memory_mib']:,}", _seconds(r["s_to_target"]),
          f"{_times(r['times_faster_than_fp32'])} / {_times(r['times_faster_than_bf16'])}"]
-        for r in rows if r["arm"].startswith(("baseline", "ours"))
+        for r in rows
     ]  # fmt: skip
     targets = ", ".join(f"{t:.4f}" for t in dict.fromkeys(r["target"] for r in rows))
     gaps = [r["resolution_s"] for r in rows]
     note = (
-        f"{rows[0]['images']:,} images and {rows[0]['views']:,} views, but for our default. Target "
+        f"{rows[0]['images']:,} images and {rows[0]['views']:,} views. Target "
         f"{targets}; evaluations are {min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: "
         f"PNG files; of ours the run directory, checkpoints included. {_where(rows)}."
     )
@@ -240,7 +242,7 @@ def _ladder(rows: list[Row]) -> str:
          f"{r['images_per_s']:.0f}", f"{r['views_per_s']:,.0f}", f"{r['wall_s']:.0f}",
          f"{wall[r['after'], r['seed']] / r['wall_s']:.2f}x" if r["after"] else "-",
          _seconds(r["s_to_target"]), _seen(r["proof"])]
-        for r in rows if r["after"] or r["arm"] == rows[1]["arm"]
+        for r in rows
     ]  # fmt: skip
     note = (
         "One change at a time; gain: seconds of the whole job before and after it. Images made "

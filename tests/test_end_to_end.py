@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import arms, baseline, end_to_end, ladder, render
 from benchmarks.arms import ARMS, BF16, DEFAULT, EQUAL, IMAGES, TARGET, Study
+from benchmarks.end_to_end import PARTS
 from benchmarks.ladder import Recipe, Trainer
 from benchmarks.sampler import diffusers_dit
 from dmkd_fast import (
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 DENOISER = "embedded:fashion_mnist/denoiser"
 SMALL = ("sampler.micro_batch_images=64", "ring.capacity_images=192", "ring.min_fill_images=64",
          "train.num_views=256")  # fmt: skip
+SIZES = ("--images", "64", "--views", "128", "--points", "1")
 STUDY = Study(num_images=64, num_views=128, num_points=1, overrides=SMALL)
 # The sampler's arm trains as the one before it.
 RECIPES = {name: arm.recipe for name, arm in ARMS.items() if arm.recipe is not None
@@ -221,14 +223,17 @@ def test_a_stopped_study_goes_on_and_compares_what_it_found(
     monkeypatch.setattr(end_to_end.subprocess, "run", run)
     monkeypatch.setattr(end_to_end.Report, "finish", lambda self, record: reports.append(self))
     reports: list[Any] = []
-    argv = ["--images", "64", "--views", "128", "--points", "1", "--work", str(tmp_path), *SMALL]
+    whole, steps = (["--part", part, *SIZES, "--work", str(tmp_path), *SMALL] for part in PARTS)
     with pytest.raises(KeyboardInterrupt):
-        end_to_end.main(argv)
-    end_to_end.main(argv)
-    started = run.started  # type: ignore[attr-defined]
-    assert [name for name in started if name != "stopped"] == [*IMAGES, *ARMS]
+        end_to_end.main([*whole, *steps[2:]])
+        end_to_end.main(steps)
+    end_to_end.main(whole)
+    end_to_end.main(steps)
+    started = [name for name in run.started if name != "stopped"]  # type: ignore[attr-defined]
+    assert started == [*IMAGES[:2], *PARTS["whole"].arms, *IMAGES, *PARTS["ladder"].arms]
 
-    rows = {row["arm"]: row for row in reports[0].rows}
+    rows = {row["arm"]: row for report in reports[-2:] for row in report.rows}
+    assert set(rows) == set(ARMS)
     base, ring = rows[TARGET], rows["images in a ring"]
     # Loading, images and files of 100 s each, then training.
     assert base["wall_s"] == 500 and base["generation_s"] == 200 and base["png_s"] == 100
@@ -241,29 +246,31 @@ def test_a_stopped_study_goes_on_and_compares_what_it_found(
     assert rows[EQUAL]["s_to_target"] == 30 and rows[EQUAL]["times_faster_than_fp32"] == 14
     assert rows[EQUAL]["times_faster_than_bf16"] == 12
     assert rows[BF16]["resolution_s"] == 30
-    carried = [row["arm"] for row in reports[0].rows if row["generation_carried_over"]]
-    assert TARGET in carried and ring["arm"] in carried and len(carried) == 8
-    assert [goal.met for goal in reports[0].goals.values()] == [True, True]
+    carried = [[r["arm"] for r in x.rows if r["generation_carried_over"]] for x in reports[-2:]]
+    assert carried[0] == [TARGET] and ring["arm"] in carried[1] and len(carried[1]) == 7
+    assert [goal.met for goal in reports[-2].goals.values()] == [True, True]
 
     for row in rows.values():
         row["environment"] = {"device": "d", "threads": 1, "torch": "t", "date": "day"}
     table = render.TABLES["end-to-end"](list(rows.values()))
     assert "| ours, equal settings | 0 | 0.8000 |" in table and "14.0x / 12.0x" in table
-    table = render.TABLES["ladder"](list(rows.values()))
+    table = render.TABLES["ladder"]([row for row in rows.values() if row["part"] == "ladder"])
     assert f"| {TARGET} | {BF16} | 0 | 0.8000 |" in table and "| never |" in table
 
     with pytest.raises(RuntimeError, match="another study"):
-        end_to_end.rows_of(replace(STUDY, num_views=256), tmp_path)
+        end_to_end.rows_of(replace(STUDY, num_views=256), tmp_path / "whole", [TARGET])
     capsys.readouterr()
 
 
 @pytest.mark.slow
 def test_the_whole_comparison_runs_in_miniature(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks", "end-to-end", "--images", "64", "--views", "128",
-               "--points", "1", "--work", str(tmp_path), *SMALL]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    rows = {row["arm"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
-    assert list(rows) == list(ARMS)
+    rows: dict[str, Any] = {}
+    for part in PARTS:
+        command = [sys.executable, "-m", "benchmarks", "end-to-end", "--part", part, *SIZES,
+                   "--work", str(tmp_path), *SMALL]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        rows |= {row["arm"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    assert set(rows) == set(ARMS)
     assert all(row["images"] == 64 for name, row in rows.items() if name != DEFAULT)
     for name in (EQUAL, DEFAULT):
         assert rows[name]["proof"]["ops"][ladder.FUSED_LOSS] == 1
@@ -271,4 +278,4 @@ def test_the_whole_comparison_runs_in_miniature(tmp_path: Path) -> None:
     assert rows[TARGET]["proof"]["sampler_dtype"] == "float32"
     assert rows["compiled student"]["proof"]["compiled_graphs"] > 0
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert again.stderr.count("there already") == len(IMAGES) + len(ARMS)
+    assert again.stderr.count("there already") == len(IMAGES) + len(PARTS["ladder"].arms)
