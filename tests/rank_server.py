@@ -186,7 +186,8 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
                     os.kill(pid, signal.SIGKILL)
             if not ready and len(list(run.glob("ready-*"))) == world_size:
                 ready = now
-            if ready and request.get("kill") and now - ready > request["kill"][0][1]:
+            due = bool(ready and request.get("kill")) and now - ready > request["kill"][0][1]
+            if due and not victims:  # One in each life.
                 victim, _ = request["kill"].pop(0)
                 for pid in [p for p in alive if pids[p] == victim]:
                     os.kill(pid, signal.SIGKILL)
