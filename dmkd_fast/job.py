@@ -153,9 +153,11 @@ def share(config: cfg.DistillConfig, ranks: Ranks) -> cfg.DistillConfig:
                 f"source.follow: got true with {ranks.world_size} ranks, expected false, as each "
                 "would find new shards at another time; let dmkd generate finish first"
             )
+        slots = slots_for(ring.capacity_images, block)
         sizes: dict[str, Any] = {
-            name: ranks.share(f"ring.{name}", slots_for(getattr(ring, name), block), unit=block)
-            for name in ("capacity_images", "min_fill_images")
+            "capacity_images": ranks.share("ring.capacity_images", slots, unit=block),
+            # Only when training begins depends on it: no reason to refuse 19 blocks for two ranks.
+            "min_fill_images": max(1, ring.min_fill_images // (ranks.world_size * block)) * block,
         }
         if ring.error_buffer is not None:
             sizes["error_buffer"] = ring.error_buffer / ranks.world_size

@@ -267,8 +267,7 @@ def test_two_ranks_reach_the_accuracy_of_one(tmp_path: Path) -> None:
     scores, config = [], str(ROOT / "configs" / "fashion_mnist.yaml")
     for parts in ([sys.executable], TORCHRUN):
         run = tmp_path / str(len(scores))
-        command = [*parts, "-m", "dmkd_fast.cli", "distill", config, f"run_dir={run}",
-                   "ring.min_fill_images=9216"]  # fmt: skip
+        command = [*parts, "-m", "dmkd_fast.cli", "distill", config, f"run_dir={run}"]
         subprocess.run(command, env=ENVIRONMENT, check=True)
         scores.append(json.loads((run / "summary.json").read_text(encoding="utf-8")))
     for name in ("generated_images", "views"):
@@ -327,7 +326,7 @@ def listeners(pid: int) -> list[str]:
 @pytest.mark.parametrize(("changes", "message"), [
     (["train.batch_size=33"], r"train.batch_size: got 33 with 2 ranks, expected a multiple of 2"),
     (["ring.capacity_images=320"], r"ring.capacity_images: got 320 .*blocks of 64"),
-    (["ring.min_fill_images=64"], r"ring.min_fill_images: got 64 .*multiple of 128"),
+    (["train.accumulate=32"], r"accumulate: got 32, .*batch_size=16.*of each of 2 ranks"),
     (["ring.error_buffer=200"], r"error_buffer: got 100, .*of each of 2 ranks"),
 ])  # fmt: skip
 def test_settings_that_do_not_divide_are_refused(changes: list[str], message: str) -> None:
@@ -358,6 +357,10 @@ def test_ranks_share_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.train.batch_size == 16 and part.train.num_views == config.train.num_views
     assert (part.ring.capacity_images, part.ring.min_fill_images) == (128, 64)
     assert part.ring.error_buffer == 300
+    # The embedded job's 19 blocks: 9 for each of two.
+    odd = cfg.load(cfg.DistillConfig, ROOT / "configs" / "fashion_mnist.yaml", [])
+    part = job.share(odd, ranks.Ranks(rank=0, world_size=2))
+    assert (part.ring.capacity_images, part.ring.min_fill_images) == (5120, 4608)
     streams = [LabelStream(10, rank=rank, world_size=3) for rank in range(3)]
     drawn = []
     for _ in range(4):
