@@ -53,9 +53,9 @@ def _arms() -> dict[str, Arm]:
         PUBLISHED: Arm(images="diffusers fp32", recipe=Recipe(teacher_graph=True)),
         TARGET: Arm(images="diffusers fp32", recipe=Recipe()),
         BF16: Arm(images="diffusers bf16", recipe=bf16, after=TARGET),
-        "lean compiled sampler": Arm(images="lean", recipe=bf16, after=BF16),
+        "lean sampler": Arm(images="lean", recipe=bf16, after=BF16),
     }
-    recipe, before = bf16, "lean compiled sampler"
+    recipe, before = bf16, "lean sampler"
     changes: dict[str, dict[str, Any]] = {
         "images in a ring": {"ring": True},
         "fused views": {"fused_views": True},

@@ -44,7 +44,7 @@ class SamplerConfig(Section):
     micro_batch_images: int = Field(256, ge=1)
     """Images denoised together; part of what fixes an image's bits."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile of the denoiser; auto: where the machine has what that needs."""
+    """torch.compile of the denoiser; auto: on CUDA, where the machine has what that needs."""
     phases: tuple[PhaseConfig, ...] = ()
     """Other steps and guidance later in the run, each from its start to the next one's."""
 

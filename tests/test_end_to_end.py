@@ -39,7 +39,7 @@ SIZES = ("--images", "64", "--views", "128", "--points", "1")
 STUDY = Study(num_images=64, num_views=128, num_points=1, overrides=SMALL)
 # The sampler's arm trains as the one before it.
 RECIPES = {name: arm.recipe for name, arm in ARMS.items() if arm.recipe is not None
-           and name != "lean compiled sampler"}  # fmt: skip
+           and name != "lean sampler"}  # fmt: skip
 
 
 def test_diffusers_loop_makes_the_images_of_our_sampler() -> None:
