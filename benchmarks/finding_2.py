@@ -5,7 +5,8 @@ cell on the same images; LeNet-5 teaches LeNet-5-half. Then four cells again at 
 (denoiser forwards and views), and four corners with the strong pair. `quality` rows say what a
 cell's images are like: Frechet distance, precision and recall (Kynkaanniemi et al., arXiv
 1904.06991, k = 3) to 2,048 real test images in the features of the embedded strong classifier,
-which is not Inception; and that classifier's confidence and agreement with the wanted class.
+which is not Inception; that classifier's confidence and agreement with the wanted class; and the
+processor time of making them.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def quality(images: study.FixedSet) -> dict[str, Any]:
     shares = logits.softmax(dim=1)
     return {
         "images": count,
+        "cpu_s": round(images.cpu_s, 1),
         "frechet": round(frechet(made, real), 4),
         "precision": round(covered(made, real), 4),
         "recall": round(covered(real, made), 4),

@@ -70,6 +70,8 @@ class FixedSet:
     """(N, c, H, W) uint8."""
     labels: Tensor
     """(N,) int64."""
+    cpu_s: float = 0.0
+    """Processor time that making all of them took, where it is known."""
     next_id: int = 0
 
     def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> None:
@@ -95,7 +97,10 @@ class FixedSet:
         """The set's first images alone."""
         if count > len(self.images):
             raise ValueError(f"got {len(self.images)} images, expected at least {count}")
-        return FixedSet(images=self.images[:count], labels=self.labels[:count])
+        share = count / len(self.images)
+        return FixedSet(
+            images=self.images[:count], labels=self.labels[:count], cpu_s=share * self.cpu_s
+        )
 
     def state_dict(self) -> Row:
         """The next id."""
@@ -140,7 +145,8 @@ def generated(count: int, overrides: Sequence[str], *, file: str = "many_steps.y
         CACHE.mkdir(parents=True, exist_ok=True)
         save_file(held, path)
         say(f"{path.stem}: {count:,} images, {spent:.0f} CPU s")
-    return FixedSet(images=held["images"], labels=held["labels"]).first(count)
+    made = FixedSet(images=held["images"], labels=held["labels"], cpu_s=float(held["cpu_s"]))
+    return made.first(count)
 
 
 def real(folder: Path) -> tuple[FixedSet, ImageSet]:

@@ -74,17 +74,18 @@ def t_975(freedom: int) -> float:
 
 def finding_1(rows: list[Row]) -> str:
     """Arms of finding 1, and how far ours is from real images."""
-    grid = Grid(rows, lambda r: r["arm"])
+    shown = [r for r in rows if "top1" in r]
+    grid = Grid(shown, lambda r: r["arm"])
     body = []
     for arm, name in ARMS.items():
         found = grid.cells.get(arm)
         if found is None:
             continue
         deviation = f"{statistics.stdev(found):.2f}" if len(found) > 1 else ""
-        agreement = statistics.mean(100 * r["agreement"] for r in rows if r["arm"] == arm)
+        agreement = statistics.mean(100 * r["agreement"] for r in shown if r["arm"] == arm)
         cells = [f"{statistics.mean(found):.2f}", deviation, str(len(found)), f"{agreement:.2f}"]
         body.append([name, *cells])
-    note = f"LeNet-5 teaches LeNet-5-half, {rows[0]['views']:,} views. "
+    note = f"LeNet-5 teaches LeNet-5-half, {shown[0]['views']:,} views. "
     if {"real", "diffusion"} <= grid.cells.keys():
         note += f"Diffusion less real images: {grid.difference(['diffusion'], ['real'])}. "
     header = ["student sees", "top-1, %", "std", "seeds", "agreement with teacher, %"]
@@ -158,6 +159,15 @@ def finding_3(rows: list[Row]) -> str:
         teachers = list(dict.fromkeys(r["teacher"] for r in shown))
         body += [[student, t, *(grid.text((t, k)) for k in temperatures)] for t in teachers]
         notes.append(f"{student}: {grid.seeds} seeds a cell, {shown[0]['views']:,} views.")
+        if len(teachers) > 1:
+            weak, strong = (
+                [(t, k) for k in temperatures if (t, k) in grid.cells]
+                for t in (teachers[0], teachers[-1])
+            )
+            notes.append(
+                f"{teachers[0]} less {teachers[-1]} teacher over all temperatures: "
+                f"{grid.difference(weak, strong)}."
+            )
     header = ["student", "teacher", *(f"T = {t:g}" for t in temperatures)]
     note = "Top-1 in %, ± 95 % interval (deviation pooled per student). " + " ".join(notes)
     return _table(header, body, f"{note} {_spent(rows)}")
@@ -236,10 +246,10 @@ def _axes(rows: list[Row], name: str) -> list[Any]:
 
 
 def _spent(rows: list[Row]) -> str:
-    """What the students took, and where."""
+    """What students took, and images where a row says so, and on which machine."""
     seconds = sum(row.get("cpu_s", 0.0) for row in rows)
     stamp = rows[-1]["environment"]
-    return f"Students: {seconds / 3600:.2f} CPU hours. {stamp['device']}, {stamp['date']}."
+    return f"{seconds / 3600:.2f} CPU hours. {stamp['device']}, {stamp['date']}."
 
 
 def _table(header: list[str], body: list[list[str]], note: str) -> str:

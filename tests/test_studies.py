@@ -126,6 +126,18 @@ def test_tables_render_with_whatever_rows_exist() -> None:
     assert "| 1 | 80.00 |" in text and "1.00 CPU hours" in text
 
 
+def test_teachers_are_compared_over_all_temperatures() -> None:
+    stamp = {"device": "CPU", "date": "2026-01-01"}
+    rows = [
+        {"student": "s", "teacher": t, "temperature": k, "seed": seed, "top1": (m + seed) / 100,
+         "views": 10, "environment": stamp}
+        for t, m in (("weak", 80), ("strong", 70)) for k in (1.0, 4.0) for seed in (0, 1)
+    ]  # fmt: skip
+    text = study_tables.finding_3(rows)
+    # Variance 1/2 in each cell, four degrees of freedom; each side is a mean of four.
+    assert f"weak less strong teacher over all temperatures: +10.00 ± {2.776 * 0.5:.2f}" in text
+
+
 def test_photo_crops_and_noise_are_what_they_are_called() -> None:
     crops = finding_1.crops_of_a_photo(256).double()
     assert 20 < crops.std(dim=(1, 2, 3)).mean() < 90
