@@ -259,13 +259,11 @@ def compiled_graphs() -> int:
 
 
 def keeps_freed_memory() -> bool:
-    """Whether blocks of 40 MiB come back without page faults once such blocks have been freed."""
-    for _ in range(8):  # The first ones may go to different holes.
-        before = page_faults()
-        torch.ones(10 << 20)
-        if page_faults() - before < 10:  # of 10,240 pages, or 20 huge ones
-            return True
-    return False
+    """Whether a block of 256 MiB comes back without page faults once such a block has been freed."""
+    torch.ones(64 << 20)  # No hole of the heap is as large.
+    before = page_faults()
+    torch.ones(64 << 20)
+    return page_faults() - before < 64  # of 65,536 pages, or 128 huge ones
 
 
 def page_faults() -> int:
