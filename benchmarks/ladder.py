@@ -259,7 +259,7 @@ def compiled_graphs() -> int:
 
 
 def keeps_freed_memory() -> bool:
-    """Whether a block of 256 MiB comes back without page faults once such a block has been freed."""
+    """Whether a block of 256 MiB comes back without page faults once one has been freed."""
     torch.ones(64 << 20)  # No hole of the heap is as large.
     before = page_faults()
     torch.ones(64 << 20)
