@@ -6,13 +6,21 @@ import importlib
 import sys
 
 NAMES = {
+    "cost": "how time and memory grow with batch, capacity, image size and ranks",
+    "cuda-facts": "the sampler on a GPU: host time, waits, allocations, attention",
     "embedded": "the embedded job, end to end",
+    "end-to-end": "the embedded job against the paper's way of working, and the way between",
     "fewstep": "time to the accuracy of the best many-step setting",
     "fidelity": "what each fidelity preset costs and teaches",
+    "finding-1": "diffusion images against real ones, one photograph and noise (5 seeds)",
+    "finding-2": "what guidance and steps teach, cost and look like (3 seeds)",
+    "finding-3": "three teachers, two students, three temperatures (3 seeds)",
+    "imagenet": "ImageNet shapes: sampler, training step, cost of a whole job",
     "kd-loss": "the fused loss against eager PyTorch and torch.compile",
     "kd-loss-accuracy": "its errors against float64, beside eager's",
     "kd-loss-gpu": "the same on a GPU, in GB/s (benchmarks/gpu.sh)",
     "nearest": "generated images beside their nearest real ones",
+    "reuse": "how many different images, and where the ring pays (3 seeds)",
     "ring": "insert, draw and limiter, and their share of a training step",
     "sampler": "images/s against diffusers' pipelines",
     "views": "crops of images in memory against DALI and torchvision",

@@ -1,63 +1,80 @@
 """What only a GPU can show of the sampler: host time, waits, allocations, batch, attention.
 
-The embedded-size figures of `sampler.py` run anywhere; these rows need CUDA.
+DiT-XL/2 at 256 x 256, guided, latents only, random weights: a row per attention kernel and batch.
+Run by benchmarks/gpu.sh.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.harness import time_interleaved
-from dmkd_fast import DiffusionSampler
+from benchmarks.harness import Report, arguments, time_interleaved
+from benchmarks.imagenet import DDIM, TINY, Settings
+from dmkd_fast import DiffusionSampler, runtime
 from dmkd_fast.denoisers import share_embedder
 from dmkd_fast.dit import lean_dit
 
-XL2 = {
-    "num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "in_channels": 4,
-    "out_channels": 8, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000,
-}  # fmt: skip
-DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
 STEPS = 10
+# xformers' kernels at one batch only: each row takes a compilation.
+CASES = (("sdpa", 8), ("sdpa", 32), ("sdpa", 128), ("xformers", 32))
 
 
-def sampler_rows(device: torch.device, half: torch.dtype) -> list[dict[str, Any]]:
-    """DiT-XL/2 at 256 x 256, guided, latents only, random weights: a row per batch and kernel."""
+def main(argv: list[str]) -> int:
+    parser = arguments("cuda-facts", __doc__ or "")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: small model, one timing")
+    options: argparse.Namespace = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("cuda-facts: no CUDA device")
+        return 2
+    device = torch.device("cuda")
+    half = runtime.resolve_dtype("auto", device)
+    report = Report(bench="cuda-facts", device=device)
     diffusers: Any = importlib.import_module("diffusers")
+    settings = TINY if options.tiny else Settings()
     with torch.device(device):
-        dit = diffusers.DiTTransformer2DModel(**XL2).eval()
+        dit = diffusers.DiTTransformer2DModel(**settings.dit).eval()
     share_embedder(dit)
-    rows = []
-    for attention in ("xformers", "sdpa"):
-        for batch in (8, 32, 64, 128):
-            rows.append(_row(dit, attention, batch, device, half))
-    return rows
+    for attention, batch in CASES:
+        try:
+            row = _row(dit, attention, batch, settings, half, n=1 if options.tiny else 5)
+        except (ValueError, torch.OutOfMemoryError) as reason:  # no xformers, or no room
+            print(f"{attention}, batch {batch}: left out ({reason})")
+            continue
+        report.rows.append(row)
+    report.finish(record=options.record)
+    return 0 if report.rows else 1
 
 
 def _row(
-    dit: Any, attention: Any, batch: int, device: torch.device, half: torch.dtype
+    dit: Any, attention: Any, batch: int, settings: Settings, half: torch.dtype, *, n: int
 ) -> dict[str, Any]:
+    device, side = torch.device("cuda"), settings.latent_side
     lean = lean_dit(dit)
     assert lean is not None
     lean.choose_attention(attention, device=device, dtype=half)
     # Latents as four-channel images: the decoder's cost is measured by itself.
     sampler = DiffusionSampler(
-        lean, scheduler=DDIM, latent_shape=(4, 32, 32), null_class=1000, num_steps=STEPS,
-        guidance_scale=2.0, micro_batch_images=batch, dtype=half, device=device, compile=True,
+        lean, scheduler=DDIM, latent_shape=(4, side, side), null_class=settings.num_classes,
+        num_steps=STEPS, guidance_scale=settings.guidance_scale, micro_batch_images=batch,
+        dtype=half, device=device, compile=True,
     )  # fmt: skip
-    out = torch.empty(batch, 4, 32, 32, dtype=torch.uint8, device=device)
+    out = torch.empty(batch, 4, side, side, dtype=torch.uint8, device=device)
     ids = torch.arange(batch, device=device)
-    call = lambda: sampler.sample(ids, ids, out=out)  # noqa: E731
-    timing = time_interleaved({"call": call}, n=9, warmup=2)["call"]
+    call = lambda: sampler.sample(ids, ids % settings.num_classes, out=out)  # noqa: E731
+    timing = time_interleaved({"call": call}, n=n, warmup=2)["call"]
     before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")  # any wait for the device raises
-    started = time.perf_counter()
-    call()
-    host_ms = 1e3 * (time.perf_counter() - started)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        started = time.perf_counter()
+        call()
+        host_ms = 1e3 * (time.perf_counter() - started)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_stats(device)["allocation.all.allocated"] - before
     return {

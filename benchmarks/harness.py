@@ -9,7 +9,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Report:
     """What one measurement prints as its last line and records."""
 
     bench: str
+    device: torch.device | None = None
+    """What was measured; None: the GPU if there is one."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     goals: dict[str, Goal] = field(default_factory=dict)
 
@@ -48,7 +51,7 @@ class Report:
 
     def finish(self, *, record: bool) -> None:
         """Print the JSON line; with `record`, append the rows to results/BENCH.jsonl."""
-        stamp = environment()
+        stamp = environment(self.device)
         if record:
             RESULTS.mkdir(exist_ok=True)
             with (RESULTS / f"{self.bench}.jsonl").open("a", encoding="utf-8") as file:
@@ -93,13 +96,31 @@ def summary(values_ms: list[float]) -> dict[str, float]:
     }
 
 
-def environment() -> dict[str, Any]:
+@contextmanager
+def peak_mib(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Gives a function that says, afterwards, how much memory the work inside took at most.
+
+    On CUDA: tensors, beyond those that were there. On a CPU: the process, so far.
+    """
+    if device.type != "cuda":
+        yield lambda: round(runtime.peak_memory_mib(), 1)
+        return
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    peaks: list[float] = []
+    yield lambda: peaks[0]
+    torch.cuda.synchronize(device)
+    peaks.append(round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1))
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Machine, versions and commit that a row was measured with."""
-    cuda = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU {_cpu_name()}",
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU {_cpu_name()}",
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

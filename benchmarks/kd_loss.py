@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     if options.memory:
         print(_peak_gradients(*options.memory))
         return
-    report = Report(bench="kd-loss")
+    report = Report(bench="kd-loss", device=torch.device("cpu"))
     shapes = SHAPES[:1] if options.quick else SHAPES
     for threads in (1, 0):  # 0: all; last, so that the stamp shows it
         runtime.set_num_threads(threads)

@@ -1,6 +1,8 @@
 """Writes tables between `<!-- rows:NAME -->` and `<!-- end -->` in README and docs.
 
-Each table shows the newest recorded rows of its measurement (those of the last commit and date).
+Each table shows the newest recorded rows of its measurement (those of the last commit and date)
+that were measured on a CPU, NAME-gpu those on a GPU; tables of the studies, which take hours, show
+all rows. Plots of the studies are drawn as well.
 `--check` changes nothing and fails where a table and its rows disagree.
 """
 
@@ -14,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import read_rows
+from benchmarks.study_plots import draw
+from benchmarks.study_tables import STUDY_TABLES
 
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"(<!-- rows:([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
+# Tables of one part of a measurement's rows.
+PARTS = {"end-to-end": ("end-to-end", "whole"), "ladder": ("end-to-end", "ladder")}
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +38,8 @@ def main(argv: list[str]) -> int:
             stale.append(path.name)
             if not options.check:
                 path.write_text(after, encoding="utf-8")
+    if not options.check:
+        draw(ROOT / "docs" / "images")
     verb = "differ from their rows" if options.check else "rendered"
     print(f"{', '.join(stale) or 'no file'}: {verb}", file=sys.stderr)
     return 1 if options.check and stale else 0
@@ -41,6 +49,10 @@ def render(text: str) -> str:
     """The text with every marked table written anew."""
 
     def replace(match: re.Match[str]) -> str:
+        if match[2] in STUDY_TABLES:
+            bench, table = STUDY_TABLES[match[2]]
+            rows = read_rows(bench)
+            return match[1] + (table(rows) if rows else "No rows yet.\n") + match[3]
         rows = latest(match[2])
         return match[1] + (TABLES[match[2]](rows) if rows else "No rows yet.\n") + match[3]
 
@@ -48,14 +60,21 @@ def render(text: str) -> str:
 
 
 def latest(bench: str) -> list[Row]:
-    """The rows recorded together with the last one."""
-    rows = read_rows(bench)
+    """The rows recorded together with the last one on a CPU or, for `NAME-gpu`, on a GPU."""
+    name = bench.removesuffix("-gpu")
+    name, part = PARTS.get(name, (name, None))
+    rows = [row for row in read_rows(name) if _is_gpu(row) == bench.endswith("-gpu")]
+    rows = [row for row in rows if part is None or row["part"] == part]
     return [row for row in rows if row["environment"] == rows[-1]["environment"]]
 
 
 def _table(header: list[str], body: list[list[str]], note: str) -> str:
     lines = [header, ["---"] * len(header), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{note}\n"
+
+
+def _is_gpu(row: Row) -> bool:
+    return not row["environment"]["device"].startswith("CPU ")
 
 
 def _where(rows: list[Row]) -> str:
@@ -113,14 +132,15 @@ def _sampler(rows: list[Row]) -> str:
             f"{per_s[3] / per_s[0]:.1f}x / {per_s[3] / per_s[1]:.1f}x",
             f"{ours['share_of_ceiling']:.0%}",
         ])  # fmt: skip
-    header = ["model", "decoder", "steps", "batch", "diffusers fp32", "diffusers bf16",
+    half = "fp16" if _is_gpu(rows[0]) else "bf16"
+    header = ["model", "decoder", "steps", "batch", "diffusers fp32", f"diffusers {half}",
               "ours, not compiled", "ours", "gain", "of GEMM ceiling"]  # fmt: skip
     forward = [r for r in rows if r["model"] == "DiT-S/2 forward"]
     best = max(forward, key=lambda r: r["share_of_ceiling"])
     note = (
-        f"Guided images/s, medians of {timed[0]['n']}, interleaved; gain over fp32 / bf16. DiT-S/2 "
-        f"forward alone: {best['share_of_ceiling']:.0%} of the ceiling at batch {best['batch']} "
-        f"(ceiling {best['ceiling_tflop_per_s']:.2f} TFLOP/s). {_where(rows)}."
+        f"Guided images/s, medians of {timed[0]['n']}, interleaved; gain over fp32 / {half}. "
+        f"DiT-S/2 forward alone: {best['share_of_ceiling']:.0%} of the ceiling at batch "
+        f"{best['batch']} (ceiling {best['ceiling_tflop_per_s']:.2f} TFLOP/s). {_where(rows)}."
     )
     return _table(header, body, note)
 
@@ -153,7 +173,6 @@ def _fewstep(rows: list[Row]) -> str:
 
 def _views(rows: list[Row]) -> str:
     arms = ["ours", "DALI", "torchvision", "eager", "copy"]
-    rows = [r for r in rows if r["device"] == "cpu"]
     found = {(r["case"], r["dtype"], r["arm"], r["set"]): r for r in rows}
     body = []
     for key in dict.fromkeys((r["case"], r["dtype"]) for r in rows):
@@ -192,13 +211,131 @@ def _ring(rows: list[Row]) -> str:
     return _table(["operation", *(f"{c:,} slots" for c in capacities)], body, note)
 
 
+def _end_to_end(rows: list[Row]) -> str:
+    header = ["way of working", "seed", "top-1", "images/s", "views/s", "generate s", "train s",
+              "evaluate s", "whole, s", "CPU s", "disk MiB", "memory MiB", "s to target",
+              "vs fp32 / bf16 baseline"]  # fmt: skip
+    body = [
+        [r["arm"], str(r["seed"]), f"{r['top1']:.4f}", f"{r['images_per_s']:.0f}",
+         f"{r['views_per_s']:,.0f}", f"{r['generation_s']:.0f}", f"{r['training_s']:.0f}",
+         f"{r['evaluation_s']:.0f}", f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}",
+         f"{r['disk_mib']:.0f}", f"{r['peak_memory_mib']:,}", _seconds(r["s_to_target"]),
+         f"{_times(r['times_faster_than_fp32'])} / {_times(r['times_faster_than_bf16'])}"]
+        for r in rows
+    ]  # fmt: skip
+    targets = ", ".join(f"{t:.4f}" for t in dict.fromkeys(r["target"] for r in rows))
+    gaps = [r["resolution_s"] for r in rows]
+    note = (
+        f"{rows[0]['images']:,} images and {rows[0]['views']:,} views. Target "
+        f"{targets}; evaluations are {min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: "
+        f"PNG files; of ours the run directory, checkpoints included. {_where(rows)}."
+    )
+    return _table(header, body, note)
+
+
+def _ladder(rows: list[Row]) -> str:
+    header = ["after", "this change", "seed", "top-1", "images/s", "views/s", "whole, s", "gain",
+              "s to target", "seen in the run"]  # fmt: skip
+    wall = {(r["arm"], r["seed"]): r["wall_s"] for r in rows}
+    body = [
+        [r["after"] or "-", r["arm"], str(r["seed"]), f"{r['top1']:.4f}",
+         f"{r['images_per_s']:.0f}", f"{r['views_per_s']:,.0f}", f"{r['wall_s']:.0f}",
+         f"{wall[r['after'], r['seed']] / r['wall_s']:.2f}x" if r["after"] else "-",
+         _seconds(r["s_to_target"]), _seen(r["proof"])]
+        for r in rows
+    ]  # fmt: skip
+    note = (
+        "One change at a time; gain: seconds of the whole job before and after it. Images made "
+        "alike were made once, and their time is part of each row. The compiled student is not "
+        f"carried on: on a CPU `dmkd` does not compile it. {_where(rows)}."
+    )
+    return _table(header, body, note)
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.0f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}x"
+
+
+def _seen(proof: Row) -> str:
+    """What a run was seen to do, in short."""
+    parts = [proof["sampler"], proof["attention"], proof["sampler_dtype"]]
+    parts.append(f"{proof['png_files']:,} PNG files" if proof["png_files"] else "ring")
+    parts += [name.removeprefix("aten::") for name, calls in proof["ops"].items()
+              if calls and "scalar" not in name]  # fmt: skip
+    parts.append(f"{proof['teacher_batch_norms']} teacher norms")
+    parts.append(f"{proof['page_faults_per_step']:,} page faults a step")
+    return ", ".join([*parts, *(["compiled student"] if proof["compiled_graphs"] else [])])
+
+
+def _kd_loss_gpu(rows: list[Row]) -> str:
+    arms = list(dict.fromkeys(r["arm"] for r in rows if r["arm"] != "copy"))
+    found = {(r["shape"], r["dtype"], r["arm"]): r for r in rows}
+    body = []
+    for shape, dtype in dict.fromkeys((r["shape"], r["dtype"]) for r in rows):
+        cells = [found.get((shape, dtype, arm)) for arm in [*arms, "copy"]]
+        body.append([
+            shape, dtype,
+            *(f"{r['us_per_step']:,.1f} ({r['share_of_copy']:.0%})" if r else "" for r in cells),
+        ])  # fmt: skip
+    note = (
+        f"Loss and gradient, microseconds, and share of the copy's speed; medians of "
+        f"{rows[0]['n']}, interleaved. {_where(rows)}."
+    )
+    return _table(["B x C", "dtype", *arms, "copy of the bytes"], body, note)
+
+
+def _cuda_facts(rows: list[Row]) -> str:
+    header = ["attention", "batch", "images/s", "host ms a batch", "waits", "allocations"]
+    body = [
+        [r["arm"], str(r["batch"]), f"{r['images_per_s']:.1f}", f"{r['host_ms_per_batch']:.2f}",
+         str(r["syncs"]), str(r["allocations_per_batch"])]
+        for r in rows
+    ]  # fmt: skip
+    note = f"DiT-XL/2, 256 x 256, latents only, {rows[0]['steps']} guided steps. {_where(rows)}."
+    return _table(header, body, note)
+
+
+def _imagenet(rows: list[Row]) -> str:
+    body = []
+    for r in (r for r in rows if r["part"] == "sampler"):
+        what = f"{r['model']}, {r['side']} pixels, {r['steps']} guided steps, batch {r['batch']}"
+        body.append([what, r["arm"], f"{r['images_per_s']:,.2f} images/s", f"{r['peak_mib']:,.0f}"])
+    for r in (r for r in rows if r["part"] == "training"):
+        what = f"{r['teacher']} -> {r['student']}, {r['pixels']} pixels, batch {r['batch']}"
+        body.append([what, r["arm"], f"{r['views_per_s']:,.0f} views/s", f"{r['peak_mib']:,.0f}"])
+    for r in (r for r in rows if r["part"] == "outside"):
+        what = f"{r['teacher']} -> {r['student']}: share of a step outside the networks"
+        body.append([what, "ours", f"{r['share_outside_networks']:.1%}", ""])
+    for r in (r for r in rows if r["part"].startswith("job")):
+        what = (
+            f"whole job by arithmetic: {r['images']:,} images at {r['steps']} steps, reuse "
+            f"{r['reuse']}, {r['student']}"
+        )
+        parts = f"{r['generation_h']:,.1f} h + {r['training_h']:,.1f} h"
+        body.append([what, f"{r['images_by']}, {r['arm']}", parts, ""])
+    header = ["what", "arm", "figure", "peak MiB"]
+    return _table(header, body, f"Random weights; `benchmarks/imagenet.py`. {_where(rows)}.")
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "cuda-facts-gpu": _cuda_facts,
     "embedded": _embedded,
+    "end-to-end": _end_to_end,
     "fewstep": _fewstep,
     "fidelity": _fidelity,
+    "imagenet-gpu": _imagenet,
     "kd-loss": _kd_loss,
+    "ladder": _ladder,
+    "kd-loss-gpu": _kd_loss_gpu,
     "nearest": _nearest,
     "ring": _ring,
+    "ring-gpu": _ring,
     "sampler": _sampler,
+    "sampler-gpu": _sampler,
     "views": _views,
+    "views-gpu": _views,
 }

@@ -32,13 +32,15 @@ CALLS = 50  # of the ring per timing, because one takes microseconds
 def main(argv: list[str]) -> None:
     parser = arguments("ring", __doc__ or "")
     parser.add_argument("--n", type=int, default=60, help="timings per arm")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: one capacity, one timing")
     options: argparse.Namespace = parser.parse_args(argv)
     runtime.set_num_threads(0)
     device = runtime.resolve_device("auto")
-    report = Report(bench="ring")
-    for capacity in CAPACITIES:
-        report.rows += operations(capacity, device, n=max(3, options.n // 10))
-    training_step(report, n=options.n)
+    report = Report(bench="ring", device=device)
+    capacities, n = (CAPACITIES[:1], 1) if options.tiny else (CAPACITIES, options.n)
+    for capacity in capacities:
+        report.rows += operations(capacity, device, n=1 if options.tiny else max(3, n // 10))
+    training_step(report, n=n)
     report.finish(record=options.record)
 
 
@@ -120,11 +122,12 @@ def training_step(report: Report, *, n: int) -> None:
 def bare_step(distiller: Distiller, views: Tensor, gradient: Tensor) -> None:
     """What a step costs on ready views with a ready gradient."""
     teacher = distiller._supervision._teachers.networks[0]
-    with distiller._autocast:
+    learner = distiller.learner
+    with learner.autocast:
         with torch.no_grad():
             teacher(views.to(distiller.dtype))
-        logits = distiller._student(views)
+        logits = learner.network(views)
     logits.backward(gradient.to(logits.dtype))
-    distiller.optimizer.step()
-    distiller.optimizer.zero_grad(set_to_none=True)
-    distiller.average.update(distiller.student)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    learner.average.update()

@@ -15,6 +15,7 @@ import argparse
 import copy
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cuda_facts
 from benchmarks.harness import Report, arguments, time_interleaved
 from dmkd_fast import DiffusionSampler, load_denoiser, runtime
 from dmkd_fast.assets import resolve
@@ -31,24 +31,47 @@ from dmkd_fast.denoisers import Decoder, Denoiser, share_embedder
 from dmkd_fast.dit import LeanDiT, lean_dit
 
 EMBEDDED = "embedded:fashion_mnist/denoiser"
-FLOW_STEPS = {4: 128, 10: 128, 50: 32}  # steps -> batch
-LATENT_STEPS, LATENT_BATCH = (4, 10), 4
-SWEEP = (4, 8, 16, 32)
-GEMMS = ((4096, 1152, 4608), (4096, 4608, 1152), (8192, 768, 768), (2048, 2048, 2048))
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
 diffusers: Any = importlib.import_module("diffusers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is measured, and how large."""
+
+    flow_steps: tuple[tuple[int, int], ...] = ((4, 128), (10, 128), (50, 32))
+    """Of the embedded model, with the batch of each."""
+    latent_steps: tuple[int, ...] = (4, 10)
+    latent_batch: int = 4
+    sweep: tuple[int, ...] = (4, 8, 16, 32)
+    products: tuple[tuple[int, int, int], ...] = (
+        (4096, 1152, 4608), (4096, 4608, 1152), (8192, 768, 768), (2048, 2048, 2048)
+    )  # fmt: skip
+    heads: int = 6
+    layers: int = 12
+    latent_side: int = 32
+    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
+
+
+# A rehearsal of the same lines.
+TINY = Sizes(
+    flow_steps=((1, 4),), latent_steps=(1,), sweep=(4,), products=((64, 64, 64), (64, 32, 64)),
+    heads=1, layers=1, latent_side=8, vae_channels=(32, 32),
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
     parser = arguments("sampler", __doc__ or "")
     parser.add_argument("--model", type=Path, help="a DiT folder in diffusers format instead")
     parser.add_argument("--n", type=int, default=5, help="timings per arm")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: small models, one timing")
     options: argparse.Namespace = parser.parse_args(argv)
     runtime.set_num_threads(0)
     device = runtime.resolve_device("auto")
     half = runtime.resolve_dtype("auto", device)
-    report = Report(bench="sampler")
-    bench = Bench(report, device, half, options.n)
+    report = Report(bench="sampler", device=device)
+    sizes = TINY if options.tiny else Sizes()
+    bench = Bench(report, device, half, 1 if options.tiny else options.n, sizes)
     if options.model is not None:
         bench.folder(options.model)
     else:
@@ -56,25 +79,25 @@ def main(argv: list[str]) -> None:
         bench.latent("SD-VAE", sd_vae)
         bench.latent("TAESD", taesd)
         bench.sweep()
-    if device.type == "cuda":
-        report.rows += cuda_facts.sampler_rows(device, half)
     report.finish(record=options.record)
 
 
 class Bench:
     """The arms of every model, and the rows they leave."""
 
-    def __init__(self, report: Report, device: torch.device, half: torch.dtype, n: int) -> None:
+    def __init__(
+        self, report: Report, device: torch.device, half: torch.dtype, n: int, sizes: Sizes
+    ) -> None:
         self.report, self.device, self.half = report, device, half
-        self.n = n
-        self._product, self._product_flops = fastest_product(device, half)
+        self.n, self.sizes = n, sizes
+        self._product, self._product_flops = fastest_product(device, half, sizes.products)
 
     def embedded(self) -> None:
         """The pixel DiT that ships, guidance 1.5."""
         folder = resolve(EMBEDDED)
-        for steps, batch in FLOW_STEPS.items():
+        for steps, batch in self.sizes.flow_steps:
             labels = torch.arange(batch, device=self.device) % 10
-            modules = {name: _diffusers_dit(folder) for name in (torch.float32, self.half)}
+            modules = {name: diffusers_dit(folder) for name in (torch.float32, self.half)}
             arms: dict[str, Callable[[], object]] = {}
             for name, dtype in (("pipeline fp32", torch.float32), ("pipeline half", self.half)):
                 module = modules[dtype].to(self.device, dtype)
@@ -90,10 +113,11 @@ class Bench:
             medians = self._time(arms, "embedded DiT", "none", steps, batch, flops)
             self._goals(f"embedded, {steps} steps", medians, 5.0, 1.5)
 
-    def latent(self, name: str, make_vae: Callable[[], nn.Module]) -> None:
+    def latent(self, name: str, make_vae: Callable[[Sizes], nn.Module]) -> None:
         """DiT-S/2 at 256 x 256 with an autoencoder, guidance 4, random weights."""
-        for steps in LATENT_STEPS:
-            medians = self._latent_arms("DiT-S/2", name, dit_s2(), make_vae(), DDIM, steps)
+        for steps in self.sizes.latent_steps:
+            dit, vae = dit_s2(self.sizes), make_vae(self.sizes)
+            medians = self._latent_arms("DiT-S/2", name, dit, vae, DDIM, steps)
             if name == "SD-VAE":
                 self._goals(f"DiT-S/2 with SD-VAE, {steps} steps", medians, 2.5, 1.2)
 
@@ -103,28 +127,29 @@ class Bench:
         dit = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
         if loaded.decoder is None:
             raise SystemExit(f"--model {folder}: got a pixel model, expected one with vae/")
-        for steps in LATENT_STEPS:
+        for steps in self.sizes.latent_steps:
             vae = loaded.decoder.vae
             self._latent_arms(folder.name, "own", dit, vae, loaded.scheduler, steps)
 
     def sweep(self) -> None:
         """DiT-S/2 alone, compiled: forwards/s and share of the ceiling by batch."""
-        shares = [self._forward(batch) for batch in SWEEP]
+        shares = [self._forward(batch) for batch in self.sizes.sweep]
         self.report.at_least("DiT-S/2 denoiser, share of the GEMM ceiling", max(shares), 0.55)
 
     def _forward(self, batch: int) -> float:
-        lean = lean_dit(dit_s2())
+        lean = lean_dit(dit_s2(self.sizes))
         assert lean is not None
         lean.choose_attention("auto", device=self.device, dtype=self.half)
         forward = torch.compile(lean.to(self.device, self.half), fullgraph=True, dynamic=False)
-        x = torch.randn(batch, 4, 32, 32, device=self.device, dtype=self.half)
+        side = self.sizes.latent_side
+        x = torch.randn(batch, 4, side, side, device=self.device, dtype=self.half)
         t, y = torch.full((batch,), 500.0, device=self.device), torch.arange(batch)
         with torch.inference_mode():
             ours = partial(forward, x, t, y.to(self.device))
             timings = time_interleaved({"ours": ours, "product": self._product}, n=9)
         timing, ceiling = timings["ours"], self._ceiling(timings)
         per_s = 1e3 * batch / timing["median_ms"]
-        share = per_s * dit_flops(dit_s2_config()) / ceiling
+        share = per_s * dit_flops(dit_s2_config(self.sizes)) / ceiling
         self.report.rows.append({
             "model": "DiT-S/2 forward", "arm": "ours", "batch": batch, **timing,
             "forwards_per_s": round(per_s, 2), "share_of_ceiling": round(share, 3),
@@ -135,7 +160,7 @@ class Bench:
     def _latent_arms(
         self, model: str, decoder: str, dit: Any, vae: Any, scheduler: dict[str, Any], steps: int
     ) -> dict[str, float]:
-        batch = LATENT_BATCH
+        batch = self.sizes.latent_batch
         labels = torch.arange(batch, device=self.device)
         kind = getattr(diffusers, scheduler["_class_name"])
         arms: dict[str, Callable[[], object]] = {}
@@ -223,7 +248,6 @@ def _as_users_run_it(arm: Callable[[], object]) -> None:
     arm()
 
 
-@torch.no_grad()
 def flow_loop(
     module: Any, dtype: torch.dtype, labels: Tensor, steps: int, guidance_scale: float
 ) -> Tensor:
@@ -232,7 +256,15 @@ def flow_loop(
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), device=device)
     x = torch.randn(len(labels), 1, 28, 28, device=device, dtype=dtype)
-    both = torch.cat((labels, torch.full_like(labels, 10)))
+    return guided_loop(module, scheduler, x, labels, guidance_scale)
+
+
+@torch.no_grad()
+def guided_loop(
+    module: Any, scheduler: Any, x: Tensor, labels: Tensor, guidance_scale: float
+) -> Tensor:
+    """The same with any scheduler that has its timesteps, from noise x (B, c, H, W)."""
+    both = torch.cat((labels, torch.full_like(labels, module.config.num_embeds_ada_norm)))
     for timestep in scheduler.timesteps:
         velocity = module(
             torch.cat((x, x)), timestep=timestep.expand(len(both)), class_labels=both
@@ -243,44 +275,48 @@ def flow_loop(
     return (x.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
 
-def fastest_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+def fastest_product(
+    device: torch.device, dtype: torch.dtype, products: tuple[tuple[int, int, int], ...]
+) -> tuple[Callable[[], object], float]:
     """The fastest of a few large products (M, K, N), and its FLOPs."""
     arms: dict[str, Callable[[], object]] = {}
-    for m, k, n in GEMMS:
+    for m, k, n in products:
         a, b = (torch.randn(size, k, device=device, dtype=dtype) for size in (m, n))
         arms[f"{m}x{k}x{n}"] = partial(nn.functional.linear, a, b)
     with torch.inference_mode():
         timings = time_interleaved(arms, n=15, warmup=3)
-    flops = dict(zip(arms, (2.0 * m * k * n for m, k, n in GEMMS), strict=True))
+    flops = dict(zip(arms, (2.0 * m * k * n for m, k, n in products), strict=True))
     best = max(arms, key=lambda name: flops[name] / timings[name]["p20_ms"])
     return arms[best], flops[best]
 
 
-def dit_s2_config() -> dict[str, Any]:
+def dit_s2_config(sizes: Sizes) -> dict[str, Any]:
     """DiT-S/2 for 256 x 256 images (latents 4 x 32 x 32)."""
     return {
-        "num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12, "in_channels": 4,
-        "out_channels": 8, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000,
+        "num_attention_heads": sizes.heads, "attention_head_dim": 64, "num_layers": sizes.layers,
+        "in_channels": 4, "out_channels": 8, "sample_size": sizes.latent_side, "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
     }  # fmt: skip
 
 
-def dit_s2() -> Any:
+def dit_s2(sizes: Sizes) -> Any:
     torch.manual_seed(0)
-    dit = diffusers.DiTTransformer2DModel(**dit_s2_config()).eval()
+    dit = diffusers.DiTTransformer2DModel(**dit_s2_config(sizes)).eval()
     share_embedder(dit)
     return dit
 
 
-def sd_vae() -> Any:
+def sd_vae(sizes: Sizes) -> Any:
     torch.manual_seed(0)
+    count = len(sizes.vae_channels)
     return diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        sample_size=256,
+        block_out_channels=sizes.vae_channels, layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * count,
+        up_block_types=("UpDecoderBlock2D",) * count, sample_size=256,
     ).eval()  # fmt: skip
 
 
-def taesd() -> Any:
+def taesd(sizes: Sizes) -> Any:
     torch.manual_seed(0)
     return diffusers.AutoencoderTiny().eval()
 
@@ -313,5 +349,6 @@ def decoder_flops(vae: Any, size: int) -> float:
     return float(counter.get_total_flops())
 
 
-def _diffusers_dit(folder: Path) -> Any:
+def diffusers_dit(folder: Path) -> Any:
+    """The module as diffusers loads it."""
     return diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()

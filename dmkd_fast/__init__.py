@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from dmkd_fast.mix import Mixer
     from dmkd_fast.models import load_classifier, save_classifier
     from dmkd_fast.ops.kd_loss import DistillKL, kd_loss, kd_loss_and_grad
-    from dmkd_fast.optim import Schedule
     from dmkd_fast.ring_buffer import RingBuffer
     from dmkd_fast.sampler import DiffusionSampler
+    from dmkd_fast.schedule import Schedule
     from dmkd_fast.teachers import Teacher, Teachers
     from dmkd_fast.views import Views, ViewSpec
 
@@ -40,7 +40,7 @@ _HOMES = {
     "LabelStream": "labels",
     "Mixer": "mix",
     "RingBuffer": "ring_buffer",
-    "Schedule": "optim",
+    "Schedule": "schedule",
     "Teacher": "teachers",
     "Teachers": "teachers",
     "ViewSpec": "views",

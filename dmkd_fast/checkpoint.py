@@ -5,11 +5,15 @@ three files: `state.safetensors`, `state.json` with the folder's own name and ev
 a tensor, and `SHA256SUMS`, which `sha256sum -c` reads. It gets its name when all of it is on disk,
 so a crash leaves the old state or the new one, never a mix. What is damaged, or lies where
 something else was written, is noticed on loading, and the checkpoint before it is used.
+
+Of several ranks the first writes what all have in common; each writes what is its own. A checkpoint
+counts if it is whole on all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import time
@@ -22,7 +26,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from dmkd_fast import durable, weights
+from dmkd_fast import durable, state_tree, weights
+from dmkd_fast.ranks import ALONE, Ranks
 
 TENSORS, REST, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
 
@@ -69,25 +74,7 @@ def restore(folder: Path, objects: Mapping[str, Stateful]) -> Restored:
     Raises:
         ValueError: There is none, or it belongs to objects of other names, kinds or shapes.
     """
-    notes, damaged = [], []
-    for path in reversed(_found(folder)):
-        try:
-            files = _read(path)
-            record = _record(path, files[REST])
-            _fill(path, record["objects"], load(files[TENSORS]), objects)
-        except durable.Damaged as error:
-            notes.append(f"checkpoint {path.name}: damaged ({error})")
-            damaged.append(path)
-            continue
-        for other in damaged:  # Only now: were all of them damaged, somebody might mend one.
-            with contextlib.suppress(OSError):
-                durable.hide(other, "damaged")
-        return Restored(record["step"], [f"{note}; {path.name} is used" for note in notes])
-    if notes:
-        raise ValueError(
-            f"{folder}: got no whole checkpoint ({'; '.join(notes)}), expected one; start a new run"
-        )
-    raise ValueError(f"{folder}: got no checkpoint, expected step-N folders; start a new run")
+    return _restore(folder, objects, ALONE, folder, {})
 
 
 class Saver:
@@ -98,19 +85,34 @@ class Saver:
         writer: Hashes and writes them.
         every_s: Seconds from one to the next.
         keep: How many are kept.
+        ranks: All but the first use a folder of their own below this one. They start and finish
+            checkpoints together.
     """
 
     def __init__(
-        self, folder: Path, writer: durable.Writer, *, every_s: float, keep: int = 2
-    ) -> None:
-        self.folder, self.writer, self.every_s, self.keep = folder, writer, every_s, keep
+        self, folder: Path, writer: durable.Writer, *, every_s: float, keep: int = 2,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        self.folder = ranks.folder(folder)
+        self.writer, self.every_s, self.keep = writer, every_s, keep
+        self._ranks, self._first_folder = ranks, folder
         self._last = time.monotonic()
         self._saving: Future[Path] | None = None
+        self._latest: Future[Path] | None = None
         self._is_ours = False
 
-    def restore(self, objects: Mapping[str, Stateful]) -> Restored:
-        """See `restore`."""
-        restored = restore(self.folder, objects)
+    def restore(
+        self, objects: Mapping[str, Stateful], *, common: Mapping[str, Stateful] | None = None
+    ) -> Restored:
+        """See `restore`; the newest that is whole on all ranks.
+
+        A run that was killed while its very first checkpoint was written begins anew.
+
+        Args:
+            objects: What was saved here.
+            common: What only the first rank saves; the others take it from there.
+        """
+        restored = _restore(self.folder, objects, self._ranks, self._first_folder, common or {})
         self._is_ours = True
         return restored
 
@@ -126,16 +128,32 @@ class Saver:
                 "first, or choose another folder"
             )
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether one is being written."""
+        return self._saving is not None and not self._saving.done()
+
     def is_due(self) -> bool:
         """Whether it is time for the next one, and the last one is written."""
-        busy = self._saving is not None and not self._saving.done()
-        return not busy and time.monotonic() - self._last > self.every_s
+        return not self.is_busy and time.monotonic() - self._last > self.every_s
 
-    def start(self, step: int, objects: Mapping[str, Stateful]) -> None:
-        """Copy the state and have the copy written."""
+    def start(self, step: int, objects: Mapping[str, Stateful], *, mark: int = 0) -> None:
+        """Copy the state and have the copy written.
+
+        Args:
+            step: In the checkpoint's name.
+            objects: What to save.
+            mark: Tells moments at one step apart; the same on all ranks.
+        """
         snapshot, self._is_ours = _Snapshot(objects), True
+        snapshot.mark, snapshot.world_size = mark, self._ranks.world_size
         self._saving = self.writer.submit(lambda: _write(self.folder, step, snapshot, self.keep))
-        self._last = time.monotonic()
+        self._latest, self._last = self._saving, time.monotonic()
+
+    def withdraw(self) -> None:
+        """Take back the last one, once it is written: another rank could not write it."""
+        if self._latest is not None:
+            self.writer.submit(functools.partial(_withdraw, self._latest))
 
     def problem(self) -> str | None:
         """Why the last one could not be written, told once: the run goes on without it."""
@@ -146,13 +164,13 @@ class Saver:
             raise error
         return None if error is None else f"{error}; the run goes on"
 
-    def finish(self, step: int, objects: Mapping[str, Stateful]) -> Path:
+    def finish(self, step: int, objects: Mapping[str, Stateful], *, mark: int = 0) -> Path:
         """Write the state as it is now, and wait for it.
 
         Raises:
             SaveError: It could not be written.
         """
-        self.start(step, objects)
+        self.start(step, objects, mark=mark)
         assert self._saving is not None
         return self._saving.result()
 
@@ -170,9 +188,14 @@ class Saver:
 class _Snapshot:
     """Copies on the CPU that later changes in place do not reach."""
 
+    mark, world_size = 0, 1
+
     def __init__(self, objects: Mapping[str, Stateful]) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self.rest = {n: _split(item.state_dict(), n, self.tensors) for n, item in objects.items()}
+        self.rest = {
+            name: state_tree.split(item.state_dict(), name, self.tensors)
+            for name, item in objects.items()
+        }
         self._copied: torch.cuda.Event | None = None
         if torch.cuda.is_initialized():
             self._copied = torch.cuda.Event()
@@ -185,18 +208,20 @@ class _Snapshot:
 
 
 def _write(folder: Path, step: int, snapshot: _Snapshot, keep: int) -> Path:
-    final, serial = folder / f"step-{step:09d}", 0
-    while final.exists():
-        serial += 1
-        final = folder / f"step-{step:09d}.{serial}"
+    # Above those that are there: lower ones may have been deleted as the oldest.
+    name = f"step-{step:09d}"
+    serials = [_order(path)[1] for path in _found(folder) if _order(path)[0] == step]
+    serial = max(serials, default=-1) + 1
+    final = folder / (f"{name}.{serial}" if serial else name)
     partial = folder / f".{final.name}.partial"
     snapshot.wait()
     try:
         for stale in folder.glob(".step-*.partial"):
             durable.discard(stale)
         durable.make_folder(partial)
-        states = {name: _call(state) for name, state in snapshot.rest.items()}
-        record = {"name": final.name, "step": step, "objects": states}
+        states = {name: state_tree.call(state) for name, state in snapshot.rest.items()}
+        facts = {"step": step, "mark": snapshot.mark, "world_size": snapshot.world_size}
+        record = {"name": final.name, **facts, "objects": states}
         digests = {
             TENSORS: durable.write(partial / TENSORS, weights.file_parts(snapshot.tensors)),
             REST: durable.write(partial / REST, [json.dumps(record).encode()]),
@@ -215,6 +240,98 @@ def _write(folder: Path, step: int, snapshot: _Snapshot, keep: int) -> Path:
     for damaged in folder.glob(".step-*.damaged"):
         durable.discard(damaged)
     return final
+
+
+def _withdraw(written: Future[Path]) -> None:
+    with contextlib.suppress(OSError):
+        if written.exception() is None:
+            durable.discard(durable.hide(written.result(), "partial"))
+
+
+def _restore(
+    folder: Path, objects: Mapping[str, Stateful], ranks: Ranks, first_folder: Path,
+    common: Mapping[str, Stateful],
+) -> Restored:  # fmt: skip
+    """Try those that are on all ranks, newest first, until all can load one."""
+    paths = _found(folder)[::-1]
+    mine, problems = _moments(paths)
+    lists = [json.loads(text) for text in ranks.gather(json.dumps(list(mine.items())))]
+    theirs = [{tuple(moment): name for moment, name in pairs} for pairs in lists]
+    strange = {moment[2] for names in theirs for moment in names} - {ranks.world_size}
+    if strange:
+        count = strange.pop()
+        how = "without torchrun" if count == 1 else f"with --nproc-per-node {count}"
+        raise ValueError(
+            f"{first_folder}: got checkpoints of {count} rank{'s' * (count > 1)}, expected "
+            f"{ranks.world_size}, as many as there are now; resume {how}"
+        )
+    for moment in sorted(set.intersection(*(set(names) for names in theirs)), reverse=True):
+        path, problem = folder / mine[moment], ""
+        with ranks.agreed(ValueError):
+            try:
+                _load(path, objects)
+                if common:
+                    _load(first_folder / theirs[0][moment], common, is_part=True)
+            except durable.Damaged as error:
+                problem = problems[path] = str(error)
+        others = ranks.gather(problem)
+        if any(others):
+            bad = next(rank for rank, text in enumerate(others) if text)
+            problems.setdefault(path, f"on rank {bad}: {others[bad]}")
+            continue
+        newer = paths[: paths.index(path)]
+        _set_aside(newer)
+        notes = [_note(other, problems) + f"; {path.name} is used" for other in newer]
+        return Restored(moment[0], notes)
+    notes = [_note(path, problems) for path in paths if path in problems]
+    everywhere = ranks.gather(json.dumps([len(paths), notes]))
+    counts, all_notes = zip(*(json.loads(text) for text in everywhere), strict=True)
+    if ranks.world_size > 1 and max(counts) == 1 and not any(all_notes):
+        _set_aside(paths)
+        return Restored(0, [f"checkpoint {p.name}: not on all ranks; begun anew" for p in paths])
+    told = "; ".join(note for notes in all_notes for note in notes)
+    if told:
+        raise ValueError(
+            f"{first_folder}: got no whole checkpoint ({told}), expected one; start a new run"
+        )
+    raise ValueError(f"{first_folder}: got no checkpoint, expected step-N folders; start a new run")
+
+
+def _moments(paths: list[Path]) -> tuple[dict[tuple[int, ...], str], dict[Path, str]]:
+    """Names by (step, mark, world size, how many came before at that moment); what is damaged."""
+    names: dict[tuple[int, ...], str] = {}
+    problems = {}
+    for path in reversed(paths):
+        try:
+            record = _record(path, _read(path, names=(REST,))[REST])
+        except durable.Damaged as error:
+            problems[path] = str(error)
+            continue
+        moment = record["step"], record["mark"], record["world_size"]
+        names[(*moment, sum(known[:3] == moment for known in names))] = path.name
+    return names, problems
+
+
+def _note(path: Path, problems: Mapping[Path, str]) -> str:
+    if path in problems:
+        return f"checkpoint {path.name}: damaged ({problems[path]})"
+    return f"checkpoint {path.name}: not on all ranks"
+
+
+def _set_aside(paths: list[Path]) -> None:
+    """Only once one is loaded: were all of them damaged, somebody might mend one."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            durable.hide(path, "damaged")
+
+
+def _load(path: Path, objects: Mapping[str, Stateful], *, is_part: bool = False) -> None:
+    """Fill objects from a checkpoint; with `is_part`, it may hold others too."""
+    files = _read(path)
+    states = _record(path, files[REST])["objects"]
+    if is_part:
+        states = {name: state for name, state in states.items() if name in objects}
+    _fill(path, states, load(files[TENSORS]), objects)
 
 
 def _read(path: Path, *, names: tuple[str, ...] = (TENSORS, REST)) -> dict[str, bytes]:
@@ -252,7 +369,7 @@ def _fill(
         )
     for name, item in objects.items():
         try:
-            item.load_state_dict(_join(states[name], tensors))
+            item.load_state_dict(state_tree.join(states[name], tensors))
         except durable.Damaged:
             raise
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -265,59 +382,10 @@ def _fill(
 
 def _found(folder: Path) -> list[Path]:
     """Checkpoints, oldest first."""
-    found = []
-    for path in folder.glob("step-*"):
-        if name := re.fullmatch(r"step-(\d+)(?:\.(\d+))?", path.name):
-            found.append((int(name[1]), int(name[2] or 0), path))
-    return [path for *_, path in sorted(found)]
+    return sorted(filter(_order, folder.glob("step-*")), key=_order)
 
 
-def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` with each tensor copied to `tensors` and each dictionary turned into pairs."""
-    if isinstance(value, Tensor):
-        # Fused optimizers walk a parameter and its moments in memory order: a moment that came back
-        # in another layout would be applied scrambled. Files do not hold strides.
-        copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        tensors[path] = copy.copy_(value.detach(), non_blocking=True)
-        stride = (value if _is_dense(value) else copy).stride()
-        return {"tensor": path, "stride": list(stride)}
-    if isinstance(value, Mapping):
-        return {"pairs": [[k, _split(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, list | tuple):
-        return {"list": [_split(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
-    return value
-
-
-def _is_dense(value: Tensor) -> bool:
-    """Whether the elements lie in memory without holes and without sharing, in any order."""
-    count = 1
-    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
-        if size != 1:
-            if stride != count:
-                return False
-            count *= size
-    return True
-
-
-def _call(value: Any) -> Any:
-    """`value` with each function replaced by what it returns."""
-    if callable(value):
-        return _split(value(), "", {})
-    if isinstance(value, dict) and "pairs" in value:
-        return {"pairs": [[k, _call(v)] for k, v in value["pairs"]]}
-    if isinstance(value, dict) and "list" in value:
-        return {"list": [_call(v) for v in value["list"]]}
-    return value
-
-
-def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Inverse of `_split`; tuples come back as lists."""
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        tensor = tensors[value["tensor"]]
-        # A copy of its own: what an optimizer takes over as it is must be aligned as before.
-        return torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype).copy_(tensor)
-    if "pairs" in value:
-        return {k: _join(v, tensors) for k, v in value["pairs"]}
-    return [_join(v, tensors) for v in value["list"]]
+def _order(path: Path) -> tuple[int, ...]:
+    """Step, and which one at that step; nothing if it is no checkpoint's name."""
+    name = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", path.name)
+    return (int(name[1]), int(name[2] or 0)) if name else ()

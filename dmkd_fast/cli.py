@@ -1,7 +1,8 @@
 """The command line: `dmkd distill | generate | evaluate | pretrain`.
 
 Stands on floor 4. Errors that the user can mend end in one line on stderr and exit code 2; Ctrl-C
-ends with exit code 130 and a line that says how to go on. The last line of output is JSON.
+ends with exit code 130 and a line that says how to go on. The last line of output is JSON. Under
+torchrun the first rank says all that.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import argparse
 import json
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dmkd_fast import config as cfg
-from dmkd_fast import durable, runtime
+from dmkd_fast import durable, ranks, runtime
 
 OVERRIDES = "Any setting can be changed with section.field=value, for example sampler.num_steps=4."
 
@@ -29,17 +31,41 @@ def main(arguments: list[str] | None = None) -> int:
         rest and parser.error(f"unrecognized arguments: {' '.join(rest)}")
     else:
         options.overrides += rest
-    verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
     runtime.keep_freed_memory()
+    runtime.make_repeatable()
+    code = _run(options)
+    if ranks.read().world_size > 1:
+        ranks.end_process(code)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
+    # What all ranks agree on the first one tells of.
+    tells = verb is _generate or ranks.read().is_first
     try:
+        if verb in (_evaluate, _pretrain) and (count := ranks.read().world_size) > 1:
+            raise cfg.ConfigError(
+                f"torchrun: got {count} ranks, expected one process; run it alone"
+            )
         result = verb(options)
     except (cfg.ConfigError, durable.SaveError) as error:
-        print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
+        if tells or not ranks.is_agreed(error):
+            print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ranks.Lost as error:
+        print(f"dmkd: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("dmkd: stopped", file=sys.stderr)
+        if tells:
+            print("dmkd: stopped", file=sys.stderr)
         return 130
-    if result is not None:
+    except Exception:
+        if ranks.read().world_size == 1:
+            raise
+        traceback.print_exc()
+        return 1
+    if result:
         print(json.dumps(result))
     return 0
 
@@ -80,8 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         "--num-images", type=_count, required=True, metavar="N", help="images in all, of all jobs"
     )
     generate.add_argument(
-        "--shard", type=_part, default=(0, 1), metavar="i/n",
-        help="make part i of n, counted from 0; the result does not depend on n",
+        "--shard", type=_part, metavar="i/n",
+        help="make part i of n, counted from 0; the result does not depend on n (default: all, or "
+        "rank/ranks under torchrun)",
     )  # fmt: skip
     generate.add_argument(
         "--images-per-shard", type=_count, metavar="N",
@@ -158,19 +185,25 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
-    config = cfg.load(cfg.DistillConfig, options.config, options.overrides)
+    mine = ranks.join()
+    with mine.agreed(cfg.ConfigError):
+        config = cfg.load(cfg.DistillConfig, options.config, options.overrides)
+        _refuse_changes(options)
     from dmkd_fast import job, memory
 
     if options.dry_run:
-        config, parts = job.prepare(config)
+        if not mine.is_first:
+            return None
+        config, parts = job.prepare(config, mine)
         print(cfg.dump(config), end="")
-        print("memory plan:")
-        for name, count in memory.plan(config, parts).items():
+        print("memory plan:" if mine.world_size == 1 else "memory plan of each rank:")
+        part = job.share(config, mine)
+        for name, count in memory.plan(part, parts).items():
             print(f"  {name}: {count:,} bytes ({count / 2**20:.1f} MiB)")
-        print(f"largest ring.capacity_images that fits: {memory.check(config, parts):,}")
+        most = memory.check(part, parts, mine)
+        print(f"largest ring.capacity_images that fits: {most:,}")
         return None
-    _refuse_changes(options)
-    return job.run(config, resume=options.resume)
+    return job.run(config, resume=options.resume, ranks=mine)
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
@@ -178,7 +211,9 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
     from dmkd_fast import generate
 
     words = ["dmkd", "generate", options.config, *options.overrides, "--out", str(options.out)]
-    words += ["--num-images", str(options.num_images), "--shard", "{}/{}".format(*options.shard)]
+    words += ["--num-images", str(options.num_images)]
+    if options.shard is not None:
+        words += ["--shard", "{}/{}".format(*options.shard)]
     if options.images_per_shard is not None:
         words += ["--images-per-shard", str(options.images_per_shard)]
     return generate.run(

@@ -23,6 +23,10 @@ from dmkd_fast.settings import Section
 from dmkd_fast.settings import dump as dump
 from dmkd_fast.settings import load as load
 from dmkd_fast.settings import user_errors as user_errors
+from dmkd_fast.training_config import LossConfig as LossConfig
+from dmkd_fast.training_config import MixConfig as MixConfig
+from dmkd_fast.training_config import OptimConfig as OptimConfig
+from dmkd_fast.training_config import TrainConfig as TrainConfig
 
 
 class RingConfig(Section):
@@ -75,45 +79,6 @@ class ViewsConfig(Section):
         return self
 
 
-class LossConfig(Section):
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over the batch."""
-
-    temperature: float = Field(4.0, gt=0)
-
-
-class OptimConfig(Section):
-    """Optimizer and learning-rate schedule (linear warm-up, then cosine to zero)."""
-
-    name: Literal["sgd", "adamw"] = "adamw"
-    lr: float = Field(gt=0)
-    """Peak learning rate."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD momentum (Nesterov), or AdamW's beta1."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled for AdamW; never on biases and normalisation."""
-    warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of all steps with a rising learning rate."""
-    ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay per step of the averaged weights that are evaluated and saved; 0 turns it off."""
-    max_grad_norm: float = Field(0.0, ge=0)
-    """Gradients are scaled down to this norm; 0 turns it off."""
-
-
-class TrainConfig(Section):
-    """Length and rhythm of a training."""
-
-    batch_size: int = Field(ge=1)
-    """Views per optimizer step."""
-    num_views: int = Field(ge=1)
-    """Views seen by the student (or model) in all."""
-    compile: bool | Literal["auto"] = "auto"
-    """torch.compile of what is trained and its teacher; auto: on CUDA."""
-    checkpoint_every_s: float = Field(600.0, gt=0)
-    """Seconds between checkpoints; one is always written at the end and on Ctrl-C."""
-    log_every_steps: int = Field(50, ge=1)
-    """Optimizer steps between log lines; the only place where the device is waited for."""
-
-
 class EvalConfig(Section):
     """The real test set; it decides nothing, it only reports."""
 
@@ -153,6 +118,7 @@ class DistillConfig(RunConfig):
     source: SourceConfig | None = None
     ring: RingConfig
     views: ViewsConfig
+    mix: MixConfig = MixConfig()
     teacher: TeachingConfig
     more_teachers: tuple[TeachingConfig, ...] = ()
     """Further ones: an image is judged by all whose time and classes it falls into, by the mean of
@@ -169,6 +135,11 @@ class DistillConfig(RunConfig):
         if self.source is not None:
             return self.source.block_images
         return self.sampler.micro_batch_images
+
+    @property
+    def block_name(self) -> str:
+        """The setting that says how many these are."""
+        return "source.block_images" if self.source else "sampler.micro_batch_images"
 
     @model_validator(mode="before")
     @classmethod
@@ -205,7 +176,7 @@ class DistillConfig(RunConfig):
     def _fits_together(self) -> DistillConfig:
         block, ring = self.block_images, self.ring
         if ring.capacity_images < 2 * block:
-            where = "source.block_images" if self.source else "sampler.micro_batch_images"
+            where = self.block_name
             raise ValueError(
                 f"ring.capacity_images: got {ring.capacity_images}, expected at least two blocks "
                 f"of {where}={block}; raise the capacity to {2 * block} or lower "
@@ -226,6 +197,12 @@ class DistillConfig(RunConfig):
                 f"ring.min_fill_images: got {ring.min_fill_images}, expected at least "
                 f"train.batch_size={self.train.batch_size}; raise it"
             )
+        for name, teacher in self.teachers.items():
+            if self.mix.is_on and teacher.teaches is not None:
+                raise ValueError(
+                    f"{name}.teaches: got classes with mix, expected none, as a mixed view is of "
+                    "two classes; remove one of the two"
+                )
         try:
             guard = int(ring.overlap)
             limiter = Limiter(

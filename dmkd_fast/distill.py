@@ -2,16 +2,19 @@
 
 Stands on floor 3. Data goes one way::
 
-    LabelStream -> DiffusionSampler -> RingBuffer -> Views -> teacher, student -> kd_loss
+    LabelStream -> DiffusionSampler -> RingBuffer -> Views (-> Mixer) -> teacher -> Learner
 
-An ImageReader takes the place of the first two when the images are on disk. The parts know nothing
-of settings or of each other; `job.py` makes them from a config.
+An ImageReader takes the place of the first two when the images are on disk. The learner has the
+student, its optimizer and the loss. The parts know nothing of settings or of each other; `job.py`
+makes them from a config. Under torchrun each rank has all of them with its part of batch and ring,
+and the student's gradients are averaged (`ranks.py`).
 Source: Li et al., "Is synthetic data from diffusion models ready for knowledge distillation?"
 (arXiv 2305.12954).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Sequence
@@ -21,17 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import checkpoint, durable, evaluate, models, optim, runtime
-from dmkd_fast.blocks import RingBlocks
+from dmkd_fast import checkpoint, durable, evaluate, models, runtime
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.image_sets import EncodedSet, ImageSet
 from dmkd_fast.inputs import InputSpec
+from dmkd_fast.keeper import Keeper
 from dmkd_fast.labels import LabelStream
+from dmkd_fast.learner import Learner, NotFiniteError
 from dmkd_fast.metrics import Metrics
-from dmkd_fast.ops.kd_loss import kd_loss_and_grad
-from dmkd_fast.optim import Schedule
+from dmkd_fast.mix import Mixer
+from dmkd_fast.ranks import ALONE, Ranks
 from dmkd_fast.ring_buffer import Block, RingBuffer
 from dmkd_fast.sampler import DiffusionSampler
+from dmkd_fast.schedule import Schedule
 from dmkd_fast.supervision import Supervision
 from dmkd_fast.teachers import Teachers
 from dmkd_fast.views import Views
@@ -42,74 +47,71 @@ class Distiller:
 
     Args:
         sampler: Makes images, or reads them: `sample(ids, labels, out=)`.
-        ring: Holds them; its block size is the sampler's batch.
+        ring: Holds them, or this rank's part; its block size is the sampler's batch.
         labels: Decides the class of each image; the same ImageReader if one is the sampler.
         views: Makes the random views that the student sees.
         teacher: A classifier fed like the student, or `Teachers`, each of which sees the same crops
             at its own size and normalisation; frozen here.
         student: (B, c, S, S) views -> (B, C) logits; trained.
-        schedule: Length, batch and optimizer.
-        run_dir: Everything a run leaves goes there.
+        schedule: Length, batch (of all ranks together) and optimizer.
+        run_dir: Everything a run leaves goes there; all ranks must see it.
         temperature: Of the loss.
-        dtype: Autocast dtype of both networks; float32 turns autocast off.
+        alpha: Share of the teacher's term; the rest is cross-entropy with an image's class.
+        mixer: Mixes the views, for the student and all teachers alike; None: they stay as they are.
+        dtype: Compute dtype of both networks, the student's by autocast; float16 scales its loss.
         compile: torch.compile both networks.
         test_set: Real images to report accuracy on; nothing is decided by them.
         student_input: How test images are cut for the student; None: as its views.
         later_samplers: (share of the run, sampler) from which on others make the images.
         show: Whether to print progress.
+        ranks: This process among others that train the same student.
     """
 
     def __init__(
         self, *, sampler: DiffusionSampler | ImageReader, ring: RingBuffer,
         labels: LabelStream | ImageReader, views: Views, teacher: nn.Module | Teachers,
         student: nn.Module, schedule: Schedule, run_dir: Path | str, temperature: float = 4.0,
-        dtype: torch.dtype = torch.float32, compile: bool = False,
-        test_set: ImageSet | EncodedSet | None = None, student_input: InputSpec | None = None,
-        later_samplers: Sequence[tuple[float, DiffusionSampler]] = (), show: bool = True,
+        alpha: float = 1.0, mixer: Mixer | None = None, dtype: torch.dtype = torch.float32,
+        compile: bool = False, test_set: ImageSet | EncodedSet | None = None,
+        student_input: InputSpec | None = None, show: bool = True, ranks: Ranks = ALONE,
+        later_samplers: Sequence[tuple[float, DiffusionSampler]] = (),
     ) -> None:  # fmt: skip
         self.sampler, self.ring, self.labels, self.views = sampler, ring, labels, views
         self._samplers: list[tuple[float, DiffusionSampler | ImageReader]]
         self._samplers = [(0.0, sampler), *later_samplers]
-        self.teacher, self.student = models.freeze(teacher), student.train()
-        self.schedule, self.temperature, self.test_set = schedule, temperature, test_set
-        self.run_dir = Path(run_dir)
-        self.device = ring.images.device
-        ring.check(schedule.batch_size)
+        self.teacher, self.student = models.freeze(teacher), student
+        self.schedule, self.test_set = schedule, test_set
+        self.run_dir, self.device = Path(run_dir), ring.images.device
+        self._ranks, self._batch = ranks, ranks.share("batch_size", schedule.batch_size)
+        ring.check(self._batch)
         if ring.guard_blocks and isinstance(sampler, ImageReader):
             raise ValueError(
                 f"guard_blocks: got {ring.guard_blocks} with an ImageReader, expected 0, as blocks "
                 "are not read ahead; make the ring without"
             )
+        # An image that one rank cannot read stops all.
+        self._readers = ranks if isinstance(sampler, ImageReader) else ALONE
         self._ahead: tuple[Block, Tensor, Tensor] | None = None
-        self._before_warm_up: list[Tensor] | None = None
-        self.num_steps = -(-schedule.num_views // schedule.batch_size)
-        self.step = 0
-        self.optimizer = optim.build_optimizer(
-            student, name="sgd" if schedule.name == "sgd" else "adamw", lr=schedule.lr,
-            momentum=schedule.momentum, weight_decay=schedule.weight_decay,
+        self._cpu_elsewhere_s = 0.0
+        self.dtype, self.num_steps, self.step = dtype, schedule.num_steps, 0
+        self.learner = Learner(
+            student, schedule=schedule, temperature=temperature, alpha=alpha, dtype=dtype,
+            compile=compile, ranks=ranks,
         )  # fmt: skip
-        self.average = optim.Average(student, decay=schedule.ema_decay)
-        self.dtype = dtype
+        self.average = self.learner.average
         self._supervision = Supervision(
-            teacher, views, input=student_input, dtype=dtype, compile=compile
+            teacher, views, mixer, input=student_input, dtype=dtype, compile=compile
         )
-        self._student = torch.compile(student, dynamic=False) if compile else student
-        self._autocast = torch.autocast(
-            self.device.type, dtype=dtype, enabled=dtype != torch.float32
-        )
-        self._interrupts = runtime.Interrupts()
+        self._interrupts = runtime.Interrupts(only_noted=ranks.world_size > 1)
         self._generators = runtime.Generators(self.device)
         self.clock = runtime.Clock()
         total = self.num_steps * schedule.batch_size
-        self._metrics = Metrics(self.run_dir, total, show=show)
-        self._writer = durable.Writer()
-        self._blocks = RingBlocks(
-            ring, self.run_dir / "blocks", self._writer,
-            remakes=[made_by.sample for _, made_by in self._samplers],
+        self._metrics = Metrics(self.run_dir, total, show=show, ranks=ranks)
+        self._keeper = Keeper(
+            self.run_dir, ring, remakes=[made_by.sample for _, made_by in self._samplers],
+            every_s=schedule.checkpoint_every_s, ranks=ranks, interrupts=self._interrupts,
+            note=self._metrics.note,
         )  # fmt: skip
-        self._saver = checkpoint.Saver(
-            self.run_dir / "checkpoints", self._writer, every_s=schedule.checkpoint_every_s
-        )
 
     def refill(self, metrics: Metrics | None = None) -> None:
         """Insert blocks until the limiter lets the next batch be drawn.
@@ -119,10 +121,10 @@ class Distiller:
         Args:
             metrics: Told how a long fill goes on.
         """
-        before, started = self.ring.num_inserted, time.monotonic()
-        told = started
-        while self.ring.must_insert(self.schedule.batch_size) and not self.labels.is_exhausted:
-            block, ids, labels = self._ahead or self._generate()
+        before, started = self.ring.num_inserted, (told := time.monotonic())
+        while self.ring.must_insert(self._batch) and not self.labels.is_exhausted:
+            with self._readers.agreed(SourceError):
+                block, ids, labels = self._ahead or self._generate()
             with self._interrupts.held():
                 self.ring.commit(
                     block, ids=ids.to(self.device), labels=labels.to(self.device)
@@ -130,13 +132,13 @@ class Distiller:
                 self.labels.advance(len(ids))
                 self._ahead = None
                 if metrics is not None:
-                    self._blocks.append()
+                    self._keeper.blocks.append()
                     self.ring.release()  # They were read, to be copied.
             if metrics is not None:
-                self._save_if_due()
+                self._keeper.save_if_due(self.step, self._state())
             now = time.monotonic()
             if metrics is not None and now - told > 5:
-                made, told = self.ring.num_inserted - before, now
+                made, told = (self.ring.num_inserted - before) * self._ranks.world_size, now
                 metrics.note(f"filling: {made:,} images, {made / (now - started):,.0f} images/s")
 
         if self._wants_ahead():
@@ -144,11 +146,11 @@ class Distiller:
 
     def _wants_ahead(self) -> bool:
         """Whether to make a block before it is needed: with a guard, if views to come need it."""
-        to_come = (self.num_steps - self.step) * self.schedule.batch_size
+        to_come = (self.num_steps - self.step) * self._batch
         return (
             self.ring.guard_blocks > 0
             and self.ring.must_insert(to_come)
-            and self.ring.may_insert(self.schedule.batch_size)
+            and self.ring.may_insert(self._batch)
         )
 
     def _generate(self) -> tuple[Block, Tensor, Tensor]:
@@ -167,25 +169,20 @@ class Distiller:
 
     def train_step(self) -> Tensor:
         """One optimizer step on one batch of views; returns the loss without waiting for it."""
-        draw = self.ring.sample(self.schedule.batch_size)
+        self.learner.start(self.lr())
+        draw = self.ring.sample(self._batch)
         views = self._supervision.views(
             self.ring.images, draw.indices, draw.ids, draw.uses, share=self.share
         )
         labels = self.ring.labels[draw.indices]  # (B,)
         self.ring.release()
-        optim.set_lr(self.optimizer, self.lr())
-        with self._autocast:
-            teacher_logits = self._supervision.logits(views, labels, share=self.share)  # (B, C)
-            student_logits = self._student(views[self._supervision.input])  # (B, C)
-        loss, grad = kd_loss_and_grad(student_logits, teacher_logits, temperature=self.temperature)
-        student_logits.backward(grad)
-        if self.schedule.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.student.parameters(), self.schedule.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(self.student)
+        views, mixed = self._supervision.mixed(views, step=self.step)
+        size = self.learner.part_size  # Teachers are asked for a part when its turn comes.
+        parts = self._supervision.parts(views, labels, mixed, share=self.share, size=size)
+        losses = [self.learner.learn(*part) for part in parts]
+        self.learner.finish()
         self.step += 1
-        return loss
+        return sum(losses[1:], losses[0])
 
     def restore(self) -> checkpoint.Restored:
         """Take up the newest whole checkpoint of `run_dir`; `fit` then goes on from there.
@@ -196,12 +193,11 @@ class Distiller:
         Raises:
             ValueError: There is none, or it is of another student, ring or optimizer.
         """
-        step, notes = self._saver.restore(self._state())
-        return checkpoint.Restored(step, [*notes, *self._blocks.notes])
+        return self._keeper.restore(self._common_state(), self._own_state())
 
     def check_folder(self) -> None:
         """Refuse, with a ValueError, a run directory whose checkpoints were not restored."""
-        self._saver.check_folder()
+        self._keeper.saver.check_folder()
 
     def fit(self) -> dict[str, Any]:
         """Run to the end, or until Ctrl-C.
@@ -213,6 +209,8 @@ class Distiller:
         Raises:
             KeyboardInterrupt: After a checkpoint has been written.
             SourceError: Images on disk cannot be read; a checkpoint has been written.
+            NotFiniteError: Nothing was learnt for `max_skipped_steps`; a checkpoint as well.
+            torch.OutOfMemoryError: A checkpoint too, if it could be written.
             SaveError: The last checkpoint could not be written.
             ValueError: `run_dir` holds checkpoints that were not restored.
         """
@@ -222,16 +220,22 @@ class Distiller:
         try:
             with self._interrupts:
                 self._loop(metrics)
-        except (KeyboardInterrupt, SourceError):
+        except (KeyboardInterrupt, SourceError, NotFiniteError):
             saved = self._save_last()  # A second signal ends this, and the process, at once.
             metrics.note(f"interrupted at {self.num_views:,} of {total:,} views; saved {saved}")
             raise
-        except Exception:
-            self._writer.close()
+        except Exception as error:
+            # Other ranks would have to save with this one, and are elsewhere.
+            if runtime.is_out_of_memory(error) and self._ranks.world_size == 1:
+                self._save_what_is_left()
+            self._keeper.writer.close()
             raise
         finally:
             gc.unfreeze()
             metrics.close()
+        self._cpu_elsewhere_s = self._ranks.elsewhere(self.clock.cpu_s())
+        if self._interrupts.is_pending:  # One of several ranks: it came during the last save.
+            raise KeyboardInterrupt
         return self.totals()
 
     @property
@@ -239,12 +243,14 @@ class Distiller:
         """Views the student has seen."""
         return self.step * self.schedule.batch_size
 
+    @property
+    def num_images(self) -> int:
+        """Images made so far; all ranks have made as many."""
+        return self.ring.num_inserted * self._ranks.world_size
+
     def lr(self) -> float:
         """Learning rate of the current step."""
-        schedule = self.schedule
-        return optim.lr_at(
-            self.step, num_steps=self.num_steps, peak=schedule.lr, warmup=schedule.warmup
-        )
+        return self.schedule.lr_at(self.step)
 
     @property
     def share(self) -> float:
@@ -262,11 +268,11 @@ class Distiller:
         gc.collect()
         gc.freeze()
         metrics.begin(
-            views=self.num_views, images=self.ring.num_inserted, wall_s_before=self.clock.wall_s()
+            views=self.num_views, images=self.num_images, wall_s_before=self.clock.wall_s()
         )
         while True:
             self._report(metrics)
-            self._save_if_due()
+            self._keeper.save_if_due(self.step, self._state())
             if self.step >= self.num_steps:
                 break
             self.refill(metrics)
@@ -282,6 +288,7 @@ class Distiller:
             self.num_steps * (i + 1) // count for i in range(count)
         }
         is_due = is_scored or self.step % self.schedule.log_every_steps == 0
+        is_due = is_due or self.step >= self.num_steps
         if not (is_due and metrics.has_values):
             return
         scores = self._scores() if is_scored else {}
@@ -289,36 +296,28 @@ class Distiller:
             statistics = self.ring.statistics()
             for name, value in statistics.means().items():
                 metrics.add(name, value)
-            metrics.flush(
-                views=self.num_views, images=self.ring.num_inserted, lr=self.lr(), **scores,
-                **statistics.figures(),
+            row = metrics.flush(
+                views=self.num_views, images=self.num_images, lr=self.lr(), **scores,
+                **statistics.figures(), counts=self.learner.counts(),
             )  # fmt: skip
-
-    def _save_if_due(self) -> None:
-        """Start a checkpoint in the background; one that failed is told of, and the run goes on."""
-        if problem := self._saver.problem():
-            self._metrics.note(problem)
-        if self._saver.is_due():
-            with self._interrupts.held():
-                self._saver.start(self.step, self._state())
-                self._blocks.drop_unused(lambda: self._saver.describe("ring"))
+            self.learner.check(row["skipped_in_a_row"])
 
     def _save_last(self) -> Path:
-        self._undo_warm_up()
-        if problem := self._saver.problem():
-            self._metrics.note(problem)
-        path = self._saver.finish(self.step, self._state())
-        self._blocks.drop_unused(lambda: self._saver.describe("ring"))
-        self._writer.close()
-        return path
+        self.learner.undo_warm_up()  # Once more, if an interrupt cut that short.
+        return self._keeper.save_last(self.step, self._state())
+
+    def _save_what_is_left(self) -> None:
+        """A checkpoint after an error anywhere, unless it has left weights half changed."""
+        with contextlib.suppress(Exception):  # The error that led here is the one to tell.
+            self.step += self.learner.give_up()  # The views of a step begun were drawn.
+            self._metrics.note(f"saved {self._save_last()}")
 
     def _warm_up(self, metrics: Metrics) -> None:
         """Run everything on throw-away inputs: what compiles does so here, not inside a step."""
         metrics.note("warming up ...")
         started = time.monotonic()
-        self._before_warm_up = [b.clone() for b in self.student.buffers()]
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
-        places = torch.zeros(self.schedule.batch_size, dtype=torch.int64, device=self.device)
+        places = torch.zeros(self.learner.part_size, dtype=torch.int64, device=self.device)
         makes_images = not isinstance(self.sampler, ImageReader)  # reading compiles nothing
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -332,36 +331,29 @@ class Distiller:
                         ids = torch.arange(len(made), device=self.device)
                         for _, sampler in self._samplers:
                             sampler.sample(ids, torch.zeros_like(ids), out=made)
-                with self._autocast:
-                    views = self._supervision.try_all(scratch, places)
-                    self._student(views).sum().backward()
+                self.learner.warm_up(self._supervision.try_all(scratch, places))
         finally:
-            self._undo_warm_up()
+            self.learner.undo_warm_up()
         metrics.note(f"warm after {time.monotonic() - started:.0f} s")
-
-    def _undo_warm_up(self) -> None:
-        """Leave no trace in what a checkpoint saves; once more if an interrupt cut this short."""
-        if self._before_warm_up is not None:
-            for buffer, before in zip(self.student.buffers(), self._before_warm_up, strict=True):
-                buffer.copy_(before)
-            self.optimizer.zero_grad(set_to_none=True)
-        self._before_warm_up = None
 
     def _scores(self) -> dict[str, float]:
         """top1 of the averaged student on the test set, in the compute dtype."""
         if self.test_set is None:
             return {}
-        wanted = self._supervision.input
-        with self._autocast:
+        wanted, ranks = self._supervision.input, self._ranks
+        ranks.follow_first(list(self.average.module.buffers()))
+        batches = self.test_set.batches([wanted], rank=ranks.rank, world_size=ranks.world_size)
+        with self.learner.autocast:
+            num_classes = len(self.test_set.class_names)
             scores = evaluate.measure(
-                self.average.module, self.test_set.batches([wanted]), input=wanted,
-                num_classes=len(self.test_set.class_names),
-            )  # fmt: skip
+                self.average.module, batches, input=wanted, num_classes=num_classes
+            )
+        scores.sums = ranks.total(scores.sums)
         return {"top1": scores.result()["top1"]}
 
     def totals(self) -> dict[str, Any]:
         """What `fit` returns, as of now."""
-        images, views, wall_s = self.ring.num_inserted, self.num_views, self.clock.wall_s()
+        images, views, wall_s = self.num_images, self.num_views, self.clock.wall_s()
         return {
             "generated_images": images,
             "views": views,
@@ -369,16 +361,23 @@ class Distiller:
             "images_per_s": round(images / wall_s, 1),
             "views_per_s": round(views / wall_s, 1),
             "wall_s": round(wall_s, 1),
-            "cpu_s": round(self.clock.cpu_s(), 1),
+            "cpu_s": round(self.clock.cpu_s() + self._cpu_elsewhere_s, 1),
         }
 
     def _state(self) -> dict[str, checkpoint.Stateful]:
         """Everything that the rest of the run depends on."""
+        return self._keeper.state(self._common_state(), self._own_state())
+
+    def _common_state(self) -> dict[str, checkpoint.Stateful]:
         return {
             "student": self.student,
-            "optimizer": self.optimizer,
+            "optimizer": self.learner.optimizer,
             "average": self.average,
-            "ring": self._blocks,
+            "learner": self.learner,
+        }
+
+    def _own_state(self) -> dict[str, checkpoint.Stateful]:
+        return {
             "labels": self.labels,
             "generators": self._generators,
             "metrics": self._metrics,

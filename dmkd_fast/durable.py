@@ -7,6 +7,7 @@ through `os` here, so that tests can stop or fail each single call.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import queue
@@ -111,7 +112,8 @@ def make_folder(path: Path) -> None:
     if path.is_dir():
         return
     make_folder(path.parent)
-    os.mkdir(path)
+    with contextlib.suppress(FileExistsError):  # Another rank was first.
+        os.mkdir(path)
     sync(path.parent)
 
 

@@ -202,10 +202,10 @@ def _pipeline(
             )  # fmt: skip
             slack = [s - spec.size for s in size]
             start = [s // 2 + (s % 2) * ((s // 2) % 2) for s in slack]  # halves to even
+            # Named: a positional shape becomes a tensor, on the GPU where the image is there.
             cut = fn.slice(
-                resized, fn.stack(*start),
-                [spec.size, spec.size], axes=[0, 1],
-            )  # fmt: skip
+                resized, start=fn.stack(*start), shape=[spec.size, spec.size], axes=[0, 1]
+            )
             outputs.append(fn.crop_mirror_normalize(
                 cut, device=kind, dtype=types.FLOAT, output_layout="HWC",
                 mean=[255 * m for m in spec.mean], std=[255 * s for s in spec.std],

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import classifiers, denoisers, job, models, origin, runtime, shards
+from dmkd_fast import classifiers, denoisers, job, models, origin, ranks, runtime, shards
 from dmkd_fast import config as cfg
 from dmkd_fast.evaluation import open_test_set
 from dmkd_fast.image_sets import ImageSet
@@ -72,7 +72,8 @@ class Maker:
 
 
 def run(
-    config: cfg.DistillConfig, folder: Path, num_images: int, *, part: tuple[int, int] = (0, 1),
+    config: cfg.DistillConfig, folder: Path, num_images: int, *,
+    part: tuple[int, int] | None = None,
     images_per_shard: int | None = None, command: str = "the same call", show: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Make this job's part of a directory of images; what is finished already is only checked.
@@ -81,7 +82,8 @@ def run(
         config: Denoiser, sampler, seed, device, teacher and test set (for class names) are used.
         folder: The directory; made if need be.
         num_images: Images of the complete directory, ids 0 to num_images - 1.
-        part: (i, n): make the shards i, i + n, i + 2 n, ...
+        part: (i, n): make the shards i, i + n, i + 2 n, ...; None: all, or this rank's under
+            torchrun.
         images_per_shard: A multiple of sampler.micro_batch_images; None: about 1,024.
         command: Said after an interrupt as the way to go on.
         show: Whether to print progress.
@@ -93,7 +95,8 @@ def run(
         ConfigError: Something about the settings, the directory or the machine is wrong.
         KeyboardInterrupt: After Ctrl-C or SIGTERM; the directory is consistent.
     """
-    started = time.monotonic()
+    started, me = time.monotonic(), ranks.read()
+    part = (me.rank, me.world_size) if part is None else part
     with ThreadPoolExecutor() as pool, cfg.user_errors():
         maker, plan = _prepare(config, num_images, images_per_shard, pool)
         _check_space(folder, plan, part)
@@ -115,8 +118,8 @@ def run(
     there = sum(len(plan.ids(s)) for s in shards.finished(folder))
     wall_s = time.monotonic() - started
     return {
-        "made_images": progress.total, "images": there, "num_images": num_images,
-        "is_complete": there == num_images,
+        "part": "{}/{}".format(*part), "made_images": progress.total, "images": there,
+        "num_images": num_images, "is_complete": there == num_images,
         "images_per_s": round(progress.rate(), 1), "wall_s": round(wall_s, 1),
         "denoiser_licence": plan.licence, "out": str(folder),
     }  # fmt: skip
@@ -134,7 +137,7 @@ def _prepare(
             "sampler.phases: got some, expected none, as a directory's images are all made alike; "
             "set sampler.phases=[], or make a directory for each phase"
         )
-    config = job.resolve(config)
+    config = job.resolve(config, ranks.read())
     device = torch.device(config.device)
     denoiser = origin.load_denoiser(config.denoiser, device)
     config = origin.resolve_sampler(config, denoiser)

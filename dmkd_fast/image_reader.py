@@ -39,12 +39,14 @@ class ImageReader:
         image_shape: (c, H, W) of what is handed out.
         resize: Whether images of other sizes are scaled, short side first, bilinear and
             antialiased, and cropped to the centre; otherwise they are an error.
-        ring_images: Slots of the ring. A set that fits is handed out once: see `is_exhausted`.
+        ring_images: Slots of the ring, of all ranks. A set that fits is handed out once: see
+            `is_exhausted`.
         device: "cuda" decodes there what DALI can.
         num_threads: Of decoding.
         seed: Of the order.
         wait_s: Seconds to wait for new images of a source that still grows.
         show: Whether to say that it waits.
+        rank, world_size: Several ranks take turns, as with a LabelStream.
 
     Attributes:
         waits: Seconds of each wait for a growing source.
@@ -56,13 +58,14 @@ class ImageReader:
     def __init__(
         self, source: Source, *, image_shape: tuple[int, int, int], resize: bool = False,
         ring_images: int, device: torch.device | str = "cpu", num_threads: int = 1, seed: int = 0,
-        wait_s: float = 600.0, show: bool = True,
+        wait_s: float = 600.0, show: bool = True, rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
         check_dali()
         self.source, self.image_shape, self.resize = source, image_shape, resize
         self.ring_images, self.device = ring_images, torch.device(device)
         self.num_threads, self.seed, self.wait_s, self.show = num_threads, seed, wait_s, show
-        self.position = 0
+        self.rank, self.world_size = rank, world_size
+        self.position = 0  # Of all ranks together, as it was when this one's turn came.
         self.waits: list[float] = []
         self._told = -math.inf
         self._pipeline: Any = None
@@ -81,10 +84,10 @@ class ImageReader:
         Raises:
             SourceError: Nothing new came for `wait_s` seconds.
         """
-        self._wait_for(self.position + count)
+        position = self.position + self.rank * count
+        self._wait_for(position + count)
         total = self.source.num_images
         ids, labels = [], []
-        position = self.position
         while count:
             number, start = divmod(position, total)
             part = self._pass(number)[start : start + count]
@@ -96,7 +99,7 @@ class ImageReader:
 
     def advance(self, count: int) -> None:
         """Count the next `count` images as used."""
-        self.position += count
+        self.position += count * self.world_size
 
     def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
         """Read and decode images.

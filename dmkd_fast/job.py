@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from dmkd_fast import (
@@ -29,8 +30,12 @@ from dmkd_fast.distill import Distiller
 from dmkd_fast.evaluation import STUDENT, evaluate_run, open_test_set
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.image_sets import EncodedSet, ImageSet
-from dmkd_fast.optim import Schedule
+from dmkd_fast.learner import NotFiniteError
+from dmkd_fast.limiter import slots_for
+from dmkd_fast.mix import Mixer
+from dmkd_fast.ranks import ALONE, Ranks, use_device
 from dmkd_fast.ring_buffer import RingBuffer
+from dmkd_fast.schedule import Schedule
 from dmkd_fast.views import Views
 
 SUMMARY = "summary.json"
@@ -48,7 +53,7 @@ class Parts:
     test_set: ImageSet | EncodedSet
 
 
-def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
+def resolve(config: cfg.DistillConfig, ranks: Ranks = ALONE) -> cfg.DistillConfig:
     """Replace every "auto" by what this machine gives; the result is saved with the run.
 
     Raises:
@@ -56,6 +61,7 @@ def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
     """
     with cfg.user_errors():
         device = runtime.resolve_device(config.device)
+        use_device(ranks, device)
         dtype = runtime.resolve_dtype(config.dtype, device)
         first, *more = (classifiers.pinned(teacher) for teacher in config.teachers.values())
         if config.ring.overlap and device.type != "cuda":
@@ -73,7 +79,9 @@ def resolve(config: cfg.DistillConfig) -> cfg.DistillConfig:
         update={
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
-            "num_threads": runtime.set_num_threads(config.num_threads),
+            "num_threads": runtime.set_num_threads(
+                config.num_threads, num_processes=ranks.local_world_size
+            ),
             "sampler": config.sampler.model_copy(update={"compile": sampler}),
             "train": config.train.model_copy(update={"compile": train}),
             "teacher": first,
@@ -115,32 +123,75 @@ def load_parts(config: cfg.DistillConfig) -> Parts:
     )  # fmt: skip
 
 
-def prepare(config: cfg.DistillConfig) -> tuple[cfg.DistillConfig, Parts]:
+def prepare(config: cfg.DistillConfig, ranks: Ranks = ALONE) -> tuple[cfg.DistillConfig, Parts]:
     """Settings without any "auto" left, and what they name; nothing is written.
 
     Raises:
         ConfigError: Something about the settings, files or machine is wrong.
     """
-    config = resolve(config)
-    parts = load_parts(config)
+    config = resolve(config, ranks)
+    with memory.explained(config):
+        parts = load_parts(config)
     with cfg.user_errors():
         if isinstance(parts.origin, origin.OpenSource):
             return origin.resolve_source(config, parts.origin), parts
         return origin.resolve_sampler(config, parts.origin), parts
 
 
-def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Distiller:
+def share(config: cfg.DistillConfig, ranks: Ranks) -> cfg.DistillConfig:
+    """The part of a run that one rank has: of batch and ring, so that reuse is that of the run.
+
+    Raises:
+        ConfigError: They do not divide, or the ranks would not read the same.
+    """
+    block, ring, train = config.block_images, config.ring, config.train
+    if ranks.world_size == 1:
+        return config
+    with cfg.user_errors():
+        if config.source is not None and config.source.follow:
+            raise ValueError(
+                f"source.follow: got true with {ranks.world_size} ranks, expected false, as each "
+                "would find new shards at another time; let dmkd generate finish first"
+            )
+        slots = slots_for(ring.capacity_images, block)
+        sizes: dict[str, Any] = {
+            "capacity_images": ranks.share("ring.capacity_images", slots, unit=block),
+            # Only when training begins depends on it: no reason to refuse 19 blocks for two ranks.
+            "min_fill_images": max(1, ring.min_fill_images // (ranks.world_size * block)) * block,
+        }
+        if ring.error_buffer is not None:
+            sizes["error_buffer"] = ring.error_buffer / ranks.world_size
+        batch = ranks.share("train.batch_size", train.batch_size)
+        values = config.model_dump()
+        values["ring"] |= sizes
+        values["train"] |= {"batch_size": batch}
+        try:
+            return cfg.DistillConfig.model_validate(values)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{reason} (of each of {ranks.world_size} ranks)") from None
+
+
+def build(
+    config: cfg.DistillConfig, parts: Parts, *, show: bool = True, ranks: Ranks = ALONE
+) -> Distiller:
     """Assemble a resolved config and its parts."""
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    part = share(config, ranks).ring
+    if ranks.world_size > 1:
+        # Each rank has dropout of its own, and the same one after a restart.
+        torch.manual_seed(ranks.seed(config.seed))
     with cfg.user_errors():
         ring = RingBuffer(
-            config.ring.capacity_images, image_shape=parts.origin.image_shape,
+            part.capacity_images, image_shape=parts.origin.image_shape,
             block_images=config.block_images,
-            **config.ring.model_dump(exclude={"capacity_images", "overlap"}),
-            guard_blocks=int(config.ring.overlap), own_stream=config.ring.overlap,
-            num_classes=parts.origin.num_classes, device=device, seed=config.seed,
+            **part.model_dump(exclude={"capacity_images", "overlap"}),
+            guard_blocks=int(part.overlap), own_stream=part.overlap,
+            num_classes=parts.origin.num_classes, device=device, seed=ranks.seed(config.seed),
         )  # fmt: skip
-        sampler, labels = origin.make_origin(config, parts.origin, ring.capacity, show=show)
+        sampler, labels = origin.make_origin(
+            config, parts.origin, ranks.world_size * ring.capacity, show=show, ranks=ranks
+        )
         later = origin.later_samplers(config, parts.origin)
     spec = parts.student_spec
     with cfg.user_errors():
@@ -159,61 +210,89 @@ def build(config: cfg.DistillConfig, parts: Parts, *, show: bool = True) -> Dist
             student=parts.student,
             schedule=Schedule(
                 **config.optim.model_dump(),
-                batch_size=config.train.batch_size,
-                num_views=config.train.num_views,
-                checkpoint_every_s=config.train.checkpoint_every_s,
-                log_every_steps=config.train.log_every_steps,
+                **config.train.model_dump(exclude={"compile"}),
                 num_evaluations=config.eval.num_points,
             ),
             run_dir=config.run_dir,
-            temperature=config.loss.temperature,
+            **config.loss.model_dump(),
+            mixer=Mixer(**config.mix.model_dump(), seed=config.seed) if config.mix.is_on else None,
             dtype=dtype,
             compile=config.train.compile is True,
             test_set=parts.test_set,
             student_input=spec.input,
             later_samplers=later,
             show=show,
+            ranks=ranks,
         )
 
 
-def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -> dict[str, Any]:
+def run(
+    config: cfg.DistillConfig, *, resume: bool = False, show: bool = True, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """The whole job; leaves student, pictures, statistics and a model card in the run directory.
 
     Args:
         config: Resolved or not.
-        resume: Go on from the newest checkpoint of `config.run_dir`.
+        resume: Go on from the newest checkpoint of `config.run_dir`; ranks that torchrun starts
+            anew do so by themselves.
         show: Whether to print progress.
+        ranks: This process among those that run the job together.
 
     Returns:
-        The summary that the command line prints as its last line.
+        The summary that the command line prints as its last line; on other ranks than the first,
+        nothing.
 
     Raises:
-        ConfigError: Something about the settings or files is wrong; nothing was written.
+        ConfigError: Something about the settings or files is wrong, and nothing was written; or
+            training cannot go on, after a checkpoint.
         KeyboardInterrupt: After a checkpoint has been written.
     """
-    clock = runtime.Clock()
-    config, parts = prepare(run_dir.find(config) if resume else config)
-    memory.check(config, parts)
-    distiller = build(config, parts, show=show)
+    clock, show = runtime.Clock(), show and ranks.is_first
+    config, resume = _place(config, resume, ranks)
+    with ranks.agreed(cfg.ConfigError):
+        config, parts = prepare(run_dir.find(config) if resume else config, ranks)
+        part = share(config, ranks)
+        memory.check(part, parts, ranks)
+    with memory.explained(part, parts):
+        return _run(config, parts, clock, resume=resume, show=show, ranks=ranks)
+
+
+def _run(
+    config: cfg.DistillConfig, parts: Parts, clock: runtime.Clock, *, resume: bool, show: bool,
+    ranks: Ranks,
+) -> dict[str, Any]:  # fmt: skip
+    distiller = build(config, parts, show=show, ranks=ranks)
     distiller.clock = clock  # Loading counts as part of the run.
-    if resume and run_dir.has_checkpoint(Path(config.run_dir)):
+    folder = Path(config.run_dir)
+    if resume and run_dir.has_checkpoint(folder):
         with cfg.user_errors():
             restored = distiller.restore()
         for note in restored.notes:
             print(note, file=sys.stderr)
-    with cfg.user_errors():
-        distiller.check_folder()
-    folder = Path(config.run_dir) if resume else run_dir.claim(config)
+    with ranks.agreed(cfg.ConfigError):
+        with cfg.user_errors():
+            distiller.check_folder()
+        if ranks.is_first and resume:
+            run_dir.mark(folder, ranks.launch)
+        elif ranks.is_first:
+            run_dir.claim(config, launch=ranks.launch)
     if show:
         print(origin.describe(config, parts.origin), file=sys.stderr)
         print(f"teacher: weights under licence {parts.teachers.licence}", file=sys.stderr)
     try:
         distiller.fit()
-    except (KeyboardInterrupt, SourceError) as stop:
-        print(f"to go on: dmkd distill {folder / run_dir.CONFIG} --resume", file=sys.stderr)
-        if isinstance(stop, SourceError):
+    except BaseException as stop:
+        is_known = isinstance(stop, KeyboardInterrupt | SourceError | NotFiniteError)
+        is_known |= runtime.is_out_of_memory(stop)
+        if is_known and ranks.is_first and run_dir.has_checkpoint(folder):
+            before = "torchrun (as before) " if ranks.world_size > 1 else ""
+            where = folder / run_dir.CONFIG
+            print(f"to go on: {before}dmkd distill {where} --resume", file=sys.stderr)
+        if isinstance(stop, SourceError | NotFiniteError):
             raise cfg.ConfigError(str(stop)) from None
         raise
+    if not ranks.is_first:
+        return {}
 
     with cfg.user_errors():
         (folder / STUDENT).mkdir(exist_ok=True)
@@ -232,6 +311,26 @@ def run(config: cfg.DistillConfig, *, resume: bool = False, show: bool = True) -
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         _write_card(folder, config, parts, summary)
     return summary
+
+
+def _place(
+    config: cfg.DistillConfig, resume: bool, ranks: Ranks
+) -> tuple[cfg.DistillConfig, bool]:  # fmt: skip
+    """Which run directory it is, and whether its run goes on: what the first rank says."""
+    answer = ""
+    with ranks.agreed(cfg.ConfigError):
+        if ranks.world_size > ranks.local_world_size and config.run_dir == "auto":
+            raise cfg.ConfigError(
+                "run_dir: got auto on several machines, expected a directory that all of them see"
+            )
+        if ranks.is_first:
+            ours = run_dir.find_launched(config, ranks.launch) if ranks.restarts else None
+            if ours is not None:
+                config, resume = ours, True
+            config = run_dir.find(config) if resume else run_dir.name_new(config)
+            answer = json.dumps([config.run_dir, resume])
+    place, resume = json.loads(ranks.gather(answer)[0])
+    return config.model_copy(update={"run_dir": place}), resume
 
 
 def check_fit(

@@ -15,30 +15,36 @@ from dmkd_fast.ops import noise
 class LabelStream:
     """Hands out consecutive image ids and their classes.
 
+    Several ranks take turns: of every `world_size` requests of one size, each gets its own.
+
     Args:
         num_classes: C.
         seed: Another seed gives another order.
         device: Of the tensors handed out.
+        rank, world_size: Whose turn this is, of how many.
     """
 
     def __init__(
-        self, num_classes: int, *, seed: int = 0, device: torch.device | str = "cpu"
-    ) -> None:
+        self, num_classes: int, *, seed: int = 0, device: torch.device | str = "cpu",
+        rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
         self.num_classes, self.seed = num_classes, seed
         self.device = torch.device(device)
-        self.next_id = 0
+        self.rank, self.world_size = rank, world_size
+        self.next_id = 0  # Of all ranks together.
 
     is_exhausted = False
     """There is always another image; what reads from disk may run out."""
 
     def peek(self, count: int) -> tuple[Tensor, Tensor]:
         """The next ids and their labels, (count,) int64 each; `advance` moves past them."""
-        ids = torch.arange(self.next_id, self.next_id + count, device=self.device)
+        start = self.next_id + self.rank * count
+        ids = torch.arange(start, start + count, device=self.device)
         return ids, self.labels_of(ids)
 
     def advance(self, count: int) -> None:
         """Count the next `count` ids as made."""
-        self.next_id += count
+        self.next_id += count * self.world_size
 
     def labels_of(self, ids: Tensor) -> Tensor:
         """Labels (B,) int64 of any ids (B,) int64."""

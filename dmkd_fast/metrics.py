@@ -1,6 +1,7 @@
 """What a run tells: progress, stats.jsonl, TensorBoard events.
 
 Stands on floor 2. Values are summed on the device; `flush` is the only place that waits for it.
+Several ranks add up their sums there, and the first one tells of them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dmkd_fast import durable
+from dmkd_fast.ranks import ALONE, Ranks
 
 
 class Metrics:
@@ -29,17 +32,19 @@ class Metrics:
         folder: Run directory; `stats.jsonl` and TensorBoard events go there.
         total: Views of the whole run, for the progress bar and the estimate of time left.
         show: Whether to print progress: a bar on a terminal, else plain lines.
+        ranks: All of them add values of the same names and flush together.
     """
 
-    def __init__(self, folder: Path, total: int, *, show: bool = True) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, total: int, *, show: bool = True, ranks: Ranks = ALONE
+    ) -> None:
+        self._folder, self._ranks = folder, ranks
         # Rows on disk, in bytes, and those that a full disk has not taken yet.
         self._written, self._waiting = 0, b""
         self._stats: FileIO | None = None
         self._board: Any = None
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._total, self._show = total, show
+        self._sums: dict[str, Tensor] = {}  # sum and number of values
+        self._total, self._show = total, show and ranks.is_first
         self._start = self._last_time = time.perf_counter()
         self._last: dict[str, float] = {}
         self._first_views, self._first_time = 0.0, self._last_time
@@ -56,6 +61,8 @@ class Metrics:
         Raises:
             SaveError: The folder cannot be written to.
         """
+        if not self._ranks.is_first:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         try:
@@ -73,30 +80,44 @@ class Metrics:
         self._last_time = self._first_time
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add a scalar tensor to the running mean of `name`, without waiting for the device."""
-        value = value.detach().float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] = self._counts.get(name, 0) + 1
+        """Add a scalar tensor to the running mean of `name`, without waiting for the device.
 
-    def flush(self, *, views: int, **values: float) -> dict[str, Any]:
+        One that is not finite does not count; a mean of none is left out of the row.
+        """
+        value = value.detach().float()
+        pair = torch.stack((value.nan_to_num(0, 0, 0), value.isfinite().float()))
+        # Restored sums are on the host.
+        before = self._sums[name].to(pair.device) if name in self._sums else 0
+        self._sums[name] = pair + before
+
+    def flush(
+        self, *, views: int, counts: Mapping[str, Tensor] | None = None, **values: float
+    ) -> dict[str, Any]:
         """Report the means since the last call, the numbers given, and rates of views and images.
 
         Args:
             views: Views seen so far.
+            counts: Whole numbers on the device, the same on all ranks; reported as they are.
             values: Further numbers; `images` gets a rate, the others are reported as they are.
 
         Returns:
-            The row appended to stats.jsonl.
+            The row appended to stats.jsonl; on other ranks than the first only the counts.
         """
         now = time.perf_counter()
         means: dict[str, float] = {}
-        if self._sums:
-            numbers = torch.stack(list(self._sums.values())).tolist()
+        counts = counts or {}
+        if self._sums or counts:
+            pairs = [torch.stack((count, count)) for count in counts.values()]
+            summed = self._ranks.total(torch.stack([*pairs, *self._sums.values()]))
+            numbers, size = iter(summed.tolist()), self._ranks.world_size
             means = {
-                name: number / self._counts[name]
-                for name, number in zip(self._sums, numbers, strict=True)
+                name: round(number / size)
+                for name, (number, _) in zip(counts, numbers, strict=False)
             }
-            self._sums, self._counts = {}, {}
+            means |= {name: s / n for name, (s, n) in zip(self._sums, numbers, strict=True) if n}
+            self._sums = {}
+        if not self._ranks.is_first:
+            return {name: means[name] for name in counts}
         totals = {"views": float(views)}
         if "images" in values:
             totals["images"] = values["images"]
@@ -148,14 +169,13 @@ class Metrics:
         """The sums since the last row, and where in stats.jsonl that row ends."""
         return {
             "sums": self._sums,
-            "counts": self._counts,
             "written": functools.partial(self._synced, self._written),
             "waiting": self._waiting.decode(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; `begin` then cuts stats.jsonl to the rows of that moment."""
-        self._sums, self._counts = state["sums"], state["counts"]
+        self._sums = state["sums"]
         self._written, self._waiting = state["written"], state["waiting"].encode()
 
     def _synced(self, written: int) -> int:
@@ -172,6 +192,7 @@ class Metrics:
         left = spent * (self._total - views) / done if done > 0 else float("nan")
         parts = [f"{k} {row[k]:.4g}" for k in ("loss", "top1", "lr") if k in row]
         parts += [f"{row[f'{k}_per_s']:,.0f} {k}/s" for k in ("images", "views") if k in row]
+        parts += [f"skipped {row['skipped_steps']:,} steps"] * (row.get("skipped_steps", 0) > 0)
         text = "  ".join(parts)
         if sys.stderr.isatty():
             if self._bar is None:

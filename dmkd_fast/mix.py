@@ -9,14 +9,15 @@ Sources: Zhang et al., arXiv 1710.09412 (mixup); Yun et al., arXiv 1905.04899 (c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dmkd_fast.ops import noise
 
+K = TypeVar("K")
 _FOR_PARTNERS, _FOR_NUMBERS = 0, 1  # sub-counters of a step
 
 
@@ -33,6 +34,13 @@ class Mixed(NamedTuple):
     """(B,) int64, a permutation: which row each row was mixed with."""
     share: float
     """Of a row's own view and target."""
+
+    def targets(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Hard labels (B,) mixed as the views are: probabilities (B, C), float32."""
+        targets = labels.new_zeros((len(labels), num_classes), dtype=torch.float32)
+        targets.scatter_(1, labels[:, None], self.share)
+        rest = torch.full_like(targets[:, :1], 1 - self.share)
+        return targets.scatter_add_(1, labels[self.partner][:, None], rest)
 
 
 class Mixer:
@@ -71,8 +79,25 @@ class Mixer:
         Returns:
             Mixed views, partners and share.
         """
+        return self._mixed(views, step, self.partners(step, len(views), views.device))
+
+    def renderings(self, views: Mapping[K, Tensor], *, step: int) -> dict[K, Mixed]:
+        """Mix one batch that several networks look at, each in a rendering of its own.
+
+        Args:
+            views: (B, c, S, S), of the same crops in the same order; S may differ.
+            step: As above.
+
+        Returns:
+            For each rendering what `__call__` gives: one partner and one square, at the same place
+            of the picture. Of cutmix only whole pixels are cut, so shares differ by some pixels.
+        """
+        first = next(iter(views.values()))
+        partner = self.partners(step, len(first), first.device)
+        return {name: self._mixed(batch, step, partner) for name, batch in views.items()}
+
+    def _mixed(self, views: Tensor, step: int, partner: Tensor) -> Mixed:
         share, square = self.parameters(step, views.shape[-2], views.shape[-1])
-        partner = self.partners(step, len(views), views.device)
         rows = views.permute(0, 2, 3, 1)  # (B, S, S, c)
         if square is None:
             mixed = torch.lerp(rows[partner], rows, share)

@@ -1,65 +1,90 @@
-"""Optimizer, learning rate as a pure function of the step, averaged weights.
+"""Optimizer, averaged weights, and buffers taken together.
 
-Stands on floor 2. `lr_at(step)` needs no state, so a resumed run continues with the same rates.
+Stands on floor 1, under `learner.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Optimizer settings and the rhythm of a run; see `OptimConfig`, `TrainConfig`."""
-
-    batch_size: int
-    num_views: int
-    lr: float
-    name: str = "adamw"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    ema_decay: float = 0.0
-    max_grad_norm: float = 0.0
-    checkpoint_every_s: float = 600.0
-    log_every_steps: int = 50
-    num_evaluations: int = 8
+from torch import Tensor, nn
 
 
 def build_optimizer(
     model: nn.Module, *, name: Literal["sgd", "adamw"], lr: float, momentum: float,
-    weight_decay: float,
+    weight_decay: float, nesterov: bool = True,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """SGD with Nesterov momentum, or AdamW; no weight decay on vectors (biases, normalisation)."""
+    """SGD or AdamW, fused; no weight decay on vectors (biases, normalisation).
+
+    Its state is there from the start: a first step that is skipped (`found_inf`) leaves zeros,
+    where SGD would leave uninitialised momentum; and if memory lacks, it does before training.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.99), fused=True)
-
-
-def lr_at(step: int, *, num_steps: int, peak: float, warmup: float) -> float:
-    """Learning rate of a step: linear warm-up over `warmup * num_steps`, then cosine to zero."""
-    num_warmup = int(warmup * num_steps)
-    if step < num_warmup:
-        return peak * (step + 1) / num_warmup
-    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if name == "adamw":
+        adamw = torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.99), fused=True)
+        for p in parameters:
+            adamw.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
+            }  # fmt: skip
+        return adamw
+    sgd = torch.optim.SGD(
+        groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True
+    )
+    if momentum > 0:
+        for p in parameters:
+            sgd.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+    return sgd
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+class Buffers:
+    """The buffers of a module, such as running statistics, by dtype: one call for all of a kind.
+
+    They are looked up anew each time, because a module may assign a new tensor to one.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        homes: dict[torch.dtype, list[tuple[dict[str, Tensor | None], str]]] = {}
+        seen: set[int] = set()
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                if id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    homes.setdefault(buffer.dtype, []).append((part._buffers, name))
+        self._homes = list(homes.values())
+
+    def groups(self) -> list[list[Tensor]]:
+        """All of them, a list for each dtype."""
+        return [[home[name] for home, name in group] for group in self._homes]  # type: ignore[misc]
+
+    def copies(self) -> list[Tensor]:
+        """A flat copy for each dtype."""
+        return [_flat(group) for group in self.groups()]
+
+    @torch.no_grad()
+    def put_back(self, copies: Sequence[Tensor], where: Tensor) -> None:
+        """Values of `copies` where `where`, () bool, is true; others stay. Nothing waits."""
+        for before, group in zip(copies, self.groups(), strict=True):
+            chosen = torch.where(where, before, _flat(group)).split([b.numel() for b in group])
+            shaped = [c.view(b.shape) for c, b in zip(chosen, group, strict=True)]
+            torch._foreach_copy_(group, shaped)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 class Average:
@@ -71,18 +96,33 @@ class Average:
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         self.decay = decay
-        self.num_updates = 0
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._mine: list[Tensor] = list(self.module.parameters())
+        self._theirs: list[Tensor] = list(model.parameters())
+        self._my_buffers, self._their_buffers = Buffers(self.module), Buffers(model)
+        device = self._mine[0].device if self._mine else torch.device("cpu")
+        # On the device, because only there is known which steps were skipped.
+        self.num_updates = torch.zeros((), device=device)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards `model`."""
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        self.num_updates += 1
-        pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
-        torch._foreach_lerp_([a for a, _ in pairs], [p.detach() for _, p in pairs], 1 - decay)
-        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+    def update(self, taken: Tensor | None = None) -> None:
+        """Move the average towards the model.
+
+        Args:
+            taken: () float32 on the device; 0: the model's step was skipped, nothing changes. The
+                model's weights and buffers must then be what they were. None: 1.
+        """
+        if self.decay == 0:
+            torch._foreach_copy_(self._mine, self._theirs)
+        else:
+            share = (9 / (self.num_updates + 10)).clamp_(min=1 - self.decay)
+            moves = torch._foreach_sub(self._theirs, self._mine)
+            torch._foreach_mul_(moves, share if taken is None else share * taken)
+            torch._foreach_add_(self._mine, list(moves))
+        self.num_updates.add_(1 if taken is None else taken)
+        groups = zip(self._my_buffers.groups(), self._their_buffers.groups(), strict=True)
+        for mine, theirs in groups:
+            torch._foreach_copy_(mine, theirs)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and the number of updates."""
@@ -91,4 +131,4 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.module.load_state_dict(state["module"])
-        self.num_updates = state["num_updates"]
+        self.num_updates.copy_(state["num_updates"])

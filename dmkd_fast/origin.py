@@ -20,6 +20,7 @@ from dmkd_fast.dit import LeanDiT
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.limiter import slots_for
+from dmkd_fast.ranks import ALONE, Ranks
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.shards import PLAN
 from dmkd_fast.solvers import choose_solver
@@ -167,7 +168,7 @@ def resolve_source(config: cfg.DistillConfig, opened: OpenSource) -> cfg.Distill
 
 def make_origin(
     config: cfg.DistillConfig, images: denoisers.Denoiser | OpenSource, ring_images: int, *,
-    show: bool,
+    show: bool, ranks: Ranks = ALONE,
 ) -> tuple[DiffusionSampler | ImageReader, LabelStream | ImageReader]:  # fmt: skip
     """What fills the ring, and what says with which classes: one reader for both, if from disk."""
     device = torch.device(config.device)
@@ -177,10 +178,13 @@ def make_origin(
             images.source, image_shape=images.image_shape,
             resize=config.source.image_size is not None, ring_images=ring_images, device=device,
             num_threads=config.num_threads, seed=config.seed, wait_s=config.source.wait_s,
-            show=show,
+            show=show, rank=ranks.rank, world_size=ranks.world_size,
         )  # fmt: skip
         return reader, reader
-    labels = LabelStream(images.num_classes, seed=config.seed, device=device)
+    labels = LabelStream(
+        images.num_classes, seed=config.seed, device=device, rank=ranks.rank,
+        world_size=ranks.world_size,
+    )  # fmt: skip
     return make_sampler(config, images), labels
 
 

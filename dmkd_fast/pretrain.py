@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from dmkd_fast import checkpoint, durable, evaluate, image_sets, models, optim, run_dir, runtime
 from dmkd_fast import config as cfg
+from dmkd_fast.learner import Learner, NotFiniteError
 from dmkd_fast.metrics import Metrics
+from dmkd_fast.schedule import Schedule
 from dmkd_fast.views import Views
 
 P = TypeVar("P", bound=cfg.PretrainConfig)
@@ -96,7 +98,7 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
         )
 
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
-    average, facts = train(config, model, loss_of, len(real.train.labels), folder, resume)
+    average, facts = train(config, model, loss_of, len(real.train.labels), folder, resume, dtype)
     final = average.module
     for name, part in (("held_out_top1", real.held_out), ("test_top1", real.test)):
         scores = evaluate.measure(
@@ -118,7 +120,7 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
 
 def train(
     config: cfg.PretrainConfig, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor],
-    num_examples: int, folder: Path, resume: bool,
+    num_examples: int, folder: Path, resume: bool, dtype: torch.dtype,
     before_step: Callable[[Tensor], None] | None = None,
 ) -> tuple[optim.Average, dict[str, Any]]:  # fmt: skip
     """The loop that all kinds share: shuffled passes, one seed per step, resumable.
@@ -130,24 +132,23 @@ def train(
         num_examples: In one pass.
         folder: Of the run.
         resume: Go on from its newest checkpoint.
+        dtype: What `loss_of` computes in; float16 scales the loss.
         before_step: Called with the passes (B,) before each step; may take long, as it can be
             interrupted where a step cannot.
     """
     batch, train = config.train.batch_size, config.train
     num_steps = -(-train.num_views // batch)
-    settings = config.optim
-    optimizer = optim.build_optimizer(
-        model, name=settings.name, lr=settings.lr, momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )  # fmt: skip
-    average = optim.Average(model, decay=settings.ema_decay)
+    settings = config.train.model_dump(exclude={"compile"}) | config.optim.model_dump()
+    schedule = Schedule(**settings)
+    learner = Learner(model, schedule=schedule, dtype=dtype)
     clock = runtime.Clock()
     metrics = Metrics(folder, num_steps * batch)
     saved: dict[str, checkpoint.Stateful] = {
         "clock": clock,
         "model": model,
-        "optimizer": optimizer,
-        "average": average,
+        "optimizer": learner.optimizer,
+        "average": learner.average,
+        "learner": learner,
         "metrics": metrics,
     }
     checkpoints, first = folder / run_dir.CHECKPOINTS, 0
@@ -164,27 +165,28 @@ def train(
     try:
         with interrupts:
             for step, indices, uses in _batches(num_examples, batch, first, num_steps, config.seed):
-                lr = optim.lr_at(
-                    step, num_steps=num_steps, peak=settings.lr, warmup=settings.warmup
-                )
                 if before_step is not None:
                     before_step(uses)
                 # The first step compiles; nothing is lost if it is interrupted.
                 with interrupts.held() if step > first else contextlib.nullcontext():
                     # Seeded per step, a resumed run draws what an uninterrupted one would have.
                     torch.manual_seed(config.seed * 1_000_003 + step)
-                    optim.set_lr(optimizer, lr)
-                    loss = loss_of(indices.to(device), uses.to(device))
-                    loss.backward()
-                    if settings.max_grad_norm:
-                        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    average.update(model)
+                    learner.start(schedule.lr_at(step))
+                    parts = zip(
+                        indices.to(device).split(schedule.micro_batch),
+                        uses.to(device).split(schedule.micro_batch), strict=True,
+                    )  # fmt: skip
+                    losses = [
+                        learner.backward(loss_of(*part) / schedule.accumulate) for part in parts
+                    ]
+                    learner.finish()
                     done = step + 1
-                    metrics.add("loss", loss)
-                    if done % train.log_every_steps == 0:
-                        metrics.flush(views=done * batch, lr=lr)
+                    metrics.add("loss", sum(losses[1:], losses[0]))
+                    if done % train.log_every_steps == 0 or done == num_steps:
+                        row = metrics.flush(
+                            views=done * batch, lr=schedule.lr_at(step), counts=learner.counts()
+                        )
+                        learner.check(row["skipped_in_a_row"])
                 if time.monotonic() - last_saved > train.checkpoint_every_s:
                     with interrupts.held():
                         try:
@@ -198,6 +200,9 @@ def train(
             path = checkpoint.save(checkpoints, done, saved)
             metrics.note(f"interrupted; saved {path}; to go on, add run_dir={folder} --resume")
         raise
+    except NotFiniteError as error:
+        path = checkpoint.save(checkpoints, done, saved)
+        raise cfg.ConfigError(f"{error}; saved {path}") from None
     finally:
         metrics.close()
     facts = {
@@ -207,7 +212,7 @@ def train(
         "num_threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    return average, facts
+    return learner.average, facts
 
 
 def _batches(

@@ -60,7 +60,7 @@ def denoiser(
         return flow_loss(forward, real.train.images[indices], labels, device, dtype)
 
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
-    average, facts = train(config, model, loss_of, len(real.train.labels), folder, resume)
+    average, facts = train(config, model, loss_of, len(real.train.labels), folder, resume, dtype)
     torch.manual_seed(config.seed)
     facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, device, dtype)
     target = folder / "model"
@@ -134,7 +134,7 @@ def fewstep(config: cfg.PretrainFewstepConfig, *, resume: bool = False) -> dict[
 
     folder = Path(config.run_dir) if resume else run_dir.claim(config)
     average, facts = train(
-        config, model, loss_of, config.pool_images * config.num_steps, folder, resume,
+        config, model, loss_of, config.pool_images * config.num_steps, folder, resume, dtype,
         before_step=lambda uses: pool.make(int(uses[0]) // config.reuse),
     )  # fmt: skip
     target = folder / "model"

@@ -57,7 +57,7 @@ class Statistics:
         }
 
     def figures(self) -> dict[str, float]:
-        """Figures of a log line that the host has."""
+        """Figures of a log line that the host has; of several ranks, those of the one that logs."""
         return {
             "ring_fill": self.fill,
             "reuse_error": self.error,

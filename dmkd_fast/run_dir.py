@@ -1,7 +1,8 @@
 """Run directories: a new one for each job, found again to resume.
 
 Stands on floor 0. It holds `config.yaml`, the resolved settings, from its first moment; so a run
-that was killed before its first checkpoint can be resumed too, from its beginning.
+that was killed before its first checkpoint can be resumed too, from its beginning. `.launch` says
+which torchrun made it, so that processes which that one starts anew find it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dmkd_fast import durable
 from dmkd_fast.config import ConfigError, RunConfig, dump, load
 
 C = TypeVar("C", bound=RunConfig)
-CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+CONFIG, CHECKPOINTS, LAUNCH = "config.yaml", "checkpoints", ".launch"
 
 
 def name_new(config: C) -> C:
@@ -25,8 +26,12 @@ def name_new(config: C) -> C:
     return config.model_copy(update={"run_dir": run_dir})
 
 
-def claim(config: RunConfig) -> Path:
+def claim(config: RunConfig, *, launch: str = "") -> Path:
     """Make `config.run_dir` and save the settings in it.
+
+    Args:
+        config: Resolved.
+        launch: See `find_launched`.
 
     Raises:
         ConfigError: It holds a run already, or cannot be written to.
@@ -38,6 +43,7 @@ def claim(config: RunConfig) -> Path:
         )
     try:
         durable.make_folder(folder)
+        mark(folder, launch)
         durable.replace(folder / CONFIG, [dump(config).encode()])
         durable.sync(folder)
     except OSError as error:
@@ -71,9 +77,27 @@ def find(config: C) -> C:
     return load(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})
 
 
+def find_launched(config: C, launch: str) -> C | None:
+    """The settings as they are to be found by `find`, if this launch has a run of this name."""
+    folders = [Path(config.run_dir)]
+    if config.run_dir == "auto":
+        folders = [path.parent for path in Path("runs").glob(f"{config.name}-*/{LAUNCH}")]
+    for folder in folders:
+        there = all((folder / name).exists() for name in (CONFIG, LAUNCH))
+        if there and (folder / LAUNCH).read_text(encoding="utf-8") == launch:
+            return config.model_copy(update={"run_dir": str(folder)})
+    return None
+
+
+def mark(folder: Path, launch: str) -> None:
+    """Say whose run this is; nothing is said of one without a launch."""
+    if launch:
+        durable.replace(folder / LAUNCH, [launch.encode()])
+
+
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has one, whole or not."""
-    return any((folder / CHECKPOINTS).glob("step-*"))
+    """Whether a run, or any of its ranks, has one, whole or not."""
+    return any(any((folder / CHECKPOINTS).glob(names)) for names in ("step-*", "rank-*/step-*"))
 
 
 def _last_written(folder: Path) -> float:

@@ -79,9 +79,14 @@ def can_compile(device_type: str) -> bool:
     return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
-def set_num_threads(num_threads: int) -> int:
-    """Use this many CPU threads (0: all cores this process may run on); returns the number."""
-    count = num_threads or len(os.sched_getaffinity(0))
+def set_num_threads(num_threads: int, *, num_processes: int = 1) -> int:
+    """Use this many CPU threads (0: all cores this process may run on); returns the number.
+
+    Args:
+        num_threads: How many.
+        num_processes: That share all cores.
+    """
+    count = num_threads or max(1, len(os.sched_getaffinity(0)) // num_processes)
     torch.set_num_threads(count)
     return count
 
@@ -94,6 +99,23 @@ def keep_freed_memory() -> None:
     For programs that own the process, not for a library's import. Does nothing without glibc.
     """
     set_malloc_thresholds(mmap_bytes=1 << 30, trim_bytes=(1 << 31) - 1)
+
+
+def make_repeatable() -> None:
+    """Let CUDA libraries choose only kernels that give the same bits each time they run.
+
+    Without it convolutions' weight gradients are summed in any order, and a resumed run ends with
+    other bits. For programs that own the process, before their first product on a GPU. What it
+    does not reach: overlapping max pooling of a channels_last student that is not compiled.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products on several streams
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    if torch.cuda.is_available():
+        import torch._inductor.config as inductor
+
+        if hasattr(inductor, "deterministic"):  # else timing decides how reductions are split
+            inductor.deterministic = True
 
 
 def set_malloc_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
@@ -113,6 +135,14 @@ def available_bytes(device: torch.device) -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         fields = dict(line.split(":") for line in file)
     return 1024 * int(fields["MemAvailable"].split()[0])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the device or the host, is used up."""
+    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 def peak_memory_mib() -> float:
@@ -182,19 +212,31 @@ class Interrupts:
 
     Work that must not be torn (an optimizer step, a commit) is held: the signal waits until it is
     done. Everything else is interrupted at once. Use as a context manager in the main thread.
+
+    Args:
+        only_noted: Never raise, but set `is_pending`: one of several ranks must not leave the
+            others waiting for it. A second signal ends the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, only_noted: bool = False) -> None:
+        self._only_noted = only_noted
         self._is_held = False
         self._is_pending = False
         self._previous: dict[int, object] = {}
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a signal has come that nothing was raised for yet."""
+        return self._is_pending
 
     def __enter__(self) -> Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._only_noted and kind is not None:
+            return  # Another rank's signal has ended this: the own one may be still to come.
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -206,13 +248,18 @@ class Interrupts:
             yield
         finally:
             self._is_held = False
-        if self._is_pending:
+        if self._is_pending and not self._only_noted:
             self._is_pending = False
             raise KeyboardInterrupt
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        if self._is_held:
+        del frame
+        if self._only_noted:
+            if self._is_pending:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._is_pending = True
+        elif self._is_held:
             self._is_pending = True
         else:
             raise KeyboardInterrupt

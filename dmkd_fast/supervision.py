@@ -6,13 +6,28 @@ B batch, C classes, S side of a view.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from dmkd_fast import models
 from dmkd_fast.inputs import InputSpec
+from dmkd_fast.mix import Mixed, Mixer
 from dmkd_fast.teachers import Teacher, Teachers
 from dmkd_fast.views import Views, ViewSpec
+
+
+class Part(NamedTuple):
+    """What a student learns from at a time."""
+
+    views: Tensor
+    """(B, c, S, S), the student's."""
+    teacher_logits: Tensor
+    """(B, C)."""
+    target: Tensor
+    """Class ids (B,) that the images were made for, or their mixture as probabilities (B, C)."""
 
 
 class Supervision:
@@ -21,17 +36,18 @@ class Supervision:
     Args:
         teacher: A classifier fed like the student, or `Teachers`.
         views: Decides the crops; its own size and normalisation are the student's.
+        mixer: Mixes them; None: they stay as they are.
         input: The student's input; None: as the views.
         dtype: What the teachers compute in.
         compile: torch.compile the teachers.
 
     Raises:
-        ValueError: `input` does not fit the views.
+        ValueError: `input` does not fit the views, or a mixer teachers of some classes only.
     """
 
     def __init__(
-        self, teacher: nn.Module | Teachers, views: Views, *, input: InputSpec | None,
-        dtype: torch.dtype, compile: bool,
+        self, teacher: nn.Module | Teachers, views: Views, mixer: Mixer | None = None, *,
+        input: InputSpec | None, dtype: torch.dtype, compile: bool,
     ) -> None:  # fmt: skip
         spec = views.spec
         self.input = input or InputSpec(
@@ -44,6 +60,12 @@ class Supervision:
             )
         if not isinstance(teacher, Teachers):
             teacher = Teachers([Teacher(module=teacher, input=self.input)])
+        if mixer is not None and any(member.teaches is not None for member in teacher.members):
+            raise ValueError(
+                "mixer: got one with teachers that teach some classes only, expected none, as a "
+                "mixed view is of two classes; leave one of the two out"
+            )
+        self._mixer = mixer
 
         def fast(module: nn.Module) -> nn.Module:
             copy = models.for_inference(module, dtype)
@@ -73,6 +95,32 @@ class Supervision:
         """
         needed = {self.input, *self._teachers.inputs_at(share)}
         return self._render(slots, indices, ids, uses, needed)
+
+    def mixed(
+        self, views: dict[InputSpec, Tensor], *, step: int
+    ) -> tuple[dict[InputSpec, Tensor], Mixed | None]:
+        """Views mixed for everybody alike, and how the student's were; without a mixer as they are.
+
+        Args:
+            views: (B, c, S, S) for each input.
+            step: Of the run; it decides what is mixed.
+        """
+        if self._mixer is None:
+            return views, None
+        mixed = self._mixer.renderings(views, step=step)
+        return {spec: each.views for spec, each in mixed.items()}, mixed[self.input]
+
+    def parts(
+        self, views: dict[InputSpec, Tensor], labels: Tensor, mixed: Mixed | None, *,
+        share: float, size: int,
+    ) -> Iterator[Part]:  # fmt: skip
+        """The batch in parts of `size`, each with what its teachers say, asked when it is taken."""
+        for first in range(0, len(labels), size):
+            rows = slice(first, first + size)
+            seen = {spec: batch[rows] for spec, batch in views.items()}
+            logits = self.logits(seen, labels[rows], share=share)
+            target = labels if mixed is None else mixed.targets(labels, logits.shape[1])
+            yield Part(seen[self.input], logits, target[rows])
 
     def logits(self, views: dict[InputSpec, Tensor], labels: Tensor, *, share: float) -> Tensor:
         """The teachers' logits (B, C) for images made for `labels` (B,)."""

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Schedule, Views
+from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Mixer, RingBuffer, Schedule, Views
 from dmkd_fast.image_reader import ImageReader
+from dmkd_fast.image_sets import ImageSet
 from dmkd_fast.pretrain_diffusion import FLOW
+from dmkd_fast.ranks import ALONE, Ranks
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "many_steps.yaml")
@@ -68,28 +70,38 @@ def small_classifier(*, dropout: float = 0.0) -> nn.Module:
 
 def build_distiller(
     run_dir: Path, *, seed: int = 0, dropout: float = 0.0, ring: dict[str, Any] | None = None,
-    reader: ImageReader | None = None, **changes: object,
+    reader: ImageReader | None = None, mix: dict[str, float] | None = None, alpha: float = 1.0,
+    dtype: torch.dtype = torch.float32, student: nn.Module | None = None, ranks: Ranks = ALONE,
+    test_set: ImageSet | None = None, **changes: object,
 ) -> Distiller:  # fmt: skip
-    """A whole run in small: 8 x 8 images of four classes, 40 steps, a ring of four blocks."""
+    """A whole run in small: 8 x 8 images of four classes, 40 steps, a ring of four blocks.
+
+    Of several ranks each has its part of ring and batch.
+    """
     sampler = reader or tiny_sampler(seed=seed)
     torch.manual_seed(5)
     teacher = small_classifier()
     torch.manual_seed(7 + seed)
-    student = small_classifier(dropout=dropout)
+    student = student or small_classifier(dropout=dropout)
     schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10}
     return Distiller(
         sampler=sampler,
         ring=RingBuffer(
-            64, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4,
-            min_fill_images=32, seed=seed, **(ring or {}),
+            64 // ranks.world_size, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4,
+            min_fill_images=32 // ranks.world_size, seed=ranks.seed(seed), **(ring or {}),
         ),
-        labels=reader or LabelStream(4, seed=seed),
+        labels=reader or LabelStream(4, seed=seed, rank=ranks.rank, world_size=ranks.world_size),
         views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,), seed=seed),
         teacher=teacher,
         student=student,
         schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]
         run_dir=run_dir,
+        mixer=Mixer(**mix, seed=seed) if mix else None,  # type: ignore[arg-type]
+        alpha=alpha,
+        dtype=dtype,
+        test_set=test_set,
         show=False,
+        ranks=ranks,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def fingerprint(distiller: Distiller) -> dict[str, str]:
         _walk(name, item.state_dict(), found)
     # Only slots that can be drawn: the others are what memory held.
     _walk("images", distiller.ring.images[: distiller.ring.num_filled], found)
-    distiller._writer.close()
+    distiller._keeper.writer.close()
     return found
 
 

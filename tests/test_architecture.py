@@ -15,16 +15,16 @@ PACKAGE = ROOT / "dmkd_fast"
 FLOORS = {
     name: floor
     for floor, names in enumerate((
-        """settings config config_source sampler_config model_config inputs limiter runtime
-        run_dir durable assets""",
+        """settings config config_source sampler_config model_config training_config schedule inputs
+        limiter runtime ranks run_dir durable assets""",
         """solvers attention dit upsampling weights small_nets encoded_images shards sources
-        capacity draws fences logit_cache ring_statistics
+        capacity draws fences logit_cache ring_statistics optim state_tree
         ops.extension ops.noise ops.noise_triton ops.transformer ops.reference
         ops.kd_loss ops.kd_loss_ops ops.kd_loss_problem ops.kd_loss_triton ops.kd_loss_kernels
         ops.views ops.views_triton""",
-        """sampler image_reader ring_buffer views mix labels models teachers denoisers optim
+        """sampler image_reader ring_buffer views mix labels models teachers denoisers learner
         image_sets evaluate metrics pictures blocks checkpoint""",
-        """distill supervision job memory origin classifiers evaluation generate pretrain
+        """distill keeper supervision job memory origin classifiers evaluation generate pretrain
         pretrain_diffusion""",
         """cli""",
     ))

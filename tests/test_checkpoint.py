@@ -337,7 +337,12 @@ def test_a_second_checkpoint_at_a_step_comes_after_the_first(tmp_path: Path) -> 
     again = State()
     checkpoint.restore(tmp_path, {"state": again})
     assert again.count == 77
-    left = {"step-000000005.11", "step-000000005.12"}
+    for count in range(78, 83):  # The oldest are gone: their names must not come back.
+        state.count = count
+        checkpoint.save(tmp_path, 5, {"state": state}, keep=2)
+        checkpoint.restore(tmp_path, {"state": again})
+        assert again.count == count
+    left = {"step-000000005.16", "step-000000005.17"}
     assert {p.name for p in tmp_path.iterdir()} == left
 
 

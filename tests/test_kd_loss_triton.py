@@ -150,9 +150,12 @@ def test_on_a_gpu_the_numbers_are_those_of_the_cpu(
         )
         for value in (loss, fused):
             torch.testing.assert_close(value.double().cpu(), exact, rtol=2e-6, atol=0)
+        relative = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+        # Half a step of float16's smallest numbers, which gradients of many classes are.
+        least = 2**-25 * grad.numel() ** 0.5 if dtype == torch.float16 else 0.0
         for value in (leaf.grad, grad):
-            error = (value.double().cpu() - exact_grad).norm() / exact_grad.norm()
-            assert error < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+            error = (value.double().cpu() - exact_grad).norm()
+            assert error < relative * exact_grad.norm() + least
 
 
 @pytest.mark.cuda

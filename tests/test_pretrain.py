@@ -89,9 +89,9 @@ def pretrain_state(data: Path, tmp_path: Path, views: str) -> Path:
 
     update, count = optim.Average.update, 0
 
-    def interrupted(self: optim.Average, model: torch.nn.Module) -> None:
+    def interrupted(self: optim.Average, taken: torch.Tensor) -> None:
         nonlocal count
-        update(self, model)
+        update(self, taken)
         count += 1
         if count == 50:
             signal.raise_signal(signal.SIGINT)
@@ -104,6 +104,28 @@ def pretrain_state(data: Path, tmp_path: Path, views: str) -> Path:
     finally:
         optim.Average.update = update  # type: ignore[method-assign]
     return tmp_path / "half" / "checkpoints" / "step-000000050"
+
+
+def test_a_teacher_that_learns_nothing_stops_and_batches_may_come_in_parts(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = []
+    for parts in (1, 4):
+        out = tmp_path / f"parts{parts}"
+        changes = ["train.num_views=2560", f"train.accumulate={parts}", "optim.name=sgd",
+                   "optim.milestones=[0.5]", "optim.lr=0.01"]  # fmt: skip
+        run("teacher", "lenet5", data, out, *changes)
+        ends.append(load_file(out / "model" / "model.safetensors"))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-4)
+    entropy = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        torch.nn.functional, "cross_entropy", lambda *a, **k: entropy(*a, **k) * float("inf")
+    )
+    arguments = [str(CONFIGS / "lenet5.yaml"), f"run_dir={tmp_path}/bad", "dtype=float32",
+                 "train.log_every_steps=10", "--data", str(data)]  # fmt: skip
+    assert cli.main(["pretrain", "teacher", *arguments]) == 2
+    assert "dmkd: 20 steps in a row had a loss or gradient that" in capsys.readouterr().err
 
 
 def test_denoiser_learns_and_its_samples_follow_the_label(data: Path, tmp_path: Path) -> None:

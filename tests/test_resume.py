@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -79,6 +80,41 @@ def test_resumed_run_ends_bit_equal(
             resume_at(make_distiller, point, whole, **settings)
 
 
+RECIPES: list[dict[str, Any]] = [
+    {"accumulate": 4, "mix": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}, "alpha": 0.7,
+     "milestones": (0.3, 0.6, 0.9), "ema_decay": 0.9},
+    {"name": "sgd", "lr": 0.02, "nesterov": False, "accumulate": 2, "alpha": 0.5,
+     "max_grad_norm": 1.0, "mix": {"cutmix_alpha": 1.0}},
+    {"dtype": torch.float16, "milestones": (0.5,), "ema_decay": 0.9, "max_grad_norm": 1.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", RECIPES, ids=["adamw", "sgd", "float16"])
+def test_resumed_run_ends_bit_equal_with_all_of_a_recipe_and_steps_skipped_in_between(
+    make_distiller: Make, settings: dict[str, Any],
+    record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
+    record_property("claim", "resume of a whole recipe, skipped steps in between, tolerance 0")
+    points = [0, 1, 17, 26]  # 17 and 26 lie in rows of skipped steps
+    record_property("cases", len(points))
+
+    def make(**changes: Any) -> Distiller:
+        distiller = make_distiller(**changes)
+        weight = next(distiller.student.parameters())
+        skips = {0, 15, 16, 17, 18, 25, 26, 39}
+        weight.register_hook(lambda grad: grad * (math.inf if distiller.step in skips else 1))
+        return distiller
+
+    settings = {"dropout": 0.3, **settings}
+    whole = make(**settings)
+    torch.manual_seed(0)
+    whole.fit()
+    found = [(row["skipped_steps"], row["skipped_in_a_row"]) for row in rows(whole.run_dir)]
+    assert found == [(1, 1), (5, 4), (7, 2), (8, 1)]
+    for point in points:
+        resume_at(make, point, whole, **settings)
+
+
 SIGNALS = {
     "KILL": "kill -9 at a random moment: resumed run ends bit-equal",
     "TERM": "SIGTERM at a random moment: exit within 5 s, checkpoint at the current step",
@@ -110,7 +146,7 @@ def test_a_full_disk_during_training_costs_no_step(
     whole = make_distiller()
     whole.fit()
     run, told = make_distiller(checkpoint_every_s=0.0), []
-    run._metrics.note = told.append  # type: ignore[method-assign]
+    run._keeper._note = told.append
     step = run.train_step
 
     def on_a_full_disk() -> torch.Tensor:
@@ -133,20 +169,20 @@ def test_a_last_checkpoint_that_fails_is_an_error(
     make_distiller: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_distiller()
-    finish = run._saver.finish
+    finish = run._keeper.saver.finish
 
-    def on_a_full_disk(*args: Any) -> Path:
+    def on_a_full_disk(*args: Any, **kwargs: Any) -> Path:
         monkeypatch.setattr(durable, "os", FailingOs(0, errno.ENOSPC))
-        return finish(*args)
+        return finish(*args, **kwargs)
 
-    run._saver.finish = on_a_full_disk  # type: ignore[method-assign]
+    run._keeper.saver.finish = on_a_full_disk  # type: ignore[method-assign]
     with pytest.raises(durable.SaveError, match="No space left on device"):
         run.fit()
 
 
 def test_a_second_signal_does_not_wait_for_the_disk(make_distiller: Make) -> None:
     run, gate = make_distiller(), threading.Event()
-    run._writer.submit(gate.wait)  # A disk that hangs.
+    run._keeper.writer.submit(gate.wait)  # A disk that hangs.
     step = run.train_step
 
     def interrupted() -> torch.Tensor:
@@ -157,13 +193,13 @@ def test_a_second_signal_does_not_wait_for_the_disk(make_distiller: Make) -> Non
         return loss
 
     run.train_step = interrupted  # type: ignore[method-assign]
-    run._blocks.append = lambda: None  # type: ignore[method-assign]
+    run._keeper.blocks.append = lambda: None  # type: ignore[method-assign]
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run.fit()
     assert 0.5 < time.monotonic() - start < 5 and not gate.is_set()
     gate.set()
-    run._writer.close()
+    run._keeper.writer.close()
 
 
 def test_checkpoints_of_another_run_are_not_mixed_with(make_distiller: Make) -> None:
@@ -221,7 +257,7 @@ def test_an_interrupt_while_the_warm_up_is_undone_leaves_no_trace(
     """One came between the end of the warm-up and the restoring of batch norms, 1 time in 50."""
     distiller = make_distiller()
     before = {name: b.clone() for name, b in distiller.student.named_buffers()}
-    real, calls = distiller._undo_warm_up, 0
+    real, calls = distiller.learner.undo_warm_up, 0
 
     def interrupted_once() -> None:
         nonlocal calls
@@ -230,7 +266,7 @@ def test_an_interrupt_while_the_warm_up_is_undone_leaves_no_trace(
             raise KeyboardInterrupt
         real()
 
-    monkeypatch.setattr(distiller, "_undo_warm_up", interrupted_once)
+    monkeypatch.setattr(distiller.learner, "undo_warm_up", interrupted_once)
     with pytest.raises(KeyboardInterrupt):
         distiller.fit()
     assert all(torch.equal(b, before[name]) for name, b in distiller.student.named_buffers())

@@ -104,11 +104,23 @@ class OnDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("ring", ORDERS, ids=str)
+RECIPES: list[dict[str, Any]] = [
+    {"ema_decay": 0.9, "accumulate": 2, "alpha": 0.5},
+    {"name": "sgd", "mix": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}, "alpha": 0.5, "lr": 1e-2},
+    {"dtype": torch.float16, "milestones": (0.5,), "mix": {"cutmix_alpha": 1.0}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings", [*({"ring": ring} for ring in ORDERS), *RECIPES], ids=lambda s: str(s)[:60]
+)
 def test_100_steps_read_the_device_at_log_lines_and_checkpoints_only(
-    make_distiller: Make, ring: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    make_distiller: Make, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distiller = make_distiller(ring=ring, num_views=1600, max_grad_norm=1.0)
+    distiller = make_distiller(num_views=1600, max_grad_norm=1.0, **settings)
+    weight = next(distiller.student.parameters())
+    # Every seventh step is skipped; that is not read either.
+    weight.register_hook(lambda grad: grad * (math.nan if distiller.step % 7 == 3 else 1))
     mode, reads = OnDevice(), 0
 
     def allowed(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,6 +153,7 @@ def test_100_steps_read_the_device_at_log_lines_and_checkpoints_only(
     with mode:
         distiller.fit()
     assert distiller.step == 100 and reads == 10 + 1  # a line every ten steps, one checkpoint
+    assert '"skipped_steps": 14' in (distiller.run_dir / "stats.jsonl").read_text()
     for bad in (lambda: torch.ones(3).nonzero(), lambda: torch.ones(3)[torch.ones(3) > 0]):
         with pytest.raises(AssertionError), OnDevice():
             bad()

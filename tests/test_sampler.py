@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_sampler
-from small_models import small_dit
+from small_models import VAE, small_dit, spread
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmkd_fast import DiffusionSampler, load_denoiser
+from dmkd_fast import sampler as sampling
 from dmkd_fast.assets import resolve
+from dmkd_fast.denoisers import Decoder
 from dmkd_fast.dit import LeanDiT, lean_dit
 from dmkd_fast.ops import noise
 
@@ -255,6 +257,22 @@ def test_xformers_branch_traces_as_one_opaque_operator() -> None:
     with torch.no_grad():
         compiled(torch.randn(4, 4, 8, 8), torch.full((4,), 5.0), torch.arange(4))
     assert sum("xformers_attention" in name for name in seen) == 2  # one per block
+
+
+def test_decoders_trace_as_one_graph_each() -> None:
+    """Compiled on CUDA alone, and whole: a break in the graph would be an error there."""
+    import diffusers
+
+    vaes = (spread(diffusers.AutoencoderKL(**VAE)), spread(diffusers.AutoencoderTiny()))
+    for decoder in map(Decoder, vaes):
+        decoder = decoder.to(memory_format=torch.channels_last)
+        decode = torch.compile(
+            sampling._copy(sampling._decode), fullgraph=True, dynamic=False, backend="aot_eager"
+        )
+        with torch.inference_mode():
+            latents = torch.randn(4, 4, 8, 8)
+            traced = decode(decoder, latents, torch.float32)
+            assert torch.equal(traced, sampling._decode(decoder, latents, torch.float32))
 
 
 def test_noise_is_shared_by_no_two_classes_or_steps() -> None:

@@ -1,0 +1,41 @@
+"""Finding 3: do weaker teachers teach better?
+
+Three teachers, two students, three temperatures, at equal views of the same few-step images.
+"""
+
+from __future__ import annotations
+
+from benchmarks import study
+from benchmarks.harness import arguments
+
+COUNT = 10_240
+TEACHERS, TEMPERATURES = ("weak", "lenet5", "strong"), (1.0, 4.0, 10.0)
+
+
+def main(argv: list[str]) -> None:
+    parser = arguments("finding-3", __doc__ or "")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--students", nargs="+", choices=study.STUDENTS, default=["lenet5_half", "resnet"]
+    )
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    options = parser.parse_args(argv)
+    cells, test = (
+        study.Cells("finding-3", record=options.record, num_threads=options.threads),
+        study.test_images(),
+    )
+    images = study.generated(COUNT, [], file="fashion_mnist.yaml")
+    for student in options.students:
+        small = student == "lenet5_half"
+        for seed in range(options.seeds):
+            for teacher in TEACHERS:
+                for temperature in TEMPERATURES:
+                    cell = {"student": student, "teacher": teacher, "temperature": temperature,
+                            "seed": seed}  # fmt: skip
+                    if not cells.has(**cell):
+                        cells.add(cell, study.train_student(
+                            images, teacher=teacher, student=student, seed=seed, test=test,
+                            temperature=temperature, num_views=128_000 if small else 38_400,
+                            **(study.LENET if small else study.RESNET_OPTIM),
+                        ))  # fmt: skip
+    cells.finish()

@@ -1,0 +1,286 @@
+"""What the studies share: images made once, one student on a fixed set, rows never measured twice.
+
+A study is a grid of cells. Each cell's row goes to results/STUDY.jsonl the moment it is there, and
+a cell whose row is there is not measured again: kill a study at any time and call it again. Sets of
+generated images wait in runs/studies, which may be deleted.
+All students see the same number of views of whichever images they get, in shuffled passes, with the
+same optimizer; the test set is read once, at the end of each.
+N images, c channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.harness import RESULTS, environment, read_rows
+from dmkd_fast import (
+    DiffusionSampler,
+    Distiller,
+    ImageSet,
+    LabelStream,
+    RingBuffer,
+    Schedule,
+    Views,
+    assets,
+    classifiers,
+    job,
+    load_idx,
+    measure,
+    models,
+    origin,
+    runtime,
+)
+from dmkd_fast import config as cfg
+
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / "runs" / "studies"
+BLOCK = 512
+Row = dict[str, Any]
+RESNET: Row = {
+    "architecture": "resnet18", "stem": "conv3_stride2",
+    "model_args": {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 128]},
+}  # fmt: skip
+STUDENTS: dict[str, Row] = {"lenet5_half": {"architecture": "lenet5_half"}, "resnet": RESNET}
+"""LeNet-5-half is that of zero-shot distillation; the other is configs/fashion_mnist.yaml's."""
+# AdamW, chosen on the 5,000 held-out images: benchmarks/LOG.md.
+LENET: Row = {"lr": 8e-3, "batch_size": 32}
+RESNET_OPTIM: Row = {"lr": 2e-3, "batch_size": 64}
+# 97.5 % quantiles of Student's t with n - 1 degrees of freedom, for intervals over few seeds.
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
+
+
+@dataclass(kw_only=True)
+class FixedSet:
+    """Images that are there already, in the place of sampler and label stream of a Distiller."""
+
+    images: Tensor
+    """(N, c, H, W) uint8."""
+    labels: Tensor
+    """(N,) int64."""
+    next_id: int = 0
+
+    def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> None:
+        """Copy images into the ring."""
+        del labels
+        out.copy_(self.images[ids % len(self.images)])
+
+    def peek(self, count: int) -> tuple[Tensor, Tensor]:
+        """The next ids and their labels."""
+        ids = torch.arange(self.next_id, self.next_id + count)
+        return ids, self.labels[ids % len(self.labels)]
+
+    def advance(self, count: int) -> None:
+        """Count them as given."""
+        self.next_id += count
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether all are in the ring."""
+        return self.next_id >= len(self.images)
+
+    def first(self, count: int) -> FixedSet:
+        """The set's first images alone."""
+        if count > len(self.images):
+            raise ValueError(f"got {len(self.images)} images, expected at least {count}")
+        return FixedSet(images=self.images[:count], labels=self.labels[:count])
+
+    def state_dict(self) -> Row:
+        """The next id."""
+        return {"next_id": self.next_id}
+
+    def load_state_dict(self, state: Row) -> None:
+        """Inverse of `state_dict`."""
+        self.next_id = state["next_id"]
+
+
+def generated(count: int, overrides: Sequence[str], *, file: str = "many_steps.yaml") -> FixedSet:
+    """The first `count` images of a config's stream, from the cache as far as it has them.
+
+    Args:
+        count: A multiple of the sampler's micro-batch.
+        overrides: Settings that differ from the file's.
+        file: In configs/.
+    """
+    path = CACHE / f"{file.removesuffix('.yaml')} {' '.join(overrides)}.safetensors".replace(
+        "/", "_"
+    )
+    held = load_file(path) if path.exists() else {}
+    there = len(held["labels"]) if held else 0
+    if there < count:
+        config, parts = job.prepare(
+            cfg.load(cfg.DistillConfig, ROOT / "configs" / file, list(overrides))
+        )
+        assert not isinstance(parts.origin, origin.OpenSource)
+        sampler = origin.make_sampler(config, parts.origin)
+        ids = torch.arange(there, count)
+        labels = LabelStream(parts.origin.num_classes, seed=config.seed).labels_of(ids)
+        images = torch.empty(len(ids), *parts.origin.image_shape, dtype=torch.uint8)
+        began = time.process_time()
+        _sample(sampler, ids, labels, images, config.sampler.micro_batch_images)
+        spent = time.process_time() - began
+        before = held or {"images": images[:0], "labels": labels[:0], "cpu_s": torch.zeros(())}
+        held = {
+            "images": torch.cat([before["images"], images]),
+            "labels": torch.cat([before["labels"], labels]),
+            "cpu_s": before["cpu_s"] + spent,
+        }
+        CACHE.mkdir(parents=True, exist_ok=True)
+        save_file(held, path)
+        say(f"{path.stem}: {count:,} images, {spent:.0f} CPU s")
+    return FixedSet(images=held["images"], labels=held["labels"]).first(count)
+
+
+def real(folder: Path) -> tuple[FixedSet, ImageSet]:
+    """The training images that the denoiser saw, and the 5,000 that nothing saw."""
+    from dmkd_fast.pretrain import load_real
+
+    data = load_real(folder, torch.device("cpu"))
+    return FixedSet(images=data.train.images, labels=data.train.labels), data.held_out
+
+
+def test_images() -> ImageSet:
+    """The 10,000 real test images."""
+    return load_idx(assets.resolve("embedded:fashion_mnist/test"), "t10k")
+
+
+def load_teacher(name: str) -> tuple[nn.Module, models.ClassifierSpec]:
+    """One of the embedded classifiers: weak, lenet5, strong."""
+    path = f"embedded:fashion_mnist/{name}"
+    model, spec, _ = classifiers.load_trained(path, torch.device("cpu"))
+    return model, spec
+
+
+def train_student(
+    images: FixedSet, *, teacher: str, student: str, num_views: int, seed: int, lr: float,
+    batch_size: int, test: ImageSet, temperature: float = 4.0, capacity: int | None = None,
+) -> Row:  # fmt: skip
+    """One student, from its random weights to its scores on `test`.
+
+    Args:
+        images: What it sees; as many as fit whole blocks.
+        teacher: Name of an embedded classifier.
+        student: A key of `STUDENTS`.
+        num_views: Views it sees.
+        seed: Of its weights, of draws and views.
+        lr: Peak learning rate of AdamW.
+        batch_size: Views per step.
+        test: Labelled images.
+        temperature: Of the loss.
+        capacity: Images in the ring at a time; None: all of them, from the first step on.
+
+    Returns:
+        top1, agreement with the teacher, images, views, wall_s and cpu_s.
+    """
+    judge, judge_spec = load_teacher(teacher)
+    spec = models.ClassifierSpec(
+        num_classes=10, in_chans=1, input_size=28, mean=judge_spec.mean, std=judge_spec.std,
+        **STUDENTS[student],
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    network = models.build_classifier(spec).to(memory_format=torch.channels_last)
+    count = len(images.images) // BLOCK * BLOCK
+    source, slots = images.first(count), capacity or count
+    began, cpu = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        distiller = Distiller(
+            sampler=cast(Any, source), labels=cast(Any, source),
+            ring=RingBuffer(
+                slots + BLOCK, image_shape=(1, 28, 28), block_images=BLOCK, min_fill_images=slots,
+                # The last block of a stream enters after three quarters of the run.
+                samples_per_insert=0.75 * num_views / count, seed=seed,
+            ),
+            views=Views(size=28, pad=2, flip=0.0, mean=spec.mean, std=spec.std, seed=seed),
+            teacher=judge, student=network, run_dir=folder, temperature=temperature, show=False,
+            schedule=Schedule(
+                batch_size=batch_size, num_views=num_views, lr=lr, weight_decay=0.05,
+                ema_decay=0.99, log_every_steps=10**9, num_evaluations=1,
+            ),
+            dtype=runtime.resolve_dtype("auto", torch.device("cpu")),
+        )  # fmt: skip
+        distiller.fit()
+    input, scored = spec.input, judge_spec.input
+    scores = measure(
+        distiller.average.module, test.batches([input, scored]), input=input, num_classes=10,
+        teacher=lambda views: judge(views[scored]),
+    ).result()  # fmt: skip
+    return {
+        "top1": round(scores["top1"], 4), "agreement": round(scores["agreement"], 4),
+        "images": count, "views": num_views, "batch": batch_size, "lr": lr,
+        "wall_s": round(time.perf_counter() - began, 1),
+        "cpu_s": round(time.process_time() - cpu, 1),
+    }  # fmt: skip
+
+
+class Cells:
+    """The rows of a study: those on record, and those to come.
+
+    Args:
+        study: Name of the file in results/.
+        record: Whether rows are written there; else they are only printed.
+        num_threads: Of this process; 0 means all cores.
+    """
+
+    def __init__(self, study: str, *, record: bool, num_threads: int = 0) -> None:
+        runtime.set_num_threads(num_threads)
+        runtime.keep_freed_memory()
+        self.study, self.record = study, record
+        self.rows = read_rows(study) if record else []
+
+    def has(self, **cell: Any) -> bool:
+        """Whether the cell was measured."""
+        return any(all(row.get(k) == v for k, v in cell.items()) for row in self.rows)
+
+    def add(self, cell: Row, figures: Row) -> None:
+        """Keep a row."""
+        row = {**cell, **figures, "environment": environment()}
+        self.rows.append(row)
+        say(json.dumps({**cell, **figures}))
+        if self.record:
+            RESULTS.mkdir(exist_ok=True)
+            with (RESULTS / f"{self.study}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def finish(self) -> None:
+        """The JSON line of all rows."""
+        spent = sum(row.get("cpu_s", 0.0) for row in self.rows)
+        print(json.dumps({"bench": self.study, "rows": len(self.rows), "cpu_s": round(spent, 1)}))
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean, standard deviation and half of the 95 % interval of the mean (Student's t)."""
+    found = list(values)
+    if len(found) < 2:
+        return found[0], math.nan, math.nan
+    deviation = statistics.stdev(found)
+    factor = T_975.get(len(found), 1.96)
+    return statistics.mean(found), deviation, factor * deviation / len(found) ** 0.5
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _sample(sampler: DiffusionSampler, ids: Tensor, labels: Tensor, out: Tensor, size: int) -> None:
+    began = told = time.monotonic()
+    for start in range(0, len(ids), size):
+        part = slice(start, start + size)
+        sampler.sample(ids[part], labels[part], out=out[part])
+        if time.monotonic() - told > 20:
+            told = time.monotonic()
+            rate = (start + size) / (told - began)
+            left = (len(ids) - start - size) / rate
+            say(f"{start + size:,} of {len(ids):,} images, {rate:.0f} images/s, ETA {left:.0f} s")
