@@ -32,7 +32,7 @@ class SamplerConfig(Section):
     """How a step is taken; auto: as the model's own scheduler does."""
     guidance_scale: float = Field(1.5, ge=1.0)
     """Classifier-free guidance; 1 means none (and half the cost)."""
-    class_guidance: dict[str, float] = Field(default_factory=dict)
+    class_guidance: dict[str, float] = Field({})
     """Guidance of some of the job's classes in place of that, by class or range of classes:
     {3: 1, 10-19: 2.5}. All images then cost what guided ones do."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,4 +105,9 @@ def _save(kind: Any, settings: dict[str, Any], folder: Path, millions: int) -> N
         made = torch.empty(value.shape, dtype=torch.bfloat16).normal_(generator=generator)
         is_gain = value.ndim < 2 and name.endswith("weight")
         weights[name] = made.mul_(scale).add_(float(is_gain))
+    for name in weights:  # the published DiT has the same embedder in every block
+        shared = re.sub(
+            r"^transformer_blocks\.\d+\.norm1\.emb\.", "transformer_blocks.0.norm1.emb.", name
+        )
+        weights[name] = weights[shared].clone()
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
