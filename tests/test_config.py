@@ -46,7 +46,13 @@ def test_auto_is_resolved_by_capability(monkeypatch: pytest.MonkeyPatch) -> None
     for able in (True, False):
         monkeypatch.setattr(runtime, "can_compile", lambda _, able=able: able)
         config = job.resolve(cfg.load(cfg.DistillConfig, CONFIG))
-        assert config.sampler.compile is able and config.train.compile is False
+        assert config.sampler.compile is False and config.train.compile is False
+    # A CPU gains little from it; a GPU much, where it can.
+    monkeypatch.setattr(runtime, "resolve_device", lambda _: torch.device("cuda"))
+    for able in (True, False):
+        monkeypatch.setattr(runtime, "can_compile", lambda _, able=able: able)
+        config = job.resolve(cfg.load(cfg.DistillConfig, CONFIG))
+        assert config.sampler.compile is able and config.train.compile is able
 
 
 def test_newest_run_of_a_name_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,10 +152,10 @@ def test_images_of_a_damaged_block_are_made_again_on_the_gpu(tmp_path: Path) -> 
     again = job(first.run_dir)
     step, notes = again.restore()
     assert step == 17 and len(notes) == 1 and "made again" in notes[0]
-    held = again._blocks._named
+    held = again._keeper.blocks._named
     assert len(held) >= 3
     for number in held:
-        slots = again._blocks._slots(number)
+        slots = again._keeper.blocks._slots(number)
         assert torch.equal(again.ring.images[slots], images[slots])
 
 
@@ -166,7 +166,7 @@ def test_blocks_and_checkpoints_hold_what_the_gpu_held(tmp_path: Path) -> None:
     for name, value in run.student.state_dict().items():
         assert torch.equal(saved[f"student/{name}"], value.cpu()), name
     for path in (run.run_dir / "blocks").glob("block-*"):
-        slots = run._blocks._slots(int(path.stem.partition("-")[2]))
+        slots = run._keeper.blocks._slots(int(path.stem.partition("-")[2]))
         assert torch.equal(load_file(path)["images"], run.ring.images[slots].cpu())
 
 
@@ -187,7 +187,7 @@ def test_steps_and_refills_never_wait_for_the_device(tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert run.ring.num_inserted > inserted and loss.isfinite()
     assert torch.cuda.memory_allocated() - before < 2**22  # nothing piles up
-    run._writer.close()
+    run._keeper.writer.close()
 
 
 def test_nothing_of_a_run_lies_on_the_host(tmp_path: Path) -> None:
@@ -200,10 +200,10 @@ def test_nothing_of_a_run_lies_on_the_host(tmp_path: Path) -> None:
     tensors = [draw.indices, draw.ids, draw.uses, seen, loss, run.sampler.table.rows]  # type: ignore[union-attr]
     tensors += [*run.ring._tensors().values(), *run.student.state_dict().values()]
     tensors += [*run.average.module.state_dict().values(), *run.sampler._module.parameters()]  # type: ignore[union-attr]
-    for state in run.optimizer.state.values():
+    for state in run.learner.optimizer.state.values():
         tensors += [v for v in state.values() if isinstance(v, Tensor)]
     assert all(t.device.type == "cuda" for t in tensors)
-    run._writer.close()
+    run._keeper.writer.close()
 
 
 def test_the_embedded_job_runs_and_learns_on_a_gpu(

@@ -140,13 +140,12 @@ def test_refill_and_step_of_a_whole_job_stay_on_cuda(
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         moved = Moved(mode)
         for part in (sampler, ring, run.labels, run.views, run._supervision, run.student,
-                     run.average, run.teacher):  # fmt: skip
+                     run.learner, run.average, run.teacher):  # fmt: skip
             moved(part)
-        run._student = run.student
         run.device = CUDA
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
-            run._autocast = torch.autocast("cuda", dtype=torch.float16)
+            run.learner.autocast = torch.autocast("cuda", dtype=torch.float16)
         # Generators and graphs of CUDA cannot be faked.
         order: Any = ring._order
         order._generator = None
@@ -154,7 +153,7 @@ def test_refill_and_step_of_a_whole_job_stay_on_cuda(
         monkeypatch.setattr(sampler, "_images", sampler._make)
         made: list[Tensor] = []
         monkeypatch.setattr(Tensor, "backward", lambda logits, grad: made.extend((logits, grad)))
-        monkeypatch.setattr(run.optimizer, "step", lambda: None)
+        monkeypatch.setattr(run.learner, "finish", lambda: None)  # There are no gradients.
         for name in ("tensor", "as_tensor", "from_numpy"):
             monkeypatch.setattr(torch, name, no_new_tensors(getattr(torch, name)))
         with NoCopies(), torch.no_grad():
