@@ -86,8 +86,9 @@ def finding_1(rows: list[Row]) -> str:
         cells = [f"{statistics.mean(found):.2f}", deviation, str(len(found)), f"{agreement:.2f}"]
         body.append([name, *cells])
     note = f"LeNet-5 teaches LeNet-5-half, {shown[0]['views']:,} views. "
-    if {"real", "diffusion"} <= grid.cells.keys():
-        note += f"Diffusion less real images: {grid.difference(['diffusion'], ['real'])}. "
+    pair = Grid([r for r in shown if r["arm"] in ("real", "diffusion")], lambda r: r["arm"])
+    if len(pair.cells) == 2 and pair.freedom:
+        note += f"Diffusion less real images: {pair.difference(['diffusion'], ['real'])}. "
     header = ["student sees", "top-1, %", "std", "seeds", "agreement with teacher, %"]
     return _table(header, body, note + _spent(rows))
 

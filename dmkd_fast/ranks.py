@@ -133,6 +133,8 @@ class Ranks:
 
     def elsewhere(self, value: float) -> float:
         """The sum of the other ranks' values."""
+        if self.control is None:
+            return 0.0
         return float(self.total(torch.tensor(value, dtype=torch.float64))) - value
 
     def follow_first(self, tensors: list[Tensor]) -> None:

@@ -49,6 +49,7 @@ def check_figures(rows: list[dict[str, Any]]) -> None:
                 assert value > 0 or name.startswith(("share", "gb_per_s", "hours", "gen", "train"))
 
 
+@pytest.mark.slow
 def test_imagenet_leaves_every_row_that_its_table_shows() -> None:
     line = rehearsed("imagenet", "--tiny")
     rows = line["rows"]
