@@ -152,7 +152,7 @@ def few_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
 # Kept memory cannot be undone in this process, and compiling takes a minute.
 @pytest.mark.usefixtures("few_test_images")
 @pytest.mark.parametrize("name", [
-    n if n in (TARGET, "images in a ring", "fused loss") else pytest.param(n, marks=pytest.mark.slow)
+    pytest.param(n, marks=[] if n in (TARGET, "images in a ring") else pytest.mark.slow)
     for n, r in RECIPES.items() if not r.keeps_memory
 ])  # fmt: skip
 def test_a_change_is_seen_in_the_run_that_makes_it(name: str, tmp_path: Path) -> None:
