@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -28,7 +27,6 @@ from dmkd_fast import (
     kd_loss,
     load_denoiser,
     load_idx,
-    runtime,
 )
 from dmkd_fast.assets import resolve
 
@@ -144,9 +142,18 @@ def few_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     few = ImageSet(images=real.images[:100], labels=real.labels[:100], class_names=real.class_names)
     monkeypatch.setattr(ladder, "open_test_set", lambda *_: few)
     monkeypatch.setattr(ladder, "TRIAL_STEPS", 1)
-    # As a new process has them; other tests may have called what `dmkd` calls.
-    runtime.set_malloc_thresholds(mmap_bytes=32 << 20, trim_bytes=64 << 20)
-    ctypes.CDLL(None).malloc_trim(0)  # What tests before this one have left.
+    # What tests before this one have allocated and set cannot be undone in this process.
+    monkeypatch.setattr(ladder, "keeps_freed_memory", lambda: False)
+
+
+def test_kept_memory_is_seen_in_a_process_of_its_own() -> None:
+    code = (
+        "from benchmarks.ladder import keeps_freed_memory as kept; from dmkd_fast import runtime; "
+        "before = kept(); runtime.keep_freed_memory(); print(before, kept())"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 # Kept memory cannot be undone in this process, and compiling takes a minute.
