@@ -55,6 +55,8 @@ class Grid:
     def difference(self, one: list[Any], other: list[Any]) -> str:
         """Mean of some cells less that of others, with its interval."""
         gap = self.mean(*one) - self.mean(*other)
+        if not self.freedom:  # one seed: nothing says how far off it is
+            return f"{gap:+.2f}"
         return f"{gap:+.2f} ± {math.hypot(self.half(*one), self.half(*other)):.2f}"
 
     @property
@@ -160,13 +162,12 @@ def finding_3(rows: list[Row]) -> str:
         teachers = list(dict.fromkeys(r["teacher"] for r in shown))
         body += [[student, t, *(grid.text((t, k)) for k in temperatures)] for t in teachers]
         notes.append(f"{student}: {grid.seeds} seeds a cell, {shown[0]['views']:,} views.")
-        if len(teachers) > 1:
-            weak, strong = (
-                [(t, k) for k in temperatures if (t, k) in grid.cells]
-                for t in (teachers[0], teachers[-1])
-            )
+        if len(teachers) > 1 and {(teachers[-1], k) for k in temperatures} & grid.cells.keys():
+            pair = (teachers[0], teachers[-1])
+            common = [k for k in temperatures if all((t, k) in grid.cells for t in pair)]
+            weak, strong = ([(t, k) for k in common] for t in pair)
             notes.append(
-                f"{teachers[0]} less {teachers[-1]} teacher over all temperatures: "
+                f"{teachers[0]} less {teachers[-1]} teacher over the temperatures of both: "
                 f"{grid.difference(weak, strong)}."
             )
     header = ["student", "teacher", *(f"T = {t:g}" for t in temperatures)]

@@ -135,7 +135,10 @@ def test_teachers_are_compared_over_all_temperatures() -> None:
     ]  # fmt: skip
     text = study_tables.finding_3(rows)
     # Variance 1/2 in each cell, four degrees of freedom; each side is a mean of four.
-    assert f"weak less strong teacher over all temperatures: +10.00 ± {2.776 * 0.5:.2f}" in text
+    assert (
+        f"weak less strong teacher over the temperatures of both: +10.00 ± {2.776 * 0.5:.2f}"
+        in text
+    )
 
 
 def test_photo_crops_and_noise_are_what_they_are_called() -> None:
