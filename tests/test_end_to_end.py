@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks import arms, baseline, end_to_end, ladder, render
 from benchmarks.arms import ARMS, BF16, DEFAULT, EQUAL, IMAGES, TARGET, Study
@@ -144,6 +145,7 @@ def few_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "TRIAL_STEPS", 1)
     # What tests before this one have allocated and set cannot be undone in this process.
     monkeypatch.setattr(ladder, "keeps_freed_memory", lambda: False)
+    counters.clear()
 
 
 def test_kept_memory_is_seen_in_a_process_of_its_own() -> None:
