@@ -63,6 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     except Exception:
         if ranks.read().world_size == 1:
             raise
+        # `main` ends a rank's process without unwinding it, so Python would not tell of this.
         traceback.print_exc()
         return 1
     if result:
