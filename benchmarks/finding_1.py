@@ -31,10 +31,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--views", type=int, default=384_000, help="per student")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     options = parser.parse_args(argv)
-    cells, test = (
-        study.Cells("finding-1", record=options.record, num_threads=options.threads),
-        study.test_images(),
-    )
+    cells = study.Cells("finding-1", record=options.record, num_threads=options.threads)
+    test = study.test_images()
     made = study.generated(COUNT, [], file="fashion_mnist.yaml")
     if not cells.has(arm="images"):
         cells.add({"arm": "images"}, {"images": COUNT, "cpu_s": round(made.cpu_s, 1)})

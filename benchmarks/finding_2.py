@@ -38,10 +38,8 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     options = parser.parse_args(argv)
-    cells, test = (
-        study.Cells("finding-2", record=options.record, num_threads=options.threads),
-        study.test_images(),
-    )
+    cells = study.Cells("finding-2", record=options.record, num_threads=options.threads)
+    test = study.test_images()
     lenet: dict[str, Any] = {"teacher": "lenet5", "student": "lenet5_half", **study.LENET}
     resnet: dict[str, Any] = {"teacher": "strong", "student": "resnet", **study.RESNET_OPTIM}
     parts = {

@@ -18,10 +18,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     options = parser.parse_args(argv)
-    cells, test = (
-        study.Cells("reuse", record=options.record, num_threads=options.threads),
-        study.test_images(),
-    )
+    cells = study.Cells("reuse", record=options.record, num_threads=options.threads)
+    test = study.test_images()
     images = study.generated(SIZES[-1], [], file="fashion_mnist.yaml")
     for seed in range(options.seeds):
         for size in SIZES:

@@ -7,13 +7,13 @@ benchmarks/pretend_cuda.py (test_gpu_rehearsal.py), so each works on whatever sa
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import fit_until
 from PIL import Image
 from run_state import fingerprint, rows
 from safetensors.torch import load_file
@@ -96,19 +96,8 @@ def job(run_dir: Path, *, ring: dict[str, Any] | None = None, **changes: Any) ->
 
 
 def stop_after(distiller: Distiller, step: int) -> None:
-    """A signal right after a step."""
-    real = distiller.train_step
-
-    def stopped() -> Tensor:
-        loss = real()
-        if distiller.step == step:
-            signal.raise_signal(signal.SIGTERM)
-        return loss
-
-    distiller.train_step = stopped  # type: ignore[method-assign]
     torch.manual_seed(0)
-    with pytest.raises(KeyboardInterrupt):
-        distiller.fit()
+    fit_until(distiller, step)
 
 
 def fitted(distiller: Distiller) -> Distiller:
