@@ -30,11 +30,13 @@ from dmkd_fast.image_sets import EncodedSet, ImageSet
 from dmkd_fast.inputs import InputSpec
 from dmkd_fast.keeper import Keeper
 from dmkd_fast.labels import LabelStream
-from dmkd_fast.learner import Learner, NotFiniteError
+from dmkd_fast.learner import Learner
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.mix import Mixer
+from dmkd_fast.phases import Phases
 from dmkd_fast.ranks import ALONE, Ranks
 from dmkd_fast.ring_buffer import Block, RingBuffer
+from dmkd_fast.runtime import NotFiniteError
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.schedule import Schedule
 from dmkd_fast.supervision import Supervision
@@ -77,8 +79,7 @@ class Distiller:
         later_samplers: Sequence[tuple[float, DiffusionSampler]] = (),
     ) -> None:  # fmt: skip
         self.sampler, self.ring, self.labels, self.views = sampler, ring, labels, views
-        self._samplers: list[tuple[float, DiffusionSampler | ImageReader]]
-        self._samplers = [(0.0, sampler), *later_samplers]
+        self._phases = Phases(sampler, later_samplers, ranks)
         self.teacher, self.student = models.freeze(teacher), student
         self.schedule, self.test_set = schedule, test_set
         self.run_dir, self.device = Path(run_dir), ring.images.device
@@ -108,7 +109,7 @@ class Distiller:
         total = self.num_steps * schedule.batch_size
         self._metrics = Metrics(self.run_dir, total, show=show, ranks=ranks)
         self._keeper = Keeper(
-            self.run_dir, ring, remakes=[made_by.sample for _, made_by in self._samplers],
+            self.run_dir, ring, remakes=self._phases.samples,
             every_s=schedule.checkpoint_every_s, ranks=ranks, interrupts=self._interrupts,
             note=self._metrics.note,
         )  # fmt: skip
@@ -161,7 +162,7 @@ class Distiller:
         block = self.ring.reserve()
         try:
             with self.ring.producing():
-                self._sampler().sample(ids, labels, out=block.images)
+                self._phases.at(self.share).sample(ids, labels, out=block.images)
         except BaseException:
             self.ring.abort()
             raise
@@ -209,7 +210,8 @@ class Distiller:
         Raises:
             KeyboardInterrupt: After a checkpoint has been written.
             SourceError: Images on disk cannot be read; a checkpoint has been written.
-            NotFiniteError: Nothing was learnt for `max_skipped_steps`; a checkpoint as well.
+            NotFiniteError: Nothing was learnt for `max_skipped_steps`, or too many images are
+                broken; a checkpoint as well.
             torch.OutOfMemoryError: A checkpoint too, if it could be written.
             SaveError: The last checkpoint could not be written.
             ValueError: `run_dir` holds checkpoints that were not restored.
@@ -257,10 +259,6 @@ class Distiller:
         """How much of the run is done, in [0, 1]: what schedules go by."""
         return self.step / self.num_steps
 
-    def _sampler(self) -> DiffusionSampler | ImageReader:
-        """The one whose time it is."""
-        return [sampler for start, sampler in self._samplers if start <= self.share][-1]
-
     def _loop(self, metrics: Metrics) -> None:
         self._warm_up(metrics)
         # A search for garbage through all that imports and compiling have left takes 0.4 to 1.1 s,
@@ -296,11 +294,13 @@ class Distiller:
             statistics = self.ring.statistics()
             for name, value in statistics.means().items():
                 metrics.add(name, value)
+            counts = self.learner.counts() | self._phases.counts(self.device)
             row = metrics.flush(
                 views=self.num_views, images=self.num_images, lr=self.lr(), **scores,
-                **statistics.figures(), counts=self.learner.counts(),
+                **statistics.figures(), counts=counts,
             )  # fmt: skip
             self.learner.check(row["skipped_in_a_row"])
+            self._phases.check(row["broken_images"])
 
     def _save_last(self) -> Path:
         self.learner.undo_warm_up()  # Once more, if an interrupt cut that short.
@@ -318,7 +318,6 @@ class Distiller:
         started = time.monotonic()
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
         places = torch.zeros(self.learner.part_size, dtype=torch.int64, device=self.device)
-        makes_images = not isinstance(self.sampler, ImageReader)  # reading compiles nothing
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 # Where blocks will be made: a captured graph must not run on two streams at once.
@@ -326,11 +325,7 @@ class Distiller:
                     # Its stream does not wait for what has prepared the weights on this one.
                     torch.cuda.synchronize(self.device)
                 with self.ring.producing():
-                    if makes_images:
-                        made = torch.empty_like(scratch)
-                        ids = torch.arange(len(made), device=self.device)
-                        for _, sampler in self._samplers:
-                            sampler.sample(ids, torch.zeros_like(ids), out=made)
+                    self._phases.try_all(scratch)
                 self.learner.warm_up(self._supervision.try_all(scratch, places))
         finally:
             self.learner.undo_warm_up()

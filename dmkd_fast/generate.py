@@ -29,7 +29,7 @@ from dmkd_fast import config as cfg
 from dmkd_fast.evaluation import open_test_set
 from dmkd_fast.image_sets import ImageSet
 from dmkd_fast.labels import LabelStream
-from dmkd_fast.sampler import DiffusionSampler
+from dmkd_fast.sampler import DiffusionSampler, check_broken
 from dmkd_fast.teachers import Teachers
 
 # Per image: headers and padding in the tar with a row of the manifest, and the PNG's share of the
@@ -57,6 +57,7 @@ class Maker:
         labels = self.labels.labels_of(numbers)
         images = torch.empty((len(ids), *self.image_shape), dtype=torch.uint8, device=device)
         self.sampler.sample(numbers, labels, out=images)
+        check_broken(int(self.sampler.num_broken), self.sampler.num_made)
         whole = ImageSet(images=images, labels=labels, class_names=())
         wanted = self.teachers.inputs_at(1.0)
         logits = [self.teachers.predict(views) for views, _ in whole.batches(wanted)]
@@ -113,6 +114,8 @@ def run(
             except KeyboardInterrupt:
                 print(f"every finished shard is kept; to go on: {command}", file=sys.stderr)
                 raise
+            except runtime.NotFiniteError as error:
+                raise ValueError(str(error)) from None
             except OSError as error:
                 raise ValueError(_out_of_space(folder, error, command)) from None
     there = sum(len(plan.ids(s)) for s in shards.finished(folder))

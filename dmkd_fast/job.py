@@ -30,7 +30,6 @@ from dmkd_fast.distill import Distiller
 from dmkd_fast.evaluation import STUDENT, evaluate_run, open_test_set
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.image_sets import EncodedSet, ImageSet
-from dmkd_fast.learner import NotFiniteError
 from dmkd_fast.limiter import slots_for
 from dmkd_fast.mix import Mixer
 from dmkd_fast.ranks import ALONE, Ranks, use_device
@@ -282,13 +281,13 @@ def _run(
     try:
         distiller.fit()
     except BaseException as stop:
-        is_known = isinstance(stop, KeyboardInterrupt | SourceError | NotFiniteError)
+        is_known = isinstance(stop, KeyboardInterrupt | SourceError | runtime.NotFiniteError)
         is_known |= runtime.is_out_of_memory(stop)
         if is_known and ranks.is_first and run_dir.has_checkpoint(folder):
             before = "torchrun (as before) " if ranks.world_size > 1 else ""
             where = folder / run_dir.CONFIG
             print(f"to go on: {before}dmkd distill {where} --resume", file=sys.stderr)
-        if isinstance(stop, SourceError | NotFiniteError):
+        if isinstance(stop, SourceError | runtime.NotFiniteError):
             raise cfg.ConfigError(str(stop)) from None
         raise
     if not ranks.is_first:

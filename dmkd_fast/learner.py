@@ -21,15 +21,12 @@ from torch import Tensor, nn
 from dmkd_fast import optim
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
 from dmkd_fast.ranks import ALONE, Ranks
+from dmkd_fast.runtime import NotFiniteError
 from dmkd_fast.schedule import Schedule
 
 # torch.amp.GradScaler's: float16 gradients are kept above its smallest numbers by a factor that is
 # halved by a step that overflows, and doubled after so many that did not.
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
-
-
-class NotFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 class Learner:
@@ -191,7 +188,7 @@ class Learner:
             skipped_in_a_row: What `counts` said.
 
         Raises:
-            NotFiniteError: It is too long.
+            NotFiniteError: Too many steps in a row had a loss or gradient that is not finite.
         """
         self._skipped[2].zero_()
         if skipped_in_a_row >= self.schedule.max_skipped_steps:

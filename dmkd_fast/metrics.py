@@ -97,7 +97,7 @@ class Metrics:
 
         Args:
             views: Views seen so far.
-            counts: Whole numbers on the device, the same on all ranks; reported as they are.
+            counts: Whole numbers on the device; the mean over ranks is reported, rounded.
             values: Further numbers; `images` gets a rate, the others are reported as they are.
 
         Returns:
@@ -193,6 +193,7 @@ class Metrics:
         parts = [f"{k} {row[k]:.4g}" for k in ("loss", "top1", "lr") if k in row]
         parts += [f"{row[f'{k}_per_s']:,.0f} {k}/s" for k in ("images", "views") if k in row]
         parts += [f"skipped {row['skipped_steps']:,} steps"] * (row.get("skipped_steps", 0) > 0)
+        parts += [f"{row['broken_images']:,} broken images"] * (row.get("broken_images", 0) > 0)
         text = "  ".join(parts)
         if sys.stderr.isatty():
             if self._bar is None:

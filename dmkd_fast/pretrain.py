@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dmkd_fast import checkpoint, durable, evaluate, image_sets, models, optim, run_dir, runtime
 from dmkd_fast import config as cfg
-from dmkd_fast.learner import Learner, NotFiniteError
+from dmkd_fast.learner import Learner
 from dmkd_fast.metrics import Metrics
 from dmkd_fast.schedule import Schedule
 from dmkd_fast.views import Views
@@ -200,7 +200,7 @@ def train(
             path = checkpoint.save(checkpoints, done, saved)
             metrics.note(f"interrupted; saved {path}; to go on, add run_dir={folder} --resume")
         raise
-    except NotFiniteError as error:
+    except runtime.NotFiniteError as error:
         path = checkpoint.save(checkpoints, done, saved)
         raise cfg.ConfigError(f"{error}; saved {path}") from None
     finally:

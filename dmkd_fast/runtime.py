@@ -137,6 +137,10 @@ def available_bytes(device: torch.device) -> int:
     return 1024 * int(fields["MemAvailable"].split()[0])
 
 
+class NotFiniteError(RuntimeError):
+    """Too much of what a run computes is not finite for it to go on."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the device or the host, is used up."""
     texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast.ops import noise
+from dmkd_fast.runtime import NotFiniteError
 from dmkd_fast.solvers import Solver, SolverTable, solver_table
 
 # Images that pass the decoder at a time: its activations are hundreds of times the latents. On a
@@ -28,6 +29,8 @@ MOST_DECODED = {"cuda": 8, "cpu": 2}
 # A CPU library splits the products of very small batches otherwise and rounds otherwise in
 # bfloat16: fewer images at a time would be other bits (embedded denoiser: up to 12 levels).
 FEWEST_IMAGES = 4
+# Of all images. Rare ones do not hurt a student; a decoder that overflows breaks most.
+MOST_BROKEN = 0.01
 
 
 class DiffusionSampler:
@@ -61,6 +64,10 @@ class DiffusionSampler:
     Raises:
         ValueError: Guidance without a null class or of a label that there is not, or an
             unsupported scheduler or setting.
+
+    Attributes:
+        num_made: Images made so far, those that fill up micro-batches included.
+        num_broken: How many of them had a value that is not finite, () int64 on the device.
     """
 
     def __init__(
@@ -101,6 +108,8 @@ class DiffusionSampler:
             if self.device.type == "cuda":
                 self._finish = torch.compile(_copy(_decode), fullgraph=True, dynamic=False)
         self._graph: _Graph | None = None
+        self.num_made = 0
+        self.num_broken = torch.zeros((), dtype=torch.int64, device=self.device)
 
     @property
     def forwards_per_image(self) -> int:
@@ -137,6 +146,7 @@ class DiffusionSampler:
 
     def _images(self, ids: Tensor, labels: Tensor) -> Tensor:
         """One micro-batch, (B,) and (B,) -> (B, 1 or 3, H, W) uint8; replayed on CUDA."""
+        self.num_made += len(ids)
         if self.device.type != "cuda":
             return self._make(ids, labels)
         if self._graph is None:
@@ -145,13 +155,14 @@ class DiffusionSampler:
 
     def _make(self, ids: Tensor, labels: Tensor) -> Tensor:
         *_, latents = self._states(ids, labels)
-        if self._decoder is None:
-            return self._finish(None, latents, self.dtype)
-        size = min(MOST_DECODED[self.device.type], len(latents))
-        parts = [
-            self._finish(self._decoder, _fill(part, size), self.dtype)[: len(part)]
-            for part in latents.split(size)
-        ]
+        size = len(latents)
+        if self._decoder is not None:
+            size = min(MOST_DECODED[self.device.type], size)
+        parts = []
+        for part in latents.split(size):
+            images, is_broken = self._finish(self._decoder, _fill(part, size), self.dtype)
+            self.num_broken += is_broken[: len(part)].sum()
+            parts.append(images[: len(part)])
         return torch.cat(parts)
 
     def _states(self, ids: Tensor, labels: Tensor) -> Iterator[Tensor]:
@@ -215,6 +226,24 @@ class DiffusionSampler:
             )
 
 
+def check_broken(broken: int, made: int) -> None:
+    """Refuse images too many of which have values that are not finite.
+
+    Args:
+        broken: Of them.
+        made: All.
+
+    Raises:
+        NotFiniteError: More than 1 % of them do.
+    """
+    if broken > MOST_BROKEN * made:
+        raise NotFiniteError(
+            f"{broken:,} of {made:,} images have values that are not finite, expected at most "
+            f"{MOST_BROKEN:.0%}; float16 overflows in some denoisers and decoders: set "
+            "dtype=bfloat16 or dtype=float32"
+        )
+
+
 def _advance(
     module: nn.Module, x: Tensor, before: Tensor, row: Tensor, labels: Tensor,
     fresh: Tensor | None, *, guided: bool, scale: float | Tensor, channels: int | None,
@@ -269,13 +298,19 @@ def _advance(
     return x, newest
 
 
-def _decode(decoder: nn.Module | None, latents: Tensor, dtype: torch.dtype) -> Tensor:
-    """Latents (B, c, h, w) float32 -> (B, 1 or 3, H, W) uint8, rounded to the nearest level."""
+def _decode(
+    decoder: nn.Module | None, latents: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Latents (B, c, h, w) float32 -> images (B, 1 or 3, H, W) uint8, which are broken (B,) bool.
+
+    Values are rounded to the nearest level. One that is not finite would look like black or white.
+    """
     images = latents
     if decoder is not None:
         latents = latents.to(dtype).contiguous(memory_format=torch.channels_last)
         images = decoder(latents).float()
-    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    is_broken = ~images.flatten(1).sum(1).isfinite()
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8), is_broken
 
 
 class _Graph:

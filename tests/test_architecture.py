@@ -24,8 +24,8 @@ FLOORS = {
         ops.views ops.views_triton""",
         """sampler image_reader ring_buffer views mix labels models teachers denoisers learner
         image_sets evaluate metrics pictures blocks checkpoint""",
-        """distill keeper supervision job memory origin classifiers evaluation generate pretrain
-        pretrain_diffusion""",
+        """distill phases keeper supervision job memory origin classifiers evaluation generate
+        pretrain pretrain_diffusion""",
         """cli""",
     ))
     for name in names.split()

@@ -23,7 +23,7 @@ from generate_farm import SETTINGS
 from safetensors.torch import load_file, save_file
 from shard_files import contents
 
-from dmkd_fast import LabelStream, Views, cli, generate, job, models, origin, shards
+from dmkd_fast import LabelStream, Views, cli, generate, job, models, origin, sampler, shards
 from dmkd_fast import config as cfg
 from dmkd_fast.assets import resolve
 from dmkd_fast.image_reader import ImageReader
@@ -80,6 +80,18 @@ def test_the_result_does_not_depend_on_the_number_of_jobs(whole: Path, tmp_path:
         assert summary["is_complete"] == (part == 1)
     assert contents(tmp_path) == contents(whole)
     assert make(tmp_path, part=(1, 2))["made_images"] == 0  # another n finds all of it
+
+
+def test_broken_images_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = sampler._advance
+
+    def overflowing(*args: Any, **kwargs: Any) -> Any:
+        return tuple(state * float("inf") for state in advance(*args, **kwargs))
+
+    monkeypatch.setattr(sampler, "_advance", overflowing)
+    with pytest.raises(cfg.ConfigError, match=r"16 of 16 images have .* dtype=bfloat16"):
+        make(tmp_path)
+    assert not list(tmp_path.rglob("*.tar"))
 
 
 def run_farm(*arguments: object) -> dict[str, Any]:

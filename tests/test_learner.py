@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast import Distiller, Schedule, learner
-from dmkd_fast.learner import Learner, NotFiniteError
+from dmkd_fast.learner import Learner
+from dmkd_fast.runtime import NotFiniteError
 
 Make = Callable[..., Distiller]
 
@@ -322,3 +323,35 @@ def test_so_many_skipped_steps_in_a_row_stop_the_run(make_distiller: Make, first
     rows = [json.loads(r) for r in (again.run_dir / "stats.jsonl").read_text().splitlines()]
     assert [row["views"] for row in rows] == [160, 320, 480, 640]
     assert rows[-1]["skipped_steps"] == 5 and rows[-1]["skipped_in_a_row"] == 0
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_generator_that_breaks_stops_the_run(make_distiller: Make, first: int) -> None:
+    """Blocks of 16 images from number `first` on; they would look like black ones."""
+
+    def make(**changes: Any) -> Distiller:
+        distiller = make_distiller(log_every_steps=4, **changes)
+        module: Any = distiller.sampler._module  # type: ignore[union-attr]
+        module.register_forward_hook(lambda _module, _inputs, output: output * factor())
+        return distiller
+
+    def factor() -> float:
+        return math.nan if distiller.ring.num_inserted >= 16 * first else 1.0
+
+    distiller = make()
+    with pytest.raises(NotFiniteError, match=r"\d+ of \d+ images have values .* dtype=bfloat16"):
+        distiller.fit()
+    assert distiller.ring.num_inserted == (0 if first == 0 else 64)
+    broken, distiller = distiller, make(run_dir=distiller.run_dir)
+    assert distiller.restore().step == broken.step
+    first = 1000  # It was mended.
+    distiller.fit()
+    assert distiller.step == 40
+
+
+def test_a_broken_image_among_many_is_let_pass(make_distiller: Make) -> None:
+    distiller = make_distiller()
+    distiller.sampler.num_made = 100  # type: ignore[union-attr]
+    distiller.sampler.num_broken += 1  # type: ignore[union-attr]
+    distiller.fit()
+    assert distiller.step == 40

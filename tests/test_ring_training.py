@@ -179,6 +179,7 @@ def test_forward_half_of_a_step_stays_on_cuda(
         device = torch.device("cuda")
         sampler.device = distiller.labels.device = ring._order._device = device
         object.__setattr__(sampler.table, "rows", fake(sampler.table.rows))
+        sampler.num_broken = fake(sampler.num_broken)
         monkeypatch.setattr(sampler, "_images", sampler._make)
         for name in ("images", "labels", "ids", "uses", "stamps", "_retired"):
             setattr(ring, name, fake(getattr(ring, name)))

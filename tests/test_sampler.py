@@ -20,6 +20,7 @@ from dmkd_fast.assets import resolve
 from dmkd_fast.denoisers import Decoder
 from dmkd_fast.dit import LeanDiT, lean_dit
 from dmkd_fast.ops import noise
+from dmkd_fast.runtime import NotFiniteError
 
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
 
@@ -232,6 +233,7 @@ def test_tick_decode_and_slot_write_stay_on_cuda(
                 setattr(target, leaf, value)
         sampler.device, sampler._decoder = torch.device("cuda"), decoder
         object.__setattr__(sampler.table, "rows", fake(sampler.table.rows))
+        sampler.num_broken = fake(sampler.num_broken)
         slots = torch.empty(16, 3, 8, 8, dtype=torch.uint8, device="cuda")
         ids = torch.arange(4, device="cuda")
         monkeypatch.setattr(sampler, "_images", sampler._make)
@@ -272,7 +274,27 @@ def test_decoders_trace_as_one_graph_each() -> None:
         with torch.inference_mode():
             latents = torch.randn(4, 4, 8, 8)
             traced = decode(decoder, latents, torch.float32)
-            assert torch.equal(traced, sampling._decode(decoder, latents, torch.float32))
+            eager = sampling._decode(decoder, latents, torch.float32)
+            assert all(map(torch.equal, traced, eager))
+
+
+@pytest.mark.parametrize("decoder", [None, torch.nn.Conv2d(4, 3, 3, padding=1)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_counted(decoder: Any, value: float) -> None:
+    sampler = dit_sampler(num_steps=1, decoder=decoder)
+    finish, calls = sampler._finish, []
+
+    def poisoned(decoder: Any, latents: Tensor, dtype: torch.dtype) -> Any:
+        calls.append(latents.index_fill(0, torch.tensor([1]), value))  # one of each call
+        return finish(decoder, calls[-1], dtype)
+
+    sampler._finish = poisoned
+    out = torch.empty(10, 4 if decoder is None else 3, 8, 8, dtype=torch.uint8)
+    sampler.sample(torch.arange(10), torch.arange(10), out=out)
+    assert sampler.num_made == 12 and int(sampler.num_broken) == len(calls) >= 3
+    with pytest.raises(NotFiniteError, match=f"{len(calls)} of 12 images .* at most 1%"):
+        sampling.check_broken(int(sampler.num_broken), sampler.num_made)
+    sampling.check_broken(10, 1000)
 
 
 def test_noise_is_shared_by_no_two_classes_or_steps() -> None:
