@@ -95,7 +95,7 @@ MUTATIONS = {
     "zero times infinity": ("return tl.where(p == 0, q, term), ", "return term, "),
     "branch near zero": ("is_near = tl.abs(d) < 0.5", "is_near = tl.abs(d) < 0.0"),
     "rescaled sum": ("t_sum *= tl.exp2((t_max - t_top) * scale2)", "t_sum *= 1.0"),
-    "ticket": ("if done == programs - 1:", "if done == 0:"),
+    "ticket": ("if done == programs - 1:", "if done == programs - 2:"),
     "label smoothing": ("kept + spread, spread)", "kept, spread)"),
     "target's mass": ("share = tl.where(inside, share, 0.0)", "pass"),
 }
