@@ -66,6 +66,7 @@ def test_missed_goal_is_reported_and_rows_are_recorded(
     assert harness.read_rows("thing")[0]["x"] == 1
 
 
+@pytest.mark.slow
 def test_kd_loss_benchmark_ends_with_one_json_line() -> None:
     command = [sys.executable, "-m", "benchmarks", "kd-loss", "--quick", "--n", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

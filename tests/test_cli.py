@@ -264,7 +264,9 @@ def _one_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
         assert word in lines[0], (word, lines[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_interrupt_saves_within_five_seconds_and_resumes(tmp_path: Path, number: int) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "dmkd_fast.cli", "distill", CONFIG, f"run_dir={run}", *SHORT,

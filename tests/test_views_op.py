@@ -269,6 +269,7 @@ def test_the_compiled_kernel_is_what_was_tested() -> None:
     assert extension.INSTRUCTION_SET in ("avx512", "avx2", "scalar"), extension.WHY_MISSING
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_every_instruction_set_reads_and_writes_what_it_may(tmp_path: Path) -> None:
     """Address and undefined-behaviour sanitizers, exact buffers, numbers against double."""
