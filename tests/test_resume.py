@@ -200,9 +200,14 @@ def test_a_second_signal_does_not_wait_for_the_disk(make_distiller: Make) -> Non
     run.train_step = interrupted  # type: ignore[method-assign]
     run._keeper.saver.finish = interrupted_again  # type: ignore[method-assign]
     run._keeper.blocks.append = lambda: None  # type: ignore[method-assign]
+    # A job started in the background of a shell ignores SIGINT unless it is told not to.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run.fit()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.fit()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert 0.5 < time.monotonic() - start < 5 and not gate.is_set()
     gate.set()
     run._keeper.writer.close()
