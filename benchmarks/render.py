@@ -40,8 +40,11 @@ def main(argv: list[str]) -> int:
                 path.write_text(after, encoding="utf-8")
     if not options.check:
         draw(ROOT / "docs" / "images")
-    verb = "differ from their rows" if options.check else "rendered"
-    print(f"{', '.join(stale) or 'no file'}: {verb}", file=sys.stderr)
+    if options.check and stale:
+        names = ", ".join(stale)
+        print(f"{names}: differ from their rows; run it without --check", file=sys.stderr)
+    elif not options.check:
+        print(f"{', '.join(stale) or 'nothing new'}: rendered", file=sys.stderr)
     return 1 if options.check and stale else 0
 
 

@@ -57,12 +57,12 @@ class Maker:
         labels = self.labels.labels_of(numbers)
         images = torch.empty((len(ids), *self.image_shape), dtype=torch.uint8, device=device)
         self.sampler.sample(numbers, labels, out=images)
-        check_broken(int(self.sampler.num_broken), self.sampler.num_made)
         whole = ImageSet(images=images, labels=labels, class_names=())
         wanted = self.teachers.inputs_at(1.0)
         logits = [self.teachers.predict(views) for views, _ in whole.batches(wanted)]
         guesses = torch.cat(logits).softmax(dim=1).max(dim=1)
         pngs = self.pool.map(to_png, images.cpu().numpy())
+        check_broken(int(self.sampler.num_broken), self.sampler.num_made)
         columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
         for image_id, label, png, guess, share in zip(*columns, strict=True):
             scale = self.sampler.class_guidance.get(label, self.sampler.guidance_scale)

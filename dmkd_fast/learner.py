@@ -13,10 +13,12 @@ Source: Micikevicius et al., "Mixed precision training" (arXiv 1710.03740), on l
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dmkd_fast import optim
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
@@ -78,6 +80,7 @@ class Learner:
         self._before_warm_up: list[Tensor] | None = None
         self._buffers_before: list[Tensor] | None = None  # not None: within a step
         self._updates = False  # within the part of a step that changes weights
+        self._parts_left = 0
         # Fused optimizers leave weights, moments and counts as they are where this is not 0.
         self._found = torch.zeros((), device=device)
         self.optimizer.found_inf = self._found  # type: ignore[attr-defined]
@@ -91,6 +94,7 @@ class Learner:
         """Begin a step at this learning rate."""
         optim.set_lr(self.optimizer, lr)
         self._buffers_before = self._buffers.copies()
+        self._parts_left = self.schedule.accumulate
 
     def learn(self, views: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
         """Add the gradient of a part of this rank's batch, `part_size` views of it.
@@ -103,7 +107,11 @@ class Learner:
         Returns:
             The part's share of the mean loss of this rank's batch; those of all parts add up to it.
         """
-        with self.autocast:
+        self._parts_left -= 1
+        apart: AbstractContextManager[None] = nullcontext()
+        if self._parts_left > 0 and isinstance(self.network, DistributedDataParallel):
+            apart = self.network.no_sync()  # Ranks add up gradients once, with the last part.
+        with apart, self.autocast:
             student_logits = self.network(views)  # (B, C)
         hard = self._alpha < 1
         loss, grad = kd_loss_and_grad(

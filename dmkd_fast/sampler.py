@@ -151,6 +151,7 @@ class DiffusionSampler:
             return self._make(ids, labels)
         if self._graph is None:
             self._graph = _Graph(self._make, ids, labels)
+            self.num_broken.zero_()  # Of its trial runs.
         return self._graph(ids, labels)
 
     def _make(self, ids: Tensor, labels: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dmkd_fast.image_sets import ImageSet
 from dmkd_fast.pretrain_diffusion import FLOW
 from dmkd_fast.ranks import ALONE, Ranks
 
+pytest_plugins = ["real_sets"]
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "many_steps.yaml")
 SHORT = [

@@ -29,9 +29,12 @@ import torch.utils.tensorboard
 from conftest import build_distiller
 from dying_os import FailingOs
 from run_state import fingerprint, rows
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from dmkd_fast import ImageSet, cli, durable, evaluate, job, ranks, run_dir
 from dmkd_fast.distill import Distiller
+from dmkd_fast.runtime import NotFiniteError
 
 # Dropout, so that torch's generators matter.
 SETTINGS = {"dropout": 0.3, "log_every_steps": 7, "ema_decay": 0.9, "max_grad_norm": 1.0}
@@ -48,10 +51,23 @@ def child(request: dict[str, Any], rank: int) -> int:
     test_set = random_set() if request.get("tests") else None
     distiller = build_distiller(
         run, seed=seed, ranks=mine, test_set=test_set,
-        checkpoint_every_s=request.get("every_s", 1e9), **SETTINGS,
+        checkpoint_every_s=request.get("every_s", 1e9), accumulate=request.get("accumulate", 1),
+        **SETTINGS,
     )  # fmt: skip
     set_seeds(mine.seed(seed))
-    left: dict[str, Any] = {"images": {}}
+    left: dict[str, Any] = {"images": {}, "reductions": 0}
+    network = distiller.learner.network
+    if "accumulate" in request and isinstance(network, DistributedDataParallel):
+
+        def reduce(group: Any, bucket: Any) -> Any:
+            left["reductions"] += 1
+            return allreduce_hook(group, bucket)
+
+        reduce.__annotations__.clear()  # DDP wants none or its own, not as text.
+        network.register_comm_hook(network.process_group, reduce)
+    if rank == request.get("broken"):
+        weight = next(distiller.sampler._module.parameters())  # type: ignore[union-attr]
+        weight.data.fill_(float("nan"))
     if run_dir.has_checkpoint(run):
         set_seeds(mine.seed(seed) + 1)
         try:
@@ -66,6 +82,9 @@ def child(request: dict[str, Any], rank: int) -> int:
         left["totals"] = distiller.fit()
     except KeyboardInterrupt:
         code = 130
+    except NotFiniteError as error:
+        (run / f"end-{rank}.json").write_text(json.dumps({"error": str(error)}))
+        return 3
     left |= {"step": distiller.step, "state": fingerprint(distiller), "rows": rows(run)}
     weights = torch.cat([p.detach().flatten() for p in distiller.student.parameters()])
     left["weights"] = hashlib.sha256(weights.numpy().tobytes()).hexdigest()

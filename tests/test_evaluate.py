@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import shutil
 import struct
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -16,73 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, SHORT
 from PIL import Image
+from real_sets import COLOUR, encoded, picture, write_shard
 from torch import Tensor, nn
 
-from dmkd_fast import InputSpec, cli, evaluate, image_sets, measure, models, open_set
-from dmkd_fast.models import ClassifierSpec
+from dmkd_fast import InputSpec, evaluate, image_sets, measure, open_set
 from dmkd_fast.sources import open_files
 
 CPU = torch.device("cpu")
-COLOUR = InputSpec(size=24, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_pct=0.75)
 GREY = InputSpec(size=16, mean=(0.4,), std=(0.3,), interpolation="bicubic")
-NAMES = ("ant", "bee", "cat")
-
-
-def picture(seed: int, height: int, width: int) -> Image.Image:
-    """Smooth random colours, so that resizing has something to average."""
-    rough = np.random.default_rng(seed).integers(0, 256, (height // 6 + 2, width // 6 + 2, 3))
-    return Image.fromarray(rough.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoded(seed: int) -> tuple[bytes, str]:
-    """JPEG or PNG, colour or grey, of all shapes; one says in its EXIF that it lies on its side."""
-    shapes = ((40, 57), (64, 40), (33, 33), (70, 95), (32, 61))
-    image, buffer = picture(seed, *shapes[seed % 5]), io.BytesIO()
-    if seed % 7 == 3:
-        image = image.convert("L")
-    exif = Image.Exif()
-    if seed == 5:
-        exif[0x0112] = 6
-    kind = "png" if seed % 2 else "jpg"
-    image.save(buffer, "PNG" if kind == "png" else "JPEG", exif=exif)
-    return buffer.getvalue(), kind
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 images in class folders, one folder deep or two."""
-    root = tmp_path_factory.mktemp("folder")
-    for seed in range(23):
-        data, kind = encoded(seed)
-        place = root / NAMES[seed % 3] / ("deeper" if seed % 4 == 0 else "")
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{seed:03d}.{kind}").write_bytes(data)
-    (root / "ant" / "notes.txt").write_text("not an image")
-    return root
-
-
-def write_shard(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images with the same labels in three tars."""
-    root = tmp_path_factory.mktemp("shards")
-    for shard in range(3):
-        members = []
-        for seed in range(shard, 23, 3):
-            data, kind = encoded(seed)
-            members += [(f"part/{seed:03d}.{kind}", data), (f"part/{seed:03d}.json", b"{}"),
-                        (f"part/{seed:03d}.cls", b"%d\n" % (seed % 3))]  # fmt: skip
-        write_shard(root / f"{shard:05d}.tar", members)
-    return root
 
 
 def all_of(images: Any, spec: InputSpec, **part: int) -> tuple[Tensor, Tensor]:
@@ -344,134 +284,6 @@ def test_without_dali_one_line_says_what_to_install(
     images = open_set(folder, CPU)
     with pytest.raises(ValueError, match=r"pip install 'dmkd_fast\[dali\]'"):
         list(images.batches([COLOUR]))
-
-
-def saved_classifier(folder: Path, **changes: Any) -> Path:
-    folder.mkdir()
-    base: dict[str, Any] = {
-        "architecture": "cifar_resnet8", "num_classes": 3, "in_chans": 3, "input_size": 24,
-        "mean": COLOUR.mean, "std": COLOUR.std, "crop_pct": 0.75,
-    }  # fmt: skip
-    spec = ClassifierSpec(**(base | changes))
-    torch.manual_seed(0)
-    models.save_classifier(models.build_classifier(spec), spec, folder)
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_the_command_line_measures_any_classifier_on_any_set(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place = request.getfixturevalue(kind)
-    saved = saved_classifier(tmp_path / "model")
-    assert cli.main(["evaluate", str(saved), "--data", str(place)]) == 0
-    *table, last = capsys.readouterr().out.splitlines()
-    found = json.loads(last)
-    model, spec = models.load_classifier(saved, CPU)
-    scores = measure(
-        model, open_set(place, CPU).batches([spec.input]), input=spec.input, num_classes=3
-    )
-    assert {k: found[k] for k in ("top1", "top5", "ece")} == scores.result()
-    assert found["num_images"] == 23 and len(found["class_top1"]) == 3
-    names = NAMES if kind == "folder" else ("0", "1", "2")
-    for name, row in zip(names, scores.by_class(), strict=True):
-        assert found["class_top1"][name] == row["top1"]
-        assert any(name in line and f"{row['top1']:.4f}" in line for line in table)
-
-
-@pytest.mark.slow
-def test_a_run_is_measured_on_its_own_set_or_another(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run with two teachers of other sizes, tested on an ImageFolder, then on idx files."""
-    big = saved_classifier(
-        tmp_path / "big", architecture="lenet5", num_classes=12, in_chans=1, input_size=32,
-        mean=(0.3,), std=(0.4,), crop_pct=1.0,
-    )  # fmt: skip
-    place = tmp_path / "photos"
-    for label in range(10):
-        (place / str(label)).mkdir(parents=True)
-        picture(label, 30, 34).convert("L").save(place / str(label) / "0.png")
-    more = f"more_teachers=[{{path: {big}, class_map: [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]}}]"
-    run = tmp_path / "run"
-    command = ["distill", CONFIG, *SHORT, f"run_dir={run}", more, f"eval={{path: {place}}}",
-               "train.num_views=64"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "dmkd_fast.cli", *command], capture_output=True, text=True,
-        check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["teacher_licence"] and str(big) in (run / "student" / "README.md").read_text()
-    for arguments, count in (([], 10), (["--data", "embedded"], 10_000)):
-        if arguments:
-            from dmkd_fast.assets import resolve
-
-            arguments = ["--data", str(resolve("embedded:fashion_mnist/test"))]
-        assert cli.main(["evaluate", str(run), *arguments]) == 0
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert found["num_images"] == count and 0 <= found["agreement"] <= 1
-        if not arguments:
-            assert {k: found[k] for k in ("top1", "agreement", "teacher_top1")} == {
-                k: summary[k] for k in ("top1", "agreement", "teacher_top1")
-            }
-
-
-def test_a_job_of_some_classes_in_another_order(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Ankle boots, trousers and bags of a 10-class generator and a 10-class teacher."""
-    from dmkd_fast.assets import resolve
-
-    test = image_sets.load_idx(resolve("embedded:fashion_mnist/test"), "t10k")
-    own = (9, 1, 8)
-    for label, original in enumerate(own):
-        place = tmp_path / "set" / f"{label}-{test.class_names[original]}".replace("/", "-")
-        place.mkdir(parents=True)
-        for i in (test.labels == original).nonzero()[:40, 0].tolist():
-            Image.fromarray(test.images[i, 0].numpy()).save(place / f"{i}.png")
-    arguments = [
-        "distill", CONFIG, *SHORT, f"run_dir={tmp_path}/run", f"eval={{path: {tmp_path}/set}}",
-        "denoiser.class_map=[9, 1, 8]", "teacher.class_map=[9, 1, 8]", "train.num_views=1600",
-        "sampler={num_steps: 2, guidance_scale: 1, compile: false, micro_batch_images: 64, "
-        "phases: [{start: 0.5, num_steps: 1, guidance_scale: 1}]}",
-    ]  # fmt: skip
-    assert cli.main(arguments) == 0
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["teacher_top1"] > 0.95  # the teacher's map is in the order of the set
-    assert summary["top1"] > 0.6  # and the generator's in the order of both
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["{model}"], ["--data", "not the directory of a run"]),
-    (["{model}", "--data", "{tmp}/none"], ["none", "no such folder"]),
-    (["{model}", "--data", "{two}"], ["classes", "has 2", "have 3"]),
-    (["{model}", "--data", "{folder}", "--classes", "{tmp}/none.txt"], ["none.txt", "no such"]),
-    (["{tmp}", "--classes", "{tmp}/x"], ["--classes", "add --data"]),
-    (["{tmp}", "--data", "{folder}"], ["config.yaml", "No such file"]),
-    (["embedded:fashion_mnist/weak", "--data", "{folder}"], ["classes", "has 3", "have 10"]),
-    (["embedded:fashion_mnist/best", "--data", "{folder}"], ["no such asset"]),
-    (["resnet1800", "--data", "{folder}"], ["resnet1800", "timm"]),
-    (["hf-hub:acme/tiny", "--data", "{folder}"], ["revision", "40 hexadecimal"]),
-    (["{tmp}/nowhere", "--data", "{folder}"], ["config.json", "No such file"]),
-])  # fmt: skip
-def test_mistakes_of_evaluate_end_in_one_line(
-    arguments: list[str], words: list[str], folder: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    model, two = saved_classifier(tmp_path / "model"), tmp_path / "two"
-    for name in ("a", "b"):
-        (two / name).mkdir(parents=True)
-        picture(0, 30, 30).save(two / name / "0.png")
-    places = {"{model}": model, "{two}": two, "{folder}": folder, "{tmp}": tmp_path}
-    for mark, path in places.items():
-        arguments = [a.replace(mark, str(path)) for a in arguments]
-    assert cli.main(["evaluate", *arguments]) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert captured.out == "" and len(lines) == 1 and lines[0].startswith("dmkd: "), captured.err
-    for word in words:
-        assert word in lines[0], (word, lines[0])
 
 
 def test_numbered_class_folders_are_counted_as_a_source_of_images_counts_them(

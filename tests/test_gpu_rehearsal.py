@@ -148,6 +148,18 @@ def test_pretended_graphs_replay_and_waits_and_wrong_calls_are_errors() -> None:
     assert not torch.zeros(3).is_cuda
 
 
+def test_trial_runs_of_a_captured_sampler_are_not_counted() -> None:
+    from test_sampler import dit_sampler
+
+    with pretended(), torch.inference_mode():
+        sampler = dit_sampler(num_steps=1, device="cuda")
+        next(sampler._module.parameters()).fill_(float("nan"))
+        out = torch.empty(10, 4, 8, 8, dtype=torch.uint8, device="cuda")
+        sampler.sample(*2 * [torch.arange(10, device="cuda")], out=out)
+        assert sampler._graph is not None and sampler.num_made == 12
+        assert int(sampler.num_broken) == 12
+
+
 def test_cpu_tables_do_not_show_rows_of_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,6 +185,21 @@ def test_a_full_disk_on_one_rank_leaves_a_checkpoint_that_all_have(
     assert_same_end(done, whole)
 
 
+def test_parts_of_a_batch_are_summed_over_ranks_once_a_step(serve: Serve, tmp_path: Path) -> None:
+    whole = whole_run(serve, tmp_path / "whole", accumulate=2)
+    assert [whole["ends"][rank]["reductions"] for rank in "01"] == [40 + 1] * 2  # the warm-up
+    run = tmp_path / "run"
+    assert serve(run, accumulate=2, stop_at=[17, 1])["codes"] == [130, 130]
+    assert_same_end(serve(run, accumulate=2), whole)
+
+
+def test_a_generator_that_breaks_on_one_rank_stops_all(serve: Serve, tmp_path: Path) -> None:
+    done = serve(tmp_path, broken=1)
+    assert done["codes"] == [3, 3], done["outputs"]
+    for end in done["ends"].values():
+        assert end["error"].startswith("16 of 32 images have values that are not finite")
+
+
 def test_a_run_of_other_ranks_is_refused(serve: Serve, tmp_path: Path) -> None:
     run = tmp_path / "run"
     serve(run, stop_at=[5, 0])
