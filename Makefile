@@ -5,16 +5,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: run test test-long setup lint clean
+.PHONY: run test test-long test-hard setup lint clean
 
 run: setup
 	$(BIN)/dmkd distill configs/fashion_mnist.yaml
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not hard"
 
 test-long: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not hard"
+
+# Random cases by the thousand: claim, number of cases, failures.
+test-hard: setup
+	$(BIN)/python -m pytest -m hard tests/hard
 
 setup: $(STAMP)
 

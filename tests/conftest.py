@@ -30,6 +30,18 @@ SHORT = [
 ]  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--few`: run the tests marked `hard` with their smaller number of cases."""
+    parser.addoption("--few", action="store_true", help="fewer cases for tests marked hard")
+
+
+@pytest.fixture
+def num_cases(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """Choose the number of cases of a test marked `hard`: num_cases(all, few)."""
+    few = request.config.getoption("--few")
+    return lambda all_cases, few_cases: few_cases if few else all_cases
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked cuda are skipped where there is no GPU."""
     if not torch.cuda.is_available():
