@@ -8,6 +8,7 @@ import sys
 NAMES = {
     "cost": "how time and memory grow with batch, capacity, image size and ranks",
     "cuda-facts": "the sampler on a GPU: host time, waits, allocations, attention",
+    "digits": "hashes of a short job, its resume, the loss: equal where code only moved",
     "embedded": "the embedded job, end to end",
     "end-to-end": "the embedded job against the paper's way of working, and the way between",
     "fewstep": "time to the accuracy of the best many-step setting",
