@@ -6,6 +6,7 @@ Baselines make all images with diffusers' eager loop, write them as PNG files an
 of images, and as configs/fashion_mnist.yaml ships. Student, teacher, optimizer, schedule, averaged
 weights and batch are the same everywhere. On the CPU.
 
+All arms run once for each seed before the next seed begins, so that drift of the machine meets all.
 There are two parts: whole jobs at their own size, and the ladder at a smaller one.
 
 Every arm and every set of images is made in a process of its own, with an empty compiler cache, and
@@ -81,7 +82,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="generated images")
     parser.add_argument("--views", type=int, help="views per student")
     parser.add_argument("--points", type=int, help="evaluations per student")
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("--work", type=Path, default=Path("runs/end-to-end"), help="kept results")
     parser.add_argument("--one", nargs=2, metavar=("SEED", "NAME"), help="only this part, in here")
     parser.add_argument("overrides", nargs="*", help="section.field=value")

@@ -129,18 +129,19 @@ def ladder(rows: list[Row]) -> str:
     header = ["after", "this change", "seed", "top-1", "images/s", "views/s", "whole, s", "gain",
               "s to target", "seen in the run"]  # fmt: skip
     wall = {(r["arm"], r["seed"]): r["wall_s"] for r in rows}
+    once = len({r["seed"] for r in rows}) == 1
+    noise = f"; a factor within {DRIFT:g} of 1 is noise, since each rung ran once" if once else ""
     body = [
         [r["after"] or "-", r["arm"], str(r["seed"]), f"{r['top1']:.4f}",
          f"{r['images_per_s']:.0f}", f"{r['views_per_s']:,.0f}", f"{r['wall_s']:.0f}",
-         _gain(wall[r["after"], r["seed"]] / r["wall_s"]) if r["after"] else "-",
+         _gain(wall[r["after"], r["seed"]] / r["wall_s"], once) if r["after"] else "-",
          _seconds(r["s_to_target"]), _seen(r["proof"])]
         for r in rows
     ]  # fmt: skip
     note = (
-        "Gain: seconds of the whole job before the change over those after it; a factor within "
-        f"{DRIFT:g} of 1 is noise, since each rung ran once. Images made alike were made once, and "
-        "their time is part of each row. The compiled student is not carried on: on a CPU `dmkd` "
-        f"does not compile it. {where(rows)}."
+        f"Gain: seconds of the whole job before the change over those after it{noise}. Images made "
+        "alike were made once, and their time is part of each row. The compiled student is not "
+        f"carried on: on a CPU `dmkd` does not compile it. {where(rows)}."
     )
     return table(header, body, note)
 
@@ -189,8 +190,8 @@ def _range(values: Sequence[float], text: Callable[[float], str]) -> str:
     return " to ".join(dict.fromkeys((text(min(values)), text(max(values)))))
 
 
-def _gain(factor: float) -> str:
-    return f"{factor:.2f}x" + (" (noise)" if 1 / DRIFT < factor < DRIFT else "")
+def _gain(factor: float, once: bool) -> str:
+    return f"{factor:.2f}x" + (" (noise)" if once and 1 / DRIFT < factor < DRIFT else "")
 
 
 def _seconds(value: float | None) -> str:

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 DENOISER = "embedded:fashion_mnist/denoiser"
 SMALL = ("sampler.micro_batch_images=64", "ring.capacity_images=192", "ring.min_fill_images=64",
          "train.num_views=256")  # fmt: skip
-SIZES = ("--images", "64", "--views", "128", "--points", "1")
+SIZES = ("--images", "64", "--views", "128", "--points", "1", "--seeds", "1")
 STUDY = Study(num_images=64, num_views=128, num_points=1, overrides=SMALL)
 # The sampler's arm trains as the one before it.
 RECIPES = {name: arm.recipe for name, arm in ARMS.items() if arm.recipe is not None
