@@ -24,6 +24,7 @@ NAMES = {
     "reuse": "how many different images, and where the ring pays (3 seeds)",
     "ring": "insert, draw and limiter, and their share of a training step",
     "sampler": "images/s against diffusers' pipelines",
+    "step": "a training step alone, one change at a time, on ready views",
     "views": "crops of images in memory against DALI and torchvision",
     "shards": "images/s to and from disk, beside torchvision's ImageFolder",
     "render": "write the tables of README and docs from the recorded rows",

@@ -33,6 +33,7 @@ from dmkd_fast.dit import LeanDiT
 CONFIGS = Path(__file__).parent.parent / "configs"
 PUBLISHED, TARGET = "baseline, as published, fp32", "baseline, no_grad, fp32"
 BF16, EQUAL, DEFAULT = "baseline, no_grad, bf16", "ours, equal settings", "ours, default"
+CHANNELS_LAST = "baseline, no_grad, bf16, channels-last"
 IMAGES = ("diffusers fp32", "diffusers bf16", "lean", "few steps")
 
 
@@ -49,13 +50,15 @@ class Arm:
 
 def _arms() -> dict[str, Arm]:
     bf16 = Recipe(dtype="bfloat16")
+    channels_last = replace(bf16, channels_last=True)
     arms = {
         PUBLISHED: Arm(images="diffusers fp32", recipe=Recipe(teacher_graph=True)),
         TARGET: Arm(images="diffusers fp32", recipe=Recipe()),
         BF16: Arm(images="diffusers bf16", recipe=bf16, after=TARGET),
-        "lean sampler": Arm(images="lean", recipe=bf16, after=BF16),
+        CHANNELS_LAST: Arm(images="diffusers bf16", recipe=channels_last, after=BF16),
+        "lean sampler": Arm(images="lean", recipe=channels_last, after=CHANNELS_LAST),
     }
-    recipe, before = bf16, "lean sampler"
+    recipe, before = channels_last, "lean sampler"
     changes: dict[str, dict[str, Any]] = {
         "images in a ring": {"ring": True},
         "fused views": {"fused_views": True},

@@ -9,6 +9,7 @@ views, one thread each.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness import Report, arguments, time_interleaved
+from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.study import RESNET, load_teacher
 from dmkd_fast import (
     DiffusionSampler,
@@ -49,12 +50,17 @@ AXES: dict[str, tuple[int, ...]] = {
 }
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("cost", __doc__ or "")
     parser.add_argument("--n", type=int, default=20, help="timings per point")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--point", nargs=3, help="one point, by itself: AXIS VALUE N")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
     if options.point:
         row = POINTS[options.point[0]](int(options.point[1]), int(options.point[2]))
         if ranks.read().is_first:
@@ -62,7 +68,7 @@ def main(argv: list[str]) -> None:
         if options.point[0] == "ranks":
             ranks.end_process(0)
         return
-    report = Report(bench="cost")
+    report = Report(bench="cost", arguments=recorded(options))
     for axis in options.axes:
         for value in AXES[axis]:
             command = [sys.executable, "-m", "benchmarks", "cost"]

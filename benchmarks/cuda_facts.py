@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Report, arguments, time_interleaved
+from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.imagenet import DDIM, TINY, Settings
 from dmkd_fast import DiffusionSampler, runtime
 from dmkd_fast.denoisers import share_embedder
@@ -24,16 +24,21 @@ STEPS = 10
 CASES = (("sdpa", 8), ("sdpa", 32), ("sdpa", 128), ("xformers", 32))
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("cuda-facts", __doc__ or "")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small model, one timing")
-    options: argparse.Namespace = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
     if not torch.cuda.is_available():
         print("cuda-facts: no CUDA device")
         return 2
     device = torch.device("cuda")
     half = runtime.resolve_dtype("auto", device)
-    report = Report(bench="cuda-facts", device=device)
+    report = Report(bench="cuda-facts", arguments=recorded(options), device=device)
     diffusers: Any = importlib.import_module("diffusers")
     settings = TINY if options.tiny else Settings()
     with torch.device(device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -10,17 +11,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Report, arguments
+from benchmarks.harness import Report, arguments, recorded
 
 CONFIG = Path(__file__).parent.parent / "configs" / "fashion_mnist.yaml"
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("embedded", __doc__ or "")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
-    options = parser.parse_args(argv)
-    report = Report(bench="embedded")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    report = Report(bench="embedded", arguments=recorded(options))
     for seed in range(options.seeds):
         summary, _ = run_job(CONFIG, [f"seed={seed}", *options.overrides])
         report.rows.append({"seed": seed, **summary})

@@ -6,6 +6,7 @@ Baselines make all images with diffusers' eager loop, write them as PNG files an
 of images, and as configs/fashion_mnist.yaml ships. Student, teacher, optimizer, schedule, averaged
 weights and batch are the same everywhere. On the CPU.
 
+All arms run once for each seed before the next seed begins, so that drift of the machine meets all.
 There are two parts: whole jobs at their own size, and the ladder at a smaller one.
 
 Every arm and every set of images is made in a process of its own, with an empty compiler cache, and
@@ -20,6 +21,7 @@ averaged student on the real test images at the final accuracy of the fp32 basel
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -35,6 +37,7 @@ from typing import Any
 from benchmarks.arms import (
     ARMS,
     BF16,
+    CHANNELS_LAST,
     DEFAULT,
     EQUAL,
     IMAGES,
@@ -45,7 +48,7 @@ from benchmarks.arms import (
     run_part,
 )  # fmt: skip
 from benchmarks.fewstep import time_to
-from benchmarks.harness import Report, arguments
+from benchmarks.harness import Report, arguments, recorded
 
 BELOW = 0.005  # Accuracy that the target may lie under the baseline's.
 
@@ -60,40 +63,50 @@ class Part:
     points: int
 
 
-_WHOLE = (PUBLISHED, TARGET, BF16, EQUAL, DEFAULT)
+_WHOLE = (PUBLISHED, TARGET, BF16, CHANNELS_LAST, EQUAL, DEFAULT)
 PARTS = {
     # The sizes of configs/many_steps.yaml.
     "whole": Part(arms=_WHOLE, images=10_240, views=200_000, points=20),
     "ladder": Part(
-        arms=(TARGET, *(arm for arm in ARMS if arm not in _WHOLE or arm == BF16)),
-        images=2_048, views=32_000, points=4,
+        arms=(TARGET, *(arm for arm in ARMS if arm not in _WHOLE or arm in (BF16, CHANNELS_LAST))),
+        images=1_024, views=20_480, points=2,
     ),
 }  # fmt: skip
 
 
-def main(argv: list[str]) -> None:
-    parser = arguments("end-to-end", __doc__ or "")
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
+    parser = arguments("end-to-end", __doc__ or "", selects=["part"])
     parser.add_argument("--part", choices=PARTS, required=True, help="whole jobs, or the ladder")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these, and what is there")
     parser.add_argument("--images", type=int, help="generated images")
     parser.add_argument("--views", type=int, help="views per student")
     parser.add_argument("--points", type=int, help="evaluations per student")
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("--work", type=Path, default=Path("runs/end-to-end"), help="kept results")
     parser.add_argument("--one", nargs=2, metavar=("SEED", "NAME"), help="only this part, in here")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     options = parser.parse_args(argv)
     part = PARTS[options.part]
+    for name in ("images", "views", "points"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(part, name))
+    return options
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    part = PARTS[options.part]
     study = Study(
-        num_images=options.images or part.images, num_views=options.views or part.views,
-        num_points=options.points or part.points, overrides=tuple(options.overrides),
+        num_images=options.images, num_views=options.views, num_points=options.points,
+        overrides=tuple(options.overrides),
     )  # fmt: skip
     work = options.work / options.part
     if options.one is not None:
         seed, name = options.one
         run_part(replace(study, seed=int(seed)), name, work)
         return
-    report = Report(bench="end-to-end")
+    report = Report(bench="end-to-end", arguments=recorded(options))
     for seed in range(options.seeds):
         arms = options.arms or part.arms
         used = {ARMS[arm].images for arm in arms}
@@ -146,7 +159,7 @@ def rows_of(study: Study, work: Path, arms: Sequence[str]) -> list[dict[str, Any
             "resolution_s": round(statistics.mean(gaps), 1),
         }  # fmt: skip
     for row in rows.values():
-        for label, other in (("fp32", TARGET), ("bf16", BF16)):
+        for label, other in (("fp32", TARGET), ("bf16", CHANNELS_LAST)):
             mine, theirs = row["s_to_target"], rows.get(other, {}).get("s_to_target")
             gain = None if mine is None or theirs is None else round(theirs / mine, 2)
             row[f"times_faster_than_{label}"] = gain

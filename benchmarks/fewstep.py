@@ -7,24 +7,30 @@ that of the first evaluation at the target or above. Evaluations, start and comp
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.embedded import run_job
-from benchmarks.harness import Report, arguments
+from benchmarks.harness import Report, arguments, recorded
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 JOBS = {"many steps": "many_steps.yaml", "few steps": "fashion_mnist.yaml"}
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("fewstep", __doc__ or "")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("--points", type=int, default=20, help="evaluations per run")
-    options = parser.parse_args(argv)
-    report = Report(bench="fewstep")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    report = Report(bench="fewstep", arguments=recorded(options))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in JOBS}
     for seed in range(options.seeds):
         for name, config in JOBS.items():

@@ -8,6 +8,7 @@ unless --seeds says otherwise.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.embedded import run_job
-from benchmarks.harness import Report, arguments
+from benchmarks.harness import Report, arguments, recorded
 from dmkd_fast import DiffusionSampler, ImageSet, LabelStream, job
 from dmkd_fast import config as cfg
 
@@ -28,12 +29,17 @@ SETTINGS = {name: ("many_steps.yaml", [f"sampler={{fidelity: {name}}}"]) for nam
 SETTINGS["few steps"] = ("fashion_mnist.yaml", [])
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("fidelity", __doc__ or "")
     parser.add_argument("--seeds", type=int, default=1, help="students per setting")
-    parser.add_argument("--views", type=int, default=100_000, help="views per student")
-    options = parser.parse_args(argv)
-    report = Report(bench="fidelity")
+    parser.add_argument("--views", type=int, default=60_000, help="views per student")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    report = Report(bench="fidelity", arguments=recorded(options))
     for name, (file, overrides) in SETTINGS.items():
         row = {"fidelity": name, **quality(CONFIGS / file, overrides)}
         shared = [f"train.num_views={options.views}", "ring.min_fill_images=6144",

@@ -10,6 +10,7 @@ much of it the images repeat.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,24 @@ COUNT = 30_720
 ARMS = ("diffusion", "real", "one image", "noise")
 
 
-def main(argv: list[str]) -> None:
-    parser = arguments("finding-1", __doc__ or "")
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
+    parser = arguments("finding-1", __doc__ or "", selects=["seeds"])
     parser.add_argument("--data", type=Path, required=True, help="folder with the training set")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--views", type=int, default=384_000, help="per student")
-    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
-    options = parser.parse_args(argv)
-    cells = study.Cells("finding-1", record=options.record, num_threads=options.threads)
+    parser.add_argument("--threads", type=int, default=1, help="0: all cores")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    cells = study.Cells("finding-1", options)
     test = study.test_images()
     made = study.generated(COUNT, [], file="fashion_mnist.yaml")
     if not cells.has(arm="images"):
         cells.add({"arm": "images"}, {"images": COUNT, "cpu_s": round(made.cpu_s, 1)})
-    for seed in range(options.seeds):
+    for seed in study.student_seeds(options.seeds):
         for arm in ARMS:
             cell = {"arm": arm, "seed": seed, "views": options.views}
             if not cells.has(**cell):

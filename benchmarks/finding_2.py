@@ -11,6 +11,7 @@ processor time of making them.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -29,16 +30,21 @@ EQUAL_COMPUTE = ((1.0, 4), (1.0, 16), (2.0, 16), (4.0, 50))
 CORNERS = ((1.0, 4), (1.0, 50), (4.0, 4), (4.0, 50))
 
 
-def main(argv: list[str]) -> None:
-    parser = arguments("finding-2", __doc__ or "")
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
+    parser = arguments("finding-2", __doc__ or "", selects=["seeds", "parts"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--parts", nargs="+", choices=("grid", "compute", "corners"),
         default=["grid", "compute", "corners"],
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
-    options = parser.parse_args(argv)
-    cells = study.Cells("finding-2", record=options.record, num_threads=options.threads)
+    parser.add_argument("--threads", type=int, default=1, help="0: all cores")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    cells = study.Cells("finding-2", options)
     test = study.test_images()
     lenet: dict[str, Any] = {"teacher": "lenet5", "student": "lenet5_half", **study.LENET}
     resnet: dict[str, Any] = {"teacher": "strong", "student": "resnet", **study.RESNET_OPTIM}
@@ -55,7 +61,7 @@ def main(argv: list[str]) -> None:
             cell: dict[str, Any] = {"part": part, "guidance_scale": guidance, "num_steps": steps}
             if part == "grid" and not cells.has(**cell, seed="quality"):
                 cells.add({**cell, "seed": "quality"}, quality(cell_images(guidance, steps, count)))
-            for seed in range(options.seeds):
+            for seed in study.student_seeds(options.seeds):
                 if not cells.has(**cell, seed=seed):
                     cells.add({**cell, "seed": seed}, study.train_student(
                         cell_images(guidance, steps, count), num_views=num_views, seed=seed,

@@ -5,27 +5,34 @@ Three teachers, two students, three temperatures, at equal views of the same few
 
 from __future__ import annotations
 
+import argparse
+
 from benchmarks import study
 from benchmarks.harness import arguments
 
 COUNT = 10_240
-TEACHERS, TEMPERATURES = ("weak", "lenet5", "strong"), (1.0, 4.0, 10.0)
+TEACHERS, TEMPERATURES = study.EMBEDDED_TEACHERS, (1.0, 4.0, 10.0)
 
 
-def main(argv: list[str]) -> None:
-    parser = arguments("finding-3", __doc__ or "")
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
+    parser = arguments("finding-3", __doc__ or "", selects=["seeds", "students"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--students", nargs="+", choices=study.STUDENTS, default=["lenet5_half", "resnet"]
     )
-    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
-    options = parser.parse_args(argv)
-    cells = study.Cells("finding-3", record=options.record, num_threads=options.threads)
+    parser.add_argument("--threads", type=int, default=1, help="0: all cores")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    cells = study.Cells("finding-3", options)
     test = study.test_images()
     images = study.generated(COUNT, [], file="fashion_mnist.yaml")
     for student in options.students:
         small = student == "lenet5_half"
-        for seed in range(options.seeds):
+        for seed in study.student_seeds(options.seeds):
             for teacher in TEACHERS:
                 for temperature in TEMPERATURES:
                     cell = {"student": student, "teacher": teacher, "temperature": temperature,

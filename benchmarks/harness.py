@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +36,8 @@ class Report:
     """What one measurement prints as its last line and records."""
 
     bench: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Those of the command that the figures depend on: see `recorded`."""
     device: torch.device | None = None
     """What was measured; None: the GPU if there is one."""
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -51,14 +53,14 @@ class Report:
 
     def finish(self, *, record: bool) -> None:
         """Print the JSON line; with `record`, append the rows to results/BENCH.jsonl."""
-        stamp = environment(self.device)
+        stamp = {"arguments": self.arguments, "environment": environment(self.device)}
         if record:
             RESULTS.mkdir(exist_ok=True)
             with (RESULTS / f"{self.bench}.jsonl").open("a", encoding="utf-8") as file:
                 for row in self.rows:
-                    file.write(json.dumps({**row, "environment": stamp}) + "\n")
+                    file.write(json.dumps({**row, **stamp}) + "\n")
         goals = {name: asdict(goal) for name, goal in self.goals.items()}
-        line = {"bench": self.bench, "rows": self.rows, "goals": goals, "environment": stamp}
+        line = {"bench": self.bench, "rows": self.rows, "goals": goals, **stamp}
         print(json.dumps(line))
 
 
@@ -129,11 +131,32 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def arguments(name: str, description: str) -> argparse.ArgumentParser:
-    """A parser with what every measurement takes."""
+def arguments(
+    name: str, description: str, *, selects: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Make a parser with the arguments that every measurement takes.
+
+    Args:
+        name: Name of the measurement.
+        description: Help text.
+        selects: Arguments that choose which rows are measured and change no row.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=description)
     parser.add_argument("--record", action="store_true", help="append the rows to results/")
+    parser.set_defaults(selects=selects)
     return parser
+
+
+# Arguments that say where files are and what is printed.
+NEUTRAL = frozenset({"record", "data", "work", "one", "point", "memory", "device", "figure"})
+
+
+def recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that figures depend on, as each row records them."""
+    left_out = {*NEUTRAL, "selects", *options.selects}
+    kept = {name: value for name, value in vars(options).items() if name not in left_out}
+    as_json: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return as_json
 
 
 def read_rows(bench: str) -> list[dict[str, Any]]:

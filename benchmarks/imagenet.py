@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Report, arguments, peak_mib, time_interleaved
+from benchmarks.harness import Report, arguments, peak_mib, recorded, time_interleaved
 from benchmarks.kd_loss import eager as eager_loss
 from benchmarks.ring import bare_step
 from dmkd_fast import (
@@ -113,16 +113,21 @@ TINY = Settings(
 )  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("imagenet", __doc__ or "")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small models, one timing")
-    options: argparse.Namespace = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
     runtime.set_num_threads(0)
     device = runtime.resolve_device("auto")
     torch.backends.cuda.matmul.allow_tf32 = True
     runtime.make_repeatable()
     torch.backends.cudnn.deterministic = False  # for ours alone: see `_as_dmkd_runs_it`
-    report = Report(bench="imagenet", device=device)
+    report = Report(bench="imagenet", arguments=recorded(options), device=device)
     bench = Bench(report, TINY if options.tiny else Settings(), device)
     failed = 0
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit: rows are kept

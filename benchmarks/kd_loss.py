@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, arguments, time_interleaved
+from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from dmkd_fast import kd_loss, kd_loss_and_grad, runtime
 
 TEMPERATURE = 10.0
@@ -36,16 +36,21 @@ GOALS = {
 }
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("kd-loss", __doc__ or "")
     parser.add_argument("--n", type=int, default=20, help="timings per arm")
     parser.add_argument("--quick", action="store_true", help="the smallest shape alone")
     parser.add_argument("--memory", nargs=2, metavar=("ARM", "SHAPE"), help=argparse.SUPPRESS)
-    options: argparse.Namespace = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
     if options.memory:
         print(_peak_gradients(*options.memory))
         return
-    report = Report(bench="kd-loss", device=torch.device("cpu"))
+    report = Report(bench="kd-loss", arguments=recorded(options), device=torch.device("cpu"))
     shapes = SHAPES[:1] if options.quick else SHAPES
     for threads in (1, 0):  # 0: all; last, so that the stamp shows it
         runtime.set_num_threads(threads)

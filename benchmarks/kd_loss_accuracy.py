@@ -14,17 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, arguments
+from benchmarks.harness import Report, arguments, recorded
 from dmkd_fast import kd_loss_and_grad
 
 SETTINGS = ((4, 0.5), (10, 2.0), (10, 0.5), (10, 0.1))
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("kd-loss-accuracy", __doc__ or "")
     parser.add_argument("--figure", help="PNG to write")
-    options: argparse.Namespace = parser.parse_args(argv)
-    report = Report(bench="kd-loss-accuracy")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    report = Report(bench="kd-loss-accuracy", arguments=recorded(options))
     for temperature, noise in SETTINGS:
         for dtype in (torch.float32, torch.bfloat16):
             report.rows += _errors(temperature, noise, dtype)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, arguments, time_interleaved
+from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.kd_loss import TEMPERATURE, arms, backward
 
 SHAPES = ((256, 100), (256, 1000), (8192, 1000), (2048, 21841), (8192, 32000), (4096, 128256))
@@ -23,15 +23,20 @@ TINY = ((8, 100), (256, 1000), (4, 8193))  # a rehearsal
 CALLS = 20  # per timing, so that the queue stays full
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("kd-loss-gpu", __doc__ or "")
     parser.add_argument("--n", type=int, default=20, help="timings per arm")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small shapes, one timing")
-    options: argparse.Namespace = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
     if not torch.cuda.is_available():
         print("kd-loss-gpu: no CUDA device")
         return 2
-    report = Report(bench="kd-loss", device=torch.device("cuda"))
+    report = Report(bench="kd-loss", arguments=recorded(options), device=torch.device("cuda"))
     for shape in TINY if options.tiny else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             try:

@@ -46,8 +46,10 @@ class Recipe:
     """As published: the teacher's logits are not detached, so it is differentiated as well."""
     ring: bool = False
     """Images stay in memory; else PNG files, ImageFolder and DataLoader."""
+    channels_last: bool = False
+    """Memory layout of both networks; else planes of channels."""
     fused_views: bool = False
-    """`Views`, channels-last; else torchvision's transforms of each image."""
+    """`Views`; else torchvision's transforms of each image."""
     fused_loss: bool = False
     """`kd_loss_and_grad`; else the eager loss and its backward pass."""
     folded_teacher: bool = False
@@ -154,13 +156,9 @@ def train(
     if recipe.keeps_memory:
         runtime.keep_freed_memory()
     runtime.set_num_threads(config.num_threads)
-    student, teacher, spec = _networks(recipe, config)
+    student, teacher, spec = networks(recipe, config)
     test_set = open_test_set(config.eval, None, None, CPU, spec.num_classes)
-    schedule = Schedule(
-        **config.optim.model_dump(), batch_size=config.train.batch_size,
-        num_views=config.train.num_views, log_every_steps=config.train.log_every_steps,
-        num_evaluations=config.eval.num_points,
-    )  # fmt: skip
+    schedule = schedule_of(config)
     settings: dict[str, Any] = {"schedule": schedule, "temperature": config.loss.temperature}
     ring, workers = None, None
     if recipe.ring:
@@ -218,6 +216,7 @@ def contradictions(recipe: Recipe, proof: dict[str, Any], *, num_images: int) ->
     ops = proof["ops"]
     claims = {
         "dtype": recipe.compiled_student or proof["forward_dtype"] == recipe.dtype,
+        "layout": recipe.compiled_student or proof["channels_last"] == recipe.channels_last,
         "png files": proof["png_files"] == (0 if recipe.ring else num_images),
         "ring": (proof["ring_draws"] > 0) == recipe.ring,
         "views": (ops[FUSED_VIEWS] > 0) == recipe.fused_views,
@@ -234,8 +233,9 @@ def contradictions(recipe: Recipe, proof: dict[str, Any], *, num_images: int) ->
 def seen_in(step: Callable[[], object], student: nn.Module) -> dict[str, Any]:
     """What one more training step does: operators by name, dtype and layout of the forward pass."""
     seen: list[Tensor] = []
-    first = next(m for m in student.modules() if isinstance(m, nn.Conv2d))
-    hook = first.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    # In the first convolution both layouts of a grey image are the same.
+    *_, watched = (m for m in student.modules() if isinstance(m, nn.Conv2d))
+    hook = watched.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     hook.remove()
@@ -271,17 +271,26 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def _networks(
+def schedule_of(config: cfg.DistillConfig) -> Schedule:
+    """The job's schedule."""
+    return Schedule(
+        **config.optim.model_dump(), batch_size=config.train.batch_size,
+        num_views=config.train.num_views, log_every_steps=config.train.log_every_steps,
+        num_evaluations=config.eval.num_points,
+    )  # fmt: skip
+
+
+def networks(
     recipe: Recipe, config: cfg.DistillConfig
 ) -> tuple[nn.Module, nn.Module, models.ClassifierSpec]:
-    """The job's new student and its teacher, in the layout of the recipe's views."""
+    """The job's new student and its teacher, in the layout of the recipe."""
     teachers = classifiers.load_teachers(
         config.teachers, temperature=config.loss.temperature, device=CPU
     )
     student, spec = classifiers.load_student(
         config.student, teachers, view_size=config.views.size, device=CPU, seed=config.seed
     )
-    layout = torch.channels_last if recipe.fused_views else torch.contiguous_format
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     teacher = teachers.together.members[0].module
     return student.to(memory_format=layout), teacher.to(memory_format=layout), spec
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, arguments
+from benchmarks.harness import Report, arguments, recorded
 from dmkd_fast import config as cfg
 from dmkd_fast import job, pretrain
 from dmkd_fast.pictures import pairs
@@ -21,10 +21,15 @@ ROOT = Path(__file__).parent.parent
 NUM_IMAGES = 1_000
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("nearest", __doc__ or "")
     parser.add_argument("--data", type=Path, required=True, help="folder with the training set")
-    options: argparse.Namespace = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
     path = ROOT / "configs" / "fashion_mnist.yaml"
     config, parts = job.prepare(cfg.load(cfg.DistillConfig, path, ["sampler.compile=false"]))
     distiller = job.build(config, parts, show=False)
@@ -36,7 +41,7 @@ def main(argv: list[str]) -> None:
     made_distance, made_index = nearest(made, real.train.images)
     held_distance, _ = nearest(real.held_out.images[:NUM_IMAGES], real.train.images)
 
-    report = Report(bench="nearest")
+    report = Report(bench="nearest", arguments=recorded(options))
     for name, distance in (("generated", made_distance), ("held-out real", held_distance)):
         quantiles = distance.quantile(torch.tensor([0.0, 0.05, 0.5, 0.95])).tolist()
         names = ("min", "p5", "median", "p95")

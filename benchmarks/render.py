@@ -2,8 +2,10 @@
 
 Each table shows the newest recorded rows of its measurement (those of the last commit and date)
 that were measured on a CPU, NAME-gpu those on a GPU; tables of the studies, which take hours, show
-all rows. Plots of the studies are drawn as well.
-`--check` changes nothing and fails where a table and its rows disagree.
+all rows. Below each table stands the command that made its rows, and whether they are superseded
+(`provenance.py`). Plots of the studies are drawn as well.
+`--check` changes nothing and fails where a table and its rows disagree, where rows were made with
+arguments other than the defaults of their command, and where a row has an unknown mark.
 """
 
 from __future__ import annotations
@@ -11,19 +13,55 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import provenance
+from benchmarks.__main__ import NAMES
 from benchmarks.harness import read_rows
+from benchmarks.job_tables import JOB_TABLES
+from benchmarks.markdown import table, where
 from benchmarks.study_plots import draw
-from benchmarks.study_tables import STUDY_TABLES
+from benchmarks.study_tables import STUDY_TABLES, cell_of
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
-# Tables of one part of a measurement's rows.
-PARTS = {"end-to-end": ("end-to-end", "whole"), "ladder": ("end-to-end", "ladder")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a table's rows come from."""
+
+    bench: str
+    """Name of the measurement and of its file in results/."""
+    only: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that the rows must have."""
+    required: tuple[str, ...] = ()
+    """Arguments of the command that have no default."""
+    all_runs: bool = False
+    """Show the rows of all dates instead of those of the last one."""
+
+
+# Tables whose rows are not simply all of the measurement that they are named after. Of several
+# sources the first one counts that has rows which are not superseded.
+SOURCES = {
+    "embedded": (
+        Source(bench="embedded"),
+        Source(bench="fewstep", only={"job": "few steps"}),
+    ),
+    "end-to-end": (
+        # Single runs, far apart: one of them alone would hide how much they differ.
+        Source(
+            bench="end-to-end", only={"part": "whole"}, required=("--part", "whole"), all_runs=True
+        ),
+    ),
+    "ladder": (Source(bench="end-to-end", only={"part": "ladder"}, required=("--part", "ladder")),),
+    "finding-1": (Source(bench="finding-1", required=("--data", "DIR")),),
+    "nearest": (Source(bench="nearest", required=("--data", "DIR")),),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -31,69 +69,95 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether they agree")
     options = parser.parse_args(argv)
     stale = []
+    shown: set[str] = set()
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         before = path.read_text(encoding="utf-8")
         after = render(before)
+        shown.update(match[2] for match in MARKED.finditer(before))
         if before != after:
             stale.append(path.name)
             if not options.check:
                 path.write_text(after, encoding="utf-8")
     if not options.check:
         draw(ROOT / "docs" / "images")
+    faults = check(shown)
     if options.check and stale:
-        names = ", ".join(stale)
-        print(f"{names}: differ from their rows; run it without --check", file=sys.stderr)
+        faults.append(f"{', '.join(stale)}: differ from their rows; run it without --check")
     elif not options.check:
         print(f"{', '.join(stale) or 'nothing new'}: rendered", file=sys.stderr)
-    return 1 if options.check and stale else 0
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if options.check and faults else 0
+
+
+def check(tables: Iterable[str]) -> list[str]:
+    """Unknown marks, and rows of tables that their command would not make today, one line each."""
+    faults = provenance.unknown_marks()
+    for name in sorted(tables):
+        rows, source = rows_of(name)
+        faults += provenance.other_arguments(command_of(name, source), rows, source.required)
+    return faults
 
 
 def render(text: str) -> str:
-    """The text with every marked table written anew."""
+    """Write every marked table of a text again."""
 
     def replace(match: re.Match[str]) -> str:
-        if match[2] in STUDY_TABLES:
-            bench, table = STUDY_TABLES[match[2]]
-            rows = read_rows(bench)
-            return match[1] + (table(rows) if rows else "No rows yet.\n") + match[3]
-        rows = latest(match[2])
-        return match[1] + (TABLES[match[2]](rows) if rows else "No rows yet.\n") + match[3]
+        name = match[2]
+        rows, source = rows_of(name)
+        if not rows:
+            return match[1] + "No rows yet.\n" + match[3]
+        if name in STUDY_TABLES:
+            bench, is_shown, write = STUDY_TABLES[name]
+            every, cell = [row for row in read_rows(bench) if is_shown(row)], cell_of(bench)
+            text, awaited = write(every), provenance.awaited(every, cell)
+        else:
+            text, awaited = TABLES[name](rows), provenance.awaited(rows)
+        said = [
+            provenance.remarks(awaited),
+            provenance.made_by(command_of(name, source), rows, source.required),
+        ]
+        return match[1] + " ".join([text.rstrip("\n"), *filter(None, said)]) + "\n" + match[3]
 
     return MARKED.sub(replace, text)
 
 
-def latest(bench: str) -> list[Row]:
-    """The rows recorded together with the last one on a CPU or, for `NAME-gpu`, on a GPU."""
-    name = bench.removesuffix("-gpu")
-    name, part = PARTS.get(name, (name, None))
-    rows = [row for row in read_rows(name) if _is_gpu(row) == bench.endswith("-gpu")]
-    rows = [row for row in rows if part is None or row["part"] == part]
-    return [row for row in rows if row["environment"] == rows[-1]["environment"]]
+def rows_of(name: str) -> tuple[list[Row], Source]:
+    """The rows that a table shows, and where they come from."""
+    if name in STUDY_TABLES:
+        bench, is_shown, _ = STUDY_TABLES[name]
+        (source,) = SOURCES.get(name, (Source(bench=bench),))
+        rows = [row for row in read_rows(bench) if is_shown(row)]
+        return provenance.counted(rows, cell_of(bench)), source
+    return latest(name)
 
 
-def _table(header: list[str], body: list[list[str]], note: str) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{note}\n"
+def latest(name: str) -> tuple[list[Row], Source]:
+    """The rows recorded together with the last one on a CPU or, for `NAME-gpu`, on a GPU.
+
+    Superseded rows are shown only where there are no others.
+    """
+    is_gpu, bench = name.endswith("-gpu"), name.removesuffix("-gpu")
+    for source in SOURCES.get(bench, (Source(bench=bench),)):
+        rows = provenance.counted(
+            row
+            for row in read_rows(source.bench)
+            if _is_gpu(row) == is_gpu and all(row.get(k) == v for k, v in source.only.items())
+        )
+        if not source.all_runs:
+            rows = [row for row in rows if row["environment"] == rows[-1]["environment"]]
+        if rows and "superseded" not in rows[-1]:
+            break
+    return rows, source
+
+
+def command_of(name: str, source: Source) -> str:
+    """The measurement that makes a table's rows: some have one of their own for GPUs."""
+    return name if name.endswith("-gpu") and name in NAMES else source.bench
 
 
 def _is_gpu(row: Row) -> bool:
     return not row["environment"]["device"].startswith("CPU ")
-
-
-def _where(rows: list[Row]) -> str:
-    stamp = rows[0]["environment"]
-    return f"{stamp['device']}, {stamp['threads']} threads, torch {stamp['torch']}, {stamp['date']}"
-
-
-def _embedded(rows: list[Row]) -> str:
-    header = ["seed", "student top-1", "teacher top-1", "agreement", "generated images",
-              "views", "wall s", "CPU s"]  # fmt: skip
-    body = [
-        [str(r["seed"]), f"{r['top1']:.4f}", f"{r['teacher_top1']:.4f}", f"{r['agreement']:.4f}",
-         f"{r['generated_images']:,}", f"{r['views']:,}", f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}"]
-        for r in rows
-    ]  # fmt: skip
-    return _table(header, body, f"Last step, 10,000 real test images. {_where(rows)}.")
 
 
 def _kd_loss(rows: list[Row]) -> str:
@@ -109,8 +173,8 @@ def _kd_loss(rows: list[Row]) -> str:
         body.append([shape, dtype, *cells, f"{gain:.1f}x"])
     header = ["B x C", "dtype", "eager", "torch.compile", "`kd_loss`", "`kd_loss_and_grad`",
               "copy of the bytes", "`kd_loss` vs eager"]  # fmt: skip
-    note = f"Loss and gradient, median ms of {rows[0]['n']}, interleaved. {_where(rows)}."
-    return _table(header, body, note)
+    note = f"Loss and gradient, median ms of {rows[0]['n']}, interleaved. {where(rows)}."
+    return table(header, body, note)
 
 
 def _nearest(rows: list[Row]) -> str:
@@ -119,7 +183,7 @@ def _nearest(rows: list[Row]) -> str:
         [r["images"], str(r["n"]), *(f"{r[k]:.3f}" for k in ("min", "p5", "median", "p95"))]
         for r in rows
     ]
-    return _table(header, body, "RMS pixel distance in [0, 1] to the nearest training image.")
+    return table(header, body, "RMS pixel distance in [0, 1] to the nearest training image.")
 
 
 def _sampler(rows: list[Row]) -> str:
@@ -143,35 +207,9 @@ def _sampler(rows: list[Row]) -> str:
     note = (
         f"Guided images/s, medians of {timed[0]['n']}, interleaved; gain over fp32 / {half}. "
         f"DiT-S/2 forward alone: {best['share_of_ceiling']:.0%} of the ceiling at batch "
-        f"{best['batch']} (ceiling {best['ceiling_tflop_per_s']:.2f} TFLOP/s). {_where(rows)}."
+        f"{best['batch']} (ceiling {best['ceiling_tflop_per_s']:.2f} TFLOP/s). {where(rows)}."
     )
-    return _table(header, body, note)
-
-
-def _fidelity(rows: list[Row]) -> str:
-    header = ["fidelity", "steps", "solver", "guidance", "forwards", "images/s",
-              "Frechet distance", "student top-1"]  # fmt: skip
-    body = [
-        [r["fidelity"], str(r["num_steps"]), r["solver"], f"{r['guidance_scale']:g}",
-         str(r["forwards_per_image"]), f"{r['images_per_s']:.0f}", f"{r['frechet']:.3f}",
-         f"{r['top1']:.4f}"]
-        for r in rows
-    ]  # fmt: skip
-    note = (
-        f"{rows[0]['views']:,} views, {rows[0]['seeds']} seed(s); distance to real test images in "
-        f"the strong teacher's features. {_where(rows)}."
-    )
-    return _table(header, body, note)
-
-
-def _fewstep(rows: list[Row]) -> str:
-    header = ["job", "seed", "top-1", "whole job, s", "CPU s", "s to the target", "target"]
-    body = [
-        [r["job"], str(r["seed"]), f"{r['top1']:.4f}", f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}",
-         "never" if r["s_to_target"] is None else f"{r['s_to_target']:.0f}", f"{r['target']:.4f}"]
-        for r in rows
-    ]  # fmt: skip
-    return _table(header, body, f"Target: mean top-1 of the many-step job. {_where(rows)}.")
+    return table(header, body, note)
 
 
 def _views(rows: list[Row]) -> str:
@@ -189,10 +227,10 @@ def _views(rows: list[Row]) -> str:
     header = ["pixels", "dtype", "`Views`", "DALI, CPU", "torchvision per image", "eager",
               "strided copy", "`Views`, memory reused", "vs DALI / torchvision"]  # fmt: skip
     note = (
-        f"Images/s at batch {rows[0]['batch']}, results allocated anew but for one column, medians "
-        f"of {rows[0]['n']}, interleaved. {_where(rows)}."
+        f"Images/s at batch {rows[0]['batch']}, a new result each time except in one column, "
+        f"medians of {rows[0]['n']}, interleaved. {where(rows)}."
     )
-    return _table(header, body, note)
+    return table(header, body, note)
 
 
 def _ring(rows: list[Row]) -> str:
@@ -209,69 +247,9 @@ def _ring(rows: list[Row]) -> str:
         f"Microseconds a call. Step of the embedded student (batch {steps['whole']['batch']}, "
         f"{steps['whole']['dtype']}): {ms['whole']} ms, on ready views with a ready gradient "
         f"{ms['bare']} ms; alone, the draw takes {ms['draw']} ms, the views {ms['views']} ms, the "
-        f"loss {ms['loss']} ms. Medians of {steps['whole']['n']}, interleaved. {_where(rows)}."
+        f"loss {ms['loss']} ms. Medians of {steps['whole']['n']}, interleaved. {where(rows)}."
     )
-    return _table(["operation", *(f"{c:,} slots" for c in capacities)], body, note)
-
-
-def _end_to_end(rows: list[Row]) -> str:
-    header = ["way of working", "seed", "top-1", "images/s", "views/s", "generate s", "train s",
-              "evaluate s", "whole, s", "CPU s", "disk MiB", "memory MiB", "s to target",
-              "vs fp32 / bf16 baseline"]  # fmt: skip
-    body = [
-        [r["arm"], str(r["seed"]), f"{r['top1']:.4f}", f"{r['images_per_s']:.0f}",
-         f"{r['views_per_s']:,.0f}", f"{r['generation_s']:.0f}", f"{r['training_s']:.0f}",
-         f"{r['evaluation_s']:.0f}", f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}",
-         f"{r['disk_mib']:.0f}", f"{r['peak_memory_mib']:,}", _seconds(r["s_to_target"]),
-         f"{_times(r['times_faster_than_fp32'])} / {_times(r['times_faster_than_bf16'])}"]
-        for r in rows
-    ]  # fmt: skip
-    targets = ", ".join(f"{t:.4f}" for t in dict.fromkeys(r["target"] for r in rows))
-    gaps = [r["resolution_s"] for r in rows]
-    note = (
-        f"{rows[0]['images']:,} images and {rows[0]['views']:,} views. Target "
-        f"{targets}; evaluations are {min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: "
-        f"PNG files; of ours the run directory, checkpoints included. {_where(rows)}."
-    )
-    return _table(header, body, note)
-
-
-def _ladder(rows: list[Row]) -> str:
-    header = ["after", "this change", "seed", "top-1", "images/s", "views/s", "whole, s", "gain",
-              "s to target", "seen in the run"]  # fmt: skip
-    wall = {(r["arm"], r["seed"]): r["wall_s"] for r in rows}
-    body = [
-        [r["after"] or "-", r["arm"], str(r["seed"]), f"{r['top1']:.4f}",
-         f"{r['images_per_s']:.0f}", f"{r['views_per_s']:,.0f}", f"{r['wall_s']:.0f}",
-         f"{wall[r['after'], r['seed']] / r['wall_s']:.2f}x" if r["after"] else "-",
-         _seconds(r["s_to_target"]), _seen(r["proof"])]
-        for r in rows
-    ]  # fmt: skip
-    note = (
-        "One change at a time; gain: seconds of the whole job before and after it. Images made "
-        "alike were made once, and their time is part of each row. The compiled student is not "
-        f"carried on: on a CPU `dmkd` does not compile it. {_where(rows)}."
-    )
-    return _table(header, body, note)
-
-
-def _seconds(value: float | None) -> str:
-    return "never" if value is None else f"{value:.0f}"
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}x"
-
-
-def _seen(proof: Row) -> str:
-    """What a run was seen to do, in short."""
-    parts = [proof["sampler"], proof["attention"], proof["sampler_dtype"]]
-    parts.append(f"{proof['png_files']:,} PNG files" if proof["png_files"] else "ring")
-    parts += [name.removeprefix("aten::") for name, calls in proof["ops"].items()
-              if calls and "scalar" not in name]  # fmt: skip
-    parts.append(f"{proof['teacher_batch_norms']} teacher norms")
-    parts.append(f"{proof['page_faults_per_step']:,} page faults a step")
-    return ", ".join([*parts, *(["compiled student"] if proof["compiled_graphs"] else [])])
+    return table(["operation", *(f"{c:,} slots" for c in capacities)], body, note)
 
 
 def _kd_loss_gpu(rows: list[Row]) -> str:
@@ -286,9 +264,9 @@ def _kd_loss_gpu(rows: list[Row]) -> str:
         ])  # fmt: skip
     note = (
         f"Loss and gradient, microseconds, and share of the copy's speed; medians of "
-        f"{rows[0]['n']}, interleaved. {_where(rows)}."
+        f"{rows[0]['n']}, interleaved. {where(rows)}."
     )
-    return _table(["B x C", "dtype", *arms, "copy of the bytes"], body, note)
+    return table(["B x C", "dtype", *arms, "copy of the bytes"], body, note)
 
 
 def _cuda_facts(rows: list[Row]) -> str:
@@ -298,8 +276,8 @@ def _cuda_facts(rows: list[Row]) -> str:
          str(r["syncs"]), str(r["allocations_per_batch"])]
         for r in rows
     ]  # fmt: skip
-    note = f"DiT-XL/2, 256 x 256, latents only, {rows[0]['steps']} guided steps. {_where(rows)}."
-    return _table(header, body, note)
+    note = f"DiT-XL/2, 256 x 256, latents only, {rows[0]['steps']} guided steps. {where(rows)}."
+    return table(header, body, note)
 
 
 def _imagenet(rows: list[Row]) -> str:
@@ -321,18 +299,14 @@ def _imagenet(rows: list[Row]) -> str:
         parts = f"{r['generation_h']:,.1f} h + {r['training_h']:,.1f} h"
         body.append([what, f"{r['images_by']}, {r['arm']}", parts, ""])
     header = ["what", "arm", "figure", "peak MiB"]
-    return _table(header, body, f"Random weights; `benchmarks/imagenet.py`. {_where(rows)}.")
+    return table(header, body, f"Random weights; `benchmarks/imagenet.py`. {where(rows)}.")
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
+    **JOB_TABLES,
     "cuda-facts-gpu": _cuda_facts,
-    "embedded": _embedded,
-    "end-to-end": _end_to_end,
-    "fewstep": _fewstep,
-    "fidelity": _fidelity,
     "imagenet-gpu": _imagenet,
     "kd-loss": _kd_loss,
-    "ladder": _ladder,
     "kd-loss-gpu": _kd_loss_gpu,
     "nearest": _nearest,
     "ring": _ring,

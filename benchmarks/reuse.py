@@ -6,6 +6,8 @@ hold only part of them: equal compute, less memory. LeNet-5 teaches LeNet-5-half
 
 from __future__ import annotations
 
+import argparse
+
 from benchmarks import study
 from benchmarks.harness import arguments
 
@@ -13,15 +15,20 @@ SIZES = (1_024, 3_072, 10_240, 30_720)
 VIEWS = 256_000
 
 
-def main(argv: list[str]) -> None:
-    parser = arguments("reuse", __doc__ or "")
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
+    parser = arguments("reuse", __doc__ or "", selects=["seeds"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
-    options = parser.parse_args(argv)
-    cells = study.Cells("reuse", record=options.record, num_threads=options.threads)
+    parser.add_argument("--threads", type=int, default=1, help="0: all cores")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    cells = study.Cells("reuse", options)
     test = study.test_images()
     images = study.generated(SIZES[-1], [], file="fashion_mnist.yaml")
-    for seed in range(options.seeds):
+    for seed in study.student_seeds(options.seeds):
         for size in SIZES:
             for how in ("frozen", "ring") if size < SIZES[-1] else ("frozen",):
                 cell = {"how": how, "held_images": size, "seed": seed}
@@ -29,6 +36,6 @@ def main(argv: list[str]) -> None:
                     shown = images.first(size) if how == "frozen" else images
                     cells.add(cell, study.train_student(
                         shown, teacher="lenet5", student="lenet5_half", num_views=VIEWS, seed=seed,
-                        capacity=size, **study.LENET, test=test,
+                        capacity=size if how == "ring" else None, **study.LENET, test=test,
                     ))  # fmt: skip
     cells.finish()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, arguments, time_interleaved
+from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from dmkd_fast import Distiller, RingBuffer, job, runtime
 from dmkd_fast import config as cfg
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
@@ -29,14 +29,19 @@ BLOCK, BATCH = 512, 64
 CALLS = 50  # of the ring per timing, because one takes microseconds
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("ring", __doc__ or "")
     parser.add_argument("--n", type=int, default=60, help="timings per arm")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: one capacity, one timing")
-    options: argparse.Namespace = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
     runtime.set_num_threads(0)
     device = runtime.resolve_device("auto")
-    report = Report(bench="ring", device=device)
+    report = Report(bench="ring", arguments=recorded(options), device=device)
     capacities, n = (CAPACITIES[:1], 1) if options.tiny else (CAPACITIES, options.n)
     for capacity in capacities:
         report.rows += operations(capacity, device, n=1 if options.tiny else max(3, n // 10))

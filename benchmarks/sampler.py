@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Report, arguments, time_interleaved
+from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from dmkd_fast import DiffusionSampler, load_denoiser, runtime
 from dmkd_fast.assets import resolve
 from dmkd_fast.denoisers import Decoder, Denoiser, share_embedder
@@ -60,16 +60,21 @@ TINY = Sizes(
 )  # fmt: skip
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("sampler", __doc__ or "")
     parser.add_argument("--model", type=Path, help="a DiT folder in diffusers format instead")
     parser.add_argument("--n", type=int, default=5, help="timings per arm")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small models, one timing")
-    options: argparse.Namespace = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
     runtime.set_num_threads(0)
     device = runtime.resolve_device("auto")
     half = runtime.resolve_dtype("auto", device)
-    report = Report(bench="sampler", device=device)
+    report = Report(bench="sampler", arguments=recorded(options), device=device)
     sizes = TINY if options.tiny else Sizes()
     bench = Bench(report, device, half, 1 if options.tiny else options.n, sizes)
     if options.model is not None:

@@ -7,6 +7,7 @@ a little noise, whose PNGs are about as large as those of generated images. File
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import Compose, Grayscale, PILToTensor
 
-from benchmarks.harness import Report, arguments, time_interleaved
+from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from dmkd_fast import generate, shards
 from dmkd_fast.image_reader import ImageReader
 from dmkd_fast.sources import ShardSource, Source, open_files
@@ -27,9 +28,14 @@ BATCH = 256
 SETS = {(1, 28, 28): 8192, (3, 256, 256): 512}
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
+    return arguments("shards", __doc__ or "").parse_args(argv)
+
+
 def main(argv: list[str]) -> None:
-    options = arguments("shards", __doc__ or "").parse_args(argv)
-    report = Report(bench="shards")
+    options = parse(argv)
+    report = Report(bench="shards", arguments=recorded(options))
     for shape, count in SETS.items():
         with tempfile.TemporaryDirectory() as scratch:
             rows = measure(Path(scratch), shape, count)

@@ -10,13 +10,12 @@ N images, c channels, H W pixels.
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.harness import RESULTS, environment, read_rows
+from benchmarks.harness import RESULTS, environment, read_rows, recorded
 from dmkd_fast import (
     DiffusionSampler,
     Distiller,
@@ -58,8 +57,10 @@ STUDENTS: dict[str, Row] = {"lenet5_half": {"architecture": "lenet5_half"}, "res
 # AdamW, chosen on the 5,000 held-out images: benchmarks/LOG.md.
 LENET: Row = {"lr": 8e-3, "batch_size": 32}
 RESNET_OPTIM: Row = {"lr": 2e-3, "batch_size": 64}
-# 97.5 % quantiles of Student's t with n - 1 degrees of freedom, for intervals over few seeds.
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
+EMBEDDED_TEACHERS = ("weak", "lenet5", "strong")
+FIRST_SEED = 1
+"""Seed of the first student. The embedded teachers have seed 0, and equal seeds mean equal initial
+weights wherever two networks have a layer in common; teachers of new studies count from 100."""
 
 
 @dataclass(kw_only=True)
@@ -169,6 +170,26 @@ def load_teacher(name: str) -> tuple[nn.Module, models.ClassifierSpec]:
     return model, spec
 
 
+def student_seeds(count: int) -> range:
+    """Seeds of a study's students, apart from those of all teachers."""
+    return range(FIRST_SEED, FIRST_SEED + count)
+
+
+def new_student(name: str, seed: int, like: models.ClassifierSpec) -> tuple[nn.Module, Any]:
+    """Make a student with random weights, and its specification.
+
+    Args:
+        name: A key of `STUDENTS`.
+        seed: Seed of the weights.
+        like: The teacher's specification, whose normalization the student shares.
+    """
+    spec = models.ClassifierSpec(
+        num_classes=10, in_chans=1, input_size=28, mean=like.mean, std=like.std, **STUDENTS[name]
+    )
+    torch.manual_seed(seed)
+    return models.build_classifier(spec).to(memory_format=torch.channels_last), spec
+
+
 def train_student(
     images: FixedSet, *, teacher: str, student: str, num_views: int, seed: int, lr: float,
     batch_size: int, test: ImageSet, temperature: float = 4.0, capacity: int | None = None,
@@ -191,20 +212,17 @@ def train_student(
         top1, agreement with the teacher, images, views, wall_s and cpu_s.
     """
     judge, judge_spec = load_teacher(teacher)
-    spec = models.ClassifierSpec(
-        num_classes=10, in_chans=1, input_size=28, mean=judge_spec.mean, std=judge_spec.std,
-        **STUDENTS[student],
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    network = models.build_classifier(spec).to(memory_format=torch.channels_last)
+    network, spec = new_student(student, seed, judge_spec)
     count = len(images.images) // BLOCK * BLOCK
-    source, slots = images.first(count), capacity or count
+    source = images.first(count)
+    # The first view needs one free block. All images at once leave it free for the whole run.
+    slots = capacity or count + BLOCK
     began, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         distiller = Distiller(
             sampler=cast(Any, source), labels=cast(Any, source),
             ring=RingBuffer(
-                slots + BLOCK, image_shape=(1, 28, 28), block_images=BLOCK, min_fill_images=slots,
+                slots, image_shape=(1, 28, 28), block_images=BLOCK, min_fill_images=slots - BLOCK,
                 # The last block of a stream enters after three quarters of the run.
                 samples_per_insert=0.75 * num_views / count, seed=seed,
             ),
@@ -235,23 +253,26 @@ class Cells:
 
     Args:
         study: Name of the file in results/.
-        record: Whether rows are written there; else they are only printed.
-        num_threads: Of this process; 0 means all cores.
+        options: Arguments of the command. With `record` rows are appended to the file.
     """
 
-    def __init__(self, study: str, *, record: bool, num_threads: int = 0) -> None:
-        runtime.set_num_threads(num_threads)
+    def __init__(self, study: str, options: argparse.Namespace) -> None:
+        runtime.set_num_threads(options.threads)
         runtime.keep_freed_memory()
-        self.study, self.record = study, record
-        self.rows = read_rows(study) if record else []
+        self.study, self.record = study, options.record
+        self.arguments = recorded(options)
+        self.rows = read_rows(study) if self.record else []
 
     def has(self, **cell: Any) -> bool:
-        """Whether the cell was measured."""
-        return any(all(row.get(k) == v for k, v in cell.items()) for row in self.rows)
+        """Whether the cell has a row that is not superseded."""
+        return any(
+            "superseded" not in row and all(row.get(k) == v for k, v in cell.items())
+            for row in self.rows
+        )
 
     def add(self, cell: Row, figures: Row) -> None:
         """Keep a row."""
-        row = {**cell, **figures, "environment": environment()}
+        row = {**cell, **figures, "arguments": self.arguments, "environment": environment()}
         self.rows.append(row)
         say(json.dumps({**cell, **figures}))
         if self.record:
@@ -263,16 +284,6 @@ class Cells:
         """The JSON line of all rows."""
         spent = sum(row.get("cpu_s", 0.0) for row in self.rows)
         print(json.dumps({"bench": self.study, "rows": len(self.rows), "cpu_s": round(spent, 1)}))
-
-
-def spread(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean, standard deviation and half of the 95 % interval of the mean (Student's t)."""
-    found = list(values)
-    if len(found) < 2:
-        return found[0], math.nan, math.nan
-    deviation = statistics.stdev(found)
-    factor = T_975.get(len(found), 1.96)
-    return statistics.mean(found), deviation, factor * deviation / len(found) ** 0.5
 
 
 def say(text: str) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import read_rows
-from benchmarks.study_tables import Grid
+from benchmarks.provenance import counted
+from benchmarks.study_tables import Grid, cell_of, images_in_memory
 
 Row = dict[str, Any]
 
@@ -18,7 +19,7 @@ def draw(folder: Path) -> None:
 
     matplotlib.use("Agg")
     for name, plot in (("finding-2", _finding_2), ("finding-3", _finding_3), ("reuse", _reuse)):
-        if rows := read_rows(name):
+        if rows := counted(read_rows(name), cell_of(name)):
             figure = plot(rows)
             # No date and no version, so that equal rows give an equal file.
             figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
@@ -77,10 +78,10 @@ def _finding_3(rows: list[Row]) -> Any:
 def _reuse(rows: list[Row]) -> Any:
     """Accuracy over the images held in memory."""
     figure, (axis,) = _axes(1, width=5.0)
-    grid = Grid(rows, lambda r: (r["how"], r["held_images"]))
+    grid = Grid(rows, lambda r: (r["how"], images_in_memory(r)))
     total = max(r["images"] for r in rows)
     for how, name in (("frozen", "frozen set"), ("ring", f"ring through which {total:,} pass")):
-        sizes = _values([r for r in rows if r["how"] == how], "held_images")
+        sizes = sorted({images_in_memory(r) for r in rows if r["how"] == how})
         _line(axis, grid, [(how, size) for size in sizes], 1, name)
     axis.set(xscale="log", xlabel="images in memory", ylabel="top-1, %")
     axis.legend()

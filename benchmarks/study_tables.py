@@ -1,7 +1,8 @@
 """Tables of the studies: means over seeds with 95 % intervals, from whatever rows there are.
 
-In a grid the deviation between seeds is pooled over its cells, so that an interval over three seeds
-is as narrow as the whole grid allows; each table says its n.
+In a grid the deviation between seeds is pooled over its cells, so that the interval of one cell
+over three seeds is as narrow as the whole grid allows. Differences between cells are paired by
+seed, because cells of one seed share initial weights, draws and crops. Each table says its n.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from benchmarks.markdown import table
+from benchmarks.provenance import counted
 
 Row = dict[str, Any]
 # 97.5 % quantiles of Student's t by degrees of freedom, from 1.
@@ -20,30 +24,41 @@ ARMS = {
 }  # fmt: skip
 
 
+# What a mean over seeds is taken over. A cell's figures of the images themselves have no seed.
+CELLS = {
+    "finding-1": ("arm",), "finding-2": ("part", "guidance_scale", "num_steps"),
+    "finding-3": ("student", "teacher", "temperature"), "reuse": ("how", "held_images"),
+    "cost": ("axis", "value"),
+}  # fmt: skip
+
+
+def cell_of(study: str) -> Callable[[Row], Any]:
+    """The function that gives the cell of a study's row."""
+    names = CELLS[study]
+    return lambda row: (*(row.get(name) for name in names), row.get("seed") == "quality")
+
+
 class Grid:
     """Accuracies by cell, with an interval from the deviation pooled over all cells."""
 
     def __init__(self, rows: Iterable[Row], key: Callable[[Row], Any]) -> None:
         self.cells: dict[Any, list[float]] = {}
+        self.by_seed: dict[Any, dict[Any, float]] = {}
         for row in rows:
             self.cells.setdefault(key(row), []).append(100 * row["top1"])
+            self.by_seed.setdefault(key(row), {})[row.get("seed")] = 100 * row["top1"]
         several = [found for found in self.cells.values() if len(found) > 1]
         self.freedom = sum(len(found) - 1 for found in several)
         squares = sum(statistics.variance(found) * (len(found) - 1) for found in several)
         self.deviation = math.sqrt(squares / self.freedom) if self.freedom else math.nan
 
-    def mean(self, *cells: Any) -> float:
-        """Mean over the seeds of some cells, in percent."""
-        return statistics.mean(self.mean_of(cell) for cell in cells)
-
     def mean_of(self, cell: Any) -> float:
         """Mean over the seeds of one cell, in percent."""
         return statistics.mean(self.cells[cell])
 
-    def half(self, *cells: Any) -> float:
-        """Half of the 95 % interval of the mean over some cells."""
-        variance = sum(1 / len(self.cells[cell]) for cell in cells) / len(cells) ** 2
-        return t_975(self.freedom) * self.deviation * math.sqrt(variance)
+    def half(self, cell: Any) -> float:
+        """Half of the 95 % interval of the mean of one cell."""
+        return t_975(self.freedom) * self.deviation / math.sqrt(len(self.cells[cell]))
 
     def text(self, cell: Any) -> str:
         """Mean and half-interval; empty if there is no row."""
@@ -53,11 +68,21 @@ class Grid:
         return f"{mean} ± {self.half(cell):.2f}" if self.freedom else mean
 
     def difference(self, one: list[Any], other: list[Any]) -> str:
-        """Mean of some cells less that of others, with its interval."""
-        gap = self.mean(*one) - self.mean(*other)
-        if not self.freedom:  # one seed: nothing says how far off it is
-            return f"{gap:+.2f}"
-        return f"{gap:+.2f} ± {math.hypot(self.half(*one), self.half(*other)):.2f}"
+        """Mean of some cells less that of others, paired by the seeds that all of them have."""
+        cells = [self.by_seed[cell] for cell in (*one, *other)]
+        seeds = [seed for seed in cells[0] if all(seed in cell for cell in cells)]
+        if not seeds:
+            return "no seed in common"
+        gaps = [
+            statistics.mean(self.by_seed[cell][seed] for cell in one)
+            - statistics.mean(self.by_seed[cell][seed] for cell in other)
+            for seed in seeds
+        ]
+        gap = f"{statistics.mean(gaps):+.2f}"
+        if len(gaps) == 1:
+            return f"{gap} (1 seed)"
+        half = t_975(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        return f"{gap} ± {half:.2f} ({len(gaps)} seeds)"
 
     @property
     def seeds(self) -> str:
@@ -76,7 +101,7 @@ def t_975(freedom: int) -> float:
 
 def finding_1(rows: list[Row]) -> str:
     """Arms of finding 1, and how far ours is from real images."""
-    shown = [r for r in rows if "top1" in r]
+    shown = counted((r for r in rows if "top1" in r), cell_of("finding-1"))
     grid = Grid(shown, lambda r: r["arm"])
     body = []
     for arm, name in ARMS.items():
@@ -88,38 +113,32 @@ def finding_1(rows: list[Row]) -> str:
         cells = [f"{statistics.mean(found):.2f}", deviation, str(len(found)), f"{agreement:.2f}"]
         body.append([name, *cells])
     note = f"LeNet-5 teaches LeNet-5-half, {shown[0]['views']:,} views. "
-    pair = Grid([r for r in shown if r["arm"] in ("real", "diffusion")], lambda r: r["arm"])
-    if len(pair.cells) == 2 and pair.freedom:
-        note += f"Diffusion less real images: {pair.difference(['diffusion'], ['real'])}. "
+    if {"real", "diffusion"} <= grid.cells.keys():
+        note += (
+            "Diffusion less real images, paired by seed, ± 95 % interval: "
+            f"{grid.difference(['diffusion'], ['real'])}. "
+        )
     header = ["student sees", "top-1, %", "std", "seeds", "agreement with teacher, %"]
-    return _table(header, body, note + _spent(rows))
+    return table(header, body, note + _spent(rows))
 
 
 def finding_2(rows: list[Row]) -> str:
     """Accuracy by guidance and steps, at equal views."""
-    shown = [r for r in rows if r["part"] == "grid" and r["seed"] != "quality"]
+    shown = counted(rows, cell_of("finding-2"))
     grid = Grid(shown, lambda r: (r["guidance_scale"], r["num_steps"]))
     scales, steps = _axes(shown, "guidance_scale"), _axes(shown, "num_steps")
     body = [[f"{s:g}", *(grid.text((s, k)) for k in steps)] for s in scales]
-    low = [c for c in grid.cells if c[0] <= 1.5]
-    high = [c for c in grid.cells if c[0] >= 2]
     note = (
         f"Student top-1 in %, ± 95 % interval (deviation pooled over the grid), {grid.seeds} seeds "
-        f"a cell, {shown[0]['images']:,} images and {shown[0]['views']:,} views each. "
+        f"a cell, {shown[0]['images']:,} images and {shown[0]['views']:,} views each. Differences "
+        f"of means over a row or column, paired by seed: {_contrasts(grid, CONTRASTS)}. "
     )
-    if low and high:
-        note += (
-            f"Guidance of at most 1.5 less guidance of at least 2: {grid.difference(low, high)}. "
-        )
-    few = [c for c in grid.cells if c[1] == min(steps)]
-    many = [c for c in grid.cells if c[1] == max(steps)]
-    note += f"{min(steps)} steps less {max(steps)} steps: {grid.difference(few, many)}. "
-    return _table(["guidance", *(f"{k} steps" for k in steps)], body, note + _spent(rows))
+    return table(["guidance", *(f"{k} steps" for k in steps)], body, note + _spent(rows))
 
 
 def finding_2_quality(rows: list[Row]) -> str:
     """What the images of each cell are like."""
-    shown = [r for r in rows if r["seed"] == "quality"]
+    shown = counted(rows, cell_of("finding-2"))
     names = ("frechet", "precision", "recall", "confidence", "class_agreement")
     body = [
         [f"{r['guidance_scale']:g}", str(r["num_steps"]), *(f"{r[n]:.3f}" for n in names)]
@@ -131,7 +150,7 @@ def finding_2_quality(rows: list[Row]) -> str:
         f"{shown[0]['images']:,} generated and real test images, in the features of the embedded "
         "strong classifier (not Inception); confidence and agreement are that classifier's."
     )
-    return _table(header, body, note)
+    return table(header, body, note)
 
 
 def finding_2_checks(rows: list[Row]) -> str:
@@ -139,7 +158,7 @@ def finding_2_checks(rows: list[Row]) -> str:
     parts = {"compute": "LeNet-5, equal compute", "corners": "strong pair, equal views"}
     body, notes = [], []
     for part, name in parts.items():
-        shown = [r for r in rows if r["part"] == part]
+        shown = counted((r for r in rows if r["part"] == part), cell_of("finding-2"))
         grid = Grid(shown, lambda r: (r["guidance_scale"], r["num_steps"]))
         for cell in grid.cells:
             guidance, steps = cell
@@ -149,45 +168,71 @@ def finding_2_checks(rows: list[Row]) -> str:
             body.append([name, f"{guidance:g}", str(steps), f"{count:,}", grid.text(cell)])
         if shown:
             notes.append(f"{name}: {grid.seeds} seeds a cell, {shown[0]['views']:,} views.")
-    return _table(["part", "guidance", "steps", "images", "top-1, %"], body, " ".join(notes))
+        if part == "corners" and shown:
+            wanted = ("guidance 1 less 4", "50 steps less 4")
+            notes.append(f"Paired by seed: {_contrasts(grid, wanted)}.")
+    return table(["part", "guidance", "steps", "images", "top-1, %"], body, " ".join(notes))
 
 
 def finding_3(rows: list[Row]) -> str:
     """Accuracy by student, teacher and temperature."""
+    current = counted(rows, cell_of("finding-3"))
     body, notes = [], []
-    temperatures = _axes(rows, "temperature")
-    for student in dict.fromkeys(r["student"] for r in rows):
-        shown = [r for r in rows if r["student"] == student]
-        grid = Grid(shown, lambda r: (r["teacher"], r["temperature"]))
-        teachers = list(dict.fromkeys(r["teacher"] for r in shown))
+    temperatures = _axes(current, "temperature")
+    for student in dict.fromkeys(r["student"] for r in current):
+        shown, every = ([r for r in some if r["student"] == student] for some in (current, rows))
+        grid, whole = (Grid(s, lambda r: (r["teacher"], r["temperature"])) for s in (shown, every))
+        teachers = list(dict.fromkeys(r["teacher"] for r in every))
         body += [[student, t, *(grid.text((t, k)) for k in temperatures)] for t in teachers]
         notes.append(f"{student}: {grid.seeds} seeds a cell, {shown[0]['views']:,} views.")
-        if len(teachers) > 1 and {(teachers[-1], k) for k in temperatures} & grid.cells.keys():
-            pair = (teachers[0], teachers[-1])
-            common = [k for k in temperatures if all((t, k) in grid.cells for t in pair)]
-            weak, strong = ([(t, k) for k in common] for t in pair)
+        gaps = []
+        for other in teachers[:0:-1]:
+            common = [
+                k for k in temperatures if {(teachers[0], k), (other, k)} <= grid.cells.keys()
+            ]
+            if common:
+                pair = [(teachers[0], k) for k in common], [(other, k) for k in common]
+                gaps.append(f"{teachers[0]} less {other} teacher {grid.difference(*pair)}")
+                if (with_all := whole.difference(*pair)) != grid.difference(*pair):
+                    gaps[-1] += f", with the cells left out {with_all}"
+        if gaps:
             notes.append(
-                f"{teachers[0]} less {teachers[-1]} teacher over the temperatures of both: "
-                f"{grid.difference(weak, strong)}."
+                f"Over the temperatures that both have, paired by seed: {'; '.join(gaps)}."
             )
     header = ["student", "teacher", *(f"T = {t:g}" for t in temperatures)]
     note = "Top-1 in %, ± 95 % interval (deviation pooled per student). " + " ".join(notes)
-    return _table(header, body, f"{note} {_spent(rows)}")
+    return table(header, body, f"{note} {_spent(rows)}")
 
 
 def reuse(rows: list[Row]) -> str:
     """Frozen sets beside rings through which more images pass."""
-    grid = Grid(rows, lambda r: (r["how"], r["held_images"]))
+    current = counted(rows, cell_of("reuse"))
+    grid = Grid(current, lambda r: (r["how"], r["held_images"]))
+    views, total = current[0]["views"], max(r["images"] for r in current)
     body = []
-    for size in _axes(rows, "held_images"):
-        mib = size * 784 / 2**20
-        cells = [grid.text(("frozen", size)), grid.text(("ring", size))]
-        body.append([f"{size:,}", f"{mib:.1f}", f"{rows[0]['views'] / size:.0f}", *cells])
-    total = max(r["images"] for r in rows)
-    header = ["images in memory", "MiB", "views per image of a frozen set", "frozen set, top-1, %",
-              f"ring, {total:,} images pass, top-1, %"]  # fmt: skip
-    note = f"{rows[0]['views']:,} views, {grid.seeds} seeds a cell. "
-    return _table(header, body, note + _spent(rows))
+    for how, size in sorted(grid.cells):
+        held = images_in_memory(
+            next(r for r in current if (r["how"], r["held_images"]) == (how, size))
+        )
+        cells = [f"{held:,}", f"{held * 784 / 2**20:.1f}"]
+        name = f"ring, {total:,} pass" if how == "ring" else "frozen set"
+        all_at_once = ("frozen", total)
+        less = "" if (how, size) == all_at_once else grid.difference([(how, size)], [all_at_once])
+        uses = f"{views / (total if how == 'ring' else size):.0f}"
+        body.append([name, *cells, uses, grid.text((how, size)), less])
+    header = ["student sees", "images in memory", "MiB", "views an image", "top-1, %",
+              f"less all {total:,} at once"]  # fmt: skip
+    note = (
+        f"{views:,} views, {grid.seeds} seeds a cell, ± 95 % interval (deviation pooled; "
+        "differences paired by seed). "
+    )
+    return table(header, body, note + _spent(rows))
+
+
+def images_in_memory(row: Row) -> int:
+    """Images that a row's ring held at a time."""
+    held: int = row["held_images"]
+    return held + 512 if row.get("superseded") == "ring of N + 512" else held
 
 
 COST = {
@@ -224,7 +269,7 @@ def cost(rows: list[Row]) -> str:
         f"Medians of {rows[0]['n']} (sampler {min(r['n'] for r in rows)}). {stamp['device']}, "
         f"{stamp['cores']} cores, {stamp['date']}."
     )
-    return _table(header, body, note)
+    return table(header, body, note)
 
 
 def line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float]:
@@ -243,6 +288,22 @@ def line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float]
     return start, slope, worst
 
 
+# Contrast: two means over the cells (guidance, steps) of a row or a column.
+CONTRASTS = ("guidance 2 less 4", "guidance 1 less 4", "50 steps less 4")
+
+
+def _contrasts(grid: Grid, names: Sequence[str]) -> str:
+    """Differences between rows and columns of a grid of guidance and steps."""
+    said = []
+    for name in names:
+        one, other = (float(word) for word in name.split() if word.isdigit())
+        place = 0 if name.startswith("guidance") else 1
+        sides = [[c for c in grid.cells if c[place] == value] for value in (one, other)]
+        if all(sides):
+            said.append(f"{name}: {grid.difference(*sides)}")
+    return "; ".join(said) or "none"
+
+
 def _axes(rows: list[Row], name: str) -> list[Any]:
     return sorted({row[name] for row in rows})
 
@@ -254,18 +315,13 @@ def _spent(rows: list[Row]) -> str:
     return f"{seconds / 3600:.2f} CPU hours. {stamp['device']}, {stamp['date']}."
 
 
-def _table(header: list[str], body: list[list[str]], note: str) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{note}\n"
-
-
-STUDY_TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
-    "finding-1": ("finding-1", finding_1),
-    "finding-2": ("finding-2", finding_2),
-    "finding-2-quality": ("finding-2", finding_2_quality),
-    "finding-2-checks": ("finding-2", finding_2_checks),
-    "finding-3": ("finding-3", finding_3),
-    "reuse": ("reuse", reuse),
-    "cost": ("cost", cost),
+STUDY_TABLES: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]] = {
+    "finding-1": ("finding-1", lambda r: True, finding_1),
+    "finding-2": ("finding-2", lambda r: r["part"] == "grid" and r["seed"] != "quality", finding_2),
+    "finding-2-quality": ("finding-2", lambda r: r["seed"] == "quality", finding_2_quality),
+    "finding-2-checks": ("finding-2", lambda r: r["part"] != "grid", finding_2_checks),
+    "finding-3": ("finding-3", lambda r: True, finding_3),
+    "reuse": ("reuse", lambda r: True, reuse),
+    "cost": ("cost", lambda r: True, cost),
 }
-"""By the name in the text: which rows, all of them whenever they were measured, and the table."""
+"""By the name in the text: the study, which of its rows (of any date), and the table."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, arguments, time_interleaved
+from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from dmkd_fast import Views, runtime
 from dmkd_fast.ops import reference
 
@@ -40,14 +40,19 @@ GOALS = {
 }  # fmt: skip
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the command line says."""
     parser = arguments("views", __doc__ or "")
     parser.add_argument("--n", type=int, default=20, help="timings per arm")
     parser.add_argument("--quick", action="store_true", help="small images alone, one dtype")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options: argparse.Namespace = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
     device = runtime.resolve_device(options.device)
-    report = Report(bench="views", device=device)
+    report = Report(bench="views", arguments=recorded(options), device=device)
     runtime.set_num_threads(0)
     for name in list(CASES)[-1:] if options.quick else CASES:
         for dtype in DTYPES[:1] if options.quick else DTYPES:

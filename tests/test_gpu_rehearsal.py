@@ -168,8 +168,8 @@ def test_cpu_tables_do_not_show_rows_of_a_gpu(
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     lines = [{"x": i, "environment": {"device": d}} for i, d in enumerate(("CPU a", "NVIDIA b"))]
     (tmp_path / "thing.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    assert [r["x"] for r in render.latest("thing")] == [0]
-    assert [r["x"] for r in render.latest("thing-gpu")] == [1]
+    assert [r["x"] for r in render.latest("thing")[0]] == [0]
+    assert [r["x"] for r in render.latest("thing-gpu")[0]] == [1]
 
 
 @pytest.mark.slow

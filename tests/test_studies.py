@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
 from benchmarks import finding_1, finding_2, study, study_tables
+from dmkd_fast import RingBuffer
 
 
 def small_set(count: int, *, seed: int = 0) -> study.FixedSet:
@@ -38,11 +42,17 @@ def test_a_student_sees_exactly_the_set_it_is_given(monkeypatch: pytest.MonkeyPa
     assert 0.5 < row["top1"] < 0.85 and row["views"] == 12_800
 
 
-def test_a_ring_lets_the_whole_stream_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_of_n_holds_n_images_and_lets_the_whole_stream_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given: list[int] = []
     advance = study.FixedSet.advance
     monkeypatch.setattr(
         study.FixedSet, "advance", lambda self, n: (given.append(n), advance(self, n))[1]
+    )
+    rings: list[RingBuffer] = []
+    monkeypatch.setattr(
+        study, "RingBuffer", lambda *a, **kw: (rings.append(RingBuffer(*a, **kw)), rings[-1])[1]
     )
     torch.set_num_threads(1)
     study.train_student(
@@ -50,6 +60,7 @@ def test_a_ring_lets_the_whole_stream_pass(monkeypatch: pytest.MonkeyPatch) -> N
         test=study.test_images(), capacity=1_024, **study.LENET,
     )  # fmt: skip
     assert sum(given) == 4_096
+    assert [ring.num_filled for ring in rings] == [1_024]
 
 
 def test_a_cell_on_record_is_not_measured_again(
@@ -57,11 +68,17 @@ def test_a_cell_on_record_is_not_measured_again(
 ) -> None:
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path)
-    cells = study.Cells("thing", record=True, num_threads=1)
+    options = argparse.Namespace(record=True, threads=1, selects=())
+    cells = study.Cells("thing", options)
     assert not cells.has(arm="real", seed=0)
     cells.add({"arm": "real", "seed": 0}, {"top1": 0.5, "cpu_s": 1.0})
-    again = study.Cells("thing", record=True, num_threads=1)
+    again = study.Cells("thing", options)
     assert again.has(arm="real", seed=0) and not again.has(arm="real", seed=1)
+    (row,) = again.rows
+    assert row["arguments"] == {"threads": 1}
+    row["superseded"] = "one seed"
+    (tmp_path / "thing.jsonl").write_text(json.dumps(row) + "\n")
+    assert not study.Cells("thing", options).has(arm="real", seed=0)
     assert "top1" in capsys.readouterr().err
 
 
@@ -108,10 +125,79 @@ def test_intervals_are_those_of_students_t() -> None:
     grid = study_tables.Grid(rows, lambda r: r["cell"])
     assert grid.freedom == 4 and grid.deviation == pytest.approx(1.0)
     assert grid.half("a") == pytest.approx(2.776 / 3**0.5)
-    assert grid.difference(["b"], ["a"]) == f"+10.00 ± {2.776 * (2 / 3) ** 0.5:.2f}"
     assert study_tables.t_975(24) == pytest.approx(2.0639, abs=1e-3)
     assert study_tables.t_975(10) == pytest.approx(2.2281, abs=4e-3)
     assert math.isnan(study_tables.t_975(0))
+
+
+def test_differences_are_paired_by_the_seeds_that_both_have() -> None:
+    """What a seed does to both cells cancels: gaps of 1, 2 and 3 among accuracies of 60 to 90."""
+    top1 = {"a": (60, 75, 90), "b": (61, 77, 93), "c": (50, 50)}
+    rows = [
+        {"cell": c, "seed": seed, "top1": value / 100}
+        for c, values in top1.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+    grid = study_tables.Grid(rows, lambda r: r["cell"])
+    assert grid.difference(["b"], ["a"]) == f"+2.00 ± {4.303 / 3**0.5:.2f} (3 seeds)"
+    # Means over cells are taken seed by seed; the third seed is not in all cells.
+    gaps = (61 - 55.0, 77 - 62.5)
+    half = 12.706 * abs(gaps[1] - gaps[0]) / 2
+    mean = sum(gaps) / 2
+    assert grid.difference(["b"], ["a", "c"]) == f"{mean:+.2f} ± {half:.2f} (2 seeds)"
+    alone = study_tables.Grid([*rows[:1], *rows[3:4]], lambda r: r["cell"])
+    assert alone.difference(["b"], ["a"]) == "+1.00 (1 seed)"
+    apart = study_tables.Grid([rows[0], rows[4]], lambda r: r["cell"])
+    assert apart.difference(["b"], ["a"]) == "no seed in common"
+
+
+def test_guidance_and_steps_are_compared_over_the_other_axis() -> None:
+    """Accuracy 80 - guidance + steps / 10, and half a point by seed where guidance is 4."""
+    stamp = {"device": "CPU", "date": "2026-01-01"}
+    rows = [
+        {"part": "grid", "guidance_scale": s, "num_steps": k, "seed": seed, "images": 1, "views": 1,
+         "top1": (80 - s + k / 10 + 0.5 * seed * (s == 4)) / 100, "environment": stamp}
+        for s in (1.0, 2.0, 4.0) for k in (4, 50) for seed in (1, 2)
+    ]  # fmt: skip
+    text = study_tables.finding_2(rows)
+    # Gaps of seeds 1 and 2: 2 - 0.5 and 2 - 1; 3 - 0.5 and 3 - 1; twice 4.6.
+    half = 12.706 * 0.5 / 2
+    assert f"guidance 2 less 4: +1.25 ± {half:.2f} (2 seeds)" in text
+    assert f"guidance 1 less 4: +2.25 ± {half:.2f} (2 seeds)" in text
+    assert "50 steps less 4: +4.60 ± 0.00 (2 seeds)" in text
+
+
+def test_a_ring_that_held_a_block_more_is_shown_with_it() -> None:
+    stamp = {"device": "CPU", "date": "2026-01-01"}
+    old = {"how": "ring", "held_images": 1024, "images": 4096, "views": 8192, "seed": 0,
+           "top1": 0.8, "superseded": "ring of N + 512", "environment": stamp}  # fmt: skip
+    new = {**old, "how": "frozen", "held_images": 4096, "top1": 0.9}
+    del new["superseded"]
+    text = study_tables.reuse([old, new])
+    assert "| ring, 4,096 pass | 1,536 | 1.1 | 2 | 80.00 | -10.00 (1 seed) |" in text
+    assert "| frozen set | 4,096 | 3.1 | 2 | 90.00 |  |" in text
+
+
+def likeness(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    """Largest cosine between weights of two networks, in standard deviations of unrelated ones."""
+    pairs = [
+        (a.flatten()[:n], b.flatten()[:n])
+        for a in one.parameters() for b in other.parameters()
+        if (n := min(a.numel(), b.numel())) >= 64 and a.std() > 0 and b.std() > 0
+    ]  # fmt: skip
+    return max(float(cosine_similarity(a, b, dim=0).abs()) * len(a) ** 0.5 for a, b in pairs)
+
+
+@torch.no_grad()
+def test_no_student_starts_like_a_teacher() -> None:
+    """Trained teachers keep so much of their initial weights that a common seed shows."""
+    for name in study.EMBEDDED_TEACHERS:
+        teacher, spec = study.load_teacher(name)
+        for student in study.STUDENTS:
+            for seed in study.student_seeds(5):
+                assert likeness(study.new_student(student, seed, spec)[0], teacher) < 5
+        # Seed 0, which the teachers have, is what this would find.
+        if name in ("weak", "lenet5"):
+            assert likeness(study.new_student("lenet5_half", 0, spec)[0], teacher) > 6
 
 
 def test_tables_render_with_whatever_rows_exist() -> None:
@@ -133,12 +219,13 @@ def test_teachers_are_compared_over_all_temperatures() -> None:
          "views": 10, "environment": stamp}
         for t, m in (("weak", 80), ("strong", 70)) for k in (1.0, 4.0) for seed in (0, 1)
     ]  # fmt: skip
+    rows[-1]["top1"] += 0.04  # strong, T = 4, seed 1: by seed the gaps are 10 and 8
     text = study_tables.finding_3(rows)
-    # Variance 1/2 in each cell, four degrees of freedom; each side is a mean of four.
-    assert (
-        f"weak less strong teacher over the temperatures of both: +10.00 ± {2.776 * 0.5:.2f}"
-        in text
-    )
+    assert f"weak less strong teacher +9.00 ± {12.706:.2f} (2 seeds)." in text
+    # A cell that started as its teacher is left out, and what it would change is said.
+    rows[0]["superseded"] = "starts as the teacher"
+    text = study_tables.finding_3(rows)
+    assert "weak less strong teacher +8.00 (1 seed), with the cells left out +9.00" in text
 
 
 def test_photo_crops_and_noise_are_what_they_are_called() -> None:
