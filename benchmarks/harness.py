@@ -20,6 +20,7 @@ import torch
 from dmkd_fast import runtime
 
 RESULTS = Path(__file__).parent / "results"
+NOTES = "notes.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +161,24 @@ def recorded(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_rows(bench: str) -> list[dict[str, Any]]:
-    """All recorded rows of a measurement, oldest first."""
+    """All recorded rows of a measurement, oldest first, with what `notes.json` adds to them.
+
+    Recorded lines are never changed. What became known later about rows (that they are superseded,
+    which arguments made them) is in results/notes.json by line number, counted from 1.
+    """
     path = RESULTS / f"{bench}.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    notes = RESULTS / NOTES
+    known = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+    for note in known.get(bench, []):
+        fields = {name: value for name, value in note.items() if name != "lines"}
+        for lines in note["lines"]:
+            first, last = lines if isinstance(lines, list) else (lines, lines)
+            for i in range(first - 1, last):
+                rows[i] = fields | rows[i]
+    return rows
 
 
 def _wait() -> None:

@@ -1,8 +1,8 @@
 """Provenance of recorded rows: which command made them, and which of them still count.
 
-No row is ever removed from results/. A row that must not be relied on any more gets the field
-`superseded` with the name of one of `MARKS`; tables then leave it out as soon as other rows stand
-in its place, and say so as long as they have to show it.
+No row in results/ is ever removed or changed. A row that must not be relied on any more gets an
+entry `superseded` in results/notes.json, the name of one of `MARKS`. Tables leave it out as soon as
+other rows stand in its place, and say so as long as they have to show it.
 """
 
 from __future__ import annotations
