@@ -80,8 +80,6 @@ def dump(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
-
-
 def _check_limits(text: str) -> None:
     """Count values and levels, aliases expanded, before anything is built."""
     total = 0
