@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_a_model_that_needs_values_counts_as_nothing() -> None:
 
 
 @pytest.mark.parametrize(("override", "words"), [
-    (["views.size=2048"], "saved for the backward pass: .* lower train.batch_size or views.size"),
+    (["views.size=8192"], "saved for the backward pass: .* lower train.batch_size or views.size"),
     (["train.batch_size=8192", "ring.min_fill_images=8192"], "raise train.accumulate"),
     (["train.batch_size=131072", "train.accumulate=1024", "ring={capacity_images: 262144, "
       "min_fill_images: 131072, samples_per_insert: 4}"], "views of a batch: .* lower train.batch"),
@@ -90,8 +91,6 @@ def test_sizes_beyond_memory_are_one_line_before_anything_is_allocated(
     assert cli.main(["distill", CONFIG, *overrides, *override, *mode]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
-    import re
-
     assert re.search(words, err), err
 
 

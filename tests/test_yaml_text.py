@@ -53,7 +53,7 @@ def test_whatever_is_not_plain_yaml_is_one_kind_of_error(text: str, words: str) 
     with pytest.raises(YamlError, match=words):
         parse(text)
     assert time.process_time() - started < 0.1
-    with pytest.raises(cfg.ConfigError, match="^override .*") as error:
+    with pytest.raises(cfg.ConfigError, match=r"^override .*") as error:
         cfg.load(cfg.DistillConfig, CONFIG, [f"seed={text}"])
     assert len(str(error.value)) <= 1000 and "\n" not in str(error.value)
 
