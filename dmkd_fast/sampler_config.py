@@ -127,7 +127,7 @@ def _classes_in(key: str) -> range:
     found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", key)  # below MAX_CLASSES
     if not found or int(found[2] or found[1]) < int(found[1]):
         raise ValueError(
-            f"class_guidance: got {shown(key)}, expected a class below {MAX_CLASSES:,} or a range "
-            "of classes such as 3 or 10-19; correct it"
+            f"class_guidance: got {shown(key)}, expected a class or a range of classes such "
+            f"as 3 or 10-19, below {MAX_CLASSES:,}; correct it"
         )
     return range(int(found[1]), int(found[2] or found[1]) + 1)

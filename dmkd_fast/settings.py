@@ -50,8 +50,9 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=True
-    )
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=True,
+        ser_json_inf_nan="constants",
+    )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod

@@ -143,7 +143,7 @@ MISTAKES = [
       "samples_per_insert: 2}"], ["ring.max_uses: got 30 with order=uniform", "change one"]),
     (["ring.order=random"], ["ring.order", "'random'", "'balanced'"]),
     (["ring.overlap=true"], ["ring.overlap: got true with device cpu", "ring.overlap=false"]),
-    (["ring.samples_per_insert=-1"], ["ring.samples_per_insert", "or equal to 1e-06"]),
+    (["ring.samples_per_insert=-1"], ["ring.samples_per_insert", "or equal to 0.000001"]),
     (["loss.temperature=0"], ["loss.temperature", "or equal to 0.01"]),
     (["student={path: {tmp}/weak}", "views.size=32"], ["student.path", "28 pixels", "=28"]),
     (["student={path: {tmp}/seven}"], ["student.path", "7 classes", "teacher's 10"]),

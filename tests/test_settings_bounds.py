@@ -240,3 +240,9 @@ def test_whole_numbers_may_be_written_as_decimals() -> None:
     config = cfg.load(cfg.DistillConfig, CONFIG, ["train.num_views=1e6", "optim.lr=1e-3"])
     assert config.train.num_views == 1_000_000 and type(config.train.num_views) is int
     assert config.optim.lr == 0.001 and config.loss.temperature == 4.0
+
+
+def test_infinite_and_undefined_model_arguments_are_saved_as_they_are(tmp_path: Path) -> None:
+    model = "student={arch: resnet18, model_args: {a: .inf, b: [.nan], c: 1.0}}"
+    text = cfg.dump(cfg.load(cfg.DistillConfig, CONFIG, [model]))
+    assert "a: .inf" in text and "- .nan" in text and "c: 1.0" in text
