@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import string
@@ -159,23 +160,29 @@ def test_random_settings_are_a_config_or_one_line(
         else:
             overrides = [an_override(pick, trees[path]) for _ in range(pick.randrange(1, 3))]
         file.write_bytes(data)
-        started = time.process_time()
+        started, config, told = time.process_time(), None, ""
         try:
             config = cfg.load(kind, file, overrides)
+            is_good = True
         except cfg.ConfigError as error:
             told = str(error)
             is_good = "\n" not in told and 10 < len(told) <= 1000
         except Exception as error:
             is_good, told = False, repr(error)[:200]
-        else:
+        took = time.process_time() - started
+        if took > 0.1:  # once more, as a busy machine is slower
+            started = time.process_time()
+            with contextlib.suppress(Exception):
+                cfg.load(kind, file, overrides)
+            took = min(took, time.process_time() - started)
+        if config is not None:
             valid += 1
             copy_file = tmp_path / "copy.yaml"
             copy_file.write_text(cfg.dump(config), encoding="utf-8", errors="surrogatepass")
             again = cfg.load(kind, copy_file)
             is_good, told = cfg.dump(again) == cfg.dump(config), "not saved as it is"
-        took = time.process_time() - started
         slowest = max(slowest, took)
-        if not is_good or took > 0.2:  # saving and loading again included
+        if not is_good or took > 0.1:
             failures.append(number)
             print(
                 f"case {number} of {path.name}, way {way}, {took:.2f} s: {told} {overrides}"[:400]
