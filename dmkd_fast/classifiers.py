@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dmkd_fast import assets, models
+from dmkd_fast import assets, memory, models, runtime
 from dmkd_fast import config as cfg
 from dmkd_fast.inputs import InputSpec
 from dmkd_fast.models import ClassifierSpec
@@ -163,6 +163,10 @@ def load_student(
         torch.manual_seed(seed)
         student = models.build_classifier(spec)
         student = student.to(device).to(memory_format=torch.channels_last)
+    one_view = memory.batch_plan(
+        student, 1, 1, spec.in_chans, [view_size], dtype=torch.bfloat16, compiled=False
+    )
+    memory.check_fits(one_view, runtime.available_bytes(device))
     _check_takes("student", student, spec.input, num_classes, device)
     return student, spec
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dmkd_fast import config as cfg
 from dmkd_fast import durable, ranks, runtime
@@ -71,8 +72,16 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit with code 2."""
+        self.exit(2, f"dmkd: {cfg.ConfigError(f'{message}; see {self.prog} --help')}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dmkd", description="Knowledge distillation from diffusion-generated images."
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -172,14 +181,14 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 10**15:
+    if not re.fullmatch("[0-9]{1,15}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive whole number")
     return int(text)
 
 
 def _part(text: str) -> tuple[int, int]:
     part, _, count = text.partition("/")
-    good = all(t.isascii() and t.isdigit() and len(t) < 10 for t in (part, count))
+    good = all(re.fullmatch("[0-9]{1,9}", number) for number in (part, count))
     if not good or int(part) >= int(count):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected i/n with 0 <= i < n, as 0/3")
     return int(part), int(count)

@@ -6,7 +6,7 @@ the builders (`job.py`, `pretrain.py`): nothing below ever sees them.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -19,7 +19,7 @@ from dmkd_fast.sampler_config import FIDELITY as FIDELITY
 from dmkd_fast.sampler_config import PhaseConfig as PhaseConfig
 from dmkd_fast.sampler_config import SamplerConfig as SamplerConfig
 from dmkd_fast.settings import ConfigError as ConfigError
-from dmkd_fast.settings import Section
+from dmkd_fast.settings import Count, PathText, Section
 from dmkd_fast.settings import dump as dump
 from dmkd_fast.settings import load as load
 from dmkd_fast.settings import user_errors as user_errors
@@ -32,24 +32,28 @@ from dmkd_fast.training_config import TrainConfig as TrainConfig
 class RingConfig(Section):
     """The buffer of images."""
 
-    capacity_images: int = Field(ge=1)
+    capacity_images: Count
     """Slots; each takes channels * H * W bytes."""
-    min_fill_images: int = Field(ge=1)
+    min_fill_images: Count
     """Images in the ring before the first student step."""
-    samples_per_insert: float = Field(gt=0)
+    samples_per_insert: float = Field(ge=1e-6, le=1e6)
     """Reuse: views drawn per image. With a source that fits into the ring it paces the first pass;
     once all its images are in the ring, they are drawn until train.num_views."""
-    error_buffer: float | None = Field(None, gt=0)
+    error_buffer: float | None = Field(None, ge=1e-6, le=1e15)
     """Views by which reuse may be off in either direction while the run goes on; unset:
     samples_per_insert * min_fill_images, so that views never exceed samples_per_insert * images."""
     order: Literal["shuffled", "equal", "uniform", "balanced"] = "shuffled"
     """How images are drawn: in shuffled passes over all; in passes over the less used half, so
     that late images catch up with early ones; each draw by itself; equally often by class."""
-    max_uses: int | None = Field(None, ge=1)
+    max_uses: int | None = Field(None, ge=1, lt=2**24)
     """Views of an image after which it is drawn no more (order shuffled or equal)."""
     overlap: bool = False
     """Make the next block while the student trains, on a CUDA stream of its own; the block that
     will be overwritten next is then not drawn. Not for a source."""
+
+
+_AreaShare = Annotated[float, Field(ge=1e-4, le=1)]
+_Ratio = Annotated[float, Field(ge=2.0**-15, le=2.0**15)]
 
 
 class ViewsConfig(Section):
@@ -57,11 +61,11 @@ class ViewsConfig(Section):
 
     size: int = Field(ge=1, le=8192)
     """Side of a view, in pixels."""
-    scale: tuple[float, float] = (1.0, 1.0)
+    scale: tuple[_AreaShare, _AreaShare] = (1.0, 1.0)
     """Range of the crop's area as a share of the image's area."""
-    ratio: tuple[float, float] = (1.0, 1.0)
+    ratio: tuple[_Ratio, _Ratio] = (1.0, 1.0)
     """Range of the crop's aspect ratio (width / height)."""
-    pad: int = Field(0, ge=0)
+    pad: int = Field(0, ge=0, le=8192)
     """Black pixels on each side that a crop may reach into."""
     flip: float = Field(0.5, ge=0.0, le=1.0)
     """Probability of a horizontal flip."""
@@ -70,40 +74,38 @@ class ViewsConfig(Section):
     def _ranges(self) -> ViewsConfig:
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
+            if low > high:
                 raise ValueError(
-                    f"{name}: got [{low}, {high}], expected 0 < low <= high; put the smaller first"
+                    f"{name}: got [{low}, {high}], expected low <= high; put the smaller first"
                 )
-        if self.scale[1] > 1:
-            raise ValueError(f"scale: got {list(self.scale)}, expected at most 1; lower the second")
         return self
 
 
 class EvalConfig(Section):
     """The real test set; it decides nothing, it only reports."""
 
-    path: str
+    path: PathText
     """Directory with idx files, class folders (ImageFolder) or WebDataset shards, or
     `embedded:NAME`."""
-    classes: str | None = None
+    classes: PathText | None = None
     """Text file with one class name a line, in the job's order; default: classes.txt in the
     directory, else the sorted names of the class folders."""
-    num_points: int = Field(8, ge=1)
+    num_points: int = Field(8, ge=1, le=10_000)
     """Evaluations during a run, the last one included."""
 
 
 class RunConfig(Section):
     """What every job has."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the job; run directories start with it."""
     seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype of models; auto: float16 on CUDA, bfloat16 on a CPU that multiplies it."""
-    num_threads: int = Field(0, ge=0)
+    num_threads: int = Field(0, ge=0, le=1024)
     """CPU threads; 0 means all cores this process may use."""
-    run_dir: str = "auto"
+    run_dir: PathText = "auto"
     """Where results go; auto: runs/NAME-DATE-TIME."""
 
 
@@ -120,7 +122,7 @@ class DistillConfig(RunConfig):
     views: ViewsConfig
     mix: MixConfig = MixConfig()
     teacher: TeachingConfig
-    more_teachers: tuple[TeachingConfig, ...] = ()
+    more_teachers: tuple[TeachingConfig, ...] = Field((), max_length=100)
     """Further ones: an image is judged by all whose time and classes it falls into, by the mean of
     their probabilities."""
     student: ClassifierConfig
@@ -234,9 +236,10 @@ class PretrainConfig(RunConfig):
 class TeacherConfig(PretrainConfig):
     """A classifier on real images: `dmkd pretrain teacher`."""
 
-    mean: float = 0.0
+    mean: float = Field(0.0, ge=0, le=1)
     """Pixel mean (of values in [0, 1]) that inputs are normalised with."""
-    std: float = Field(1.0, gt=0)
+    std: float = Field(1.0, ge=1e-3, le=1)
+    """Standard deviation of the same pixels."""
     model: ClassifierConfig
     views: ViewsConfig
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -245,10 +248,10 @@ class TeacherConfig(PretrainConfig):
 class PretrainDenoiserConfig(PretrainConfig):
     """A class-conditional pixel DiT on real images: `dmkd pretrain denoiser`."""
 
-    patch_size: int = Field(4, ge=1)
-    num_layers: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=2)
+    patch_size: int = Field(4, ge=1, le=8192)
+    num_layers: int = Field(ge=1, le=1000)
+    num_heads: int = Field(ge=1, le=1024)
+    head_dim: int = Field(ge=2, le=1024)
     label_dropout: float = Field(0.1, gt=0, lt=1)
     """Share of examples trained with the null class, which guidance needs."""
 
@@ -260,11 +263,11 @@ class PretrainFewstepConfig(PretrainConfig):
     """Where to start from; it is the teacher as well."""
     sampler: SamplerConfig
     """How the teacher makes its trajectories; its guidance is folded into the result."""
-    num_steps: int = Field(4, ge=1)
+    num_steps: int = Field(4, ge=1, le=1000)
     """Steps of the result; sampler.num_steps must be a multiple."""
-    pool_images: int = Field(8192, ge=1)
+    pool_images: Count = 8192
     """Trajectories kept at a time, float16 on the device."""
-    reuse: int = Field(4, ge=1)
+    reuse: int = Field(4, ge=1, le=10**6)
     """Passes over the pool before it is made anew."""
 
     @model_validator(mode="after")

@@ -9,24 +9,24 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dmkd_fast.settings import Section
+from dmkd_fast.settings import PathText, Section
 
 
 class SourceConfig(Section):
     """Images on disk in place of a denoiser: shards of `dmkd generate`, or single files."""
 
-    path: str
+    path: PathText
     """The directory."""
     kind: Literal["auto", "shards", "imagefolder", "paper"] = "auto"
     """shards: made by `dmkd generate`; imagefolder: class sub-folders; paper: files named
     class_X_seed_Y_num_Z.png, as the sets released with DM-KD; auto: by what is there."""
-    image_size: int | None = Field(None, ge=1)
+    image_size: int | None = Field(None, ge=1, le=8192)
     """Scale to this many pixels, short side first, and crop to the centre; none: as stored."""
-    block_images: int = Field(256, ge=1)
+    block_images: int = Field(256, ge=1, le=10**6)
     """Images read together: the ring's block, as sampler.micro_batch_images is online."""
     follow: bool = False
     """The shards are still being made: take up new ones as they come."""
-    wait_s: float = Field(3600.0, gt=0)
+    wait_s: float = Field(3600.0, gt=0, le=1e9)
     """With follow, seconds without a new shard after which the run stops."""
 
     @model_validator(mode="after")

@@ -281,10 +281,7 @@ class Distiller:
 
     def _report(self, metrics: Metrics) -> None:
         """A row of statistics if one is due; an interrupted one is still due after a resume."""
-        count = self.schedule.num_evaluations
-        is_scored = self.test_set is not None and self.step in {
-            self.num_steps * (i + 1) // count for i in range(count)
-        }
+        is_scored = self.test_set is not None and self.schedule.is_evaluated(self.step)
         is_due = is_scored or self.step % self.schedule.log_every_steps == 0
         is_due = is_due or self.step >= self.num_steps
         if not (is_due and metrics.has_values):

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmkd_fast import assets, classifiers, evaluate, models, run_dir, runtime
+from dmkd_fast import assets, classifiers, evaluate, memory, models, run_dir, runtime
 from dmkd_fast import config as cfg
 from dmkd_fast.image_sets import EncodedSet, ImageSet, open_set
 from dmkd_fast.inputs import InputSpec
 from dmkd_fast.teachers import Teachers
 
 STUDENT = "student"
+_LESS_MEMORY = "evaluate fewer or smaller images (--data) or a smaller classifier"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def evaluate_run(
     """
     config = cfg.load(cfg.DistillConfig, folder / run_dir.CONFIG)
     runtime.set_num_threads(config.num_threads)
-    with cfg.user_errors():
+    with cfg.user_errors(), memory.named(_LESS_MEMORY):
         device = runtime.resolve_device(config.device)
         student, spec = models.load_classifier(folder / STUDENT, device)
         images = open_test_set(
@@ -78,7 +79,7 @@ def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -
         ConfigError: Classifier or set cannot be had, or do not fit each other.
     """
     runtime.set_num_threads(0)
-    with cfg.user_errors():
+    with cfg.user_errors(), memory.named(_LESS_MEMORY):
         device = runtime.resolve_device("auto")
         model, spec, _ = classifiers.load_trained(name, device)
         images = open_test_set(None, data, classes, device, spec.num_classes)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import classifiers, denoisers, job, models, origin, ranks, runtime, shards
+from dmkd_fast import classifiers, denoisers, job, memory, models, origin, ranks, runtime, shards
 from dmkd_fast import config as cfg
 from dmkd_fast.evaluation import open_test_set
 from dmkd_fast.image_sets import ImageSet
@@ -98,7 +98,8 @@ def run(
     """
     started, me = time.monotonic(), ranks.read()
     part = (me.rank, me.world_size) if part is None else part
-    with ThreadPoolExecutor() as pool, cfg.user_errors():
+    advice = f"lower sampler.micro_batch_images={config.sampler.micro_batch_images}"
+    with ThreadPoolExecutor() as pool, cfg.user_errors(), memory.named(advice):
         maker, plan = _prepare(config, num_images, images_per_shard, pool)
         _check_space(folder, plan, part)
         shards.claim(folder, plan)
@@ -151,6 +152,8 @@ def _prepare(
     test_set = open_test_set(config.eval, None, None, device, denoiser.num_classes)
     job.check_fit(config, denoiser, teachers, test_set)
     batch = config.sampler.micro_batch_images
+    made = {memory.BLOCK: 4 * batch * math.prod(denoiser.image_shape)}
+    memory.check_fits(made, runtime.available_bytes(device))
     images_per_shard = images_per_shard or -(-USUAL_SHARD // batch) * batch
     if images_per_shard % batch:
         raise ValueError(

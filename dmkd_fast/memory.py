@@ -5,11 +5,15 @@ Stands on floor 3, beside `job.py`.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from dmkd_fast import config as cfg
 from dmkd_fast import origin, runtime
@@ -20,18 +24,81 @@ if TYPE_CHECKING:
     from dmkd_fast.job import Parts
 
 
+BLOCK, VIEWS, SAVED = "block being made", "views of a batch", "saved for the backward pass"
+_WHAT_HELPS = {
+    BLOCK: "lower sampler.micro_batch_images (or source.block_images)",
+    VIEWS: "lower train.batch_size or views.size",
+    "pool_images": "lower pool_images",
+    "weights, gradients, optimizer, average": "lower num_layers, num_heads or head_dim",
+    SAVED: "lower train.batch_size or views.size, or raise train.accumulate",
+}
+
+
 def plan(config: cfg.DistillConfig, parts: Parts) -> dict[str, int]:
-    """Bytes that a run keeps on its device, by part; activations come on top."""
-    compute = getattr(torch, config.dtype).itemsize
+    """Bytes that a run takes on its device, by part; activations of frozen models come on top."""
+    compute = getattr(torch, config.dtype)
     weights = sum(p.numel() for p in parts.student.parameters())
     moments = 2 if config.optim.name == "adamw" else 1
     ring = capacity_plan(config.ring.capacity_images, **_ring_shape(config, parts))
+    pixel = 4 if config.source is None else 1  # made as float32, read as uint8
+    channels, batch = parts.student_spec.in_chans, config.train.batch_size
+    sizes = dict.fromkeys([parts.student_spec.input, *parts.teachers.together.inputs])
     return {f"ring {name}": count for name, count in ring.items()} | {
-        "denoiser": compute * origin.num_weights(parts.origin),
+        "denoiser": compute.itemsize * origin.num_weights(parts.origin),
         "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
         "student, gradients, optimizer, average": 4 * weights * (3 + moments),
         "test images": parts.test_set.num_bytes,
+        BLOCK: pixel * config.block_images * math.prod(parts.origin.image_shape),
+    } | batch_plan(
+        parts.student, batch, config.train.accumulate, channels, [spec.size for spec in sizes],
+        dtype=compute, compiled=config.train.compile is True,
+    )  # fmt: skip
+
+
+def batch_plan(
+    model: nn.Module, batch_size: int, accumulate: int, channels: int, sizes: list[int], *,
+    dtype: torch.dtype, compiled: bool,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of one batch: its float32 views, and what autograd keeps for the backward pass.
+
+    Args:
+        model: What is trained.
+        batch_size: Views per step.
+        accumulate: Parts of a batch that are learned from one after the other.
+        channels: Of the views.
+        sizes: Of the views, in pixels; the first is the model's.
+        dtype: Of the forward pass.
+        compiled: torch.compile decides what it keeps: not counted.
+    """
+    shape = (batch_size // accumulate, channels, sizes[0], sizes[0])
+    saved = 0 if compiled else _saved_bytes(model, shape) * dtype.itemsize // 4
+    return {
+        VIEWS: 4 * batch_size * channels * sum(size**2 for size in sizes),
+        SAVED: saved,
     }
+
+
+def _saved_bytes(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """What autograd keeps of a float32 forward pass, counted on tensors without memory."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    weights = {
+        name: value.detach().to("meta").requires_grad_(value.requires_grad)
+        for name, value in named
+    }  # fmt: skip
+    own = {value.untyped_storage()._cdata for value in weights.values()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return value
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value)
+    # A model whose control flow depends on values cannot run like this; it counts as 0.
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), hooks:
+        torch.func.functional_call(model, weights, (torch.empty(shape, device="meta"),))
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def check(config: cfg.DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
@@ -50,16 +117,57 @@ def check(config: cfg.DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
     if config.device == "cpu":
         have //= ranks.local_world_size
     # Models and test images are loaded by now; what is still to come has to fit.
-    ring = sum(count for name, count in parts_plan.items() if name.startswith("ring "))
-    rest = sum(parts_plan.values()) - ring - parts_plan["test images"]
+    ring = {name: count for name, count in parts_plan.items() if name.startswith("ring ")}
+    others = {name: n for name, n in parts_plan.items() if name not in (*ring, "test images")}
+    rest = sum(others.values())
+    check_fits(others, have)
     fits = ranks.world_size * largest_capacity(have - rest, **_ring_shape(config, parts))
-    if ring + rest > have:
+    if sum(ring.values()) + rest > have:
         raise cfg.ConfigError(
             f"ring.capacity_images: got {ranks.world_size * config.ring.capacity_images}, which "
-            f"needs {ring / 2**30:.1f} GiB of {have / 2**30:.1f} GiB available"
-            f"{' to each rank' * (ranks.world_size > 1)}; lower it to at most {fits}"
+            f"needs {_gib(sum(ring.values()))} GiB of {_gib(have)} GiB available"
+            f"{' to each rank' * (ranks.world_size > 1)}, of which other parts take {_gib(rest)}; "
+            f"lower it to at most {fits}"
         )
     return fits
+
+
+def check_fits(parts: dict[str, int], have: int) -> None:
+    """Refuse parts that together take more bytes than there are.
+
+    Raises:
+        ConfigError: They do; says which is the largest and what to lower.
+    """
+    need, most = sum(parts.values()), max(parts, key=lambda name: parts[name])
+    if need > have:
+        helps = _WHAT_HELPS.get(most, "use a smaller model")
+        raise cfg.ConfigError(
+            f"memory: got {_gib(have)} GiB available, expected at least {_gib(need)} GiB "
+            f"({most}: {_gib(parts[most])} GiB); {helps}"
+        )
+
+
+@contextmanager
+def named(advice: str, device: torch.device | None = None) -> Iterator[None]:
+    """Turn running out of memory into one line.
+
+    Args:
+        advice: What to lower.
+        device: Whose memory is reported; None: the host's.
+
+    Raises:
+        ConfigError: Memory of the device or the host is used up.
+    """
+    have = runtime.available_bytes(device or torch.device("cpu"))
+    try:
+        yield
+    except Exception as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        where = "cpu" if device is None else device.type
+        raise cfg.ConfigError(
+            f"out of memory: {_gib(have)} GiB of {where} memory were left at the start; {advice}"
+        ) from None
 
 
 @contextmanager

@@ -5,26 +5,28 @@ Stands on floor 0; `config.py` puts them together with the rest.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dmkd_fast.settings import Section
+from dmkd_fast.settings import MAX_CLASSES, ClassMap, PathText, Section
+
+_Prompt = Annotated[str, Field(max_length=10_000)]
 
 
 class DenoiserConfig(Section):
     """Where the diffusion model comes from."""
 
-    path: str
+    path: PathText
     """Directory in diffusers format, `embedded:NAME` for one shipped with the package, or
     `hf-hub:OWNER/NAME` for one on the Hugging Face Hub."""
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     """Commit of an `hf-hub:` path: 40 hexadecimal digits, so that the weights never change."""
-    prompts: tuple[str, ...] | None = None
+    prompts: tuple[_Prompt, ...] | None = Field(None, max_length=MAX_CLASSES)
     """One prompt per class, for text-to-image models."""
-    decoder: str | None = None
+    decoder: PathText | None = None
     """Path of another autoencoder to decode latents with, such as an AutoencoderTiny."""
-    class_map: tuple[int, ...] | None = Field(None, min_length=1)
+    class_map: ClassMap | None = None
     """The generator's own index of each class of the job, which then has that many classes (100 of
     1000, say); without it the job has all of the generator's classes."""
 
@@ -37,12 +39,12 @@ class DenoiserConfig(Section):
 class ClassifierConfig(Section):
     """A classifier: a saved one (`path`) or a new one (`arch`)."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Directory with config.json and model.safetensors, `embedded:NAME`, or `hf-hub:OWNER/NAME` in
     timm's layout."""
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     """Commit of an `hf-hub:` path: 40 hexadecimal digits."""
-    arch: str | None = None
+    arch: PathText | None = None
     """One of `small_nets.py` (`lenet5`, `cifar_resnet20`, `cifar_wrn16_2`, `cifar_vgg8`, ...),
     `torchvision:NAME`, or any timm model name."""
     model_args: dict[str, Any] = Field(default_factory=dict)
@@ -73,9 +75,9 @@ class TeachingConfig(ClassifierConfig):
     pretrained: bool = False
     """Download the weights that timm or torchvision has for `arch`; timm's are pinned to the commit
     that the Hub has today, in the settings saved with the run."""
-    class_map: tuple[int, ...] | None = Field(None, min_length=1)
+    class_map: ClassMap | None = None
     """The teacher's own index of each class of the job, in the job's order; None: the same."""
-    teaches: tuple[int, ...] | None = Field(None, min_length=1)
+    teaches: ClassMap | None = None
     """Classes of the job whose images it judges; None: all."""
     start: float = Field(0.0, ge=0, lt=1)
     """Share of the run from which on it teaches."""

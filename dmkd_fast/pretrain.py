@@ -17,7 +17,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import checkpoint, durable, evaluate, image_sets, models, optim, run_dir, runtime
+from dmkd_fast import (
+    checkpoint,
+    durable,
+    evaluate,
+    image_sets,
+    memory,
+    models,
+    optim,
+    run_dir,
+    runtime,
+)
 from dmkd_fast import config as cfg
 from dmkd_fast.learner import Learner
 from dmkd_fast.metrics import Metrics
@@ -26,6 +36,7 @@ from dmkd_fast.views import Views
 
 P = TypeVar("P", bound=cfg.PretrainConfig)
 HELD_OUT = 5_000
+less_memory = memory.named("lower train.batch_size, or raise train.accumulate")
 
 
 @dataclass(kw_only=True)
@@ -61,6 +72,7 @@ def load_real(folder: Path, device: torch.device) -> RealData:
     )
 
 
+@less_memory
 def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> dict[str, Any]:
     """Train a classifier with cross-entropy; writes `model` into the run directory.
 
@@ -84,6 +96,11 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
     )
     with cfg.user_errors():
         model = models.build_classifier(spec).to(device).to(memory_format=torch.channels_last)
+    batch = memory.batch_plan(
+        model, config.train.batch_size, config.train.accumulate, spec.in_chans, [spec.input_size],
+        dtype=dtype, compiled=compiles(config, device),
+    )  # fmt: skip
+    memory.check_fits(batch, runtime.available_bytes(device))
     forward = torch.compile(model) if compiles(config, device) else model
     views = Views(
         **config.views.model_dump(), mean=spec.mean, std=spec.std, device=device, seed=config.seed
@@ -170,7 +187,7 @@ def train(
                 # The first step compiles; nothing is lost if it is interrupted.
                 with interrupts.held() if step > first else contextlib.nullcontext():
                     # Seeded per step, a resumed run draws what an uninterrupted one would have.
-                    torch.manual_seed(config.seed * 1_000_003 + step)
+                    torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)
                     learner.start(schedule.lr_at(step))
                     parts = zip(
                         indices.to(device).split(schedule.micro_batch),
@@ -225,7 +242,7 @@ def _batches(
         passes = places // num_examples
         for number in passes.unique().tolist():
             if number not in orders:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
                 orders[number] = torch.randperm(num_examples, generator=generator)
                 orders.pop(number - 2, None)
         chosen = [

@@ -11,6 +11,7 @@ many-step sampler (as in Meng et al., arXiv 2210.03142), so that guidance is fol
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmkd_fast import config as cfg
-from dmkd_fast import denoisers, image_sets, pictures, run_dir
+from dmkd_fast import denoisers, image_sets, memory, pictures, run_dir, runtime
 from dmkd_fast.assets import resolve as resolve_path
-from dmkd_fast.pretrain import autocast, compiles, load_real, prepare, train, write_card
+from dmkd_fast.pretrain import (
+    autocast,
+    compiles,
+    less_memory,
+    load_real,
+    prepare,
+    train,
+    write_card,
+)
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.solvers import flow_sigmas
 
@@ -35,6 +44,7 @@ FLOW = {
 HELD_OUT_ID = 2**40
 
 
+@less_memory
 def denoiser(
     config: cfg.PretrainDenoiserConfig, data: Path, *, resume: bool = False
 ) -> dict[str, Any]:
@@ -48,6 +58,7 @@ def denoiser(
         real = load_real(data, device)
     channels, size = real.train.images.shape[1:3]
     num_classes = len(real.train.class_names)
+    _check_size(config, size, device)
     model = denoisers.new_pixel_dit(
         num_classes=num_classes, channels=channels, image_size=size, patch_size=config.patch_size,
         num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim,
@@ -73,6 +84,25 @@ def denoiser(
         target, f"{config.name}: pixel DiT", "pretrain denoiser CONFIG --data DIR", config, facts
     )
     return facts
+
+
+def _check_size(config: cfg.PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
+    """Refuse a transformer that does not divide the images or does not fit into memory."""
+    if image_size % config.patch_size:
+        raise cfg.ConfigError(
+            f"patch_size: got {config.patch_size}, expected a divisor of the images' {image_size} "
+            "pixels; change it"
+        )
+    width, tokens = config.num_heads * config.head_dim, (image_size // config.patch_size) ** 2
+    weights = config.num_layers * (4 + 8 + 6) * width**2  # attention, MLP, modulation
+    batch = config.train.batch_size // config.train.accumulate * tokens
+    memory.check_fits(
+        {
+            "weights, gradients, optimizer, average": 4 * weights * 5,
+            memory.SAVED: 2 * batch * width * 8 * config.num_layers,
+        },
+        runtime.available_bytes(device),
+    )
 
 
 def drop_labels(labels: Tensor, null_class: int, share: float) -> Tensor:
@@ -101,6 +131,7 @@ def flow_loss(
     return nn.functional.mse_loss(velocity.float(), noise - clean)
 
 
+@less_memory
 def fewstep(config: cfg.PretrainFewstepConfig, *, resume: bool = False) -> dict[str, Any]:
     """Teach a flow denoiser to cross K intervals in one evaluation each; writes `model`.
 
@@ -173,6 +204,8 @@ class Pool:
                 micro_batch_images=config.sampler.micro_batch_images, dtype=dtype, device=device,
                 seed=config.seed, compile=compiles(config, device) and compiled is not False,
             )  # fmt: skip
+        states = {"pool_images": 2 * (config.num_steps + 1) * self.size * math.prod(shape)}
+        memory.check_fits(states, runtime.available_bytes(device))
         shift = float(start.scheduler.get("shift", 1.0))
         self.sigmas = flow_sigmas(config.sampler.num_steps, shift)[:: self.stride].float()
         self.sigmas = self.sigmas.to(device)

@@ -25,6 +25,8 @@ from typing import Any, Literal
 import numpy
 import torch
 
+from dmkd_fast import container
+
 Device = Literal["auto", "cpu", "cuda"]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -86,7 +88,7 @@ def set_num_threads(num_threads: int, *, num_processes: int = 1) -> int:
         num_threads: How many.
         num_processes: That share all cores.
     """
-    count = num_threads or max(1, len(os.sched_getaffinity(0)) // num_processes)
+    count = num_threads or max(1, container.num_cpus() // num_processes)
     torch.set_num_threads(count)
     return count
 
@@ -132,9 +134,7 @@ def available_bytes(device: torch.device) -> int:
         # What PyTorch holds and does not use can be had as well.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":") for line in file)
-    return 1024 * int(fields["MemAvailable"].split()[0])
+    return container.available_bytes()
 
 
 class NotFiniteError(RuntimeError):

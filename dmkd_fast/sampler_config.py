@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dmkd_fast.settings import Section
+from dmkd_fast.settings import MAX_CLASSES, Section, Share, Switch, shown
 
 # Cost and student accuracy of each are measured by `python -m benchmarks fidelity`.
 FIDELITY: dict[str, dict[str, Any]] = {
@@ -19,6 +19,8 @@ FIDELITY: dict[str, dict[str, Any]] = {
     "medium": {"num_steps": 8, "solver": "dpm++2m", "guidance_scale": 1.5},
     "high": {"num_steps": 32, "solver": "dpm++2m", "guidance_scale": 2.0},
 }
+
+_Scale = Annotated[float, Field(ge=1, le=1000)]
 
 
 class SamplerConfig(Section):
@@ -30,35 +32,35 @@ class SamplerConfig(Section):
     """Denoising steps per image."""
     solver: Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"] = "auto"
     """How a step is taken; auto: as the model's own scheduler does."""
-    guidance_scale: float = Field(1.5, ge=1.0)
+    guidance_scale: _Scale = 1.5
     """Classifier-free guidance; 1 means none (and half the cost)."""
-    class_guidance: dict[str, float] = Field({})
-    """Guidance of some of the job's classes in place of that, by class or range of classes:
-    {3: 1, 10-19: 2.5}. All images then cost what guided ones do."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    class_guidance: dict[str, _Scale] = Field({}, max_length=MAX_CLASSES)
+    """Guidance of some of the job's classes in place of that, by class (below 100,000) or range of
+    classes: {3: 1, 10-19: 2.5}. All images then cost what guided ones do."""
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     """Share of the steps at which guidance starts and stops; outside it a step costs half."""
-    guidance_channels: int | None = Field(None, ge=1)
+    guidance_channels: int | None = Field(None, ge=1, le=1024)
     """Guide only the first so many channels (3 in the original DiT code)."""
     attention: Literal["auto", "xformers", "sdpa", "short"] = "auto"
     """Attention of DiTs; auto: by capability (xformers on CUDA where it can, else PyTorch's)."""
-    micro_batch_images: int = Field(256, ge=1)
+    micro_batch_images: int = Field(256, ge=1, le=10**6)
     """Images denoised together; part of what fixes an image's bits."""
-    compile: bool | Literal["auto"] = "auto"
+    compile: Switch = "auto"
     """torch.compile of the denoiser; auto: on CUDA, where the machine has what that needs."""
-    phases: tuple[PhaseConfig, ...] = ()
+    phases: tuple[PhaseConfig, ...] = Field((), max_length=100)
     """Other steps and guidance later in the run, each from its start to the next one's."""
 
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("fidelity") not in FIDELITY:
+        if not isinstance(values, dict) or values.get("fidelity") not in list(FIDELITY):
             return values
         preset = FIDELITY[values["fidelity"]]
         for name, value in preset.items():
             if values.get(name, value) != value:
                 raise ValueError(
-                    f"{name}: got {values[name]} beside fidelity={values['fidelity']}, which sets "
-                    f"it to {value}; remove one of the two"
+                    f"{name}: got {shown(values[name])} beside fidelity={values['fidelity']}, "
+                    f"which sets it to {value}; remove one of the two"
                 )
         return preset | values
 
@@ -66,7 +68,12 @@ class SamplerConfig(Section):
     @classmethod
     def _class_names(cls, values: Any) -> Any:
         # YAML reads 3 as a number.
-        return {str(k): v for k, v in values.items()} if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        named = {str(k): v for k, v in values.items()}
+        if len(named) < len(values):
+            raise ValueError("got a class twice, as 3 and '3', expected it once; remove one")
+        return named
 
     @property
     def guidance_of_classes(self) -> dict[int, float]:
@@ -84,20 +91,13 @@ class SamplerConfig(Section):
                     f"class_guidance: got class {after.start} twice, expected it once; change a "
                     "range"
                 )
-        low = min(self.class_guidance.values(), default=1.0)
-        if low < 1:
-            raise ValueError(
-                f"class_guidance: got a scale of {low:g}, expected 1 or more; raise it"
-            )
         return self
 
     @model_validator(mode="after")
     def _interval(self) -> SamplerConfig:
         start, stop = self.guidance_interval
-        if not 0 <= start < stop <= 1:
-            raise ValueError(
-                f"guidance_interval: got [{start}, {stop}], expected 0 <= start < stop <= 1"
-            )
+        if start >= stop:
+            raise ValueError(f"guidance_interval: got [{start}, {stop}], expected start < stop")
         if {self.guidance_scale, *self.class_guidance.values()} == {1} and (
             self.guidance_channels is not None or self.guidance_interval != (0.0, 1.0)
         ):
@@ -118,16 +118,16 @@ class PhaseConfig(Section):
     """Share of the run's steps after which it begins."""
     num_steps: int = Field(ge=1, le=1000)
     """As in the sampler's own settings, which hold until the first phase."""
-    guidance_scale: float = Field(ge=1.0)
+    guidance_scale: _Scale
     """Of the classes that class_guidance does not name."""
 
 
 def _classes_in(key: str) -> range:
     """`7` -> 7; `10-19` -> 10 to 19."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", key)
+    found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", key)  # below MAX_CLASSES
     if not found or int(found[2] or found[1]) < int(found[1]):
         raise ValueError(
-            f"class_guidance: got {key!r}, expected a class or a range of classes such as 3 or "
-            "10-19; correct it"
+            f"class_guidance: got {shown(key)}, expected a class or a range of classes such "
+            f"as 3 or 10-19, below {MAX_CLASSES:,}; correct it"
         )
     return range(int(found[1]), int(found[2] or found[1]) + 1)

@@ -51,6 +51,11 @@ class Schedule:
         """Views that go through the networks together."""
         return self.batch_size // self.accumulate
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether accuracy is measured after so many steps: `num_evaluations` times, evenly."""
+        nearest = -(-step * self.num_evaluations // self.num_steps)
+        return step > 0 and self.num_steps * nearest // self.num_evaluations == step
+
     def lr_at(self, step: int) -> float:
         """Learning rate of a step."""
         return lr_at(

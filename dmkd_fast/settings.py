@@ -7,26 +7,90 @@ becomes one `ConfigError` line that says where, what was got, what was expected 
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from dmkd_fast import yaml_text
+
+MAX_CLASSES = 100_000
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+_REPR.maxlevel = 3
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one line for the user."""
+    """A setting that cannot be used; the message is one line of at most 1,000 characters."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_shortened(" ".join(message.split()), 1000))
 
 
 class Section(BaseModel):
-    """Base of all settings: frozen, unknown keys refused, defaults checked."""
+    """Base of all settings: frozen, unknown keys refused, defaults checked, nothing converted.
+
+    A number is not read from a string or from true. Lists stand for tuples, and 1.0e6 for the
+    whole number 1000000.
+    """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
-    )
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=True,
+        ser_json_inf_nan="constants",
+    )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_python_has_it(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: _as_python_has_it(value) for name, value in values.items()}
+
+
+def _as_python_has_it(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_as_python_has_it, value))
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _no_null_byte(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("null_byte", "a path without a null character")
+    return text
+
+
+def _switch(value: Any) -> Any:
+    if value is True or value is False or value == "auto":
+        return value
+    raise PydanticCustomError("switch", "true, false or auto")
+
+
+PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_null_byte)]
+"""A path, or a name that stands for one."""
+Count = Annotated[int, Field(ge=1, le=10**12)]
+"""A number of images, views or steps."""
+Share = Annotated[float, Field(ge=0, le=1)]
+ClassMap = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=MAX_CLASSES)], ...],
+    Field(min_length=1, max_length=MAX_CLASSES),
+]
+"""Indices of classes."""
+Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
 
 
 C = TypeVar("C", bound=Section)
@@ -49,51 +113,83 @@ def load(kind: type[C], path: str | Path, overrides: list[str] | None = None) ->
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Errors of loading what the settings name become ConfigError: one line, no traceback."""
+    """Turn errors of loading what the settings name into ConfigError: one line, no traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        raise ConfigError(str(error)) from None
 
 
 def dump(config: Section) -> str:
     """All settings as YAML that `load` reads back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Set `section.field=value` entries in nested dictionaries."""
     for text in overrides:
         key, equals, raw = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(
-                f"override {text!r}: expected section.field=value, for example sampler.num_steps=4"
-            )
         *sections, field = key.split(".")
+        if not equals or not key or len(sections) >= yaml_text.MAX_DEPTH:
+            raise ConfigError(
+                f"override {shown(text)}: expected section.field=value, for example "
+                "sampler.num_steps=4"
+            )
         target = values
         for name in sections:
             target = target.setdefault(name, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"override {text!r}: {name} is a value, not a section")
+                raise ConfigError(
+                    f"override {shown(text)}: {shown(name)} is a value, not a section"
+                )
         try:
-            target[field] = yaml.safe_load(raw)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {text!r}: the value is not valid YAML; quote it") from None
+            target[field] = yaml_text.parse(raw)
+        except yaml_text.YamlError as error:
+            raise ConfigError(
+                f"override {shown(text)}: {error}; put the value in quotes if it is text"
+            ) from None
     return values
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to about 100 characters."""
+    try:
+        return _shortened(_REPR.repr(list(value) if isinstance(value, tuple) else value), 200)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a very large {type(value).__name__}"
+
+
+def _shortened(text: str, length: int) -> str:
+    """The text without its middle where it is longer; the advice at the end stays."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]} ... {text[-(length // 2 - 5) :]}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for a writer
+            what = "a directory" if path.is_dir() else "no regular file"
+            raise ConfigError(f"config {path}: got {what}, expected a YAML file (see configs/)")
+        with path.open("rb") as file:
+            data = file.read(yaml_text.MAX_BYTES + 1)
+        values = yaml_text.parse(data.decode("utf-8-sig"))
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(
             f"config {path}: {error.strerror or error}; give the path of a YAML file (see configs/)"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()
+    except UnicodeDecodeError:
         raise ConfigError(
-            f"config {path}: not valid YAML ({reason[0]} ... {reason[-1].strip()})"
+            f"config {path}: not valid YAML (not UTF-8 text); save it as UTF-8"
         ) from None
+    except yaml_text.YamlError as error:
+        raise ConfigError(f"config {path}: {error}") from None
+    except ValueError as error:  # a null character
+        raise ConfigError(f"config {shown(str(path))}: {error}; correct the path") from None
+    if values is None:
+        raise ConfigError(f"config {path}: got an empty file, expected key: value lines")
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: got {type(values).__name__}, expected key: value lines")
     return values
@@ -103,12 +199,13 @@ def _validate(kind: type[C], values: dict[str, Any], where: str) -> C:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(kind, error.errors()[0])}") from None
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(f"{where}: {_explain(kind, problem)}") from None
 
 
 def _explain(kind: type[Section], problem: Any) -> str:
     """One line for one pydantic error."""
-    location = [str(part) for part in problem["loc"]]
+    location = [_shortened(str(part), 100) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _fields_at(kind, location[:-1])
@@ -120,8 +217,21 @@ def _explain(kind: type[Section], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{name}: {message}" if name else message
-    expected = message.removeprefix("Input should be ")
-    return f"{name}: got {problem['input']!r}, expected {expected}; change it or pass {name}=VALUE"
+    message = message.replace("should match pattern", "should be text that matches")
+    expected = _EXPECTED.get(problem["type"]) or re.sub(r"^\w+ should (be|have) ", "", message)
+    return (
+        f"{name}: got {shown(problem['input'])}, expected {expected}; change it or pass "
+        f"{name}=VALUE"
+    )
+
+
+_EXPECTED = {
+    "model_type": "a section of key: value lines",
+    "tuple_type": "a list",
+    "dict_type": "key: value pairs",
+    "string_type": "a valid string (in quotes, if it looks like another value)",
+    "invalid_key": "keys that are strings",
+}
 
 
 def _fields_at(kind: type[Section], location: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ FLOORS = {
     name: floor
     for floor, names in enumerate((
         """settings config config_source sampler_config model_config training_config schedule inputs
-        limiter runtime ranks run_dir durable assets""",
+        limiter runtime ranks run_dir durable assets yaml_text container""",
         """solvers attention dit upsampling weights small_nets encoded_images shards sources
         capacity draws fences logit_cache ring_statistics optim state_tree
         ops.extension ops.noise ops.noise_triton ops.transformer ops.reference

@@ -133,7 +133,7 @@ def test_later_phases_keep_the_scales_of_named_classes() -> None:
 
 
 @pytest.mark.parametrize(("setting", "words"), [
-    ("{3: 0.5}", "class_guidance: got a scale of 0.5"),
+    ("{3: 0.5}", "class_guidance.3: got 0.5, expected greater than or equal to 1"),
     ("{3-1: 2}", "class_guidance: got '3-1', expected a class or a range"),
     ("{cat: 2}", "class_guidance: got 'cat'"),
     ("{2-5: 2, 4: 3}", "class_guidance: got class 4 twice"),
