@@ -174,6 +174,62 @@ def test_idx_images_are_cut_as_image_files_are(tmp_path: Path) -> None:
     assert torch.equal(all_of(open_set(tmp_path, CPU), same)[0], expected)
 
 
+@pytest.mark.parametrize(("height", "width", "size"), [
+    (31, 33, 28), (33, 31, 28), (30, 35, 29), (31, 40, 31), (29, 29, 28), (32, 47, 32),
+])  # fmt: skip
+def test_the_center_is_cut_where_torchvision_cuts_it(height: int, width: int, size: int) -> None:
+    from torchvision.transforms.functional import center_crop
+
+    pixels = torch.arange(2 * height * width).remainder(251).view(2, 1, height, width).byte()
+    short = min(height, width)
+    spec = InputSpec(size=size, mean=(0.0,), std=(1.0,), crop_pct=size / (short + 0.5))
+    assert spec.short_side == short  # so nothing is resized
+    views = image_sets.prepare(pixels, spec)
+    assert torch.equal((views * 255).round().byte(), center_crop(pixels, [size, size]))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resized_images_have_whole_levels(interpolation: Any) -> None:
+    from torchvision.transforms.functional import InterpolationMode, resize
+
+    pixels = torch.randint(
+        0, 256, (3, 1, 37, 45), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    spec = InputSpec(size=24, mean=(0.0,), std=(1.0,), interpolation=interpolation)
+    levels = image_sets.prepare(pixels, spec) * 255
+    assert (levels - levels.round()).abs().max() < 1e-4  # as a decoded file of that size has
+    whole = resize(pixels, [24, 29], InterpolationMode(interpolation), antialias=True).float()
+    left = round((29 - 24) / 2)
+    assert (levels - whole[..., left : left + 24]).abs().max() < 1.001
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_share_a_set_in_memory_without_overlap(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_sets, "batch_images", lambda inputs: 4)
+    values = torch.arange(23)
+    images = image_sets.ImageSet(
+        images=values.byte()[:, None, None, None].expand(-1, 1, 4, 4), labels=values * 3,
+        class_names=(),
+    )  # fmt: skip
+    spec, seen = InputSpec(size=4, mean=(0.0,), std=(1.0,)), []
+    for rank in range(world_size):
+        views, labels = all_of(images, spec, rank=rank, world_size=world_size)
+        found = (views[:, 0, 0, 0] * 255).round().long()
+        assert found.tolist() == list(range(rank, 23, world_size))
+        assert torch.equal(labels, found * 3)
+        seen += found.tolist()
+    assert sorted(seen) == list(range(23))
+
+
+def test_batches_are_500_small_images_or_as_many_as_fit() -> None:
+    for channels, size, count in ((1, 28, 500), (3, 224, 111), (3, 105, 500), (3, 106, 497),
+                                  (3, 5000, 1)):  # fmt: skip
+        spec = InputSpec(size=size, mean=(0.5,) * channels, std=(0.5,) * channels)
+        assert image_sets.batch_images([GREY, spec]) == count
+
+
 def test_class_lists_give_the_order(folder: Path, tmp_path: Path) -> None:
     listed = tmp_path / "names.txt"
     listed.write_text("cat\nant\nbee\n")

@@ -148,7 +148,8 @@ def test_numbered_folders_log_where_torchvision_has_another_order(
 
 @pytest.mark.parametrize(("text", "words"), [
     ("\ufeffant\nbee\n".encode(), ""), (b"ant\r\nbee\r\n", ""),
-    ("ant\nbee".encode("utf-16"), "not UTF-8"), (b"ant\nb\xe9e\n", "not UTF-8"), (None, "got a folder"),
+    ("ant\nbee".encode("utf-16"), "not UTF-8"), (b"ant\nb\xe9e\n", "not UTF-8"),
+    (None, "got a folder"),
 ])  # fmt: skip
 def test_class_lists_of_other_editors_are_read_or_named(
     tmp_path: Path, text: bytes | None, words: str
