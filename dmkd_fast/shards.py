@@ -319,11 +319,11 @@ def _read_rows(path: Path, ids: range, num_classes: int) -> tuple[np.ndarray, li
                         f"{field.name!r}, expected {field.type}; make the shard again"
                     )
             table = file.read(columns=[field.name for field in wanted])
+        if any(table[field.name].null_count for field in wanted):
+            raise SourceError(f"{path}: got empty fields, expected none; make the shard again")
         found = table["id"].to_numpy()
         labels = table["class"].to_numpy().astype(np.int64)
         hashes = table["sha256"].to_pylist()
-        if any(table[field.name].null_count for field in wanted):
-            raise SourceError(f"{path}: got empty fields, expected none; make the shard again")
     except SourceError:
         raise
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
