@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import shutil
 import struct
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 from real_sets import COLOUR, encoded, picture, write_shard
 from torch import Tensor, nn
 
-from dmkd_fast import InputSpec, evaluate, image_sets, measure, open_set
+from dmkd_fast import InputSpec, evaluate, image_sets, measure, open_set, runtime
 
 CPU = torch.device("cpu")
 GREY = InputSpec(size=16, mean=(0.4,), std=(0.3,), interpolation="bicubic")
@@ -221,6 +222,26 @@ def test_ranks_share_a_set_in_memory_without_overlap(
         assert torch.equal(labels, found * 3)
         seen += found.tolist()
     assert sorted(seen) == list(range(23))
+
+
+def test_idx_files_beyond_the_memory_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, shape in (("images-idx3", (50, 40, 40)), ("labels-idx1", (50,))):
+        header = struct.pack(">HBB", 0, 8, len(shape)) + struct.pack(f">{len(shape)}I", *shape)
+        (tmp_path / f"t10k-{name}-ubyte").write_bytes(header + bytes(math.prod(shape)))
+    assert len(open_set(tmp_path, CPU)) == 50
+    monkeypatch.setattr(runtime, "available_bytes", lambda device: 79_999)
+    with pytest.raises(ValueError, match="got 80000 bytes, expected at most the 79999 of free"):
+        open_set(tmp_path, CPU)
+    monkeypatch.setattr(runtime, "available_bytes", lambda device: 80_000)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] can't allocate memory")
+
+    monkeypatch.setattr(image_sets.torch, "empty", fail)
+    with pytest.raises(ValueError, match="images-idx3-ubyte: memory is used up"):
+        open_set(tmp_path, CPU)
 
 
 def test_batches_are_500_small_images_or_as_many_as_fit() -> None:

@@ -141,18 +141,18 @@ def test_idx_files(
     report("a damaged idx file gives equal values or one line", count, wrong)
 
 
-def rezip(data: bytes, random: np.random.Generator) -> bytes:
-    """Damage inside of a whole gzip file, with a body that may be 20 MB of zeros."""
-    body = damaged(gzip.decompress(data), random)
-    return gzip.compress(body + bytes(int(random.integers(0, 2)) * 20 * 2**20), 1)
-
-
 def test_whole_gzip_files_of_damaged_idx_data(
     tmp_path: Path, num_cases: Callable[[int, int], int], report: Any
 ) -> None:
     for name, values in (("images-idx3", np.squeeze(IMAGES)), ("labels-idx1", LABELS)):
         data = gzip.compress(idx_file(values.astype(np.uint8)))
         (tmp_path / f"t10k-{name}-ubyte.gz").write_bytes(data)
+    zeros = gzip.compress(bytes(2 * MOST_MIB * 2**20), 1)  # what follows in every other file
+
+    def rezip(data: bytes, random: np.random.Generator) -> bytes:
+        body = gzip.compress(damaged(gzip.decompress(data), random), 1)
+        return body + random.integers(0, 2) * zeros
+
     count = num_cases(200, 40)
     wrong = attack(
         tmp_path, "t10k-images-idx3-ubyte.gz", lambda: open_set(tmp_path, CPU),
