@@ -1,140 +1,106 @@
-"""Image files and tar members: listing them with their labels, decoding them with NVIDIA DALI.
+"""Decode image files and tar members with NVIDIA DALI, for test sets and for the ring.
 
-Stands on floor 1, below `image_sets.py`. Listing is done here and not by DALI's readers: they pad
-or drop at the end of a pass, and each kind of storage has another.
-Tars are never extracted; only offsets of regular members are kept.
+Stands on floor 1, below `image_sets.py` and `image_reader.py`. `listing.py` and `tar_files.py`
+find the images: DALI's own readers pad or drop at the end of a pass.
 """
 
 from __future__ import annotations
 
-import os
-import tarfile
+import io
+import struct
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dmkd_fast.inputs import InputSpec
+from dmkd_fast.listing import MOST_PIXELS, Item, SourceError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One encoded image: `length` bytes of `path` from `offset` on."""
-
-    path: str
-    name: str
-    """For messages: the file, or shard and member."""
-    offset: int
-    length: int
-    label: int
-
-    def read(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """(length,) uint8."""
-        data = np.fromfile(self.path, np.uint8, count=self.length, offset=self.offset)
-        if len(data) != self.length or self.length == 0:
-            raise ValueError(
-                f"{self.name}: got {len(data)} bytes, expected {self.length or 'some'}; the file "
-                "was cut short"
-            )
-        return data
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
-def list_folder(folder: Path, names: tuple[str, ...]) -> tuple[list[Item], tuple[str, ...]]:
-    """Images of `folder/CLASS/**`, classes in the order of `names` (default: sorted).
+def check_dali() -> None:
+    """DALI can be imported.
 
     Raises:
-        ValueError: Images outside of class folders, a class without images, or other classes.
+        SourceError: It is not installed.
     """
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-    loose = [p for p in sorted(folder.iterdir()) if _is_image(p)]
-    if loose:
-        raise ValueError(
-            f"{loose[0]}: got an image without a label, expected every image in the folder of its "
-            "class; move it into one"
-        )
-    if not found:
-        raise ValueError(
-            f"{folder}: got no idx files, class folders or .tar shards, expected one of these; "
-            "give another folder"
-        )
-    if all(name.isascii() and name.isdigit() for name in found):
-        found.sort(key=int)  # as a source of such folders counts them
-    names = names or tuple(found)
-    missing, extra = sorted(set(names) - set(found)), sorted(set(found) - set(names))
-    if missing or extra:
-        what = f"no folder for class {missing[0]!r}" if missing else f"folder {extra[0]!r}"
-        more = len(missing or extra) - 1
-        raise ValueError(
-            f"{folder}: got {what}{f' and {more} more' if more else ''}, which the list of "
-            f"{len(names)} classes {'has' if missing else 'does not have'}; make both agree"
-        )
-    items = []
-    for label, name in enumerate(names):
-        paths = sorted(p for p in (folder / name).rglob("*") if _is_image(p))
-        if not paths:
-            raise ValueError(
-                f"{folder / name}: got no images, expected some ({', '.join(EXTENSIONS)}); remove "
-                "the folder or fill it"
-            )
-        items += [Item(str(p), str(p), 0, os.path.getsize(p), label) for p in paths]
-    return items, names
-
-
-def list_shards(folder: Path) -> list[Item]:
-    """Samples of all `folder/*.tar` in WebDataset layout: KEY.jpg (or other) and KEY.cls.
-
-    Raises:
-        ValueError: A shard is damaged, holds links, or a sample lacks its image or label.
-    """
-    items = []
-    for shard in sorted(folder.glob("*.tar")):
-        items += _list_shard(shard)
-    return items
-
-
-def _list_shard(shard: Path) -> list[Item]:
-    images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, int] = {}
-    size = shard.stat().st_size
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isdir():
-                    continue
-                where = f"{shard}: {member.name}"
-                if not member.isreg() or member.offset_data + member.size > size:
-                    raise ValueError(f"{where}: a link or cut short; make the shard again")
-                base = member.name.rfind("/") + 1
-                stem, _, ending = member.name[base:].partition(".")
-                key, ending = member.name[:base] + stem, "." + ending.lower()
-                if ending in EXTENSIONS:
-                    if key in images:
-                        raise ValueError(f"{where}: a second image of this sample; remove one")
-                    images[key] = member
-                elif ending == ".cls":
-                    text = (tar.extractfile(member) or b"").read(32)  # type: ignore[union-attr]
-                    if not text.strip().isdigit():
-                        raise ValueError(
-                            f"{where}: got {text!r}, expected a class number from 0 on; correct it"
-                        )
-                    labels[key] = int(text)
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard}: damaged ({error}); fetch or make it again") from None
-    for key in images.keys() ^ labels.keys():
-        have, lack = ("image", "label (.cls)") if key in images else ("label", "image")
-        raise ValueError(f"{shard}: {key}: got an {have} without {lack}; add it or remove both")
-    if not images:
-        raise ValueError(f"{shard}: got no images, expected KEY.jpg and KEY.cls; remove the shard")
-    return [
-        Item(str(shard), f"{shard}: {m.name}", m.offset_data, m.size, labels[key])
-        for key, m in images.items()
-    ]
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        raise SourceError(
+            f"reading images takes NVIDIA DALI ({error}); install it with: "
+            "pip install 'dmkd_fast[dali]'"
+        ) from None
+
+
+def new_pipeline(
+    *, batch_size: int, num_threads: int, device: torch.device, prefetch_queue_depth: int
+) -> Any:
+    """An empty DALI pipeline that decodes on a device.
+
+    Raises:
+        SourceError: DALI is not installed.
+        ValueError: The device is `cuda` without an index, which DALI takes for GPU 0.
+    """
+    check_dali()
+    from nvidia import dali
+
+    if device.type == "cuda" and device.index is None:
+        raise ValueError("device: got cuda without an index, expected for example cuda:0")
+    return dali.Pipeline(
+        batch_size=batch_size, num_threads=num_threads, prefetch_queue_depth=prefetch_queue_depth,
+        device_id=device.index if device.type == "cuda" else None,  # None: looks for no driver
+    )  # fmt: skip
+
+
+def decoded(encoded: Any, device: torch.device, num_channels: int) -> Any:
+    """DALI node: encoded images -> (h, w, num_channels) uint8, as they are stored."""
+    from nvidia import dali
+
+    fn: Any = dali.fn  # generated at import: nothing a type checker could follow
+    types: Any = dali.types
+    return fn.decoders.image(
+        encoded, device="mixed" if device.type == "cuda" else "cpu",
+        output_type=types.GRAY if num_channels == 1 else types.RGB,
+        adjust_orientation=False,  # published accuracies ignore EXIF
+        jpeg_fancy_upsampling=True,  # the GPU's decoder interpolates chroma as the CPU's does
+    )  # fmt: skip
+
+
+def image_size(name: str, data: Any, *, short_side: int = 1) -> tuple[int, int]:
+    """Height and width of an encoded image by its header; a small file can be a huge image.
+
+    Args:
+        name: For messages.
+        data: Its bytes.
+        short_side: What the short side will be resized to.
+
+    Raises:
+        SourceError: It is not an image that can be read, or has too many pixels, now or resized.
+    """
+    if bytes(data[: len(_PNG)]) == _PNG:
+        size = bytes(data[len(_PNG) : len(_PNG) + 8]).ljust(8, b"\0")
+        width, height = struct.unpack(">II", size)
+    else:
+        width, height = _size_by_pillow(name, data)
+    short, long = sorted((width, height))
+    if short < 1 or max(short * long, short_side**2 * long // short) > MOST_PIXELS:
+        raise SourceError(
+            f"{name}: got {width} x {height} pixels, expected 1 to {MOST_PIXELS} in all, also when "
+            f"the short side is resized to {short_side}; remove it"
+        )
+    return height, width
+
+
+def reason_of(error: BaseException) -> str:
+    """The message of a DALI error in one line; says so where memory was used up."""
+    text = " ".join(str(error).split())
+    if any(words in text for words in ("bad_alloc", "out of memory", "annot allocate")):
+        return "memory is used up: set a smaller batch or device=cpu"
+    return text.removeprefix("Critical error in pipeline: ")[:200]
 
 
 def decode(
@@ -143,18 +109,18 @@ def decode(
     """Each item once, in order: one tensor (b, c, S, S) float32 per input, and labels (b,).
 
     Raises:
-        ValueError: DALI is not installed, or an image cannot be read.
+        SourceError: DALI is not installed, or an image cannot be read.
     """
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     if not batches:
         return
-    pipeline = _pipeline(([item.read() for item in b] for b in batches), inputs, batch_size, device)
+    pipeline = _pipeline((_read(b, inputs) for b in batches), inputs, batch_size, device)
     for number, batch in enumerate(batches):
         try:
             outputs = pipeline.run()
         except RuntimeError as error:  # of this batch, or of those being prefetched
             suspects = [item for b in batches[number : number + 3] for item in b]
-            raise ValueError(_blame(suspects, inputs, device, str(error))) from None
+            raise SourceError(_blame(suspects, inputs, device, reason_of(error))) from None
         # The pipeline writes its buffers again two runs later. channels_last is HWC in memory.
         views = [torch.from_dlpack(out.as_tensor()).clone().permute(0, 3, 1, 2) for out in outputs]
         if device.type == "cuda":  # and without waiting for these copies
@@ -167,29 +133,19 @@ def _pipeline(
     encoded: Iterator[list[Any]], inputs: Sequence[InputSpec], batch_size: int, device: torch.device
 ) -> Any:
     """A DALI pipeline from lists of encoded images to one HWC float tensor per input."""
-    try:
-        from nvidia import dali
-    except ImportError:
-        raise ValueError(
-            "reading image files needs NVIDIA DALI; install it with: pip install 'dmkd_fast[dali]'"
-        ) from None
-    fn: Any = dali.fn  # generated at import: nothing a type checker could follow
-    types: Any = dali.types
-    on_gpu = device.type == "cuda"
-    kind = "gpu" if on_gpu else "cpu"
-    pipeline = dali.Pipeline(
-        batch_size=batch_size, num_threads=torch.get_num_threads(),
-        device_id=(device.index or 0) if on_gpu else None, prefetch_queue_depth=2,
+    pipeline = new_pipeline(
+        batch_size=batch_size, num_threads=torch.get_num_threads(), device=device,
+        prefetch_queue_depth=2,
     )  # fmt: skip
+    from nvidia import dali
+
+    fn: Any = dali.fn
+    types: Any = dali.types
     filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
     with pipeline:
         data = fn.external_source(source=encoded, dtype=types.UINT8, ndim=1)
-        # Published accuracies are of images as they are stored, whatever their EXIF says.
         shape = fn.peek_image_shape(data, adjust_orientation=False, dtype=types.INT32)
-        images = fn.decoders.image(
-            data, device="mixed" if on_gpu else "cpu", adjust_orientation=False,
-            output_type=types.GRAY if inputs[0].num_channels == 1 else types.RGB,
-        )  # fmt: skip
+        images = decoded(data, device, inputs[0].num_channels)
         sides = [shape[0], shape[1]]
         short = dali.math.min(*sides)
         outputs = []
@@ -207,12 +163,21 @@ def _pipeline(
                 resized, start=fn.stack(*start), shape=[spec.size, spec.size], axes=[0, 1]
             )
             outputs.append(fn.crop_mirror_normalize(
-                cut, device=kind, dtype=types.FLOAT, output_layout="HWC",
+                cut, device="gpu" if device.type == "cuda" else "cpu", dtype=types.FLOAT,
+                output_layout="HWC",
                 mean=[255 * m for m in spec.mean], std=[255 * s for s in spec.std],
             ))  # fmt: skip
         pipeline.set_outputs(*outputs)
     pipeline.build()
     return pipeline
+
+
+def _read(items: Sequence[Item], inputs: Sequence[InputSpec]) -> list[Any]:
+    """Bytes of each image, after a look at its size."""
+    encoded, short_side = [item.read() for item in items], max(s.short_side for s in inputs)
+    for item, data in zip(items, encoded, strict=True):
+        image_size(item.name, data, short_side=short_side)
+    return encoded
 
 
 def _blame(
@@ -221,11 +186,22 @@ def _blame(
     """Which image cannot be decoded, in one line."""
     for item in suspects:
         try:
-            _pipeline(iter([[item.read()]]), inputs, 1, device).run()
+            _pipeline(iter([_read([item], inputs)]), inputs, 1, device).run()
         except RuntimeError:
             return f"{item.name}: damaged or not an image; replace or remove it"
-    return f"{suspects[0].name} or one after it: {' '.join(reason.split())[:200]}"
+    return f"{suspects[0].name} or one after it cannot be decoded: {reason}"
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and path.is_file() and path.name[0] != "."
+def _size_by_pillow(name: str, data: Any) -> tuple[int, int]:
+    from PIL import Image
+
+    if len(data) == 0:
+        raise SourceError(f"{name}: got 0 bytes, expected an image; replace or remove it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `image_size` has its own bound
+            with Image.open(io.BytesIO(data)) as image:
+                return image.size
+    except Exception as error:  # Pillow raises errors of every kind on damaged headers.
+        reason = " ".join(str(error).split()).partition(" <_io")[0][:80]
+        raise SourceError(f"{name}: not an image that can be read ({reason}); remove it") from None

@@ -8,9 +8,7 @@ B images of a request, c channels, H W pixels.
 
 from __future__ import annotations
 
-import io
 import math
-import struct
 import sys
 import time
 from typing import Any
@@ -19,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmkd_fast import encoded_images
+from dmkd_fast.encoded_images import check_dali as check_dali
+from dmkd_fast.listing import SourceError as SourceError
 from dmkd_fast.ops import noise
-from dmkd_fast.shards import SourceError as SourceError
 from dmkd_fast.sources import Source
 
-_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 POLL_S = 0.5
 
 
@@ -41,7 +40,7 @@ class ImageReader:
             antialiased, and cropped to the centre; otherwise they are an error.
         ring_images: Slots of the ring, of all ranks. A set that fits is handed out once: see
             `is_exhausted`.
-        device: "cuda" decodes there what DALI can.
+        device: A CUDA device, with its index, decodes there what DALI can.
         num_threads: Of decoding.
         seed: Of the order.
         wait_s: Seconds to wait for new images of a source that still grows.
@@ -177,21 +176,14 @@ class ImageReader:
         return self._order[1]
 
     def _check_size(self, place: int, data: bytes) -> None:
-        """Look at the header before anything is decoded: a small file can be a huge image."""
-        if data.startswith(_PNG):
-            width, height = struct.unpack(">II", data[len(_PNG) : len(_PNG) + 8].ljust(8, b"\0"))
-        else:
-            width, height = _size_by_pillow(self.source.name_of(place), data)
-        if min(width, height) < 1 or width * height > 2**26:
-            raise SourceError(
-                f"{self.source.name_of(place)}: got {width} x {height} pixels, expected 1 to "
-                f"{2**26} in all; remove it"
-            )
-        rows, columns = self.image_shape[1:]
+        """Look at the header before anything is decoded."""
+        name, rows, columns = self.source.name_of(place), *self.image_shape[1:]
+        short_side = max(rows, columns) if self.resize else 1
+        height, width = encoded_images.image_size(name, data, short_side=short_side)
         if not self.resize and (height, width) != (rows, columns):
             raise SourceError(
-                f"{self.source.name_of(place)}: got {width} x {height} pixels, expected {columns} "
-                f"x {rows}; set source.image_size to scale all images"
+                f"{name}: got {width} x {height} pixels, expected {columns} x {rows}; set "
+                "source.image_size to scale all images"
             )
 
     def _decode(self, places: list[int], encoded: list[bytes]) -> Tensor:
@@ -214,7 +206,7 @@ class ImageReader:
             raise  # no image is to blame
         except RuntimeError as error:
             self._pipeline = None  # DALI gives a pipeline up after an error.
-            reason = str(error).strip().splitlines()[0][:100]
+            reason = encoded_images.reason_of(error)
             raise SourceError(self._blame(places, encoded, reason)) from None
 
     def _blame(self, places: list[int], encoded: list[bytes], reason: str) -> str:
@@ -230,24 +222,18 @@ class ImageReader:
 
     def _build(self, batch_size: int) -> Any:
         """The DALI pipeline: decode, scale if wanted, channels first."""
+        channels, height, width = self.image_shape
+        pipeline = encoded_images.new_pipeline(
+            batch_size=batch_size, num_threads=self.num_threads, device=self.device,
+            prefetch_queue_depth=1,
+        )  # fmt: skip
         from nvidia import dali
 
         fn: Any = dali.fn
         types: Any = dali.types
-        channels, height, width = self.image_shape
-        on_cuda = self.device.type == "cuda"
-        pipeline = dali.Pipeline(
-            batch_size=batch_size, num_threads=self.num_threads, prefetch_queue_depth=1,
-            # Without a device DALI never looks for a driver.
-            device_id=(self.device.index or 0) if on_cuda else None,
-        )  # fmt: skip
         with pipeline:
-            images = fn.decoders.image(
-                fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, batch=True),
-                device="mixed" if on_cuda else "cpu",
-                adjust_orientation=False,  # as test images are read
-                output_type=types.GRAY if channels == 1 else types.RGB,
-            )  # each (h, w, c)
+            data = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, batch=True)
+            images = encoded_images.decoded(data, self.device, channels)  # each (h, w, c)
             if self.resize:
                 images = fn.resize(
                     images, mode="not_smaller", size=[height, width], antialias=True,
@@ -259,37 +245,10 @@ class ImageReader:
         return pipeline
 
 
-def check_dali() -> None:
-    """DALI can be imported.
-
-    Raises:
-        SourceError: It is not installed.
-    """
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError as error:
-        raise SourceError(
-            f"source: reading images takes NVIDIA DALI ({error}); install it with: "
-            "pip install 'dmkd_fast[dali]'"
-        ) from None
-
-
 def image_size(source: Source) -> tuple[int, int]:
     """Height and width of a source's first image.
 
     Raises:
         SourceError: It is not an image.
     """
-    width, height = _size_by_pillow(source.name_of(0), source.read(0))
-    return height, width
-
-
-def _size_by_pillow(name: str, data: bytes) -> tuple[int, int]:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise SourceError(f"{name}: not an image that can be read ({reason}); remove it") from None
+    return encoded_images.image_size(source.name_of(0), source.read(0))

@@ -13,19 +13,27 @@ N images, b batch, c channels, H W pixels, S input size.
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmkd_fast.encoded_images import Item, decode, list_folder, list_shards
+from dmkd_fast import runtime
+from dmkd_fast.encoded_images import decode
 from dmkd_fast.inputs import InputSpec
+from dmkd_fast.listing import CLASS_NAMES, MOST_BYTES, Item, list_folder, report
+from dmkd_fast.tar_files import list_shards
 
+# More classes than any set has; guards against a damaged label.
+MOST_CLASSES = 2**20
+# Deflate cannot make a file smaller than this.
+_MOST_COMPRESSION = 1032
 Batch = tuple[dict[InputSpec, Tensor], Tensor]
 """Views (b, c, S, S) float32 by input, channels_last; labels (b,) int64."""
 
@@ -123,25 +131,31 @@ def open_set(
         ValueError: There is no such folder, nothing usable in it, an image without a label, or
             classes that do not match the list.
     """
+    if path.is_file():
+        raise ValueError(f"{path}: got a file, expected a folder; give {path.parent}")
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; give one with idx files, class folders or tars")
-    if any(path.glob("*-images-idx3-ubyte*")):
+    entries = [p for p in path.iterdir() if not p.name.startswith(".")]
+    if any("-images-idx3-ubyte" in p.name for p in entries):
         if classes is not None:
             raise ValueError(f"{classes}: got a list of classes for idx files; remove it")
         return load_idx(path, "t10k").to(device)
-    names = _read_classes(classes or path / "classes.txt", must_exist=classes is not None)
-    if any(path.glob("*.tar")):
-        items = list_shards(path)
-        highest = max(item.label for item in items)
-        names = names or tuple(str(i) for i in range(num_classes or highest + 1))
-        if highest >= len(names):
-            worst = next(item for item in items if item.label == highest)
-            raise ValueError(
-                f"{path}: {worst.name}: got class {highest}, expected 0 to {len(names) - 1}; "
-                "correct the labels or the list of classes"
-            )
-    else:
+    names = _read_classes(classes or path / CLASS_NAMES, must_exist=classes is not None)
+    tars = [p.name for p in entries if p.suffix == ".tar" and p.is_file()]
+    if not tars:
         items, names = list_folder(path, names)
+        return EncodedSet(items=tuple(items), class_names=names, device=device)
+    items, left_out = list_shards(path, tars)
+    left_out.update(p.suffix or p.name for p in entries if p.name not in (*tars, CLASS_NAMES))
+    worst = max(items, key=lambda item: item.label)
+    most = len(names) or num_classes or MOST_CLASSES
+    if worst.label >= most:
+        raise ValueError(
+            f"{worst.name}: got class {worst.label}, expected 0 to {most - 1}; correct the labels "
+            "or the list of classes"
+        )
+    names = names or tuple(str(i) for i in range(num_classes or worst.label + 1))
+    report(path, left_out)
     return EncodedSet(items=tuple(items), class_names=names, device=device)
 
 
@@ -214,10 +228,19 @@ def batch_images(inputs: Iterable[InputSpec]) -> int:
 def _read_classes(path: Path, *, must_exist: bool) -> tuple[str, ...]:
     """Names, one a line; none if there is no such file."""
     if not path.is_file():
-        if must_exist:
-            raise ValueError(f"{path}: no such file; give a text file with one class name a line")
+        if must_exist or path.exists():
+            what = "got a folder" if path.is_dir() else "no such file"
+            raise ValueError(f"{path}: {what}; give a text file with one class name a line")
         return ()
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES).decode("utf-8-sig")  # Windows editors write a BOM
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(
+            f"{path}: {reason}, expected one class name a line; save it again"
+        ) from None
+    names = tuple(line.strip() for line in text.splitlines())
     if not names or not all(names) or len(set(names)) != len(names):
         raise ValueError(
             f"{path}: got {len(names)} lines, {len(set(names))} of them different and "
@@ -227,23 +250,47 @@ def _read_classes(path: Path, *, must_exist: bool) -> tuple[str, ...]:
 
 
 def _read_idx(folder: Path, stem: str, num_dims: int) -> Tensor:
-    """One idx file of unsigned bytes, gzip-compressed or not."""
+    """One idx file of unsigned bytes, gzip-compressed or not.
+
+    Reads the header, then at most what it announces: a small gzip file can hold any amount.
+    """
     path = next((p for p in (folder / f"{stem}.gz", folder / stem) if p.is_file()), None)
     if path is None:
         raise ValueError(f"{folder / stem}.gz: no such file; give a folder with idx files")
+    is_gzip = path.suffix == ".gz"
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        magic = struct.unpack(">HBB", data[:4])
-        shape = struct.unpack(f">{num_dims}I", data[4 : 4 + 4 * num_dims])
-    except (OSError, EOFError, struct.error) as error:
+        with gzip.open(path) if is_gzip else path.open("rb") as file:
+            header = file.read(4 + 4 * num_dims)
+            if len(header) < 4 + 4 * num_dims or header[:4] != bytes((0, 0, 8, num_dims)):
+                raise ValueError(
+                    f"{path}: got header {header[:4].hex(' ') or 'of 0 bytes'}, expected "
+                    f"00 00 08 0{num_dims}; it is not an idx file of bytes"
+                )
+            shape = struct.unpack(f">{num_dims}I", header[4:])
+            expected, limit = math.prod(shape), path.stat().st_size
+            limit *= _MOST_COMPRESSION if is_gzip else 1
+            if min(shape) < 1 or expected > limit:
+                raise ValueError(
+                    f"{path}: got a header that announces {' x '.join(map(str, shape))} bytes, "
+                    f"expected 1 to {limit}, as many as the file can hold; fetch it again"
+                )
+            have = runtime.available_bytes(torch.device("cpu"))
+            if expected > have:
+                raise ValueError(
+                    f"{path}: got {expected} bytes, expected at most the {have} of free memory; "
+                    "use image files or shards"
+                )
+            values = torch.empty(expected, dtype=torch.uint8)
+            view, done = memoryview(values.numpy().data), 0
+            while count := file.readinto(view[done : done + 2**24]):
+                done += count
+            if done < expected or file.read(1):
+                more = "more" if done == expected else done
+                raise ValueError(
+                    f"{path}: got {more} bytes, expected {expected} by its header; fetch it again"
+                )
+    except (MemoryError, RuntimeError):
+        raise ValueError(f"{path}: memory is used up; use image files or shards") from None
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged ({error}); fetch it again") from None
-    body: Any = data[4 + 4 * num_dims :]
-    expected = 1
-    for length in shape:
-        expected *= length
-    if magic != (0, 8, num_dims) or len(body) != expected:
-        raise ValueError(
-            f"{path}: got header {magic} and {len(body)} bytes, expected (0, 8, {num_dims}) and "
-            f"{expected}; it is not an idx file of bytes"
-        )
-    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
+    return values.view(shape)

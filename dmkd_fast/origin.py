@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dmkd_fast import config as cfg
-from dmkd_fast import denoisers, image_reader, sources
+from dmkd_fast import denoisers, image_reader, runtime, sources
 from dmkd_fast.assets import licence
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.dit import LeanDiT
@@ -171,7 +171,7 @@ def make_origin(
     show: bool, ranks: Ranks = ALONE,
 ) -> tuple[DiffusionSampler | ImageReader, LabelStream | ImageReader]:  # fmt: skip
     """What fills the ring, and what says with which classes: one reader for both, if from disk."""
-    device = torch.device(config.device)
+    device = runtime.resolve_device(config.device)
     if isinstance(images, OpenSource):
         assert config.source is not None
         reader = ImageReader(

@@ -29,25 +29,22 @@ import numpy as np
 from pydantic import Field, PositiveInt, ValidationError
 
 from dmkd_fast import durable
+from dmkd_fast.listing import MOST_BYTES, MOST_PIXELS
+from dmkd_fast.listing import SourceError as SourceError
 from dmkd_fast.settings import Section
+from dmkd_fast.tar_files import tar_members
 
 PLAN, MANIFEST = "job.json", "manifest"
-# No honest picture is larger; a tar that says so is not read.
-MOST_BYTES = 64 * 2**20
-_BLOCK = 512
-_MEMBER = re.compile(rb"([0-9]{9,18})\.(png|cls)")
+# Ids of later passes count on from those of the first one, in int64.
+MOST_IMAGES = 10**15
 _PART = re.compile(r"shard-([0-9]{6,})\.parquet")
-
-
-class SourceError(ValueError):
-    """Images that cannot be read; the message is one line for the user."""
 
 
 class Plan(Section):
     """What a directory will hold when it is complete, and how its images are made."""
 
-    num_images: int = Field(ge=1)
-    images_per_shard: int = Field(ge=1)
+    num_images: int = Field(ge=1, le=MOST_IMAGES)
+    images_per_shard: int = Field(ge=1, le=MOST_IMAGES)
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     num_classes: int = Field(ge=1)
     class_names: tuple[str, ...]
@@ -118,19 +115,21 @@ def read_plan(folder: Path) -> Plan:
     """
     path = folder / PLAN
     try:
-        plan = Plan.model_validate_json(path.read_bytes())
+        with path.open("rb") as file:
+            plan = Plan.model_validate_json(file.read(MOST_BYTES))
     except OSError as error:
         raise SourceError(
             f"{path}: {error.strerror}, expected a directory made by dmkd generate"
         ) from None
     except ValidationError as error:
         reason = error.errors()[0]
-        where = ".".join(map(str, reason["loc"]))
-        raise SourceError(
-            f"{path}: damaged ({where} {reason['msg']}); make the directory anew"
-        ) from None
-    if len(plan.class_names) != plan.num_classes or plan.image_shape[0] not in (1, 3):
-        raise SourceError(f"{path}: damaged (class_names or image_shape); make the directory anew")
+        where = " ".join(f"{'.'.join(map(str, reason['loc']))} {reason['msg']}".split())[:120]
+        raise SourceError(f"{path}: damaged ({where}); make the directory anew") from None
+    channels, height, width = plan.image_shape
+    if channels not in (1, 3) or height * width > MOST_PIXELS:
+        raise SourceError(f"{path}: damaged (image_shape); make the directory anew")
+    if len(plan.class_names) != plan.num_classes:
+        raise SourceError(f"{path}: damaged (class_names); make the directory anew")
     return plan
 
 
@@ -179,11 +178,25 @@ def locked(folder: Path, part: str) -> Iterator[None]:
 
 
 def finished(folder: Path) -> list[int]:
-    """Numbers of the finished shards, in order."""
-    if not (folder / MANIFEST).is_dir():  # The job that wrote the plan died before it made it.
+    """Numbers of the finished shards, in order.
+
+    Raises:
+        SourceError: Something else is where the manifest is meant.
+    """
+    manifest, found = folder / MANIFEST, []
+    if not manifest.exists():  # The job that wrote the plan died before it made it.
         return []
-    matches = (_PART.fullmatch(entry.name) for entry in os.scandir(folder / MANIFEST))
-    return sorted(int(match[1]) for match in matches if match)
+    if not manifest.is_dir():
+        raise SourceError(f"{manifest}: got a file, expected a folder; remove it")
+    for match in filter(None, (_PART.fullmatch(entry.name) for entry in os.scandir(manifest))):
+        number = int(match[1])
+        if match[0] != f"shard-{number:06d}.parquet":
+            raise SourceError(
+                f"{manifest / match[0]}: got another name for shard-{number:06d}.parquet, whose "
+                "images would be counted twice; remove it"
+            )
+        found.append(number)
+    return sorted(found)
 
 
 class ShardWriter:
@@ -269,31 +282,6 @@ def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
     )  # fmt: skip
 
 
-def tar_members(path: Path, *, most_members: int) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each member of a shard; only plain files named ID.png and ID.cls.
-
-    Links, devices, folders, other names, long-name and sparse extensions, wrong checksums and
-    members that are too large or reach beyond the end are refused.
-
-    Raises:
-        SourceError: On the first such member.
-    """
-    end = path.stat().st_size
-    with path.open("rb") as file:
-        position = 0
-        for _ in range(most_members + 1):
-            file.seek(position)
-            header = file.read(_BLOCK)
-            if header == bytes(_BLOCK):
-                return
-            size = _check_header(path, position, header)
-            if position + _BLOCK + size > end:
-                raise SourceError(f"{path}: cut off at byte {position}; make it again")
-            yield header[:100].rstrip(b"\0").decode(), position + _BLOCK, size
-            position += _BLOCK + -(-size // _BLOCK) * _BLOCK
-    raise SourceError(f"{path}: more than {most_members} members; make it again")
-
-
 def _begin(folder: Path, plan: Plan) -> None:
     """Write the plan into a new directory."""
     # Another job of the farm may be writing its first files at this moment.
@@ -311,40 +299,31 @@ def _begin(folder: Path, plan: Plan) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _check_header(path: Path, position: int, header: bytes) -> int:
-    """Size of the member that a tar header announces."""
-    where = f"{path}: the member at byte {position}"
-    if len(header) != _BLOCK:
-        raise SourceError(f"{path}: cut off at byte {position}; make it again")
-    name, kind = header[:100].rstrip(b"\0"), header[156:157]
-    try:
-        size, checksum = (int(header[a:b].strip(b" \0"), 8) for a, b in ((124, 136), (148, 156)))
-    except ValueError:
-        raise SourceError(f"{where} has a damaged header; make the shard again") from None
-    if checksum != sum(header[:148]) + 8 * 32 + sum(header[156:]):
-        raise SourceError(f"{where} has a damaged header (checksum); make the shard again")
-    if kind not in (b"0", b"\0") or any(header[157:257]) or any(header[345:500]):
-        raise SourceError(f"{where} is a link or no plain file; shards hold only ID.png and ID.cls")
-    if not _MEMBER.fullmatch(name):
-        raise SourceError(f"{where} is named {name[:60]!r}; shards hold only ID.png and ID.cls")
-    if size > MOST_BYTES:
-        raise SourceError(f"{where} has {size} bytes, expected at most {MOST_BYTES}")
-    return size
-
-
 def _read_rows(path: Path, ids: range, num_classes: int) -> tuple[np.ndarray, list[str]]:
     """Classes and hashes of a part of the manifest, which must have exactly these ids."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    wanted = [_schema().field(name) for name in ("id", "class", "sha256")]
     try:
         with pq.ParquetFile(path) as file:
             if file.metadata.num_rows != len(ids):
-                raise SourceError(f"{path}: got {file.metadata.num_rows} rows, not {len(ids)}")
-            table = file.read(columns=["id", "class", "sha256"])
+                raise SourceError(
+                    f"{path}: got {file.metadata.num_rows} rows, expected {len(ids)}; make the "
+                    "shard again"
+                )
+            for field in wanted:
+                if file.schema_arrow.field(field.name).type != field.type:
+                    raise SourceError(
+                        f"{path}: got {file.schema_arrow.field(field.name).type} for "
+                        f"{field.name!r}, expected {field.type}; make the shard again"
+                    )
+            table = file.read(columns=[field.name for field in wanted])
+        if any(table[field.name].null_count for field in wanted):
+            raise SourceError(f"{path}: got empty fields, expected none; make the shard again")
         found = table["id"].to_numpy()
         labels = table["class"].to_numpy().astype(np.int64)
-        hashes = [str(text) for text in table["sha256"].to_pylist()]
+        hashes = table["sha256"].to_pylist()
     except SourceError:
         raise
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:

@@ -16,8 +16,17 @@ from typing import Literal
 import numpy as np
 
 from dmkd_fast import shards
-from dmkd_fast.encoded_images import EXTENSIONS
-from dmkd_fast.shards import MOST_BYTES, Plan, Shard, SourceError
+from dmkd_fast.listing import (
+    EXTENSIONS,
+    MOST_BYTES,
+    SourceError,
+    all_numbers,
+    by_class,
+    list_images,
+    report,
+    warn_of_order,
+)
+from dmkd_fast.shards import Plan, Shard
 
 Kind = Literal["shards", "imagefolder", "paper"]
 # Names in the released sets of DM-KD (arXiv 2305.12954).
@@ -63,7 +72,12 @@ class ShardSource:
         except OSError as error:
             raise SourceError(f"{self.folder / shards.MANIFEST}: {error.strerror}") from None
         taken = set(self._order)
-        fresh = [s for s in found if s not in taken and s < self.plan.num_shards]
+        if found and found[-1] >= self.plan.num_shards:
+            raise SourceError(
+                f"{self.folder / shards.MANIFEST}: got shard {found[-1]}, expected 0 to "
+                f"{self.plan.num_shards - 1} by {shards.PLAN}; remove what is of another set"
+            )
+        fresh = [s for s in found if s not in taken]
         self._take(fresh)
         return bool(fresh)
 
@@ -149,8 +163,12 @@ class FileSource:
                 data = file.read(MOST_BYTES + 1)
         except OSError as error:
             raise SourceError(f"{self.name_of(image_id)}: {error.strerror}; put it back") from None
-        if len(data) > MOST_BYTES:
-            raise SourceError(f"{self.name_of(image_id)}: larger than {MOST_BYTES} bytes")
+        if not 0 < len(data) <= MOST_BYTES:
+            size = "0" if not data else "more"
+            raise SourceError(
+                f"{self.name_of(image_id)}: got {size} bytes, expected an image of 1 to "
+                f"{MOST_BYTES}; replace or remove it"
+            )
         return data
 
     def name_of(self, image_id: int) -> str:
@@ -186,9 +204,11 @@ def find_kind(folder: Path) -> Kind:
     """
     if (folder / shards.PLAN).is_file():
         return "shards"
+    if folder.is_file():
+        raise SourceError(f"{folder}: got a file, expected a directory; give {folder.parent}")
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such directory; give one with images")
-    names = _image_names(folder)
+    names = list_images(folder).images
     if any(_PAPER.fullmatch(os.path.basename(name)) for name in names[:1]):
         return "paper"
     if names and all("/" in name for name in names):
@@ -208,44 +228,25 @@ def open_files(
         folder: Root.
         kind: `imagefolder` or `paper`.
         num_classes: Classes of the teacher.
-        class_names: Their names. Sub-folders named 0, 1, ... are taken by number, others by these
-            names; if these are themselves only numbers, sub-folders are taken in sorted order.
+        class_names: Their names, in the order of the labels. Sub-folders that have these names
+            are taken by name, others by number (0, 1, ...), or, if `class_names` are only numbers,
+            in sorted order.
 
     Raises:
         SourceError: There are no images, or their classes are not the teacher's.
     """
-    names = _image_names(folder)
+    listing = list_images(folder)
+    names = listing.images
     if not names:
         raise SourceError(f"{folder}: got no image file, expected {', '.join(EXTENSIONS)}")
     if kind == "paper":
-        return FileSource(folder, names, [_paper_class(folder, n, num_classes) for n in names])
-    odd = next((n for n in names if "/" not in n), None)
-    if odd is not None:
-        raise SourceError(f"{folder / odd}: an image outside the class sub-folders; move it")
-    found = sorted({name.split("/")[0] for name in names})
-    empty = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name not in found)
-    empty = [name for name in empty if not name.startswith(".")]
-    if empty:
-        raise SourceError(f"{folder / empty[0]}: a class sub-folder without images; remove it")
-    class_of = _folder_classes(folder, found, num_classes, class_names)
-    return FileSource(folder, names, [class_of[name.split("/")[0]] for name in names])
-
-
-def _image_names(folder: Path) -> list[str]:
-    """Paths of all image files below a folder, sorted; hidden ones are left out."""
-    names, seen = [], {os.path.realpath(folder)}
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(root, name)) for name in folders}
-        # Classes of a subset are often links; one that leads back would never end.
-        folders[:] = [n for n in folders if not n.startswith(".") and real[n] not in seen]
-        seen |= {real[name] for name in folders}
-        base = "" if root == str(folder) else os.path.relpath(root, folder) + "/"
-        names += [
-            base + name
-            for name in files
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
-    return sorted(names)
+        labels = [_paper_class(folder, n, num_classes) for n in names]
+    else:
+        found = by_class(folder, listing)
+        class_of = _folder_classes(folder, list(found), num_classes, class_names)
+        labels = [class_of[name.split("/")[0]] for name in names]
+    report(folder, listing.left_out)
+    return FileSource(folder, names, labels)
 
 
 def _paper_class(folder: Path, name: str, num_classes: int) -> int:
@@ -266,27 +267,28 @@ def _paper_class(folder: Path, name: str, num_classes: int) -> int:
 def _folder_classes(
     folder: Path, found: list[str], num_classes: int, class_names: Sequence[str]
 ) -> dict[str, int]:
-    """Class of each sub-folder. Sorted names alone would put 10 before 2."""
+    """Class of each sub-folder; `found` is in the order of `class_order`."""
     if len(found) != num_classes:
         raise SourceError(
             f"{folder}: got {len(found)} class sub-folders, expected {num_classes}, one for each "
             "class of the teacher; use the teacher of these images"
         )
-    if all(name.isascii() and name.isdigit() for name in found):
+    if set(found) == set(class_names):
+        return {name: label for label, name in enumerate(class_names)}
+    if all_numbers(found):
         numbers = {name: int(name) for name in found}
         if sorted(numbers.values()) != list(range(num_classes)):
             raise SourceError(
                 f"{folder}: got class sub-folders {', '.join(found[:5])} ..., expected the numbers "
                 f"0 to {num_classes - 1}; rename them"
             )
+        warn_of_order(folder, found)
         return numbers
-    if all(name.isdigit() for name in class_names):
+    if all_numbers(class_names):
         return {name: label for label, name in enumerate(found)}
     odd = sorted(set(found) - set(class_names))
-    if odd:
-        missing = sorted(set(class_names) - set(found))
-        raise SourceError(
-            f"{folder}: got a class sub-folder {odd[0]!r}, expected the test set's class names "
-            f"({missing[0]!r} is missing); rename the sub-folders"
-        )
-    return {name: list(class_names).index(name) for name in found}
+    missing = sorted(set(class_names) - set(found))
+    raise SourceError(
+        f"{folder}: got a class sub-folder {odd[0]!r}, expected the test set's class names "
+        f"({missing[0]!r} is missing); rename the sub-folders"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import shutil
 import struct
 import sys
@@ -18,8 +19,7 @@ from PIL import Image
 from real_sets import COLOUR, encoded, picture, write_shard
 from torch import Tensor, nn
 
-from dmkd_fast import InputSpec, evaluate, image_sets, measure, open_set
-from dmkd_fast.sources import open_files
+from dmkd_fast import InputSpec, evaluate, image_sets, measure, open_set, runtime
 
 CPU = torch.device("cpu")
 GREY = InputSpec(size=16, mean=(0.4,), std=(0.3,), interpolation="bicubic")
@@ -175,6 +175,82 @@ def test_idx_images_are_cut_as_image_files_are(tmp_path: Path) -> None:
     assert torch.equal(all_of(open_set(tmp_path, CPU), same)[0], expected)
 
 
+@pytest.mark.parametrize(("height", "width", "size"), [
+    (31, 33, 28), (33, 31, 28), (30, 35, 29), (31, 40, 31), (29, 29, 28), (32, 47, 32),
+])  # fmt: skip
+def test_the_center_is_cut_where_torchvision_cuts_it(height: int, width: int, size: int) -> None:
+    from torchvision.transforms.functional import center_crop
+
+    pixels = torch.arange(2 * height * width).remainder(251).view(2, 1, height, width).byte()
+    short = min(height, width)
+    spec = InputSpec(size=size, mean=(0.0,), std=(1.0,), crop_pct=size / (short + 0.5))
+    assert spec.short_side == short  # so nothing is resized
+    views = image_sets.prepare(pixels, spec)
+    assert torch.equal((views * 255).round().byte(), center_crop(pixels, [size, size]))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resized_images_have_whole_levels(interpolation: Any) -> None:
+    from torchvision.transforms.functional import InterpolationMode, resize
+
+    pixels = torch.randint(
+        0, 256, (3, 1, 37, 45), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    spec = InputSpec(size=24, mean=(0.0,), std=(1.0,), interpolation=interpolation)
+    levels = image_sets.prepare(pixels, spec) * 255
+    assert (levels - levels.round()).abs().max() < 1e-4  # as a decoded file of that size has
+    whole = resize(pixels, [24, 29], InterpolationMode(interpolation), antialias=True).float()
+    left = round((29 - 24) / 2)
+    assert (levels - whole[..., left : left + 24]).abs().max() < 1.001
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_share_a_set_in_memory_without_overlap(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_sets, "batch_images", lambda inputs: 4)
+    values = torch.arange(23)
+    images = image_sets.ImageSet(
+        images=values.byte()[:, None, None, None].expand(-1, 1, 4, 4), labels=values * 3,
+        class_names=(),
+    )  # fmt: skip
+    spec, seen = InputSpec(size=4, mean=(0.0,), std=(1.0,)), []
+    for rank in range(world_size):
+        views, labels = all_of(images, spec, rank=rank, world_size=world_size)
+        found = (views[:, 0, 0, 0] * 255).round().long()
+        assert found.tolist() == list(range(rank, 23, world_size))
+        assert torch.equal(labels, found * 3)
+        seen += found.tolist()
+    assert sorted(seen) == list(range(23))
+
+
+def test_idx_files_beyond_the_memory_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, shape in (("images-idx3", (50, 40, 40)), ("labels-idx1", (50,))):
+        header = struct.pack(">HBB", 0, 8, len(shape)) + struct.pack(f">{len(shape)}I", *shape)
+        (tmp_path / f"t10k-{name}-ubyte").write_bytes(header + bytes(math.prod(shape)))
+    assert len(open_set(tmp_path, CPU)) == 50
+    monkeypatch.setattr(runtime, "available_bytes", lambda device: 79_999)
+    with pytest.raises(ValueError, match="got 80000 bytes, expected at most the 79999 of free"):
+        open_set(tmp_path, CPU)
+    monkeypatch.setattr(runtime, "available_bytes", lambda device: 80_000)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] can't allocate memory")
+
+    monkeypatch.setattr(image_sets.torch, "empty", fail)
+    with pytest.raises(ValueError, match="images-idx3-ubyte: memory is used up"):
+        open_set(tmp_path, CPU)
+
+
+def test_batches_are_500_small_images_or_as_many_as_fit() -> None:
+    for channels, size, count in ((1, 28, 500), (3, 224, 111), (3, 105, 500), (3, 106, 497),
+                                  (3, 5000, 1)):  # fmt: skip
+        spec = InputSpec(size=size, mean=(0.5,) * channels, std=(0.5,) * channels)
+        assert image_sets.batch_images([GREY, spec]) == count
+
+
 def test_class_lists_give_the_order(folder: Path, tmp_path: Path) -> None:
     listed = tmp_path / "names.txt"
     listed.write_text("cat\nant\nbee\n")
@@ -236,7 +312,7 @@ def mistakes(root: Path, what: str) -> dict[str, Any]:
     ("classes empty", "got 0 lines"),
     ("classes none", "none.txt: no such file"),
     ("no label", "0.tar: 1: got an image without label"),
-    ("no image", "0.tar: 1: got an label without image"),
+    ("no image", "0.tar: 1: got a label without image"),
     ("odd label", "got b'ant', expected a class number"),
     ("high label", "0.cls|got class 9, expected 0 to 2"),
     ("link", "0.jpg: a link or cut short"),
@@ -259,7 +335,7 @@ def test_the_damaged_image_is_named(damage: str, folder: Path, tmp_path: Path) -
     data = {"cut jpeg": encoded(0)[0][:400], "garbage": b"no image" * 50,
             "cut png": encoded(1)[0][:300], "empty": b""}[damage]  # fmt: skip
     (root / "bee" / "010.jpg").write_bytes(data)
-    with pytest.raises(ValueError, match=r"bee/010\.jpg: (damaged|got 0 bytes)"):
+    with pytest.raises(ValueError, match=r"bee/010\.jpg: (damaged|not an image|got 0 bytes)"):
         list(open_set(root, CPU).batches([COLOUR]))
 
 
@@ -284,31 +360,3 @@ def test_without_dali_one_line_says_what_to_install(
     images = open_set(folder, CPU)
     with pytest.raises(ValueError, match=r"pip install 'dmkd_fast\[dali\]'"):
         list(images.batches([COLOUR]))
-
-
-def test_numbered_class_folders_are_counted_as_a_source_of_images_counts_them(
-    tmp_path: Path,
-) -> None:
-    jpeg, _ = encoded(0)
-    for label in range(11):
-        (tmp_path / str(label)).mkdir()
-        (tmp_path / str(label) / "0.jpg").write_bytes(jpeg)
-    images = open_set(tmp_path, CPU)
-    assert images.class_names == tuple(map(str, range(11)))
-    source = open_files(tmp_path, "imagefolder", num_classes=11, class_names=images.class_names)
-    names = {i.path: i.label for i in images.items}  # type: ignore[union-attr]
-    labels = source.labels_of(np.arange(11)).tolist()
-    assert [names[str(tmp_path / name)] for name in source._names] == labels
-
-
-def test_class_folders_may_be_links(tmp_path: Path) -> None:
-    jpeg, _ = encoded(0)
-    for name in ("a", "b"):
-        (tmp_path / "all" / name).mkdir(parents=True)
-        (tmp_path / "all" / name / "0.jpg").write_bytes(jpeg)
-    (tmp_path / "some").mkdir()
-    for name in ("a", "b"):
-        (tmp_path / "some" / name).symlink_to(tmp_path / "all" / name)
-    (tmp_path / "all" / "b" / "back").symlink_to(tmp_path / "all")
-    source = open_files(tmp_path / "some", "imagefolder", num_classes=2, class_names=("a", "b"))
-    assert source.num_images == 2 == len(open_set(tmp_path / "some", CPU))

@@ -226,6 +226,19 @@ def test_damaged_shards_are_made_again(whole: Path, tmp_path: Path) -> None:
     assert not list(folder.rglob(".*partial"))
 
 
+def test_a_shard_under_a_second_name_is_refused_and_nothing_changes(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(whole, folder)
+    part = folder / shards.MANIFEST / "shard-000001.parquet"
+    part.rename(part.with_name("shard-0000001.parquet"))
+    before = contents(folder)
+    with pytest.raises(cfg.ConfigError, match=r"shard-0000001\.parquet: got another name") as error:
+        make(folder)
+    assert "\n" not in str(error.value) and contents(folder) == before
+
+
 def test_a_full_disk_is_one_line_and_the_job_can_go_on(whole: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: the same failing writes."""
     make(tmp_path, part=(0, 7))

@@ -333,7 +333,7 @@ def test_a_bad_file_is_named_and_the_reader_goes_on(tmp_path: Path) -> None:
     bomb[16:24] = b"\0\1\0\0\0\1\0\0"
     cases = [(bytes(flipped), "cannot be decoded"), (good[2][:60], "cannot be decoded"),
              (good[2][:20], "expected 1 to"), (bytes(bomb), "65536 x 65536"),
-             (b"", "not an image"), (b"no picture" * 9, "not an image"),
+             (b"", "got 0 bytes"), (b"no picture" * 9, "not an image"),
              (encode(images[0][:9]), "16 x 9 pixels, expected 16 x 16")]  # fmt: skip
     for data, words in cases:
         for path, whole in zip(paths, good, strict=True):
@@ -354,7 +354,7 @@ def test_a_bad_file_is_named_and_the_reader_goes_on(tmp_path: Path) -> None:
     (["0/a.png", "1/a.png"], 3, "", "got 2 class sub-folders, expected 3"),
     (["1/a.png", "2/a.png"], 2, "", "expected the numbers 0 to 1"),
     (["cat/a.png", "dog/a.png"], 2, "cat bird", "'dog', expected the test .*'bird' is missing"),
-    (["cat/a.png", "dog/a.txt"], 1, "", "dog: a class sub-folder without images"),
+    (["cat/a.png", "dog/a.txt"], 1, "", "dog: got no images in a class folder"),
     (["a.png", "b.png"], 2, "", "neither job.json nor"),
     (["class_1_seed_0_num_0.png"], 1, "", "got class 1, expected 0 to 0"),
     (["class_1_seed_0_num_0.png", "other.png"], 9, "", "other.png: expected a file named"),

@@ -161,7 +161,8 @@ def test_every_truncation_is_found(folder: Path) -> None:
     intact = path.read_bytes()
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-1]
-    for length in range(0, last.offset_data + last.size, 97):
+    end = last.offset_data + -(-last.size // 512) * 512
+    for length in [*range(0, end, 97), end, end + 512, end + 1023]:
         path.write_bytes(intact[:length])
         with pytest.raises(shards.SourceError, match="shard-000001"):
             ShardSource(folder)
@@ -177,7 +178,8 @@ def _edit(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
 def _set(name: str, value: Any) -> Callable[[pa.Table], pa.Table]:
     def change(table: pa.Table) -> pa.Table:
         place = table.column_names.index(name)
-        return table.set_column(place, name, pa.array([value] * len(table)))
+        kind = table.schema.field(name).type if isinstance(value, int) else None
+        return table.set_column(place, name, pa.array([value] * len(table), kind))
 
     return change
 
@@ -190,6 +192,7 @@ MANIFESTS: dict[str, Callable[[Path], Any]] = {
     "more rows": _edit(lambda table: pa.concat_tables([table, table])),
     "ids twice": _edit(_set("id", 0)),
     "text as ids": _edit(_set("id", "0")),
+    "other column of hashes": _edit(_set("sha256", 7.5)),
     "no class": _edit(lambda table: table.drop_columns(["class"])),
     "class too large": _edit(_set("class", 4)),
     "negative class": _edit(_set("class", -1)),
