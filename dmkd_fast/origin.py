@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dmkd_fast import config as cfg
-from dmkd_fast import denoisers, image_reader, sources
+from dmkd_fast import denoisers, image_reader, runtime, sources
 from dmkd_fast.assets import licence
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.dit import LeanDiT
@@ -61,7 +61,7 @@ def resolve_sampler(config: cfg.DistillConfig, denoiser: denoisers.Denoiser) -> 
     )
     if isinstance(denoiser.module, LeanDiT):
         name = denoiser.module.choose_attention(
-            name, device=torch.device(config.device), dtype=getattr(torch, config.dtype)
+            name, device=runtime.resolve_device(config.device), dtype=getattr(torch, config.dtype)
         )
     elif name not in ("auto", "sdpa"):
         raise ValueError(
@@ -89,7 +89,8 @@ def make_sampler(
         guidance_interval=sampling.guidance_interval,
         guidance_channels=sampling.guidance_channels,
         micro_batch_images=sampling.micro_batch_images, dtype=getattr(torch, config.dtype),
-        device=torch.device(config.device), seed=config.seed, compile=sampling.compile is True,
+        device=runtime.resolve_device(config.device), seed=config.seed,
+        compile=sampling.compile is True,
     )  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def make_origin(
     show: bool, ranks: Ranks = ALONE,
 ) -> tuple[DiffusionSampler | ImageReader, LabelStream | ImageReader]:  # fmt: skip
     """What fills the ring, and what says with which classes: one reader for both, if from disk."""
-    device = torch.device(config.device)
+    device = runtime.resolve_device(config.device)
     if isinstance(images, OpenSource):
         assert config.source is not None
         reader = ImageReader(
