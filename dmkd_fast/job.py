@@ -316,6 +316,8 @@ def _place(
             if ours is not None:
                 config, resume = ours, True
             config = run_dir.find(config) if resume else run_dir.name_new(config)
+            if not resume:
+                run_dir.check_new(config)
             answer = json.dumps([config.run_dir, resume])
     place, resume = json.loads(ranks.gather(answer)[0])
     return config.model_copy(update={"run_dir": place}), resume

@@ -261,6 +261,8 @@ def _batches(
 def prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:
     """The settings of the run (the saved ones on resume), its device and dtype."""
     config = run_dir.find(config) if resume else run_dir.name_new(config)
+    if not resume:
+        run_dir.check_new(config)
     runtime.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     with cfg.user_errors():

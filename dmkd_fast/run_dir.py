@@ -26,17 +26,25 @@ RESTART_WAIT_S = 30
 
 
 def name_new(config: C) -> C:
-    """Settings with `run_dir: auto` replaced by runs/NAME-DATE-TIME.
-
-    Raises:
-        ConfigError: The directory holds a run already, or cannot be looked into.
-    """
+    """Settings with `run_dir: auto` replaced by runs/NAME-DATE-TIME."""
     if config.run_dir == "auto":
         # Microseconds: runs that are started together get directories of their own.
         name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         config = config.model_copy(update={"run_dir": f"runs/{name}"})
-    _refuse_existing(_folder(config))
     return config
+
+
+def check_new(config: RunConfig) -> None:
+    """Refuse the directory of another run, before anything is loaded or written.
+
+    Raises:
+        ConfigError: It holds a run, or cannot be looked into.
+    """
+    folder = _folder(config)
+    if _exists(folder / CONFIG):
+        raise ConfigError(
+            f"run_dir: {folder} holds a run already; choose another, or add --resume to go on"
+        )
 
 
 @contextlib.contextmanager
@@ -85,8 +93,8 @@ def claim(config: RunConfig, *, launch: str = "") -> Path:
     Raises:
         ConfigError: It holds a run already, or cannot be written to.
     """
+    check_new(config)
     folder = _folder(config)
-    _refuse_existing(folder)
     with _writing(folder):
         durable.make_folder(folder)
         mark(folder, launch)
@@ -167,13 +175,6 @@ def _folder(config: RunConfig) -> Path:
             "or run_dir=auto"
         )
     return Path(config.run_dir)
-
-
-def _refuse_existing(folder: Path) -> None:
-    if _exists(folder / CONFIG):
-        raise ConfigError(
-            f"run_dir: {folder} holds a run already; choose another, or add --resume to go on"
-        )
 
 
 def _exists(path: Path) -> bool:
