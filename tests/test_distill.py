@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import fit_until
+from conftest import CONFIG, SHORT, fit_until
 
-from dmkd_fast import Distiller, ImageSet, measure, runtime
+from dmkd_fast import Distiller, ImageSet, cli, measure, runtime
 from dmkd_fast.runtime import NotFiniteError
 
 Make = Callable[..., Distiller]
@@ -220,3 +221,16 @@ def test_a_cpu_never_waits_for_its_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(5):
         with in_flight.piece():
             pass
+
+
+@pytest.mark.parametrize("changes", [["optim.lr=1e30"], ["optim={name: sgd, lr: 1.0e+30}"]])
+def test_the_command_ends_a_diverged_run_in_one_line_with_a_checkpoint(
+    changes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["distill", CONFIG, *SHORT, *changes, f"run_dir={run}"]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("dmkd: ")]
+    assert captured.out == "" and len(lines) == 1 and "not finite" in lines[0]
+    assert "Traceback" not in captured.err and "to go on: " in captured.err
+    assert list((run / "checkpoints").glob("step-*")) and not (run / "student").exists()
