@@ -336,6 +336,7 @@ def test_under_nohup_a_closed_terminal_is_ignored(make_distiller: Make) -> None:
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_ends_the_process_even_while_work_is_held(first: int) -> None:
     for only_noted in (False, True):
+        read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
             with runtime.Interrupts(only_noted=only_noted) as interrupts, interrupts.held():
@@ -343,9 +344,14 @@ def test_a_second_signal_ends_the_process_even_while_work_is_held(first: int) ->
                 if only_noted:  # torchrun's copy of the first one is none
                     signal.raise_signal(signal.SIGTERM)
                     interrupts._first_at = time.monotonic() - 2
+                os.write(write, b"1")
                 signal.raise_signal(signal.SIGTERM)
+                os.write(write, b"2")
             os._exit(0)
+        os.close(write)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+        assert os.read(read, 2) == b"1"
+        os.close(read)
 
 
 def test_a_signal_is_served_while_blocks_wait_for_a_disk_that_hangs(make_distiller: Make) -> None:

@@ -79,11 +79,21 @@ def test_training_goes_on_when_its_progress_cannot_be_printed(
 
 
 def test_files_never_get_the_numbers_of_closed_streams(tmp_path: Path) -> None:
-    code = (
-        "import os, sys; from dmkd_fast import cli; cli._open_closed_streams(); "
-        f"file = open({str(tmp_path / 'file')!r}, 'w'); print('message', file=sys.stderr); "
-        "os.write(2, b'from C'); print('result'); file.write(str(file.fileno() > 2))"
-    )
-    command = f'exec {sys.executable} -c "{code}" <&- >&- 2>&-'
+    path, script = tmp_path / "file", tmp_path / "script.py"
+    script.write_text(f"""
+import os, sys
+from dmkd_fast import cli
+
+def verb(_):
+    with open({str(path)!r}, "w") as file:
+        print("message", file=sys.stderr)
+        os.write(2, b"from C")
+        file.write(str(file.fileno() > 2))
+    return {{"top1": 1}}
+
+cli._distill = verb
+sys.exit(cli.main(["distill", "config"]))
+""")
+    command = f"exec {sys.executable} {script} <&- >&- 2>&-"
     assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
-    assert (tmp_path / "file").read_text() == "True"
+    assert path.read_text() == "True"
