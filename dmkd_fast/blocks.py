@@ -168,9 +168,9 @@ class RingBlocks:
             copied = torch.cuda.Event() if images.is_cuda else None
             if copied is not None:
                 copied.record()
-            self._queued.add(number)
             first = self._held().start
             self.writer.submit(functools.partial(self._write, number, copy, copied, first))
+            self._queued.add(number)  # Last: an interrupt before this has it written once more.
 
     def _write(
         self, number: int, images: Tensor, copied: torch.cuda.Event | None, first: int

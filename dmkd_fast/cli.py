@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from dmkd_fast import config as cfg
 from dmkd_fast import durable, ranks, runtime
@@ -34,9 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest
     runtime.keep_freed_memory()
     runtime.make_repeatable()
-    code = _run(options)
-    if ranks.read().world_size > 1:
-        ranks.end_process(code)
+    _open_closed_streams()
+    out, err = _Stream(sys.stdout, "stdout"), _Stream(sys.stderr)
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
+        code = _run(options)
+        if ranks.read().world_size > 1:
+            ranks.end_process(code)
     return code
 
 
@@ -44,15 +49,21 @@ def _run(options: argparse.Namespace) -> int:
     verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
     # What all ranks agree on the first one tells of.
     tells = verb is _generate or ranks.read().is_first
+    result = None
     try:
         if verb in (_evaluate, _pretrain) and (count := ranks.read().world_size) > 1:
             raise cfg.ConfigError(
                 f"torchrun: got {count} ranks, expected one process; run it alone"
             )
         result = verb(options)
+        if result:
+            print(json.dumps(result))
+        sys.stdout.flush()
     except (cfg.ConfigError, durable.SaveError) as error:
         if tells or not ranks.is_agreed(error):
             print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
+        if result:  # stdout would not take it.
+            print(json.dumps(result), file=sys.stderr)
         return 2
     except ranks.Lost as error:
         print(f"dmkd: {error}", file=sys.stderr)
@@ -67,8 +78,6 @@ def _run(options: argparse.Namespace) -> int:
         # `main` ends a rank's process without unwinding it, so Python would not tell of this.
         traceback.print_exc()
         return 1
-    if result:
-        print(json.dumps(result))
     return 0
 
 
@@ -78,6 +87,59 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the line and exit with code 2."""
         self.exit(2, f"dmkd: {cfg.ConfigError(f'{message}; see {self.prog} --help')}\n")
+
+
+class _Stream:
+    """stdout or stderr, where the reader may have gone or the disk may be full.
+
+    After the first error all further output is dropped. For stdout the error is raised as one line;
+    for stderr it is not, because what is printed there is worth less than the run.
+
+    Args:
+        stream: Where to write.
+        name: For the line; None: errors are not raised.
+    """
+
+    def __init__(self, stream: TextIO, name: str | None = None) -> None:
+        self._stream, self._name = stream, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except OSError as error:
+            # What is still buffered would fail again when Python ends.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+            if self._name is not None:
+                raise cfg.ConfigError(
+                    f"{self._name}: cannot write ({error.strerror}); all files are complete, only "
+                    "this output is lost; redirect it elsewhere"
+                ) from None
+
+
+def _open_closed_streams() -> None:
+    """Open stdin, stdout and stderr on /dev/null where the caller has closed them.
+
+    Otherwise files of the run would get their numbers, and messages would be written into them.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -93,6 +93,7 @@ class Distiller:
         # An image that one rank cannot read stops all.
         self._readers = ranks if isinstance(sampler, ImageReader) else ALONE
         self._ahead: tuple[Block, Tensor, Tensor] | None = None
+        self._in_flight = runtime.InFlight(self.device)
         self._cpu_elsewhere_s = 0.0
         self.dtype, self.num_steps, self.step = dtype, schedule.num_steps, 0
         self.learner = Learner(
@@ -132,10 +133,10 @@ class Distiller:
                 )  # A reader's are on the host.
                 self.labels.advance(len(ids))
                 self._ahead = None
-                if metrics is not None:
-                    self._keeper.blocks.append()
-                    self.ring.release()  # They were read, to be copied.
             if metrics is not None:
+                # Not held: this waits for the disk. A checkpoint queues what an interrupt left.
+                self._keeper.blocks.append()
+                self.ring.release()  # They were read, to be copied.
                 self._keeper.save_if_due(self.step, self._state())
             now = time.monotonic()
             if metrics is not None and now - told > 5:
@@ -161,7 +162,7 @@ class Distiller:
             ids, labels = self.labels.peek(self.ring.block_images)
         block = self.ring.reserve()
         try:
-            with self.ring.producing():
+            with self.ring.producing(), self._in_flight.piece():
                 self._phases.at(self.share).sample(ids, labels, out=block.images)
         except BaseException:
             self.ring.abort()
@@ -210,28 +211,19 @@ class Distiller:
         Raises:
             KeyboardInterrupt: After a checkpoint has been written.
             SourceError: Images on disk cannot be read; a checkpoint has been written.
-            NotFiniteError: Nothing was learnt for `max_skipped_steps`, or too many images are
-                broken; a checkpoint as well.
+            NotFiniteError: Nothing was learnt for `max_skipped_steps`, or the logits of test images
+                or too many generated images are not finite; a checkpoint has been written.
             torch.OutOfMemoryError: A checkpoint too, if it could be written.
             SaveError: The last checkpoint could not be written.
             ValueError: `run_dir` holds checkpoints that were not restored.
         """
         self.check_folder()
         durable.make_folder(self.run_dir)
-        metrics, total = self._metrics, self.num_steps * self.schedule.batch_size
+        metrics = self._metrics
+        self._keeper.writer.start()  # An interrupt must not come between its thread and its use.
         try:
             with self._interrupts:
-                self._loop(metrics)
-        except (KeyboardInterrupt, SourceError, NotFiniteError):
-            saved = self._save_last()  # A second signal ends this, and the process, at once.
-            metrics.note(f"interrupted at {self.num_views:,} of {total:,} views; saved {saved}")
-            raise
-        except Exception as error:
-            # Other ranks would have to save with this one, and are elsewhere.
-            if runtime.is_out_of_memory(error) and self._ranks.world_size == 1:
-                self._save_what_is_left()
-            self._keeper.writer.close()
-            raise
+                self._run(metrics)
         finally:
             gc.unfreeze()
             metrics.close()
@@ -239,6 +231,22 @@ class Distiller:
         if self._interrupts.is_pending:  # One of several ranks: it came during the last save.
             raise KeyboardInterrupt
         return self.totals()
+
+    def _run(self, metrics: Metrics) -> None:
+        """The loop, and the checkpoint that follows when something ends it early."""
+        total = self.num_steps * self.schedule.batch_size
+        try:
+            self._loop(metrics)
+        except (KeyboardInterrupt, SourceError, NotFiniteError):
+            saved = self._save_last()  # A second signal ends this at once.
+            metrics.note(f"interrupted at {self.num_views:,} of {total:,} views; saved {saved}")
+            raise
+        except Exception as error:
+            # Saving is collective, and the other ranks have not reached it.
+            if runtime.is_out_of_memory(error) and self._ranks.world_size == 1:
+                self._save_what_is_left()
+            self._keeper.writer.close()
+            raise
 
     @property
     def num_views(self) -> int:
@@ -341,6 +349,7 @@ class Distiller:
                 self.average.module, batches, input=wanted, num_classes=num_classes
             )
         scores.sums = ranks.total(scores.sums)
+        evaluate.check_trained(scores)
         return {"top1": scores.result()["top1"]}
 
     def totals(self) -> dict[str, Any]:

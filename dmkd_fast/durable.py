@@ -8,12 +8,15 @@ through `os` here, so that tests can stop or fail each single call.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import logging
 import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -30,18 +33,59 @@ class SaveError(ValueError):
     """Something could not be written; what was there before is as it was."""
 
 
+@contextlib.contextmanager
+def locked(path: Path, *, wait_s: float = 0) -> Iterator[bool]:
+    """Hold a lock file; yields False if another process holds it.
+
+    The kernel releases the lock when the process ends, however it ends.
+
+    Args:
+        path: Lock file; it is made if it is missing, and never deleted.
+        wait_s: Seconds to wait for another process that is about to end.
+    """
+    end = time.monotonic() + wait_s
+    with path.open("w") as file:
+        while not (is_ours := _lock(file.fileno(), path)) and time.monotonic() < end:
+            time.sleep(0.1)
+        yield is_ours
+
+
+def _lock(handle: int, path: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logging.getLogger("dmkd_fast").warning(
+            "%s: this file system cannot lock files (%s); start only one process on %s",
+            path, error.strerror, path.parent,
+        )  # fmt: skip
+    return True
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Make an OSError inside say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
     """Write a file and wait until its bytes are on disk; returns its SHA-256."""
     digest = hashlib.sha256()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        for part in parts:
-            for start in range(0, len(part), CHUNK_BYTES):
-                rest = part[start : start + CHUNK_BYTES]
-                digest.update(rest)
-                while len(rest):
-                    rest = rest[os.write(handle, rest) :]
-        os.fsync(handle)
+        with _named(path):
+            for part in parts:
+                for start in range(0, len(part), CHUNK_BYTES):
+                    rest = part[start : start + CHUNK_BYTES]
+                    digest.update(rest)
+                    while len(rest):
+                        rest = rest[os.write(handle, rest) :]
+            os.fsync(handle)
     finally:
         os.close(handle)
     return digest.hexdigest()
@@ -60,6 +104,27 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> str:
         discard(partial)
         raise
     return digest
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Fill a folder under a hidden name; it gets its name, in place of an older one, when whole.
+
+    A crash leaves the old folder, the new one, or none.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    discard(partial)
+    make_folder(partial)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        if final.exists():
+            discard(hide(final, "old"))
+        publish(partial, final)
+    except BaseException:
+        discard(partial)
+        raise
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -102,7 +167,8 @@ def sync(path: Path) -> None:
     """Wait until a file's bytes, or the names in a folder, are on disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(handle)
+        with _named(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -118,14 +184,14 @@ def make_folder(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file, or a folder of files, if it is there and if that can be done.
+    """Delete a file or a folder, if it is there and if that can be done.
 
     Visible folders go through `hide` first, or a crash might leave half of one.
     """
     try:
         if path.is_dir():
             for item in path.iterdir():
-                os.unlink(item)
+                discard(item)
             os.rmdir(path)
         else:
             os.unlink(path)
@@ -156,13 +222,17 @@ class Writer:
         self._jobs = queue.Queue(max_waiting)
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Queue a job; its result or exception is in the future returned."""
+    def start(self) -> None:
+        """Start the thread, unless it runs."""
         if self._thread is None:
             # A daemon: a second Ctrl-C must not wait for a disk that hangs. What it had begun has
             # not got its name yet.
             self._thread = threading.Thread(target=self._run, name="dmkd-writer", daemon=True)
             self._thread.start()
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Queue a job; its result or exception is in the future returned."""
+        self.start()
         future: Future[T] = Future()
         self._jobs.put((job, future))  # type: ignore[arg-type]
         return future

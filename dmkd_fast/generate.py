@@ -142,7 +142,7 @@ def _prepare(
             "set sampler.phases=[], or make a directory for each phase"
         )
     config = job.resolve(config, ranks.read())
-    device = torch.device(config.device)
+    device = runtime.resolve_device(config.device)
     denoiser = origin.load_denoiser(config.denoiser, device)
     config = origin.resolve_sampler(config, denoiser)
     assert config.denoiser is not None

@@ -18,17 +18,18 @@ from torch import nn
 from dmkd_fast import (
     classifiers,
     denoisers,
+    durable,
     memory,
     models,
     origin,
-    pictures,
+    results,
     run_dir,
     runtime,
 )
 from dmkd_fast import config as cfg
 from dmkd_fast.distill import Distiller
-from dmkd_fast.evaluation import STUDENT, evaluate_run, open_test_set
-from dmkd_fast.image_reader import ImageReader, SourceError
+from dmkd_fast.evaluation import open_test_set
+from dmkd_fast.image_reader import SourceError
 from dmkd_fast.image_sets import EncodedSet, ImageSet
 from dmkd_fast.limiter import slots_for
 from dmkd_fast.mix import Mixer
@@ -36,8 +37,6 @@ from dmkd_fast.ranks import ALONE, Ranks, use_device
 from dmkd_fast.ring_buffer import RingBuffer
 from dmkd_fast.schedule import Schedule
 from dmkd_fast.views import Views
-
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +58,8 @@ def resolve(config: cfg.DistillConfig, ranks: Ranks = ALONE) -> cfg.DistillConfi
         ConfigError: The machine does not have what was asked for.
     """
     with cfg.user_errors():
+        use_device(ranks, config.device)
         device = runtime.resolve_device(config.device)
-        use_device(ranks, device)
         dtype = runtime.resolve_dtype(config.dtype, device)
         first, *more = (classifiers.pinned(teacher) for teacher in config.teachers.values())
         if config.ring.overlap and device.type != "cuda":
@@ -95,8 +94,8 @@ def load_parts(config: cfg.DistillConfig) -> Parts:
     Raises:
         ConfigError: A file is missing or damaged, or parts do not fit together.
     """
-    device = torch.device(config.device)
     with cfg.user_errors():
+        device = runtime.resolve_device(config.device)
         teachers = classifiers.load_teachers(
             config.teachers, temperature=config.loss.temperature, device=device
         )
@@ -175,7 +174,7 @@ def build(
     config: cfg.DistillConfig, parts: Parts, *, show: bool = True, ranks: Ranks = ALONE
 ) -> Distiller:
     """Assemble a resolved config and its parts."""
-    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    device, dtype = runtime.resolve_device(config.device), getattr(torch, config.dtype)
     part = share(config, ranks).ring
     if ranks.world_size > 1:
         # Each rank has dropout of its own, and the same one after a restart.
@@ -263,53 +262,43 @@ def _run(
     distiller = build(config, parts, show=show, ranks=ranks)
     distiller.clock = clock  # Loading counts as part of the run.
     folder = Path(config.run_dir)
-    if resume and run_dir.has_checkpoint(folder):
-        with cfg.user_errors():
-            restored = distiller.restore()
-        for note in restored.notes:
-            print(note, file=sys.stderr)
-    with ranks.agreed(cfg.ConfigError):
-        with cfg.user_errors():
+    with ranks.agreed(cfg.ConfigError), cfg.user_errors():
+        if not resume:  # Before anything is written.
             distiller.check_folder()
-        if ranks.is_first and resume:
-            run_dir.mark(folder, ranks.launch)
-        elif ranks.is_first:
-            run_dir.claim(config, launch=ranks.launch)
-    if show:
-        print(origin.describe(config, parts.origin), file=sys.stderr)
-        print(f"teacher: weights under licence {parts.teachers.licence}", file=sys.stderr)
+    with run_dir.locked(folder, ranks=ranks):
+        if resume and run_dir.has_checkpoint(folder):
+            with cfg.user_errors():
+                restored = distiller.restore()
+            for note in restored.notes:
+                print(note, file=sys.stderr)
+        with ranks.agreed(cfg.ConfigError):
+            with cfg.user_errors():
+                distiller.check_folder()
+            if ranks.is_first and resume:
+                run_dir.mark(folder, ranks.launch)
+            elif ranks.is_first:
+                run_dir.claim(config, launch=ranks.launch)
+        if show:
+            print(origin.describe(config, parts.origin), file=sys.stderr)
+            print(f"teacher: weights under licence {parts.teachers.licence}", file=sys.stderr)
+        _fit(distiller, folder, ranks)
+        return results.write(distiller, config, parts) if ranks.is_first else {}
+
+
+def _fit(distiller: Distiller, folder: Path, ranks: Ranks) -> None:
+    """Train; after a stop, print how to go on."""
     try:
         distiller.fit()
     except BaseException as stop:
-        is_known = isinstance(stop, KeyboardInterrupt | SourceError | runtime.NotFiniteError)
+        is_known = isinstance(
+            stop, KeyboardInterrupt | SourceError | runtime.NotFiniteError | durable.SaveError
+        )
         is_known |= runtime.is_out_of_memory(stop)
         if is_known and ranks.is_first and run_dir.has_checkpoint(folder):
-            before = "torchrun (as before) " if ranks.world_size > 1 else ""
-            where = folder / run_dir.CONFIG
-            print(f"to go on: {before}dmkd distill {where} --resume", file=sys.stderr)
+            print(f"to go on: {run_dir.resume_command(folder, ranks)}", file=sys.stderr)
         if isinstance(stop, SourceError | runtime.NotFiniteError):
             raise cfg.ConfigError(str(stop)) from None
         raise
-    if not ranks.is_first:
-        return {}
-
-    with cfg.user_errors():
-        (folder / STUDENT).mkdir(exist_ok=True)
-        models.save_classifier(distiller.average.module, parts.student_spec, folder / STUDENT)
-        scores = evaluate_run(folder).scores
-        _draw(distiller, parts, folder, scores["teacher_top1"])
-        summary = {
-            **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
-            **distiller.totals(),
-            "denoiser_licence": parts.origin.licence,
-            "teacher_licence": parts.teachers.licence,
-            "run_dir": str(folder),
-        }
-        if isinstance(distiller.labels, ImageReader):
-            summary["waited_s"] = round(sum(distiller.labels.waits), 1)
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        _write_card(folder, config, parts, summary)
-    return summary
 
 
 def _place(
@@ -327,6 +316,8 @@ def _place(
             if ours is not None:
                 config, resume = ours, True
             config = run_dir.find(config) if resume else run_dir.name_new(config)
+            if not resume:
+                run_dir.check_new(config)
             answer = json.dumps([config.run_dir, resume])
     place, resume = json.loads(ranks.gather(answer)[0])
     return config.model_copy(update={"run_dir": place}), resume
@@ -350,35 +341,3 @@ def check_fit(
                     f"{what}: {whose} has {made}, {section}.path has {judged}, eval.path has "
                     f"{tested}, expected the same; change the one that is off"
                 )
-
-
-def _draw(distiller: Distiller, parts: Parts, folder: Path, teacher_top1: float) -> None:
-    """samples.png from the ring and curves.png from the statistics."""
-    ring, names = distiller.ring, parts.test_set.class_names
-    filled = ring.labels[: ring.num_filled]
-    chosen = [(filled == label).nonzero()[:10, 0] for label in range(len(names))]
-    if all(len(slots) == 10 for slots in chosen):
-        pictures.grid(ring.images[torch.cat(chosen)], names, folder / "samples.png")
-    pictures.curves(folder / "stats.jsonl", folder / "curves.png", teacher_top1=teacher_top1)
-
-
-def _write_card(
-    folder: Path, config: cfg.DistillConfig, parts: Parts, summary: dict[str, Any]
-) -> None:
-    """README.md beside the student's weights."""
-    spec = parts.student_spec
-    judges = ", ".join(f"`{t.path or t.arch}`" for t in config.teachers.values())
-    rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
-    text = (
-        f"---\nlibrary_name: dmkd_fast\ntags: [knowledge-distillation, synthetic-data]\n---\n"
-        f"# {spec.architecture} distilled from generated images\n\n"
-        f"Teacher {judges}, images from {origin.sentence(config)} "
-        "Accuracies are shares of the real test set, which decided nothing.\n\n"
-        f"| figure | value |\n|---|---|\n{rows}\n\n"
-        "```python\nfrom pathlib import Path\nimport torch\n"
-        "from dmkd_fast import load_classifier\n\n"
-        'model, spec = load_classifier(Path("."), torch.device("cpu"))\n```\n'
-        f"Inputs: {spec.in_chans} x {spec.input_size} x {spec.input_size}, pixels in [0, 1] "
-        f"normalised with mean {list(spec.mean)} and std {list(spec.std)}.\n"
-    )
-    (folder / STUDENT / "README.md").write_text(text, encoding="utf-8")

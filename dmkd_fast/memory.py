@@ -113,7 +113,7 @@ def check(config: cfg.DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
         ConfigError: The one asked for does not.
     """
     parts_plan = plan(config, parts)
-    have = runtime.available_bytes(torch.device(config.device))
+    have = runtime.available_bytes(runtime.resolve_device(config.device))
     if config.device == "cpu":
         have //= ranks.local_world_size
     # Models and test images are loaded by now; what is still to come has to fit.
@@ -181,7 +181,7 @@ def explained(config: cfg.DistillConfig, parts: Parts | None = None) -> Iterator
     Raises:
         ConfigError: The device's or the host's memory is used up.
     """
-    have = runtime.available_bytes(torch.device(config.device))
+    have = runtime.available_bytes(runtime.resolve_device(config.device))
     try:
         yield
     except Exception as error:

@@ -69,11 +69,12 @@ class Metrics:
             self._stats = (self._folder / "stats.jsonl").open("ab", buffering=0)
             self._written = min(self._written, self._stats.tell())
             self._stats.truncate(self._written)
+            self._board = SummaryWriter(str(self._folder), purge_step=views + 1 if views else None)
         except OSError as error:
             raise durable.SaveError(
-                f"{self._folder}: cannot write stats.jsonl ({error.strerror}); mend the folder"
+                f"{self._folder}: cannot write statistics ({error.strerror or error}); free space "
+                "or fix the folder"
             ) from None
-        self._board = SummaryWriter(str(self._folder), purge_step=views + 1 if views else None)
         self._start = time.perf_counter() - wall_s_before
         self._last = {"views": float(views), **totals}
         self._first_views, self._first_time = views, time.perf_counter()
@@ -136,22 +137,25 @@ class Metrics:
         except OSError as error:  # Rows are worth less than the run.
             self.note(f"statistics: not written ({error.strerror or error}); the run goes on")
         if self._show:
-            self._report(row)
+            with contextlib.suppress(OSError):
+                self._report(row)
         return row
 
     def note(self, text: str) -> None:
         """Print one line beside the progress."""
         if not self._show:
             return
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # The terminal may be closed, and the run goes on.
+            if self._bar is not None:
+                self._bar.console.print(text, highlight=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the progress and close the files."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
             self._bar = None
         if self._stats is not None:
             self._stats.close()

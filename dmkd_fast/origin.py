@@ -61,7 +61,7 @@ def resolve_sampler(config: cfg.DistillConfig, denoiser: denoisers.Denoiser) -> 
     )
     if isinstance(denoiser.module, LeanDiT):
         name = denoiser.module.choose_attention(
-            name, device=torch.device(config.device), dtype=getattr(torch, config.dtype)
+            name, device=runtime.resolve_device(config.device), dtype=getattr(torch, config.dtype)
         )
     elif name not in ("auto", "sdpa"):
         raise ValueError(
@@ -89,7 +89,8 @@ def make_sampler(
         guidance_interval=sampling.guidance_interval,
         guidance_channels=sampling.guidance_channels,
         micro_batch_images=sampling.micro_batch_images, dtype=getattr(torch, config.dtype),
-        device=torch.device(config.device), seed=config.seed, compile=sampling.compile is True,
+        device=runtime.resolve_device(config.device), seed=config.seed,
+        compile=sampling.compile is True,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Stands on floor 2. matplotlib draws off screen and is imported on first use.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dmkd_fast import durable
 
 
 def grid(images: Tensor, class_names: Sequence[str], path: Path) -> None:
@@ -87,5 +90,7 @@ def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
+    durable.replace(path, [file.getvalue()])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dmkd_fast import (
@@ -114,25 +115,44 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
             logits.float(), real.train.labels[indices], label_smoothing=config.label_smoothing
         )
 
-    folder = Path(config.run_dir) if resume else run_dir.claim(config)
-    average, facts = train(config, model, loss_of, len(real.train.labels), folder, resume, dtype)
-    final = average.module
-    for name, part in (("held_out_top1", real.held_out), ("test_top1", real.test)):
-        scores = evaluate.measure(
-            final, part.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
+    with run_dir.opened(config, resume=resume) as folder:
+        average, facts = train(
+            config, model, loss_of, len(real.train.labels), folder, resume, dtype
         )
-        facts[name] = scores.result()["top1"]
-    target = folder / "model"
-    target.mkdir(exist_ok=True)
-    models.save_classifier(final, spec, target)
-    write_card(
-        target,
-        f"{config.name}: {spec.architecture}",
-        "pretrain teacher CONFIG --data DIR",
-        config,
-        facts,
-    )
+        final = average.module
+        for name, part in (("held_out_top1", real.held_out), ("test_top1", real.test)):
+            scores = evaluate.measure(
+                final, part.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
+            )
+            try:
+                evaluate.check_trained(scores)
+            except runtime.NotFiniteError as error:
+                raise cfg.ConfigError(str(error)) from None
+            facts[name] = scores.result()["top1"]
+        with results(folder) as target:
+            models.save_classifier(final, spec, target)
+            title = f"{config.name}: {spec.architecture}"
+            write_card(target, title, "pretrain teacher CONFIG --data DIR", config, facts)
     return facts
+
+
+@contextlib.contextmanager
+def results(folder: Path) -> Iterator[Path]:
+    """The folder `model` of a finished run; it gets its name when all of it is on disk.
+
+    Raises:
+        ConfigError: It cannot be written; the last checkpoint holds the trained model.
+    """
+    try:
+        with durable.new_folder(folder / "model") as partial:
+            yield partial
+    except (OSError, SafetensorError) as error:
+        path = getattr(error, "filename", None) or folder / "model"
+        reason = getattr(error, "strerror", None) or error
+        raise cfg.ConfigError(
+            f"{path}: cannot write ({reason}); training is finished and saved; free space or fix "
+            "the folder, then run it again with --resume"
+        ) from None
 
 
 def train(
@@ -181,45 +201,49 @@ def train(
     model.train()
     try:
         with interrupts:
-            for step, indices, uses in _batches(num_examples, batch, first, num_steps, config.seed):
-                if before_step is not None:
-                    before_step(uses)
-                # The first step compiles; nothing is lost if it is interrupted.
-                with interrupts.held() if step > first else contextlib.nullcontext():
-                    # Seeded per step, a resumed run draws what an uninterrupted one would have.
-                    torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)
-                    learner.start(schedule.lr_at(step))
-                    parts = zip(
-                        indices.to(device).split(schedule.micro_batch),
-                        uses.to(device).split(schedule.micro_batch), strict=True,
-                    )  # fmt: skip
-                    losses = [
-                        learner.backward(loss_of(*part) / schedule.accumulate) for part in parts
-                    ]
-                    learner.finish()
-                    done = step + 1
-                    metrics.add("loss", sum(losses[1:], losses[0]))
-                    if done % train.log_every_steps == 0 or done == num_steps:
-                        row = metrics.flush(
-                            views=done * batch, lr=schedule.lr_at(step), counts=learner.counts()
-                        )
-                        learner.check(row["skipped_in_a_row"])
-                if time.monotonic() - last_saved > train.checkpoint_every_s:
-                    with interrupts.held():
-                        try:
-                            checkpoint.save(checkpoints, done, saved)
-                        except durable.SaveError as error:
-                            metrics.note(str(error))
-                    last_saved = time.monotonic()
-        checkpoint.save(checkpoints, num_steps, saved)
-    except KeyboardInterrupt:
-        if done > first:
-            path = checkpoint.save(checkpoints, done, saved)
-            metrics.note(f"interrupted; saved {path}; to go on, add run_dir={folder} --resume")
-        raise
-    except runtime.NotFiniteError as error:
-        path = checkpoint.save(checkpoints, done, saved)
-        raise cfg.ConfigError(f"{error}; saved {path}") from None
+            try:
+                for step, indices, uses in _batches(
+                    num_examples, batch, first, num_steps, config.seed
+                ):
+                    if before_step is not None:
+                        before_step(uses)
+                    # The first step compiles; nothing is lost if it is interrupted.
+                    with interrupts.held() if step > first else contextlib.nullcontext():
+                        # Seeded per step, a resumed run draws what an uninterrupted one would have.
+                        torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)
+                        learner.start(schedule.lr_at(step))
+                        parts = zip(
+                            indices.to(device).split(schedule.micro_batch),
+                            uses.to(device).split(schedule.micro_batch), strict=True,
+                        )  # fmt: skip
+                        losses = [
+                            learner.backward(loss_of(*part) / schedule.accumulate) for part in parts
+                        ]
+                        learner.finish()
+                        done = step + 1
+                        metrics.add("loss", sum(losses[1:], losses[0]))
+                        if done % train.log_every_steps == 0 or done == num_steps:
+                            row = metrics.flush(
+                                views=done * batch, lr=schedule.lr_at(step), counts=learner.counts()
+                            )
+                            learner.check(row["skipped_in_a_row"])
+                    if time.monotonic() - last_saved > train.checkpoint_every_s:
+                        with interrupts.held():
+                            try:
+                                checkpoint.save(checkpoints, done, saved)
+                            except durable.SaveError as error:
+                                metrics.note(str(error))
+                        last_saved = time.monotonic()
+                checkpoint.save(checkpoints, num_steps, saved)
+            except KeyboardInterrupt:
+                if done > first:
+                    path = checkpoint.save(checkpoints, done, saved)
+                    metrics.note(f"interrupted; saved {path}")
+                    metrics.note(f"to go on, add run_dir={folder} --resume")
+                raise
+            except runtime.NotFiniteError as error:
+                path = checkpoint.save(checkpoints, done, saved)
+                raise cfg.ConfigError(f"{error}; saved {path}") from None
     finally:
         metrics.close()
     facts = {
@@ -254,6 +278,8 @@ def _batches(
 def prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:
     """The settings of the run (the saved ones on resume), its device and dtype."""
     config = run_dir.find(config) if resume else run_dir.name_new(config)
+    if not resume:
+        run_dir.check_new(config)
     runtime.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     with cfg.user_errors():

@@ -29,6 +29,7 @@ from dmkd_fast.pretrain import (
     less_memory,
     load_real,
     prepare,
+    results,
     train,
     write_card,
 )
@@ -70,19 +71,19 @@ def denoiser(
         labels = drop_labels(real.train.labels[indices], num_classes, config.label_dropout)
         return flow_loss(forward, real.train.images[indices], labels, device, dtype)
 
-    folder = Path(config.run_dir) if resume else run_dir.claim(config)
-    average, facts = train(config, model, loss_of, len(real.train.labels), folder, resume, dtype)
-    torch.manual_seed(config.seed)
-    facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, device, dtype)
-    target = folder / "model"
-    target.mkdir(exist_ok=True)
-    denoisers.save_denoiser(average.module.dit, FLOW, target)
-    grids = _sample_grids(target, num_classes, device)
-    for scale, images in grids.items():
-        pictures.grid(images, real.train.class_names, target / f"samples_guidance_{scale:g}.png")
-    write_card(
-        target, f"{config.name}: pixel DiT", "pretrain denoiser CONFIG --data DIR", config, facts
-    )
+    with run_dir.opened(config, resume=resume) as folder:
+        average, facts = train(
+            config, model, loss_of, len(real.train.labels), folder, resume, dtype
+        )
+        torch.manual_seed(config.seed)
+        facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, device, dtype)
+        with results(folder) as target:
+            denoisers.save_denoiser(average.module.dit, FLOW, target)
+            for scale, images in _sample_grids(target, num_classes, device).items():
+                path = target / f"samples_guidance_{scale:g}.png"
+                pictures.grid(images, real.train.class_names, path)
+            title = f"{config.name}: pixel DiT"
+            write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
     return facts
 
 
@@ -163,24 +164,24 @@ def fewstep(config: cfg.PretrainFewstepConfig, *, resume: bool = False) -> dict[
             predicted = forward(states, timesteps, labels)
         return nn.functional.mse_loss(predicted.float(), velocity)
 
-    folder = Path(config.run_dir) if resume else run_dir.claim(config)
-    average, facts = train(
-        config, model, loss_of, config.pool_images * config.num_steps, folder, resume, dtype,
-        before_step=lambda uses: pool.make(int(uses[0]) // config.reuse),
-    )  # fmt: skip
-    target = folder / "model"
-    target.mkdir(exist_ok=True)
-    scheduler = {
-        **start.scheduler,
-        "distilled_steps": config.num_steps,
-        "distilled_guidance_scale": config.sampler.guidance_scale,
-    }
-    denoisers.save_denoiser(average.module.dit, scheduler, target)
-    facts |= _compare(target, pool, start, config, device)
-    write_card(
-        target, f"{config.name}: {config.num_steps}-step pixel DiT", "pretrain fewstep CONFIG",
-        config, facts, source=f"trajectories of `{config.denoiser.path}`",
-    )  # fmt: skip
+    with run_dir.opened(config, resume=resume) as folder:
+        average, facts = train(
+            config, model, loss_of, config.pool_images * config.num_steps, folder, resume, dtype,
+            before_step=lambda uses: pool.make(int(uses[0]) // config.reuse),
+        )  # fmt: skip
+        scheduler = {
+            **start.scheduler,
+            "distilled_steps": config.num_steps,
+            "distilled_guidance_scale": config.sampler.guidance_scale,
+        }
+        with results(folder) as target:
+            denoisers.save_denoiser(average.module.dit, scheduler, target)
+            facts |= _compare(target, pool, start, config, device)
+            write_card(
+                target, f"{config.name}: {config.num_steps}-step pixel DiT",
+                "pretrain fewstep CONFIG", config, facts,
+                source=f"trajectories of `{config.denoiser.path}`",
+            )  # fmt: skip
     return facts
 
 
@@ -213,6 +214,7 @@ class Pool:
         self._states = self._states.to(device)
         self._labels = torch.empty(self.size, dtype=torch.int64, device=device)
         self._number: int | None = None
+        self._in_flight = runtime.InFlight(device)
 
     def make(self, number: int) -> None:
         """Fill the pool with the trajectories of pool `number`, unless they are there already."""
@@ -224,7 +226,8 @@ class Pool:
         size = self.sampler.micro_batch_images
         for first in range(0, self.size, size):
             part = slice(first, first + size)
-            self._states[:, part] = self.trajectories(ids[part], self._labels[part])
+            with self._in_flight.piece():
+                self._states[:, part] = self.trajectories(ids[part], self._labels[part])
         self._number = number
 
     def trajectories(self, ids: Tensor, labels: Tensor) -> Tensor:

@@ -259,13 +259,17 @@ def is_agreed(error: BaseException | None) -> bool:
     return error is not None
 
 
-def use_device(ranks: Ranks, device: torch.device) -> None:
-    """Make `cuda` mean the device of this rank.
+def use_device(ranks: Ranks, name: str) -> None:
+    """Make the CUDA device of this rank the current one, before `runtime.resolve_device`.
+
+    Args:
+        ranks: This process among those of its machine.
+        name: Setting: auto, cpu or cuda.
 
     Raises:
         ValueError: There are fewer devices than ranks.
     """
-    if device.type == "cuda" and ranks.local_world_size > 1:
+    if name != "cpu" and ranks.local_world_size > 1 and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if ranks.local_world_size > count:
             raise ValueError(

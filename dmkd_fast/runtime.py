@@ -16,6 +16,7 @@ import shutil
 import signal
 import sysconfig
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,14 +35,18 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def resolve_device(name: Device) -> torch.device:
     """Turn `auto` into `cuda` where there is one, else `cpu`.
 
+    A CUDA device has the index of the current one: libraries such as DALI take a device without
+    index for the first, whatever the current one is.
+
     Raises:
         ValueError: `cuda` was asked for and there is none.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    has_cuda = torch.cuda.is_available()
+    if name == "cpu" or (name == "auto" and not has_cuda):
+        return torch.device("cpu")
+    if not has_cuda:
         raise ValueError("device: got cuda, but no CUDA device is visible; set device=cpu or auto")
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -211,21 +216,52 @@ class Generators:
         random.setstate((version, tuple(keys), gauss))
 
 
+class InFlight:
+    """Keeps the host at most `most` pieces of work ahead of a CUDA device.
+
+    Without a limit a signal that arrives during a long fill of the ring could not be served before
+    the device has done all that is queued. Does nothing on a CPU.
+    """
+
+    def __init__(self, device: torch.device, *, most: int = 2) -> None:
+        self._device, self._most = device, most
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    @contextmanager
+    def piece(self) -> Iterator[None]:
+        """Queue one piece of work on the current stream, once fewer than `most` are unfinished."""
+        if self._device.type != "cuda":
+            yield
+            return
+        while len(self._ends) >= self._most:
+            self._ends[0].synchronize()
+            self._ends.popleft()
+        yield
+        end = torch.cuda.Event(blocking=True)  # Waiting for it leaves the core to others.
+        end.record()
+        self._ends.append(end)
+
+
 class Interrupts:
-    """Turns Ctrl-C and SIGTERM into KeyboardInterrupt, but never inside `held`.
+    """Turns Ctrl-C, SIGTERM and SIGHUP into KeyboardInterrupt, but never inside `held`.
 
     Work that must not be torn (an optimizer step, a commit) is held: the signal waits until it is
-    done. Everything else is interrupted at once. Use as a context manager in the main thread.
+    done. Everything else is interrupted at once. A second Ctrl-C or SIGTERM ends what the first one
+    began, such as a last checkpoint: by KeyboardInterrupt, or where that may not be raised, by
+    ending the process. A second SIGHUP is ignored, because a terminal that closes may send two.
+    SIGHUP stays ignored in a process started by nohup. Use as a context manager in the main thread.
 
     Args:
         only_noted: Never raise, but set `is_pending`: one of several ranks must not leave the
-            others waiting for it. A second signal ends the process.
+            others waiting for it. torchrun repeats a signal to its ranks, so one that arrives less
+            than a second after the first is not a second one.
     """
 
     def __init__(self, *, only_noted: bool = False) -> None:
         self._only_noted = only_noted
         self._is_held = False
         self._is_pending = False
+        self._first_at: float | None = None
         self._previous: dict[int, object] = {}
 
     @property
@@ -234,8 +270,10 @@ class Interrupts:
         return self._is_pending
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        self._first_at = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -258,12 +296,15 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._only_noted:
+        now, first = time.monotonic(), self._first_at
+        if first is None:
+            self._first_at = now
+        elif number == signal.SIGHUP or (self._only_noted and now - first < 1):
+            return
+        if self._only_noted or self._is_held:
             if self._is_pending:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
-            self._is_pending = True
-        elif self._is_held:
             self._is_pending = True
         else:
             raise KeyboardInterrupt

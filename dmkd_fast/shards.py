@@ -14,7 +14,6 @@ Nothing is ever extracted from a tar: members are byte ranges, checked against t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -23,7 +22,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from pydantic import Field, PositiveInt, ValidationError
@@ -166,8 +165,8 @@ def locked(folder: Path, part: str) -> Iterator[None]:
     Raises:
         ValueError: Another job holds it.
     """
-    with (folder / f".{part}.lock").open("w") as lock:
-        if not _lock(lock):
+    with durable.locked(folder / f".{part}.lock") as is_ours:
+        if not is_ours:
             raise ValueError(
                 f"--shard: another job makes part {part} of {folder} now; wait for it or give "
                 "another part"
@@ -351,14 +350,3 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{name}.{key}".lstrip("."))
     else:
         yield name.removeprefix("settings."), value
-
-
-def _lock(file: TextIO) -> bool:
-    """Lock an open file; False if somebody else has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # A file system without locks: nothing is promised about doubled jobs there.
-        return True
-    return True

@@ -23,16 +23,16 @@ FLOORS = {
         ops.views ops.views_triton""",
         """sampler image_reader ring_buffer views mix labels models teachers denoisers learner
         image_sets evaluate metrics pictures blocks checkpoint""",
-        """distill phases keeper supervision job memory origin classifiers evaluation generate
-        pretrain pretrain_diffusion""",
+        """distill phases keeper supervision job results memory origin classifiers evaluation
+        generate pretrain pretrain_diffusion""",
         """cli""",
     ))
     for name in names.split()
 }  # fmt: skip
 # Floor 3 is where settings end; `run_dir` is about settings itself.
 MAY_SEE_CONFIG = {
-    "run_dir", "job", "memory", "origin", "classifiers", "evaluation", "generate", "pretrain",
-    "pretrain_diffusion", "cli",
+    "run_dir", "job", "results", "memory", "origin", "classifiers", "evaluation", "generate",
+    "pretrain", "pretrain_diffusion", "cli",
 }  # fmt: skip
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import fit_until
+from conftest import CONFIG, SHORT, fit_until
 
-from dmkd_fast import Distiller
+from dmkd_fast import Distiller, ImageSet, cli, measure, runtime
+from dmkd_fast.runtime import NotFiniteError
 
 Make = Callable[..., Distiller]
 
@@ -114,8 +117,6 @@ def test_reuse_is_what_was_asked_for(make_distiller: Make) -> None:
 
 
 def test_statistics_tell_the_run(make_distiller: Make) -> None:
-    import json
-
     distiller = make_distiller()
     distiller.fit()
     rows = [json.loads(r) for r in (distiller.run_dir / "stats.jsonl").read_text().splitlines()]
@@ -130,3 +131,106 @@ def test_statistics_tell_the_run(make_distiller: Make) -> None:
     made = last["images"]
     assert last["retired_uses"] * (made - 64) + held * 64 == pytest.approx(640, rel=1e-3)
     assert list(distiller.run_dir.glob("events.out.tfevents*"))
+
+
+def noise_set(count: int = 50) -> ImageSet:
+    generator = torch.Generator().manual_seed(1)
+    return ImageSet(
+        images=torch.randint(0, 256, (count, 1, 8, 8), generator=generator).to(torch.uint8),
+        labels=torch.randint(0, 4, (count,), generator=generator), class_names=tuple("abcd"),
+    )  # fmt: skip
+
+
+def rows_of(distiller: Distiller) -> list[dict[str, Any]]:
+    path = distiller.run_dir / "stats.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_averaged_student_is_scored_at_equal_distances_the_last_step_included(
+    make_distiller: Make,
+) -> None:
+    test_set = noise_set(400)
+    distiller = make_distiller(
+        test_set=test_set, num_evaluations=3, ema_decay=0.99, log_every_steps=7, lr=1e-2
+    )
+    distiller.fit()
+    scored = [row for row in rows_of(distiller) if "top1" in row]
+    assert [row["views"] for row in scored] == [16 * step for step in (13, 26, 40)]
+    spec = distiller._supervision.input
+    top1 = {}
+    for name, network in (("average", distiller.average.module), ("last", distiller.student)):
+        found = measure(network, test_set.batches([spec]), input=spec, num_classes=4)
+        top1[name] = found.result()["top1"]
+    assert scored[-1]["top1"] == top1["average"] != top1["last"]
+
+
+@pytest.mark.parametrize("num_views", [160, 640])
+def test_a_student_that_diverges_ends_the_run_with_a_checkpoint(
+    make_distiller: Make, num_views: int
+) -> None:
+    settings = {"test_set": noise_set(), "lr": 1e30, "num_views": num_views, "warmup": 0.0}
+    distiller = make_distiller(**settings)
+    with pytest.raises(NotFiniteError, match="not finite"):
+        distiller.fit()
+    again = make_distiller(run_dir=distiller.run_dir, **settings)
+    assert again.restore() == (distiller.step, [])
+    with pytest.raises(NotFiniteError, match="not finite"):  # It has not become a student.
+        again.fit()
+
+
+class FakeEvent:
+    """Stands for torch.cuda.Event: which blocks the host has waited for."""
+
+    recorded: ClassVar[list[FakeEvent]] = []
+    waited: ClassVar[list[FakeEvent]] = []
+
+    def __init__(self, *, blocking: bool) -> None:
+        assert blocking  # A host that spins would take a core for the whole fill.
+
+    def record(self) -> None:
+        self.recorded.append(self)
+
+    def synchronize(self) -> None:
+        self.waited.append(self)
+
+
+def test_the_host_is_at_most_two_blocks_ahead_of_a_gpu(
+    make_distiller: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distiller = make_distiller()
+    distiller._in_flight = runtime.InFlight(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    FakeEvent.recorded, FakeEvent.waited = [], []
+    sample, ahead = distiller.sampler.sample, []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        ahead.append(len(FakeEvent.recorded) - len(FakeEvent.waited))
+        return sample(*args, **kwargs)
+
+    distiller.sampler.sample = counted  # type: ignore[method-assign]
+    for _ in range(20):
+        distiller.refill()
+        distiller.train_step()
+    assert len(ahead) > 4 and ahead[:2] == [0, 1] and set(ahead[2:]) == {1}
+    assert FakeEvent.waited == FakeEvent.recorded[:-2]
+
+
+def test_a_cpu_never_waits_for_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", None)
+    in_flight = runtime.InFlight(torch.device("cpu"))
+    for _ in range(5):
+        with in_flight.piece():
+            pass
+
+
+@pytest.mark.parametrize("changes", [["optim.lr=1e30"], ["optim={name: sgd, lr: 1.0e+30}"]])
+def test_the_command_ends_a_diverged_run_in_one_line_with_a_checkpoint(
+    changes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["distill", CONFIG, *SHORT, *changes, f"run_dir={run}"]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("dmkd: ")]
+    assert captured.out == "" and len(lines) == 1 and "not finite" in lines[0]
+    assert "Traceback" not in captured.err and "to go on: " in captured.err
+    assert list((run / "checkpoints").glob("step-*")) and not (run / "student").exists()

@@ -136,15 +136,15 @@ def test_a_skipped_step_leaves_the_run_as_if_its_views_had_not_been_seen(tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_a_step_equals_eager_pytorch(name: Any) -> None:
+@pytest.mark.parametrize(("name", "nesterov"), [("sgd", False), ("sgd", True), ("adamw", True)])
+def test_a_step_equals_eager_pytorch(name: Any, nesterov: bool) -> None:
     """Unfused optimizer, backward through the loss, lerp for the average."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     twin = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     twin.load_state_dict(net.state_dict())
     schedule = Schedule(
-        batch_size=16, num_views=160, lr=0.1, name=name, nesterov=name == "adamw", ema_decay=0.6,
+        batch_size=16, num_views=160, lr=0.1, name=name, nesterov=nesterov, ema_decay=0.6,
         weight_decay=0.01, max_grad_norm=0.3,
     )  # fmt: skip
     one = Learner(net, schedule=schedule, temperature=3.0, alpha=0.7)
@@ -152,7 +152,7 @@ def test_a_step_equals_eager_pytorch(name: Any) -> None:
         {"params": [p for p in twin.parameters() if p.ndim == ndim], "weight_decay": decay}
         for ndim, decay in ((2, 0.01), (1, 0.0))
     ]
-    plain: torch.optim.Optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    plain: torch.optim.Optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov)
     if name == "adamw":
         plain = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.99), foreach=False)
     mean = [p.detach().clone() for p in twin.parameters()]

@@ -25,7 +25,7 @@ from dying_os import FailingOs
 from run_state import fingerprint, rows
 from safetensors.torch import load_file
 
-from dmkd_fast import Distiller, cli, durable
+from dmkd_fast import Distiller, cli, durable, runtime
 
 Make = Callable[..., Distiller]
 POINTS = [0, 1, 10, 17, 26, 39]
@@ -284,3 +284,95 @@ def test_an_interrupt_while_the_warm_up_is_undone_leaves_no_trace(
     again = make_distiller(run_dir=distiller.run_dir)
     again.restore()
     assert all(torch.equal(b, before[name]) for name, b in again.student.named_buffers())
+
+
+def signals_at(run: Distiller, step: int, *numbers: int) -> None:
+    """Raise signals right after a step, while it is held."""
+    train_step = run.train_step
+
+    def signaled() -> torch.Tensor:
+        loss = train_step()
+        if run.step == step:
+            for number in numbers:
+                signal.raise_signal(number)
+        return loss
+
+    run.train_step = signaled  # type: ignore[method-assign]
+
+
+def test_a_closed_terminal_saves_and_its_second_signal_changes_nothing(
+    make_distiller: Make,
+) -> None:
+    whole, cut = make_distiller(), make_distiller()
+    whole.fit()
+    signals_at(cut, 7, signal.SIGHUP, signal.SIGHUP)
+    finish = cut._keeper.saver.finish
+
+    def saved_while_another_arrives(*args: Any, **kwargs: Any) -> Path:
+        signal.raise_signal(signal.SIGHUP)
+        return finish(*args, **kwargs)
+
+    cut._keeper.saver.finish = saved_while_another_arrives  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    again = make_distiller(run_dir=cut.run_dir)
+    assert again.restore() == (7, [])
+    again.fit()
+    assert fingerprint(again) == fingerprint(whole)
+
+
+def test_under_nohup_a_closed_terminal_is_ignored(make_distiller: Make) -> None:
+    run = make_distiller()
+    signals_at(run, 7, signal.SIGHUP)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run.fit()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert run.step == run.num_steps
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_ends_the_process_even_while_work_is_held(first: int) -> None:
+    for only_noted in (False, True):
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            with runtime.Interrupts(only_noted=only_noted) as interrupts, interrupts.held():
+                signal.raise_signal(first)
+                if only_noted:  # torchrun's copy of the first one is none
+                    signal.raise_signal(signal.SIGTERM)
+                    interrupts._first_at = time.monotonic() - 2
+                os.write(write, b"1")
+                signal.raise_signal(signal.SIGTERM)
+                os.write(write, b"2")
+            os._exit(0)
+        os.close(write)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+        assert os.read(read, 2) == b"1"
+        os.close(read)
+
+
+def test_a_signal_is_served_while_blocks_wait_for_a_disk_that_hangs(make_distiller: Make) -> None:
+    run, gate, told = make_distiller(), threading.Event(), []
+    run._keeper.writer.submit(gate.wait)  # Four more jobs, and the next block has to wait.
+    save = run._save_last
+
+    def saved_last() -> Path:
+        told.append(time.monotonic())
+        return save()
+
+    run._save_last = saved_last  # type: ignore[method-assign]
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    for delay in (0.7, 1.2):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.fit()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        gate.set()
+    assert told and told[0] - start < 1.2 <= time.monotonic() - start < 5
+    run._keeper.writer.close()
