@@ -20,10 +20,10 @@ from dmkd_fast.dit import LeanDiT
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.limiter import slots_for
+from dmkd_fast.noise_levels import choose_solver
 from dmkd_fast.ranks import ALONE, Ranks
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.shards import PLAN
-from dmkd_fast.solvers import choose_solver
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dmkd_fast import config as cfg
 from dmkd_fast import denoisers, image_sets, pictures, run_dir
 from dmkd_fast.assets import resolve as resolve_path
+from dmkd_fast.noise_levels import flow_sigmas
 from dmkd_fast.pretrain import autocast, compiles, load_real, prepare, train, write_card
 from dmkd_fast.sampler import DiffusionSampler
-from dmkd_fast.solvers import flow_sigmas
 
 FLOW = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",

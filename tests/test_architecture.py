@@ -15,9 +15,9 @@ FLOORS = {
     name: floor
     for floor, names in enumerate((
         """settings config config_source sampler_config model_config training_config schedule inputs
-        limiter runtime ranks run_dir durable assets""",
-        """solvers attention dit upsampling weights small_nets encoded_images shards sources
-        capacity draws fences logit_cache ring_statistics optim state_tree
+        limiter runtime ranks run_dir durable assets checks""",
+        """solvers noise_levels attention dit upsampling weights small_nets encoded_images shards
+        sources capacity draws fences logit_cache ring_statistics optim state_tree
         ops.extension ops.noise ops.noise_triton ops.transformer ops.reference
         ops.kd_loss ops.kd_loss_ops ops.kd_loss_problem ops.kd_loss_triton ops.kd_loss_kernels
         ops.views ops.views_triton""",
