@@ -9,6 +9,7 @@ import math
 import operator
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -85,6 +86,36 @@ def rows(
             f"{name}: got {tuple(values.shape)} {values.dtype} on {values.device}, expected "
             f"({'n' if count is None else count},) torch.int64{where}; give one for each image"
         )
+
+
+def within(name: str, values: Tensor, *, low: int, high: int) -> None:
+    """Check numbers that the host has; tensors on other devices are not read.
+
+    Raises:
+        ValueError: A number is outside [low, high].
+    """
+    if torch.compiler.is_compiling() or type(values) is not Tensor:
+        return
+    if values.device.type != "cpu" or len(values) == 0:
+        return
+    numbers = numpy.from_dlpack(values)  # only memory of the host can be read in this way
+    least, most = int(numbers.min()), int(numbers.max())
+    if least < low or most > high:
+        raise ValueError(
+            f"{name}: got {least if least < low else most}, expected {low} to {high}; correct them"
+        )
+
+
+def image_shape(shape: Any) -> tuple[int, int, int]:
+    """Return (c, H, W) with 1 or more of each.
+
+    Raises:
+        TypeError, ValueError: It is not three such numbers.
+    """
+    if not isinstance(shape, tuple | list | torch.Size) or len(shape) != 3:
+        raise ValueError(f"image_shape: got {_shown(shape)}, expected (channels, height, width)")
+    channels, height, width = (whole("image_shape", side, low=1, high=2**20) for side in shape)
+    return channels, height, width
 
 
 def _shown(value: Any) -> str:

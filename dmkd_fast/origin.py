@@ -43,6 +43,7 @@ def load_denoiser(settings: cfg.DenoiserConfig | None, device: torch.device) -> 
     loaded = denoisers.load_denoiser(
         resolve_path(settings.path, settings.revision), device, prompts=settings.prompts,
         decoder=None if settings.decoder is None else resolve_path(settings.decoder),
+        null_class=settings.null_class,
     )  # fmt: skip
     if settings.class_map is not None:
         loaded = loaded.restricted(settings.class_map)

@@ -350,7 +350,8 @@ def _check_guidance(
     if null_class is None and not takes_guidance:
         raise ValueError(
             f"guidance_scale: got {scale} for a model without a null class, "
-            "expected 1; set guidance_scale=1"
+            "expected 1; set guidance_scale=1, or, for a UNet trained with dropped labels, "
+            "denoiser.null_class"
         )
 
 
