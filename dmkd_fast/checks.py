@@ -106,15 +106,15 @@ def within(name: str, values: Tensor, *, low: int, high: int) -> None:
         )
 
 
-def image_shape(shape: Any) -> tuple[int, int, int]:
+def image_shape(shape: Any, *, name: str = "image_shape") -> tuple[int, int, int]:
     """Return (c, H, W) with 1 or more of each.
 
     Raises:
         TypeError, ValueError: It is not three such numbers.
     """
     if not isinstance(shape, tuple | list | torch.Size) or len(shape) != 3:
-        raise ValueError(f"image_shape: got {_shown(shape)}, expected (channels, height, width)")
-    channels, height, width = (whole("image_shape", side, low=1, high=2**20) for side in shape)
+        raise ValueError(f"{name}: got {_shown(shape)}, expected (channels, height, width)")
+    channels, height, width = (whole(name, side, low=1, high=2**20) for side in shape)
     return channels, height, width
 
 

@@ -17,21 +17,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from dmkd_fast import model_folders
 from dmkd_fast.denoiser_modules import ClassUNet, TextUNet
 from dmkd_fast.denoiser_modules import Decoder as Decoder
 from dmkd_fast.denoiser_modules import PixelDiT as PixelDiT
 from dmkd_fast.dit import lean_dit
-from dmkd_fast.model_folders import STEM
+from dmkd_fast.model_folders import STEM, one_line
+from dmkd_fast.prompts import encode_prompts
 from dmkd_fast.weights import CONFIG, read_json, read_licence
 
 
@@ -190,9 +191,13 @@ def _load_dit(
         raise ValueError(f"{path}: sample_size: got {size}, expected a multiple of the patch "
                          f"size {patch}; fetch it again")  # fmt: skip
     model_class = _diffusers().DiTTransformer2DModel
-    _check_size(model_class, path, config, files)
+    channels = _channels(path, {"in_channels": 4} | config)
+    inputs = (1, channels, size, size)
+    _check_config(
+        model_class, path, config, files,
+        lambda dit: dit(torch.zeros(inputs), torch.zeros(1), torch.zeros(1, dtype=torch.int64)),
+    )  # fmt: skip
     dit = model_class.from_config(config)
-    channels = _channels(path, dit.config)
     model_folders.number(path, dit.config, "norm_eps", 1e-5)
     model_folders.load_strictly(dit, files)
     for block in dit.transformer_blocks:
@@ -217,8 +222,13 @@ def _load_class_unet(
             "expected a table of classes; use a class-conditional model"
         )
     num_classes = model_folders.whole(path, config, "num_class_embeds")
-    unet = _pretrained("UNet2DModel", folder / "unet")
-    shape = (_channels(path, unet.config), *model_folders.sides(path, unet.config, "sample_size"))
+    shape = (_channels(path, config), *model_folders.sides(path, config, "sample_size"))
+    unet = _pretrained(
+        "UNet2DModel", folder / "unet",
+        lambda unet: unet(
+            torch.zeros(1, *shape), torch.zeros(1), class_labels=torch.zeros(1, dtype=torch.int64)
+        ),
+    )  # fmt: skip
     return Denoiser(
         module=ClassUNet(unet), scheduler=scheduler, num_classes=num_classes,
         null_class=None, latent_shape=shape, image_shape=shape,
@@ -228,22 +238,30 @@ def _load_class_unet(
 def _load_text_unet(
     folder: Path, config: dict[str, Any], scheduler: dict[str, Any], prompts: list[str], lean: bool
 ) -> Denoiser:
-    del config, lean
+    del lean
     path = folder / "unet" / CONFIG
     if not prompts:
         raise ValueError("prompts: got none, expected one per class; set denoiser.prompts")
-    unet = _pretrained("UNet2DConditionModel", folder / "unet")
-    if unet.config.time_cond_proj_dim is not None:
-        model_folders.whole(path, unet.config, "time_cond_proj_dim")
+    shape = (_channels(path, config), *model_folders.sides(path, config, "sample_size"))
+    width = model_folders.whole(path, config, "cross_attention_dim")
+    guidance = None
+    if config.get("time_cond_proj_dim") is not None:
+        guidance = model_folders.whole(path, config, "time_cond_proj_dim")
+    unet = _pretrained(
+        "UNet2DConditionModel", folder / "unet",
+        lambda unet: unet(
+            torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, 8, width),
+            timestep_cond=None if guidance is None else torch.zeros(1, guidance),
+        ),
+    )  # fmt: skip
     module = TextUNet(unet, encode_prompts(folder, [*prompts, ""]))
-    shape = (_channels(path, unet.config), *model_folders.sides(path, unet.config, "sample_size"))
     return Denoiser(
         module=module, scheduler=scheduler, num_classes=len(prompts), null_class=len(prompts),
         latent_shape=shape, image_shape=shape, takes_guidance=module.guidance_width > 0,
     )  # fmt: skip
 
 
-def _channels(path: Path, config: Any) -> int:
+def _channels(path: Path, config: dict[str, Any]) -> int:
     """Channels of a denoiser's latents."""
     channels = model_folders.whole(path, config, "in_channels")
     made = config.get("out_channels") or channels
@@ -277,31 +295,6 @@ def _with_null_class(denoiser: Denoiser, null_class: int) -> Denoiser:
     )  # fmt: skip
 
 
-@torch.no_grad()
-def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
-    """CLIP embeddings of prompts, as Stable Diffusion takes them: (N, L, D) float32."""
-    try:
-        from transformers import CLIPTextModel, CLIPTokenizer
-    except ImportError:
-        raise ValueError(
-            "prompts: text-to-image models need transformers; pip install 'dmkd_fast[text]'"
-        ) from None
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, local_files_only=True
-        ).eval()
-        # Files that state no length have 10**30.
-        longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        tokens = tokenizer(
-            prompts, padding="max_length", max_length=longest, truncation=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        return encoder(tokens.input_ids)[0].float()
-    except Exception as error:  # transformers raises many kinds for a damaged folder.
-        raise ValueError(f"{folder}: text_encoder/ or tokenizer/: {_line(error)}") from None
-
-
 def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
     """Latents become pixels through the autoencoder in `folder`."""
     path = folder / CONFIG
@@ -318,7 +311,7 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
             f"{path}: got {config.get('latent_channels', 4)!r:.60} latent channels, expected "
             f"the denoiser's {channels}; use the autoencoder that belongs to it"
         )
-    vae = _pretrained(name, folder)
+    vae = _pretrained(name, folder, lambda vae: vae.decode(torch.zeros(1, *denoiser.latent_shape)))
     for key in ("latents_mean", "latents_std"):
         if vae.config.get(key) is not None:
             raise ValueError(f"{path}: {key}: got {vae.config[key]!r:.60}, expected none; latents "
@@ -334,18 +327,28 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
     return replace(denoiser, decoder=decoder, image_shape=(made, height * pixels, width * pixels))
 
 
-def _check_size(model_class: Any, path: Path, config: dict[str, Any], files: list[Path]) -> None:
-    """Refuse a config of a larger model than the files hold, before memory is taken for it.
+def _check_config(
+    model_class: Any, path: Path, config: dict[str, Any], files: list[Path],
+    trial: Callable[[Any], object],
+) -> None:  # fmt: skip
+    """Build and call a network without memory or arithmetic, on the meta device.
+
+    Args:
+        model_class: Of diffusers.
+        path: Of the config, for the message.
+        config: Its content.
+        files: Weights, which hold as many numbers as the network has.
+        trial: Calls the network once; makes its inputs.
 
     Raises:
-        ValueError: The config is not one of this class, or does not belong to the files.
+        ValueError: The config is not one of this class, cannot run, or belongs to other files.
     """
     model_folders.check_values(path, config, model_class)
     try:
         with torch.device("meta"):
-            described = model_class.from_config(config)
+            described = model_class.from_config(config).eval()
     except Exception as error:  # diffusers checks little: many kinds of errors come from inside.
-        raise ValueError(f"{path}: {_line(error)}; fetch it again") from None
+        raise ValueError(f"{path}: {one_line(error)}; fetch it again") from None
     wanted = sum(p.numel() for p in described.parameters())
     stored = model_folders.num_stored(files)
     if wanted > 2 * stored:
@@ -353,20 +356,27 @@ def _check_size(model_class: Any, path: Path, config: dict[str, Any], files: lis
             f"{path}: got a config of {wanted:,} weights, but {files[0].name} holds {stored:,}; "
             "the file belongs to another architecture"
         )
+    try:
+        with torch.device("meta"), torch.no_grad():
+            trial(described)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: a trial call failed: {one_line(error)}; fetch it again"
+        ) from None
 
 
-def _pretrained(name: str, folder: Path) -> Any:
+def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
     """A diffusers model from a folder, safetensors only, with every weight accounted for."""
     files, variant = model_folders.weight_files(folder)
     model_class = getattr(_diffusers(), name)
-    _check_size(model_class, folder / CONFIG, read_json(folder / CONFIG), files)
+    _check_config(model_class, folder / CONFIG, read_json(folder / CONFIG), files, trial)
     try:
         model, info = model_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
             output_loading_info=True, variant=variant,
         )  # fmt: skip
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder.
-        raise ValueError(f"{folder}: {_line(error)}; fetch or save it again") from None
+        raise ValueError(f"{folder}: {one_line(error)}; fetch or save it again") from None
     problems = {key: info[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     for what, names in problems.items():
         if names:
@@ -375,11 +385,6 @@ def _pretrained(name: str, folder: Path) -> Any:
                 "file belongs to another architecture"
             )
     return model
-
-
-def _line(error: Exception) -> str:
-    """The first sentence of a library's message."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _diffusers() -> Any:

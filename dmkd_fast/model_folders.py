@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from dmkd_fast import checks
 from dmkd_fast.weights import CONFIG, read_json
@@ -88,7 +88,7 @@ def load_strictly(model: nn.Module, files: list[Path]) -> None:
     Raises:
         ValueError: A file is damaged, or a name or shape differs from the model's.
     """
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for path in files:
         try:
             weights |= load_file(path)
@@ -196,6 +196,11 @@ def sides(path: Path, config: Mapping[str, Any], key: str) -> tuple[int, int]:
         raise ValueError(f"{path}: {key}: got {len(both)} numbers, expected one or two")
     height, width = (whole(path, {key: side}, key, high=2048) for side in both)
     return height, width
+
+
+def one_line(error: Exception) -> str:
+    """A library's message on one line, cut to 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _is_like(value: Any, default: Any) -> bool:

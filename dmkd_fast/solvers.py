@@ -188,8 +188,9 @@ def _ddpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
     elif kind == "learned_range":
         columns |= {
             "n": drawn,
-            "log_variance_low": posterior.log(),
-            "log_variance_high": beta.log(),
+            # A step without noise still computes exp of these, times 0: it must not overflow.
+            "log_variance_low": posterior.log() * drawn,
+            "log_variance_high": beta.log() * drawn,
         }
     else:
         raise ValueError(

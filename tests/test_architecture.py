@@ -16,8 +16,8 @@ FLOORS = {
     for floor, names in enumerate((
         """settings config config_source sampler_config model_config training_config schedule inputs
         limiter runtime ranks run_dir durable assets checks""",
-        """solvers noise_levels model_folders denoiser_modules attention dit upsampling weights
-        small_nets encoded_images shards sources
+        """solvers noise_levels sampler_arguments prompts model_folders denoiser_modules attention
+        dit upsampling weights small_nets encoded_images shards sources
         capacity draws fences ring_statistics optim state_tree
         ops.extension ops.noise ops.noise_triton ops.transformer ops.reference
         ops.kd_loss ops.kd_loss_ops ops.kd_loss_problem ops.kd_loss_triton ops.kd_loss_kernels
@@ -84,7 +84,7 @@ def test_imports_point_down_only(name: str) -> None:
 
 
 def test_each_model_library_is_imported_in_one_place() -> None:
-    homes = {"timm": "models", "diffusers": "denoisers", "transformers": "denoisers",
+    homes = {"timm": "models", "diffusers": "denoisers", "transformers": "prompts",
              "xformers": "attention", "huggingface_hub": "assets", "pyarrow": "shards",
              "torchvision": "models"}  # fmt: skip
     for name, path in modules().items():
