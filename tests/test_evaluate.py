@@ -312,3 +312,25 @@ def test_class_folders_may_be_links(tmp_path: Path) -> None:
     (tmp_path / "all" / "b" / "back").symlink_to(tmp_path / "all")
     source = open_files(tmp_path / "some", "imagefolder", num_classes=2, class_names=("a", "b"))
     assert source.num_images == 2 == len(open_set(tmp_path / "some", CPU))
+
+
+def test_float32_is_not_rounded_to_tf32_while_a_classifier_is_measured() -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append((matmul.fp32_precision, conv.fp32_precision))
+            return images.flatten(1)[:, :4]
+
+    cudnn: Any = torch.backends.cudnn
+    matmul, conv = torch.backends.cuda.matmul, cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    spec = InputSpec(size=2, mean=(0.5,), std=(0.5,))
+    batches = [({spec: torch.zeros(3, 1, 2, 2)}, torch.tensor([0, 1, 2]))]
+    try:
+        matmul.fp32_precision = conv.fp32_precision = "tf32"
+        evaluate.measure(Watched(), batches, input=spec, num_classes=4)
+        assert seen == [("ieee", "ieee")]
+        assert (matmul.fp32_precision, conv.fp32_precision) == ("tf32", "tf32")
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
