@@ -16,22 +16,24 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from dmkd_fast import model_folders
+from dmkd_fast.denoiser_modules import ClassUNet, TextUNet
+from dmkd_fast.denoiser_modules import Decoder as Decoder
+from dmkd_fast.denoiser_modules import PixelDiT as PixelDiT
 from dmkd_fast.dit import lean_dit
-from dmkd_fast.upsampling import double_by_phases
-from dmkd_fast.weights import CONFIG, load_weights, read_json, read_licence
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+from dmkd_fast.model_folders import STEM, one_line
+from dmkd_fast.prompts import encode_prompts
+from dmkd_fast.weights import CONFIG, read_json, read_licence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,90 +66,21 @@ class Denoiser:
         Raises:
             ValueError: An entry is not a class of the model, or comes twice.
         """
+        own = self.class_map or range(self.num_classes)
         repeated = len(set(class_map)) < len(class_map)
-        if repeated or min(class_map) < 0 or max(class_map) >= self.num_classes:
+        if repeated or not set(class_map) <= set(own):
+            without = "" if self.class_map is None else f" without {self.null_class}"
             raise ValueError(
                 f"denoiser.class_map: got {min(class_map)} to {max(class_map)}"
-                f"{', some twice' if repeated else ''}, expected different classes from 0 to "
-                f"{self.num_classes - 1}; correct the map"
+                f"{', some twice' if repeated else ''}, expected different classes from "
+                f"{min(own)} to {max(own)}{without}; correct the map"
             )
         return replace(self, num_classes=len(class_map), class_map=class_map)
 
 
-class PixelDiT(nn.Module):
-    """diffusers' DiT with a plain call; what is trained, and the reference for `LeanDiT`."""
-
-    def __init__(self, dit: Any) -> None:
-        super().__init__()
-        self.dit = dit
-
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """(B, c, h, w), (B,) in [0, 1000), (B,) int64 -> (B, c or 2 c, h, w)."""
-        dit: Any = self.dit
-        return dit(latents, timestep=timesteps, class_labels=labels).sample
-
-
-class ClassUNet(nn.Module):
-    """diffusers' `UNet2DModel` with class embeddings and a plain call."""
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """(B, c, h, w), (B,), (B,) int64 -> (B, c or 2 c, h, w)."""
-        unet: Any = self.unet
-        return unet(latents, timesteps, class_labels=labels).sample
-
-
-class TextUNet(nn.Module):
-    """diffusers' `UNet2DConditionModel`, conditioned on one prompt per class, encoded once.
-
-    Args:
-        unet: The model.
-        prompts: (num_classes + 1, L, D) embeddings; the last one is the empty prompt.
-    """
-
-    def __init__(self, unet: Any, prompts: Tensor) -> None:
-        super().__init__()
-        self.unet, self.prompts = unet, nn.Buffer(prompts)
-        self.guidance_width = int(unet.config.time_cond_proj_dim or 0)
-
-    def forward(
-        self, latents: Tensor, timesteps: Tensor, labels: Tensor, guidance: Tensor | None = None
-    ) -> Tensor:
-        """(B, c, h, w), (B,), (B,) int64, guidance scales (B,) -> (B, c, h, w)."""
-        unet: Any = self.unet
-        condition = None
-        if guidance is not None:
-            condition = _guidance_waves(guidance - 1, self.guidance_width).to(latents.dtype)
-        return unet(
-            latents, timesteps, encoder_hidden_states=self.prompts[labels],
-            timestep_cond=condition,
-        ).sample  # fmt: skip
-
-
-class Decoder(nn.Module):
-    """An autoencoder's decoder, from the sampler's latents to pixels; changes `vae` in place."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        from diffusers.models.upsampling import Upsample2D
-
-        self.vae = vae
-        double_by_phases(vae.decoder, Upsample2D)
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.get("shift_factor") or 0.0)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """(B, c, h, w) -> (B, 3, H, W) in [-1, 1]."""
-        vae: Any = self.vae
-        return vae.decode(latents / self.scale + self.shift).sample
-
-
 def load_denoiser(
     folder: Path, device: torch.device, *, prompts: Sequence[str] | None = None,
-    decoder: Path | None = None, lean: bool = True,
+    decoder: Path | None = None, null_class: int | None = None, lean: bool = True,
 ) -> Denoiser:  # fmt: skip
     """Read a diffusion model in diffusers format; float32, frozen.
 
@@ -156,11 +89,14 @@ def load_denoiser(
         device: Where to put it.
         prompts: One for each class; for text-to-image models only.
         decoder: Folder of another autoencoder to decode with, such as a tiny one.
+        null_class: Class that a UNet was trained with in place of dropped labels. The file does not
+            say it; the model then has one class less.
         lean: Sample DiTs with our own module; False keeps diffusers' (the reference, trainable).
 
     Raises:
         ValueError: A part is missing, damaged, or of a kind that is not supported.
     """
+    model_folders.check_is_pipeline(folder)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     part = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), None)
     if part is None:
@@ -172,9 +108,9 @@ def load_denoiser(
         "UNet2DModel": _load_class_unet,
         "UNet2DConditionModel": _load_text_unet,
     }
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise ValueError(
-            f"{folder / part / CONFIG}: got _class_name {kind!r}, expected one of "
+            f"{folder / part / CONFIG}: got _class_name {kind!r:.60}, expected one of "
             f"{', '.join(builders)}; use a class-conditional or text-to-image model"
         )
     if (prompts is not None) != (kind == "UNet2DConditionModel"):
@@ -184,6 +120,8 @@ def load_denoiser(
             "and none for others; change denoiser.prompts"
         )
     denoiser = builders[kind](folder, config, scheduler, list(prompts or []), lean)
+    if null_class is not None:
+        denoiser = _with_null_class(denoiser, null_class)
     vae = decoder if decoder is not None else folder / "vae"
     if vae.is_dir():
         denoiser = _with_decoder(denoiser, vae)
@@ -233,7 +171,7 @@ def save_denoiser(dit: Any, scheduler: dict[str, Any], folder: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     # Shared embedders are written once per block, as diffusers expects to read them.
     weights = {k: v.detach().cpu().clone().half() for k, v in dit.state_dict().items()}
-    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, target / f"{STEM}.safetensors", metadata={"format": "pt"})
     dit.save_config(target)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(
@@ -245,15 +183,26 @@ def _load_dit(
     folder: Path, config: dict[str, Any], scheduler: dict[str, Any], prompts: list[str], lean: bool
 ) -> Denoiser:
     del prompts
-    try:
-        dit = _diffusers().DiTTransformer2DModel.from_config(config)
-    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"{folder / 'transformer' / CONFIG}: {error}; fetch it again") from None
-    load_weights(dit, folder / "transformer" / WEIGHTS)
+    path = folder / "transformer" / CONFIG
+    files, _ = model_folders.weight_files(folder / "transformer")
+    size, _ = model_folders.sides(path, {"sample_size": 32} | config, "sample_size")
+    patch = model_folders.whole(path, {"patch_size": 2} | config, "patch_size")
+    if size % patch:
+        raise ValueError(f"{path}: sample_size: got {size}, expected a multiple of the patch "
+                         f"size {patch}; fetch it again")  # fmt: skip
+    model_class = _diffusers().DiTTransformer2DModel
+    channels = _channels(path, {"in_channels": 4} | config)
+    inputs = (1, channels, size, size)
+    _check_config(
+        model_class, path, config, files,
+        lambda dit: dit(torch.zeros(inputs), torch.zeros(1), torch.zeros(1, dtype=torch.int64)),
+    )  # fmt: skip
+    dit = model_class.from_config(config)
+    model_folders.number(path, dit.config, "norm_eps", 1e-5)
+    model_folders.load_strictly(dit, files)
     for block in dit.transformer_blocks:
         block.norm1.emb.class_embedder.dropout_prob = 0.0
-    channels, size = int(config["in_channels"]), int(config["sample_size"])
-    num_classes = int(config["num_embeds_ada_norm"])
+    num_classes = model_folders.whole(path, dit.config, "num_embeds_ada_norm")
     return Denoiser(
         module=(lean_dit(dit) if lean else None) or PixelDiT(dit), scheduler=scheduler,
         num_classes=num_classes, null_class=num_classes, latent_shape=(channels, size, size),
@@ -265,16 +214,23 @@ def _load_class_unet(
     folder: Path, config: dict[str, Any], scheduler: dict[str, Any], prompts: list[str], lean: bool
 ) -> Denoiser:
     del prompts, lean
+    path = folder / "unet" / CONFIG
     num_classes, kind = config.get("num_class_embeds"), config.get("class_embed_type")
     if not num_classes or kind is not None:
         raise ValueError(
-            f"{folder / 'unet' / CONFIG}: got num_class_embeds={num_classes}, class_embed_type="
-            f"{kind!r}, expected a table of classes; use a class-conditional model"
+            f"{path}: got num_class_embeds={num_classes!r:.60}, class_embed_type={kind!r:.60}, "
+            "expected a table of classes; use a class-conditional model"
         )
-    unet = _pretrained("UNet2DModel", folder / "unet")
-    shape = (int(config["in_channels"]), *_size(config["sample_size"]))
+    num_classes = model_folders.whole(path, config, "num_class_embeds")
+    shape = (_channels(path, config), *model_folders.sides(path, config, "sample_size"))
+    unet = _pretrained(
+        "UNet2DModel", folder / "unet",
+        lambda unet: unet(
+            torch.zeros(1, *shape), torch.zeros(1), class_labels=torch.zeros(1, dtype=torch.int64)
+        ),
+    )  # fmt: skip
     return Denoiser(
-        module=ClassUNet(unet), scheduler=scheduler, num_classes=int(num_classes),
+        module=ClassUNet(unet), scheduler=scheduler, num_classes=num_classes,
         null_class=None, latent_shape=shape, image_shape=shape,
     )  # fmt: skip
 
@@ -283,77 +239,144 @@ def _load_text_unet(
     folder: Path, config: dict[str, Any], scheduler: dict[str, Any], prompts: list[str], lean: bool
 ) -> Denoiser:
     del lean
+    path = folder / "unet" / CONFIG
     if not prompts:
         raise ValueError("prompts: got none, expected one per class; set denoiser.prompts")
-    unet = _pretrained("UNet2DConditionModel", folder / "unet")
+    shape = (_channels(path, config), *model_folders.sides(path, config, "sample_size"))
+    width = model_folders.whole(path, config, "cross_attention_dim")
+    guidance = None
+    if config.get("time_cond_proj_dim") is not None:
+        guidance = model_folders.whole(path, config, "time_cond_proj_dim")
+    unet = _pretrained(
+        "UNet2DConditionModel", folder / "unet",
+        lambda unet: unet(
+            torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, 8, width),
+            timestep_cond=None if guidance is None else torch.zeros(1, guidance),
+        ),
+    )  # fmt: skip
     module = TextUNet(unet, encode_prompts(folder, [*prompts, ""]))
-    shape = (int(config["in_channels"]), *_size(config["sample_size"]))
     return Denoiser(
         module=module, scheduler=scheduler, num_classes=len(prompts), null_class=len(prompts),
         latent_shape=shape, image_shape=shape, takes_guidance=module.guidance_width > 0,
     )  # fmt: skip
 
 
-@torch.no_grad()
-def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
-    """CLIP embeddings of prompts, as Stable Diffusion takes them: (N, L, D) float32."""
-    try:
-        from transformers import CLIPTextModel, CLIPTokenizer
-    except ImportError:
+def _channels(path: Path, config: dict[str, Any]) -> int:
+    """Channels of a denoiser's latents."""
+    channels = model_folders.whole(path, config, "in_channels")
+    made = config.get("out_channels") or channels
+    if made not in (channels, 2 * channels):
         raise ValueError(
-            "prompts: text-to-image models need transformers; pip install 'dmkd_fast[text]'"
-        ) from None
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, local_files_only=True
-        ).eval()
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder}: text_encoder/ or tokenizer/: {_line(error)}") from None
-    tokens = tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-        return_tensors="pt",
+            f"{path}: got {channels} input and {made!r:.60} output channels, expected as many or "
+            "twice as many; models for inpainting or upscaling are not supported"
+        )
+    return channels
+
+
+def _with_null_class(denoiser: Denoiser, null_class: int) -> Denoiser:
+    """The same model with one of its classes meaning "no class"."""
+    if denoiser.null_class is not None:
+        if null_class == denoiser.null_class:
+            return denoiser
+        raise ValueError(
+            f"denoiser.null_class: got {null_class} for a model whose null class is "
+            f"{denoiser.null_class}; remove denoiser.null_class"
+        )
+    count = denoiser.num_classes
+    if not 0 <= null_class < count or count < 2:
+        raise ValueError(
+            f"denoiser.null_class: got {null_class}, expected 0 to {count - 1}, one of the classes "
+            "that the UNet has embeddings for; correct it"
+        )
+    others = tuple(label for label in range(count) if label != null_class)
+    return replace(
+        denoiser, num_classes=count - 1, null_class=null_class,
+        class_map=None if null_class == count - 1 else others,
     )  # fmt: skip
-    return encoder(tokens.input_ids)[0].float()
 
 
 def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
     """Latents become pixels through the autoencoder in `folder`."""
-    config = read_json(folder / CONFIG)
+    path = folder / CONFIG
+    config = read_json(path)
     name = config.get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ValueError(
-            f"{folder / CONFIG}: got _class_name {name!r}, expected AutoencoderKL or "
+            f"{path}: got _class_name {name!r:.60}, expected AutoencoderKL or "
             "AutoencoderTiny; use another decoder"
         )
     channels, height, width = denoiser.latent_shape
     if config.get("latent_channels", 4) != channels:
         raise ValueError(
-            f"{folder / CONFIG}: got {config.get('latent_channels', 4)} latent channels, expected "
+            f"{path}: got {config.get('latent_channels', 4)!r:.60} latent channels, expected "
             f"the denoiser's {channels}; use the autoencoder that belongs to it"
         )
-    vae = _pretrained(name, folder)
-    levels = len(config.get("block_out_channels") or config["decoder_block_out_channels"])
-    pixels = 2 ** (levels - 1)
+    vae = _pretrained(name, folder, lambda vae: vae.decode(torch.zeros(1, *denoiser.latent_shape)))
+    for key in ("latents_mean", "latents_std"):
+        if vae.config.get(key) is not None:
+            raise ValueError(f"{path}: {key}: got {vae.config[key]!r:.60}, expected none; latents "
+                             "normalized by channel are not supported")  # fmt: skip
+    if model_folders.number(path, vae.config, "scaling_factor", 0.0) == 0:
+        raise ValueError(f"{path}: scaling_factor: got 0, expected another number; fetch it again")
+    model_folders.number(path, vae.config, "shift_factor", 0.0)
+    made = model_folders.whole(path, vae.config, "out_channels")
+    if made not in (1, 3):
+        raise ValueError(f"{path}: out_channels: got {made}, expected 1 or 3; use another decoder")
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
     decoder = Decoder(vae).to(memory_format=torch.channels_last)
-    shape = (int(config.get("out_channels", 3)), height * pixels, width * pixels)
-    return replace(denoiser, decoder=decoder, image_shape=shape)
+    return replace(denoiser, decoder=decoder, image_shape=(made, height * pixels, width * pixels))
 
 
-def _pretrained(name: str, folder: Path) -> Any:
-    """A diffusers model from a folder, safetensors only, with every weight accounted for."""
-    if not any(folder.glob("*.safetensors")):
+def _check_config(
+    model_class: Any, path: Path, config: dict[str, Any], files: list[Path],
+    trial: Callable[[Any], object],
+) -> None:  # fmt: skip
+    """Build and call a network without memory or arithmetic, on the meta device.
+
+    Args:
+        model_class: Of diffusers.
+        path: Of the config, for the message.
+        config: Its content.
+        files: Weights, which hold as many numbers as the network has.
+        trial: Calls the network once; makes its inputs.
+
+    Raises:
+        ValueError: The config is not one of this class, cannot run, or belongs to other files.
+    """
+    model_folders.check_values(path, config, model_class)
+    try:
+        with torch.device("meta"):
+            described = model_class.from_config(config).eval()
+    except Exception as error:  # diffusers checks little: many kinds of errors come from inside.
+        raise ValueError(f"{path}: {one_line(error)}; fetch it again") from None
+    wanted = sum(p.numel() for p in described.parameters())
+    stored = model_folders.num_stored(files)
+    if wanted > 2 * stored:
         raise ValueError(
-            f"{folder}: no .safetensors file; fetch the weights in that format (others can run "
-            "code when read)"
+            f"{path}: got a config of {wanted:,} weights, but {files[0].name} holds {stored:,}; "
+            "the file belongs to another architecture"
         )
     try:
-        model, info = getattr(_diffusers(), name).from_pretrained(
+        with torch.device("meta"), torch.no_grad():
+            trial(described)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: a trial call failed: {one_line(error)}; fetch it again"
+        ) from None
+
+
+def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
+    """A diffusers model from a folder, safetensors only, with every weight accounted for."""
+    files, variant = model_folders.weight_files(folder)
+    model_class = getattr(_diffusers(), name)
+    _check_config(model_class, folder / CONFIG, read_json(folder / CONFIG), files, trial)
+    try:
+        model, info = model_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
-            output_loading_info=True,
+            output_loading_info=True, variant=variant,
         )  # fmt: skip
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder.
-        raise ValueError(f"{folder}: {_line(error)}; fetch or save it again") from None
+        raise ValueError(f"{folder}: {one_line(error)}; fetch or save it again") from None
     problems = {key: info[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     for what, names in problems.items():
         if names:
@@ -362,23 +385,6 @@ def _pretrained(name: str, folder: Path) -> Any:
                 "file belongs to another architecture"
             )
     return model
-
-
-def _size(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _guidance_waves(guidance: Tensor, width: int) -> Tensor:
-    """Sinusoids of guidance scale - 1 (B,), as guidance-distilled UNets take them: (B, width)."""
-    half = width // 2
-    places = torch.arange(half, dtype=torch.float32, device=guidance.device)
-    angles = 1000 * guidance[:, None] * torch.exp(places * (-math.log(10_000) / (half - 1)))
-    return nn.functional.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, width % 2))
-
-
-def _line(error: Exception) -> str:
-    """The first sentence of a library's message."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _diffusers() -> Any:

@@ -300,12 +300,14 @@ class Distiller:
             for name, value in statistics.means().items():
                 metrics.add(name, value)
             counts = self.learner.counts() | self._phases.counts(self.device)
+            faults = self.ring.num_faults().float() * self._ranks.world_size
             row = metrics.flush(
                 views=self.num_views, images=self.num_images, lr=self.lr(), **scores,
-                **statistics.figures(), counts=counts,
+                **statistics.figures(), counts=counts | {"ring_faults": faults},
             )  # fmt: skip
             self.learner.check(row["skipped_in_a_row"])
             self._phases.check(row["broken_images"])
+            self.ring.check_faults(row["ring_faults"])
 
     def _save_last(self) -> Path:
         self.learner.undo_warm_up()  # Once more, if an interrupt cut that short.

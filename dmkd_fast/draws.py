@@ -236,8 +236,8 @@ class Uniform:
 class Balanced:
     """Class n % C at draw number n; within a class, the least used images first, shuffled.
 
-    Images are sorted anew after as many draws as there are images, and when a block comes. The
-    turn of a class without images goes to the next class that has some.
+    Images are sorted again after as many draws as there are images, and when a block comes. A class
+    without images gives its turn to the next class that has some.
 
     Args:
         blocks: What there is.
@@ -291,8 +291,10 @@ class Balanced:
         return slots[(keys | self._labels[slots] << 48).argsort(stable=True)]
 
     def _by_class(self, slots: Tensor) -> Tensor:
-        """For each class, of the one that has its turns: which of those in a round this is, how
-        many there are, where the images begin in `slots` and how many those are, (4, C).
+        """Look up the class that serves each class, (4, C).
+
+        Rows: the place of this turn among the server's turns in C draws, how many turns it has,
+        where its images begin in `slots`, and how many images it has.
         """
         labels = self._labels[slots]
         numbers = torch.zeros(self._num_classes, dtype=torch.int64, device=slots.device)
@@ -302,17 +304,20 @@ class Balanced:
         twice = torch.cat((classes, classes + self._num_classes))
         twice = torch.where(numbers.repeat(2) > 0, twice, 2 * self._num_classes)
         served = twice.flip(0).cummin(0).values.flip(0)[: self._num_classes]
-        behind, served = served - classes, served % self._num_classes
+        served = served % self._num_classes
         turns = torch.zeros_like(numbers).scatter_add_(0, served, torch.ones_like(served))
+        # C draws begin with the class whose turn it was when the images were sorted.
+        first = self._first % self._num_classes
+        place = occurrences(served.roll(-first)).roll(first)
         starts = numbers.cumsum(0) - numbers
-        return torch.stack((behind, turns[served], starts[served], numbers[served]))
+        return torch.stack((place, turns[served], starts[served], numbers[served]))
 
     def _look_up(self, slots: Tensor, count: int) -> Tensor:
         """Slots (count,) of draws `num_drawn` and after."""
         draws = torch.arange(self._num_drawn, self._num_drawn + count, device=slots.device)
-        behind, turns, starts, numbers = self._table[:, draws % self._num_classes]  # (count,)
-        rounds = draws // self._num_classes - self._first // self._num_classes
-        return slots[starts + (rounds * turns + behind) % numbers]
+        place, turns, starts, numbers = self._table[:, draws % self._num_classes]  # (count,)
+        rounds = (draws - self._first) // self._num_classes
+        return slots[starts + (rounds * turns + place) % numbers]
 
     def state_dict(self) -> dict[str, Any]:
         """Draws, and the sorted slots under way."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast.inputs import InputSpec
-from dmkd_fast.runtime import NotFiniteError
+from dmkd_fast.runtime import NotFiniteError, exact_float32
 
 Views = dict[InputSpec, Tensor]
 BINS = 15
@@ -112,6 +112,7 @@ class Scores:
         return rows
 
 
+@exact_float32()
 @torch.inference_mode()
 def measure(
     model: nn.Module, batches: Iterable[tuple[Views, Tensor]], *, input: InputSpec,

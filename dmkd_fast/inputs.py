@@ -6,8 +6,11 @@ Stands on floor 0: classifiers state it, teachers are rendered by it, test sets 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from dmkd_fast import checks
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -28,11 +31,7 @@ class InputSpec:
     """Of that resizing; antialiased either way."""
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
-            raise ValueError(
-                f"mean and std: got {self.mean} and {self.std}, expected one number per channel "
-                "each, std above 0; correct the model's config"
-            )
+        check_normalization(self.mean, self.std)
         if self.size < 1 or not 0 < self.crop_pct <= 1:
             raise ValueError(
                 f"input: got size {self.size} and crop_pct {self.crop_pct}, expected at least 1 "
@@ -53,3 +52,26 @@ class InputSpec:
     def short_side(self) -> int:
         """What the short side of a whole image is resized to before the centre is cut out."""
         return math.floor(self.size / self.crop_pct)
+
+
+def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse means and standard deviations that are not of pixel values in [0, 1].
+
+    Raises:
+        TypeError: An entry is not a number.
+        ValueError: One is out of range, or there are not as many of both.
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        for value in values:
+            number = checks.number(f"mean, std: {name}", value)
+            if not 0 <= number <= 1 or (name == "std" and number == 0):
+                raise ValueError(
+                    f"mean, std: got {tuple(mean)} and {tuple(std)}, expected means from 0 to 1 "
+                    "and std above 0 and at most 1, of pixel values in [0, 1]; divide numbers of "
+                    "pixel values in [0, 255] by 255"
+                )
+    if len(mean) != len(std) or len(mean) == 0:
+        raise ValueError(
+            f"mean, std: got {tuple(mean)} and {tuple(std)}, expected one number of each per "
+            "channel; correct them"
+        )

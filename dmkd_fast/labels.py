@@ -9,7 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmkd_fast import checks
 from dmkd_fast.ops import noise
+
+# Every label takes a permutation of all classes.
+MOST_NUMBERS = 2**30
 
 
 class LabelStream:
@@ -28,6 +32,10 @@ class LabelStream:
         self, num_classes: int, *, seed: int = 0, device: torch.device | str = "cpu",
         rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
+        checks.whole("num_classes", num_classes, low=1, high=2**20)
+        checks.whole("seed", seed, high=checks.MAX_SEED)
+        checks.whole("world_size", world_size, low=1, high=2**20)
+        checks.whole("rank", rank, high=world_size - 1)
         self.num_classes, self.seed = num_classes, seed
         self.device = torch.device(device)
         self.rank, self.world_size = rank, world_size
@@ -44,10 +52,13 @@ class LabelStream:
 
     def advance(self, count: int) -> None:
         """Count the next `count` ids as made."""
+        checks.whole("count", count)
         self.next_id += count * self.world_size
 
     def labels_of(self, ids: Tensor) -> Tensor:
         """Labels (B,) int64 of any ids (B,) int64."""
+        checks.rows("ids", ids)
+        checks.within("ids", ids, low=0, high=checks.MAX_SEED)
         blocks, place = ids // self.num_classes, ids % self.num_classes
         keys = noise.random_bits(
             self.seed, blocks, step=0, stream=noise.STREAM_LABELS, count=self.num_classes

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from dmkd_fast import checks
 from dmkd_fast.ops import noise
 
 K = TypeVar("K")
@@ -37,6 +38,9 @@ class Mixed(NamedTuple):
 
     def targets(self, labels: Tensor, num_classes: int) -> Tensor:
         """Hard labels (B,) mixed as the views are: probabilities (B, C), float32."""
+        checks.rows("labels", labels, count=len(self.partner), device=self.partner.device)
+        checks.whole("num_classes", num_classes, low=1)
+        checks.within("labels", labels, low=0, high=num_classes - 1)
         targets = labels.new_zeros((len(labels), num_classes), dtype=torch.float32)
         targets.scatter_(1, labels[:, None], self.share)
         rest = torch.full_like(targets[:, :1], 1 - self.share)
@@ -55,17 +59,20 @@ class Mixer:
         seed: Of shares, squares and partners.
 
     Raises:
-        ValueError: An alpha is negative or both are 0.
+        ValueError: An alpha is negative, not finite or above 10**6, or both are 0.
     """
 
     def __init__(
         self, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0, seed: int = 0
     ) -> None:
-        alphas = (mixup_alpha, cutmix_alpha)
-        if not all(0 <= alpha < math.inf for alpha in alphas) or max(alphas) == 0:
+        # Beyond 10**6 all shares are 0.5 to three digits.
+        checks.number("mixup_alpha", mixup_alpha, low=0, high=1e6)
+        checks.number("cutmix_alpha", cutmix_alpha, low=0, high=1e6)
+        checks.whole("seed", seed, high=checks.MAX_SEED)
+        if mixup_alpha == cutmix_alpha == 0:
             raise ValueError(
-                f"mixup_alpha, cutmix_alpha: got {mixup_alpha} and {cutmix_alpha}, expected finite "
-                "numbers of at least 0, not both 0; leave the mixer out to mix nothing"
+                "mixup_alpha, cutmix_alpha: got 0 and 0, expected one above 0; leave the mixer out "
+                "to mix nothing"
             )
         self.mixup_alpha, self.cutmix_alpha, self.seed = mixup_alpha, cutmix_alpha, seed
 
@@ -79,6 +86,7 @@ class Mixer:
         Returns:
             Mixed views, partners and share.
         """
+        _check_views(views)
         return self._mixed(views, step, self.partners(step, len(views), views.device))
 
     def renderings(self, views: Mapping[K, Tensor], *, step: int) -> dict[K, Mixed]:
@@ -92,7 +100,11 @@ class Mixer:
             For each rendering what `__call__` gives: one partner and one square, at the same place
             of the picture. Of cutmix only whole pixels are cut, so shares differ by some pixels.
         """
+        if not views:
+            raise ValueError("views: got none, expected at least one rendering")
         first = next(iter(views.values()))
+        for batch in views.values():
+            _check_views(batch, count=len(first))
         partner = self.partners(step, len(first), first.device)
         return {name: self._mixed(batch, step, partner) for name, batch in views.items()}
 
@@ -111,6 +123,7 @@ class Mixer:
         self, step: int, height: int, width: int
     ) -> tuple[float, tuple[int, int, int, int] | None]:
         """A step's share and, for cutmix, its square: top, bottom, left, right."""
+        checks.whole("step", step, high=checks.MAX_SEED)
         numbers = _uniforms(self.seed, step)
         which, down, right = next(numbers), next(numbers), next(numbers)
         either = self.mixup_alpha > 0 and self.cutmix_alpha > 0
@@ -128,11 +141,20 @@ class Mixer:
 
     def partners(self, step: int, count: int, device: torch.device) -> Tensor:
         """A step's permutation of the rows, (B,) int64."""
+        checks.whole("step", step, high=checks.MAX_SEED)
         steps = torch.full((1,), step, dtype=torch.int64, device=device)
         bits = noise.random_bits(
             self.seed, steps, step=_FOR_PARTNERS, stream=noise.STREAM_MIX, count=count
         )
         return bits[0].argsort(stable=True)
+
+
+def _check_views(views: Tensor, count: int | None = None) -> None:
+    if views.ndim != 4 or count not in (None, len(views)) or not views.is_floating_point():
+        raise ValueError(
+            f"views: got {tuple(views.shape)} {views.dtype}, expected "
+            f"({'B' if count is None else count}, c, S, S) of a floating-point dtype"
+        )
 
 
 def _uniforms(seed: int, step: int) -> Iterator[float]:

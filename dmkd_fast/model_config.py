@@ -26,6 +26,9 @@ class DenoiserConfig(Section):
     """One prompt per class, for text-to-image models."""
     decoder: PathText | None = None
     """Path of another autoencoder to decode latents with, such as an AutoencoderTiny."""
+    null_class: int | None = Field(None, ge=0, lt=2**31)
+    """Class of a UNet2DModel that stood for dropped labels in its training, which guidance needs;
+    the job then has the other classes. DiTs and text-to-image models know their own."""
     class_map: ClassMap | None = None
     """The generator's own index of each class of the job, which then has that many classes (100 of
     1000, say); without it the job has all of the generator's classes."""

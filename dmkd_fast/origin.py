@@ -20,10 +20,10 @@ from dmkd_fast.dit import LeanDiT
 from dmkd_fast.image_reader import ImageReader, SourceError
 from dmkd_fast.labels import LabelStream
 from dmkd_fast.limiter import slots_for
+from dmkd_fast.noise_levels import choose_solver
 from dmkd_fast.ranks import ALONE, Ranks
 from dmkd_fast.sampler import DiffusionSampler
 from dmkd_fast.shards import PLAN
-from dmkd_fast.solvers import choose_solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ def load_denoiser(settings: cfg.DenoiserConfig | None, device: torch.device) -> 
     loaded = denoisers.load_denoiser(
         resolve_path(settings.path, settings.revision), device, prompts=settings.prompts,
         decoder=None if settings.decoder is None else resolve_path(settings.decoder),
+        null_class=settings.null_class,
     )  # fmt: skip
     if settings.class_map is not None:
         loaded = loaded.restricted(settings.class_map)

@@ -23,6 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dmkd_fast import config as cfg
 from dmkd_fast import denoisers, image_sets, memory, pictures, run_dir, runtime
 from dmkd_fast.assets import resolve as resolve_path
+from dmkd_fast.dit import LeanDiT
+from dmkd_fast.noise_levels import flow_sigmas
 from dmkd_fast.pretrain import (
     autocast,
     compiles,
@@ -34,7 +36,6 @@ from dmkd_fast.pretrain import (
     write_card,
 )
 from dmkd_fast.sampler import DiffusionSampler
-from dmkd_fast.solvers import flow_sigmas
 
 FLOW = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -145,11 +146,17 @@ def fewstep(config: cfg.PretrainFewstepConfig, *, resume: bool = False) -> dict[
     config, device, dtype = prepare(config, resume)
     with cfg.user_errors():
         given = resolve_path(config.denoiser.path, config.denoiser.revision)
-        start = denoisers.load_denoiser(given, device)
+        start = denoisers.load_denoiser(given, device, null_class=config.denoiser.null_class)
         if start.scheduler.get("_class_name") != FLOW["_class_name"]:
             raise ValueError(
                 f"denoiser.path: got a {start.scheduler.get('_class_name')}, expected a flow model "
                 f"({FLOW['_class_name']}); use one from `dmkd pretrain denoiser`"
+            )
+        if not isinstance(start.module, LeanDiT | denoisers.PixelDiT) or start.decoder is not None:
+            raise ValueError(
+                f"denoiser.path: got a {type(start.module).__name__}"
+                f"{'' if start.decoder is None else ' on latents'}, expected a pixel DiT; use one "
+                "from `dmkd pretrain denoiser`"
             )
     pool = Pool(start, config, device, dtype)
     model: Any = denoisers.load_denoiser(given, device, lean=False).module

@@ -21,11 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmkd_fast import checks
 from dmkd_fast.draws import Blocks, OrderName, make_order, occurrences
 from dmkd_fast.fences import Fences, Turns
 from dmkd_fast.limiter import Limiter, check_loop, check_ring
-from dmkd_fast.logit_cache import LogitCache
 from dmkd_fast.ring_statistics import BINS, Statistics, count_slots
+
+# Views have 24 bits for the number of an image's use; "balanced" has 15 for its class.
+MOST_USES, MOST_CLASSES = 2**24, 2**15
+MOST_PASSES = 1024  # in one draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,7 @@ class RingBuffer:
             only. An image that comes in the middle of a pass may get one draw fewer.
         guard_blocks: G, blocks ahead of the writing that are not drawn.
         own_stream: Give the producer a CUDA stream of its own; needs a guard.
-        num_classes: C, for "balanced" and for statistics by class.
-        num_logits: Classes of the teacher logits that `store_logits` keeps; 0 keeps none.
-        logits_dtype: Of those, float16 or float32.
+        num_classes: C, for "balanced", for statistics by class, and to check labels.
         device: Where the ring lives.
         seed: Of the order of drawing.
 
@@ -79,11 +81,21 @@ class RingBuffer:
         self, capacity_images: int, *, image_shape: tuple[int, int, int], block_images: int,
         samples_per_insert: float, min_fill_images: int, error_buffer: float | None = None,
         order: OrderName = "shuffled", max_uses: int | None = None, guard_blocks: int = 0,
-        own_stream: bool = False, num_classes: int | None = None, num_logits: int = 0,
-        logits_dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu",
-        seed: int = 0,
+        own_stream: bool = False, num_classes: int | None = None,
+        device: torch.device | str = "cpu", seed: int = 0,
     ) -> None:  # fmt: skip
         device = torch.device(device)
+        image_shape = checks.image_shape(image_shape)
+        for name, value in (
+            ("capacity_images", capacity_images), ("block_images", block_images),
+            ("min_fill_images", min_fill_images), ("max_uses", max_uses),
+            ("num_classes", num_classes),
+        ):  # fmt: skip
+            if value is not None:
+                most = MOST_CLASSES if name == "num_classes" else MOST_USES
+                checks.whole(name, value, low=1, high=most if name != "capacity_images" else 2**40)
+        checks.whole("guard_blocks", guard_blocks)
+        checks.whole("seed", seed, high=checks.MAX_SEED)
         self._limiter = Limiter(
             samples_per_insert, min_fill_images=min_fill_images, block_images=block_images,
             error_buffer=error_buffer,
@@ -111,9 +123,7 @@ class RingBuffer:
         self.uses = torch.zeros(slots, dtype=torch.int64, device=device)
         self.stamps = torch.full((slots,), -1, dtype=torch.int32, device=device)
         """Number of the block that wrote each slot; -1 if none has."""
-        self.logits: LogitCache | None = None
-        if num_logits:
-            self.logits = LogitCache(slots, num_logits, dtype=logits_dtype, device=device)
+        self._num_strays = torch.zeros((), dtype=torch.int64, device=device)
         self._retired = torch.zeros(BINS, dtype=torch.int64, device=device)
         self._settings = {
             "block_images": block_images, "guard_blocks": guard_blocks, "order": order,
@@ -211,16 +221,21 @@ class RingBuffer:
         if block is not self._open:
             raise RuntimeError("commit: got a block that is not reserved; reserve it first")
         for name, values in (("ids", ids), ("labels", labels)):
-            _check_rows(name, values, self.block_images, self.images.device)
+            checks.rows(name, values, count=self.block_images, device=self.images.device)
+        if self.num_classes is not None:
+            checks.within("labels", labels, low=0, high=self.num_classes - 1)
         self._fences.before_commit(ids, labels)
+        if self.num_classes is not None and labels.device.type != "cpu":
+            # Not read here. Statistics count them; until then they must not crash a kernel.
+            inside = labels.clamp(0, self.num_classes - 1)
+            self._num_strays += (labels != inside).sum()
+            labels = inside
         slots = slice(block.start, block.start + self.block_images)
         if self.num_inserted >= self.capacity:
             old = self.uses[slots].clamp(max=BINS - 1)
             self._retired.scatter_add_(0, old, torch.ones_like(old))
         self.ids[slots], self.labels[slots], self.uses[slots] = ids, labels, 0
         self.stamps[slots] = self._blocks.committed
-        if self.logits is not None:
-            self.logits.valid[slots] = False
         self._limiter.num_inserted += self.block_images
         self._blocks.committed += 1
         self._order.on_commit()
@@ -242,12 +257,11 @@ class RingBuffer:
         """Draw `count` images.
 
         Raises:
-            ValueError: `count` is not positive.
+            TypeError, ValueError: `count` is not a whole number from 1 to 1,024 times the capacity.
             RuntimeError: The ring is empty or its images are used up, or, without a guard, a block
                 is open or was aborted over old images.
         """
-        if count < 1:
-            raise ValueError(f"count: got {count}, expected at least 1; draw something")
+        checks.whole("count", count, low=1, high=min(MOST_PASSES * self.capacity, MOST_USES))
         state = None
         if self._blocks.num_drawable == 0:
             state = "the ring is empty"
@@ -273,31 +287,6 @@ class RingBuffer:
         """
         self._fences.after_gather()
 
-    def store_logits(self, draw: Draw, logits: Tensor) -> None:
-        """Keep teacher logits of drawn images until they are overwritten.
-
-        They are one row per image, so they belong to one fixed view of it (such as the whole
-        image). Rows of images that were overwritten since the draw are dropped.
-
-        Args:
-            draw: What `sample` returned.
-            logits: (B, num_logits).
-
-        Raises:
-            ValueError: The ring keeps no logits, or they have another shape.
-        """
-        self._cache().store(draw.indices, self.ids[draw.indices] == draw.ids, logits)
-
-    def load_logits(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Logits (B, num_logits) kept for drawn images, and which of them are valid, (B,) bool.
-
-        Raises:
-            ValueError: The ring keeps no logits.
-        """
-        cache = self._cache()
-        is_there = self.ids[draw.indices] == draw.ids  # (B,)
-        return cache.rows[draw.indices], cache.valid[draw.indices] & is_there
-
     def statistics(self) -> Statistics:
         """Counts on the device, to be read when a log line is due."""
         waits = self._fences.waits_s()
@@ -312,6 +301,29 @@ class RingBuffer:
             inserted=self.num_inserted, sampled=self.num_sampled,
             producer_wait_s=waits["producer"], consumer_wait_s=waits["consumer"],
         )  # fmt: skip
+
+    def num_faults(self) -> Tensor:
+        """Labels and use counts that are out of range, () int64 on the device; see `check_faults`.
+
+        Use counts above 2**24 would give an image the same views again.
+        """
+        return self._num_strays + (self.uses >= MOST_USES).sum()
+
+    def check_faults(self, count: int) -> None:
+        """Refuse to go on after faults on the device.
+
+        Args:
+            count: What `num_faults` returned, read by the host.
+
+        Raises:
+            ValueError: There were some.
+        """
+        if count:
+            raise ValueError(
+                f"ring: got {count:,} labels outside of 0 to {(self.num_classes or 0) - 1} or "
+                f"images drawn {MOST_USES:,} times, expected none; correct the labels, or make "
+                "samples_per_insert smaller"
+            )
 
     def state_dict(self, *, images: bool = True) -> dict[str, Any]:
         """All that drawing depends on; tensors are the ring's own. An open block is left out.
@@ -362,15 +374,7 @@ class RingBuffer:
 
     def _tensors(self) -> dict[str, Tensor]:
         names = ("images", "labels", "ids", "uses", "stamps")
-        tensors = {name: getattr(self, name) for name in names} | {"retired": self._retired}
-        if self.logits is not None:
-            tensors |= {"logits": self.logits.rows, "has_logits": self.logits.valid}
-        return tensors
-
-    def _cache(self) -> LogitCache:
-        if self.logits is None:
-            raise ValueError("logits: got a ring that keeps none; make it with num_logits=C")
-        return self.logits
+        return {name: getattr(self, name) for name in names} | {"retired": self._retired}
 
     def _is_used_up(self, count: int) -> bool:
         left = self._order.uses_left()
@@ -390,11 +394,3 @@ class RingBuffer:
         self.uses.index_add_(0, part, torch.ones_like(part))
         # A slot that comes twice is used twice: the second time is another view of it.
         return before + occurrences(part)
-
-
-def _check_rows(name: str, values: Tensor, count: int, device: torch.device) -> None:
-    if values.shape != (count,) or values.dtype != torch.int64 or values.device != device:
-        raise ValueError(
-            f"{name}: got {tuple(values.shape)} {values.dtype} on {values.device}, expected "
-            f"({count},) torch.int64 on {device}; give one for each image of the block"
-        )

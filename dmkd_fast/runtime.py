@@ -125,6 +125,25 @@ def make_repeatable() -> None:
             inductor.deterministic = True
 
 
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Compute float32 products and convolutions on CUDA in float32, not in TF32.
+
+    cuDNN's convolutions use TF32 by default, which rounds factors to 10 bits. The settings are
+    restored afterwards.
+    """
+    cudnn: Any = torch.backends.cudnn
+    parts = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
+
+
 def set_malloc_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
     """Block size that glibc maps anew, and size of a free heap top that it gives back."""
     with contextlib.suppress(OSError, AttributeError):

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmkd_fast import checks
 from dmkd_fast.ops import noise
 from dmkd_fast.runtime import NotFiniteError
+from dmkd_fast.sampler_arguments import check_guidance, check_settings
 from dmkd_fast.solvers import Solver, SolverTable, solver_table
 
 # Images that pass the decoder at a time: its activations are hundreds of times the latents. On a
@@ -83,9 +85,15 @@ class DiffusionSampler:
     ) -> None:  # fmt: skip
         self.device, self.dtype, self.seed = torch.device(device), dtype, seed
         self.class_guidance = dict(class_guidance or {})
+        check_settings(
+            latent_shape=latent_shape, null_class=null_class, num_classes=num_classes,
+            class_map=class_map, guidance_interval=guidance_interval, dtype=dtype, seed=seed,
+            guidance_channels=guidance_channels, micro_batch_images=micro_batch_images,
+            scales=[guidance_scale, *self.class_guidance.values()], guided=[*self.class_guidance],
+        )  # fmt: skip
         scales = {guidance_scale, *self.class_guidance.values()}
         for scale in sorted(scales):
-            _check_guidance(scheduler, scale, null_class, takes_guidance)
+            check_guidance(scheduler, scale, null_class, takes_guidance)
         self.latent_shape, self.null_class, self.num_classes = latent_shape, null_class, num_classes
         self.guidance_scale, self.takes_guidance = guidance_scale, takes_guidance
         self.guidance_channels = guidance_channels
@@ -95,7 +103,7 @@ class DiffusionSampler:
         self._scales = self._scale_table()
         self.micro_batch_images = max(micro_batch_images, FEWEST_IMAGES)
         self.table = solver_table(scheduler, num_steps, self.device, solver=solver)
-        self._noisy = self.table.stochastic
+        self._is_noisy = any(self.table.stochastic)
         first, last = (int(share * num_steps) for share in guidance_interval)
         batched = scales != {1.0} and not takes_guidance
         self._guided = [batched and first <= k < last for k in range(num_steps)]
@@ -129,19 +137,28 @@ class DiffusionSampler:
             `out`.
 
         Raises:
-            ValueError: A label is not a class of the model.
+            TypeError, ValueError: A tensor is of another shape, dtype or device, or, on a CPU, an
+                id or label is out of range.
         """
-        self._check_labels(labels)
+        self._check_rows(ids, labels)
+        if out.ndim != 4 or len(out) != len(ids) or out.dtype != torch.uint8:
+            raise ValueError(f"out: got {tuple(out.shape)} {out.dtype}, expected ({len(ids)}, c, "
+                             "H, W) torch.uint8")  # fmt: skip
         size = self.micro_batch_images
         for start in range(0, len(ids), size):
             batch = slice(start, start + size)
             images = self._images(_fill(ids[batch], size), _fill(labels[batch], size))
+            if images.shape[1:] != out.shape[1:]:  # `copy_` would repeat a single channel or row
+                raise ValueError(
+                    f"out: got images of {tuple(out.shape[1:])}, expected {tuple(images.shape[1:])}"
+                )
             out[batch].copy_(images[: len(ids[batch])])
         return out
 
     @torch.inference_mode()
     def trajectory(self, ids: Tensor, labels: Tensor) -> Tensor:
         """All states of one micro-batch, noise first: (B,), (B,) -> (K + 1, B, c, h, w) float32."""
+        self._check_rows(ids, labels)
         return torch.stack(list(self._states(ids, labels)))
 
     def _images(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -182,7 +199,8 @@ class DiffusionSampler:
             both = torch.cat((labels, torch.full_like(labels, self.null_class)))  # (2B,)
         before = torch.zeros_like(x)
         for k, guided in enumerate(self._guided):
-            fresh = self._noise(ids, step=k + 1) if self._noisy[k] else None
+            # Where its coefficient is 0 as well: without it a step would be another graph.
+            fresh = self._noise(ids, step=k + 1) if self._is_noisy else None
             x, before = self._advance(
                 self._module, x, before, table.rows[k], both if guided else labels, fresh,
                 guided=guided, scale=scale, channels=self.guidance_channels,
@@ -215,16 +233,13 @@ class DiffusionSampler:
             scales[label] = scale
         return scales
 
-    def _check_labels(self, labels: Tensor) -> None:
-        # On CUDA this would wait for the device; there the embedding itself asserts.
-        if self.num_classes is None or labels.device.type != "cpu" or len(labels) == 0:
-            return
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= self.num_classes:
-            raise ValueError(
-                f"labels: got {low if low < 0 else high}, expected 0 to {self.num_classes - 1}, "
-                "the classes of this model; change the labels"
-            )
+    def _check_rows(self, ids: Tensor, labels: Tensor) -> None:
+        checks.rows("ids", ids)
+        checks.rows("labels", labels, count=len(ids), device=ids.device)
+        checks.within("ids", ids, low=0, high=checks.MAX_SEED)
+        # Elsewhere the embedding asserts: reading would wait for the device.
+        most = checks.MAX_SEED if self.num_classes is None else self.num_classes - 1
+        checks.within("labels", labels, low=0, high=most)
 
 
 def check_broken(broken: int, made: int) -> None:
@@ -335,23 +350,6 @@ class _Graph:
         self._labels.copy_(labels)
         self._graph.replay()
         return self._images
-
-
-def _check_guidance(
-    scheduler: dict[str, Any], scale: float, null_class: int | None, takes_guidance: bool
-) -> None:
-    if scale == 1.0:
-        return
-    if "distilled_guidance_scale" in scheduler:
-        raise ValueError(
-            f"guidance_scale: got {scale} for a denoiser that has guidance "
-            f"{scheduler['distilled_guidance_scale']} folded in, expected 1; set guidance_scale=1"
-        )
-    if null_class is None and not takes_guidance:
-        raise ValueError(
-            f"guidance_scale: got {scale} for a model without a null class, "
-            "expected 1; set guidance_scale=1"
-        )
 
 
 def _copy(function: Any) -> Any:

@@ -16,33 +16,28 @@ et al., consistency models (arXiv 2303.01469), algorithm 1 and appendix C.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-Solver = Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"]
-Scheduler = dict[str, Any]
-"""Content of a diffusers `scheduler_config.json`."""
+from dmkd_fast import checks, noise_levels
+from dmkd_fast.noise_levels import (
+    CONSISTENCY,
+    FLOW,
+    Scheduler,
+    Solver,
+    alpha_bar,
+    clip_of,
+    flow_sigmas,
+    number_of,
+    spaced_timesteps,
+)
 
-FLOW, CONSISTENCY = "FlowMatchEulerDiscreteScheduler", "CMStochasticIterativeScheduler"
-# Schedulers that share DDPM's noise levels, and what each solves with when not told otherwise.
-VARIANCE_PRESERVING = {
-    "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm++2m",
-    "PNDMScheduler": None, "EulerDiscreteScheduler": None, "EulerAncestralDiscreteScheduler": None,
-    "UniPCMultistepScheduler": None, "LMSDiscreteScheduler": None,
-}  # fmt: skip
-# Settings that would change the result and are not built: they must have these values, if present.
-UNSUPPORTED = {
-    "thresholding": False, "rescale_betas_zero_snr": False, "use_karras_sigmas": False,
-    "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
-    "use_flow_sigmas": False, "use_dynamic_shifting": False, "stochastic_sampling": False,
-    "invert_sigmas": False, "shift_terminal": None, "algorithm_type": "dpmsolver++",
-    "solver_type": "midpoint", "lambda_min_clipped": -math.inf,
-}  # fmt: skip
-OWN_KEYS = {"algorithm_type": "dpm++2m", "solver_type": "dpm++2m", "lambda_min_clipped": "dpm++2m"}
+LOGGER = logging.getLogger("dmkd_fast")
+_logged: set[str] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,21 +86,16 @@ def solver_table(
         ValueError: The scheduler, one of its settings or the solver is not supported for this
             model, or K is more than it has.
     """
-    name = str(scheduler.get("_class_name"))
-    trained = int(scheduler.get("num_train_timesteps", 40 if name == CONSISTENCY else 1000))
-    if not 1 <= num_steps <= trained:
-        raise ValueError(f"num_steps: got {num_steps}, expected 1 to {trained}; change it")
-    chosen = choose_solver(scheduler, solver)
-    for key, value in UNSUPPORTED.items():
-        if OWN_KEYS.get(key, chosen) == chosen and scheduler.get(key, value) not in (value, "-inf"):
-            raise ValueError(
-                f"scheduler: got {key}={scheduler[key]!r}, expected {value!r}: not supported"
-            )
+    name, trained = scheduler.get("_class_name"), noise_levels.trained_steps(scheduler)
+    checks.whole("num_steps", num_steps, low=1, high=trained)
+    chosen = noise_levels.choose_solver(scheduler, solver)
+    noise_levels.check_supported(scheduler, chosen)
     distilled = scheduler.get("distilled_steps")
     if distilled is not None and (num_steps, chosen) != (distilled, "euler"):
+        expected = f"{distilled!r:.60}"
         raise ValueError(
             f"num_steps, solver: got {num_steps}, {chosen!r} for a denoiser distilled to "
-            f"{distilled} steps, expected {distilled}, 'euler'; set them so"
+            f"{expected} steps, expected {expected}, 'euler'; set them so"
         )
     if name == FLOW:
         build = _flow
@@ -118,44 +108,19 @@ def solver_table(
     rows[:, SolverTable.COLUMNS.index("input_scale")] = 1
     for column, values in columns.items():
         rows[:, SolverTable.COLUMNS.index(column)] = values
+    rows = rows.float()
+    if not (rows.isfinite().all() and math.isfinite(initial_scale)):
+        raise ValueError(
+            f"num_steps: got {num_steps}, for which {chosen} on this scheduler's noise levels has "
+            "coefficients that are not finite; use fewer steps, or correct the betas in "
+            "scheduler_config.json"
+        )
     return SolverTable(
-        rows=rows.to(device=device, dtype=torch.float32),
+        rows=rows.to(device),
         initial_scale=initial_scale,
         clip=clip,
         learned_variance="log_variance_low" in columns,
     )
-
-
-def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
-    """Turn "auto" into the scheduler's own solver; check other names.
-
-    Raises:
-        ValueError: The scheduler is not known, or the solver is not for models like this.
-    """
-    name = str(scheduler.get("_class_name"))
-    possible: tuple[str, ...]
-    if name == FLOW:
-        possible, own = ("euler", "dpm++2m"), "euler"
-    elif name == CONSISTENCY:
-        possible, own = ("consistency",), "consistency"
-    elif name in VARIANCE_PRESERVING:
-        possible, own = ("ddpm", "ddim", "dpm++2m"), VARIANCE_PRESERVING[name] or ""
-    else:
-        known = ", ".join([FLOW, CONSISTENCY, *VARIANCE_PRESERVING])
-        raise ValueError(f"scheduler: got {name}, expected one of {known}; use another model")
-    chosen = own if solver == "auto" else solver
-    if chosen not in possible:
-        raise ValueError(
-            f"solver: got {solver!r} for a model with {name}, expected one of "
-            f"{', '.join(possible)}; change the solver (all: {', '.join(get_args(Solver))})"
-        )
-    return chosen
-
-
-def flow_sigmas(num_steps: int, shift: float) -> Tensor:
-    """Noise levels 1 = s_0 > ... > s_K = 0, (K + 1,) float64: equal steps, then shifted."""
-    sigmas = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 Built = tuple[dict[str, Tensor], float, float | None]
@@ -163,7 +128,7 @@ Built = tuple[dict[str, Tensor], float, float | None]
 
 def _flow(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
     """x = (1 - s) image + s noise; the model predicts the velocity noise - image."""
-    sigma = flow_sigmas(num_steps, float(scheduler.get("shift", 1.0)))
+    sigma = flow_sigmas(num_steps, number_of(scheduler, "shift", 1.0, low=1e-6, high=1e6))
     columns = _exponential(1 - sigma, sigma, second_order=solver == "dpm++2m")
     columns |= {
         "timestep": sigma[:-1] * trained,
@@ -175,13 +140,19 @@ def _flow(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
 
 def _ddim(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
     del solver
-    alpha_bar = _alpha_bar(scheduler, trained)
-    timesteps = _timesteps(scheduler, num_steps, trained, default="leading")
-    final = 1.0 if scheduler.get("set_alpha_to_one", True) else float(alpha_bar[0])
-    # Diffusers steps to t - trained // K whatever the spacing.
+    levels = alpha_bar(scheduler, trained)
+    timesteps = spaced_timesteps(scheduler, num_steps, trained, default="leading")
+    final = 1.0 if scheduler.get("set_alpha_to_one", True) else float(levels[0])
+    # diffusers steps to t - trained // K whatever the spacing.
     before = timesteps - trained // num_steps
-    after = torch.where(before >= 0, alpha_bar[before.clamp(min=0)], final)
-    alpha, sigma = alpha_bar[timesteps].sqrt(), (1 - alpha_bar[timesteps]).sqrt()
+    if not torch.equal(before[:-1], timesteps[1:]):
+        _log_once(
+            "ddim: with timestep_spacing=%s and %d steps a step ends at another noise level than "
+            "the next one begins at, as in diffusers' DDIMScheduler; dpm++2m has no such gap",
+            scheduler.get("timestep_spacing"), num_steps,
+        )  # fmt: skip
+    after = torch.where(before >= 0, levels[before.clamp(min=0)], final)
+    alpha, sigma = levels[timesteps].sqrt(), (1 - levels[timesteps]).sqrt()
     next_alpha, next_sigma = after.sqrt(), (1 - after).sqrt()
     # The direction to x keeps the noise that the unclipped estimate implies.
     columns = {
@@ -191,18 +162,18 @@ def _ddim(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
         "u": -next_sigma * alpha / sigma,
         **_estimate(scheduler, alpha, sigma),
     }
-    return columns, 1.0, _clip(scheduler)
+    return columns, 1.0, clip_of(scheduler)
 
 
 def _ddpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
     del solver
-    alpha_bar = _alpha_bar(scheduler, trained)
-    timesteps = _timesteps(scheduler, num_steps, trained, default="leading")
-    now = alpha_bar[timesteps]
+    levels = alpha_bar(scheduler, trained)
+    timesteps = spaced_timesteps(scheduler, num_steps, trained, default="leading")
+    now = levels[timesteps]
     after = torch.cat((now[1:], torch.ones_like(now[:1])))  # the last step ends without noise
     beta = 1 - now / after
     posterior = ((1 - after) / (1 - now) * beta).clamp(min=1e-20)
-    kind = scheduler.get("variance_type", "fixed_small")
+    kind = scheduler.get("variance_type") or "fixed_small"  # None in files of DPM solvers
     drawn = (timesteps > 0).double()
     columns = {
         "timestep": timesteps.double(),
@@ -217,33 +188,36 @@ def _ddpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
     elif kind == "learned_range":
         columns |= {
             "n": drawn,
-            "log_variance_low": posterior.log(),
-            "log_variance_high": beta.log(),
+            # A step without noise still computes exp of these, times 0: it must not overflow.
+            "log_variance_low": posterior.log() * drawn,
+            "log_variance_high": beta.log() * drawn,
         }
     else:
         raise ValueError(
-            f"scheduler: got variance_type={kind!r}, expected fixed_small, fixed_large or "
+            f"scheduler: got variance_type={kind!r:.60}, expected fixed_small, fixed_large or "
             "learned_range: not supported"
         )
-    return columns, 1.0, _clip(scheduler)
+    return columns, 1.0, clip_of(scheduler)
 
 
 def _dpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
     del solver
-    order = int(scheduler.get("solver_order", 2))
-    if order not in (1, 2):
-        raise ValueError(f"scheduler: got solver_order={order}, expected 1 or 2: not supported")
-    alpha_bar = _alpha_bar(scheduler, trained)
+    order = noise_levels.whole_of(scheduler, "solver_order", 2, low=1, high=2)
+    levels = alpha_bar(scheduler, trained)
     # Diffusers spaces K + 1 timesteps and leaves out the last one.
-    timesteps = _timesteps(scheduler, num_steps, trained, default="linspace", extra=1)
+    timesteps = spaced_timesteps(scheduler, num_steps, trained, default="linspace", extra=1)
     if len(timesteps) != num_steps:
         raise ValueError(
             f"num_steps: got {num_steps}, for which this scheduler makes {len(timesteps)} steps; "
             "use a divisor of num_train_timesteps"
         )
     final = scheduler.get("final_sigmas_type", "zero")
-    end = torch.ones_like(alpha_bar[:1]) if final == "zero" else alpha_bar[:1]
-    levels = torch.cat((alpha_bar[timesteps], end))
+    if final not in ("zero", "sigma_min"):
+        raise ValueError(
+            f"scheduler: got final_sigmas_type={final!r:.60}, expected zero or sigma_min"
+        )
+    end = torch.ones_like(levels[:1]) if final == "zero" else levels[:1]
+    levels = torch.cat((levels[timesteps], end))
     alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
     first_order_end = bool(scheduler.get("euler_at_final", False)) or (
         bool(scheduler.get("lower_order_final", True)) and num_steps < 15
@@ -257,13 +231,15 @@ def _dpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bui
 def _consistency(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
     """Noise is added to a clean estimate and taken away again, K times."""
     del solver
-    low, high = float(scheduler.get("sigma_min", 0.002)), float(scheduler.get("sigma_max", 80.0))
-    data, rho = float(scheduler.get("sigma_data", 0.5)), float(scheduler.get("rho", 7.0))
+    low = number_of(scheduler, "sigma_min", 0.002, low=1e-6, high=1e6)
+    high = number_of(scheduler, "sigma_max", 80.0, low=low, high=1e6)
+    data = number_of(scheduler, "sigma_data", 0.5, high=1e6)
+    rho = number_of(scheduler, "rho", 7.0, low=0.1, high=100.0)
     places = torch.arange(num_steps, dtype=torch.float64) * (trained // num_steps)
     ramp = places / max(1, trained - 1)
     sigma = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     after = torch.cat((sigma[1:], torch.full_like(sigma[:1], low))).clamp(low, high)
-    noise = float(scheduler.get("s_noise", 1.0)) * (after.square() - low**2).clamp(min=0).sqrt()
+    noise = number_of(scheduler, "s_noise", 1.0) * (after.square() - low**2).clamp(min=0).sqrt()
     columns = {
         "timestep": 250 * sigma.log(),
         "input_scale": (sigma.square() + data**2).rsqrt(),
@@ -306,59 +282,12 @@ def _estimate(scheduler: Scheduler, alpha: Tensor, sigma: Tensor) -> dict[str, T
     if kind == "sample":
         return {"skip": torch.zeros_like(alpha), "out": torch.ones_like(alpha)}
     raise ValueError(
-        f"scheduler: got prediction_type={kind!r}, expected epsilon, v_prediction or sample"
+        f"scheduler: got prediction_type={kind!r:.60}, expected epsilon, v_prediction or sample"
     )
 
 
-def _clip(scheduler: Scheduler) -> float | None:
-    clips = scheduler.get("clip_sample", True)
-    return float(scheduler.get("clip_sample_range", 1.0)) if clips else None
-
-
-def _alpha_bar(scheduler: Scheduler, trained: int) -> Tensor:
-    """Cumulative products of 1 - beta, (trained,) float64."""
-    kind, given = scheduler.get("beta_schedule", "linear"), scheduler.get("trained_betas")
-    start = float(scheduler.get("beta_start", 0.0001))
-    end = float(scheduler.get("beta_end", 0.02))
-    if given is not None:
-        betas = torch.tensor(given, dtype=torch.float64)
-    elif kind == "linear":
-        betas = torch.linspace(start, end, trained, dtype=torch.float64)
-    elif kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, trained, dtype=torch.float64) ** 2
-    elif kind == "squaredcos_cap_v2":
-        places = torch.arange(trained + 1, dtype=torch.float64) / trained
-        bar = ((places + 0.008) / 1.008 * math.pi / 2).cos() ** 2
-        betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-    else:
-        raise ValueError(
-            f"scheduler: got beta_schedule={kind!r}, expected linear, scaled_linear or "
-            "squaredcos_cap_v2"
-        )
-    return torch.cumprod(1 - betas, dim=0)
-
-
-def _timesteps(
-    scheduler: Scheduler, num_steps: int, trained: int, *, default: str, extra: int = 0
-) -> Tensor:
-    """Descending (K,) int64, spaced as the scheduler's config says."""
-    spacing = scheduler.get("timestep_spacing", default)
-    count = num_steps + extra
-    if spacing == "leading":
-        ascending = torch.arange(count) * (trained // count)
-        ascending = ascending + int(scheduler.get("steps_offset", 0))
-        if int(ascending[-1]) >= trained:
-            raise ValueError(
-                f"num_steps: got {num_steps}, which with steps_offset reaches timestep "
-                f"{int(ascending[-1])} of {trained}; lower it"
-            )
-        return ascending.flip(0)[:num_steps]
-    if spacing == "linspace":
-        ascending = torch.linspace(0, trained - 1, count, dtype=torch.float64).round().long()
-        return ascending.flip(0)[:num_steps]
-    if spacing == "trailing":
-        count_down = torch.arange(trained, 0, -trained / num_steps, dtype=torch.float64)
-        return count_down.round().long() - 1
-    raise ValueError(
-        f"scheduler: got timestep_spacing={spacing!r}, expected leading, linspace or trailing"
-    )
+def _log_once(text: str, *values: object) -> None:
+    """Log a warning the first time that `text` is given."""
+    if text not in _logged:
+        _logged.add(text)
+        LOGGER.warning(text, *values)

@@ -12,7 +12,11 @@ import math
 import torch
 from torch import Tensor
 
+from dmkd_fast import checks
+from dmkd_fast.inputs import check_normalization
 from dmkd_fast.ops import views as ops
+
+MOST_USES = 2**24
 
 
 class ViewSpec:
@@ -32,13 +36,10 @@ class ViewSpec:
         self, *, size: int, mean: tuple[float, ...], std: tuple[float, ...],
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        if size < 1:
-            raise ValueError(f"size: got {size}, expected at least 1")
-        if len(mean) != len(std) or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-            raise ValueError(
-                f"mean, std: got {tuple(mean)} and {tuple(std)}, expected one finite number each "
-                "per channel, std above 0"
-            )
+        checks.whole("size", size, low=1, high=ops.MAX_SIDE)
+        check_normalization(mean, std)
+        if dtype not in ops.DTYPES:
+            raise ValueError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
         self.size, self.dtype = size, dtype
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(std, dtype=torch.float32, device=device)
@@ -73,6 +74,14 @@ class Views:
         mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu", seed: int = 0,
     ) -> None:  # fmt: skip
+        for name, pair in (("scale", scale), ("ratio", ratio)):
+            if len(pair) != 2:
+                raise ValueError(f"{name}: got {tuple(pair)}, expected two numbers")
+            for value in pair:
+                checks.number(name, value)
+        checks.whole("pad", pad, low=-(2**31))
+        checks.number("flip", flip)
+        checks.whole("seed", seed, high=checks.MAX_SEED)
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale: got {tuple(scale)}, expected 0 < low <= high <= 1")
         if not 2.0**-15 <= ratio[0] <= ratio[1] <= 2.0**15:
@@ -103,7 +112,8 @@ class Views:
         Raises:
             TypeError, ValueError, IndexError: As `dmkd_fast.ops.views.views`.
         """
-        boxes, flips = self.parameters(ids, uses, slots.shape[-2], slots.shape[-1])
+        height, width = _sides(slots)
+        boxes, flips = self.parameters(ids, uses, height, width)
         return self.render(slots, indices, boxes, flips, out=out)
 
     def parameters(
@@ -118,7 +128,18 @@ class Views:
 
         Returns:
             Boxes (B, 4) int32 (top, left, height, width), and flips (B,) bool.
+
+        Raises:
+            TypeError, ValueError: Ids or uses are of another shape, dtype or device, or, on a CPU,
+                out of range: uses of 2**24 and more would repeat earlier views.
         """
+        if not torch.compiler.is_compiling():
+            checks.rows("ids", ids)
+            checks.rows("uses", uses, count=len(ids), device=ids.device)
+            checks.within("ids", ids, low=0, high=checks.MAX_SEED)
+            checks.within("uses", uses, low=0, high=MOST_USES - 1)
+            for name, side in (("height", height), ("width", width)):
+                checks.whole(name, side, low=1, high=ops.MAX_SIDE)
         keeps_size = self.scale == (1, 1) and self.ratio == (1, 1)
         spare = (height, width)
         if width < self.ratio[0] * height and not keeps_size:
@@ -135,7 +156,9 @@ class Views:
 
     def whole(self, slots: Tensor, indices: Tensor, spec: ViewSpec | None = None) -> Tensor:
         """The unchanged images at view size, normalised; no crop, no flip."""
-        count, (height, width) = indices.shape[0], slots.shape[-2:]
+        (height, width) = _sides(slots)
+        checks.rows("indices", indices)
+        count = len(indices)
         boxes = torch.zeros((count, 4), dtype=torch.int32, device=slots.device)
         boxes[:, 2], boxes[:, 3] = height, width
         flips = torch.zeros(count, dtype=torch.bool, device=slots.device)
@@ -166,3 +189,10 @@ class Views:
             slots, indices, boxes, flips, size=spec.size, pad=self.pad, mean=spec.mean,
             std=spec.std, dtype=spec.dtype, out=out,
         )  # fmt: skip
+
+
+def _sides(slots: Tensor) -> tuple[int, int]:
+    """Height and width of (N, c, H, W)."""
+    if slots.ndim != 4:
+        raise ValueError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
+    return slots.shape[2], slots.shape[3]

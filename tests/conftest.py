@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dmkd_fast.image_reader import ImageReader
 from dmkd_fast.image_sets import ImageSet
 from dmkd_fast.pretrain_diffusion import FLOW
 from dmkd_fast.ranks import ALONE, Ranks
+from dmkd_fast.runtime import exact_float32
 
 pytest_plugins = ["real_sets"]
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,13 @@ def num_cases(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     """Choose the number of cases of a test marked `hard`: num_cases(all, few)."""
     few = request.config.getoption("--few")
     return lambda all_cases, few_cases: few_cases if few else all_cases
+
+
+@pytest.fixture(autouse=True, scope="session")
+def float32_is_exact() -> Iterator[None]:
+    """No TF32 in tests: they compare numbers."""
+    with exact_float32():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

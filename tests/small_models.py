@@ -61,8 +61,9 @@ def dit_folder(folder: Path, *, shared: bool = True, scheduler: Any = None, **ch
 def class_unet_folder(folder: Path, scheduler: Any, **changes: Any) -> Path:
     """As openai/diffusers-cd_imagenet64_l2: unet/, scheduler/."""
     unet = diffusers.UNet2DModel(
-        in_channels=3, out_channels=3, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), **(UNET | {"num_class_embeds": 10} | changes)
+        in_channels=3, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        **(UNET | {"num_class_embeds": 10, "out_channels": 3} | changes),
     )  # fmt: skip
     spread(unet).save_pretrained(folder / "unet")
     scheduler.save_pretrained(folder / "scheduler")

@@ -360,3 +360,25 @@ def test_without_dali_one_line_says_what_to_install(
     images = open_set(folder, CPU)
     with pytest.raises(ValueError, match=r"pip install 'dmkd_fast\[dali\]'"):
         list(images.batches([COLOUR]))
+
+
+def test_float32_is_not_rounded_to_tf32_while_a_classifier_is_measured() -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append((matmul.fp32_precision, conv.fp32_precision))
+            return images.flatten(1)[:, :4]
+
+    cudnn: Any = torch.backends.cudnn
+    matmul, conv = torch.backends.cuda.matmul, cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    spec = InputSpec(size=2, mean=(0.5,), std=(0.5,))
+    batches = [({spec: torch.zeros(3, 1, 2, 2)}, torch.tensor([0, 1, 2]))]
+    try:
+        matmul.fp32_precision = conv.fp32_precision = "tf32"
+        evaluate.measure(Watched(), batches, input=spec, num_classes=4)
+        assert seen == [("ieee", "ieee")]
+        assert (matmul.fp32_precision, conv.fp32_precision) == ("tf32", "tf32")
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before

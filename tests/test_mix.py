@@ -114,7 +114,7 @@ def test_host_and_device_draw_from_one_generator_without_sharing_numbers() -> No
 
 @pytest.mark.parametrize("alphas", [(0.0, 0.0), (-1.0, 0.0), (0.5, float("nan"))])
 def test_bad_alphas_are_refused(alphas: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="mixup_alpha, cutmix_alpha: got"):
+    with pytest.raises(ValueError, match=r"(mixup|cutmix)_alpha: got"):
         Mixer(mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
 
 

@@ -180,28 +180,6 @@ def test_balanced_draws_each_class_equally_from_unequal_numbers() -> None:
         assert uses.sum() == total and uses.max() - uses.min() <= 1
 
 
-def test_logits_are_kept_until_their_image_is_overwritten() -> None:
-    ring = make(capacity=8, num_logits=3, spi=100)
-    write(ring)
-    draw = ring.sample(4)
-    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    assert not ring.load_logits(draw)[1].any()
-    ring.store_logits(draw, rows)
-    kept, valid = ring.load_logits(draw)
-    assert valid.all() and torch.equal(kept, rows.half())
-    write(ring)
-    write(ring)  # over the first block
-    assert not ring.load_logits(draw)[1].any()
-    ring.store_logits(draw, rows)  # too late: those slots hold other images
-    assert not ring.load_logits(ring.sample(8))[1].any()
-    with pytest.raises(ValueError, match=r"got shape \(4, 2\), expected \(4, 3\)"):
-        ring.store_logits(draw, rows[:, :2])
-    with pytest.raises(ValueError, match="num_logits=C"):
-        make().load_logits(draw)
-    with pytest.raises(ValueError, match="float16 or float32"):
-        make(num_logits=3, logits_dtype=torch.int64)
-
-
 def test_bad_ids_labels_counts_and_states_are_refused() -> None:
     ring = make()
     block, good = ring.reserve(), torch.arange(4)
@@ -210,19 +188,42 @@ def test_bad_ids_labels_counts_and_states_are_refused() -> None:
             ring.commit(block, ids=ids, labels=labels)
     assert ring.num_inserted == 0 and (ring.ids == -1).all()
     ring.commit(block, ids=good, labels=good)
-    with pytest.raises(ValueError, match="count: got 0"):
-        ring.sample(0)
+    for count in (0, -1, 2**31, 12 * 1024 + 1):
+        with pytest.raises(ValueError, match=f"count: got {count}, expected 1 to 12288"):
+            ring.sample(count)
+    for count in (True, 4.0, "4", None, torch.tensor(4)):  # type: ignore[assignment]
+        with pytest.raises(TypeError, match="count: got"):
+            ring.sample(count)
     with pytest.raises(ValueError, match="resume with the settings"):
         make(order="uniform").load_state_dict(ring.state_dict())
 
 
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_outside_of_the_classes_are_refused_before_anything_is_written(label: int) -> None:
+    ring = make(num_classes=10)
+    block, ids = ring.reserve(), torch.arange(4)
+    with pytest.raises(ValueError, match=f"labels: got {label}, expected 0 to 9"):
+        ring.commit(block, ids=ids, labels=torch.tensor([0, 9, label, 5]))
+    assert ring.num_inserted == 0 and (ring.ids == -1).all()
+    ring.commit(block, ids=ids, labels=torch.tensor([0, 9, 0, 9]))
+
+
+def test_use_counts_that_would_repeat_views_are_found() -> None:
+    ring = make()
+    write(ring)
+    ring.uses[2] = 2**24 - 2
+    ring.sample(4)
+    ring.check_faults(int(ring.num_faults()))
+    ring.sample(4)
+    with pytest.raises(ValueError, match=r"got 1 labels .* or images drawn 16,777,216 times"):
+        ring.check_faults(int(ring.num_faults()))
+
+
 @pytest.mark.parametrize("order", ["shuffled", "uniform"])
-@pytest.mark.parametrize("num_logits", [0, 5])
-def test_plan_is_what_a_ring_allocates(order: str, num_logits: int) -> None:
-    sizes: dict[str, Any] = {"num_logits": num_logits, "logits_dtype": torch.float32}
+def test_plan_is_what_a_ring_allocates(order: str) -> None:
     for capacity, block in ((12, 4), (13, 4), (100, 7)):
-        ring = make(capacity, block, spi=100, order=order, **sizes)
-        plan = capacity_plan(capacity, image_shape=(1, 2, 2), block_images=block, **sizes)
+        ring = make(capacity, block, spi=100, order=order)
+        plan = capacity_plan(capacity, image_shape=(1, 2, 2), block_images=block)
         assert set(plan) == {*ring._tensors(), "order"} - {"retired"}
         for name in set(plan) - {"order"}:
             assert ring._tensors()[name].nbytes == plan[name], name
@@ -236,12 +237,12 @@ def test_plan_is_what_a_ring_allocates(order: str, num_logits: int) -> None:
 def test_plan_of_200_000_images_of_256_pixels_is_arithmetic_and_allocates_nothing() -> None:
     shape: dict[str, Any] = {"image_shape": (3, 256, 256), "block_images": 64}
     with NoTensors():
-        plan = capacity_plan(200_000, num_logits=1000, **shape)
-        fits = largest_capacity(sum(plan.values()), num_logits=1000, **shape)
-        less = largest_capacity(sum(plan.values()) - 1, num_logits=1000, **shape)
+        plan = capacity_plan(200_000, **shape)
+        fits = largest_capacity(sum(plan.values()), **shape)
+        less = largest_capacity(sum(plan.values()) - 1, **shape)
     assert plan == {
         "images": 39_321_600_000, "labels": 1_600_000, "ids": 1_600_000, "uses": 1_600_000,
-        "stamps": 800_000, "order": 1_600_000, "logits": 400_000_000, "has_logits": 200_000,
+        "stamps": 800_000, "order": 1_600_000,
     }  # fmt: skip
     assert (fits, less) == (200_000, 200_000 - 64)
     assert largest_capacity(-5, **shape) == 0

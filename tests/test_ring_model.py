@@ -121,10 +121,7 @@ class Pair:
         self.next_id, self.classes_drawn = 0, Counter[int]()
 
     def new_ring(self) -> RingBuffer:
-        return RingBuffer(
-            image_shape=(1, 1, 2), num_classes=CLASSES, num_logits=2, seed=5,
-            logits_dtype=torch.float32, **self.settings,
-        )  # fmt: skip
+        return RingBuffer(image_shape=(1, 1, 2), num_classes=CLASSES, seed=5, **self.settings)
 
     def move(self) -> None:
         pick = self.pick
@@ -178,10 +175,6 @@ class Pair:
                 while turn not in there:
                     turn = (turn + 1) % CLASSES
                 assert image % CLASSES == turn
-        rows = torch.stack((draw.ids.float(), -draw.ids.float()), dim=1)
-        kept, valid = self.ring.load_logits(draw)
-        assert torch.equal(kept[valid], rows[valid])
-        self.ring.store_logits(draw, rows)
 
     def resume(self) -> None:
         """Another ring takes over from a saved state; both would go on alike."""

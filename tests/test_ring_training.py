@@ -181,7 +181,7 @@ def test_forward_half_of_a_step_stays_on_cuda(
         object.__setattr__(sampler.table, "rows", fake(sampler.table.rows))
         sampler.num_broken = fake(sampler.num_broken)
         monkeypatch.setattr(sampler, "_images", sampler._make)
-        for name in ("images", "labels", "ids", "uses", "stamps", "_retired"):
+        for name in ("images", "labels", "ids", "uses", "stamps", "_retired", "_num_strays"):
             setattr(ring, name, fake(getattr(ring, name)))
         order_: Any = ring._order
         for name in ("_slots", "_places", "_bits", "_labels", "_uses"):
@@ -203,7 +203,7 @@ def test_forward_half_of_a_step_stays_on_cuda(
                 seen = views(ring.images, draw.indices, draw.ids, draw.uses)
                 ring.release()
                 loss, grad = kd_loss_and_grad(distiller.student(seen), teacher(seen))
-                means = ring.statistics().means()
+                means = ring.statistics().means() | {"faults": ring.num_faults()}
     results = [draw.indices, draw.ids, draw.uses, seen, loss, grad, *means.values()]
     assert all(r.device.type == "cuda" for r in results)
     assert seen.shape == (24, 1, 8, 8) and grad.shape == (24, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import diffusers
@@ -11,7 +12,8 @@ import torch
 from diffusers.schedulers import scheduling_consistency_models, scheduling_ddpm
 from torch import Tensor, nn
 
-from dmkd_fast import DiffusionSampler
+from dmkd_fast import DiffusionSampler, solvers
+from dmkd_fast.noise_levels import VARIANCE_PRESERVING, spaced_timesteps
 from dmkd_fast.solvers import SolverTable, solver_table
 
 SHAPE = (1, 6, 6)
@@ -30,7 +32,16 @@ class Wave(nn.Module):
         return torch.cat([value, value.flip(2)][: self.width], dim=1)
 
 
+class SavedConfig:
+    """A scheduler of which only its file is known."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+
 def config_of(scheduler: Any) -> dict[str, Any]:
+    if isinstance(scheduler, SavedConfig):
+        return scheduler.config
     return dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
 
 
@@ -104,7 +115,7 @@ def test_ddpm_with_learned_variance(monkeypatch: pytest.MonkeyPatch, num_steps: 
     {"prediction_type": "v_prediction"}, {"prediction_type": "sample"},
     {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
 ], ids=lambda s: "-".join(s) or "default")  # fmt: skip
-@pytest.mark.parametrize("num_steps", [1, 4, 10, 20])
+@pytest.mark.parametrize("num_steps", [1, 4, 10, 14, 15, 20])  # 15: the last step's order changes
 def test_dpm_solver(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], num_steps: int
 ) -> None:
@@ -135,6 +146,61 @@ def test_a_solver_equals_the_scheduler_made_from_the_models_config(
     )  # fmt: skip
     direct = solver_table(config_of(scheduler), 10, torch.device("cpu"))
     assert torch.equal(named.rows, direct.rows)
+
+
+# Keys of one scheduler that another ignores, and values that another reads as its own.
+FILES: dict[str, dict[str, Any]] = {
+    "EulerDiscreteScheduler": {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"},
+    "DEISMultistepScheduler": {"algorithm_type": "deis", "solver_type": "logrho"},
+    "UniPCMultistepScheduler": {"solver_type": "bh2", "timestep_spacing": "trailing"},
+    "PNDMScheduler": {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1},
+}
+
+
+@pytest.mark.parametrize("solver, other", [
+    ("ddpm", "DDPMScheduler"), ("ddim", "DDIMScheduler"),
+    ("dpm++2m", "DPMSolverMultistepScheduler"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", sorted({*VARIANCE_PRESERVING} - {"LMSDiscreteScheduler"}))  # scipy
+def test_any_schedulers_file_is_read_as_from_config_reads_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, solver: str, other: str
+) -> None:
+    own = getattr(diffusers, name)(beta_end=0.015, **FILES.get(name, {}))
+    config = json.loads(own.to_json_string())
+    refused = {"EulerDiscreteScheduler": "use_karras_sigmas=True",
+               "DEISMultistepScheduler": "algorithm_type='deis'"}  # fmt: skip
+    if name in refused and solver == "dpm++2m":
+        with pytest.raises(ValueError, match=refused[name]):
+            solver_table(config, 10, torch.device("cpu"), solver="dpm++2m")
+        return
+    scheduler = getattr(diffusers, other).from_config(config)
+    mine, theirs = ours_and_theirs(
+        monkeypatch, scheduler, 10, solver=solver, like=SavedConfig(config)
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("trained", [1000, 999, 500, 17])
+def test_trailing_timesteps_are_as_many_as_steps_for_every_number(trained: int) -> None:
+    """1000 / 61 in float64: `arange` gives 62 numbers, the last one next to 0."""
+    for num_steps in range(1, trained + 1):
+        timesteps = spaced_timesteps(
+            {"timestep_spacing": "trailing"}, num_steps, trained, default="leading"
+        )
+        assert len(timesteps) == num_steps and timesteps[0] == trained - 1
+        assert timesteps[-1] >= 0 and (timesteps.diff() < 0).all()
+
+
+def test_ddim_steps_that_do_not_meet_are_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(solvers, "_logged", set())
+    with caplog.at_level(logging.WARNING, "dmkd_fast"):
+        for spacing in ("leading", "linspace", "linspace"):
+            config = {"_class_name": "DDIMScheduler", "timestep_spacing": spacing}
+            solver_table(config, 10, torch.device("cpu"))
+    assert len(caplog.records) == 1
+    assert "timestep_spacing=linspace and 10 steps" in caplog.records[0].getMessage()
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 40])
@@ -173,7 +239,13 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
     ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, {}, "karras"),
     ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, {},
      "algorithm_type"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, {}, "solver_order=3"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, {}, "solver_order: got 3"),
+    ({"_class_name": "DPMSolverMultistepScheduler"}, {"num_steps": 1000}, "not finite"),
+    ({"_class_name": "DDPMScheduler", "beta_end": 1.0}, {}, "not finite"),
+    ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, {}, "got 2 numbers"),
+    ({"_class_name": "DDIMScheduler", "beta_start": "a"}, {}, "beta_start: got 'a'"),
+    ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1e3}, {}, "got 1000.0"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0}, {}, "shift: got 0"),
     ({"_class_name": "CMStochasticIterativeScheduler"}, {"solver": "ddim"}, "consistency"),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler", "distilled_steps": 4}, {}, "to 4"),
 ])  # fmt: skip

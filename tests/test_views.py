@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import transforms as v1
 from torchvision.transforms.v2 import functional as tv
 
-from dmkd_fast import Views, ViewSpec
+from dmkd_fast import InputSpec, Views, ViewSpec
 from dmkd_fast.ops import reference
 from dmkd_fast.ops.views import views as operator
 
@@ -197,7 +197,50 @@ def test_out_is_written_in_place() -> None:
     ({"ratio": (0.0, 1.0)}, "ratio: got"), ({"pad": -1}, "pad, flip: got -1"),
     ({"flip": 1.5}, "pad, flip: got"), ({"size": 0}, "size: got 0"),
     ({"std": (0.0,)}, "mean, std: got"), ({"mean": (0.1, 0.2)}, "mean, std: got"),
+    ({"mean": (123.675,), "std": (58.395,)}, "divide numbers of pixel values in .0, 255. by 255"),
+    ({"mean": (0.5,), "std": (58.395,)}, "by 255"), ({"mean": (-0.1,)}, "by 255"),
+    ({"mean": (float("nan"),)}, "mean: got nan"), ({"seed": -1}, "seed: got -1"),
+    ({"dtype": torch.int32}, "dtype: got torch.int32"), ({"size": 8193}, "size: got 8193"),
+    ({"scale": (0.5,)}, "scale: got .0.5,., expected two numbers"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_named(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make(**changes)
+
+
+def test_means_at_both_ends_of_the_range_are_taken() -> None:
+    """timm has means of 0 and 0.5 with standard deviations of 1 and 0.5."""
+    for mean, std in ((0.0, 1.0), (1.0, 1.0), (0.5, 0.5)):
+        assert make(mean=(mean,), std=(std,)).spec.mean.tolist() == [mean]
+        assert InputSpec(size=8, mean=(mean,), std=(std,)).num_channels == 1
+    with pytest.raises(ValueError, match="by 255"):
+        InputSpec(size=8, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+
+
+def test_uses_that_would_repeat_earlier_views_are_refused() -> None:
+    ids = torch.arange(2)
+    views = make()
+    views.parameters(ids, torch.tensor([0, 2**24 - 1]), 28, 28)
+    for use in (2**24, -1):
+        with pytest.raises(ValueError, match=f"uses: got {use}, expected 0 to 16777215"):
+            views.parameters(ids, torch.tensor([0, use]), 28, 28)
+    with pytest.raises(ValueError, match=r"uses: got \(3,\) torch.int64"):
+        views.parameters(ids, torch.zeros(3, dtype=torch.int64), 28, 28)
+
+
+@pytest.mark.parametrize("height, width", [(100, 500), (500, 100), (60, 300), (301, 60), (97, 10)])
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.5, 1.0), (1.5, 2.0), (0.3, 0.4), (0.05, 0.1)])
+def test_the_spare_crop_is_torchvisions(
+    height: int, width: int, ratio: tuple[float, float]
+) -> None:
+    """No crop fits: with most of the area asked for, each image is cut to the nearest ratio."""
+    ids = torch.arange(200)
+    views = make(pad=0, size=32, scale=(0.999, 1.0), ratio=ratio)
+    ours, _ = views.parameters(ids, torch.zeros_like(ids), height, width)
+    image = torch.empty(1, height, width)
+    theirs = torch.tensor(
+        [v1.RandomResizedCrop.get_params(image, [0.999, 1.0], list(ratio)) for _ in range(50)]
+    )
+    if not ratio[0] <= width / height <= ratio[1]:
+        assert len(theirs.unique(dim=0)) == 1
+        assert ours.unique(dim=0).tolist() == theirs[:1].tolist()
