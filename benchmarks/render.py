@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether they agree")
     options = parser.parse_args(argv)
     stale = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         before = path.read_text(encoding="utf-8")
         after = render(before)
         if before != after:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_tables_agree_with_the_recorded_rows() -> None:
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = path.read_text(encoding="utf-8")
         assert render.render(text) == text, f"{path.name}: run python -m benchmarks render"
     marked = re.findall(r"<!-- rows:([a-z-]+) -->", (ROOT / "README.md").read_text())
