@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -178,10 +179,11 @@ def _interval(low: float | None, high: float | None) -> str:
 
 
 def _number(value: float) -> str:
-    if value == 2**63:
-        return "2^63"
+    exponent = math.log2(value) if value > 0 else 0.0
+    if exponent.is_integer() and abs(exponent) > 13:
+        return f"2^{exponent:.0f}"
     is_whole = float(value).is_integer() and abs(value) < 1e15
-    return f"{int(value):,}" if is_whole else f"{value:g}"
+    return f"{int(value):,}" if is_whole else f"{value:g}".replace("e+", "e").replace("e-0", "e-")
 
 
 def _yaml(value: Any) -> str:

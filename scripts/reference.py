@@ -62,7 +62,8 @@ def settings() -> str:
             seen.setdefault(setting.name, setting)
             level = "###" if setting.is_section else "####"
             lines.append(f"{level} `{setting.name}` {{ #{anchor} }}")
-            lines.append(f"{setting.facts[0].upper()}{setting.facts[1:]}".replace(" or `null`", ""))
+            facts = f"{setting.facts[0].upper()}{setting.facts[1:]}".replace(" or `null`", "")
+            lines.append(f"{facts}\n{{ .facts }}")
             if setting.text:
                 lines.append(_escaped(setting.text))
     return NOTE + "\n\n".join(lines) + "\n"

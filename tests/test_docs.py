@@ -16,6 +16,7 @@ from scripts import reference
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+FOLDER = DOCS / "reference" / "schema"
 PAGES = sorted(DOCS.rglob("*.md"))
 
 
@@ -90,6 +91,24 @@ def test_settings_named_on_pages_exist() -> None:
             is_file = name.endswith((".yaml", ".json"))
             if name.split(".")[0] in sections - {"student", "model"} and not is_file:
                 assert name in known, f"{path.name}: {name}"
+
+
+def test_every_setting_has_an_example_in_a_config_or_on_a_page() -> None:
+    written = [path for path in PAGES if path != reference.FOLDER / "settings.md"]
+    text = "".join(p.read_text("utf-8") for p in [*ROOT.glob("configs/**/*.yaml"), *written])
+    for job in config_reference.JOBS:
+        for setting in config_reference.describe(job):
+            field = setting.name.split(".")[-1]
+            found = re.search(rf"\b{field}:|\b{re.escape(setting.name)}\b", text)
+            assert setting.is_section or found, f"{setting.name} has no example"
+
+
+def test_shipped_configs_name_their_schema() -> None:
+    for path in ROOT.glob("configs/**/*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        (schema,) = re.findall(r"^# yaml-language-server: \$schema=(\S+)$", text, re.M)
+        kind = re.match(r"# dmkd (?:pretrain )?(\w+)", text)
+        assert kind and (path.parent / schema).resolve() == FOLDER / f"{kind[1]}.json", path
 
 
 def test_example_of_the_limiter_is_what_the_ring_does() -> None:
