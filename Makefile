@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: run test test-long test-hard digits setup lint clean
+.PHONY: run test test-long test-hard digits docs setup lint clean
 
 run: setup
 	$(BIN)/dmkd distill configs/fashion_mnist.yaml
@@ -27,12 +27,17 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja \
 	  "$$($(BIN)/python -c 'import tomllib; d = tomllib.load(open("pyproject.toml", "rb")); print(next(r for r in d["project"]["dependencies"] if r.startswith("torch")))')"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dali,xformers,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dali,xformers,docs,dev]"
 	touch $(STAMP)
 
 # Hashes that stay equal as long as code only moves.
 digits: setup
 	$(BIN)/python -m benchmarks digits
+
+# The documentation site, in site/; generated pages must be current and all links must resolve.
+docs: setup
+	$(BIN)/python scripts/reference.py --check
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff check .
@@ -41,4 +46,4 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 clean:
-	rm -rf .venv build dist *.egg-info dmkd_fast/*.so
+	rm -rf .venv build dist site *.egg-info dmkd_fast/*.so

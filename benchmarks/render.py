@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     stale = []
     shown: set[str] = set()
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         before = path.read_text(encoding="utf-8")
         after = render(before)
         shown.update(match[2] for match in MARKED.finditer(before))

@@ -54,7 +54,7 @@ RESNET: Row = {
 }  # fmt: skip
 STUDENTS: dict[str, Row] = {"lenet5_half": {"architecture": "lenet5_half"}, "resnet": RESNET}
 """LeNet-5-half is that of zero-shot distillation; the other is configs/fashion_mnist.yaml's."""
-# AdamW, chosen on the 5,000 held-out images: benchmarks/LOG.md.
+# AdamW, chosen on the 5,000 held-out images: docs/notebook.md.
 LENET: Row = {"lr": 8e-3, "batch_size": 32}
 RESNET_OPTIM: Row = {"lr": 2e-3, "batch_size": 64}
 EMBEDDED_TEACHERS = ("weak", "lenet5", "strong")

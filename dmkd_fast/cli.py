@@ -1,4 +1,4 @@
-"""The command line: `dmkd distill | generate | evaluate | pretrain`.
+"""The command line: `dmkd distill | generate | evaluate | pretrain | config`.
 
 Stands on floor 4. Errors that the user can mend end in one line on stderr and exit code 2; Ctrl-C
 ends with exit code 130 and a line that says how to go on. The last line of output is JSON. Under
@@ -232,6 +232,24 @@ def _parser() -> argparse.ArgumentParser:
             "--resume", action="store_true", help="go on from the newest checkpoint of run_dir"
         )
         sub.set_defaults(verb=_pretrain, kind=kind)
+
+    config = verbs.add_parser(
+        "config", help="describe the settings",
+        description="Print type, default, range and meaning of every setting, or of one section "
+        "or field.",
+    )  # fmt: skip
+    config.add_argument(
+        "name", nargs="?", default="", metavar="SECTION[.FIELD]",
+        help="what to describe (default: all settings)",
+    )  # fmt: skip
+    config.add_argument(
+        "--job", choices=("distill", "teacher", "denoiser", "fewstep"), default="distill",
+        help="whose settings: `distill` (also `generate`), or a kind of `pretrain`",
+    )  # fmt: skip
+    config.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of the whole file instead"
+    )
+    config.set_defaults(verb=_config)
     return parser
 
 
@@ -346,6 +364,16 @@ def _pretrain(options: argparse.Namespace) -> dict[str, Any]:
         return pretrain_diffusion.denoiser(denoiser, options.data, resume=options.resume)
     fewstep = cfg.load(cfg.PretrainFewstepConfig, options.config, options.overrides)
     return pretrain_diffusion.fewstep(fewstep, resume=options.resume)
+
+
+def _config(options: argparse.Namespace) -> None:
+    from dmkd_fast import config_reference
+
+    if options.schema:
+        print(json.dumps(config_reference.schema(options.job), indent=1))
+        return
+    for setting in config_reference.describe(options.job, options.name):
+        print(setting)
 
 
 def _refuse_changes(options: argparse.Namespace) -> None:

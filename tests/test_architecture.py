@@ -1,4 +1,4 @@
-"""The rules of docs/design.md that a machine can hold: floors and sizes."""
+"""The rules of docs/design/layers.md that a machine can hold: floors and sizes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FLOORS = {
         image_sets evaluate metrics pictures blocks checkpoint""",
         """distill phases keeper supervision job results memory origin classifiers evaluation
         generate pretrain pretrain_diffusion""",
-        """cli""",
+        """cli config_reference""",
     ))
     for name in names.split()
 }  # fmt: skip
 # Floor 3 is where settings end; `run_dir` is about settings itself.
 MAY_SEE_CONFIG = {
     "run_dir", "job", "results", "memory", "origin", "classifiers", "evaluation", "generate",
-    "pretrain", "pretrain_diffusion", "cli",
+    "pretrain", "pretrain_diffusion", "cli", "config_reference",
 }  # fmt: skip
 
 

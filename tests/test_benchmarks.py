@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_tables_agree_with_the_recorded_rows() -> None:
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = path.read_text(encoding="utf-8")
         assert render.render(text) == text, f"{path.name}: run python -m benchmarks render"
     marked = re.findall(r"<!-- rows:([a-z0-9-]+) -->", (ROOT / "README.md").read_text())
@@ -32,7 +32,7 @@ def test_tables_agree_with_the_recorded_rows() -> None:
 
 def test_shown_rows_were_made_with_the_defaults_of_their_command() -> None:
     """Every measurement's parser is called, and no row has a mark without a meaning."""
-    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))]
     assert render.check(match[2] for text in texts for match in render.MARKED.finditer(text)) == []
 
 
