@@ -30,26 +30,26 @@ from dmkd_fast.training_config import TrainConfig as TrainConfig
 
 
 class RingConfig(Section):
-    """The buffer of images."""
+    """The ring buffer of images."""
 
     capacity_images: Count
-    """Slots; each takes channels * H * W bytes."""
+    """Number of slots, rounded up to whole blocks. A slot takes channels * height * width bytes."""
     min_fill_images: Count
-    """Images in the ring before the first student step."""
+    """Images in the ring before the first training step, rounded up to whole blocks."""
     samples_per_insert: float = Field(ge=1e-6, le=1e6)
-    """Reuse: views drawn per image. With a source that fits into the ring it paces the first pass;
-    once all its images are in the ring, they are drawn until train.num_views."""
+    """Reuse: views drawn per inserted image. A set on disk that fits into the ring is inserted once
+    and then drawn until train.num_views."""
     error_buffer: float | None = Field(None, ge=1e-6, le=1e15)
-    """Views by which reuse may be off in either direction while the run goes on; unset:
-    samples_per_insert * min_fill_images, so that views never exceed samples_per_insert * images."""
+    """Views by which the reuse may be ahead or behind during the run. null: samples_per_insert *
+    min_fill_images, so that views never exceed samples_per_insert * images."""
     order: Literal["shuffled", "equal", "uniform", "balanced"] = "shuffled"
-    """How images are drawn: in shuffled passes over all; in passes over the less used half, so
-    that late images catch up with early ones; each draw by itself; equally often by class."""
+    """Order of drawing. shuffled: passes over all images. equal: passes over the less used half, so
+    that late images catch up. uniform: independent draws. balanced: equally often by class."""
     max_uses: int | None = Field(None, ge=1, lt=2**24)
-    """Views of an image after which it is drawn no more (order shuffled or equal)."""
+    """Views after which an image is no longer drawn. Only for shuffled and equal."""
     overlap: bool = False
-    """Make the next block while the student trains, on a CUDA stream of its own; the block that
-    will be overwritten next is then not drawn. Not for a source."""
+    """Generate the next block on a CUDA stream of its own while the student trains. The block that
+    will be overwritten next is then not drawn. Not for images on disk."""
 
 
 _AreaShare = Annotated[float, Field(ge=1e-4, le=1)]
@@ -57,16 +57,16 @@ _Ratio = Annotated[float, Field(ge=2.0**-15, le=2.0**15)]
 
 
 class ViewsConfig(Section):
-    """Random views that teacher and student see."""
+    """Random views of the images, the same crops for teacher and student."""
 
     size: int = Field(ge=1, le=8192)
-    """Side of a view, in pixels."""
+    """Side of a view in pixels."""
     scale: tuple[_AreaShare, _AreaShare] = (1.0, 1.0)
-    """Range of the crop's area as a share of the image's area."""
+    """Range of the crop's area, as a fraction of the image's area."""
     ratio: tuple[_Ratio, _Ratio] = (1.0, 1.0)
     """Range of the crop's aspect ratio (width / height)."""
     pad: int = Field(0, ge=0, le=8192)
-    """Black pixels on each side that a crop may reach into."""
+    """Width of the black border in pixels that a crop may reach into."""
     flip: float = Field(0.5, ge=0.0, le=1.0)
     """Probability of a horizontal flip."""
 
@@ -82,31 +82,33 @@ class ViewsConfig(Section):
 
 
 class EvalConfig(Section):
-    """The real test set; it decides nothing, it only reports."""
+    """The real test set. It is reported and decides nothing."""
 
     path: PathText
-    """Directory with idx files, class folders (ImageFolder) or WebDataset shards, or
-    `embedded:NAME`."""
+    """Directory with idx files, class folders or WebDataset shards, or `embedded:NAME`."""
     classes: PathText | None = None
-    """Text file with one class name a line, in the job's order; default: classes.txt in the
-    directory, else the sorted names of the class folders."""
+    """Text file with one class name per line, in the job's order. null: classes.txt in the
+    directory, otherwise the sorted names of the class folders."""
     num_points: int = Field(8, ge=1, le=10_000)
-    """Evaluations during a run, the last one included."""
+    """Number of evaluations during a run, the last one included."""
 
 
 class RunConfig(Section):
-    """What every job has."""
+    """Settings that every job has."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    """Name of the job; run directories start with it."""
+    """Name of the job. Run directories start with it."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of all random numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of all networks and of the ring. auto: cuda if one is visible."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute dtype of models; auto: float16 on CUDA, bfloat16 on a CPU that multiplies it."""
+    """Compute dtype of the networks. auto: float16 on CUDA, bfloat16 on a CPU with bfloat16
+    products, otherwise float32. float16 on a CPU is refused."""
     num_threads: int = Field(0, ge=0, le=1024)
-    """CPU threads; 0 means all cores this process may use."""
+    """CPU threads. 0: all cores that this process may use."""
     run_dir: PathText = "auto"
-    """Where results go; auto: runs/NAME-DATE-TIME."""
+    """Directory of the results. auto: runs/NAME-DATE-TIME."""
 
 
 class DistillConfig(RunConfig):
@@ -123,8 +125,8 @@ class DistillConfig(RunConfig):
     mix: MixConfig = MixConfig()
     teacher: TeachingConfig
     more_teachers: tuple[TeachingConfig, ...] = Field((), max_length=100)
-    """Further ones: an image is judged by all whose time and classes it falls into, by the mean of
-    their probabilities."""
+    """Further teachers. The target of an image is the mean probability of all teachers that are
+    active and teach the image's class."""
     student: ClassifierConfig
     loss: LossConfig = LossConfig()
     optim: OptimConfig
@@ -227,48 +229,53 @@ class DistillConfig(RunConfig):
 
 
 class PretrainConfig(RunConfig):
-    """What all kinds of pretraining share."""
+    """Settings that all kinds of pretraining have."""
 
     optim: OptimConfig
     train: TrainConfig
 
 
 class TeacherConfig(PretrainConfig):
-    """A classifier on real images: `dmkd pretrain teacher`."""
+    """A classifier trained on real images: `dmkd pretrain teacher`."""
 
     mean: float = Field(0.0, ge=0, le=1)
-    """Pixel mean (of values in [0, 1]) that inputs are normalised with."""
+    """Mean of the pixels, in [0, 1], that inputs are normalized with."""
     std: float = Field(1.0, ge=1e-3, le=1)
-    """Standard deviation of the same pixels."""
+    """Standard deviation of the pixels that inputs are normalized with."""
     model: ClassifierConfig
     views: ViewsConfig
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Fraction of the target that is spread over all classes."""
 
 
 class PretrainDenoiserConfig(PretrainConfig):
-    """A class-conditional pixel DiT on real images: `dmkd pretrain denoiser`."""
+    """A class-conditional pixel DiT trained on real images: `dmkd pretrain denoiser`."""
 
     patch_size: int = Field(4, ge=1, le=8192)
+    """Side of a patch in pixels. It must divide the side of the images."""
     num_layers: int = Field(ge=1, le=1000)
+    """Number of transformer blocks."""
     num_heads: int = Field(ge=1, le=1024)
+    """Number of attention heads."""
     head_dim: int = Field(ge=2, le=1024)
+    """Width of an attention head."""
     label_dropout: float = Field(0.1, gt=0, lt=1)
-    """Share of examples trained with the null class, which guidance needs."""
+    """Fraction of the examples trained with the null class, which guidance needs."""
 
 
 class PretrainFewstepConfig(PretrainConfig):
-    """A denoiser taught to make in few steps what it makes in many: `dmkd pretrain fewstep`."""
+    """A denoiser trained to make an image in few steps: `dmkd pretrain fewstep`."""
 
     denoiser: DenoiserConfig
-    """Where to start from; it is the teacher as well."""
+    """The denoiser to start from. It is the teacher as well."""
     sampler: SamplerConfig
-    """How the teacher makes its trajectories; its guidance is folded into the result."""
+    """How the teacher makes its trajectories. Its guidance becomes part of the result."""
     num_steps: int = Field(4, ge=1, le=1000)
-    """Steps of the result; sampler.num_steps must be a multiple."""
+    """Number of steps of the result. sampler.num_steps must be a multiple."""
     pool_images: Count = 8192
-    """Trajectories kept at a time, float16 on the device."""
+    """Trajectories kept at a time, as float16 on the device."""
     reuse: int = Field(4, ge=1, le=10**6)
-    """Passes over the pool before it is made anew."""
+    """Passes over the pool before it is generated again."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainFewstepConfig:

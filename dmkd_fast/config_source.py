@@ -16,18 +16,19 @@ class SourceConfig(Section):
     """Images on disk in place of a denoiser: shards of `dmkd generate`, or single files."""
 
     path: PathText
-    """The directory."""
+    """Directory of the images."""
     kind: Literal["auto", "shards", "imagefolder", "paper"] = "auto"
-    """shards: made by `dmkd generate`; imagefolder: class sub-folders; paper: files named
-    class_X_seed_Y_num_Z.png, as the sets released with DM-KD; auto: by what is there."""
+    """Layout. shards: made by `dmkd generate`. imagefolder: class subfolders. paper: files named
+    class_X_seed_Y_num_Z.png, as in the sets released with DM-KD. auto: by the content of the
+    directory."""
     image_size: int | None = Field(None, ge=1, le=8192)
-    """Scale to this many pixels, short side first, and crop to the centre; none: as stored."""
+    """Resize to this many pixels, short side first, and crop to the center. null: as stored."""
     block_images: int = Field(256, ge=1, le=10**6)
-    """Images read together: the ring's block, as sampler.micro_batch_images is online."""
+    """Images read together: the ring's block."""
     follow: bool = False
-    """The shards are still being made: take up new ones as they come."""
+    """Use new shards as they appear, while they are still being made."""
     wait_s: float = Field(3600.0, gt=0, le=1e9)
-    """With follow, seconds without a new shard after which the run stops."""
+    """Seconds without a new shard after which a following run stops."""
 
     @model_validator(mode="after")
     def _follow(self) -> SourceConfig:

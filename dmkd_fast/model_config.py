@@ -15,23 +15,23 @@ _Prompt = Annotated[str, Field(max_length=10_000)]
 
 
 class DenoiserConfig(Section):
-    """Where the diffusion model comes from."""
+    """The diffusion model."""
 
     path: PathText
-    """Directory in diffusers format, `embedded:NAME` for one shipped with the package, or
-    `hf-hub:OWNER/NAME` for one on the Hugging Face Hub."""
+    """Directory in diffusers format, `embedded:NAME` for a model of the package, or
+    `hf-hub:OWNER/NAME`."""
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
-    """Commit of an `hf-hub:` path: 40 hexadecimal digits, so that the weights never change."""
+    """Commit of an `hf-hub:` path, 40 hexadecimal digits."""
     prompts: tuple[_Prompt, ...] | None = Field(None, max_length=MAX_CLASSES)
-    """One prompt per class, for text-to-image models."""
+    """One prompt per class. For text-to-image models only."""
     decoder: PathText | None = None
-    """Path of another autoencoder to decode latents with, such as an AutoencoderTiny."""
+    """Path of another autoencoder that decodes the latents, such as an AutoencoderTiny."""
     null_class: int | None = Field(None, ge=0, lt=2**31)
-    """Class of a UNet2DModel that stood for dropped labels in its training, which guidance needs;
-    the job then has the other classes. DiTs and text-to-image models know their own."""
+    """Class of a UNet2DModel that stood for "no class" in its training, which guidance needs. The
+    job has the other classes. DiTs and text-to-image models need no setting."""
     class_map: ClassMap | None = None
-    """The generator's own index of each class of the job, which then has that many classes (100 of
-    1000, say); without it the job has all of the generator's classes."""
+    """The generator's index of each class of the job. null: the job has all classes of the
+    generator."""
 
     @model_validator(mode="after")
     def _pinned(self) -> DenoiserConfig:
@@ -40,21 +40,22 @@ class DenoiserConfig(Section):
 
 
 class ClassifierConfig(Section):
-    """A classifier: a saved one (`path`) or a new one (`arch`)."""
+    """A classifier: saved weights (`path`) or a new network (`arch`)."""
 
     path: PathText | None = None
     """Directory with config.json and model.safetensors, `embedded:NAME`, or `hf-hub:OWNER/NAME` in
     timm's layout."""
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
-    """Commit of an `hf-hub:` path: 40 hexadecimal digits."""
+    """Commit of an `hf-hub:` path, 40 hexadecimal digits."""
     arch: PathText | None = None
-    """One of `small_nets.py` (`lenet5`, `cifar_resnet20`, `cifar_wrn16_2`, `cifar_vgg8`, ...),
-    `torchvision:NAME`, or any timm model name."""
+    """A small network (`lenet5`, `cifar_resnet20`, `cifar_wrn16_2`, `cifar_vgg8`, ...),
+    `torchvision:NAME`, or a timm name."""
     model_args: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of the timm or torchvision model."""
+    """Further arguments of the timm or torchvision model."""
     stem: Literal["own", "conv3", "conv3_pool", "conv3_stride2"] = "own"
-    """First layers of a ResNet: its own (for 224 pixels); for small images a 3x3 convolution with
-    stride 1, without pooling or with it, or one with stride 2 without pooling."""
+    """First layers of a ResNet. own: those of the architecture, for 224 pixels. conv3: a 3x3
+    convolution with stride 1, without pooling. conv3_pool: the same with pooling. conv3_stride2: a
+    3x3 convolution with stride 2, without pooling."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ClassifierConfig:
@@ -73,19 +74,20 @@ class ClassifierConfig(Section):
 
 
 class TeachingConfig(ClassifierConfig):
-    """A teacher: saved weights (`path`), or the published ones of a named model."""
+    """A teacher: saved weights (`path`) or published weights of a named model (`arch` with
+    `pretrained`)."""
 
     pretrained: bool = False
-    """Download the weights that timm or torchvision has for `arch`; timm's are pinned to the commit
-    that the Hub has today, in the settings saved with the run."""
+    """Download the weights that timm or torchvision publishes for `arch`. timm's weights are pinned
+    to the newest commit in the saved settings."""
     class_map: ClassMap | None = None
-    """The teacher's own index of each class of the job, in the job's order; None: the same."""
+    """The teacher's index of each class of the job. null: the same classes in the same order."""
     teaches: ClassMap | None = None
-    """Classes of the job whose images it judges; None: all."""
+    """Classes of the job whose images this teacher labels. null: all."""
     start: float = Field(0.0, ge=0, lt=1)
-    """Share of the run from which on it teaches."""
+    """Progress of the run at which this teacher starts."""
     stop: float = Field(1.0, gt=0, le=1)
-    """Share of the run at which it stops."""
+    """Progress of the run at which this teacher stops."""
 
     @model_validator(mode="after")
     def _trained(self) -> TeachingConfig:

@@ -24,31 +24,32 @@ _Scale = Annotated[float, Field(ge=1, le=1000)]
 
 
 class SamplerConfig(Section):
-    """How images are made."""
+    """How images are generated."""
 
     fidelity: Literal["low", "medium", "high"] | None = None
-    """Sets num_steps, solver and guidance_scale together; lower is cheaper."""
+    """Preset of num_steps, solver and guidance_scale. Lower is cheaper."""
     num_steps: int = Field(8, ge=1, le=1000)
     """Denoising steps per image."""
     solver: Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"] = "auto"
-    """How a step is taken; auto: as the model's own scheduler does."""
+    """Solver of a step. auto: that of the model's own scheduler."""
     guidance_scale: _Scale = 1.5
-    """Classifier-free guidance; 1 means none (and half the cost)."""
+    """Scale of classifier-free guidance. 1: no guidance, at half the cost."""
     class_guidance: dict[str, _Scale] = Field({}, max_length=MAX_CLASSES)
-    """Guidance of some of the job's classes in place of that, by class (below 100,000) or range of
-    classes: {3: 1, 10-19: 2.5}. All images then cost what guided ones do."""
+    """Guidance scale of single classes or ranges of classes, for example {3: 1, 10-19: 2.5}. All
+    images then cost as much as guided ones."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
-    """Share of the steps at which guidance starts and stops; outside it a step costs half."""
+    """Guidance is applied between these fractions of the steps. A step outside costs half."""
     guidance_channels: int | None = Field(None, ge=1, le=1024)
-    """Guide only the first so many channels (3 in the original DiT code)."""
+    """Guide only the first channels (3 in the original DiT code). null: all channels."""
     attention: Literal["auto", "xformers", "sdpa", "short"] = "auto"
-    """Attention of DiTs; auto: by capability (xformers on CUDA where it can, else PyTorch's)."""
+    """Attention of DiTs. auto: by capability (xFormers on CUDA where possible, otherwise PyTorch's;
+    short sequences on a CPU use the package's own)."""
     micro_batch_images: int = Field(256, ge=1, le=10**6)
-    """Images denoised together; part of what fixes an image's bits."""
+    """Images denoised together. It is one of the things that fix the bits of an image."""
     compile: Switch = "auto"
-    """torch.compile of the denoiser; auto: on CUDA, where the machine has what that needs."""
+    """Compile the denoiser with torch.compile. auto: on CUDA, where Triton is present."""
     phases: tuple[PhaseConfig, ...] = Field((), max_length=100)
-    """Other steps and guidance later in the run, each from its start to the next one's."""
+    """Other steps and guidance later in the run. A phase ends where the next one starts."""
 
     @model_validator(mode="before")
     @classmethod
@@ -112,14 +113,14 @@ class SamplerConfig(Section):
 
 
 class PhaseConfig(Section):
-    """From some point of the run on, images are made with other settings."""
+    """Sampler settings from some point of the run on."""
 
     start: float = Field(gt=0, lt=1)
-    """Share of the run's steps after which it begins."""
+    """Progress of the run at which the phase starts."""
     num_steps: int = Field(ge=1, le=1000)
-    """As in the sampler's own settings, which hold until the first phase."""
+    """Denoising steps per image in this phase."""
     guidance_scale: _Scale
-    """Of the classes that class_guidance does not name."""
+    """Guidance scale in this phase, for the classes that class_guidance does not name."""
 
 
 def _classes_in(key: str) -> range:

@@ -14,23 +14,24 @@ from dmkd_fast.settings import Count, Section, Switch
 
 
 class LossConfig(Section):
-    """alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * CE(student,
-    label), mean over the batch."""
+    """The loss: alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) *
+    CE(student, class), mean over the batch."""
 
     temperature: float = Field(4.0, ge=0.01, le=1000)
-    """T; within its range neither logits / T nor T^2 overflows in float32."""
+    """Softmax temperature T."""
     alpha: float = Field(1.0, gt=0, le=1)
-    """Share of the teacher's term; the rest is cross-entropy with the class that the image was
-    made for. 1, as in the paper: labels are not used."""
+    """Weight of the teacher's term. The cross-entropy with the class of the image has weight 1 -
+    alpha. 1, as in the paper: classes are not used."""
 
 
 class MixConfig(Section):
-    """Mixing of views, the same for student and teachers; with both, each half of the time."""
+    """Mixing of views, the same for student and teachers. With both methods, each is used for half
+    of the steps on average."""
 
     mixup_alpha: float = Field(0.0, ge=0, le=1000)
-    """Whole views, by a share from Beta(alpha, alpha), one for the batch; 0 turns it off."""
+    """Mixup: whole views, with a weight from Beta(alpha, alpha), one per batch. 0: off."""
     cutmix_alpha: float = Field(0.0, ge=0, le=1000)
-    """A square of another view, of an area share from Beta(alpha, alpha); 0 turns it off."""
+    """CutMix: a square of another view, with an area from Beta(alpha, alpha). 0: off."""
 
     @property
     def is_on(self) -> bool:
@@ -39,32 +40,30 @@ class MixConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimizer and learning-rate schedule: linear warm-up, then cosine to zero or milestones.
-
-    The paper's ImageNet recipe is {name: sgd, lr: 0.1, nesterov: false, weight_decay: 1.0e-4,
-    warmup: 0, milestones: [0.3, 0.6, 0.9]}, except that it decays biases and normalisation too.
-    """
+    """Optimizer and learning rate: linear warm-up, then a cosine to zero, or milestones."""
 
     name: Literal["sgd", "adamw"] = "adamw"
+    """Optimizer."""
     lr: float = Field(gt=0, le=1000)
     """Peak learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of SGD, or AdamW's beta1."""
+    """Momentum of SGD, or beta1 of AdamW."""
     nesterov: bool = True
-    """Nesterov's momentum for SGD; false, as in the paper: the plain one."""
+    """Nesterov momentum for SGD. The paper uses plain momentum."""
     weight_decay: float = Field(0.0, ge=0, le=100)
-    """Decoupled for AdamW; never on biases and normalisation, where the paper has it too."""
+    """Weight decay, decoupled for AdamW. Biases and normalization are never decayed; the paper
+    decays them too."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of all steps with a rising learning rate."""
+    """Fraction of the steps with a rising learning rate."""
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((), max_length=1000)
-    """Shares of all steps at which the learning rate is multiplied by `decay`; none: it falls to
-    zero by a cosine."""
+    """Fractions of the steps at which the learning rate is multiplied by `decay`. Empty: a cosine
+    to zero."""
     decay: float = Field(0.1, gt=0, lt=1)
     """Factor at each milestone."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay per step of the averaged weights that are evaluated and saved; 0 turns it off."""
+    """Decay per step of the weight EMA, which is evaluated and saved. 0: off."""
     max_grad_norm: float = Field(0.0, ge=0, le=1e6)
-    """Gradients are scaled down to this norm; 0 turns it off."""
+    """Largest norm of the gradient. Larger gradients are scaled down. 0: off."""
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> OptimConfig:
@@ -83,24 +82,26 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length and rhythm of a training."""
+    """Length and intervals of the training."""
 
     batch_size: int = Field(ge=1, le=10**7)
     """Views per optimizer step."""
     accumulate: int = Field(1, ge=1, le=10**7)
-    """Equal parts of a batch that go through the networks one after the other, for less memory;
-    batch norm then sees a part at a time."""
+    """Number of equal micro-batches that pass through the networks one after the other, to save
+    memory. Batch normalization sees a micro-batch at a time."""
     num_views: Count
-    """Views seen by the student (or model) in all."""
+    """Views in the whole run."""
     compile: Switch = "auto"
-    """torch.compile of what is trained and its teacher; auto: on CUDA."""
+    """Compile the trained network and its teacher with torch.compile. auto: on CUDA, where Triton
+    is present."""
     max_skipped_steps: int = Field(20, ge=1, le=10**6)
-    """A step whose loss or gradient is not finite changes nothing; so many in a row end the run at
-    the next log line. More than the 16 by which float16's loss scale falls from 65,536 to 1."""
+    """A step whose loss or gradient is not finite changes nothing. This many in a row end the run
+    at the next log line. The default is more than the 16 steps by which float16's loss scale falls
+    from 65,536 to 1."""
     checkpoint_every_s: float = Field(600.0, gt=0, le=1e9)
-    """Seconds between checkpoints; one is always written at the end and on Ctrl-C."""
+    """Seconds between checkpoints. One is always written at the end and after an interruption."""
     log_every_steps: int = Field(50, ge=1, le=10**9)
-    """Optimizer steps between log lines; the only place where the device is waited for."""
+    """Optimizer steps between log lines. Only a log line waits for the device."""
 
     @model_validator(mode="after")
     def _equal_parts(self) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Every row of the tables in docs/reference/damage.md: the damage is made, and gives what the page says."""
+"""Every row of docs/reference/damage.md: the damage is made and gives what the page says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from shard_files import encode, make_plan, random_images, write_shards
 from dmkd_fast import InputSpec, open_set, shards
 from dmkd_fast.sources import ShardSource, find_kind
 
-PAGE = (Path(__file__).parent.parent / "docs" / "reference" / "damage.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "reference" / "damage.md").read_text(encoding="utf-8")
 ROWS = [
     tuple(cell.strip() for cell in line.strip("|").split("|"))
     for line in PAGE.splitlines()
