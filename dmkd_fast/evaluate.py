@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast.inputs import InputSpec
+from dmkd_fast.inputs import InputSpec, check_logits
 
 Views = dict[InputSpec, Tensor]
 BINS = 15
@@ -29,13 +29,16 @@ class Scores:
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
-        size = 3 * num_classes + BINS + 3
+        size = 3 * num_classes + BINS + 4
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         """Per class images, top-1 hits and top-5 hits (C each); calibration gaps (15); teacher's
-        hits, agreements, images the teacher judged."""
+        hits, agreements, images the teacher judged; images whose logits are not finite."""
 
     def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> None:
         """Count one batch, without waiting for the device.
+
+        Logits without a softmax (a NaN, +inf, or nothing but -inf) count as wrong and as no
+        agreement; those of the model are counted in `num_not_finite`.
 
         Args:
             logits: (B, C).
@@ -46,27 +49,28 @@ class Scores:
             ValueError: The logits are not of C classes.
         """
         for name, given in (("model", logits), ("teacher", teacher_logits)):
-            if given is not None and given.shape != (len(labels), self.num_classes):
-                raise ValueError(
-                    f"{name}: got logits of shape {tuple(given.shape)} for {len(labels)} images of "
-                    f"{self.num_classes} classes; use a classifier of that many classes"
-                )
+            if given is not None:
+                check_logits(name, given, len(labels), self.num_classes)
         count = self.num_classes
         images, top1, top5 = self.sums[: 3 * count].view(3, count)
-        gaps, totals = self.sums[3 * count : 3 * count + BINS], self.sums[-3:]
+        gaps, totals = self.sums[3 * count : 3 * count + BINS], self.sums[-4:]
+        confidence = logits.double().softmax(dim=1).amax(dim=1)
+        finite = confidence.isfinite()
+        confidence = confidence.where(finite, 0)
         top = logits.topk(min(5, count), dim=1).indices  # (B, 5)
-        hits = top == labels[:, None]
+        hits = (top == labels[:, None]) & finite[:, None]
         first, any_of_five = hits[:, 0].double(), hits.any(dim=1).double()
         images.index_add_(0, labels, torch.ones_like(first))
         top1.index_add_(0, labels, first)
         top5.index_add_(0, labels, any_of_five)
-        confidence = logits.double().softmax(dim=1).amax(dim=1)
         gaps.index_add_(0, (confidence * BINS).long().clamp_max(BINS - 1), first - confidence)
         if teacher_logits is not None:
             guess = teacher_logits.argmax(dim=1)
-            totals[0] += (guess == labels).sum()
-            totals[1] += (guess == top[:, 0]).sum()
+            judged = teacher_logits.softmax(dim=1).amax(dim=1).isfinite()
+            totals[0] += ((guess == labels) & judged).sum()
+            totals[1] += ((guess == top[:, 0]) & judged & finite).sum()
             totals[2] += len(labels)
+        totals[3] += finite.logical_not().sum()
 
     def result(self) -> dict[str, float]:
         """Shares in [0, 1] of all images counted.
@@ -78,7 +82,7 @@ class Scores:
         sums, count = self.sums.cpu(), self.num_classes
         images, top1, top5 = sums[: 3 * count].view(3, count).sum(dim=1)
         gaps = sums[3 * count : 3 * count + BINS]
-        hits, agreements, judged = sums[-3:]
+        hits, agreements, judged, _ = sums[-4:]
         scores = {"top1": top1 / images, "top5": top5 / images, "ece": gaps.abs().sum() / images}
         if judged > 0:
             scores |= {"teacher_top1": hits / judged, "agreement": agreements / judged}
@@ -88,6 +92,11 @@ class Scores:
     def num_images(self) -> int:
         """Images counted."""
         return int(self.sums[: self.num_classes].sum())
+
+    @property
+    def num_not_finite(self) -> int:
+        """Images whose logits have no softmax; they count as wrong."""
+        return int(self.sums[-1])
 
     def by_class(self) -> list[dict[str, Any]]:
         """One row per class: images, top1, top5 (None for a class without images)."""
@@ -122,7 +131,9 @@ def measure(
         for views, labels in batches:
             scores = scores or Scores(num_classes, labels.device)
             judged = None if teacher is None else teacher(views).float()
-            scores.add(model(views[input]).float(), labels, judged)
+            logits = model(views[input])
+            check_logits("model", logits, len(labels), num_classes)
+            scores.add(logits.float(), labels, judged)
     finally:
         model.train(was_training)
     # A rank without images still takes part in the sum, on its device.

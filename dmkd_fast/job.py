@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +295,8 @@ def _run(
 
     with cfg.user_errors():
         (folder / STUDENT).mkdir(exist_ok=True)
-        models.save_classifier(distiller.average.module, parts.student_spec, folder / STUDENT)
+        spec = replace(parts.student_spec, label_names=parts.test_set.class_names)
+        models.save_classifier(distiller.average.module, spec, folder / STUDENT)
         scores = evaluate_run(folder).scores
         _draw(distiller, parts, folder, scores["teacher_top1"])
         summary = {
@@ -350,6 +351,11 @@ def check_fit(
                     f"{what}: {whose} has {made}, {section}.path has {judged}, eval.path has "
                     f"{tested}, expected the same; change the one that is off"
                 )
+        if config.eval.classes is None:
+            classifiers.check_names(
+                f"{section}.path", teachers.class_names[section], test_set.class_names,
+                fix="eval.classes",
+            )  # fmt: skip
 
 
 def _draw(distiller: Distiller, parts: Parts, folder: Path, teacher_top1: float) -> None:
@@ -378,6 +384,7 @@ def _write_card(
         "```python\nfrom pathlib import Path\nimport torch\n"
         "from dmkd_fast import load_classifier\n\n"
         'model, spec = load_classifier(Path("."), torch.device("cpu"))\n```\n'
+        f"{models.timm_lines(spec)}"
         f"Inputs: {spec.in_chans} x {spec.input_size} x {spec.input_size}, pixels in [0, 1] "
         f"normalised with mean {list(spec.mean)} and std {list(spec.std)}.\n"
     )

@@ -83,7 +83,7 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
         stem=config.model.stem,
     )
     with cfg.user_errors():
-        model = models.build_classifier(spec).to(device).to(memory_format=torch.channels_last)
+        model = models.to_channels_last(models.build_classifier(spec).to(device))
     forward = torch.compile(model) if compiles(config, device) else model
     views = Views(
         **config.views.model_dump(), mean=spec.mean, std=spec.std, device=device, seed=config.seed

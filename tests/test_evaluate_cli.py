@@ -122,7 +122,7 @@ def test_a_job_of_some_classes_in_another_order(
     (["{model}", "--data", "{two}"], ["classes", "has 2", "have 3"]),
     (["{model}", "--data", "{folder}", "--classes", "{tmp}/none.txt"], ["none.txt", "no such"]),
     (["{tmp}", "--classes", "{tmp}/x"], ["--classes", "add --data"]),
-    (["{tmp}", "--data", "{folder}"], ["config.yaml", "No such file"]),
+    (["{tmp}", "--data", "{folder}"], ["config.yaml of a run", "config.json of a classifier"]),
     (["embedded:fashion_mnist/weak", "--data", "{folder}"], ["classes", "has 3", "have 10"]),
     (["embedded:fashion_mnist/best", "--data", "{folder}"], ["no such asset"]),
     (["resnet1800", "--data", "{folder}"], ["resnet1800", "timm"]),
