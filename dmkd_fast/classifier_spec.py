@@ -226,7 +226,7 @@ def _read(values: dict[str, Any]) -> _File:
         return _File.model_validate_json(json.dumps(values))
     except ValidationError as error:
         problem = error.errors(include_input=True, include_url=False)[0]
-        name = ".".join(str(part) for part in problem["loc"] if part != "pretrained_cfg")
+        name = ".".join(map(str, problem["loc"])).removeprefix("pretrained_cfg.")
         if problem["type"] == "missing":
             raise ValueError(f"{name}: missing") from None
         expected = problem["msg"].removeprefix("Input should be ")

@@ -224,9 +224,10 @@ def _check_takes(
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, input.num_channels, size, size, device=device))
     except Exception as error:  # Networks raise what they like when a shape does not fit.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"{name}: cannot take {input.num_channels} x {size} x {size} views ({error}); use "
-            "another architecture or stem"
+            f"{name}: cannot take {input.num_channels} x {size} x {size} views ({reason}); use "
+            "another architecture, stem or size"
         ) from None
     finally:
         model.train(was_training)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dmkd_fast.dit import lean_dit
 from dmkd_fast.upsampling import double_by_phases
-from dmkd_fast.weights import CONFIG, load_weights, read_json, read_licence
+from dmkd_fast.weights import CONFIG, check_plain, load_weights, read_json, read_licence
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -165,6 +165,7 @@ def load_denoiser(
     part = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), None)
     if part is None:
         raise ValueError(f"{folder}: got neither transformer/ nor unet/, expected one of them")
+    check_plain(folder / part)
     config = read_json(folder / part / CONFIG)
     kind = config.get("_class_name")
     builders = {
@@ -303,6 +304,8 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
         raise ValueError(
             "prompts: text-to-image models need transformers; pip install 'dmkd_fast[text]'"
         ) from None
+    for part in ("tokenizer", "text_encoder"):
+        check_plain(folder / part)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         encoder = CLIPTextModel.from_pretrained(
@@ -342,6 +345,7 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
 
 def _pretrained(name: str, folder: Path) -> Any:
     """A diffusers model from a folder, safetensors only, with every weight accounted for."""
+    check_plain(folder)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{folder}: no .safetensors file; fetch the weights in that format (others can run "

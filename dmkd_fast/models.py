@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from dmkd_fast import small_nets
+from dmkd_fast import runtime, small_nets
 from dmkd_fast.classifier_spec import STEMS, ClassifierSpec, check_model_args, stated_license
 from dmkd_fast.inputs import InputSpec
 from dmkd_fast.weights import (
@@ -67,8 +67,12 @@ def build(
             model = _torchvision(architecture, num_classes, in_chans, model_args)
         else:
             model = _timm(architecture, num_classes, in_chans, model_args)
-    except (TypeError, KeyError, AssertionError, AttributeError, IndexError) as error:
-        # What constructors raise for arguments of a wrong kind or combination.
+    except (
+        TypeError, LookupError, AssertionError, AttributeError, ArithmeticError, RuntimeError,
+    ) as error:  # fmt: skip
+        # Constructors raise any of these for arguments of a wrong kind or combination.
+        if runtime.is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"model_args of {architecture}: {reason}; change or remove") from None
     if stem != "own":
@@ -95,7 +99,8 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, Clas
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             outline = build_classifier(spec)
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / CONFIG}: {reason}") from None
     # Sizes are compared before memory for them is taken.
     match_weights(outline, folder / WEIGHTS)
     model = build_classifier(spec)

@@ -20,6 +20,12 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 COMPILED = "_orig_mod."
 """What torch.compile puts before the names inside the module that it wraps."""
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar")
+RUNS_CODE = (
+    "auto_map", "trust_remote_code", "quantization_config", "attn_implementation",
+    "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
+)  # fmt: skip
+"""Keys of a config that make diffusers or transformers import code of others."""
+FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file")
 CONVERT = (
     "convert it: timm.models.save_for_hf(timm.create_model(ARCH, num_classes=N, "
     "checkpoint_path=FILE), FOLDER, safe_serialization=True) writes config.json and "
@@ -107,24 +113,21 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights of `model` as safetensors, under the names of the bare network.
 
     Wrappers (torch.compile, DataParallel, DistributedDataParallel) leave no prefix, and a weight
-    that is tied to another is written once; the metadata names the other, as safetensors'
-    `save_model` does.
+    that is tied to another is written once.
     """
-    written: dict[tuple[Any, ...], str] = {}
+    written: set[tuple[Any, ...]] = set()
     weights: dict[str, Tensor] = {}
-    metadata = {"format": "pt"}
     for name, value in unwrapped(model).state_dict().items():
         name = name.replace(COMPILED, "")
         place = value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
-        first = written.setdefault(place, name) if value.numel() else name
-        if first == name:
-            value = value.detach().cpu().contiguous()
-            # Overlapping weights that are not the same are written apart.
-            shares = value.untyped_storage().nbytes() != value.nbytes
-            weights[name] = value.clone() if shares else value
-        else:
-            metadata[name] = first
-    save_file(weights, path, metadata=metadata)
+        if place in written and value.numel():
+            continue
+        written.add(place)
+        value = value.detach().cpu().contiguous()
+        # Weights that overlap without being the same are written apart.
+        shares = value.untyped_storage().nbytes() != value.nbytes
+        weights[name] = value.clone() if shares else value
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -174,6 +177,41 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a JSON {type(values).__name__}, expected an object")
     return values
+
+
+def check_plain(folder: Path) -> None:
+    """Refuse a part of a diffusers model that names code, or files outside of its folder.
+
+    Raises:
+        ValueError: See above, or the part is an adapter of another model.
+    """
+    configs = [p for p in (folder / CONFIG, folder / "tokenizer_config.json") if p.is_file()]
+    for path in configs:
+        values = read_json(path)
+        for key in RUNS_CODE:
+            if values.get(key) is not None:
+                raise ValueError(
+                    f"{path}: got {key}, which can run code that is not the library's own, "
+                    "expected a config without; use a plain model"
+                )
+        _check_inside(path, [values.get(key) for key in FILE_KEYS])
+    for path in sorted(folder.glob("*.index.json")):
+        names = read_json(path).get("weight_map")
+        _check_inside(path, [*names.values()] if isinstance(names, dict) else [names])
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder}: got adapter_config.json, which loads another model, expected a whole one; "
+            "merge the adapter and save the result"
+        )
+
+
+def _check_inside(path: Path, names: list[Any]) -> None:
+    for name in names:
+        if name is not None and (not isinstance(name, str) or Path(name).name != name):
+            raise ValueError(
+                f"{path}: got the file name {str(name)[:80]!r}, expected one without folders; "
+                "fetch or save the model again"
+            )
 
 
 def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

@@ -29,7 +29,11 @@ SMALL_NETS = (
 
 def _register(name: str) -> None:
     def build(*, base: str = "" if name == SMALL_STEM else name, **arguments: Any) -> nn.Module:
-        return models.build(base, **arguments)
+        model: Any = models.build(base, **arguments)
+        if not hasattr(model, "num_classes"):  # timm saves and changes models by these
+            head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+            model.num_classes, model.num_features = head.out_features, head.in_features
+        return model
 
     def entry(pretrained: bool = False, **arguments: Any) -> nn.Module:
         return build_model_with_cfg(build, name, pretrained, **arguments)
