@@ -173,7 +173,7 @@ def load_denoiser(
         "UNet2DModel": _load_class_unet,
         "UNet2DConditionModel": _load_text_unet,
     }
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise ValueError(
             f"{folder / part / CONFIG}: got _class_name {kind!r}, expected one of "
             f"{', '.join(builders)}; use a class-conditional or text-to-image model"

@@ -207,7 +207,10 @@ def check_plain(folder: Path) -> None:
 
 def _check_inside(path: Path, names: list[Any]) -> None:
     for name in names:
-        if name is not None and (not isinstance(name, str) or Path(name).name != name):
+        if name is None:
+            continue
+        # One part of a path, and more than dots.
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", name):
             raise ValueError(
                 f"{path}: got the file name {str(name)[:80]!r}, expected one without folders; "
                 "fetch or save the model again"
