@@ -85,7 +85,8 @@ def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
         name = name if name in expected else name.removeprefix("module.")
         if name in names.values():
             raise ValueError(
-                f"weights {path}: {name}: got it twice, once as {theirs}; save the model again"
+                f"weights {path}: {_shown(name)}: got it twice, once as {_shown(theirs)}; save the "
+                "model again"
             )
         names[theirs] = name
     found = {name: given[theirs] for theirs, name in names.items()}
@@ -98,12 +99,12 @@ def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
         want = tuple(tensor.shape) if tensor is not None else "nothing"
         if got != want or tensor is None:
             raise ValueError(
-                f"weights {path}: {name}: got {got}, expected {want}; "
+                f"weights {path}: {_shown(name)}: got {got}, expected {want}; "
                 "the file belongs to another architecture or class count"
             )
         if _kind(found[name][0]) != _kind(NAMES.get(tensor.dtype, str(tensor.dtype))):
             raise ValueError(
-                f"weights {path}: {name}: got numbers of type {found[name][0]}, expected "
+                f"weights {path}: {_shown(name)}: got numbers of type {found[name][0]}, expected "
                 f"{NAMES.get(tensor.dtype, tensor.dtype)}; save the model in float32 or float16"
             )
     return names
@@ -269,6 +270,11 @@ def _kind(dtype: str) -> str:
     if dtype in ("F64", "F32", "F16", "BF16"):
         return "float"
     return "integer" if dtype[:1] in ("I", "U") else dtype
+
+
+def _shown(name: str) -> str:
+    """A name from a file, without line breaks and other characters that act on a terminal."""
+    return ascii(name)[1:-1][:120]
 
 
 def _first_line(error: Exception) -> str:
