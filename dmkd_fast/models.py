@@ -96,7 +96,7 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, Clas
     config = read_json(folder / CONFIG)
     try:
         spec = ClassifierSpec.from_json(config)
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
             outline = build_classifier(spec)
     except ValueError as error:
         reason = " ".join(str(error).split())

@@ -117,6 +117,31 @@ def test_a_job_of_some_classes_in_another_order(
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["teacher_top1"] > 0.95  # the teacher's map is in the order of the set
     assert summary["top1"] > 0.6  # and the generator's in the order of both
+    # The student's file has the names, and the card how timm loads it.
+    _, spec = models.load_classifier(tmp_path / "run" / "student", CPU)
+    names = spec.label_names
+    assert names and [name[0] for name in names] == ["0", "1", "2"]
+    card = (tmp_path / "run" / "student" / "README.md").read_text()
+    assert 'timm.create_model("local-dir:.", pretrained=True)' in card
+    # Another order of them is refused, for the student's names and for those of its teachers.
+    run, other = str(tmp_path / "run"), str(tmp_path / "other")
+    for label, name in enumerate(names):
+        place = tmp_path / "other" / f"{(label + 1) % 3} {name}"
+        place.mkdir(parents=True)
+        picture(label, 30, 30).convert("L").save(place / "0.png")
+    assert cli.main(["evaluate", run, "--data", other]) == 2
+    line = capsys.readouterr().err
+    assert "class 0 is" in line and "in student" in line and "--classes" in line
+    teacher = saved_classifier(
+        tmp_path / "teacher", architecture="lenet5", in_chans=1, input_size=28, mean=(0.3,),
+        std=(0.4,), crop_pct=1.0, label_names=(names[1], names[0], names[2]),
+    )  # fmt: skip
+    arguments += [f"teacher.path={teacher}", "--dry-run", f"run_dir={tmp_path}/none"]
+    assert cli.main([*arguments, "teacher.class_map=[1, 0, 2]"]) == 0
+    capsys.readouterr()
+    assert cli.main([*arguments, "teacher.class_map=[0, 1, 2]"]) == 2
+    line = capsys.readouterr().err
+    assert "in teacher.path" in line and "eval.classes" in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

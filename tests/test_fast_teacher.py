@@ -151,6 +151,21 @@ def test_a_teacher_that_folding_would_change_is_used_as_it_is(
     assert not got.requires_grad and got.std() > 0
 
 
+@pytest.mark.parametrize(("make", "unfolded"), [
+    (Twice, 2), (lambda: hooked(0, "after"), 1), (lambda: hooked(1, "after"), 1),
+    (lambda: hooked(1, "pre"), 1), (lambda: hooked(2, "after"), 0),
+])  # fmt: skip
+def test_only_a_layer_with_one_use_and_no_hook_is_folded(
+    make: Callable[[], nn.Module], unfolded: int
+) -> None:
+    """So the rest of such a network is folded; nothing is left to the comparison."""
+    teacher, images = models.freeze(shaken(make())), torch.randn(4, 1, 8, 8)
+    expected = teacher(images)
+    folded = models.fold_batch_norms(teacher)
+    torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-5)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == unfolded
+
+
 def test_a_teacher_that_is_not_folded_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dmkd_fast"):
         models.for_inference(shaken(small_classifier()), torch.float32, SMALL)
