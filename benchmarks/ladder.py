@@ -25,6 +25,7 @@ from benchmarks import baseline
 from dmkd_fast import RingBuffer, Schedule, Views, classifiers, evaluate, models, optim, runtime
 from dmkd_fast import config as cfg
 from dmkd_fast.evaluation import open_test_set
+from dmkd_fast.inputs import InputSpec
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
 
 CPU = torch.device("cpu")
@@ -70,18 +71,19 @@ class Trainer:
         recipe: See there.
         schedule: Of the job.
         temperature: Of the loss.
+        input: How the teacher wants its images.
     """
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, recipe: Recipe, *, schedule: Schedule,
-        temperature: float,
+        temperature: float, input: InputSpec,
     ) -> None:  # fmt: skip
         self.recipe, self.schedule, self.temperature = recipe, schedule, temperature
         dtype = getattr(torch, recipe.dtype)
         self.student = student.train()
         self.teacher = teacher.eval().requires_grad_(recipe.teacher_graph)
         if recipe.folded_teacher:
-            self.teacher = models.for_inference(teacher, dtype)
+            self.teacher = models.for_inference(teacher, dtype, input)
         self._teacher_dtype = dtype if recipe.folded_teacher else torch.float32
         self._forward: Any = student
         if recipe.compiled_student:
@@ -159,7 +161,9 @@ def train(
     student, teacher, spec = networks(recipe, config)
     test_set = open_test_set(config.eval, None, None, CPU, spec.num_classes)
     schedule = schedule_of(config)
-    settings: dict[str, Any] = {"schedule": schedule, "temperature": config.loss.temperature}
+    settings: dict[str, Any] = {
+        "schedule": schedule, "temperature": config.loss.temperature, "input": spec.input,
+    }  # fmt: skip
     ring, workers = None, None
     if recipe.ring:
         ring = _filled_ring(config, images, labels)

@@ -60,10 +60,10 @@ def arms(overrides: tuple[str, ...] = ()) -> dict[str, Callable[[], object]]:
     def step_of(name: str) -> Callable[[], object]:
         recipe = ARMS[name].recipe
         assert recipe is not None
-        student, teacher, _ = networks(recipe, config)
+        student, teacher, spec = networks(recipe, config)
         trainer = Trainer(
             student, teacher, recipe, schedule=schedule_of(config),
-            temperature=config.loss.temperature,
+            temperature=config.loss.temperature, input=spec.input,
         )  # fmt: skip
         views = fused if recipe.channels_last else planar
         return lambda: trainer.step(views, labels)

@@ -5,6 +5,7 @@ Stands on floor 3, below `job.py` and `evaluation.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from dmkd_fast import assets, memory, models, runtime
 from dmkd_fast import config as cfg
-from dmkd_fast.inputs import InputSpec
+from dmkd_fast.inputs import InputSpec, check_logits
 from dmkd_fast.models import ClassifierSpec
 from dmkd_fast.teachers import Teacher, Teachers
 
@@ -27,6 +28,8 @@ class LoadedTeachers:
     """By the name of their section."""
     num_classes: dict[str, int]
     """Classes each has an output for, after its class_map."""
+    class_names: dict[str, tuple[str, ...] | None]
+    """Names of those classes, where the teacher's file states them."""
     licence: str
     """Of the weights, as their cards or configs state it."""
 
@@ -80,7 +83,7 @@ def load_teachers(
     Raises:
         ValueError: Weights are missing or do not fit, or classes and times leave a gap.
     """
-    members, specs, counts, licences = [], {}, {}, []
+    members, specs, counts, names, licences = [], {}, {}, {}, []
     for section, settings in sections.items():
         if settings.path is not None:
             loaded = _load_saved(settings.path, settings.revision, device)
@@ -106,6 +109,9 @@ def load_teachers(
         )
         specs[section] = spec
         counts[section] = len(settings.class_map or ()) or spec.num_classes
+        names[section] = spec.label_names
+        if spec.label_names is not None and settings.class_map is not None:
+            names[section] = tuple(spec.label_names[k] for k in settings.class_map)
         licences.append(licence)
     if len(set(counts.values())) > 1:
         given = ", ".join(f"{section} has {count}" for section, count in counts.items())
@@ -114,7 +120,7 @@ def load_teachers(
         )
     together = Teachers(members, num_classes=counts["teacher"], temperature=temperature)
     return LoadedTeachers(
-        together=together.to(device), specs=specs, num_classes=counts,
+        together=together.to(device), specs=specs, num_classes=counts, class_names=names,
         licence="; ".join(dict.fromkeys(licences)),
     )  # fmt: skip
 
@@ -157,18 +163,50 @@ def load_student(
             std=first.std,
             crop_pct=first.crop_pct,
             interpolation=first.interpolation,
+            crop_mode=first.crop_mode,
             model_args=settings.model_args,
             stem=settings.stem,
         )
         torch.manual_seed(seed)
         student = models.build_classifier(spec)
-        student = student.to(device).to(memory_format=torch.channels_last)
+        student = models.to_channels_last(student.to(device))
     one_view = memory.batch_plan(
         student, 1, 1, spec.in_chans, [view_size], dtype=torch.bfloat16, compiled=False
     )
     memory.check_fits(one_view, runtime.available_bytes(device))
     _check_takes("student", student, spec.input, num_classes, device)
     return student, spec
+
+
+def check_names(
+    where: str, names: tuple[str, ...] | None, tested: Sequence[str], *, fix: str
+) -> None:
+    """Compare the class names that a classifier's file states with those of a test set.
+
+    Names that are only numbers are not compared; case and punctuation are ignored.
+
+    Args:
+        where: The classifier, for the message.
+        names: Those of its file, in the order of its outputs; None if it has none.
+        tested: Those of the test set.
+        fix: The setting or option that sets the order of the test set's classes.
+
+    Raises:
+        ValueError: A class has another name.
+    """
+    if names is None or any(all(n.isdigit() for n in some) for some in (names, tested)):
+        return
+    for label, (mine, other) in enumerate(zip(names, tested, strict=True)):
+        if _plain(mine) != _plain(other):
+            raise ValueError(
+                f"classes: class {label} is {mine!r} in {where} and {other!r} in the test set, "
+                f"expected the same; set {fix} to a file with the set's class names, one a line, "
+                "in the order of the classifier"
+            )
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum()) or name
 
 
 def _load_saved(
@@ -190,14 +228,16 @@ def _check_takes(
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, input.num_channels, size, size, device=device))
     except Exception as error:  # Networks raise what they like when a shape does not fit.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"{name}: cannot take {input.num_channels} x {size} x {size} views ({error}); use "
-            "another architecture or stem"
+            f"{name}: cannot take {input.num_channels} x {size} x {size} views ({reason}); use "
+            "another architecture, stem or size"
         ) from None
     finally:
         model.train(was_training)
-    if logits.shape != (2, num_classes):
+    check_logits(name, logits, 2, num_classes)
+    if not logits.isfinite().all():
         raise ValueError(
-            f"{name}: got logits of shape {tuple(logits.shape)} for 2 views, expected "
-            f"(2, {num_classes}); use a classifier"
+            f"{name}: got NaN or infinite logits for a gray image, expected finite ones; the "
+            "weights are damaged or their training diverged, use others"
         )

@@ -329,6 +329,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         found = evaluation.evaluate_classifier(
             options.what, data=options.data, classes=options.classes
         )
+    print(found.describe_input())
     _print_classes(found.classes)
     return found.summary()
 

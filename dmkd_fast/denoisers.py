@@ -33,7 +33,7 @@ from dmkd_fast.denoiser_modules import PixelDiT as PixelDiT
 from dmkd_fast.dit import lean_dit
 from dmkd_fast.model_folders import STEM, one_line
 from dmkd_fast.prompts import encode_prompts
-from dmkd_fast.weights import CONFIG, read_json, read_licence
+from dmkd_fast.weights import CONFIG, check_plain, read_json, read_licence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +101,7 @@ def load_denoiser(
     part = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), None)
     if part is None:
         raise ValueError(f"{folder}: got neither transformer/ nor unet/, expected one of them")
+    check_plain(folder / part)
     config = read_json(folder / part / CONFIG)
     kind = config.get("_class_name")
     builders = {
@@ -367,6 +368,7 @@ def _check_config(
 
 def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
     """A diffusers model from a folder, safetensors only, with every weight accounted for."""
+    check_plain(folder)
     files, variant = model_folders.weight_files(folder)
     model_class = getattr(_diffusers(), name)
     _check_config(model_class, folder / CONFIG, read_json(folder / CONFIG), files, trial)

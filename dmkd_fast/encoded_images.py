@@ -151,7 +151,8 @@ def _pipeline(
         outputs = []
         for spec in inputs:
             # Sizes and offsets as torchvision computes them: long side cut, offset rounded.
-            size = [(spec.short_side * side) // short for side in sides]
+            squash = spec.crop_mode == "squash"
+            size = [(spec.short_side * side) // (side if squash else short) for side in sides]
             resized = fn.resize(
                 images, size=fn.stack(*(fn.cast(s, dtype=types.FLOAT) for s in size)),
                 interp_type=filters[spec.interpolation], antialias=True,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast.inputs import InputSpec
+from dmkd_fast.inputs import InputSpec, check_logits
 from dmkd_fast.runtime import NotFiniteError, exact_float32
 
 Views = dict[InputSpec, Tensor]
@@ -51,11 +51,8 @@ class Scores:
             ValueError: The logits are not of C classes.
         """
         for name, given in (("model", logits), ("teacher", teacher_logits)):
-            if given is not None and given.shape != (len(labels), self.num_classes):
-                raise ValueError(
-                    f"{name}: got logits of shape {tuple(given.shape)} for {len(labels)} images of "
-                    f"{self.num_classes} classes; use a classifier of that many classes"
-                )
+            if given is not None:
+                check_logits(name, given, len(labels), self.num_classes)
         count = self.num_classes
         images, top1, top5 = self.sums[: 3 * count].view(3, count)
         gaps, totals = self.sums[3 * count : 3 * count + BINS], self.sums[-4:]
@@ -137,7 +134,9 @@ def measure(
         for views, labels in batches:
             scores = scores or Scores(num_classes, labels.device)
             judged = None if teacher is None else teacher(views).float()
-            scores.add(model(views[input]).float(), labels, judged)
+            logits = model(views[input])
+            check_logits("model", logits, len(labels), num_classes)
+            scores.add(logits.float(), labels, judged)
     finally:
         model.train(was_training)
     # A rank without images still takes part in the sum, on its device.

@@ -15,9 +15,10 @@ from torch import nn
 
 from dmkd_fast import assets, classifiers, evaluate, memory, models, run_dir, runtime
 from dmkd_fast import config as cfg
+from dmkd_fast.classifier_spec import ClassifierSpec
 from dmkd_fast.image_sets import EncodedSet, ImageSet, open_set
-from dmkd_fast.inputs import InputSpec
 from dmkd_fast.teachers import Teachers
+from dmkd_fast.weights import pickle_hint
 
 STUDENT = "student"
 _LESS_MEMORY = "evaluate fewer or smaller images (--data) or a smaller classifier"
@@ -32,11 +33,30 @@ class Evaluation:
     classes: dict[str, dict[str, Any]]
     """By class name: images, top1, top5 (None for a class without images)."""
     num_images: int
+    num_not_finite: int
+    """Images whose logits were NaN or infinite; they count as wrong."""
+    spec: ClassifierSpec
+    """Of the classifier."""
 
     def summary(self) -> dict[str, Any]:
-        """The scores, the number of images, and top-1 by class."""
+        """The scores, numbers of images, the input they were cut to, and top-1 by class."""
         by_class = {name: row["top1"] for name, row in self.classes.items()}
-        return {**self.scores, "num_images": self.num_images, "class_top1": by_class}
+        return {
+            **self.scores, "num_images": self.num_images, "num_not_finite": self.num_not_finite,
+            "input_size": self.spec.input_size, "crop_pct": self.spec.crop_pct,
+            "crop_mode": self.spec.crop_mode, "class_top1": by_class,
+        }  # fmt: skip
+
+    def describe_input(self) -> str:
+        """The size that images were cut to, in one line."""
+        spec, size = self.spec, self.spec.input_size
+        text = f"input {size} x {size}, crop_pct {spec.crop_pct:g}, {spec.interpolation}"
+        if spec.test_input_size not in (None, size):
+            text += (
+                f"; timm's published accuracy is at test_input_size {spec.test_input_size}, which "
+                "is not used"
+            )
+        return text
 
 
 def evaluate_run(
@@ -53,6 +73,11 @@ def evaluate_run(
         ConfigError: The folder is not a finished run, its files are damaged, or the set does not
             fit the student.
     """
+    if not (folder / run_dir.CONFIG).is_file():
+        raise cfg.ConfigError(
+            f"{folder}: got neither the config.yaml of a run nor the config.json of a classifier"
+            f"{pickle_hint(folder)}"
+        )
     config = cfg.load(cfg.DistillConfig, folder / run_dir.CONFIG)
     runtime.set_num_threads(config.num_threads)
     with cfg.user_errors(), memory.named(_LESS_MEMORY):
@@ -64,7 +89,13 @@ def evaluate_run(
         teachers = classifiers.load_teachers(
             config.teachers, temperature=config.loss.temperature, device=device
         )
-        return _measure(student, spec.input, images, teachers.together)
+        chosen = config.eval.classes if data is None else classes
+        if chosen is None:
+            named = {STUDENT: spec.label_names, **teachers.class_names}
+            for section, names in named.items():
+                fix = "eval.classes" if data is None else "--classes"
+                classifiers.check_names(section, names, images.class_names, fix=fix)
+        return _measure(student, spec, images, teachers.together, name=str(folder / STUDENT))
 
 
 def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -> Evaluation:
@@ -83,7 +114,9 @@ def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -
         device = runtime.resolve_device("auto")
         model, spec, _ = classifiers.load_trained(name, device)
         images = open_test_set(None, data, classes, device, spec.num_classes)
-        return _measure(model, spec.input, images, None)
+        if classes is None:
+            classifiers.check_names(name, spec.label_names, images.class_names, fix="--classes")
+        return _measure(model, spec, images, None, name=name)
 
 
 def open_test_set(
@@ -109,15 +142,23 @@ def open_test_set(
 
 
 def _measure(
-    model: nn.Module, input: InputSpec, images: ImageSet | EncodedSet, teachers: Teachers | None
-) -> Evaluation:
-    inputs = [input, *([] if teachers is None else teachers.inputs_at(1.0))]
+    model: nn.Module, spec: ClassifierSpec, images: ImageSet | EncodedSet,
+    teachers: Teachers | None, *, name: str,
+) -> Evaluation:  # fmt: skip
+    inputs = [spec.input, *([] if teachers is None else teachers.inputs_at(1.0))]
     scores = evaluate.measure(
-        model, images.batches(inputs), input=input, num_classes=len(images.class_names),
+        model, images.batches(inputs), input=spec.input, num_classes=len(images.class_names),
         teacher=None if teachers is None else teachers.predict,
     )  # fmt: skip
+    if scores.num_not_finite == scores.num_images:
+        raise ValueError(
+            f"{name}: got NaN or infinite logits for all of {scores.num_images} images, expected "
+            "finite ones; the weights are damaged or their training diverged, use others"
+        )
     return Evaluation(
         scores=scores.result(),
         classes=dict(zip(images.class_names, scores.by_class(), strict=True)),
         num_images=scores.num_images,
+        num_not_finite=scores.num_not_finite,
+        spec=spec,
     )

@@ -179,7 +179,9 @@ def _prepare(
     )  # fmt: skip
     maker = Maker(
         sampler=origin.make_sampler(config, denoiser), pool=pool,
-        teachers=teachers.together.mapped(lambda m: models.for_inference(m, torch.float32)),
+        teachers=teachers.together.mapped(
+            lambda module, input: models.for_inference(module, torch.float32, input)
+        ),
         labels=LabelStream(denoiser.num_classes, seed=config.seed, device=device),
         image_shape=denoiser.image_shape,
         row={

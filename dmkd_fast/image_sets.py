@@ -186,9 +186,8 @@ def prepare(images: Tensor, spec: InputSpec) -> Tensor:
     """(b, c, H, W) uint8 -> (b, c, S, S) float32, normalised: what evaluation feeds a network."""
     pixels = images.float()
     height, width = images.shape[-2:]
-    short = min(height, width)
-    if short != spec.short_side:
-        size = (spec.short_side * height // short, spec.short_side * width // short)
+    size = spec.resized(height, width)
+    if size != (height, width):
         pixels = F.interpolate(pixels, size, mode=spec.interpolation, antialias=True)
         pixels = pixels.round().clamp(0, 255)
     top, left = (round((side - spec.size) / 2) for side in pixels.shape[-2:])

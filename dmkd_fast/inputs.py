@@ -1,4 +1,4 @@
-"""How a network wants its images: size, normalisation, and how a whole photo is cut to that.
+"""What goes into a classifier and what comes out: size, normalization, crop of a photo; logits.
 
 Stands on floor 0: classifiers state it, teachers are rendered by it, test sets are prepared by it.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from dmkd_fast import checks
 
 Interpolation = Literal["bilinear", "bicubic"]
+CropMode = Literal["center", "squash"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,9 @@ class InputSpec:
     usual 256 -> 224; 1 keeps all of a square image."""
     interpolation: Interpolation = "bilinear"
     """Of that resizing; antialiased either way."""
+    crop_mode: CropMode = "center"
+    """`squash` resizes both sides to size / crop_pct, so an image that is not square is distorted
+    (timm's SigLIP and EVA models); both are the same for square images."""
 
     def __post_init__(self) -> None:
         check_normalization(self.mean, self.std)
@@ -42,6 +48,11 @@ class InputSpec:
                 f"interpolation: got {self.interpolation!r}, expected bilinear or bicubic; correct "
                 "the model's config"
             )
+        if self.crop_mode not in ("center", "squash"):
+            raise ValueError(
+                f"crop_mode: got {self.crop_mode!r}, expected center or squash; use a model that "
+                "was trained without borders"
+            )
 
     @property
     def num_channels(self) -> int:
@@ -52,6 +63,13 @@ class InputSpec:
     def short_side(self) -> int:
         """What the short side of a whole image is resized to before the centre is cut out."""
         return math.floor(self.size / self.crop_pct)
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that a whole image is resized to before the center is cut out."""
+        if self.crop_mode == "squash":
+            return self.short_side, self.short_side
+        short = min(height, width)
+        return self.short_side * height // short, self.short_side * width // short
 
 
 def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
@@ -74,4 +92,31 @@ def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
         raise ValueError(
             f"mean, std: got {tuple(mean)} and {tuple(std)}, expected one number of each per "
             "channel; correct them"
+        )
+
+
+def check_logits(name: str, logits: Any, num_images: int, num_classes: int | None = None) -> None:
+    """Refuse what is no tensor of logits (num_images, num_classes).
+
+    Args:
+        name: Of the network, for the message.
+        logits: What the network returned.
+        num_images: How many images it was given.
+        num_classes: None allows any number.
+
+    Raises:
+        ValueError: The output is no tensor, or has another shape.
+    """
+    expected = f"({num_images}, {'' if num_classes is None else f'{num_classes} '}classes)"
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"{name}: got a {type(logits).__name__} from forward, expected a tensor of logits "
+            f"{expected}; return the logits alone, or wrap the network"
+        )
+    good = logits.ndim == 2 and logits.shape[0] == num_images
+    if not good or num_classes not in (None, logits.shape[1]):
+        raise ValueError(
+            f"{name}: got logits of shape {tuple(logits.shape)} for {num_images} images, expected "
+            f"{expected}, classes last; use a classifier of that many classes, or pool and "
+            "transpose its output"
         )

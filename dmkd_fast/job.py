@@ -341,3 +341,8 @@ def check_fit(
                     f"{what}: {whose} has {made}, {section}.path has {judged}, eval.path has "
                     f"{tested}, expected the same; change the one that is off"
                 )
+        if config.eval.classes is None:
+            classifiers.check_names(
+                f"{section}.path", teachers.class_names[section], test_set.class_names,
+                fix="eval.classes",
+            )  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dmkd_fast import optim
+from dmkd_fast.inputs import check_logits
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
 from dmkd_fast.ranks import ALONE, Ranks
 from dmkd_fast.runtime import NotFiniteError
@@ -175,7 +176,9 @@ class Learner:
         """Run forward and backward pass, which compiles them; `undo_warm_up` follows."""
         self._before_warm_up = self._buffers.copies()
         with self.autocast:
-            self.network(views).sum().backward()
+            logits = self.network(views)
+            check_logits("student", logits, len(views))
+            logits.sum().backward()
 
     def undo_warm_up(self) -> None:
         """Leave no trace of it in what a checkpoint saves; again if an error cut this short."""

@@ -96,7 +96,7 @@ def teacher(config: cfg.TeacherConfig, data: Path, *, resume: bool = False) -> d
         stem=config.model.stem,
     )
     with cfg.user_errors():
-        model = models.build_classifier(spec).to(device).to(memory_format=torch.channels_last)
+        model = models.to_channels_last(models.build_classifier(spec).to(device))
     batch = memory.batch_plan(
         model, config.train.batch_size, config.train.accumulate, spec.in_chans, [spec.input_size],
         dtype=dtype, compiled=compiles(config, device),

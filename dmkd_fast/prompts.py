@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.model_folders import one_line
+from dmkd_fast.weights import check_plain
 
 
 @torch.no_grad()
@@ -22,6 +23,8 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
         raise ValueError(
             "prompts: text-to-image models need transformers; pip install 'dmkd_fast[text]'"
         ) from None
+    for part in ("tokenizer", "text_encoder"):
+        check_plain(folder / part)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         encoder = CLIPTextModel.from_pretrained(

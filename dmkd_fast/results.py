@@ -7,6 +7,7 @@ files only; a resumed one writes them again.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,8 @@ def write(distiller: Distiller, config: cfg.DistillConfig, parts: Parts) -> dict
     folder = Path(config.run_dir)
     try:
         with durable.new_folder(folder / STUDENT) as partial:
-            models.save_classifier(distiller.average.module, parts.student_spec, partial)
+            spec = replace(parts.student_spec, label_names=parts.test_set.class_names)
+            models.save_classifier(distiller.average.module, spec, partial)
         scores = evaluate_run(folder).scores
         _draw(distiller, parts, folder, scores["teacher_top1"])
         summary = {
@@ -85,6 +87,7 @@ def _write_card(
         "```python\nfrom pathlib import Path\nimport torch\n"
         "from dmkd_fast import load_classifier\n\n"
         'model, spec = load_classifier(Path("."), torch.device("cpu"))\n```\n'
+        f"{models.timm_lines(spec)}"
         f"Inputs: {spec.in_chans} x {spec.input_size} x {spec.input_size}, pixels in [0, 1] "
         f"normalised with mean {list(spec.mean)} and std {list(spec.std)}.\n"
     )

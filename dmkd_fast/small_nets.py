@@ -16,6 +16,9 @@ import re
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PREFIXES = ("lenet5", "cifar_")
+"""All names here begin with one of these, and none of timm's does."""
+
 _VGG = {
     "8": ((64,), (128,), (256,), (512,), (512,)),
     "11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
@@ -35,10 +38,10 @@ def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module | None:
     if not name.startswith("cifar_"):
         return None
     kind = name.removeprefix("cifar_")
-    if (match := re.fullmatch(r"resnet(\d+)(x4)?", kind)) and _fits(int(match[1]), 2):
+    if (match := re.fullmatch(r"resnet(\d{1,4})(x4)?", kind)) and _fits(int(match[1]), 2):
         widths = (32, 64, 128, 256) if match[2] else (16, 16, 32, 64)
         return CifarResNet(int(match[1]), widths, num_classes=num_classes, in_chans=in_chans)
-    if (match := re.fullmatch(r"wrn(\d+)_([1-9]\d*)", kind)) and _fits(int(match[1]), 4):
+    if (match := re.fullmatch(r"wrn(\d{1,4})_([1-9]\d?)", kind)) and _fits(int(match[1]), 4):
         depth, width = int(match[1]), int(match[2])
         return WideResNet(depth, width, num_classes=num_classes, in_chans=in_chans)
     if (match := re.fullmatch(r"vgg(\d+)", kind)) and match[1] in _VGG:
@@ -180,8 +183,11 @@ class _PreActivationBlock(nn.Module):
 
 
 def _fits(depth: int, offset: int) -> bool:
-    """Whether three stages of two-layer blocks and `offset` other layers make this depth."""
-    return depth > offset and (depth - offset) % 6 == 0
+    """Whether three stages of two-layer blocks and `offset` other layers make this depth.
+
+    The deepest that was published has 1202 layers.
+    """
+    return offset < depth <= 1202 and (depth - offset) % 6 == 0
 
 
 def _conv(before: int, width: int, stride: int = 1) -> nn.Conv2d:

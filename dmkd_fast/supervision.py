@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast import models
-from dmkd_fast.inputs import InputSpec
+from dmkd_fast.inputs import InputSpec, check_logits
 from dmkd_fast.mix import Mixed, Mixer
 from dmkd_fast.teachers import Teacher, Teachers
 from dmkd_fast.views import Views, ViewSpec
@@ -67,8 +67,8 @@ class Supervision:
             )
         self._mixer = mixer
 
-        def fast(module: nn.Module) -> nn.Module:
-            copy = models.for_inference(module, dtype)
+        def fast(module: nn.Module, input: InputSpec) -> nn.Module:
+            copy = models.for_inference(module, dtype, input)
             return torch.compile(copy, dynamic=False) if compile else copy  # type: ignore[return-value]
 
         self._teachers, self._views, self._dtype = teacher.mapped(fast), views, dtype
@@ -132,7 +132,7 @@ class Supervision:
         """Run all teachers of the whole run once, so that they compile; the student's views."""
         views = self._render(slots, places, places, places, set(self._renderings))
         for network, member in zip(self._teachers.networks, self._teachers.members, strict=True):
-            network(views[member.input].to(self._dtype))
+            check_logits("teacher", network(views[member.input].to(self._dtype)), len(places))
         return views[self.input]
 
     def _render(

@@ -94,9 +94,9 @@ class Teachers(nn.Module):
         del mode
         return self
 
-    def mapped(self, change: Callable[[nn.Module], nn.Module]) -> Teachers:
+    def mapped(self, change: Callable[[nn.Module, InputSpec], nn.Module]) -> Teachers:
         """The same teachers with every module replaced, by a faster copy for example."""
-        members = [replace(m, module=change(m.module)) for m in self.members]
+        members = [replace(m, module=change(m.module, m.input)) for m in self.members]
         return Teachers(members, num_classes=self.num_classes, temperature=self.temperature)
 
     def inputs_at(self, share: float) -> tuple[InputSpec, ...]:

@@ -17,15 +17,15 @@ FLOORS = {
         """settings config config_source sampler_config model_config training_config schedule inputs
         limiter runtime ranks run_dir durable assets yaml_text container checks""",
         """solvers noise_levels sampler_arguments prompts model_folders denoiser_modules attention
-        dit upsampling weights small_nets encoded_images listing tar_files shards sources
-        capacity draws fences ring_statistics optim state_tree
+        dit upsampling weights small_nets classifier_spec encoded_images listing tar_files shards
+        sources capacity draws fences ring_statistics optim state_tree
         ops.extension ops.noise ops.noise_triton ops.transformer ops.reference
         ops.kd_loss ops.kd_loss_ops ops.kd_loss_problem ops.kd_loss_triton ops.kd_loss_kernels
         ops.views ops.views_triton""",
         """sampler image_reader ring_buffer views mix labels models teachers denoisers learner
         image_sets evaluate metrics pictures blocks checkpoint""",
         """distill phases keeper supervision job results memory origin classifiers evaluation
-        generate pretrain pretrain_diffusion""",
+        generate pretrain pretrain_diffusion integrations.timm""",
         """cli config_reference""",
     ))
     for name in names.split()
@@ -42,7 +42,7 @@ def modules() -> dict[str, Path]:
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         found[name.removesuffix(".__init__")] = path
-    for name in ("__init__", "ops"):
+    for name in ("__init__", "ops", "integrations"):
         found.pop(name)
     return found
 
@@ -88,6 +88,8 @@ def test_each_model_library_is_imported_in_one_place() -> None:
              "xformers": "attention", "huggingface_hub": "assets", "pyarrow": "shards",
              "torchvision": "models"}  # fmt: skip
     for name, path in modules().items():
+        if name.startswith("integrations."):
+            continue  # each imports its framework
         for library in external(path) & set(homes):
             is_home = homes[library] == name or (name, library) == ("denoiser_modules", "diffusers")
             assert is_home, f"{name} imports {library}"

@@ -242,7 +242,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(
     (["distill", "{tmp}/broken.yaml"], ["broken.yaml", "not valid YAML"]),
     (["distill", "{tmp}/short.yaml"], ["denoiser", "missing"]),
     (["distill", CONFIG, "run_dir={tmp}/empty", "--resume"], ["--resume", "no checkpoint"]),
-    (["evaluate", "{tmp}/empty"], ["config.yaml", "No such file"]),
+    (["evaluate", "{tmp}/empty"], ["config.yaml of a run", "config.json of a classifier"]),
     (["pretrain", "teacher", "{tmp}/short.yaml", "--data", "{tmp}"], ["optim", "missing"]),
     (["pretrain", "teacher", "{lenet}", "--data", "{tmp}/empty"], ["train-images", "no such file"]),
 ])  # fmt: skip

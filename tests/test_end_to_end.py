@@ -113,7 +113,7 @@ def test_three_steps_are_those_of_our_trainer(
     ours, other = make_distiller(**settings), make_distiller(**settings)
     trainer = Trainer(
         deepcopy(ours.student), deepcopy(ours.teacher), recipe, schedule=ours.schedule,
-        temperature=4.0,
+        temperature=4.0, input=InputSpec(size=8, mean=(0.5,), std=(0.5,)),
     )  # fmt: skip
     for distiller in (ours, other):
         distiller.refill()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, SHORT
 from PIL import Image
 from real_sets import COLOUR, NAMES, picture
+from timm.data import create_transform
 
-from dmkd_fast import cli, image_sets, measure, models, open_set
+from dmkd_fast import InputSpec, cli, evaluate, image_sets, measure, models, open_set
 from dmkd_fast.models import ClassifierSpec
 
 CPU = torch.device("cpu")
@@ -114,6 +117,31 @@ def test_a_job_of_some_classes_in_another_order(
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["teacher_top1"] > 0.95  # the teacher's map is in the order of the set
     assert summary["top1"] > 0.6  # and the generator's in the order of both
+    # The student's file has the names, and the card how timm loads it.
+    _, spec = models.load_classifier(tmp_path / "run" / "student", CPU)
+    names = spec.label_names
+    assert names and [name[0] for name in names] == ["0", "1", "2"]
+    card = (tmp_path / "run" / "student" / "README.md").read_text()
+    assert 'timm.create_model("local-dir:.", pretrained=True)' in card
+    # Another order of them is refused, for the student's names and for those of its teachers.
+    run, other = str(tmp_path / "run"), str(tmp_path / "other")
+    for label, name in enumerate(names):
+        place = tmp_path / "other" / f"{(label + 1) % 3} {name}"
+        place.mkdir(parents=True)
+        picture(label, 30, 30).convert("L").save(place / "0.png")
+    assert cli.main(["evaluate", run, "--data", other]) == 2
+    line = capsys.readouterr().err
+    assert "class 0 is" in line and "in student" in line and "--classes" in line
+    teacher = saved_classifier(
+        tmp_path / "teacher", architecture="lenet5", in_chans=1, input_size=28, mean=(0.3,),
+        std=(0.4,), crop_pct=1.0, label_names=(names[1], names[0], names[2]),
+    )  # fmt: skip
+    arguments += [f"teacher.path={teacher}", "--dry-run", f"run_dir={tmp_path}/none"]
+    assert cli.main([*arguments, "teacher.class_map=[1, 0, 2]"]) == 0
+    capsys.readouterr()
+    assert cli.main([*arguments, "teacher.class_map=[0, 1, 2]"]) == 2
+    line = capsys.readouterr().err
+    assert "in teacher.path" in line and "eval.classes" in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -122,7 +150,7 @@ def test_a_job_of_some_classes_in_another_order(
     (["{model}", "--data", "{two}"], ["classes", "has 2", "have 3"]),
     (["{model}", "--data", "{folder}", "--classes", "{tmp}/none.txt"], ["none.txt", "no such"]),
     (["{tmp}", "--classes", "{tmp}/x"], ["--classes", "add --data"]),
-    (["{tmp}", "--data", "{folder}"], ["config.yaml", "No such file"]),
+    (["{tmp}", "--data", "{folder}"], ["config.yaml of a run", "config.json of a classifier"]),
     (["embedded:fashion_mnist/weak", "--data", "{folder}"], ["classes", "has 3", "have 10"]),
     (["embedded:fashion_mnist/best", "--data", "{folder}"], ["no such asset"]),
     (["resnet1800", "--data", "{folder}"], ["resnet1800", "timm"]),
@@ -146,3 +174,103 @@ def test_mistakes_of_evaluate_end_in_one_line(
     assert captured.out == "" and len(lines) == 1 and lines[0].startswith("dmkd: "), captured.err
     for word in words:
         assert word in lines[0], (word, lines[0])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_squashed_images_are_prepared_as_timm_prepares_them(
+    interpolation: Any, folder: Path
+) -> None:
+    spec = InputSpec(size=24, mean=COLOUR.mean, std=COLOUR.std, crop_pct=0.8,
+                     interpolation=interpolation, crop_mode="squash")  # fmt: skip
+    images = open_set(folder, CPU)
+    assert isinstance(images, image_sets.EncodedSet)
+    theirs = create_transform(
+        (3, 24, 24), interpolation=interpolation, crop_pct=0.8, crop_mode="squash", mean=spec.mean,
+        std=spec.std,
+    )  # fmt: skip
+    std = torch.tensor(spec.std)[:, None, None]
+    got = torch.cat([views[spec] for views, _ in images.batches([spec])])
+    for item, decoded in zip(images.items, got, strict=True):
+        image = Image.open(io.BytesIO(item.read().tobytes())).convert("RGB")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        for mine in (decoded, image_sets.prepare(pixels, spec)[0]):
+            levels = (mine - theirs(image)).abs() * std * 255
+            assert levels.mean() < 0.6 and levels[:, 3:-3, 3:-3].max() <= (
+                1.01 if interpolation == "bilinear" else 8
+            )
+
+
+def test_evaluation_says_what_size_it_used(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for test_size, said in ((None, ""), (24, ""), (32, "test_input_size 32, which is not used")):
+        place = tmp_path / str(test_size)
+        saved_classifier(place, test_input_size=test_size)
+        assert cli.main(["evaluate", str(place), "--data", str(folder)]) == 0
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert first.startswith("input 24 x 24, crop_pct 0.75, bilinear")
+        assert ("not used" in first) == bool(said) and said in first
+        found = json.loads(last)
+        assert (found["input_size"], found["crop_pct"], found["crop_mode"]) == (24, 0.75, "center")
+
+
+def test_classes_in_another_order_than_the_classifiers_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names in the classifier's file; `--classes` states the order and ends the comparison."""
+    right = saved_classifier(tmp_path / "right", label_names=("Ant", "bee", "cat"))
+    wrong = saved_classifier(tmp_path / "wrong", label_names=("bee", "ant", "cat"))
+    order = tmp_path / "order.txt"
+    order.write_text("bee\nant\ncat\n")
+    assert cli.main(["evaluate", str(right), "--data", str(folder)]) == 0
+    assert cli.main(["evaluate", str(wrong), "--data", str(folder)]) == 2
+    line = capsys.readouterr().err
+    assert "class 0 is 'bee'" in line and "--classes" in line and line.count("\n") == 1
+    assert cli.main(
+        ["evaluate", str(wrong), "--data", str(folder), "--classes", str(order)]
+    ) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_logits_that_are_not_finite_count_as_wrong(share: float) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(40, 6), torch.randint(0, 6, (40,))
+    judged = torch.randn(40, 6)
+    bad = torch.arange(40) < 40 * share
+    broken = logits.clone()
+    broken[bad] = torch.tensor([0, float("nan"), 1, 2, 3, 4])
+    broken[0] = float("inf")
+    broken[1] = -float("inf")
+    scores, fewer = evaluate.Scores(6), evaluate.Scores(6)
+    scores.add(broken, labels, judged)
+    assert scores.num_not_finite == bad.sum() and scores.num_images == 40
+    got = scores.result()
+    right = (logits.argmax(1) == labels) & ~bad
+    assert got["top1"] == pytest.approx(right.float().mean().item())
+    assert got["agreement"] == pytest.approx(
+        ((logits.argmax(1) == judged.argmax(1)) & ~bad).float().mean().item()
+    )
+    if share < 1:  # the calibration error is that of the others, as a share of all
+        fewer.add(logits[~bad], labels[~bad])
+        assert got["ece"] == pytest.approx(fewer.result()["ece"] * (1 - share))
+    masked = logits.clone()
+    masked[:, 5] = -float("inf")  # a class that cannot be: a softmax all the same
+    only = evaluate.Scores(6)
+    only.add(masked, labels, broken)
+    assert only.num_not_finite == 0
+    teacher = only.result()
+    assert teacher["teacher_top1"] == pytest.approx(right.float().mean().item())
+
+
+def test_a_classifier_of_nans_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = saved_classifier(tmp_path / "model")
+    model, spec = models.load_classifier(place, CPU)
+    for weight in model.parameters():
+        weight.data.fill_(float("nan"))
+    models.save_classifier(model, spec, place)
+    assert cli.main(["evaluate", str(place), "--data", str(folder)]) == 2
+    captured = capsys.readouterr()
+    assert "NaN or infinite logits for all of 23 images" in captured.err
+    assert captured.out == "" and captured.err.count("\n") == 1

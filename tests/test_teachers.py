@@ -232,6 +232,24 @@ def test_every_teacher_sees_the_students_crop_in_its_own_size_and_scale(
         torch.testing.assert_close(seen[name], expected, rtol=1e-5, atol=1e-5)
 
 
+class WithFeatures(Pooled):
+    """As the networks of mdistiller and RepDistiller return them."""
+
+    def forward(self, views: Tensor) -> Any:
+        return super().forward(views), views
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_networks_that_return_more_than_logits_are_refused_before_training(
+    who: str, make_distiller: Make
+) -> None:
+    base = make_distiller()
+    changes = {"student": WithFeatures()} if who == "student" else {}
+    teacher = WithFeatures() if who == "teacher" else base.teacher
+    with pytest.raises(ValueError, match=f"^{who}: got a tuple from forward"):
+        with_teacher(base, teacher, **changes).fit()
+
+
 def test_a_weak_then_strong_run_resumes_in_the_right_phase(make_distiller: Make) -> None:
     """Share of the run decides, so a run that was cut in two ends like a whole one."""
 

@@ -1,0 +1,46 @@
+"""Register with timm the networks of students that timm does not know.
+
+    import dmkd_fast.integrations.timm
+    model = timm.create_model("local-dir:runs/NAME/student", pretrained=True)
+
+Stands on floor 3. Students whose architecture timm knows need no import. Registered are `lenet5`,
+`lenet5_half`, `cifar_resnetD` up to depth 110 (and `x4` up to 56), `cifar_wrnD_K` up to depth 40
+and width 10, `cifar_vgg8`, `cifar_vgg11`, `cifar_vgg13`, and `small_stem_resnet`: any ResNet of
+timm (`base=`) with a small stem (`stem=`, see `ClassifierConfig.stem`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, register_model
+from torch import nn
+
+from dmkd_fast import models
+from dmkd_fast.classifier_spec import SMALL_STEM
+
+SMALL_NETS = (
+    "lenet5", "lenet5_half", "cifar_vgg8", "cifar_vgg11", "cifar_vgg13",
+    *(f"cifar_resnet{depth}" for depth in range(8, 111, 6)),
+    *(f"cifar_resnet{depth}x4" for depth in range(8, 57, 6)),
+    *(f"cifar_wrn{depth}_{width}" for depth in range(10, 41, 6) for width in range(1, 11)),
+)  # fmt: skip
+
+
+def _register(name: str) -> None:
+    def build(*, base: str = "" if name == SMALL_STEM else name, **arguments: Any) -> nn.Module:
+        model: Any = models.build(base, **arguments)
+        if not hasattr(model, "num_classes"):  # timm saves and changes models by these
+            head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+            model.num_classes, model.num_features = head.out_features, head.in_features
+        return model
+
+    def entry(pretrained: bool = False, **arguments: Any) -> nn.Module:
+        return build_model_with_cfg(build, name, pretrained, **arguments)
+
+    entry.__name__ = name
+    register_model(entry)
+
+
+for _name in (*SMALL_NETS, SMALL_STEM):
+    _register(_name)
