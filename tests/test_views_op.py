@@ -125,6 +125,25 @@ def test_slots_of_a_larger_ring_and_strided_rows_are_read_in_place() -> None:
     assert torch.equal(got, views(*inputs, **named))
 
 
+def test_gray_slots_may_be_channels_last() -> None:
+    """One channel in any memory format is the same memory."""
+    inputs, named = problem(6, 1, 20, 18, 16, 1)
+    slots = inputs[0].to(memory_format=torch.channels_last)
+    assert slots.stride(1) == 1 and slots.is_contiguous()
+    assert torch.equal(views(slots, *inputs[1:], **named), views(*inputs, **named))
+
+
+def test_boxes_of_sizes_beyond_the_operators_are_refused() -> None:
+    """Their products would overflow 64 bits, and boxes 32."""
+    ids = torch.arange(3)
+    for height, pad, spare, shape in (
+        (2**40, 0, 28, 0), (28, 2**62, 28, 0), (28, 0, 29, 0), (28, 0, 28, 2**40),
+    ):  # fmt: skip
+        recipe = (height, 28, pad, 2**23, 2**24, -shape, shape, spare, 28, 10)
+        with pytest.raises(RuntimeError, match="out of range"):
+            torch.ops.dmkd_fast.view_boxes(0, ids, ids, *recipe, 0.5)
+
+
 def test_more_than_2_to_the_31_bytes_of_slots() -> None:
     """Addresses, without the memory: slots that overlap, far into one that is large enough."""
     slots = torch.zeros(2**15 + 8, 1, 256, 256, dtype=torch.uint8)  # untouched pages take none
