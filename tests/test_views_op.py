@@ -270,6 +270,7 @@ def test_bad_input_is_named_in_one_line(name: str) -> None:
 def test_bad_settings_are_named_in_one_line() -> None:
     inputs, named = problem(2, 3, 20, 20, 16, 1)
     like = torch.empty(2, 3, 16, 16)
+    shared = torch.zeros(2 * 16 * 16 * 3).view(2, 16, 16, 3).permute(0, 3, 1, 2)
     for change, error, words in (
         ({"dtype": torch.float64}, TypeError, "dtype: got torch.float64"),
         ({"size": 0}, ValueError, "size: got 0"),
@@ -279,6 +280,7 @@ def test_bad_settings_are_named_in_one_line() -> None:
         ({"out": like}, ValueError, "channels_last"),
         ({"out": like[:1]}, ValueError, "out: got"),
         ({"out": like.half()}, ValueError, "out: got"),
+        ({"out": shared, "mean": shared[0, :, 0, 0]}, ValueError, "out: shares memory with mean"),
     ):
         with pytest.raises(error, match=words):
             views(*inputs, **(named | change))

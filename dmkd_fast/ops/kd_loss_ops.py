@@ -54,6 +54,30 @@ def say_once(what: str, text: str) -> None:
         warnings.warn(text, stacklevel=5)
 
 
+def check_own_memory(out: Tensor, inputs: dict[str, Tensor | None]) -> None:
+    """Refuse an `out` whose memory lies among that of an input: it would be read after writing."""
+    if torch.compiler.is_compiling():
+        return
+    begin, end = _memory(out)
+    for name, tensor in inputs.items():
+        if tensor is None:
+            continue
+        first, last = _memory(tensor)
+        if begin < last and first < end:
+            raise ValueError(f"out: shares memory with {name}, expected a tensor of its own")
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """First address of a tensor and the one after its last; empty for fake tensors."""
+    storage = tensor.untyped_storage().data_ptr()
+    if storage == 0 or tensor.numel() == 0:
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in steps)
+    size, first = tensor.element_size(), int(tensor.storage_offset())
+    return storage + first * size, storage + (int(last) + 1) * size
+
+
 def accumulated_type(student: Tensor, teacher: Tensor) -> torch.dtype:
     """What sums are computed and losses returned in."""
     double = torch.float64 in (student.dtype, teacher.dtype)
