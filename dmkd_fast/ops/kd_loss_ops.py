@@ -56,26 +56,23 @@ def say_once(what: str, text: str) -> None:
 
 def check_own_memory(out: Tensor, inputs: dict[str, Tensor | None]) -> None:
     """Refuse an `out` whose memory lies among that of an input: it would be read after writing."""
-    if torch.compiler.is_compiling():
+    if type(out) is not Tensor or torch.compiler.is_compiling():  # fake tensors have no memory
         return
     begin, end = _memory(out)
     for name, tensor in inputs.items():
-        if tensor is None:
-            continue
-        first, last = _memory(tensor)
-        if begin < last and first < end:
-            raise ValueError(f"out: shares memory with {name}, expected a tensor of its own")
+        if tensor is not None:
+            first, last = _memory(tensor)
+            if begin < last and first < end:
+                raise ValueError(f"out: shares memory with {name}, expected a tensor of its own")
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
-    """First address of a tensor and the one after its last; empty for fake tensors."""
-    storage = tensor.untyped_storage().data_ptr()
-    if storage == 0 or tensor.numel() == 0:
-        return 0, 0
+    """Address of the first element and the one after the last."""
+    start = tensor.data_ptr()
+    if start == 0 or tensor.is_contiguous():
+        return start, start + tensor.nbytes * (start != 0)
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = tensor.storage_offset() + sum((n - 1) * step for n, step in steps)
-    size, first = tensor.element_size(), int(tensor.storage_offset())
-    return storage + first * size, storage + (int(last) + 1) * size
+    return start, start + (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
 
 
 def accumulated_type(student: Tensor, teacher: Tensor) -> torch.dtype:
