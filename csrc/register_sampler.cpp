@@ -67,7 +67,8 @@ Tensor gelu(const Tensor& input, const Tensor& bias) {
 // One row per image, however far apart.
 int64_t rows_of_images(const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(2) &&
-                      tensor.stride(1) == 1 && tensor.scalar_type() == x.scalar_type(),
+                      (tensor.size(1) <= 1 || tensor.stride(1) == 1) &&
+                      tensor.scalar_type() == x.scalar_type(),
                   "gate, shift, scale: expected (images, columns) with dense rows, the dtype of x");
   return tensor.stride(0);
 }
@@ -86,7 +87,8 @@ std::tuple<Tensor, Tensor> norm(const Tensor& x, const std::optional<Tensor>& br
   STD_TORCH_CHECK(branch.has_value() == gate.has_value(), "branch and gate: expected both or none");
   const int64_t rows = x.size(0) * x.size(1), columns = x.size(2);
   if (branch.has_value()) {
-    STD_TORCH_CHECK(branch->is_contiguous() && branch->numel() == x.numel() &&
+    STD_TORCH_CHECK(branch->is_contiguous() && branch->dim() == 3 && branch->size(0) == x.size(0) &&
+                        branch->size(1) == x.size(1) && branch->size(2) == columns &&
                         branch->scalar_type() == x.scalar_type(),
                     "branch: expected the shape and dtype of x, contiguous");
   }

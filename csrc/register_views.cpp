@@ -21,6 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kElementsPerTask = 16384;
+constexpr int64_t kMaxSide = 8192;  // MAX_SIDE of dmkd_fast/ops/views.py
 // Results above this size are mapped anew by glibc each time, and every page of them faults.
 constexpr int64_t kMappedBytes = int64_t{32} << 20;
 #ifndef MADV_POPULATE_WRITE  // Linux 5.14
@@ -36,6 +37,11 @@ void populate(char* data, int64_t bytes) {
   const uintptr_t begin = start / page * page;
   const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+}
+
+// The stride of a dimension of one element means nothing.
+bool has_stride(const Tensor& tensor, int64_t dim, int64_t stride) {
+  return tensor.size(dim) == 1 || tensor.stride(dim) == stride;
 }
 
 void check_vector(const Tensor& tensor, int64_t size, ScalarType dtype, const char* expected) {
@@ -61,9 +67,11 @@ void fill(const Tensor& out, const Tensor& slots, const Tensor& indices, const T
   STD_TORCH_CHECK(slots.dim() == 4 && slots.scalar_type() == ScalarType::Byte,
                   "slots: expected (N, c, H, W) uint8");
   const int64_t channels = slots.size(1), height = slots.size(2), width = slots.size(3);
-  STD_TORCH_CHECK(slots.numel() == 0 || (slots.stride(3) == 1 && slots.stride(2) == width &&
-                                         slots.stride(1) == height * width),
+  STD_TORCH_CHECK(slots.numel() == 0 || (has_stride(slots, 3, 1) && has_stride(slots, 2, width) &&
+                                         has_stride(slots, 1, height * width)),
                   "slots: expected dense images");
+  STD_TORCH_CHECK(channels > 0 && 0 <= pad && pad <= kMaxSide,
+                  "slots, pad: expected channels and a border of 0 to ", kMaxSide);
   const int64_t rows = indices.dim() == 1 ? indices.size(0) : -1;
   check_vector(indices, rows, ScalarType::Long, "indices: expected (B,) int64");
   check_vector(flips, rows, ScalarType::Bool, "flips: expected (B,) bool");
@@ -76,10 +84,9 @@ void fill(const Tensor& out, const Tensor& slots, const Tensor& indices, const T
   STD_TORCH_CHECK(size > 0 && out.size(0) == rows && out.size(1) == channels && out.size(2) == size,
                   "out: expected (B, c, S, S)");
   if (out.numel() == 0) return;
-  STD_TORCH_CHECK((channels == 1 || out.stride(1) == 1) &&
-                      (size == 1 || out.stride(3) == channels) &&
-                      (size == 1 || out.stride(2) == size * channels) &&
-                      (rows == 1 || out.stride(0) == size * size * channels),
+  STD_TORCH_CHECK(has_stride(out, 1, 1) && has_stride(out, 3, channels) &&
+                      has_stride(out, 2, size * channels) &&
+                      has_stride(out, 0, size * size * channels),
                   "out: expected channels_last");
   const Tensor held[] = {torch::stable::contiguous(indices), torch::stable::contiguous(boxes),
                          torch::stable::contiguous(flips), torch::stable::contiguous(mean),
@@ -142,6 +149,17 @@ std::tuple<Tensor, Tensor> view_boxes(int64_t seed, const Tensor& ids, const Ten
   const int64_t rows = ids.dim() == 1 ? ids.size(0) : -1;
   check_vector(ids, rows, ScalarType::Long, "ids: expected (B,) int64");
   check_vector(uses, rows, ScalarType::Long, "uses: expected (B,) int64");
+  // Sides and areas whose products fit into 64 bits, and boxes into 32.
+  const auto within = [](int64_t value, int64_t low, int64_t high) {
+    return low <= value && value <= high;
+  };
+  constexpr int64_t kWhole = int64_t{1} << 24;
+  STD_TORCH_CHECK(within(height, 1, kMaxSide) && within(width, 1, kMaxSide) &&
+                      within(pad, 0, kMaxSide) && within(spare_height, 1, height) &&
+                      within(spare_width, 1, width) && within(area_low, 0, area_high) &&
+                      area_high <= kWhole && within(shape_low, -8 * kWhole, shape_high) &&
+                      shape_high < 8 * kWhole && within(tries, 0, 10),
+                  "view_boxes: got an argument out of range");
   const BoxRecipe recipe{height,
                          width,
                          pad,

@@ -32,15 +32,18 @@ DMKD_AVX512 DMKD_INLINE __mmask16 first(int64_t count) {
 }
 
 DMKD_AVX512 DMKD_INLINE __m512 load(const float* source, __mmask16 mask) {
+  check_read(source, __builtin_popcount(mask));
   return _mm512_maskz_loadu_ps(mask, source);
 }
 
 DMKD_AVX512 DMKD_INLINE __m512 load(const BFloat16* source, __mmask16 mask) {
+  check_read(source, __builtin_popcount(mask));
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, source));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
 DMKD_AVX512 DMKD_INLINE void store(float* target, __mmask16 mask, __m512 value) {
+  check_write(target, __builtin_popcount(mask));
   _mm512_mask_storeu_ps(target, mask, value);
 }
 
@@ -48,8 +51,13 @@ DMKD_AVX512 DMKD_INLINE __m256i rounded(__m512 value) {
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
 }
 
+DMKD_AVX512 DMKD_INLINE void store(BFloat16* target, __mmask16 mask, __m256i bits) {
+  check_write(target, __builtin_popcount(mask));
+  _mm256_mask_storeu_epi16(target, mask, bits);
+}
+
 DMKD_AVX512 DMKD_INLINE void store(BFloat16* target, __mmask16 mask, __m512 value) {
-  _mm256_mask_storeu_epi16(target, mask, rounded(value));
+  store(target, mask, rounded(value));
 }
 
 // 2^x for finite x <= 200 or so; 0 far below, infinity far above. 13 or 27 bits.
@@ -124,7 +132,7 @@ DMKD_AVX512 void residual_norm(const ResidualNorm& w, int64_t begin, int64_t end
         __m512 added = load(branch + i, mask);
         if (w.bias != nullptr) added = _mm512_add_ps(added, load(bias + i, mask));
         const __m256i bits = rounded(_mm512_fmadd_ps(load(gate + i, mask), added, value));
-        _mm256_mask_storeu_epi16(x_out + i, mask, bits);
+        store(x_out + i, mask, bits);
         // Rounded, as the next block will see it.
         value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
       }
@@ -218,7 +226,7 @@ struct Head {
 
   const Attention& work;
   const int64_t key_vectors, padded, key_words, value_words, value_vectors;
-  std::vector<uint32_t> queries, keys, values, weights;
+  std::vector<uint32_t> queries, keys, key, values, weights;
   std::vector<float> scores;
 
   explicit Head(const Attention& attention)
@@ -230,6 +238,7 @@ struct Head {
         value_vectors((attention.head_dim + 15) / 16),
         queries(attention.tokens * key_words),
         keys(key_words * padded),
+        key(key_words),
         values(value_words * 16 * value_vectors),
         weights(kRows * padded / kPerWord),
         scores(kRows * padded) {}
@@ -261,11 +270,10 @@ struct Head {
   // tokens. What lies beyond the last token or column is zero.
   DMKD_AVX512 void pack(int64_t image, int64_t head) {
     const int64_t d = work.head_dim;
-    uint32_t* row = weights.data();
     for (int64_t t = 0; t < work.tokens; ++t) {
       biased(image, head, 0, t, reinterpret_cast<scalar_t*>(queries.data() + t * key_words));
-      biased(image, head, 1, t, reinterpret_cast<scalar_t*>(row));
-      for (int64_t k = 0; k < key_words; ++k) keys[k * padded + t] = row[k];
+      biased(image, head, 1, t, reinterpret_cast<scalar_t*>(key.data()));
+      for (int64_t k = 0; k < key_words; ++k) keys[k * padded + t] = key[k];
     }
     for (int64_t word = 0; word < value_words; ++word) {
       const int64_t t = word * kPerWord;

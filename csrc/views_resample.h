@@ -121,12 +121,15 @@ DMKD_AVX512 void resample_lines_avx512(const Axis& axis, const float* lines, int
     const int64_t here = std::min<int64_t>(16, size - j);
     const auto mask = static_cast<__mmask16>((1u << here) - 1u);
     const int32_t* first = axis.first.data() + j;
+    check_read(first, here);
     __m512 sums[channels];
     if (axis.taps == 2) {
       const int32_t base = std::min(first[0], first[here - 1]);
       const __m512i places =
           _mm512_sub_epi32(_mm512_maskz_loadu_epi32(mask, first), _mm512_set1_epi32(base));
       const __m512i next = _mm512_add_epi32(places, _mm512_set1_epi32(1));
+      check_read(axis.weights.data() + j, here);
+      check_read(axis.weights.data() + size + j, here);
       const __m512 w0 = _mm512_maskz_loadu_ps(mask, axis.weights.data() + j);
       const __m512 w1 = _mm512_maskz_loadu_ps(mask, axis.weights.data() + size + j);
       for (int c = 0; c < channels; ++c) {
@@ -139,9 +142,11 @@ DMKD_AVX512 void resample_lines_avx512(const Axis& axis, const float* lines, int
       for (int c = 0; c < channels; ++c) sums[c] = _mm512_setzero_ps();
       const __m512i places = _mm512_maskz_loadu_epi32(mask, first);
       for (int64_t k = 0; k < axis.taps; ++k) {
+        check_read(axis.weights.data() + k * size + j, here);
         const __m512 w = _mm512_maskz_loadu_ps(mask, axis.weights.data() + k * size + j);
         for (int c = 0; c < channels; ++c) {
           const float* source = lines + c * line_stride + k;
+          for (int64_t i = 0; i < here; ++i) check_read(source + first[i], 1);
           const __m512 taps =
               _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, source, 4);
           sums[c] = _mm512_fmadd_ps(w, taps, sums[c]);
@@ -165,16 +170,19 @@ DMKD_AVX512 DMKD_INLINE void store_avx512(scalar_t* out, __m512 value, __mmask16
 
 template <>
 DMKD_AVX512 DMKD_INLINE void store_avx512(float* out, __m512 value, __mmask16 mask) {
+  check_write(out, __builtin_popcount(mask));
   _mm512_mask_storeu_ps(out, mask, value);
 }
 
 template <>
 DMKD_AVX512 DMKD_INLINE void store_avx512(Half* out, __m512 value, __mmask16 mask) {
+  check_write(out, __builtin_popcount(mask));
   _mm256_mask_storeu_epi16(out, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 
 template <>
 DMKD_AVX512 DMKD_INLINE void store_avx512(BFloat16* out, __m512 value, __mmask16 mask) {
+  check_write(out, __builtin_popcount(mask));
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);

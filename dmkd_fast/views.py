@@ -88,8 +88,11 @@ class Views:
             raise ValueError(
                 f"ratio: got {tuple(ratio)}, expected low <= high between 2**-15 and 2**15"
             )
-        if pad < 0 or not 0 <= flip <= 1:
-            raise ValueError(f"pad, flip: got {pad} and {flip}, expected pad >= 0, 0 <= flip <= 1")
+        if not 0 <= pad <= ops.MAX_SIDE or not 0 <= flip <= 1:
+            raise ValueError(
+                f"pad, flip: got {pad} and {flip}, expected 0 <= pad <= {ops.MAX_SIDE}, "
+                "0 <= flip <= 1"
+            )
         self.spec = ViewSpec(size=size, mean=mean, std=std, dtype=dtype, device=device)
         self.scale, self.ratio, self.pad, self.flip, self.seed = scale, ratio, pad, flip, seed
 

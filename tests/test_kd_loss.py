@@ -216,8 +216,8 @@ def test_inputs_stay_and_teacher_gets_no_gradient() -> None:
         ({"teacher_logits": torch.zeros(4, 9)}, ValueError, r"\(4, 9\).*\(4, 10\)"),
         ({"teacher_logits": torch.zeros(4, 0), "student_logits": torch.zeros(4, 0)}, ValueError,
          "C >= 1"),
-        ({"temperature": 0.0}, ValueError, "positive"),
-        ({"temperature": float("nan")}, ValueError, "positive"),
+        ({"temperature": 0.0}, ValueError, "temperature: got 0.0"),
+        ({"temperature": float("nan")}, ValueError, "temperature: got nan"),
         ({"reduction": "average"}, ValueError, "batchmean"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,13 +168,44 @@ def test_gradient_is_written_where_asked() -> None:
     kd_loss_and_grad(student, teacher, out=wide[..., :10])
     assert torch.equal(wide[..., :10], expected) and (wide[..., 10:] == 7).all()
     for bad, error, words in (
-        (student, ValueError, "memory of the logits"),
+        (student, ValueError, "shares memory with student_logits"),
         (torch.empty(2, 3, 9, dtype=torch.float64), ValueError, "shape"),
         (torch.empty(2, 3, 10), TypeError, "student's torch.float64"),
         (torch.empty(2, 3, 20, dtype=torch.float64)[..., ::2], ValueError, "dense classes"),
     ):
         with pytest.raises(error, match=words):
             kd_loss_and_grad(student, teacher, out=bad)
+    empty = student[:0]
+    assert kd_loss_and_grad(empty, teacher[:0], out=torch.empty_like(empty))[1].shape == (0, 3, 10)
+
+
+def test_gradient_is_never_written_over_an_input() -> None:
+    memory = torch.zeros(80)
+    rows = lambda start: memory[start : start + 20].view(4, 5)  # noqa: E731
+    plain = {"student_logits": torch.zeros(4, 5), "teacher_logits": torch.ones(4, 5)}
+    soft = {"target": torch.full((4, 5), 0.2), "alpha": 0.5}
+    for name, given in (
+        ("student_logits", {"student_logits": rows(0)}),
+        ("teacher_logits", {"teacher_logits": rows(0)}),
+        ("target", {"target": rows(0), "alpha": 0.5}),
+        ("row_weight", {"row_weight": memory[19:23], "reduction": "sum"}),
+        ("grad_scale", {"grad_scale": memory[19]}),
+    ):
+        with pytest.raises(ValueError, match=f"out: shares memory with {name}"):
+            kd_loss_and_grad(**(plain | given), out=rows(0))
+    # Another part of the same memory is fine, and so is what is read before anything is written.
+    expected = kd_loss_and_grad(**plain, **soft)[1]
+    given = {"teacher_logits": rows(20).fill_(1), "target": rows(40).fill_(0.2), "alpha": 0.5}
+    assert torch.equal(kd_loss_and_grad(**(plain | given), out=rows(0))[1], expected)
+
+
+@pytest.mark.parametrize("out", [
+    torch.empty(1, 5).expand(4, 5), torch.empty(8).as_strided((4, 5), (1, 1)),
+    torch.empty(17).as_strided((4, 5), (4, 1)),
+], ids=["expanded", "one apart", "four apart"])  # fmt: skip
+def test_rows_of_the_gradient_may_not_overlap(out: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"out: got strides .* do not overlap"):
+        kd_loss_and_grad(torch.zeros(4, 5), torch.ones(4, 5), out=out)
 
 
 def test_module_is_the_function_and_takes_the_papers_call() -> None:
@@ -191,6 +223,60 @@ def test_module_is_the_function_and_takes_the_papers_call() -> None:
     with pytest.raises(ValueError, match="opt"):
         DistillKL()(student, teacher, None, SimpleNamespace())
     assert "temperature=2.0, alpha=0.3" in repr(module)
+
+
+FORMS = [4, 4.0, np.float64(4), np.float32(4), np.int64(4), torch.tensor(4.0), torch.tensor([4.0]),
+         torch.tensor([[4]])]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{type(form).__name__} {form}")
+def test_numbers_come_in_any_form(form: float) -> None:
+    student, teacher, target = logits(6, 10, seed=0), logits(6, 10, seed=1), targets("ids")
+    expected = kd_loss(student, teacher, temperature=4.0)
+    assert torch.equal(kd_loss(student, teacher, temperature=form), expected)
+    assert torch.equal(kd_loss_and_grad(student, teacher, temperature=form)[0], expected)
+    assert torch.equal(DistillKL(form)(student, teacher), expected)
+    assert torch.equal(DistillKL()(student, teacher, form, SimpleNamespace()), expected)
+    assert torch.equal(DistillKL()(student, teacher, form), expected)
+    shared = {"temperature": 3.0, "label_smoothing": form / 16}
+    got = kd_loss(student, teacher, target, alpha=form / 8, **shared)
+    assert torch.equal(got, kd_loss(student, teacher, target, alpha=0.5, **shared))
+
+
+def test_third_place_takes_what_cannot_be_a_target_for_a_temperature() -> None:
+    one = torch.zeros(1, 10), torch.ones(1, 10)
+    label = torch.tensor([3])
+    assert torch.equal(DistillKL(alpha=0.5)(*one, label), kd_loss(*one, label, alpha=0.5))
+    with pytest.raises(ValueError, match="alpha: got None with a target"):
+        DistillKL()(*one, label)
+    assert torch.equal(DistillKL()(*one, label, object()), kd_loss(*one, temperature=3))
+    with pytest.raises(ValueError, match=r"temperature: got shape \(4, 1\)"):
+        DistillKL()(torch.zeros(4, 10), torch.zeros(4, 10), torch.ones(4, 1))
+
+
+def test_a_temperature_for_each_row_is_what_the_message_says() -> None:
+    student, teacher = logits(6, 10, seed=0).requires_grad_(), logits(6, 10, seed=1)
+    each = torch.rand(6, 1, dtype=torch.float64) + 1
+    with pytest.raises(ValueError, match=r"temperature: got shape \(6, 1\), .*row_weight=temp"):
+        kd_loss(student, teacher, temperature=each)
+    mine = kd_loss(student / each, teacher / each, temperature=1, row_weight=each[:, 0] ** 2)
+    rows = [kd_loss(student[i], teacher[i], temperature=each[i]) for i in range(6)]
+    expected = torch.stack(rows).mean()
+    close(mine, expected)
+    close(*(torch.autograd.grad(loss, student)[0] for loss in (mine, expected)))
+
+
+@pytest.mark.parametrize("name", ["temperature", "alpha", "label_smoothing", "num_items"])
+def test_a_number_that_requires_grad_is_refused(name: str) -> None:
+    learned = torch.tensor(0.5, requires_grad=True)
+    target = torch.zeros(4, dtype=torch.int64)
+    arguments = {"temperature": 4.0, "alpha": 0.3, name: learned}
+    with pytest.raises(ValueError, match=f"{name}: got a tensor that requires grad"):
+        kd_loss(torch.zeros(4, 10), torch.ones(4, 10), target, **arguments)
+    with torch.no_grad():
+        kd_loss(torch.zeros(4, 10), torch.ones(4, 10), target, **arguments)
+    assert kd_loss(torch.zeros(4, 10), torch.ones(4, 10), target,
+                   **(arguments | {name: learned.detach()})).isfinite()  # fmt: skip
 
 
 def test_teacher_that_requires_grad_is_warned_about_once() -> None:
@@ -236,6 +322,18 @@ SOFT = torch.full((4, 10), 0.1)
         ({"row_weight": torch.ones(4, requires_grad=True)}, ValueError, "detached"),
         ({"num_items": 3, "reduction": "sum"}, ValueError, "divides by nothing"),
         ({"num_items": 0}, ValueError, "num_items: got 0"),
+        ({"num_items": float("inf")}, ValueError, "num_items: got inf"),
+        ({"num_items": "3"}, TypeError, "num_items: got str"),
+        ({"temperature": "4"}, TypeError, "temperature: got str, expected a number"),
+        ({"temperature": None}, TypeError, "temperature: got NoneType"),
+        ({"temperature": torch.tensor(4j)}, TypeError, "temperature: got complex"),
+        ({"temperature": 0.99e-4}, ValueError, r"temperature: got 9.9e-05, expected 0.0001 to"),
+        ({"temperature": 10001}, ValueError, "temperature: got 10001.0, expected 0.0001 to 10000"),
+        ({"temperature": 10**400}, ValueError, "temperature: got inf"),
+        ({"temperature": float("nan")}, ValueError, "temperature: got nan"),
+        ({"temperature": -4}, ValueError, "temperature: got -4"),
+        ({"target": IDS, "alpha": float("nan")}, ValueError, "alpha: got nan"),
+        ({"target": IDS, "alpha": "0.5"}, TypeError, "alpha: got str"),
         ({"num_items": torch.ones(2)}, ValueError, "one element"),
     ],
 )  # fmt: skip

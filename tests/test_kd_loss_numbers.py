@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmkd_fast import kd_loss, kd_loss_and_grad
+from dmkd_fast.ops.kd_loss_problem import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 ULP = {torch.float32: 2**-23, torch.float64: 2**-52, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -192,3 +193,18 @@ def test_bits_do_not_depend_on_threads_or_repetition() -> None:
         torch.set_num_threads(threads)
     for one, other in pairwise(results):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("temperature", [MIN_TEMPERATURE, 1.0, MAX_TEMPERATURE])
+@pytest.mark.parametrize("spread", [1.0, 100.0, 2e4])
+def test_losses_and_gradients_are_accurate_over_the_whole_range_of_temperatures(
+    temperature: float, spread: float
+) -> None:
+    noise = torch.randn(2, 64, 100, generator=torch.Generator().manual_seed(0))
+    student, teacher = spread * noise
+    loss, grad = kd_loss_and_grad(student, teacher, temperature=temperature)
+    exact, exact_grad = kd_loss_and_grad(
+        student.double(), teacher.double(), temperature=temperature
+    )
+    assert abs(loss.double() / exact - 1) < 1e-6
+    assert (grad.double() - exact_grad).abs().max() < 5e-5 * exact_grad.abs().max() + 1e-12

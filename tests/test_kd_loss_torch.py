@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad
 from dmkd_fast.ops import kd_loss_ops, reference
@@ -173,8 +174,33 @@ def test_double_backward_and_function_transforms_say_that_they_are_not_there() -
     student, teacher = logits(5, 10, seed=0).requires_grad_(), logits(5, 10, seed=1)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(kd_loss(student, teacher), student, create_graph=True)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda s: kd_loss(s, teacher))(student.detach())
+    student = student.detach()
+    ones = torch.ones_like(student)
+    loss = lambda s: kd_loss(s, teacher)  # noqa: E731
+    for call in (
+        lambda: torch.func.grad(loss)(student),
+        lambda: torch.func.jvp(loss, (student,), (ones,)),
+        lambda: torch.func.jvp(lambda t: kd_loss(student, t), (teacher,), (ones,)),
+        lambda: torch.func.jvp(lambda s: kd_loss_and_grad(s, teacher)[0], (student,), (ones,)),
+        lambda: torch.func.vmap(loss)(torch.stack((student, student))),
+    ):
+        with pytest.raises(NotImplementedError, match="only reverse mode works"):
+            call()
+    half = torch.tensor(0.5)
+    for given in (
+        {"teacher_logits": teacher}, {"student_logits": student}, {"temperature": half},
+        {"row_weight": torch.ones(5)}, {"num_items": half}, {"target": teacher.softmax(1)},
+        {"alpha": half},
+    ):  # fmt: skip
+        plain = {"student_logits": student, "teacher_logits": teacher}
+        if "target" in given or "alpha" in given:
+            plain |= {"target": student.softmax(1), "alpha": 0.5}
+        (name, value), = given.items()  # fmt: skip
+        with forward_ad.dual_level():
+            kd_loss(**plain)  # another part of the program may use forward mode
+            dual = forward_ad.make_dual(value, torch.ones_like(value))
+            with pytest.raises(NotImplementedError, match="only reverse mode works"):
+                kd_loss(**(plain | {name: dual}))
 
 
 DDP = """

@@ -76,6 +76,21 @@ def test_attention_is_as_accurate_as_pytorchs(dtype: torch.dtype, shape: tuple[i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [96, 98, 128, 256, 1152])
+def test_attention_takes_heads_much_wider_than_the_sequence(
+    dtype: torch.dtype, head_dim: int
+) -> None:
+    for tokens in (1, 4, 16, 17):
+        qkv, bias = attention_inputs(dtype, (2, tokens, 2, head_dim))
+        for _ in range(20):  # memory next to the buffers of one call belongs to the next
+            got = short_attention(qkv, bias)
+        packed = (qkv + bias.view(qkv.shape[2:])).double()
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        expected = plain_attention(packed, torch.zeros_like(bias).double())
+        torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_peaked_scores(dtype: torch.dtype) -> None:
     """Scores so far apart that each query sees one key: the weights are 0 and 1 exactly."""
     qkv, _ = attention_inputs(dtype, (1, 20, 1, 20))
@@ -182,6 +197,14 @@ def test_wrong_shapes_are_refused(wrong: tuple[Tensor, Tensor, Tensor | None, Te
         pytest.skip("the definition broadcasts; the C++ extension checks")
     with pytest.raises(RuntimeError, match="expected"):
         residual_norm(*wrong, row, row, eps=1e-5)
+
+
+def test_one_column_may_have_any_stride() -> None:
+    x, rows = torch.randn(2, 3, 1), torch.randn(5, 2)
+    row = rows.t()[:, :1]  # (2, 1), stride 2 between columns
+    assert row.stride(1) != 1
+    got = modulated_norm(x, row, row, eps=1e-5)
+    assert torch.equal(got, modulated_norm(x, row.clone(), row.clone(), eps=1e-5))
 
 
 def test_attention_counts_its_arithmetic() -> None:

@@ -195,6 +195,7 @@ def test_out_is_written_in_place() -> None:
 @pytest.mark.parametrize(("changes", "words"), [
     ({"scale": (0.5, 2.0)}, r"scale: got \(0.5, 2.0\)"), ({"scale": (0.5, 0.4)}, "low <= high"),
     ({"ratio": (0.0, 1.0)}, "ratio: got"), ({"pad": -1}, "pad, flip: got -1"),
+    ({"pad": 8193}, "pad, flip: got 8193"),
     ({"flip": 1.5}, "pad, flip: got"), ({"size": 0}, "size: got 0"),
     ({"std": (0.0,)}, "mean, std: got"), ({"mean": (0.1, 0.2)}, "mean, std: got"),
     ({"mean": (123.675,), "std": (58.395,)}, "divide numbers of pixel values in .0, 255. by 255"),

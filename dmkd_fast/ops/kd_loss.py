@@ -10,13 +10,19 @@ Source: Hinton et al., "Distilling the knowledge in a neural network" (arXiv 150
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from dmkd_fast.ops import kd_loss_ops
-from dmkd_fast.ops.kd_loss_problem import Reduction, grad_scale_of, output_rows, problem_of
+from dmkd_fast.ops.kd_loss_problem import (
+    Reduction,
+    grad_scale_of,
+    is_temperature,
+    output_rows,
+    problem_of,
+)
 
 
 class KdLossParts(NamedTuple):
@@ -85,7 +91,9 @@ def kd_loss(
             into it.
         teacher_logits: Same shape, any of these dtypes; never gets a gradient.
         target: Class ids (...) int64, or probabilities (..., C) of any of these dtypes.
-        temperature: T of the KD term, positive; the CE term is at T = 1.
+        temperature: T of the KD term, 1e-4 to 1e4; the CE term is at T = 1. One number for all
+            rows: a Python or NumPy number, or a tensor of one element (on a GPU, reading it waits
+            for the GPU). No gradient reaches it. The same holds for alpha and label_smoothing.
         alpha: Share of the KD term, in [0, 1). None, the only choice without a target, means 1.
         reduction: See above.
         t_squared: Multiply the KD term with T^2, which keeps its gradient's size as T changes.
@@ -103,6 +111,7 @@ def kd_loss(
     Raises:
         TypeError: A tensor has the wrong dtype.
         ValueError: Shapes or devices differ, an argument is out of range or would be ignored.
+        NotImplementedError: A forward-mode derivative or a transform of torch.func is asked for.
         RuntimeError: A class id is out of range (on CUDA, where raising would mean waiting, the
             loss is nan instead).
     """
@@ -140,14 +149,14 @@ def kd_loss_and_grad(
         grad_scale: Factor on the gradient alone, applied in float32 before rounding: a number, or a
             tensor of one on the logits' device, such as a GradScaler's scale.
         out: Where to write the gradient: shape, dtype and device of `student_logits`, classes
-            dense, rows in equal steps, in memory that no input uses.
+            dense, rows in equal steps that do not overlap, in memory that no input uses.
 
     Returns:
         The loss (a scalar as from `kd_loss`), and grad_scale times its gradient by
         `student_logits` (same shape and dtype).
 
     Raises:
-        TypeError, ValueError: As `kd_loss`.
+        TypeError, ValueError, NotImplementedError: As `kd_loss`.
     """
     problem = problem_of(
         student_logits.detach(), teacher_logits, target, temperature, alpha, reduction, t_squared,
@@ -161,7 +170,11 @@ def kd_loss_and_grad(
         grad = torch.empty_like(student, memory_format=torch.contiguous_format)
         out = grad.view(student_logits.shape)
     else:
-        grad = output_rows(out, student_logits, teacher_logits)
+        grad = output_rows(out, student_logits)
+        kd_loss_ops.check_own_memory(grad, {
+            "student_logits": student, "teacher_logits": teacher, "target": problem[2],
+            "row_weight": problem[3], "grad_scale": upstream,
+        })  # fmt: skip
         torch.autograd.graph.increment_version(out)
     loss = kd_loss_ops.forward_backward(grad, upstream, factor, *problem)[0]
     return loss, out
@@ -194,22 +207,28 @@ class DistillKL(nn.Module):
         mask: Tensor | None = None, row_weight: Tensor | None = None,
         num_items: float | Tensor | None = None, return_parts: bool = False,
     ) -> Tensor | KdLossParts:  # fmt: skip
-        """See `kd_loss`; a number in third place is the temperature, as in the published code."""
+        """See `kd_loss`; a number in third place is the temperature, as in the published code.
+
+        So is a tensor there that is followed by `opt` or, where neither temperature nor alpha were
+        set, cannot be a target.
+        """
         temperature = self.temperature
-        if isinstance(target, int | float):
+        is_free = temperature is None and self.alpha is None
+        if is_temperature(target, student_logits, certain=opt is not None, possible=is_free):
             if temperature is not None:
                 raise ValueError(
                     f"temperature: got {target} with the call and {temperature} before, expected "
                     "one; write DistillKL() to give it with each call"
                 )
-            temperature, target = target, None
+            temperature, target = cast(float, target), None
         elif opt is not None:
             raise ValueError(
                 "opt: expected after a temperature, as in DistillKL()(s, t, temp, opt)"
             )
         given = {} if temperature is None else {"temperature": temperature}
         return kd_loss(
-            student_logits, teacher_logits, target, alpha=self.alpha, reduction=self.reduction,
+            student_logits, teacher_logits, cast("Tensor | None", target), alpha=self.alpha,
+            reduction=self.reduction,
             t_squared=self.t_squared, mask=mask, row_weight=row_weight,
             ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
             num_items=num_items, return_parts=return_parts, **given,

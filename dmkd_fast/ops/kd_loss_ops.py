@@ -54,6 +54,27 @@ def say_once(what: str, text: str) -> None:
         warnings.warn(text, stacklevel=5)
 
 
+def check_own_memory(out: Tensor, inputs: dict[str, Tensor | None]) -> None:
+    """Refuse an `out` whose memory lies among that of an input: it would be read after writing."""
+    if type(out) is not Tensor or torch.compiler.is_compiling():  # fake tensors have no memory
+        return
+    begin, end = _memory(out)
+    for name, tensor in inputs.items():
+        if tensor is not None:
+            first, last = _memory(tensor)
+            if begin < last and first < end:
+                raise ValueError(f"out: shares memory with {name}, expected a tensor of its own")
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Address of the first element and the one after the last."""
+    start = tensor.data_ptr()
+    if start == 0 or tensor.is_contiguous():
+        return start, start + tensor.nbytes * (start != 0)
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return start, start + (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
+
+
 def accumulated_type(student: Tensor, teacher: Tensor) -> torch.dtype:
     """What sums are computed and losses returned in."""
     double = torch.float64 in (student.dtype, teacher.dtype)

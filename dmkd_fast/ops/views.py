@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.ops import extension, reference
-from dmkd_fast.ops.kd_loss_ops import say_once
+from dmkd_fast.ops.kd_loss_ops import check_own_memory, say_once
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SIDE = 8192  # The CUDA kernel's 32-bit products of two sides then do not overflow.
@@ -53,7 +53,8 @@ def views(
         pad: Width of the black border, in pixels.
         mean, std: (c,) float32 of pixel values in [0, 1].
         dtype: float32, float16 or bfloat16.
-        out: (B, c, size, size) channels_last of `dtype`, written instead of fresh memory.
+        out: (B, c, size, size) channels_last of `dtype`, written instead of fresh memory; shares
+            none with an input.
 
     Returns:
         (B, c, size, size) of `dtype`, channels_last.
@@ -77,6 +78,8 @@ def views(
         )
     if not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError("out: got another layout, expected memory_format=torch.channels_last")
+    names = ("slots", "indices", "boxes", "flips", "mean", "std")
+    check_own_memory(out, dict(zip(names, inputs, strict=True)))
     _naming_bad_rows(torch.ops.dmkd_fast.views_out, out, *inputs, pad)
     return out
 
