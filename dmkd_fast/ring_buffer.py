@@ -26,7 +26,7 @@ from dmkd_fast.capacity import MOST_USES, check_sizes
 from dmkd_fast.draws import Blocks, OrderName, make_order, occurrences
 from dmkd_fast.fences import Fences, Turns
 from dmkd_fast.limiter import Limiter, check_loop, check_ring
-from dmkd_fast.ring_statistics import BINS, Statistics, count_slots
+from dmkd_fast.ring_statistics import BINS, Statistics, count_slots, without_strays
 
 MOST_PASSES = 1024  # in one draw
 
@@ -221,9 +221,8 @@ class RingBuffer:
         self._fences.before_commit(ids, labels)
         if self.num_classes is not None and labels.device.type != "cpu":
             # Not read here. Statistics count them; until then they must not crash a kernel.
-            inside = labels.clamp(0, self.num_classes - 1)
-            self._num_strays += (labels != inside).sum()
-            labels = inside
+            labels, strays = without_strays(labels, self.num_classes)
+            self._num_strays += strays
         slots = slice(block.start, block.start + self.block_images)
         if self.num_inserted >= self.capacity:
             old = self.uses[slots].clamp(max=BINS - 1)
