@@ -38,6 +38,8 @@ class InputSpec:
 
     def __post_init__(self) -> None:
         check_normalization(self.mean, self.std)
+        checks.whole("size", self.size)
+        checks.number("crop_pct", self.crop_pct)
         if self.size < 1 or not 0 < self.crop_pct <= 1:
             raise ValueError(
                 f"input: got size {self.size} and crop_pct {self.crop_pct}, expected at least 1 "

@@ -13,7 +13,7 @@ from dmkd_fast import checks
 from dmkd_fast.ops import noise
 
 # Every label takes a permutation of all classes.
-MOST_NUMBERS = 2**30
+MOST_NUMBERS = 2**26
 
 
 class LabelStream:
@@ -46,6 +46,7 @@ class LabelStream:
 
     def peek(self, count: int) -> tuple[Tensor, Tensor]:
         """The next ids and their labels, (count,) int64 each; `advance` moves past them."""
+        checks.whole("count", count, low=1, high=MOST_NUMBERS // self.num_classes)
         start = self.next_id + self.rank * count
         ids = torch.arange(start, start + count, device=self.device)
         return ids, self.labels_of(ids)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dmkd_fast import optim
+from dmkd_fast import checks, optim
 from dmkd_fast.inputs import check_logits
 from dmkd_fast.ops.kd_loss import kd_loss_and_grad
 from dmkd_fast.ranks import ALONE, Ranks
@@ -58,6 +58,7 @@ class Learner:
         alpha: float = 1.0, dtype: torch.dtype = torch.float32, compile: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
+        checks.number("temperature", temperature, low=0.01, high=1000)
         if not 0 < alpha <= 1:
             raise ValueError(
                 f"alpha: got {alpha}, expected a share above 0 and at most 1; with 0 the teacher "
@@ -68,6 +69,11 @@ class Learner:
         self._batch = ranks.share("batch_size", schedule.batch_size, unit=schedule.accumulate)
         self.part_size = self._batch // schedule.accumulate
         fast: Any = torch.compile(student, dynamic=False) if compile else student
+        if not any(p.requires_grad for p in student.parameters()):
+            raise ValueError(
+                f"student: got a {type(student).__name__} without parameters that require a "
+                "gradient, expected some to train; give another network or unfreeze it"
+            )
         device = next(student.parameters()).device
         self.network = ranks.parallel(fast, device)  # From here on with rank 0's weights.
         self.optimizer = optim.build_optimizer(

@@ -19,6 +19,8 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+from dmkd_fast import checks
+
 
 class Limiter:
     """Counts images and views, and says which may come next.
@@ -32,7 +34,7 @@ class Limiter:
             samples_per_insert * images.
 
     Raises:
-        ValueError: A number is not positive.
+        TypeError, ValueError: A number is not positive or not finite.
     """
 
     def __init__(
@@ -44,7 +46,8 @@ class Limiter:
             ("block_images", block_images),
             ("error_buffer", 1 if error_buffer is None else error_buffer),
         ):  # fmt: skip
-            if not 0 < value < math.inf:
+            checks.number(name, value)
+            if value <= 0:
                 raise ValueError(f"{name}: got {value}, expected a positive number; change it")
         self.min_fill_images = slots_for(min_fill_images, block_images)
         self.block_images = block_images

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from dmkd_fast import checks
+from dmkd_fast.capacity import MOST_USES, check_sizes
 from dmkd_fast.draws import Blocks, OrderName, make_order, occurrences
 from dmkd_fast.fences import Fences, Turns
 from dmkd_fast.limiter import Limiter, check_loop, check_ring
-from dmkd_fast.ring_statistics import BINS, Statistics, count_slots
+from dmkd_fast.ring_statistics import BINS, Statistics, count_slots, without_strays
 
-# Views have 24 bits for the number of an image's use; "balanced" has 15 for its class.
-MOST_USES, MOST_CLASSES = 2**24, 2**15
 MOST_PASSES = 1024  # in one draw
 
 
@@ -85,16 +84,11 @@ class RingBuffer:
         device: torch.device | str = "cpu", seed: int = 0,
     ) -> None:  # fmt: skip
         device = torch.device(device)
-        image_shape = checks.image_shape(image_shape)
-        for name, value in (
-            ("capacity_images", capacity_images), ("block_images", block_images),
-            ("min_fill_images", min_fill_images), ("max_uses", max_uses),
-            ("num_classes", num_classes),
-        ):  # fmt: skip
-            if value is not None:
-                most = MOST_CLASSES if name == "num_classes" else MOST_USES
-                checks.whole(name, value, low=1, high=most if name != "capacity_images" else 2**40)
-        checks.whole("guard_blocks", guard_blocks)
+        check_sizes(
+            capacity_images, image_shape=image_shape, block_images=block_images, device=device,
+            min_fill_images=min_fill_images, guard_blocks=guard_blocks, max_uses=max_uses,
+            num_classes=num_classes, samples_per_insert=samples_per_insert,
+        )  # fmt: skip
         checks.whole("seed", seed, high=checks.MAX_SEED)
         self._limiter = Limiter(
             samples_per_insert, min_fill_images=min_fill_images, block_images=block_images,
@@ -227,9 +221,8 @@ class RingBuffer:
         self._fences.before_commit(ids, labels)
         if self.num_classes is not None and labels.device.type != "cpu":
             # Not read here. Statistics count them; until then they must not crash a kernel.
-            inside = labels.clamp(0, self.num_classes - 1)
-            self._num_strays += (labels != inside).sum()
-            labels = inside
+            labels, strays = without_strays(labels, self.num_classes)
+            self._num_strays += strays
         slots = slice(block.start, block.start + self.block_images)
         if self.num_inserted >= self.capacity:
             old = self.uses[slots].clamp(max=BINS - 1)

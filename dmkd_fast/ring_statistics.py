@@ -90,3 +90,9 @@ def count_slots(
         by_class = torch.zeros(num_classes, dtype=torch.int64, device=uses.device)
         by_class.scatter_add_(0, labels, ones)
     return histogram, by_class, torch.where(is_filled, committed - 1 - stamps, -1)
+
+
+def without_strays(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Labels (n,) moved into the classes, and how many had to be, () int64; nothing is read."""
+    inside = labels.clamp(0, num_classes - 1)
+    return inside, (labels != inside).sum()

@@ -235,6 +235,8 @@ class DiffusionSampler:
 
     def _check_rows(self, ids: Tensor, labels: Tensor) -> None:
         checks.rows("ids", ids)
+        if ids.device.type != self.device.type:
+            raise ValueError(f"ids: got {ids.device}, expected {self.device}, as the sampler")
         checks.rows("labels", labels, count=len(ids), device=ids.device)
         checks.within("ids", ids, low=0, high=checks.MAX_SEED)
         # Elsewhere the embedding asserts: reading would wait for the device.

@@ -5,6 +5,7 @@ Stands on floor 1.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ def check_settings(
     scales: list[float], guided: list[int],
 ) -> None:  # fmt: skip
     """Refuse arguments of wrong types or ranges; see `DiffusionSampler`."""
-    checks.image_shape(latent_shape, name="latent_shape")
+    if math.prod(checks.image_shape(latent_shape, name="latent_shape")) > 2**28:
+        raise ValueError(f"latent_shape: got {latent_shape}, expected at most 2**28 numbers")
     checks.whole("seed", seed, high=checks.MAX_SEED)
     checks.whole("micro_batch_images", micro_batch_images, low=1, high=2**20)
     for name, value in (("null_class", null_class), ("num_classes", num_classes),

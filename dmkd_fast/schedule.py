@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dmkd_fast import checks
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Optimizer settings and the rhythm of a run; see `OptimConfig`, `TrainConfig`.
 
     Raises:
-        ValueError: `accumulate` does not divide the batch, or `milestones` do not rise in (0, 1).
+        TypeError, ValueError: A number is out of range, `accumulate` does not divide the batch, or
+            `milestones` do not rise in (0, 1).
     """
 
     batch_size: int
@@ -38,6 +41,19 @@ class Schedule:
     num_evaluations: int = 8
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "num_views", "accumulate", "max_skipped_steps",
+                     "log_every_steps", "num_evaluations"):  # fmt: skip
+            checks.whole(name, getattr(self, name), low=1, high=2**53)
+        for name in ("lr", "decay", "checkpoint_every_s"):
+            checks.number(name, getattr(self, name), low=0, above=True)
+        for name in ("weight_decay", "max_grad_norm"):
+            checks.number(name, getattr(self, name), low=0)
+        for name in ("momentum", "warmup", "ema_decay"):
+            share = checks.number(name, getattr(self, name), low=0, high=1)
+            if share == 1:
+                raise ValueError(f"{name}: got 1, expected less than 1; lower it")
+        if self.name not in ("sgd", "adamw"):
+            raise ValueError(f"name: got {self.name!r:.60}, expected sgd or adamw; choose one")
         check_accumulate(self.accumulate, batch_size=self.batch_size)
         check_milestones(self.milestones, warmup=self.warmup)
 
@@ -93,7 +109,7 @@ def check_accumulate(accumulate: int, *, batch_size: int) -> None:
 
 def check_milestones(milestones: Sequence[float], *, warmup: float) -> None:
     """Refuse shares of the run that are none, do not rise, or come before the warm-up ends."""
-    points = list(milestones)
+    points = [checks.number("milestones", point) for point in milestones]
     if points != sorted(set(points)) or not all(0 < point < 1 for point in points):
         raise ValueError(
             f"milestones: got {points}, expected rising shares of the run between 0 and 1, as "

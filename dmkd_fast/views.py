@@ -116,6 +116,9 @@ class Views:
             TypeError, ValueError, IndexError: As `dmkd_fast.ops.views.views`.
         """
         height, width = _sides(slots)
+        if not torch.compiler.is_compiling():
+            checks.rows("indices", indices)
+            checks.rows("ids", ids, count=len(indices), device=slots.device)
         boxes, flips = self.parameters(ids, uses, height, width)
         return self.render(slots, indices, boxes, flips, out=out)
 

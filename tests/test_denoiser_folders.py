@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from small_models import VAE, class_unet_folder, dit_folder, small_dit, spread
 from torch import Tensor
 
-from dmkd_fast import DiffusionSampler, load_denoiser, origin
+from dmkd_fast import DiffusionSampler, attention, load_denoiser, origin
+from dmkd_fast.denoiser_modules import _guidance_waves
 from dmkd_fast.denoisers import Decoder, Denoiser
 from dmkd_fast.dit import lean_dit
 from dmkd_fast.model_config import DenoiserConfig
@@ -186,3 +187,28 @@ def test_lean_dits_have_the_norm_eps_of_the_config(eps: float) -> None:
         torch.testing.assert_close(
             lean(x, t, y), dit(x, timestep=t, class_labels=y).sample, rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("width", [12, 13])
+def test_guidance_as_an_input_is_embedded_as_the_pipeline_does(width: int) -> None:
+    scales = torch.tensor([1.0, 3.5, 7.5])
+    theirs = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(
+        None,  # type: ignore[arg-type]
+        scales - 1, embedding_dim=width,
+    )  # fmt: skip
+    torch.testing.assert_close(_guidance_waves(scales - 1, width), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_short_attention_is_chosen_up_to_its_longest_sequence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention.transformer, "has_short_attention", lambda *_: True)
+    for amx, most in ((True, 128), (False, 1024)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        kinds = [
+            attention.resolve(
+                "auto", device=CPU, dtype=torch.float32, num_tokens=n, num_heads=2, head_dim=8
+            )
+            for n in (most, most + 1)
+        ]
+        assert kinds == ["short", "sdpa"]

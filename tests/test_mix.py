@@ -130,3 +130,25 @@ def test_mixing_on_cuda_keeps_device_and_dtype() -> None:
             mixed, partner, _ = Mixer(**settings, seed=3)(batch, step=4)
         assert mixed.device.type == partner.device.type == "cuda"
         assert mixed.dtype == torch.float16 and mixed.shape == batch.shape
+
+
+def test_squares_reach_as_far_to_every_side() -> None:
+    """arXiv 1905.04899's code: from center - half to center + half, then cut off at the edges."""
+    whole = 0
+    for step in range(400):
+        _, square = Mixer(cutmix_alpha=1.0, seed=4).parameters(step, 40, 31)
+        assert square is not None
+        for low, high, side in ((*square[:2], 40), (*square[2:], 31)):
+            assert 0 <= low <= high <= side
+            if low > 0 and high < side:
+                assert (high - low) % 2 == 0
+                whole += 1
+    assert whole > 100
+
+
+def test_another_seed_gives_other_partners() -> None:
+    one, other = (
+        torch.stack([Mixer(mixup_alpha=1.0, seed=s).partners(i, 16, torch.device("cpu"))
+                     for i in range(4)]) for s in (0, 1)
+    )  # fmt: skip
+    assert not torch.equal(one, other)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmkd_fast import RingBuffer
 from dmkd_fast.capacity import capacity_plan, largest_capacity
+from dmkd_fast.ring_statistics import without_strays
 
 
 def make(
@@ -208,6 +209,15 @@ def test_labels_outside_of_the_classes_are_refused_before_anything_is_written(la
     ring.commit(block, ids=ids, labels=torch.tensor([0, 9, 0, 9]))
 
 
+def test_labels_that_cannot_be_read_are_moved_into_the_classes_and_counted() -> None:
+    inside, strays = without_strays(torch.tensor([-5, 0, 1, 8, 9, 10, 2**40]), 10)
+    assert inside.tolist() == [0, 0, 1, 8, 9, 9, 9] and int(strays) == 3
+    ring = make(num_classes=10)
+    ring._num_strays += strays
+    with pytest.raises(ValueError, match="got 3 labels outside of 0 to 9"):
+        ring.check_faults(int(ring.num_faults()))
+
+
 def test_use_counts_that_would_repeat_views_are_found() -> None:
     ring = make()
     write(ring)
@@ -282,3 +292,8 @@ def test_mean_uses_are_exact_beyond_the_histogram() -> None:
     write(ring)
     write(ring)
     assert ring.statistics().means()["retired_uses"] == 150
+
+
+def test_a_ring_beyond_free_memory_is_refused_before_it_is_allocated() -> None:
+    with pytest.raises(ValueError, match=r"capacity_images: got 1000000000000, which takes 40,000"):
+        make(capacity=10**12)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -340,3 +341,19 @@ def test_a_stream_of_its_own_needs_cuda_and_a_guard() -> None:
             12, image_shape=(1, 2, 2), block_images=4, samples_per_insert=3, min_fill_images=4,
             guard_blocks=1, own_stream=True,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("guard", [1, 3])
+def test_a_writer_waits_for_gathers_of_its_own_slots_and_not_for_the_newest(guard: int) -> None:
+    """Slots stop being drawn `guard` commits before they are written again."""
+    fences: Any = Fences.__new__(Fences)
+    waited: list[int] = []
+    fences._stream = SimpleNamespace(wait_event=waited.append)
+    fences._record = lambda stream: "idle"
+    fences._waits, fences._was_joined = [], False
+    fences._left = deque([0] * guard, maxlen=guard)
+    for number in range(1, 8):  # a gather, then a commit, then the next write
+        fences._read = number
+        fences.after_commit()
+        fences.before_write()
+    assert waited == [max(0, number - guard + 1) for number in range(1, 8)]

@@ -151,50 +151,6 @@ def test_no_recompiles_over_1000_batches_tails_included() -> None:
     assert first == sum(sizes)
 
 
-@pytest.mark.parametrize("changes, kinds", [
-    ({"guidance_scale": 1.0}, 1), ({"guidance_interval": (0.2, 0.5)}, 2),
-    ({"class_guidance": {1: 3.0}, "num_classes": 1000, "guidance_interval": (0.0, 0.5)}, 2),
-], ids=["plain", "interval", "by class"])  # fmt: skip
-@pytest.mark.parametrize("scheduler", [
-    DDIM, {"_class_name": "DDPMScheduler"},
-    {"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
-], ids=["ddim", "ddpm", "learned"])  # fmt: skip
-def test_steps_compile_to_one_graph_with_guidance_and_one_without(
-    scheduler: dict[str, Any], changes: dict[str, Any], kinds: int
-) -> None:
-    """The last step of a sampler that draws noise is not a graph of its own."""
-    from torch._dynamo.testing import CompileCounter
-
-    torch.compiler.reset()
-    counter = CompileCounter()
-    sampler = dit_sampler(scheduler=scheduler, num_steps=6, **changes)
-    eager = make(sampler, torch.arange(4), 1000)
-    sampler._advance = torch.compile(
-        sampling._copy(sampling._advance), backend=counter, fullgraph=True, dynamic=False
-    )
-    assert torch.equal(make(sampler, torch.arange(4), 1000), eager)
-    assert counter.frame_count == kinds
-
-
-def test_a_step_without_noise_adds_none_whatever_variance_the_model_predicts() -> None:
-    scheduler = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
-    sampler = dit_sampler(scheduler=scheduler, guidance_scale=1.0)
-    ids = torch.arange(4)
-    plain = sampler.trajectory(ids, ids)
-    last = sampler.table.rows[-1]
-    with torch.inference_mode():
-        output = sampler._module(
-            plain[-2], last[:1].expand(4), ids
-        )[:, :4]  # fmt: skip
-        x, _ = sampling._advance(
-            lambda *_: torch.cat((output, torch.full_like(output, 1e3)), dim=1), plain[-2],
-            torch.zeros_like(output), last, ids, torch.full_like(output, 1e3), guided=False,
-            scale=1.0, channels=None, takes_guidance=False, clip=sampler.table.clip,
-            learned_variance=True, dtype=torch.float32,
-        )  # type: ignore[arg-type]  # fmt: skip
-    torch.testing.assert_close(x, plain[-1], rtol=1e-5, atol=1e-5)
-
-
 def test_many_compiled_samplers_live_in_one_process() -> None:
     """torch.compile keeps eight graphs per code object; twelve samplers must not run out."""
     for steps in range(1, 13):
@@ -339,6 +295,8 @@ def test_images_that_are_not_finite_are_counted(decoder: Any, value: float) -> N
     with pytest.raises(NotFiniteError, match=f"{len(calls)} of 12 images .* at most 1%"):
         sampling.check_broken(int(sampler.num_broken), sampler.num_made)
     sampling.check_broken(10, 1000)
+    with pytest.raises(NotFiniteError, match="11 of 1,000"):
+        sampling.check_broken(11, 1000)
 
 
 def test_noise_is_shared_by_no_two_classes_or_steps() -> None:

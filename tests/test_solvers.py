@@ -13,7 +13,7 @@ from diffusers.schedulers import scheduling_consistency_models, scheduling_ddpm
 from torch import Tensor, nn
 
 from dmkd_fast import DiffusionSampler, solvers
-from dmkd_fast.noise_levels import VARIANCE_PRESERVING, spaced_timesteps
+from dmkd_fast.noise_levels import VARIANCE_PRESERVING, alpha_bar, spaced_timesteps
 from dmkd_fast.solvers import SolverTable, solver_table
 
 SHAPE = (1, 6, 6)
@@ -146,6 +146,14 @@ def test_a_solver_equals_the_scheduler_made_from_the_models_config(
     )  # fmt: skip
     direct = solver_table(config_of(scheduler), 10, torch.device("cpu"))
     assert torch.equal(named.rows, direct.rows)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("trained", [1000, 37])
+def test_noise_levels_are_those_of_diffusers_to_the_last_one(kind: str, trained: int) -> None:
+    own = diffusers.DDIMScheduler(beta_schedule=kind, num_train_timesteps=trained)
+    got = alpha_bar(config_of(own), trained)
+    torch.testing.assert_close(got, own.alphas_cumprod.double(), rtol=1e-3, atol=0)
 
 
 # Keys of one scheduler that another ignores, and values that another reads as its own.

@@ -108,6 +108,18 @@ def test_precision_and_recall_of_points_that_are_known() -> None:
     assert finding_2.covered(one, halves) == 1.0 and finding_2.covered(halves, one) == 0.5
 
 
+@pytest.mark.parametrize("k, reach", [(1, -1.0), (2, -3.0), (3, -7.0)])
+def test_balls_reach_to_the_kth_other_point(k: int, reach: float) -> None:
+    """Points 0, 1, 3 and 7 on a line; the farthest place below them that a ball covers."""
+    others = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    inside, outside = torch.tensor([[reach + 0.01]]), torch.tensor([[reach - 0.01]])
+    assert finding_2.covered(inside, others, k=k) == 1.0
+    assert finding_2.covered(outside, others, k=k) == 0.0
+    if k == 3:  # the default, as in the paper
+        assert finding_2.covered(inside, others) == 1.0
+        assert finding_2.covered(outside, others) == 0.0
+
+
 def test_cells_at_equal_compute_cost_the_same() -> None:
     spent = {
         finding_2.FORWARDS // finding_2.forwards(s, k) * finding_2.forwards(s, k)
