@@ -327,24 +327,24 @@ def _set_aside(paths: list[Path]) -> None:
 
 def _load(path: Path, objects: Mapping[str, Stateful], *, is_part: bool = False) -> None:
     """Fill objects from a checkpoint; with `is_part`, it may hold others too."""
-    files = _read(path)
-    states = _record(path, files[REST])["objects"]
+    contents = _read(path)
+    states = _record(path, contents[REST])["objects"]
     if is_part:
         states = {name: state for name, state in states.items() if name in objects}
-    _fill(path, states, load(files[TENSORS]), objects)
+    _fill(path, states, load(contents[TENSORS]), objects)
 
 
 def _read(path: Path, *, names: tuple[str, ...] = (TENSORS, REST)) -> dict[str, bytes]:
     """The files of a checkpoint, compared with its sums before anything of them is used."""
-    files = {name: durable.read(path / name) for name in names}
+    contents = {name: durable.read(path / name) for name in names}
     sums = durable.read(path / SUMS)
-    expected = _sums({name: durable.sha256([data]) for name, data in files.items()})
+    expected = _sums({name: durable.sha256([data]) for name, data in contents.items()})
     for name, line in zip(names, expected, strict=True):
         if line not in sums:
             raise durable.Damaged(f"{name} has not the SHA-256 that {SUMS} says")
     if len(names) == 2 and sums != b"".join(expected):
         raise durable.Damaged(f"{SUMS} is not as it was written")
-    return files
+    return contents
 
 
 def _sums(digests: Mapping[str, str]) -> list[bytes]:

@@ -188,35 +188,35 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     generate.set_defaults(verb=_generate)
 
-    evaluate = verbs.add_parser(
+    evaluation_parser = verbs.add_parser(
         "evaluate", help="accuracy of a student or any classifier on real images",
         description="Measure the student that a run saved, or any trained classifier, on labelled "
         "images: top-1, top-5, calibration error, agreement with the run's teachers, and a table "
         "by class. The last line of output is JSON.",
     )  # fmt: skip
-    evaluate.add_argument(
+    evaluation_parser.add_argument(
         "what", metavar="RUN_DIR|CLASSIFIER",
         help="directory of a run; or a classifier: a folder with config.json, embedded:NAME, "
         "hf-hub:OWNER/NAME@COMMIT, or torchvision:NAME or a timm name for published weights",
     )  # fmt: skip
-    evaluate.add_argument(
+    evaluation_parser.add_argument(
         "--data", type=Path, metavar="DIR",
         help="folder with idx files, one folder per class, or WebDataset shards (default: the "
         "run's own test set)",
     )  # fmt: skip
-    evaluate.add_argument(
+    evaluation_parser.add_argument(
         "--classes", type=Path, metavar="FILE",
         help="class names, one a line, in the order of the classifier's outputs (default: "
         "DIR/classes.txt, else the sorted class folders)",
     )  # fmt: skip
-    evaluate.set_defaults(verb=_evaluate)
+    evaluation_parser.set_defaults(verb=_evaluate)
 
-    pretrain = verbs.add_parser(
+    pretraining = verbs.add_parser(
         "pretrain", help="train a small teacher or denoiser",
         description="Make what `distill` starts from: a teacher or a denoiser from real images, or "
         "a few-step denoiser from a many-step one.",
     )  # fmt: skip
-    kinds = pretrain.add_subparsers(required=True, metavar="KIND")
+    kinds = pretraining.add_subparsers(required=True, metavar="KIND")
     for kind, text in (
         ("teacher", "a classifier on real images"),
         ("denoiser", "a class-conditional pixel DiT on real images"),

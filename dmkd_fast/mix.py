@@ -159,9 +159,9 @@ def _check_views(views: Tensor, count: int | None = None) -> None:
 
 def _uniforms(seed: int, step: int) -> Iterator[float]:
     """The numbers in (0, 1) of one step, one after the other, on the host."""
-    philox: Any = noise.philox  # Its arithmetic is that of integers too.
+    generator: Any = noise.philox  # Its arithmetic is that of integers too.
     for block in range(2**32):
-        words = philox(
+        words = generator(
             seed, step & 0xFFFFFFFF, step >> 32, _FOR_NUMBERS | (noise.STREAM_MIX << 24), block
         )
         yield from (((word >> 8) + 0.5) * 2.0**-24 for word in words)

@@ -64,11 +64,11 @@ def test_each_block_is_written_once_and_holds_its_images(
     run = make()
     run.add(3)
     run.save(1)
-    files = sorted((tmp_path / "blocks").iterdir())
-    before = [(p.stat().st_ino, p.stat().st_mtime_ns) for p in files]
+    paths = sorted((tmp_path / "blocks").iterdir())
+    before = [(p.stat().st_ino, p.stat().st_mtime_ns) for p in paths]
     path = run.save(2)
-    assert [(p.stat().st_ino, p.stat().st_mtime_ns) for p in files] == before
-    for number, file in enumerate(files):
+    assert [(p.stat().st_ino, p.stat().st_mtime_ns) for p in paths] == before
+    for number, file in enumerate(paths):
         images = load_file(file)["images"]
         assert torch.equal(images, run.ring.images[16 * number : 16 * (number + 1)])
     # The checkpoint itself holds no pixels: 64 x 64 bytes would show.
