@@ -25,10 +25,17 @@ from benchmarks import baseline, ladder
 from benchmarks.fewstep import curve as curve_of
 from benchmarks.harness import environment
 from benchmarks.ladder import Recipe
-from dmkd_fast import Distiller, LabelStream, cli, evaluate, job, origin, runtime
-from dmkd_fast import config as cfg
+from dmkd_fast import Distiller, LabelStream, cli
 from dmkd_fast.assets import resolve
-from dmkd_fast.dit import LeanDiT
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.denoisers.dit import LeanDiT
+from dmkd_fast.jobs import build as build_module
+from dmkd_fast.jobs.images import make_sampler, open_denoiser, resolve_sampler
+from dmkd_fast.jobs.resolve import resolve as resolve_
+from dmkd_fast.runtime.clock import Clock
+from dmkd_fast.runtime.device import keep_freed_memory, peak_memory_mib, set_num_threads
+from dmkd_fast.training import scoring
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PUBLISHED, TARGET = "baseline, as published, fp32", "baseline, no_grad, fp32"
@@ -96,12 +103,12 @@ class Study:
         overrides = [*self.overrides, f"seed={self.seed}", "device=cpu"]
         if arm == DEFAULT:
             path = CONFIGS / "fashion_mnist.yaml"
-            views = cfg.load(cfg.DistillConfig, path, overrides).train.num_views
+            views = load_config(DistillConfig, path, overrides).train.num_views
             # The other arms' distance between evaluations.
             points = max(1, views * self.num_points // self.num_views)
             return path, [*overrides, f"eval.num_points={points}"]
         path = CONFIGS / "many_steps.yaml"
-        batch = cfg.load(cfg.DistillConfig, path, overrides).train.batch_size
+        batch = load_config(DistillConfig, path, overrides).train.batch_size
         block = min(256, self.num_images)
         if self.num_images % block:
             raise ValueError(f"--images: got {self.num_images}, expected a multiple of {block}")
@@ -114,10 +121,10 @@ class Study:
             f"ring.samples_per_insert={math.ceil(1e3 * drawn / self.num_images) / 1e3}",
         ]  # fmt: skip
 
-    def load(self, arm: str) -> cfg.DistillConfig:
+    def load(self, arm: str) -> DistillConfig:
         """The same, read."""
         path, overrides = self.config(arm)
-        return cfg.load(cfg.DistillConfig, path, overrides)
+        return load_config(DistillConfig, path, overrides)
 
     def facts(self) -> dict[str, Any]:
         """What a part's figures depend on."""
@@ -154,19 +161,19 @@ def make_images(study: Study, name: str, work: Path) -> dict[str, Any]:
     folder = work / f"images-{slug(name)}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    clock = runtime.Clock()
-    runtime.set_num_threads(0)
+    clock = Clock()
+    set_num_threads(0)
     make = _ours if name in ("lean", "few steps") else _theirs
     images, labels, times, proof = make(study, name, clock)
     save_file({"images": images, "labels": labels}, folder / "images.safetensors")
     times["pngs"] = {"wall_s": 0.0, "cpu_s": 0.0}
     if any(arm.images == name and arm.recipe and not arm.recipe.ring for arm in ARMS.values()):
-        before = runtime.Clock()
+        before = Clock()
         baseline.write_pngs(images, labels, folder / "pngs")
         times["pngs"] = before.state_dict()
     return {
         **times, "num_images": len(images), "proof": proof,
-        "disk_mib": _mib(folder / "pngs"), "peak_memory_mib": runtime.peak_memory_mib(),
+        "disk_mib": _mib(folder / "pngs"), "peak_memory_mib": peak_memory_mib(),
     }  # fmt: skip
 
 
@@ -210,29 +217,29 @@ def run_job(study: Study, name: str) -> dict[str, Any]:
             runs.append(self)
             return super().fit()
 
-    def measured(*args: Any, **more: Any) -> evaluate.Scores:
+    def measured(*args: Any, **more: Any) -> scoring.Scores:
         with on("evaluation"):
             scores = real_measure(*args, **more)
         evaluated.append(watch["evaluation"])
         return scores
 
-    real_measure, real_distiller = evaluate.measure, job.Distiller
+    real_measure, real_distiller = scoring.measure, build_module.Distiller
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         out = Path(scratch) / "out"
         try:
-            job.Distiller = Watched  # type: ignore[misc]
-            evaluate.measure = measured
+            build_module.Distiller = Watched  # type: ignore[misc]
+            scoring.measure = measured
             with out.open("w") as file, contextlib.redirect_stdout(file):
                 code = cli.main(["distill", str(path), f"run_dir={run}", *overrides])
         finally:
-            job.Distiller = real_distiller  # type: ignore[misc]
-            evaluate.measure = real_measure
+            build_module.Distiller = real_distiller  # type: ignore[misc]
+            scoring.measure = real_measure
         if code:
             raise RuntimeError(f"{name}: dmkd distill ended with {code}; see above")
         summary = json.loads(out.read_text().splitlines()[-1])
         stats = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
-        config = cfg.load(cfg.DistillConfig, run / "config.yaml")
+        config = load_config(DistillConfig, run / "config.yaml")
         disk_mib = _mib(run)
     distiller = runs[0]
     seen = ladder.seen_in(distiller.train_step, distiller.student)
@@ -253,7 +260,7 @@ def run_job(study: Study, name: str) -> dict[str, Any]:
         # One evaluation more comes after the last row: that of the saved student.
         "curve": [(*point, s) for point, s in zip(curve_of(stats), evaluated, strict=False)],
         "disk_mib": disk_mib,
-        "peak_memory_mib": runtime.peak_memory_mib(), "proof": proof,
+        "peak_memory_mib": peak_memory_mib(), "proof": proof,
     }  # fmt: skip
 
 
@@ -265,7 +272,7 @@ def slug(name: str) -> str:
 Made = tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]
 
 
-def _theirs(study: Study, name: str, clock: runtime.Clock) -> Made:
+def _theirs(study: Study, name: str, clock: Clock) -> Made:
     """Images of diffusers' eager loop, balanced labels, and what they took."""
     config = study.load(EQUAL)
     assert config.denoiser is not None
@@ -289,7 +296,7 @@ def _theirs(study: Study, name: str, clock: runtime.Clock) -> Made:
         [b for b in baseline.BATCHES if b <= most],
         lambda size: make(noise[:most], labels[:most], batch=size),
     )
-    before = runtime.Clock()
+    before = Clock()
     images = make(noise, labels, batch=batch)
     proof = {
         "sampler": f"diffusers {type(module).__name__}", "sampler_batch": batch,
@@ -300,25 +307,25 @@ def _theirs(study: Study, name: str, clock: runtime.Clock) -> Made:
     return images, labels, {"setup": setup, "images": before.state_dict()}, proof
 
 
-def _ours(study: Study, name: str, clock: runtime.Clock) -> Made:
+def _ours(study: Study, name: str, clock: Clock) -> Made:
     """Images of our sampler, as `dmkd` would make them, and what they took."""
-    runtime.keep_freed_memory()
+    keep_freed_memory()
     config = study.load(EQUAL)
     if name == "few steps":
         default = study.load(DEFAULT)
         size = min(default.sampler.micro_batch_images, study.num_images)
         sampler = default.sampler.model_copy(update={"micro_batch_images": size})
         config = config.model_copy(update={"denoiser": default.denoiser, "sampler": sampler})
-    config = job.resolve(config)
-    denoiser = origin.load_denoiser(config.denoiser, ladder.CPU)
-    config = origin.resolve_sampler(config, denoiser)
-    sampling = origin.make_sampler(config, denoiser)
+    config = resolve_(config)
+    denoiser = open_denoiser(config.denoiser, ladder.CPU)
+    config = resolve_sampler(config, denoiser)
+    sampling = make_sampler(config, denoiser)
     ids = torch.arange(study.num_images)
     labels = LabelStream(denoiser.num_classes, seed=study.seed).labels_of(ids)
     images = torch.empty(len(ids), *denoiser.image_shape, dtype=torch.uint8)
     size = sampling.micro_batch_images
     sampling.sample(ids[:size], labels[:size], out=images[:size])  # compiles
-    setup, before = clock.state_dict(), runtime.Clock()
+    setup, before = clock.state_dict(), Clock()
     sampling.sample(ids, labels, out=images)
     module = denoiser.module
     proof: dict[str, Any] = {

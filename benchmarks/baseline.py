@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from dmkd_fast import config as cfg
-from dmkd_fast.inputs import InputSpec
+from dmkd_fast.config.jobs import ViewsConfig
+from dmkd_fast.views.spec import InputSpec
 
 BATCHES = (10, 32, 128)  # Images per call, each doubled for guidance; 10 is the published number.
 WORKERS = (0, 1, 2)
@@ -64,7 +64,7 @@ def write_pngs(images: Tensor, labels: Tensor, folder: Path) -> None:
         Image.fromarray(image[0].numpy()).save(folder / str(label) / f"{number:06d}.png")
 
 
-def transform(views: cfg.ViewsConfig, input: InputSpec, convert: Callable[..., Tensor]) -> Any:
+def transform(views: ViewsConfig, input: InputSpec, convert: Callable[..., Tensor]) -> Any:
     """torchvision's transforms of one image for the job's views.
 
     Args:
@@ -81,7 +81,7 @@ def transform(views: cfg.ViewsConfig, input: InputSpec, convert: Callable[..., T
 
 
 def png_batches(
-    folder: Path, views: cfg.ViewsConfig, input: InputSpec, *, batch: int, workers: int, seed: int
+    folder: Path, views: ViewsConfig, input: InputSpec, *, batch: int, workers: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Views (B, c, S, S) and labels (B,) of shuffled epochs, without end."""
     loader: DataLoader[Any] = DataLoader(

@@ -23,20 +23,14 @@ from torch import nn
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.study import RESNET, load_teacher
-from dmkd_fast import (
-    DiffusionSampler,
-    Distiller,
-    LabelStream,
-    RingBuffer,
-    Schedule,
-    Views,
-    denoisers,
-    models,
-    origin,
-    ranks,
-    runtime,
-)
-from dmkd_fast import config as cfg
+from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Schedule, Views
+from dmkd_fast.classifiers.loading import build_classifier
+from dmkd_fast.classifiers.spec import ClassifierSpec
+from dmkd_fast.config.networks import DenoiserConfig
+from dmkd_fast.denoisers.loading import Denoiser
+from dmkd_fast.jobs.images import open_denoiser
+from dmkd_fast.runtime import distributed
+from dmkd_fast.runtime.device import peak_memory_mib, resolve_dtype, set_num_threads
 
 Row = dict[str, Any]
 # Nothing of this listens outside loopback: README.md.
@@ -63,10 +57,10 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     if options.point:
         row = POINTS[options.point[0]](int(options.point[1]), int(options.point[2]))
-        if ranks.read().is_first:
+        if distributed.read().is_first:
             print(json.dumps(row))
         if options.point[0] == "ranks":
-            ranks.end_process(0)
+            distributed.end_process(0)
         return
     report = Report(bench="cost", arguments=recorded(options))
     for axis in options.axes:
@@ -93,7 +87,7 @@ def main(argv: list[str]) -> None:
 
 def step(batch: int, n: int) -> Row:
     """A training step at a batch size."""
-    runtime.set_num_threads(0)
+    set_num_threads(0)
     with tempfile.TemporaryDirectory() as folder:
         distiller = _distiller(Path(folder), batch)
         distiller.refill()
@@ -102,7 +96,7 @@ def step(batch: int, n: int) -> Row:
 
 def capacity(images: int, n: int) -> Row:
     """A draw and its views, from a ring of so many images; its memory."""
-    runtime.set_num_threads(0)
+    set_num_threads(0)
     ring = RingBuffer(
         images, image_shape=(1, 28, 28), block_images=512, samples_per_insert=1e6,
         min_fill_images=images - 512,
@@ -124,7 +118,7 @@ def capacity(images: int, n: int) -> Row:
 
 def pixels(count: int, n: int) -> Row:
     """64 views of images of so many pixels."""
-    runtime.set_num_threads(0)
+    set_num_threads(0)
     side = round(count**0.5)
     images = torch.randint(256, (1024, 3, side, side), dtype=torch.uint8)
     views = Views(size=side, scale=(0.5, 1.0), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -134,7 +128,7 @@ def pixels(count: int, n: int) -> Row:
 
 def sampled(count: int, n: int) -> Row:
     """A call of the sampler for so many images."""
-    runtime.set_num_threads(0)
+    set_num_threads(0)
     sampler = _sampler(count)
     ids, out = torch.arange(count), torch.empty(count, 1, 28, 28, dtype=torch.uint8)
     return _timed(lambda: sampler.sample(ids, ids % 10, out=out), max(3, n // 4))
@@ -142,9 +136,9 @@ def sampled(count: int, n: int) -> Row:
 
 def ranked(count: int, n: int) -> Row:
     """A step of 64 views that so many ranks share, one thread each; peak memory is one rank's."""
-    here = ranks.join()
+    here = distributed.join()
     assert here.world_size == count
-    runtime.set_num_threads(1)
+    set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         distiller = _distiller(Path(folder), 64, here)
         distiller.refill()
@@ -160,13 +154,13 @@ POINTS = {
 }
 
 
-def _distiller(folder: Path, batch: int, here: ranks.Ranks = ranks.ALONE) -> Distiller:
+def _distiller(folder: Path, batch: int, here: distributed.Ranks = distributed.ALONE) -> Distiller:
     """The embedded student and teacher; images are of no matter here."""
     teacher, spec = load_teacher("strong")
-    student_spec = models.ClassifierSpec(
+    student_spec = ClassifierSpec(
         num_classes=10, in_chans=1, input_size=28, mean=spec.mean, std=spec.std, **RESNET
     )
-    student: nn.Module = models.build_classifier(student_spec)
+    student: nn.Module = build_classifier(student_spec)
     return Distiller(
         sampler=_sampler(512, num_steps=1),
         labels=LabelStream(10, rank=here.rank, world_size=here.world_size),
@@ -177,22 +171,22 @@ def _distiller(folder: Path, batch: int, here: ranks.Ranks = ranks.ALONE) -> Dis
         views=Views(size=28, pad=2, flip=0.0, mean=spec.mean, std=spec.std),
         teacher=teacher, student=student.to(memory_format=torch.channels_last), run_dir=folder,
         schedule=Schedule(batch_size=batch, num_views=10**6, lr=1e-4, ema_decay=0.99),
-        dtype=runtime.resolve_dtype("auto", torch.device("cpu")), show=False, ranks=here,
+        dtype=resolve_dtype("auto", torch.device("cpu")), show=False, ranks=here,
     )  # fmt: skip
 
 
 def _sampler(count: int, *, num_steps: int = 8) -> DiffusionSampler:
     device = torch.device("cpu")
     path = "embedded:fashion_mnist/denoiser"
-    denoiser: denoisers.Denoiser = origin.load_denoiser(cfg.DenoiserConfig(path=path), device)
+    denoiser: Denoiser = open_denoiser(DenoiserConfig(path=path), device)
     return DiffusionSampler(
         denoiser.module, scheduler=denoiser.scheduler, latent_shape=denoiser.latent_shape,
         decoder=denoiser.decoder, null_class=denoiser.null_class, num_classes=10,
         num_steps=num_steps, solver="dpm++2m", guidance_scale=1.5, micro_batch_images=count,
-        dtype=runtime.resolve_dtype("auto", device), device=device,
+        dtype=resolve_dtype("auto", device), device=device,
     )  # fmt: skip
 
 
 def _timed(call: Any, n: int) -> Row:
     timing = time_interleaved({"call": call}, n=n)["call"]
-    return {**timing, "peak_memory_mib": round(runtime.peak_memory_mib())}
+    return {**timing, "peak_memory_mib": round(peak_memory_mib())}

@@ -15,9 +15,10 @@ import torch
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.imagenet import DDIM, TINY, Settings
-from dmkd_fast import DiffusionSampler, runtime
-from dmkd_fast.denoisers import share_embedder
-from dmkd_fast.dit import lean_dit
+from dmkd_fast import DiffusionSampler
+from dmkd_fast.denoisers.dit import lean_dit
+from dmkd_fast.denoisers.loading import share_embedder
+from dmkd_fast.runtime.device import resolve_dtype
 
 STEPS = 10
 # xformers' kernels at one batch only: each row takes a compilation.
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
         print("cuda-facts: no CUDA device")
         return 2
     device = torch.device("cuda")
-    half = runtime.resolve_dtype("auto", device)
+    half = resolve_dtype("auto", device)
     report = Report(bench="cuda-facts", arguments=recorded(options), device=device)
     diffusers: Any = importlib.import_module("diffusers")
     settings = TINY if options.tiny else Settings()

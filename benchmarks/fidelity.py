@@ -20,12 +20,16 @@ from torch import Tensor
 
 from benchmarks.embedded import run_job
 from benchmarks.harness import Report, arguments, recorded
-from dmkd_fast import DiffusionSampler, ImageSet, LabelStream, job
-from dmkd_fast import config as cfg
+from dmkd_fast import DiffusionSampler, ImageSet, LabelStream
+from dmkd_fast.config.generator import FIDELITY
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.jobs.build import build
+from dmkd_fast.jobs.parts import prepare
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NUM_IMAGES = 2_048
-SETTINGS = {name: ("many_steps.yaml", [f"sampler={{fidelity: {name}}}"]) for name in cfg.FIDELITY}
+SETTINGS = {name: ("many_steps.yaml", [f"sampler={{fidelity: {name}}}"]) for name in FIDELITY}
 SETTINGS["few steps"] = ("fashion_mnist.yaml", [])
 
 
@@ -58,8 +62,8 @@ def main(argv: list[str]) -> None:
 
 def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Sampler settings, images/s and Frechet distance."""
-    config, parts = job.prepare(cfg.load(cfg.DistillConfig, path, overrides))
-    distiller = job.build(config, parts, show=False)
+    config, parts = prepare(load_config(DistillConfig, path, overrides))
+    distiller = build(config, parts, show=False)
     sampler, stream, ids = distiller.sampler, distiller.labels, torch.arange(NUM_IMAGES)
     assert isinstance(sampler, DiffusionSampler) and isinstance(stream, LabelStream)
     labels = stream.labels_of(ids)

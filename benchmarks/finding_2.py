@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import study
 from benchmarks.fidelity import frechet
 from benchmarks.harness import arguments
-from dmkd_fast.image_sets import prepare
+from dmkd_fast.data.test_sets import prepare
 
 GUIDANCE, STEPS = (1.0, 1.5, 2.0, 4.0), (4, 16, 50)
 COUNT, VIEWS = 2_048, 128_000

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dmkd_fast import runtime
+from dmkd_fast.runtime.device import peak_memory_mib
 
 RESULTS = Path(__file__).parent / "results"
 NOTES = "notes.json"
@@ -106,7 +106,7 @@ def peak_mib(device: torch.device) -> Iterator[Callable[[], float]]:
     On CUDA: tensors, beyond those that were there. On a CPU: the process, so far.
     """
     if device.type != "cuda":
-        yield lambda: round(runtime.peak_memory_mib(), 1)
+        yield lambda: round(peak_memory_mib(), 1)
         return
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -128,7 +128,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "peak_memory_mib": round(runtime.peak_memory_mib()),
+        "peak_memory_mib": round(peak_memory_mib()),
     }
 
 

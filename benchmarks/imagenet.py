@@ -40,10 +40,11 @@ from dmkd_fast import (
     Schedule,
     Views,
     kd_loss_and_grad,
-    runtime,
 )
-from dmkd_fast.denoisers import Decoder, share_embedder
-from dmkd_fast.dit import lean_dit
+from dmkd_fast.denoisers.dit import lean_dit
+from dmkd_fast.denoisers.loading import share_embedder
+from dmkd_fast.denoisers.wrappers import Decoder
+from dmkd_fast.runtime.device import make_repeatable, resolve_device, resolve_dtype, set_num_threads
 
 diffusers: Any = importlib.import_module("diffusers")
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
@@ -122,10 +123,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    runtime.set_num_threads(0)
-    device = runtime.resolve_device("auto")
+    set_num_threads(0)
+    device = resolve_device("auto")
     torch.backends.cuda.matmul.allow_tf32 = True
-    runtime.make_repeatable()
+    make_repeatable()
     torch.backends.cudnn.deterministic = False  # for ours alone: see `_as_dmkd_runs_it`
     report = Report(bench="imagenet", arguments=recorded(options), device=device)
     bench = Bench(report, TINY if options.tiny else Settings(), device)
@@ -149,7 +150,7 @@ class Bench:
 
     def __init__(self, report: Report, settings: Settings, device: torch.device) -> None:
         self.report, self.settings, self.device = report, settings, device
-        self.half = runtime.resolve_dtype("auto", device)
+        self.half = resolve_dtype("auto", device)
         self.found: dict[tuple[str, ...], float] = {}
         """Images/s by ("sampler", arm, steps), views/s by ("training", arm, student)."""
 

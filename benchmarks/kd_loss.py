@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from dmkd_fast import kd_loss, kd_loss_and_grad, runtime
+from dmkd_fast import kd_loss, kd_loss_and_grad
+from dmkd_fast.runtime.device import set_num_threads
 
 TEMPERATURE = 10.0
 SHAPES = ((256, 100), (256, 1000), (4096, 1000), (256, 21841), (512, 32000))
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
     report = Report(bench="kd-loss", arguments=recorded(options), device=torch.device("cpu"))
     shapes = SHAPES[:1] if options.quick else SHAPES
     for threads in (1, 0):  # 0: all; last, so that the stamp shows it
-        runtime.set_num_threads(threads)
+        set_num_threads(threads)
         for shape in shapes:
             for dtype in DTYPES:
                 medians = _measure(report, shape, dtype, options.n)
@@ -153,7 +154,7 @@ def _memory(arm: str, shape: str) -> float:
 def _peak_gradients(arm: str, shape: str) -> float:
     """Growth of peak resident memory in one call, after a small one has loaded all code."""
     rows, classes = map(int, shape.split("x"))
-    runtime.set_num_threads(1)
+    set_num_threads(1)
     small = torch.randn(2, 8).requires_grad_(), torch.randn(2, 8)
     arms(*small)[arm]()
     student, teacher = torch.randn(rows, classes).requires_grad_(), torch.randn(rows, classes)

@@ -22,11 +22,19 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from benchmarks import baseline
-from dmkd_fast import RingBuffer, Schedule, Views, classifiers, evaluate, models, optim, runtime
-from dmkd_fast import config as cfg
-from dmkd_fast.evaluation import open_test_set
-from dmkd_fast.inputs import InputSpec
-from dmkd_fast.ops.kd_loss import kd_loss_and_grad
+from dmkd_fast import RingBuffer, Schedule, Views
+from dmkd_fast.classifiers.loading import for_inference
+from dmkd_fast.classifiers.spec import ClassifierSpec
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.jobs import networks as networks_module
+from dmkd_fast.jobs.evaluate import open_test_set
+from dmkd_fast.loss.functional import kd_loss_and_grad
+from dmkd_fast.runtime.clock import Clock
+from dmkd_fast.runtime.device import keep_freed_memory, peak_memory_mib, set_num_threads
+from dmkd_fast.training import scoring
+from dmkd_fast.training.ema import WeightEMA
+from dmkd_fast.training.optim import build_optimizer, set_lr
+from dmkd_fast.views.spec import InputSpec
 
 CPU = torch.device("cpu")
 FUSED_VIEWS, FUSED_LOSS = "dmkd_fast::views", "dmkd_fast::kd_loss_forward_backward"
@@ -83,23 +91,23 @@ class Trainer:
         self.student = student.train()
         self.teacher = teacher.eval().requires_grad_(recipe.teacher_graph)
         if recipe.folded_teacher:
-            self.teacher = models.for_inference(teacher, dtype, input)
+            self.teacher = for_inference(teacher, dtype, input)
         self._teacher_dtype = dtype if recipe.folded_teacher else torch.float32
         self._forward: Any = student
         if recipe.compiled_student:
             self._forward = torch.compile(student, dynamic=False)
         self.autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-        self.optimizer = optim.build_optimizer(
+        self.optimizer = build_optimizer(
             student, name=schedule.name, lr=schedule.lr, momentum=schedule.momentum,
             nesterov=schedule.nesterov, weight_decay=schedule.weight_decay,
         )  # fmt: skip
-        self.average = optim.Average(student, decay=schedule.ema_decay)
+        self.average = WeightEMA(student, decay=schedule.ema_decay)
         self.num_steps, self.steps = schedule.num_steps, 0
 
     def step(self, views: Tensor, labels: Tensor) -> None:
         """One optimizer step on views (B, c, S, S) of images made for labels (B,)."""
         recipe, schedule = self.recipe, self.schedule
-        optim.set_lr(self.optimizer, schedule.lr_at(self.steps))
+        set_lr(self.optimizer, schedule.lr_at(self.steps))
         with self.autocast:
             student_logits = self._forward(views)  # (B, C)
             with torch.set_grad_enabled(recipe.teacher_graph):
@@ -136,7 +144,7 @@ class Trainer:
 
 
 def train(
-    recipe: Recipe, config: cfg.DistillConfig, *, images: Tensor, labels: Tensor, pngs: Path | None
+    recipe: Recipe, config: DistillConfig, *, images: Tensor, labels: Tensor, pngs: Path | None
 ) -> dict[str, Any]:
     """Train a student on finished images.
 
@@ -154,10 +162,10 @@ def train(
     Raises:
         RuntimeError: The run did not do what the recipe claims.
     """
-    clock = runtime.Clock()
+    clock = Clock()
     if recipe.keeps_memory:
-        runtime.keep_freed_memory()
-    runtime.set_num_threads(config.num_threads)
+        keep_freed_memory()
+    set_num_threads(config.num_threads)
     student, teacher, spec = networks(recipe, config)
     test_set = open_test_set(config.eval, None, None, CPU, spec.num_classes)
     schedule = schedule_of(config)
@@ -174,7 +182,7 @@ def train(
             baseline.png_batches, pngs, config.views, spec.input, batch=schedule.batch_size,
             seed=config.seed,
         )  # fmt: skip
-        choosing = runtime.Clock()
+        choosing = Clock()
         workers = baseline.fastest(
             baseline.WORKERS,
             lambda count: _try(
@@ -211,7 +219,7 @@ def train(
         raise RuntimeError(f"recipe: {'; '.join(wrong)}; mend the arm")
     return {
         **times, **loop, "views": trainer.num_steps * schedule.batch_size,
-        "peak_memory_mib": runtime.peak_memory_mib(), "proof": proof,
+        "peak_memory_mib": peak_memory_mib(), "proof": proof,
     }  # fmt: skip
 
 
@@ -275,7 +283,7 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def schedule_of(config: cfg.DistillConfig) -> Schedule:
+def schedule_of(config: DistillConfig) -> Schedule:
     """The job's schedule."""
     return Schedule(
         **config.optim.model_dump(), batch_size=config.train.batch_size,
@@ -284,14 +292,12 @@ def schedule_of(config: cfg.DistillConfig) -> Schedule:
     )  # fmt: skip
 
 
-def networks(
-    recipe: Recipe, config: cfg.DistillConfig
-) -> tuple[nn.Module, nn.Module, models.ClassifierSpec]:
+def networks(recipe: Recipe, config: DistillConfig) -> tuple[nn.Module, nn.Module, ClassifierSpec]:
     """The job's new student and its teacher, in the layout of the recipe."""
-    teachers = classifiers.load_teachers(
+    teachers = networks_module.load_teachers(
         config.teachers, temperature=config.loss.temperature, device=CPU
     )
-    student, spec = classifiers.load_student(
+    student, spec = networks_module.load_student(
         config.student, teachers, view_size=config.views.size, device=CPU, seed=config.seed
     )
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -306,8 +312,8 @@ def _try(trainer: Trainer, source: Batches) -> None:
 
 
 def _fit(
-    trainer: Trainer, source: Batches, clock: runtime.Clock, test: Callable[[], Any],
-    spec: models.ClassifierSpec,
+    trainer: Trainer, source: Batches, clock: Clock, test: Callable[[], Any],
+    spec: ClassifierSpec,
 ) -> dict[str, Any]:  # fmt: skip
     """All steps, with an evaluation at equal distances."""
     started, faults, evaluation_s, curve = time.perf_counter(), page_faults(), 0.0, []
@@ -318,7 +324,7 @@ def _fit(
         if trainer.steps in scored:
             began, before = time.perf_counter(), page_faults()
             with trainer.autocast:
-                scores = evaluate.measure(
+                scores = scoring.measure(
                     trainer.average.module, test(), input=spec.input, num_classes=spec.num_classes
                 )
             evaluation_s += time.perf_counter() - began
@@ -330,7 +336,7 @@ def _fit(
     }  # fmt: skip
 
 
-def _filled_ring(config: cfg.DistillConfig, images: Tensor, labels: Tensor) -> RingBuffer:
+def _filled_ring(config: DistillConfig, images: Tensor, labels: Tensor) -> RingBuffer:
     """The job's ring with all images."""
     size, (channels, height, width) = config.block_images, images.shape[1:]
     ring = RingBuffer(
@@ -346,7 +352,7 @@ def _filled_ring(config: cfg.DistillConfig, images: Tensor, labels: Tensor) -> R
     return ring
 
 
-def _drawn(ring: RingBuffer, recipe: Recipe, config: cfg.DistillConfig, input: Any) -> Batches:
+def _drawn(ring: RingBuffer, recipe: Recipe, config: DistillConfig, input: Any) -> Batches:
     """Views and labels from memory, without end."""
     fused = Views(**config.views.model_dump(), mean=input.mean, std=input.std, seed=config.seed)
     convert = transforms.ConvertImageDtype(torch.float32)

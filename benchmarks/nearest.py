@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, arguments, recorded
-from dmkd_fast import config as cfg
-from dmkd_fast import job, pretrain
-from dmkd_fast.pictures import pairs
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.jobs.build import build
+from dmkd_fast.jobs.parts import prepare
+from dmkd_fast.jobs.pretrain.loop import load_real
+from dmkd_fast.jobs.report import pairs
 
 ROOT = Path(__file__).parent.parent
 NUM_IMAGES = 1_000
@@ -31,9 +34,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     path = ROOT / "configs" / "fashion_mnist.yaml"
-    config, parts = job.prepare(cfg.load(cfg.DistillConfig, path, ["sampler.compile=false"]))
-    distiller = job.build(config, parts, show=False)
-    real = pretrain.load_real(options.data, distiller.device)
+    config, parts = prepare(load_config(DistillConfig, path, ["sampler.compile=false"]))
+    distiller = build(config, parts, show=False)
+    real = load_real(options.data, distiller.device)
 
     ids, labels = distiller.labels.peek(NUM_IMAGES)
     made = distiller.ring.images.new_empty((NUM_IMAGES, *distiller.ring.images.shape[1:]))

@@ -19,9 +19,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from dmkd_fast import Distiller, RingBuffer, job, runtime
-from dmkd_fast import config as cfg
-from dmkd_fast.ops.kd_loss import kd_loss_and_grad
+from dmkd_fast import Distiller, RingBuffer
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.jobs.build import build
+from dmkd_fast.jobs.parts import prepare
+from dmkd_fast.loss.functional import kd_loss_and_grad
+from dmkd_fast.runtime.device import resolve_device, set_num_threads
 
 CONFIG = Path(__file__).parent.parent / "configs" / "fashion_mnist.yaml"
 CAPACITIES = (1_024, 10_240, 102_400)
@@ -39,8 +43,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    runtime.set_num_threads(0)
-    device = runtime.resolve_device("auto")
+    set_num_threads(0)
+    device = resolve_device("auto")
     report = Report(bench="ring", arguments=recorded(options), device=device)
     capacities, n = (CAPACITIES[:1], 1) if options.tiny else (CAPACITIES, options.n)
     for capacity in capacities:
@@ -90,11 +94,11 @@ def repeat(call: Callable[[], object]) -> Callable[[], None]:
 def training_step(report: Report, *, n: int) -> None:
     """Times the whole step, the bare one and what lies between."""
     with tempfile.TemporaryDirectory() as folder:
-        config = cfg.load(
-            cfg.DistillConfig, CONFIG, [f"run_dir={folder}/run", "sampler.compile=false"]
+        config = load_config(
+            DistillConfig, CONFIG, [f"run_dir={folder}/run", "sampler.compile=false"]
         )
-        config, parts = job.prepare(config)
-        distiller = job.build(config, parts, show=False)
+        config, parts = prepare(config)
+        distiller = build(config, parts, show=False)
     ring, count = distiller.ring, distiller.schedule.batch_size
     generator = torch.Generator(distiller.device).manual_seed(0)
     while ring.num_filled < ring.capacity:

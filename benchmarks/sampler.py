@@ -25,10 +25,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from dmkd_fast import DiffusionSampler, load_denoiser, runtime
+from dmkd_fast import DiffusionSampler, load_denoiser
 from dmkd_fast.assets import resolve
-from dmkd_fast.denoisers import Decoder, Denoiser, share_embedder
-from dmkd_fast.dit import LeanDiT, lean_dit
+from dmkd_fast.denoisers.dit import LeanDiT, lean_dit
+from dmkd_fast.denoisers.loading import Denoiser, share_embedder
+from dmkd_fast.denoisers.wrappers import Decoder
+from dmkd_fast.runtime.device import (
+    keep_freed_memory,
+    resolve_device,
+    resolve_dtype,
+    set_malloc_thresholds,
+    set_num_threads,
+)
 
 EMBEDDED = "embedded:fashion_mnist/denoiser"
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
@@ -71,9 +79,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    runtime.set_num_threads(0)
-    device = runtime.resolve_device("auto")
-    half = runtime.resolve_dtype("auto", device)
+    set_num_threads(0)
+    device = resolve_device("auto")
+    half = resolve_dtype("auto", device)
     report = Report(bench="sampler", arguments=recorded(options), device=device)
     sizes = TINY if options.tiny else Sizes()
     bench = Bench(report, device, half, 1 if options.tiny else options.n, sizes)
@@ -212,7 +220,7 @@ class Bench:
         ids = torch.arange(len(labels), device=self.device)
 
         def call() -> None:
-            runtime.keep_freed_memory()
+            keep_freed_memory()
             sampler.sample(ids, labels, out=out)
 
         return call
@@ -249,7 +257,7 @@ class Bench:
 
 def _as_users_run_it(arm: Callable[[], object]) -> None:
     """With the thresholds that glibc arrives at by itself once large tensors have been freed."""
-    runtime.set_malloc_thresholds(mmap_bytes=32 << 20, trim_bytes=64 << 20)
+    set_malloc_thresholds(mmap_bytes=32 << 20, trim_bytes=64 << 20)
     arm()
 
 

@@ -20,9 +20,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import Compose, Grayscale, PILToTensor
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from dmkd_fast import generate, shards
-from dmkd_fast.image_reader import ImageReader
-from dmkd_fast.sources import ShardSource, Source, open_files
+from dmkd_fast.data import shards
+from dmkd_fast.data.sources import ShardSource, Source, open_files
+from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.jobs import generate
 
 BATCH = 256
 SETS = {(1, 28, 28): 8192, (3, 256, 256): 512}

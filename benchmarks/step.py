@@ -16,7 +16,7 @@ import torch
 from benchmarks.arms import ARMS, BF16, CHANNELS_LAST, EQUAL, PUBLISHED, TARGET, Study
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.ladder import Trainer, networks, schedule_of
-from dmkd_fast import runtime
+from dmkd_fast.runtime.device import keep_freed_memory, set_num_threads
 
 CHANGES = (PUBLISHED, TARGET, BF16, CHANNELS_LAST, "fused loss", "folded teacher",
            "no reads per step")  # fmt: skip
@@ -32,8 +32,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    runtime.set_num_threads(options.threads)
-    runtime.keep_freed_memory()
+    set_num_threads(options.threads)
+    keep_freed_memory()
     report = Report(bench="step", arguments=recorded(options), device=torch.device("cpu"))
     timings = time_interleaved(arms(), n=options.n)
     for name, timing in timings.items():

@@ -34,15 +34,17 @@ from dmkd_fast import (
     Schedule,
     Views,
     assets,
-    classifiers,
-    job,
     load_idx,
     measure,
-    models,
-    origin,
-    runtime,
 )
-from dmkd_fast import config as cfg
+from dmkd_fast.classifiers.loading import build_classifier
+from dmkd_fast.classifiers.spec import ClassifierSpec
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.jobs import networks
+from dmkd_fast.jobs.images import OpenSource, make_sampler
+from dmkd_fast.jobs.parts import prepare
+from dmkd_fast.runtime.device import keep_freed_memory, resolve_dtype, set_num_threads
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "runs" / "studies"
@@ -126,11 +128,11 @@ def generated(count: int, overrides: Sequence[str], *, file: str = "many_steps.y
     held = load_file(path) if path.exists() else {}
     there = len(held["labels"]) if held else 0
     if there < count:
-        config, parts = job.prepare(
-            cfg.load(cfg.DistillConfig, ROOT / "configs" / file, list(overrides))
+        config, parts = prepare(
+            load_config(DistillConfig, ROOT / "configs" / file, list(overrides))
         )
-        assert not isinstance(parts.origin, origin.OpenSource)
-        sampler = origin.make_sampler(config, parts.origin)
+        assert not isinstance(parts.origin, OpenSource)
+        sampler = make_sampler(config, parts.origin)
         ids = torch.arange(there, count)
         labels = LabelStream(parts.origin.num_classes, seed=config.seed).labels_of(ids)
         images = torch.empty(len(ids), *parts.origin.image_shape, dtype=torch.uint8)
@@ -152,7 +154,7 @@ def generated(count: int, overrides: Sequence[str], *, file: str = "many_steps.y
 
 def real(folder: Path) -> tuple[FixedSet, ImageSet]:
     """The training images that the denoiser saw, and the 5,000 that nothing saw."""
-    from dmkd_fast.pretrain import load_real
+    from dmkd_fast.jobs.pretrain.loop import load_real
 
     data = load_real(folder, torch.device("cpu"))
     return FixedSet(images=data.train.images, labels=data.train.labels), data.held_out
@@ -163,10 +165,10 @@ def test_images() -> ImageSet:
     return load_idx(assets.resolve("embedded:fashion_mnist/test"), "t10k")
 
 
-def load_teacher(name: str) -> tuple[nn.Module, models.ClassifierSpec]:
+def load_teacher(name: str) -> tuple[nn.Module, ClassifierSpec]:
     """One of the embedded classifiers: weak, lenet5, strong."""
     path = f"embedded:fashion_mnist/{name}"
-    model, spec, _ = classifiers.load_trained(path, torch.device("cpu"))
+    model, spec, _ = networks.load_trained(path, torch.device("cpu"))
     return model, spec
 
 
@@ -175,7 +177,7 @@ def student_seeds(count: int) -> range:
     return range(FIRST_SEED, FIRST_SEED + count)
 
 
-def new_student(name: str, seed: int, like: models.ClassifierSpec) -> tuple[nn.Module, Any]:
+def new_student(name: str, seed: int, like: ClassifierSpec) -> tuple[nn.Module, Any]:
     """Make a student with random weights, and its specification.
 
     Args:
@@ -183,11 +185,11 @@ def new_student(name: str, seed: int, like: models.ClassifierSpec) -> tuple[nn.M
         seed: Seed of the weights.
         like: The teacher's specification, whose normalization the student shares.
     """
-    spec = models.ClassifierSpec(
+    spec = ClassifierSpec(
         num_classes=10, in_chans=1, input_size=28, mean=like.mean, std=like.std, **STUDENTS[name]
     )
     torch.manual_seed(seed)
-    return models.build_classifier(spec).to(memory_format=torch.channels_last), spec
+    return build_classifier(spec).to(memory_format=torch.channels_last), spec
 
 
 def train_student(
@@ -232,7 +234,7 @@ def train_student(
                 batch_size=batch_size, num_views=num_views, lr=lr, weight_decay=0.05,
                 ema_decay=0.99, log_every_steps=10**9, num_evaluations=1,
             ),
-            dtype=runtime.resolve_dtype("auto", torch.device("cpu")),
+            dtype=resolve_dtype("auto", torch.device("cpu")),
         )  # fmt: skip
         distiller.fit()
     input, scored = spec.input, judge_spec.input
@@ -257,8 +259,8 @@ class Cells:
     """
 
     def __init__(self, study: str, options: argparse.Namespace) -> None:
-        runtime.set_num_threads(options.threads)
-        runtime.keep_freed_memory()
+        set_num_threads(options.threads)
+        keep_freed_memory()
         self.study, self.record = study, options.record
         self.arguments = recorded(options)
         self.rows = read_rows(study) if self.record else []

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from dmkd_fast import Views, runtime
-from dmkd_fast.ops import reference
+from dmkd_fast import Views
+from dmkd_fast.runtime.device import resolve_device, set_num_threads
+from dmkd_fast.views.reference import reference_views
 
 BATCH = 128
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -51,9 +52,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    device = runtime.resolve_device(options.device)
+    device = resolve_device(options.device)
     report = Report(bench="views", arguments=recorded(options), device=device)
-    runtime.set_num_threads(0)
+    set_num_threads(0)
     for name in list(CASES)[-1:] if options.quick else CASES:
         for dtype in DTYPES[:1] if options.quick else DTYPES:
             medians = _measure(report, name, dtype, device, options.n)
@@ -102,7 +103,7 @@ def arms(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Calla
     def eager() -> Tensor:
         indices, uses = next(batches)
         boxes, flips = views.parameters(indices, uses, side, side)
-        return reference.views(
+        return reference_views(
             slots, indices, boxes, flips, size=size, pad=views.pad, mean=views.spec.mean,
             std=views.spec.std, dtype=dtype,
         )  # fmt: skip

@@ -13,46 +13,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dmkd_fast.denoisers import load_denoiser
-    from dmkd_fast.distill import Distiller
-    from dmkd_fast.evaluate import measure
-    from dmkd_fast.image_sets import EncodedSet, ImageSet, load_idx, open_set
-    from dmkd_fast.inputs import InputSpec
-    from dmkd_fast.labels import LabelStream
-    from dmkd_fast.mix import Mixer
-    from dmkd_fast.models import load_classifier, save_classifier
-    from dmkd_fast.ops.kd_loss import DistillKL, kd_loss, kd_loss_and_grad
-    from dmkd_fast.ring_buffer import RingBuffer
-    from dmkd_fast.sampler import DiffusionSampler
-    from dmkd_fast.schedule import Schedule
-    from dmkd_fast.teachers import Teacher, Teachers
-    from dmkd_fast.views import Views, ViewSpec
+    from dmkd_fast.classifiers.ensemble import Teacher, Teachers
+    from dmkd_fast.classifiers.loading import load_classifier, save_classifier
+    from dmkd_fast.data.test_sets import EncodedSet, ImageSet, load_idx, open_set
+    from dmkd_fast.denoisers.loading import load_denoiser
+    from dmkd_fast.loss.functional import DistillKL, kd_loss, kd_loss_and_grad
+    from dmkd_fast.ring.buffer import RingBuffer
+    from dmkd_fast.sampling.labels import LabelStream
+    from dmkd_fast.sampling.sampler import DiffusionSampler
+    from dmkd_fast.training.distiller import Distiller
+    from dmkd_fast.training.schedule import Schedule
+    from dmkd_fast.training.scoring import measure
+    from dmkd_fast.views.crops import Views, ViewSpec
+    from dmkd_fast.views.mixing import Mixer
+    from dmkd_fast.views.spec import InputSpec
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "DiffusionSampler": "sampler",
-    "DistillKL": "ops.kd_loss",
-    "Distiller": "distill",
-    "EncodedSet": "image_sets",
-    "ImageSet": "image_sets",
-    "InputSpec": "inputs",
-    "LabelStream": "labels",
-    "Mixer": "mix",
-    "RingBuffer": "ring_buffer",
-    "Schedule": "schedule",
-    "Teacher": "teachers",
-    "Teachers": "teachers",
-    "ViewSpec": "views",
-    "Views": "views",
-    "kd_loss": "ops.kd_loss",
-    "kd_loss_and_grad": "ops.kd_loss",
-    "load_classifier": "models",
-    "load_denoiser": "denoisers",
-    "load_idx": "image_sets",
-    "measure": "evaluate",
-    "open_set": "image_sets",
-    "save_classifier": "models",
+    "DiffusionSampler": "sampling.sampler",
+    "DistillKL": "loss.functional",
+    "Distiller": "training.distiller",
+    "EncodedSet": "data.test_sets",
+    "ImageSet": "data.test_sets",
+    "InputSpec": "views.spec",
+    "LabelStream": "sampling.labels",
+    "Mixer": "views.mixing",
+    "RingBuffer": "ring.buffer",
+    "Schedule": "training.schedule",
+    "Teacher": "classifiers.ensemble",
+    "Teachers": "classifiers.ensemble",
+    "ViewSpec": "views.crops",
+    "Views": "views.crops",
+    "kd_loss": "loss.functional",
+    "kd_loss_and_grad": "loss.functional",
+    "load_classifier": "classifiers.loading",
+    "load_denoiser": "denoisers.loading",
+    "load_idx": "data.test_sets",
+    "measure": "training.scoring",
+    "open_set": "data.test_sets",
+    "save_classifier": "classifiers.loading",
 }
 
 __all__ = [

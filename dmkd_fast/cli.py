@@ -1,15 +1,13 @@
 """The command line: `dmkd distill | generate | evaluate | pretrain | config`.
 
-Stands on floor 4. Errors that the user can mend end in one line on stderr and exit code 2; Ctrl-C
-ends with exit code 130 and a line that says how to go on. The last line of output is JSON. Under
-torchrun the first rank says all that.
+User errors end in one line on stderr and exit code 2. Ctrl-C ends with exit code 130 and a line
+that says how to continue. The last line of output is JSON. Under torchrun, rank 0 prints all this.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 import sys
@@ -19,8 +17,16 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
-from dmkd_fast import config as cfg
-from dmkd_fast import durable, ranks, runtime
+from dmkd_fast.config.jobs import (
+    DistillConfig,
+    PretrainDenoiserConfig,
+    PretrainFewstepConfig,
+    TeacherConfig,
+)
+from dmkd_fast.config.loading import ConfigError, dump_config, load_config
+from dmkd_fast.runtime import distributed, files
+from dmkd_fast.runtime.device import keep_freed_memory, make_repeatable
+from dmkd_fast.runtime.streams import GuardedStream, open_closed_streams
 
 OVERRIDES = "Any setting can be changed with section.field=value, for example sampler.num_steps=4."
 
@@ -29,43 +35,41 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse gives up on overrides that follow an option; they are meant all the same.
+    # argparse rejects overrides that follow an option, so we collect them from `rest`.
     if not hasattr(options, "overrides") or any("=" not in a or a[0] == "-" for a in rest):
         rest and parser.error(f"unrecognized arguments: {' '.join(rest)}")
     else:
         options.overrides += rest
-    runtime.keep_freed_memory()
-    runtime.make_repeatable()
-    _open_closed_streams()
-    out, err = _Stream(sys.stdout, "stdout"), _Stream(sys.stderr)
+    keep_freed_memory()
+    make_repeatable()
+    open_closed_streams()
+    out, err = GuardedStream(sys.stdout, "stdout"), GuardedStream(sys.stderr)
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
         code = _run(options)
-        if ranks.read().world_size > 1:
-            ranks.end_process(code)
+        if distributed.read().world_size > 1:
+            distributed.end_process(code)
     return code
 
 
 def _run(options: argparse.Namespace) -> int:
     verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
-    # What all ranks agree on the first one tells of.
-    tells = verb is _generate or ranks.read().is_first
+    # Errors raised on every rank are printed by rank 0 only.
+    tells = verb is _generate or distributed.read().is_first
     result = None
     try:
-        if verb in (_evaluate, _pretrain) and (count := ranks.read().world_size) > 1:
-            raise cfg.ConfigError(
-                f"torchrun: got {count} ranks, expected one process; run it alone"
-            )
+        if verb in (_evaluate, _pretrain) and (count := distributed.read().world_size) > 1:
+            raise ConfigError(f"torchrun: got {count} ranks, expected one process; run it alone")
         result = verb(options)
         if result:
             print(json.dumps(result))
         sys.stdout.flush()
-    except (cfg.ConfigError, durable.SaveError) as error:
-        if tells or not ranks.is_agreed(error):
+    except (ConfigError, files.SaveError) as error:
+        if tells or not distributed.is_agreed(error):
             print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
         if result:  # stdout would not take it.
             print(json.dumps(result), file=sys.stderr)
         return 2
-    except ranks.Lost as error:
+    except distributed.Lost as error:
         print(f"dmkd: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -73,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
             print("dmkd: stopped", file=sys.stderr)
         return 130
     except Exception:
-        if ranks.read().world_size == 1:
+        if distributed.read().world_size == 1:
             raise
         # `main` ends a rank's process without unwinding it, so Python would not tell of this.
         traceback.print_exc()
@@ -86,60 +90,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the line and exit with code 2."""
-        self.exit(2, f"dmkd: {cfg.ConfigError(f'{message}; see {self.prog} --help')}\n")
-
-
-class _Stream:
-    """stdout or stderr, where the reader may have gone or the disk may be full.
-
-    After the first error all further output is dropped. For stdout the error is raised as one line;
-    for stderr it is not, because what is printed there is worth less than the run.
-
-    Args:
-        stream: Where to write.
-        name: For the line; None: errors are not raised.
-    """
-
-    def __init__(self, stream: TextIO, name: str | None = None) -> None:
-        self._stream, self._name = stream, name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except OSError as error:
-            # What is still buffered would fail again when Python ends.
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
-            os.close(null)
-            if self._name is not None:
-                raise cfg.ConfigError(
-                    f"{self._name}: cannot write ({error.strerror}); all files are complete, only "
-                    "this output is lost; redirect it elsewhere"
-                ) from None
-
-
-def _open_closed_streams() -> None:
-    """Open stdin, stdout and stderr on /dev/null where the caller has closed them.
-
-    Otherwise files of the run would get their numbers, and messages would be written into them.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+        self.exit(2, f"dmkd: {ConfigError(f'{message}; see {self.prog} --help')}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -275,30 +226,33 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
-    mine = ranks.join()
-    with mine.agreed(cfg.ConfigError):
-        config = cfg.load(cfg.DistillConfig, options.config, options.overrides)
+    mine = distributed.join()
+    with mine.agreed(ConfigError):
+        config = load_config(DistillConfig, options.config, options.overrides)
         _refuse_changes(options)
-    from dmkd_fast import job, memory
+    from dmkd_fast.jobs import memory
+    from dmkd_fast.jobs.distill import run
+    from dmkd_fast.jobs.parts import prepare
+    from dmkd_fast.jobs.resolve import share
 
     if options.dry_run:
         if not mine.is_first:
             return None
-        config, parts = job.prepare(config, mine)
-        print(cfg.dump(config), end="")
+        config, parts = prepare(config, mine)
+        print(dump_config(config), end="")
         print("memory plan:" if mine.world_size == 1 else "memory plan of each rank:")
-        part = job.share(config, mine)
+        part = share(config, mine)
         for name, count in memory.plan(part, parts).items():
             print(f"  {name}: {count:,} bytes ({count / 2**20:.1f} MiB)")
         most = memory.check(part, parts, mine)
         print(f"largest ring.capacity_images that fits: {most:,}")
         return None
-    return job.run(config, resume=options.resume, ranks=mine)
+    return run(config, resume=options.resume, ranks=mine)
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    config = cfg.load(cfg.DistillConfig, options.config, options.overrides)
-    from dmkd_fast import generate
+    config = load_config(DistillConfig, options.config, options.overrides)
+    from dmkd_fast.jobs import generate
 
     words = ["dmkd", "generate", options.config, *options.overrides, "--out", str(options.out)]
     words += ["--num-images", str(options.num_images)]
@@ -313,20 +267,20 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    from dmkd_fast import evaluation
+    from dmkd_fast.jobs import evaluate
 
     folder = Path(options.what)
     if folder.is_dir() and not (folder / "config.json").is_file():
         if options.classes is not None and options.data is None:
-            raise cfg.ConfigError("--classes: got it without --data, expected both; add --data DIR")
-        found = evaluation.evaluate_run(folder, data=options.data, classes=options.classes)
+            raise ConfigError("--classes: got it without --data, expected both; add --data DIR")
+        found = evaluate.evaluate_run(folder, data=options.data, classes=options.classes)
     elif options.data is None:
-        raise cfg.ConfigError(
+        raise ConfigError(
             f"--data: got none for {options.what}, which is not the directory of a run; add "
             "--data DIR with labelled images"
         )
     else:
-        found = evaluation.evaluate_classifier(
+        found = evaluate.evaluate_classifier(
             options.what, data=options.data, classes=options.classes
         )
     print(found.describe_input())
@@ -354,26 +308,28 @@ def _print_classes(classes: dict[str, dict[str, Any]]) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> dict[str, Any]:
-    from dmkd_fast import pretrain, pretrain_diffusion
+    from dmkd_fast.jobs.pretrain.classifier import pretrain_teacher
+    from dmkd_fast.jobs.pretrain.denoiser import pretrain_denoiser
+    from dmkd_fast.jobs.pretrain.fewstep import pretrain_fewstep
 
     _refuse_changes(options)
     if options.kind == "teacher":
-        teacher = cfg.load(cfg.TeacherConfig, options.config, options.overrides)
-        return pretrain.teacher(teacher, options.data, resume=options.resume)
+        teacher = load_config(TeacherConfig, options.config, options.overrides)
+        return pretrain_teacher(teacher, options.data, resume=options.resume)
     if options.kind == "denoiser":
-        denoiser = cfg.load(cfg.PretrainDenoiserConfig, options.config, options.overrides)
-        return pretrain_diffusion.denoiser(denoiser, options.data, resume=options.resume)
-    fewstep = cfg.load(cfg.PretrainFewstepConfig, options.config, options.overrides)
-    return pretrain_diffusion.fewstep(fewstep, resume=options.resume)
+        denoiser = load_config(PretrainDenoiserConfig, options.config, options.overrides)
+        return pretrain_denoiser(denoiser, options.data, resume=options.resume)
+    fewstep = load_config(PretrainFewstepConfig, options.config, options.overrides)
+    return pretrain_fewstep(fewstep, resume=options.resume)
 
 
 def _config(options: argparse.Namespace) -> None:
-    from dmkd_fast import config_reference
+    from dmkd_fast.config import reference
 
     if options.schema:
-        print(json.dumps(config_reference.schema(options.job), indent=1))
+        print(json.dumps(reference.schema(options.job), indent=1))
         return
-    for setting in config_reference.describe(options.job, options.name):
+    for setting in reference.describe(options.job, options.name):
         print(setting)
 
 
@@ -381,7 +337,7 @@ def _refuse_changes(options: argparse.Namespace) -> None:
     """A resumed run goes on with its saved settings; changing some would be ignored."""
     changed = [text for text in options.overrides if not text.startswith("run_dir=")]
     if options.resume and changed:
-        raise cfg.ConfigError(
+        raise ConfigError(
             f"--resume: got {changed[0]}, expected no setting but run_dir, as the saved ones are "
             "used; remove it, or change config.yaml in the run directory"
         )

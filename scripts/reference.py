@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dmkd_fast import cli, config_reference
+from dmkd_fast import cli
+from dmkd_fast.config import reference
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"
@@ -28,8 +29,8 @@ TITLES = {
 def pages() -> dict[Path, str]:
     """Return the text of every generated file."""
     found = {FOLDER / "settings.md": settings(), FOLDER / "cli.md": command_line()}
-    for job in config_reference.JOBS:
-        schema = json.dumps(config_reference.schema(job), indent=1) + "\n"
+    for job in reference.JOBS:
+        schema = json.dumps(reference.schema(job), indent=1) + "\n"
         found[FOLDER / "schema" / f"{job}.json"] = schema
     return found
 
@@ -46,10 +47,10 @@ def settings() -> str:
         "[JSON schema](schema.md).",
         "`[]` in a name stands for any entry of a list.",
     ]
-    seen: dict[str, config_reference.Setting] = {}
+    seen: dict[str, reference.Setting] = {}
     for job, title in TITLES.items():
         lines.append(f"## {title}")
-        found = config_reference.describe(job)
+        found = reference.describe(job)
         if seen:
             shared = [s.name for s in found if seen.get(s.name) == s]
             tops = dict.fromkeys(name.partition(".")[0] for name in shared)

@@ -1,34 +1,19 @@
-"""Small parts that tests share: an embedded config cut short, and a tiny denoiser."""
+"""Fixtures, options and the table of claims of all tests."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_jobs import build_distiller
 
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Mixer, RingBuffer, Schedule, Views
-from dmkd_fast.image_reader import ImageReader
-from dmkd_fast.image_sets import ImageSet
-from dmkd_fast.pretrain_diffusion import FLOW
-from dmkd_fast.ranks import ALONE, Ranks
-from dmkd_fast.runtime import exact_float32
+from dmkd_fast import Distiller
+from dmkd_fast.runtime.device import exact_float32
 
 pytest_plugins = ["real_sets"]
-ROOT = Path(__file__).parent.parent
-CONFIG = str(ROOT / "configs" / "many_steps.yaml")
-SHORT = [
-    "num_threads=1", "dtype=float32", "sampler.num_steps=1", "sampler.guidance_scale=1",
-    "sampler.compile=false", "sampler.micro_batch_images=64", "ring.capacity_images=192",
-    "ring.min_fill_images=64", "ring.samples_per_insert=4",
-    "teacher.path=embedded:fashion_mnist/weak",
-    "train.batch_size=32", "train.num_views=640", "train.log_every_steps=5", "eval.num_points=1",
-    "student={arch: lenet5_half}",
-]  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,89 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
-class TinyDenoiser(nn.Module):
-    """A velocity that depends on latents, time and label: enough for everything but pictures."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.mix = nn.Conv2d(1, 1, 3, padding=1)
-        self.embed = nn.Embedding(5, 1)
-
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        shift = self.embed(labels)[:, :, None, None] * (timesteps / 1000)[:, None, None, None]
-        return self.mix(latents) + shift.to(latents.dtype)
-
-
-def tiny_sampler(**changes: object) -> DiffusionSampler:
-    """Four classes of 8 x 8 images."""
-    settings: dict[str, object] = {
-        "scheduler": FLOW, "latent_shape": (1, 8, 8), "null_class": 4, "num_steps": 3,
-        "guidance_scale": 2.0, "micro_batch_images": 16,
-    }  # fmt: skip
-    return DiffusionSampler(TinyDenoiser(), **(settings | changes))  # type: ignore[arg-type]
-
-
-def small_classifier(*, dropout: float = 0.0) -> nn.Module:
-    """8 x 8 images to four classes, with batch norm and, if wanted, dropout."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
-        nn.Dropout(dropout), nn.Linear(8 * 64, 4),
-    )  # fmt: skip
-
-
-def build_distiller(
-    run_dir: Path, *, seed: int = 0, dropout: float = 0.0, ring: dict[str, Any] | None = None,
-    reader: ImageReader | None = None, mix: dict[str, float] | None = None, alpha: float = 1.0,
-    dtype: torch.dtype = torch.float32, student: nn.Module | None = None, ranks: Ranks = ALONE,
-    test_set: ImageSet | None = None, **changes: object,
-) -> Distiller:  # fmt: skip
-    """A whole run in small: 8 x 8 images of four classes, 40 steps, a ring of four blocks.
-
-    Of several ranks each has its part of ring and batch.
-    """
-    sampler = reader or tiny_sampler(seed=seed)
-    torch.manual_seed(5)
-    teacher = small_classifier()
-    torch.manual_seed(7 + seed)
-    student = student or small_classifier(dropout=dropout)
-    schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10}
-    return Distiller(
-        sampler=sampler,
-        ring=RingBuffer(
-            64 // ranks.world_size, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4,
-            min_fill_images=32 // ranks.world_size, seed=ranks.seed(seed), **(ring or {}),
-        ),
-        labels=reader or LabelStream(4, seed=seed, rank=ranks.rank, world_size=ranks.world_size),
-        views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,), seed=seed),
-        teacher=teacher,
-        student=student,
-        schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]
-        run_dir=run_dir,
-        mixer=Mixer(**mix, seed=seed) if mix else None,  # type: ignore[arg-type]
-        alpha=alpha,
-        dtype=dtype,
-        test_set=test_set,
-        show=False,
-        ranks=ranks,
-    )  # fmt: skip
-
-
-def fit_until(distiller: Distiller, stop_at: int) -> None:
-    """Fit until Ctrl-C right after a step."""
-    step = distiller.train_step
-
-    def interrupted() -> Tensor:
-        loss = step()
-        if distiller.step == stop_at:
-            signal.raise_signal(signal.SIGINT)
-        return loss
-
-    distiller.train_step = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        distiller.fit()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 
 def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,6 @@
 """From the path of a setting to a folder: on disk, shipped with the package, or on the Hub.
 
-Stands on floor 0. What ships is listed in `manifest.json`: every file with its SHA-256, which is
+What ships is listed in `manifest.json`: every file with its SHA-256, which is
 checked on load, every folder with its licence and source.
 """
 

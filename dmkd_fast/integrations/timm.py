@@ -3,7 +3,7 @@
     import dmkd_fast.integrations.timm
     model = timm.create_model("local-dir:runs/NAME/student", pretrained=True)
 
-Stands on floor 3. Students whose architecture timm knows need no import. Registered are `lenet5`,
+Students whose architecture timm knows need no import. Registered are `lenet5`,
 `lenet5_half`, `cifar_resnetD` up to depth 110 (and `x4` up to 56), `cifar_wrnD_K` up to depth 40
 and width 10, `cifar_vgg8`, `cifar_vgg11`, `cifar_vgg13`, and `small_stem_resnet`: any ResNet of
 timm (`base=`) with a small stem (`stem=`, see `ClassifierConfig.stem`).
@@ -16,8 +16,8 @@ from typing import Any
 from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
-from dmkd_fast import models
-from dmkd_fast.classifier_spec import SMALL_STEM
+from dmkd_fast.classifiers.loading import build as build_
+from dmkd_fast.classifiers.spec import SMALL_STEM
 
 SMALL_NETS = (
     "lenet5", "lenet5_half", "cifar_vgg8", "cifar_vgg11", "cifar_vgg13",
@@ -29,7 +29,7 @@ SMALL_NETS = (
 
 def _register(name: str) -> None:
     def build(*, base: str = "" if name == SMALL_STEM else name, **arguments: Any) -> nn.Module:
-        model: Any = models.build(base, **arguments)
+        model: Any = build_(base, **arguments)
         if not hasattr(model, "num_classes"):  # timm saves and changes models by these
             head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
             model.num_classes, model.num_features = head.out_features, head.in_features

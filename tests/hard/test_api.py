@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyDenoiser, small_classifier, tiny_sampler
+from small_jobs import TinyDenoiser, small_classifier, tiny_sampler
 from torch import Tensor
 
 from dmkd_fast import (
@@ -27,7 +27,7 @@ from dmkd_fast import (
     Views,
     ViewSpec,
 )
-from dmkd_fast.pretrain_diffusion import FLOW
+from dmkd_fast.jobs.pretrain.denoiser import FLOW
 
 NUMBERS: list[Any] = [
     0, 1, -1, 2, 3, 7, 2**15, 2**24, 2**31, 2**40, 2**63, 10**400, 0.5, 1.0, -0.5, 1e-300, 1e30,

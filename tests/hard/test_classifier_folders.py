@@ -12,8 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from dmkd_fast import models
-from dmkd_fast.classifier_spec import MODEL_ARGS, ClassifierSpec
+from dmkd_fast.classifiers.loading import (
+    build_classifier,
+    classifier_licence,
+    load_classifier,
+    save_classifier,
+)
+from dmkd_fast.classifiers.spec import MODEL_ARGS, ClassifierSpec
 
 pytestmark = pytest.mark.hard
 CPU = torch.device("cpu")
@@ -88,7 +93,7 @@ def folders(root: Path) -> list[Path]:
     made = []
     for number, spec in enumerate(specs()):
         (root / str(number)).mkdir()
-        models.save_classifier(models.build_classifier(spec), spec, root / str(number))
+        save_classifier(build_classifier(spec), spec, root / str(number))
         made.append(root / str(number))
     return made
 
@@ -110,8 +115,8 @@ def test_a_changed_config_loads_or_is_one_line(
 
         def load(folder: Path = folder) -> None:
             nonlocal loaded
-            models.load_classifier(folder, CPU)
-            models.classifier_licence(folder)
+            load_classifier(folder, CPU)
+            classifier_licence(folder)
             loaded += 1
 
         if wrong := outcome(load):
@@ -153,7 +158,7 @@ def test_changed_weights_load_or_are_one_line(
         else:
             data += bytes(chance.randrange(1, 99))
         (folder / "model.safetensors").write_bytes(data)
-        if wrong := outcome(lambda folder=folder: models.load_classifier(folder, CPU)):
+        if wrong := outcome(lambda folder=folder: load_classifier(folder, CPU)):
             failed.append(f"case {case}: {wrong}")
     record_property("claim", "a changed model.safetensors loads or is one line")
     record_property("cases", count)

@@ -23,8 +23,9 @@ import torch
 from real_sets import picture, write_shard
 from shard_files import encode, random_images, write_shards
 
-from dmkd_fast import InputSpec, open_set, shards
-from dmkd_fast.sources import ShardSource
+from dmkd_fast import InputSpec, open_set
+from dmkd_fast.data import shards
+from dmkd_fast.data.sources import ShardSource
 
 pytestmark = pytest.mark.hard
 CPU = torch.device("cpu")

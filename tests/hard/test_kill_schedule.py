@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from small_jobs import ROOT
 
 pytestmark = pytest.mark.hard
 CLAIM = (

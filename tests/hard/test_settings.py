@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from small_jobs import ROOT
 
-from dmkd_fast import config as cfg
-from dmkd_fast import yaml_text
-from dmkd_fast.settings import Section
+from dmkd_fast.config import yaml_text
+from dmkd_fast.config.jobs import (
+    DistillConfig,
+    PretrainDenoiserConfig,
+    PretrainFewstepConfig,
+    TeacherConfig,
+)
+from dmkd_fast.config.loading import ConfigError, Section, dump_config, load_config
 
-PRETRAIN = {"denoiser": cfg.PretrainDenoiserConfig, "fewstep": cfg.PretrainFewstepConfig}
+PRETRAIN = {"denoiser": PretrainDenoiserConfig, "fewstep": PretrainFewstepConfig}
 FILES = {
-    path: PRETRAIN.get(path.stem, cfg.TeacherConfig)
+    path: PRETRAIN.get(path.stem, TeacherConfig)
     if path.parent.name == "pretrain"
-    else cfg.DistillConfig
+    else DistillConfig
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
 }
 NUMBERS = [
@@ -162,9 +167,9 @@ def test_random_settings_are_a_config_or_one_line(
         file.write_bytes(data)
         started, config, told = time.process_time(), None, ""
         try:
-            config = cfg.load(kind, file, overrides)
+            config = load_config(kind, file, overrides)
             is_good = True
-        except cfg.ConfigError as error:
+        except ConfigError as error:
             told = str(error)
             is_good = "\n" not in told and 10 < len(told) <= 1000
         except Exception as error:
@@ -173,14 +178,14 @@ def test_random_settings_are_a_config_or_one_line(
         if took > 0.1:  # once more, as a busy machine is slower
             started = time.process_time()
             with contextlib.suppress(Exception):
-                cfg.load(kind, file, overrides)
+                load_config(kind, file, overrides)
             took = min(took, time.process_time() - started)
         if config is not None:
             valid += 1
             copy_file = tmp_path / "copy.yaml"
-            copy_file.write_text(cfg.dump(config), encoding="utf-8", errors="surrogatepass")
-            again = cfg.load(kind, copy_file)
-            is_good, told = cfg.dump(again) == cfg.dump(config), "not saved as it is"
+            copy_file.write_text(dump_config(config), encoding="utf-8", errors="surrogatepass")
+            again = load_config(kind, copy_file)
+            is_good, told = dump_config(again) == dump_config(config), "not saved as it is"
         slowest = max(slowest, took)
         if not is_good or took > 0.1:
             failures.append(number)

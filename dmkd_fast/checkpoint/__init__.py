@@ -1,0 +1,1 @@
+"""Save and resume objects that have a `state_dict`."""

@@ -1,0 +1,187 @@
+"""One or several frozen teachers as one: who judges which image, when, and what comes out.
+
+The teachers of an image are those whose share of the run it is and whose
+classes hold its label; their answer is the mean of their tempered probabilities
+(Hinton et al., arXiv 1503.02531, section 2), so
+
+    softmax(logits / T) = mean over k of softmax(logits_k / T)
+
+which covers averaging (all judge all), routing by class (disjoint classes) and a schedule (weak
+first, strong later: disjoint shares of the run), in any combination.
+B batch, C classes of the job.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast.views.spec import InputSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A classifier and what it is asked."""
+
+    module: nn.Module
+    """(B, c, S, S) -> logits."""
+    input: InputSpec
+    """How it wants the views: it gets its own rendering of the same crop."""
+    class_map: tuple[int, ...] | None = None
+    """Its own index of each class of the job; None: the same classes in the same order."""
+    teaches: tuple[int, ...] | None = None
+    """Classes of the job whose images it judges; None: all."""
+    start: float = 0.0
+    """Share of the run from which on it teaches."""
+    stop: float = 1.0
+    """Share of the run at which it stops; 1 includes the end."""
+
+    def is_active(self, share: float) -> bool:
+        """Whether it teaches after this share of the run."""
+        return self.start <= share and (share < self.stop or self.stop == 1.0)
+
+
+class Teachers(nn.Module):
+    """Frozen teachers behind one call. Always in eval mode, whatever a parent module is told.
+
+    Args:
+        members: The teachers.
+        num_classes: C; needed if one of them has `teaches`.
+        temperature: T, of the loss.
+
+    Raises:
+        ValueError: A class without a teacher at some time, or settings out of range.
+    """
+
+    def __init__(
+        self, members: Sequence[Teacher], *, num_classes: int | None = None,
+        temperature: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not members:
+            raise ValueError("teachers: got none, expected at least one")
+        for member in members:
+            entries = member.class_map or (0,)
+            if len(set(entries)) < len(entries) or min(entries) < 0:
+                raise ValueError(
+                    f"class_map: got {len(entries)} entries, {len(set(entries))} of them different "
+                    f"and {min(entries)} the lowest, expected different ones from 0 on; correct it"
+                )
+            if not 0 <= member.start < member.stop <= 1:
+                raise ValueError(
+                    f"start and stop: got {member.start} and {member.stop}, expected 0 <= start < "
+                    "stop <= 1, as shares of the run"
+                )
+        _check_all_classes_taught(members, num_classes)
+        self.members, self.temperature = tuple(members), temperature
+        self.num_classes = num_classes
+        self.networks = nn.ModuleList(m.module for m in members).requires_grad_(False)
+        for number, member in enumerate(members):
+            if member.class_map is not None:
+                self._keep(f"_map{number}", torch.tensor(member.class_map))
+            if member.teaches is not None:
+                mask = torch.zeros(num_classes or 0, dtype=torch.bool)
+                mask[list(member.teaches)] = True
+                self._keep(f"_teaches{number}", mask)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Teachers:
+        """Does nothing: teachers stay in eval mode."""
+        del mode
+        return self
+
+    def mapped(self, change: Callable[[nn.Module, InputSpec], nn.Module]) -> Teachers:
+        """The same teachers with every module replaced, by a faster copy for example."""
+        members = [replace(m, module=change(m.module, m.input)) for m in self.members]
+        return Teachers(members, num_classes=self.num_classes, temperature=self.temperature)
+
+    def inputs_at(self, share: float) -> tuple[InputSpec, ...]:
+        """The distinct renderings that `forward` needs at this share of the run."""
+        return tuple(dict.fromkeys(m.input for m in self.members if m.is_active(share)))
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """All distinct renderings of a run."""
+        return tuple(dict.fromkeys(m.input for m in self.members))
+
+    @torch.no_grad()
+    def forward(self, views: Mapping[InputSpec, Tensor], labels: Tensor, share: float) -> Tensor:
+        """What the student is to match.
+
+        Args:
+            views: One rendering (B, c, S, S) of the same crops for each of `inputs_at(share)`.
+            labels: (B,) int64 classes the images were made for.
+            share: Of the run that is done, in [0, 1].
+
+        Returns:
+            Logits (B, C); from several teachers T * log(mean probability at temperature T), in
+            float32.
+        """
+        active = [k for k, m in enumerate(self.members) if m.is_active(share)]
+        return self._combine(active, views, labels, self.temperature)
+
+    @torch.no_grad()
+    def predict(self, views: Mapping[InputSpec, Tensor]) -> Tensor:
+        """Logits (B, C) for images whose label nobody may know: the mean, at temperature 1, of all
+        that teach at the end of the run, whichever classes each teaches.
+        """
+        active = [k for k, m in enumerate(self.members) if m.is_active(1.0)]
+        return self._combine(active, views, None, 1.0)
+
+    def _combine(
+        self, active: list[int], views: Mapping[InputSpec, Tensor], labels: Tensor | None,
+        temperature: float,
+    ) -> Tensor:  # fmt: skip
+        parts, masks = [], []
+        for k in active:
+            logits = self.networks[k](views[self.members[k].input])
+            if self.members[k].class_map is not None:
+                logits = logits.index_select(1, self.get_buffer(f"_map{k}"))
+            if len(active) == 1:
+                return logits  # (B, C)
+            parts.append((logits.float() / temperature).log_softmax(dim=1))
+            if labels is None or self.members[k].teaches is None:
+                masks.append(torch.ones(len(logits), dtype=torch.bool, device=logits.device))
+            else:
+                masks.append(self.get_buffer(f"_teaches{k}")[labels])
+        judges = torch.stack(masks)[..., None]  # (K, B, 1)
+        log_p = torch.stack(parts).where(judges, -math.inf)  # (K, B, C)
+        mean = log_p.logsumexp(dim=0) - judges.sum(dim=0).log()
+        return temperature * mean  # (B, C)
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        self.register_buffer(name, values.to(device), persistent=False)
+
+
+def _check_all_classes_taught(members: Sequence[Teacher], num_classes: int | None) -> None:
+    """At every share of the run, every class must have a teacher."""
+    for member in members:
+        if member.teaches is None:
+            continue
+        if num_classes is None:
+            raise ValueError("teaches: got classes without num_classes, expected both")
+        bad = [c for c in member.teaches if not 0 <= c < num_classes]
+        if bad or not member.teaches:
+            raise ValueError(
+                f"teaches: got {bad[0] if bad else 'no classes'}, expected classes from 0 to "
+                f"{num_classes - 1}; correct the list"
+            )
+    shares = {0.0, 1.0} | {m.start for m in members} | {m.stop for m in members}
+    for share in sorted(shares):
+        active = [m for m in members if m.is_active(share)]
+        if not active:
+            raise ValueError(f"start and stop: got no teacher from share {share} of the run on; "
+                             "expected one at any time; change start or stop")  # fmt: skip
+        if all(m.teaches is not None for m in active):
+            taught = {c for m in active for c in m.teaches or ()}
+            missing = sorted(set(range(num_classes or 0)) - taught)
+            if missing:
+                raise ValueError(
+                    f"teaches: got no teacher for class {missing[0]} from share {share} of the run "
+                    "on, expected one; add the class to one of them"
+                )

@@ -1,0 +1,203 @@
+"""The small networks of the distillation literature that timm does not have.
+
+Names: `lenet5`, `lenet5_half`; for 32-pixel images `cifar_resnetD` (D = 6 n + 2,
+such as 20, 56, 110; with `x4` the wide ones 8x4 and 32x4), `cifar_wrnD_K` (D = 6 n + 4, such as
+16_1, 16_2, 40_1, 40_2) and `cifar_vgg8`, `cifar_vgg11`, `cifar_vgg13`.
+
+Sources: LeCun et al. 1998; He et al. (arXiv 1512.03385), section 4.2; Zagoruyko & Komodakis, wide
+residual networks (arXiv 1605.07146); Simonyan & Zisserman (arXiv 1409.1556); the widths of the x4
+and VGG variants: Tian et al., contrastive representation distillation (arXiv 1910.10699).
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PREFIXES = ("lenet5", "cifar_")
+"""All names here begin with one of these, and none of timm's does."""
+
+_VGG = {
+    "8": ((64,), (128,), (256,), (512,), (512,)),
+    "11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    "13": ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
+}
+
+
+def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module | None:
+    """The network of that name with random weights; None if the name is not one of these.
+
+    Raises:
+        ValueError: The family exists, but not in this depth.
+    """
+    if name in ("lenet5", "lenet5_half"):
+        width = 0.5 if name == "lenet5_half" else 1.0
+        return LeNet5(num_classes=num_classes, in_chans=in_chans, width=width)
+    if not name.startswith("cifar_"):
+        return None
+    kind = name.removeprefix("cifar_")
+    if (match := re.fullmatch(r"resnet(\d{1,4})(x4)?", kind)) and _fits(int(match[1]), 2):
+        widths = (32, 64, 128, 256) if match[2] else (16, 16, 32, 64)
+        return CifarResNet(int(match[1]), widths, num_classes=num_classes, in_chans=in_chans)
+    if (match := re.fullmatch(r"wrn(\d{1,4})_([1-9]\d?)", kind)) and _fits(int(match[1]), 4):
+        depth, width = int(match[1]), int(match[2])
+        return WideResNet(depth, width, num_classes=num_classes, in_chans=in_chans)
+    if (match := re.fullmatch(r"vgg(\d+)", kind)) and match[1] in _VGG:
+        return CifarVGG(_VGG[match[1]], num_classes=num_classes, in_chans=in_chans)
+    raise ValueError(
+        f"arch: got {name!r}, expected cifar_resnetD or cifar_resnetDx4 (D = 8, 14, 20, ...), "
+        "cifar_wrnD_K (D = 10, 16, ...), cifar_vgg8, cifar_vgg11 or cifar_vgg13"
+    )
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 as the zero-shot distillation literature uses it: ReLU, max-pooling, 32x32 input.
+
+    Smaller images are padded with zeros. `width=0.5` is LeNet-5-half.
+    Source: LeCun et al. 1998; Nayak et al. 2019 (arXiv 1905.08114).
+    """
+
+    def __init__(self, *, num_classes: int, in_chans: int, width: float = 1.0) -> None:
+        super().__init__()
+        c1, c2, c3, hidden = (int(n * width) for n in (6, 16, 120, 84))
+        self.features = nn.Sequential(
+            nn.Conv2d(in_chans, c1, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(c1, c2, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(c2, c3, 5), nn.ReLU(),
+        )  # fmt: skip
+        self.classifier = nn.Sequential(
+            nn.Linear(c3, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) with H, W <= 32 -> logits (B, num_classes)."""
+        rows, columns = 32 - images.shape[-2], 32 - images.shape[-1]
+        padding = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        return self.classifier(self.features(F.pad(images, padding)).flatten(1))
+
+
+class CifarResNet(nn.Module):
+    """Three stages of basic blocks at full, half and quarter size; projection shortcuts.
+
+    He et al. pad the shortcut with zeros where the width changes; distillation papers project, and
+    their published sizes are those of this network.
+    """
+
+    def __init__(
+        self, depth: int, widths: tuple[int, int, int, int], *, num_classes: int, in_chans: int
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv(in_chans, widths[0]), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        blocks: list[nn.Module] = []
+        before = widths[0]
+        for stage, width in enumerate(widths[1:]):
+            for place in range((depth - 2) // 6):
+                stride = 2 if stage > 0 and place == 0 else 1
+                blocks.append(_BasicBlock(before, width, stride))
+                before = width
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(before, num_classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> logits (B, num_classes)."""
+        return self.classifier(self.blocks(self.stem(images)).mean((2, 3)))
+
+
+class WideResNet(nn.Module):
+    """Pre-activation residual network, `width` times as wide as the thin one."""
+
+    def __init__(self, depth: int, width: int, *, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.stem = _conv(in_chans, 16)
+        blocks: list[nn.Module] = []
+        before = 16
+        for stage, channels in enumerate((16 * width, 32 * width, 64 * width)):
+            for place in range((depth - 4) // 6):
+                stride = 2 if stage > 0 and place == 0 else 1
+                blocks.append(_PreActivationBlock(before, channels, stride))
+                before = channels
+        self.blocks = nn.Sequential(*blocks, nn.BatchNorm2d(before), nn.ReLU())
+        self.classifier = nn.Linear(before, num_classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> logits (B, num_classes)."""
+        return self.classifier(self.blocks(self.stem(images)).mean((2, 3)))
+
+
+class CifarVGG(nn.Module):
+    """VGG with batch norm, one linear layer, and pooling after all stages but the last."""
+
+    def __init__(
+        self, stages: tuple[tuple[int, ...], ...], *, num_classes: int, in_chans: int
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = in_chans
+        for number, widths in enumerate(stages):
+            if number:
+                layers.append(nn.MaxPool2d(2))
+            for width in widths:
+                layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                before = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(before, num_classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) with H, W >= 16 -> logits (B, num_classes)."""
+        return self.classifier(self.features(images).mean((2, 3)))
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = _conv(before, width, stride), nn.BatchNorm2d(width)
+        self.conv2, self.norm2 = _conv(width, width), nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != width:
+            project = nn.Conv2d(before, width, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(project, nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(out + self.shortcut(x))
+
+
+class _PreActivationBlock(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(before), _conv(before, width, stride)
+        self.norm2, self.conv2 = nn.BatchNorm2d(width), _conv(width, width)
+        self.project: nn.Module | None = None
+        if stride != 1 or before != width:
+            self.project = nn.Conv2d(before, width, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        shortcut = x if self.project is None else self.project(active)
+        return shortcut + self.conv2(F.relu(self.norm2(self.conv1(active))))
+
+
+def _fits(depth: int, offset: int) -> bool:
+    """Whether three stages of two-layer blocks and `offset` other layers make this depth.
+
+    The deepest that was published has 1202 layers.
+    """
+    return offset < depth <= 1202 and (depth - offset) % 6 == 0
+
+
+def _conv(before: int, width: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
+
+
+def _initialise(model: nn.Module) -> None:
+    """He et al. (arXiv 1502.01852), fan-out, for convolutions; PyTorch's own for the rest."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,39 @@
+"""The settings of images that are read from disk instead of made."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dmkd_fast.config.loading import PathText, Section
+
+
+class SourceConfig(Section):
+    """Images on disk in place of a denoiser: shards of `dmkd generate`, or single files."""
+
+    path: PathText
+    """Directory of the images."""
+    kind: Literal["auto", "shards", "imagefolder", "paper"] = "auto"
+    """Layout. shards: made by `dmkd generate`. imagefolder: class subfolders. paper: files named
+    class_X_seed_Y_num_Z.png, as in the sets released with DM-KD. auto: by the content of the
+    directory."""
+    image_size: int | None = Field(None, ge=1, le=8192)
+    """Resize to this many pixels, short side first, and crop to the center. null: as stored."""
+    block_images: int = Field(256, ge=1, le=10**6)
+    """Images read together: the ring's block."""
+    follow: bool = False
+    """Use new shards as they appear, while they are still being made."""
+    wait_s: float = Field(3600.0, gt=0, le=1e9)
+    """Seconds without a new shard after which a following run stops."""
+
+    @model_validator(mode="after")
+    def _follow(self) -> SourceConfig:
+        if self.follow and self.kind in ("imagefolder", "paper"):
+            raise ValueError(
+                f"follow: got true with kind={self.kind}, expected kind=shards, as only shards say "
+                "when they are finished; remove one of the two"
+            )
+        if not self.follow and self.wait_s != 3600:
+            raise ValueError("wait_s: got it without follow=true, which it is for; remove it")
+        return self

@@ -1,0 +1,131 @@
+"""The settings of how a diffusion model's images are made."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dmkd_fast.config.loading import MAX_CLASSES, Section, Share, Switch, shown
+
+# Cost and student accuracy of each are measured by `python -m benchmarks fidelity`.
+FIDELITY: dict[str, dict[str, Any]] = {
+    "low": {"num_steps": 4, "solver": "dpm++2m", "guidance_scale": 1.5},
+    "medium": {"num_steps": 8, "solver": "dpm++2m", "guidance_scale": 1.5},
+    "high": {"num_steps": 32, "solver": "dpm++2m", "guidance_scale": 2.0},
+}
+
+_Scale = Annotated[float, Field(ge=1, le=1000)]
+
+
+class SamplerConfig(Section):
+    """How images are generated."""
+
+    fidelity: Literal["low", "medium", "high"] | None = None
+    """Preset of num_steps, solver and guidance_scale. Lower is cheaper."""
+    num_steps: int = Field(8, ge=1, le=1000)
+    """Denoising steps per image."""
+    solver: Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"] = "auto"
+    """Solver of a step. auto: that of the model's own scheduler."""
+    guidance_scale: _Scale = 1.5
+    """Scale of classifier-free guidance. 1: no guidance, at half the cost."""
+    class_guidance: dict[str, _Scale] = Field({}, max_length=MAX_CLASSES)
+    """Guidance scale of single classes or ranges of classes, for example {3: 1, 10-19: 2.5}. All
+    images then cost as much as guided ones."""
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    """Guidance is applied between these fractions of the steps. A step outside costs half."""
+    guidance_channels: int | None = Field(None, ge=1, le=1024)
+    """Guide only the first channels (3 in the original DiT code). null: all channels."""
+    attention: Literal["auto", "xformers", "sdpa", "short"] = "auto"
+    """Attention of DiTs. auto: by capability (xFormers on CUDA where possible, otherwise PyTorch's;
+    short sequences on a CPU use the package's own)."""
+    micro_batch_images: int = Field(256, ge=1, le=10**6)
+    """Images denoised together. It is one of the things that fix the bits of an image."""
+    compile: Switch = "auto"
+    """Compile the denoiser with torch.compile. auto: on CUDA, where Triton is present."""
+    phases: tuple[PhaseConfig, ...] = Field((), max_length=100)
+    """Other steps and guidance later in the run. A phase ends where the next one starts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("fidelity") not in list(FIDELITY):
+            return values
+        preset = FIDELITY[values["fidelity"]]
+        for name, value in preset.items():
+            if values.get(name, value) != value:
+                raise ValueError(
+                    f"{name}: got {shown(values[name])} beside fidelity={values['fidelity']}, "
+                    f"which sets it to {value}; remove one of the two"
+                )
+        return preset | values
+
+    @field_validator("class_guidance", mode="before")
+    @classmethod
+    def _class_names(cls, values: Any) -> Any:
+        # YAML reads 3 as a number.
+        if not isinstance(values, dict):
+            return values
+        named = {str(k): v for k, v in values.items()}
+        if len(named) < len(values):
+            raise ValueError("got a class twice, as 3 and '3', expected it once; remove one")
+        return named
+
+    @property
+    def guidance_of_classes(self) -> dict[int, float]:
+        """`class_guidance` by class."""
+        return {
+            label: scale for key, scale in self.class_guidance.items() for label in _classes_in(key)
+        }
+
+    @model_validator(mode="after")
+    def _class_guidance(self) -> SamplerConfig:
+        ranges = sorted((_classes_in(key) for key in self.class_guidance), key=lambda r: r.start)
+        for before, after in pairwise(ranges):
+            if after.start < before.stop:
+                raise ValueError(
+                    f"class_guidance: got class {after.start} twice, expected it once; change a "
+                    "range"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _interval(self) -> SamplerConfig:
+        start, stop = self.guidance_interval
+        if start >= stop:
+            raise ValueError(f"guidance_interval: got [{start}, {stop}], expected start < stop")
+        if {self.guidance_scale, *self.class_guidance.values()} == {1} and (
+            self.guidance_channels is not None or self.guidance_interval != (0.0, 1.0)
+        ):
+            raise ValueError(
+                "got guidance_interval or guidance_channels with guidance_scale=1, which turns "
+                "guidance off; remove them or raise guidance_scale"
+            )
+        starts = [phase.start for phase in self.phases]
+        if sorted(set(starts)) != starts:
+            raise ValueError(f"phases: got starts {starts}, expected them to rise; sort the phases")
+        return self
+
+
+class PhaseConfig(Section):
+    """Sampler settings from some point of the run on."""
+
+    start: float = Field(gt=0, lt=1)
+    """Progress of the run at which the phase starts."""
+    num_steps: int = Field(ge=1, le=1000)
+    """Denoising steps per image in this phase."""
+    guidance_scale: _Scale
+    """Guidance scale in this phase, for the classes that class_guidance does not name."""
+
+
+def _classes_in(key: str) -> range:
+    """`7` -> 7; `10-19` -> 10 to 19."""
+    found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", key)  # below MAX_CLASSES
+    if not found or int(found[2] or found[1]) < int(found[1]):
+        raise ValueError(
+            f"class_guidance: got {shown(key)}, expected a class or a range of classes such "
+            f"as 3 or 10-19, below {MAX_CLASSES:,}; correct it"
+        )
+    return range(int(found[1]), int(found[2] or found[1]) + 1)

@@ -1,0 +1,302 @@
+"""The settings of every job, as classes that the YAML files mirror exactly.
+
+Settings stop at
+the builders (`jobs/distill.py`, `jobs/pretrain/loop.py`): nothing below ever sees them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from dmkd_fast.config.data import SourceConfig as SourceConfig
+from dmkd_fast.config.generator import FIDELITY as FIDELITY
+from dmkd_fast.config.generator import PhaseConfig as PhaseConfig
+from dmkd_fast.config.generator import SamplerConfig as SamplerConfig
+from dmkd_fast.config.loading import ConfigError as ConfigError
+from dmkd_fast.config.loading import Count, PathText, Section
+from dmkd_fast.config.loading import dump_config as dump_config
+from dmkd_fast.config.loading import load_config as load_config
+from dmkd_fast.config.loading import user_errors as user_errors
+from dmkd_fast.config.networks import ClassifierConfig as ClassifierConfig
+from dmkd_fast.config.networks import DenoiserConfig as DenoiserConfig
+from dmkd_fast.config.networks import TeachingConfig as TeachingConfig
+from dmkd_fast.config.training import LossConfig as LossConfig
+from dmkd_fast.config.training import MixConfig as MixConfig
+from dmkd_fast.config.training import OptimConfig as OptimConfig
+from dmkd_fast.config.training import TrainConfig as TrainConfig
+from dmkd_fast.ring.limiter import Limiter, check_loop, check_ring, slots_for
+
+
+class RingConfig(Section):
+    """The ring buffer of images."""
+
+    capacity_images: Count
+    """Number of slots, rounded up to whole blocks. A slot takes channels * height * width bytes."""
+    min_fill_images: Count
+    """Images in the ring before the first training step, rounded up to whole blocks."""
+    samples_per_insert: float = Field(ge=1e-6, le=1e6)
+    """Reuse: views drawn per inserted image. A set on disk that fits into the ring is inserted once
+    and then drawn until train.num_views."""
+    error_buffer: float | None = Field(None, ge=1e-6, le=1e15)
+    """Views by which the reuse may be ahead or behind during the run. null: samples_per_insert *
+    min_fill_images, so that views never exceed samples_per_insert * images."""
+    order: Literal["shuffled", "equal", "uniform", "balanced"] = "shuffled"
+    """Order of drawing. shuffled: passes over all images. equal: passes over the less used half, so
+    that late images catch up. uniform: independent draws. balanced: equally often by class."""
+    max_uses: int | None = Field(None, ge=1, lt=2**24)
+    """Views after which an image is no longer drawn. Only for shuffled and equal."""
+    overlap: bool = False
+    """Generate the next block on a CUDA stream of its own while the student trains. The block that
+    will be overwritten next is then not drawn. Not for images on disk."""
+
+
+_AreaShare = Annotated[float, Field(ge=1e-4, le=1)]
+_Ratio = Annotated[float, Field(ge=2.0**-15, le=2.0**15)]
+
+
+class ViewsConfig(Section):
+    """Random views of the images, the same crops for teacher and student."""
+
+    size: int = Field(ge=1, le=8192)
+    """Side of a view in pixels."""
+    scale: tuple[_AreaShare, _AreaShare] = (1.0, 1.0)
+    """Range of the crop's area, as a fraction of the image's area."""
+    ratio: tuple[_Ratio, _Ratio] = (1.0, 1.0)
+    """Range of the crop's aspect ratio (width / height)."""
+    pad: int = Field(0, ge=0, le=8192)
+    """Width of the black border in pixels that a crop may reach into."""
+    flip: float = Field(0.5, ge=0.0, le=1.0)
+    """Probability of a horizontal flip."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> ViewsConfig:
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(
+                    f"{name}: got [{low}, {high}], expected low <= high; put the smaller first"
+                )
+        return self
+
+
+class EvalConfig(Section):
+    """The real test set. It is reported and decides nothing."""
+
+    path: PathText
+    """Directory with idx files, class folders or WebDataset shards, or `embedded:NAME`."""
+    classes: PathText | None = None
+    """Text file with one class name per line, in the job's order. null: classes.txt in the
+    directory, otherwise the sorted names of the class folders."""
+    num_points: int = Field(8, ge=1, le=10_000)
+    """Number of evaluations during a run, the last one included."""
+
+
+class RunConfig(Section):
+    """Settings that every job has."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Name of the job. Run directories start with it."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of all random numbers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of all networks and of the ring. auto: cuda if one is visible."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype of the networks. auto: float16 on CUDA, bfloat16 on a CPU with bfloat16
+    products, otherwise float32. float16 on a CPU is refused."""
+    num_threads: int = Field(0, ge=0, le=1024)
+    """CPU threads. 0: all cores that this process may use."""
+    run_dir: PathText = "auto"
+    """Directory of the results. auto: runs/NAME-DATE-TIME."""
+
+
+class DistillConfig(RunConfig):
+    """Distillation from generated images: `dmkd distill`, `dmkd generate`.
+
+    Images come from a denoiser and its sampler, or from a source on disk.
+    """
+
+    denoiser: DenoiserConfig | None = None
+    sampler: SamplerConfig = SamplerConfig()
+    source: SourceConfig | None = None
+    ring: RingConfig
+    views: ViewsConfig
+    mix: MixConfig = MixConfig()
+    teacher: TeachingConfig
+    more_teachers: tuple[TeachingConfig, ...] = Field((), max_length=100)
+    """Further teachers. The target of an image is the mean probability of all teachers that are
+    active and teach the image's class."""
+    student: ClassifierConfig
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig
+    train: TrainConfig
+    eval: EvalConfig
+
+    @property
+    def block_images(self) -> int:
+        """Images that enter the ring together."""
+        if self.source is not None:
+            return self.source.block_images
+        return self.sampler.micro_batch_images
+
+    @property
+    def block_name(self) -> str:
+        """The setting that says how many these are."""
+        return "source.block_images" if self.source else "sampler.micro_batch_images"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_origin(cls, values: Any) -> Any:
+        # An unknown key may be a misspelt denoiser: that has a better message of its own.
+        if not isinstance(values, dict) or not set(values) <= set(cls.model_fields):
+            return values
+        if values.get("source") is None and values.get("denoiser") is None:
+            raise ValueError("denoiser: missing; add it, or source for images on disk")
+        if values.get("source") is not None:
+            for name in ("denoiser", "sampler"):
+                if values.get(name) is not None:
+                    raise ValueError(
+                        f"{name}: got it beside source, expected one of the two, as images on disk "
+                        f"are not made again; remove one, for example with {name}=null"
+                    )
+            values = {k: v for k, v in values.items() if k not in ("denoiser", "sampler")}
+        return values
+
+    @model_serializer(mode="wrap")
+    def _without_the_other(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        for name in ("denoiser", "sampler") if self.source is not None else ("source",):
+            del values[name]
+        return values
+
+    @property
+    def teachers(self) -> dict[str, TeachingConfig]:
+        """All of them, by the name of their section."""
+        more = {f"more_teachers.{i}": teacher for i, teacher in enumerate(self.more_teachers)}
+        return {"teacher": self.teacher, **more}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DistillConfig:
+        block, ring = self.block_images, self.ring
+        if ring.capacity_images < 2 * block:
+            where = self.block_name
+            raise ValueError(
+                f"ring.capacity_images: got {ring.capacity_images}, expected at least two blocks "
+                f"of {where}={block}; raise the capacity to {2 * block} or lower "
+                f"{where.partition('.')[2]}"
+            )
+        if self.source is not None and ring.overlap:
+            raise ValueError(
+                "ring.overlap: got true with a source, expected false, as images on disk are only "
+                "read; remove it"
+            )
+        if ring.overlap and self.sampler.phases:
+            raise ValueError(
+                "ring.overlap: got true with sampler.phases, expected false, as a block made ahead "
+                "would be of the phase before; remove one of the two"
+            )
+        if ring.min_fill_images < self.train.batch_size <= ring.capacity_images:
+            raise ValueError(
+                f"ring.min_fill_images: got {ring.min_fill_images}, expected at least "
+                f"train.batch_size={self.train.batch_size}; raise it"
+            )
+        for name, teacher in self.teachers.items():
+            if self.mix.is_on and teacher.teaches is not None:
+                raise ValueError(
+                    f"{name}.teaches: got classes with mix, expected none, as a mixed view is of "
+                    "two classes; remove one of the two"
+                )
+        try:
+            guard = int(ring.overlap)
+            limiter = Limiter(
+                ring.samples_per_insert, min_fill_images=ring.min_fill_images, block_images=block,
+                error_buffer=ring.error_buffer,
+            )  # fmt: skip
+            check_loop(
+                limiter, batch_size=self.train.batch_size,
+                most_drawable=slots_for(ring.capacity_images, block) - guard * block,
+            )  # fmt: skip
+            check_ring(
+                ring.capacity_images, block_images=block, min_fill_images=ring.min_fill_images,
+                guard_blocks=guard, samples_per_insert=ring.samples_per_insert, order=ring.order,
+                max_uses=ring.max_uses, num_classes=0,
+            )  # fmt: skip
+        except ValueError as error:
+            text = str(error).replace("or raise capacity", "or raise ring.capacity")
+            raise ValueError(f"{'train' if text[:5] == 'batch' else 'ring'}.{text}") from None
+        return self
+
+
+class PretrainConfig(RunConfig):
+    """Settings that all kinds of pretraining have."""
+
+    optim: OptimConfig
+    train: TrainConfig
+
+
+class TeacherConfig(PretrainConfig):
+    """A classifier trained on real images: `dmkd pretrain teacher`."""
+
+    mean: float = Field(0.0, ge=0, le=1)
+    """Mean of the pixels, in [0, 1], that inputs are normalized with."""
+    std: float = Field(1.0, ge=1e-3, le=1)
+    """Standard deviation of the pixels that inputs are normalized with."""
+    model: ClassifierConfig
+    views: ViewsConfig
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Fraction of the target that is spread over all classes."""
+
+
+class PretrainDenoiserConfig(PretrainConfig):
+    """A class-conditional pixel DiT trained on real images: `dmkd pretrain denoiser`."""
+
+    patch_size: int = Field(4, ge=1, le=8192)
+    """Side of a patch in pixels. It must divide the side of the images."""
+    num_layers: int = Field(ge=1, le=1000)
+    """Number of transformer blocks."""
+    num_heads: int = Field(ge=1, le=1024)
+    """Number of attention heads."""
+    head_dim: int = Field(ge=2, le=1024)
+    """Width of an attention head."""
+    label_dropout: float = Field(0.1, gt=0, lt=1)
+    """Fraction of the examples trained with the null class, which guidance needs."""
+
+
+class PretrainFewstepConfig(PretrainConfig):
+    """A denoiser trained to make an image in few steps: `dmkd pretrain fewstep`."""
+
+    denoiser: DenoiserConfig
+    """The denoiser to start from. It is the teacher as well."""
+    sampler: SamplerConfig
+    """How the teacher makes its trajectories. Its guidance becomes part of the result."""
+    num_steps: int = Field(4, ge=1, le=1000)
+    """Number of steps of the result. sampler.num_steps must be a multiple."""
+    pool_images: Count = 8192
+    """Trajectories kept at a time, as float16 on the device."""
+    reuse: int = Field(4, ge=1, le=10**6)
+    """Passes over the pool before it is generated again."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PretrainFewstepConfig:
+        for section, names in (("denoiser", ("prompts", "decoder", "class_map")),
+                               ("sampler", ("phases", "class_guidance", "guidance_interval",
+                                            "guidance_channels", "attention"))):  # fmt: skip
+            given = getattr(self, section)
+            for name in names:
+                if getattr(given, name) != type(given).model_fields[name].default:
+                    raise ValueError(
+                        f"{section}.{name}: got {getattr(given, name)}, expected none, as it has "
+                        "no effect on a few-step denoiser's training; remove it"
+                    )
+        if self.sampler.num_steps % self.num_steps:
+            raise ValueError(
+                f"num_steps: got {self.num_steps}, expected a divisor of "
+                f"sampler.num_steps={self.sampler.num_steps}; change one of the two"
+            )
+        if self.pool_images * self.num_steps % self.train.batch_size:
+            raise ValueError(
+                f"train.batch_size: got {self.train.batch_size}, expected a divisor of "
+                f"pool_images * num_steps={self.pool_images * self.num_steps}; change one"
+            )
+        return self

@@ -1,0 +1,248 @@
+"""Typed, frozen, strict settings from YAML files and overrides.
+
+`load` reads a file and applies `section.field=value` overrides; every mistake
+becomes one `ConfigError` line that says where, what was got, what was expected and what to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from dmkd_fast.config import yaml_text
+
+MAX_CLASSES = 100_000
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+_REPR.maxlevel = 3
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one line of at most 1,000 characters."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_shortened(" ".join(message.split()), 1000))
+
+
+class Section(BaseModel):
+    """Base of all settings: frozen, unknown keys refused, defaults checked, nothing converted.
+
+    A number is not read from a string or from true. Lists stand for tuples, and 1.0e6 for the
+    whole number 1000000.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=True,
+        ser_json_inf_nan="constants",
+    )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_python_has_it(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: _as_python_has_it(value) for name, value in values.items()}
+
+
+def _as_python_has_it(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_as_python_has_it, value))
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _no_null_byte(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("null_byte", "a path without a null character")
+    return text
+
+
+def _switch(value: Any) -> Any:
+    if value is True or value is False or value == "auto":
+        return value
+    raise PydanticCustomError("switch", "true, false or auto")
+
+
+PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_null_byte)]
+"""A path, or a name that stands for one."""
+Count = Annotated[int, Field(ge=1, le=10**12)]
+"""A number of images, views or steps."""
+Share = Annotated[float, Field(ge=0, le=1)]
+ClassMap = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=MAX_CLASSES)], ...],
+    Field(min_length=1, max_length=MAX_CLASSES),
+]
+"""Indices of classes."""
+Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
+    """Read a YAML file as `kind` and apply overrides.
+
+    Args:
+        kind: The settings class the file mirrors.
+        path: YAML file.
+        overrides: `section.field=value` strings; values are parsed as YAML.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, a key is unknown, a value has the wrong type
+            or range, or settings contradict each other.
+    """
+    return _validate(kind, apply_overrides(_read_yaml(Path(path)), overrides or []), str(path))
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn errors of loading what the settings name into ConfigError: one line, no traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def dump_config(config: Section) -> str:
+    """All settings as YAML that `load` reads back unchanged."""
+    return yaml_text.dump(config.model_dump(mode="json"))
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Set `section.field=value` entries in nested dictionaries."""
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        *sections, field = key.split(".")
+        if not equals or not key or len(sections) >= yaml_text.MAX_DEPTH:
+            raise ConfigError(
+                f"override {shown(text)}: expected section.field=value, for example "
+                "sampler.num_steps=4"
+            )
+        target = values
+        for name in sections:
+            target = target.setdefault(name, {})
+            if not isinstance(target, dict):
+                raise ConfigError(
+                    f"override {shown(text)}: {shown(name)} is a value, not a section"
+                )
+        try:
+            target[field] = yaml_text.parse(raw)
+        except yaml_text.YamlError as error:
+            raise ConfigError(
+                f"override {shown(text)}: {error}; put the value in quotes if it is text"
+            ) from None
+    return values
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to about 100 characters."""
+    try:
+        return _shortened(_REPR.repr(list(value) if isinstance(value, tuple) else value), 200)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a very large {type(value).__name__}"
+
+
+def _shortened(text: str, length: int) -> str:
+    """The text without its middle where it is longer; the advice at the end stays."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]} ... {text[-(length // 2 - 5) :]}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for a writer
+            what = "a directory" if path.is_dir() else "no regular file"
+            raise ConfigError(f"config {path}: got {what}, expected a YAML file (see configs/)")
+        with path.open("rb") as file:
+            data = file.read(yaml_text.MAX_BYTES + 1)
+        values = yaml_text.parse(data.decode("utf-8-sig"))
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(
+            f"config {path}: {error.strerror or error}; give the path of a YAML file (see configs/)"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"config {path}: not valid YAML (not UTF-8 text); save it as UTF-8"
+        ) from None
+    except yaml_text.YamlError as error:
+        raise ConfigError(f"config {path}: {error}") from None
+    except ValueError as error:  # a null character
+        raise ConfigError(f"config {shown(str(path))}: {error}; correct the path") from None
+    if values is None:
+        raise ConfigError(f"config {path}: got an empty file, expected key: value lines")
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path}: got {type(values).__name__}, expected key: value lines")
+    return values
+
+
+def _validate(kind: type[C], values: dict[str, Any], where: str) -> C:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(f"{where}: {_explain(kind, problem)}") from None
+
+
+def _explain(kind: type[Section], problem: Any) -> str:
+    """One line for one pydantic error."""
+    location = [_shortened(str(part), 100) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(kind, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {name!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{name}: missing; add it or pass {name}=VALUE"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    message = message.replace("should match pattern", "should be text that matches")
+    expected = _EXPECTED.get(problem["type"]) or re.sub(r"^\w+ should (be|have) ", "", message)
+    return (
+        f"{name}: got {shown(problem['input'])}, expected {expected}; change it or pass "
+        f"{name}=VALUE"
+    )
+
+
+_EXPECTED = {
+    "model_type": "a section of key: value lines",
+    "tuple_type": "a list",
+    "dict_type": "key: value pairs",
+    "string_type": "a valid string (in quotes, if it looks like another value)",
+    "invalid_key": "keys that are strings",
+}
+
+
+def _fields_at(kind: type[Section], location: list[str]) -> list[str]:
+    """Field names of the section at `location`."""
+    section: Any = kind
+    for name in location:
+        if name.isdigit():  # a place in a list of sections
+            section = next(iter(get_args(section)), None)
+            continue
+        field = getattr(section, "model_fields", {}).get(name)
+        section = field.annotation if field is not None else None
+        if get_origin(section) in (Union, UnionType):  # a section that may be missing
+            section = get_args(section)[0]
+    return list(getattr(section, "model_fields", {}))

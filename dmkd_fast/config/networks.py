@@ -1,0 +1,110 @@
+"""The settings that name models: the denoiser, teachers and students."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from dmkd_fast.config.loading import MAX_CLASSES, ClassMap, PathText, Section
+
+_Prompt = Annotated[str, Field(max_length=10_000)]
+
+
+class DenoiserConfig(Section):
+    """The diffusion model."""
+
+    path: PathText
+    """Directory in diffusers format, `embedded:NAME` for a model of the package, or
+    `hf-hub:OWNER/NAME`."""
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """Commit of an `hf-hub:` path, 40 hexadecimal digits."""
+    prompts: tuple[_Prompt, ...] | None = Field(None, max_length=MAX_CLASSES)
+    """One prompt per class. For text-to-image models only."""
+    decoder: PathText | None = None
+    """Path of another autoencoder that decodes the latents, such as an AutoencoderTiny."""
+    null_class: int | None = Field(None, ge=0, lt=2**31)
+    """Class of a UNet2DModel that stood for "no class" in its training, which guidance needs. The
+    job has the other classes. DiTs and text-to-image models need no setting."""
+    class_map: ClassMap | None = None
+    """The generator's index of each class of the job. null: the job has all classes of the
+    generator."""
+
+    @model_validator(mode="after")
+    def _pinned(self) -> DenoiserConfig:
+        _check_pinned(self.path, self.revision)
+        return self
+
+
+class ClassifierConfig(Section):
+    """A classifier: saved weights (`path`) or a new network (`arch`)."""
+
+    path: PathText | None = None
+    """Directory with config.json and model.safetensors, `embedded:NAME`, or `hf-hub:OWNER/NAME` in
+    timm's layout."""
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """Commit of an `hf-hub:` path, 40 hexadecimal digits."""
+    arch: PathText | None = None
+    """A small network (`lenet5`, `cifar_resnet20`, `cifar_wrn16_2`, `cifar_vgg8`, ...),
+    `torchvision:NAME`, or a timm name."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the timm or torchvision model."""
+    stem: Literal["own", "conv3", "conv3_pool", "conv3_stride2"] = "own"
+    """First layers of a ResNet. own: those of the architecture, for 224 pixels. conv3: a 3x3
+    convolution with stride 1, without pooling. conv3_pool: the same with pooling. conv3_stride2: a
+    3x3 convolution with stride 2, without pooling."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ClassifierConfig:
+        if (self.path is None) == (self.arch is None):
+            raise ValueError(
+                f"got path={self.path!r} and arch={self.arch!r}, expected exactly one of the two; "
+                "set path for saved weights or arch for a new model"
+            )
+        if self.path is not None and (self.model_args or self.stem != "own"):
+            raise ValueError(
+                "got model_args or stem beside path, expected neither: a saved model "
+                "carries its own; remove them or set arch"
+            )
+        _check_pinned(self.path, self.revision)
+        return self
+
+
+class TeachingConfig(ClassifierConfig):
+    """A teacher: saved weights (`path`) or published weights of a named model (`arch` with
+    `pretrained`)."""
+
+    pretrained: bool = False
+    """Download the weights that timm or torchvision publishes for `arch`. timm's weights are pinned
+    to the newest commit in the saved settings."""
+    class_map: ClassMap | None = None
+    """The teacher's index of each class of the job. null: the same classes in the same order."""
+    teaches: ClassMap | None = None
+    """Classes of the job whose images this teacher labels. null: all."""
+    start: float = Field(0.0, ge=0, lt=1)
+    """Progress of the run at which this teacher starts."""
+    stop: float = Field(1.0, gt=0, le=1)
+    """Progress of the run at which this teacher stops."""
+
+    @model_validator(mode="after")
+    def _trained(self) -> TeachingConfig:
+        if self.pretrained != (self.arch is not None):
+            raise ValueError(
+                f"got arch={self.arch!r} and pretrained={self.pretrained}, expected path, or arch "
+                "with pretrained=true; a teacher needs trained weights"
+            )
+        if self.pretrained and (self.model_args or self.stem != "own"):
+            raise ValueError("got model_args or stem with pretrained=true, expected neither; "
+                             "remove them")  # fmt: skip
+        if self.start >= self.stop:
+            raise ValueError(f"got start={self.start} and stop={self.stop}, expected start < stop; "
+                             "change one")  # fmt: skip
+        return self
+
+
+def _check_pinned(path: str | None, revision: str | None) -> None:
+    if (path or "").startswith("hf-hub:") != (revision is not None):
+        raise ValueError(
+            f"got path={path!r} and revision={revision!r}, expected a revision "
+            "(40 hexadecimal digits) with an hf-hub: path and none with others"
+        )

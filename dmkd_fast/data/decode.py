@@ -1,0 +1,208 @@
+"""Decode image files and tar members with NVIDIA DALI, for test sets and for the ring.
+
+`data/listing.py` and `data/tar_files.py`
+find the images: DALI's own readers pad or drop at the end of a pass.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.data.listing import MOST_PIXELS, Item, SourceError
+from dmkd_fast.views.spec import InputSpec
+
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+
+def check_dali() -> None:
+    """DALI can be imported.
+
+    Raises:
+        SourceError: It is not installed.
+    """
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        raise SourceError(
+            f"reading images takes NVIDIA DALI ({error}); install it with: "
+            "pip install 'dmkd_fast[dali]'"
+        ) from None
+
+
+def new_pipeline(
+    *, batch_size: int, num_threads: int, device: torch.device, prefetch_queue_depth: int
+) -> Any:
+    """An empty DALI pipeline that decodes on a device.
+
+    Raises:
+        SourceError: DALI is not installed.
+        ValueError: The device is `cuda` without an index, which DALI takes for GPU 0.
+    """
+    check_dali()
+    from nvidia import dali
+
+    if device.type == "cuda" and device.index is None:
+        raise ValueError("device: got cuda without an index, expected for example cuda:0")
+    return dali.Pipeline(
+        batch_size=batch_size, num_threads=num_threads, prefetch_queue_depth=prefetch_queue_depth,
+        device_id=device.index if device.type == "cuda" else None,  # None: looks for no driver
+    )  # fmt: skip
+
+
+def decoded(encoded: Any, device: torch.device, num_channels: int) -> Any:
+    """DALI node: encoded images -> (h, w, num_channels) uint8, as they are stored."""
+    from nvidia import dali
+
+    fn: Any = dali.fn  # generated at import: nothing a type checker could follow
+    types: Any = dali.types
+    return fn.decoders.image(
+        encoded, device="mixed" if device.type == "cuda" else "cpu",
+        output_type=types.GRAY if num_channels == 1 else types.RGB,
+        adjust_orientation=False,  # published accuracies ignore EXIF
+        jpeg_fancy_upsampling=True,  # the GPU's decoder interpolates chroma as the CPU's does
+    )  # fmt: skip
+
+
+def image_size(name: str, data: Any, *, short_side: int = 1) -> tuple[int, int]:
+    """Height and width of an encoded image by its header; a small file can be a huge image.
+
+    Args:
+        name: For messages.
+        data: Its bytes.
+        short_side: What the short side will be resized to.
+
+    Raises:
+        SourceError: It is not an image that can be read, or has too many pixels, now or resized.
+    """
+    if bytes(data[: len(_PNG)]) == _PNG:
+        size = bytes(data[len(_PNG) : len(_PNG) + 8]).ljust(8, b"\0")
+        width, height = struct.unpack(">II", size)
+    else:
+        width, height = _size_by_pillow(name, data)
+    short, long = sorted((width, height))
+    if short < 1 or max(short * long, short_side**2 * long // short) > MOST_PIXELS:
+        raise SourceError(
+            f"{name}: got {width} x {height} pixels, expected 1 to {MOST_PIXELS} in all, also when "
+            f"the short side is resized to {short_side}; remove it"
+        )
+    return height, width
+
+
+def reason_of(error: BaseException) -> str:
+    """The message of a DALI error in one line; says so where memory was used up."""
+    text = " ".join(str(error).split())
+    if any(words in text for words in ("bad_alloc", "out of memory", "annot allocate")):
+        return "memory is used up: set a smaller batch or device=cpu"
+    return text.removeprefix("Critical error in pipeline: ")[:200]
+
+
+def decode(
+    items: Sequence[Item], inputs: Sequence[InputSpec], batch_size: int, device: torch.device
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Each item once, in order: one tensor (b, c, S, S) float32 per input, and labels (b,).
+
+    Raises:
+        SourceError: DALI is not installed, or an image cannot be read.
+    """
+    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    if not batches:
+        return
+    pipeline = _pipeline((_read(b, inputs) for b in batches), inputs, batch_size, device)
+    for number, batch in enumerate(batches):
+        try:
+            outputs = pipeline.run()
+        except RuntimeError as error:  # of this batch, or of those being prefetched
+            suspects = [item for b in batches[number : number + 3] for item in b]
+            raise SourceError(_blame(suspects, inputs, device, reason_of(error))) from None
+        # The pipeline writes its buffers again two runs later. channels_last is HWC in memory.
+        views = [torch.from_dlpack(out.as_tensor()).clone().permute(0, 3, 1, 2) for out in outputs]
+        if device.type == "cuda":  # and without waiting for these copies
+            torch.cuda.current_stream(device).synchronize()
+        labels = torch.tensor([item.label for item in batch], device=device)
+        yield [view.to(device) for view in views], labels
+
+
+def _pipeline(
+    encoded: Iterator[list[Any]], inputs: Sequence[InputSpec], batch_size: int, device: torch.device
+) -> Any:
+    """A DALI pipeline from lists of encoded images to one HWC float tensor per input."""
+    pipeline = new_pipeline(
+        batch_size=batch_size, num_threads=torch.get_num_threads(), device=device,
+        prefetch_queue_depth=2,
+    )  # fmt: skip
+    from nvidia import dali
+
+    fn: Any = dali.fn
+    types: Any = dali.types
+    filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+    with pipeline:
+        data = fn.external_source(source=encoded, dtype=types.UINT8, ndim=1)
+        shape = fn.peek_image_shape(data, adjust_orientation=False, dtype=types.INT32)
+        images = decoded(data, device, inputs[0].num_channels)
+        sides = [shape[0], shape[1]]
+        short = dali.math.min(*sides)
+        outputs = []
+        for spec in inputs:
+            # Sizes and offsets as torchvision computes them: long side cut, offset rounded.
+            squash = spec.crop_mode == "squash"
+            size = [(spec.short_side * side) // (side if squash else short) for side in sides]
+            resized = fn.resize(
+                images, size=fn.stack(*(fn.cast(s, dtype=types.FLOAT) for s in size)),
+                interp_type=filters[spec.interpolation], antialias=True,
+            )  # fmt: skip
+            slack = [s - spec.size for s in size]
+            start = [s // 2 + (s % 2) * ((s // 2) % 2) for s in slack]  # halves to even
+            # Named: a positional shape becomes a tensor, on the GPU where the image is there.
+            cut = fn.slice(
+                resized, start=fn.stack(*start), shape=[spec.size, spec.size], axes=[0, 1]
+            )
+            outputs.append(fn.crop_mirror_normalize(
+                cut, device="gpu" if device.type == "cuda" else "cpu", dtype=types.FLOAT,
+                output_layout="HWC",
+                mean=[255 * m for m in spec.mean], std=[255 * s for s in spec.std],
+            ))  # fmt: skip
+        pipeline.set_outputs(*outputs)
+    pipeline.build()
+    return pipeline
+
+
+def _read(items: Sequence[Item], inputs: Sequence[InputSpec]) -> list[Any]:
+    """Bytes of each image, after a look at its size."""
+    encoded, short_side = [item.read() for item in items], max(s.short_side for s in inputs)
+    for item, data in zip(items, encoded, strict=True):
+        image_size(item.name, data, short_side=short_side)
+    return encoded
+
+
+def _blame(
+    suspects: Sequence[Item], inputs: Sequence[InputSpec], device: torch.device, reason: str
+) -> str:
+    """Which image cannot be decoded, in one line."""
+    for item in suspects:
+        try:
+            _pipeline(iter([_read([item], inputs)]), inputs, 1, device).run()
+        except RuntimeError:
+            return f"{item.name}: damaged or not an image; replace or remove it"
+    return f"{suspects[0].name} or one after it cannot be decoded: {reason}"
+
+
+def _size_by_pillow(name: str, data: Any) -> tuple[int, int]:
+    from PIL import Image
+
+    if len(data) == 0:
+        raise SourceError(f"{name}: got 0 bytes, expected an image; replace or remove it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `image_size` has its own bound
+            with Image.open(io.BytesIO(data)) as image:
+                return image.size
+    except Exception as error:  # Pillow raises errors of every kind on damaged headers.
+        reason = " ".join(str(error).split()).partition(" <_io")[0][:80]
+        raise SourceError(f"{name}: not an image that can be read ({reason}); remove it") from None

@@ -1,0 +1,355 @@
+"""Generated images on disk: WebDataset tar shards, a parquet manifest, and how they were made.
+
+`jobs/generate.py` writes it, `data/sources.py` reads it. A directory holds
+
+    job.json                       the Plan: how many images, how they are made
+    shard-000000.tar               ID.png and ID.cls for each of its ids, in order
+    manifest/shard-000000.parquet  one row per image; its presence says that the shard is finished
+
+The manifest of the whole directory is the union of its parts, as parquet readers take a folder
+(`pyarrow.parquet.read_table("DIR/manifest")`), so concurrent jobs never write the same file.
+Nothing is ever extracted from a tar: members are byte ranges, checked against the manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from dmkd_fast.data.listing import MOST_BYTES, MOST_PIXELS
+from dmkd_fast.data.listing import SourceError as SourceError
+from dmkd_fast.data.tar_files import tar_members
+from dmkd_fast.runtime import files
+
+PLAN, MANIFEST = "job.json", "manifest"
+# Ids of later passes count on from those of the first one, in int64.
+MOST_IMAGES = 10**15
+_PART = re.compile(r"shard-([0-9]{6,})\.parquet")
+
+
+class Plan(BaseModel):
+    """What a directory will hold when it is complete, and how its images are made."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+    num_images: int = Field(ge=1, le=MOST_IMAGES)
+    images_per_shard: int = Field(ge=1, le=MOST_IMAGES)
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    num_classes: int = Field(ge=1)
+    class_names: tuple[str, ...]
+    licence: str
+    """Of the denoiser's weights."""
+    settings: dict[str, Any]
+    """Everything that an image or its row depends on: seed, denoiser, sampler, dtype, teacher."""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the complete directory."""
+        return -(-self.num_images // self.images_per_shard)
+
+    def ids(self, shard: int) -> range:
+        """Image ids of a shard."""
+        start = shard * self.images_per_shard
+        return range(start, min(start + self.images_per_shard, self.num_images))
+
+    def difference(self, other: Plan) -> str:
+        """The first setting that differs, as `name: mine, other: theirs`; empty if none does."""
+        mine, theirs = (dict(_flat(plan.model_dump(mode="json"))) for plan in (self, other))
+        for name in [*mine, *theirs]:
+            if mine.get(name) != theirs.get(name):
+                return f"{name} is {mine.get(name)!r} there and {theirs.get(name)!r} here"
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A finished shard: where its images are and what they must be."""
+
+    path: Path
+    first_id: int
+    labels: np.ndarray
+    """(n,) int64."""
+    offsets: np.ndarray
+    """(n,) int64, of each PNG in the tar."""
+    sizes: np.ndarray
+    """(n,) int64 bytes."""
+    hashes: list[str]
+    """SHA-256 of each PNG."""
+
+    def read(self, image_id: int) -> bytes:
+        """The PNG of an id, verified.
+
+        Raises:
+            SourceError: Its bytes are not those that were written.
+        """
+        row = image_id - self.first_id
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), int(self.sizes[row]), int(self.offsets[row]))
+        except OSError as error:
+            raise SourceError(f"{self.path}: {error.strerror}; make it again") from None
+        if hashlib.sha256(data).hexdigest() != self.hashes[row]:
+            raise SourceError(
+                f"{self.path}: the bytes of {image_id:09d}.png are not those of the manifest; "
+                "run the same dmkd generate again, which makes damaged shards anew"
+            )
+        return data
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of a directory.
+
+    Raises:
+        SourceError: There is none, or it is damaged.
+    """
+    path = folder / PLAN
+    try:
+        with path.open("rb") as file:
+            plan = Plan.model_validate_json(file.read(MOST_BYTES))
+    except OSError as error:
+        raise SourceError(
+            f"{path}: {error.strerror}, expected a directory made by dmkd generate"
+        ) from None
+    except ValidationError as error:
+        reason = error.errors()[0]
+        where = " ".join(f"{'.'.join(map(str, reason['loc']))} {reason['msg']}".split())[:120]
+        raise SourceError(f"{path}: damaged ({where}); make the directory anew") from None
+    channels, height, width = plan.image_shape
+    if channels not in (1, 3) or height * width > MOST_PIXELS:
+        raise SourceError(f"{path}: damaged (image_shape); make the directory anew")
+    if len(plan.class_names) != plan.num_classes:
+        raise SourceError(f"{path}: damaged (class_names); make the directory anew")
+    return plan
+
+
+def claim(folder: Path, plan: Plan) -> None:
+    """Make a directory for a plan, or check that it was made for this one.
+
+    Raises:
+        ValueError: It holds something else, or images made with other settings.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / PLAN).exists():
+            _begin(folder, plan)
+        (folder / MANIFEST).mkdir(exist_ok=True)
+        files.sync(folder)
+    except OSError as error:
+        raise ValueError(
+            f"--out: cannot write to {folder} ({error.strerror}); choose another"
+        ) from None
+    found = read_plan(folder).difference(plan)
+    if found:
+        raise ValueError(
+            f"--out: {folder} was made with other settings: {found}; choose another directory or "
+            "put the setting back"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path, part: str) -> Iterator[None]:
+    """Hold `part` (`i-of-n`) of the work on a directory; what its last job left is removed.
+
+    The lock goes with the process, so a killed job does not stand in its successor's way.
+
+    Raises:
+        ValueError: Another job holds it.
+    """
+    with files.locked(folder / f".{part}.lock") as is_ours:
+        if not is_ours:
+            raise ValueError(
+                f"--shard: another job makes part {part} of {folder} now; wait for it or give "
+                "another part"
+            )
+        for left in [*folder.glob(f".*.{part}.partial"), *folder.glob(f"*/.*.{part}.partial")]:
+            left.unlink()
+        yield
+
+
+def finished(folder: Path) -> list[int]:
+    """Numbers of the finished shards, in order.
+
+    Raises:
+        SourceError: Something else is where the manifest is meant.
+    """
+    manifest, found = folder / MANIFEST, []
+    if not manifest.exists():  # The job that wrote the plan died before it made it.
+        return []
+    if not manifest.is_dir():
+        raise SourceError(f"{manifest}: got a file, expected a folder; remove it")
+    for match in filter(None, (_PART.fullmatch(entry.name) for entry in os.scandir(manifest))):
+        number = int(match[1])
+        if match[0] != f"shard-{number:06d}.parquet":
+            raise SourceError(
+                f"{manifest / match[0]}: got another name for shard-{number:06d}.parquet, whose "
+                "images would be counted twice; remove it"
+            )
+        found.append(number)
+    return sorted(found)
+
+
+class ShardWriter:
+    """Writes one shard under other names; `commit` puts tar and manifest in place, in this order.
+
+    Args:
+        folder: A claimed directory.
+        shard: Number.
+        part: Of the job, as in `locked`.
+    """
+
+    def __init__(self, folder: Path, shard: int, part: str) -> None:
+        self._folder, self._name = folder, f"shard-{shard:06d}"
+        self._tar_path = folder / f".{self._name}.tar.{part}.partial"
+        self._rows_path = folder / MANIFEST / f".{self._name}.parquet.{part}.partial"
+        self._file = self._tar_path.open("wb")
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, image_id: int, label: int, png: bytes, row: dict[str, Any]) -> None:
+        """Append an image; `row` has the manifest's further columns."""
+        for kind, data in (("png", png), ("cls", b"%d" % label)):
+            # A fresh TarInfo has time 0 and owner 0: the same images give the same bytes.
+            member = tarfile.TarInfo(f"{image_id:09d}.{kind}")
+            member.size = len(data)
+            self._tar.addfile(member, io.BytesIO(data))
+        facts = {"shard": self._name, "sha256": hashlib.sha256(png).hexdigest()}
+        self._rows.append({"id": image_id, "class": label, **row, **facts})
+
+    def commit(self) -> None:
+        """Flush to disk and make the shard visible."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        pq.write_table(pa.Table.from_pylist(self._rows, schema=_schema()), self._rows_path)
+        files.sync(self._rows_path)
+        os.replace(self._tar_path, self._folder / f"{self._name}.tar")
+        files.sync(self._folder)
+        os.replace(self._rows_path, self._folder / MANIFEST / f"{self._name}.parquet")
+        files.sync(self._folder / MANIFEST)
+
+    def discard(self) -> None:
+        """Remove what has not been committed."""
+        with contextlib.suppress(OSError):  # What is buffered may not fit on a full disk.
+            self._file.close()
+        for path in (self._tar_path, self._rows_path):
+            path.unlink(missing_ok=True)
+
+
+def withdraw(folder: Path, shard: int) -> None:
+    """Take a damaged shard out of the manifest, so that it is made again."""
+    (folder / MANIFEST / f"shard-{shard:06d}.parquet").unlink()
+    files.sync(folder / MANIFEST)
+
+
+def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
+    """Read the manifest and the headers of a finished shard, and check one against the other.
+
+    Raises:
+        SourceError: They do not agree, or the tar has members that a shard cannot have.
+    """
+    name, ids = f"shard-{shard:06d}", plan.ids(shard)
+    labels, hashes = _read_rows(folder / MANIFEST / f"{name}.parquet", ids, plan.num_classes)
+    path = folder / f"{name}.tar"
+    try:
+        members = list(tar_members(path, most_members=2 * len(ids)))
+        if [m[0] for m in members] != [f"{i:09d}.{k}" for i in ids for k in ("png", "cls")]:
+            raise SourceError(f"{path}: members are not those of the manifest; make it again")
+        with path.open("rb", buffering=0) as file:
+            for row, (member, offset, size) in enumerate(members[1::2]):
+                if os.pread(file.fileno(), min(size, 20), offset) != b"%d" % labels[row]:
+                    raise SourceError(f"{path}: {member} is not the class of the manifest")
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}; make it again with dmkd generate") from None
+    return Shard(
+        path=path, first_id=ids.start, labels=labels, hashes=hashes,
+        offsets=np.array([m[1] for m in members[::2]], dtype=np.int64),
+        sizes=np.array([m[2] for m in members[::2]], dtype=np.int64),
+    )  # fmt: skip
+
+
+def _begin(folder: Path, plan: Plan) -> None:
+    """Write the plan into a new directory."""
+    # Another job of the farm may be writing its first files at this moment.
+    ours = (".", PLAN, MANIFEST, "shard-")
+    kept = next((p.name for p in folder.iterdir() if not p.name.startswith(ours)), None)
+    if kept is not None:
+        raise ValueError(f"--out: {folder} holds other files ({kept}); choose another")
+    partial = folder / f".{PLAN}.{os.getpid()}.partial"
+    try:
+        partial.write_bytes(plan.model_dump_json(indent=2).encode() + b"\n")
+        files.sync(partial)
+        with contextlib.suppress(FileExistsError):  # Another job was first.
+            os.link(partial, folder / PLAN)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_rows(path: Path, ids: range, num_classes: int) -> tuple[np.ndarray, list[str]]:
+    """Classes and hashes of a part of the manifest, which must have exactly these ids."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    wanted = [_schema().field(name) for name in ("id", "class", "sha256")]
+    try:
+        with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows != len(ids):
+                raise SourceError(
+                    f"{path}: got {file.metadata.num_rows} rows, expected {len(ids)}; make the "
+                    "shard again"
+                )
+            for field in wanted:
+                if file.schema_arrow.field(field.name).type != field.type:
+                    raise SourceError(
+                        f"{path}: got {file.schema_arrow.field(field.name).type} for "
+                        f"{field.name!r}, expected {field.type}; make the shard again"
+                    )
+            table = file.read(columns=[field.name for field in wanted])
+        if any(table[field.name].null_count for field in wanted):
+            raise SourceError(f"{path}: got empty fields, expected none; make the shard again")
+        found = table["id"].to_numpy()
+        labels = table["class"].to_numpy().astype(np.int64)
+        hashes = table["sha256"].to_pylist()
+    except SourceError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise SourceError(f"{path}: damaged ({reason}); make the shard again") from None
+    if list(found) != list(ids) or labels.min() < 0 or labels.max() >= num_classes:
+        raise SourceError(f"{path}: ids or classes are not those of the plan; make it again")
+    return labels, hashes
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema([
+        ("id", pa.int64()), ("class", pa.int32()), ("seed", pa.int64()),
+        ("guidance_scale", pa.float32()), ("num_steps", pa.int32()), ("solver", pa.string()),
+        ("denoiser", pa.string()), ("revision", pa.string()), ("teacher_class", pa.int32()),
+        ("teacher_probability", pa.float32()), ("shard", pa.string()), ("sha256", pa.string()),
+    ])  # fmt: skip
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}".lstrip("."))
+    else:
+        yield name.removeprefix("settings."), value

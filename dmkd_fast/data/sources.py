@@ -1,0 +1,294 @@
+"""Directories that images are read from: generated shards, class sub-folders, the paper's files.
+
+A source has images 0 .. num_images - 1, the class of
+each, and its encoded bytes. Files are only ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dmkd_fast.data import shards
+from dmkd_fast.data.listing import (
+    EXTENSIONS,
+    MOST_BYTES,
+    SourceError,
+    all_numbers,
+    by_class,
+    list_images,
+    report,
+    warn_of_order,
+)
+from dmkd_fast.data.shards import Plan, Shard
+
+Kind = Literal["shards", "imagefolder", "paper"]
+# Names in the released sets of DM-KD (arXiv 2305.12954).
+_PAPER = re.compile(r"class_(\d{1,9})_seed_\d+_num_\d+\.png")
+
+
+class ShardSource:
+    """A directory of `dmkd generate`, complete or still growing.
+
+    Args:
+        folder: The directory.
+
+    Attributes:
+        plan: What it will hold.
+        first_pass: Ids that are there, in the order in which they were noticed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plan: Plan = shards.read_plan(folder)
+        self.num_images = self.plan.num_images
+        self._shards: dict[int, Shard] = {}
+        self._order: list[int] = []
+        self.first_pass: np.ndarray = np.empty(0, dtype=np.int64)
+        self.poll()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all images are there."""
+        return self.num_ready == self.num_images
+
+    @property
+    def num_ready(self) -> int:
+        """Images that are there."""
+        return len(self.first_pass)
+
+    def poll(self) -> bool:
+        """Take up the shards that were finished since the last call; returns whether any was."""
+        if self.is_complete:
+            return False
+        try:
+            found = shards.finished(self.folder)
+        except OSError as error:
+            raise SourceError(f"{self.folder / shards.MANIFEST}: {error.strerror}") from None
+        taken = set(self._order)
+        if found and found[-1] >= self.plan.num_shards:
+            raise SourceError(
+                f"{self.folder / shards.MANIFEST}: got shard {found[-1]}, expected 0 to "
+                f"{self.plan.num_shards - 1} by {shards.PLAN}; remove what is of another set"
+            )
+        fresh = [s for s in found if s not in taken]
+        self._take(fresh)
+        return bool(fresh)
+
+    def labels_of(self, ids: np.ndarray) -> np.ndarray:
+        """Classes (n,) int64 of ids (n,) int64."""
+        numbers = ids // self.plan.images_per_shard
+        labels = np.empty_like(ids)
+        for number in np.unique(numbers):
+            shard, mine = self._shards[int(number)], numbers == number
+            labels[mine] = shard.labels[ids[mine] - shard.first_id]
+        return labels
+
+    def read(self, image_id: int) -> bytes:
+        """Encoded bytes of an image, verified against the manifest."""
+        return self._shards[image_id // self.plan.images_per_shard].read(image_id)
+
+    def name_of(self, image_id: int) -> str:
+        """Where an image is, for messages."""
+        shard = self._shards[image_id // self.plan.images_per_shard]
+        return f"{shard.path}: {image_id:09d}.png"
+
+    def state_dict(self) -> dict[str, object]:
+        """Which shards were taken up, in order."""
+        return {"shards": list(self._order), "num_images": self.num_images}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take the same shards in the same order, then what has come since.
+
+        Raises:
+            SourceError: A shard is gone, or the directory is another.
+        """
+        taken = state["shards"]
+        assert isinstance(taken, list)
+        there = set(shards.finished(self.folder))
+        gone = [s for s in taken if s not in there]
+        if gone or state["num_images"] != self.num_images:
+            what = f"shard {gone[0]} is gone" if gone else "it has another number of images"
+            raise SourceError(f"{self.folder}: not what the run was reading ({what}); put it back")
+        self._order, self.first_pass = [], self.first_pass[:0]
+        self._take(taken)
+        self.poll()
+
+    def _take(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if number not in self._shards:
+                self._shards[number] = shards.load_shard(self.folder, self.plan, number)
+        self._order += numbers
+        fresh = [np.array(self.plan.ids(number), dtype=np.int64) for number in numbers]
+        self.first_pass = np.concatenate((self.first_pass, *fresh))
+
+
+class FileSource:
+    """Single image files with a class each, sorted by name.
+
+    Args:
+        folder: Root.
+        names: Paths below it.
+        labels: A class for each.
+    """
+
+    is_complete = True
+    first_pass: np.ndarray | None = None
+    """None: no order of its own, so the first pass is shuffled like the others."""
+
+    def __init__(self, folder: Path, names: list[str], labels: list[int]) -> None:
+        self.folder, self._names = folder, names
+        self.num_images = self.num_ready = len(names)
+        self._labels = np.array(labels, dtype=np.int64)
+
+    def poll(self) -> bool:
+        """Nothing is added while a run reads."""
+        return False
+
+    def labels_of(self, ids: np.ndarray) -> np.ndarray:
+        """Classes (n,) int64 of ids (n,) int64."""
+        labels: np.ndarray = self._labels[ids]
+        return labels
+
+    def read(self, image_id: int) -> bytes:
+        """Encoded bytes of an image."""
+        try:
+            with (self.folder / self._names[image_id]).open("rb") as file:
+                data = file.read(MOST_BYTES + 1)
+        except OSError as error:
+            raise SourceError(f"{self.name_of(image_id)}: {error.strerror}; put it back") from None
+        if not 0 < len(data) <= MOST_BYTES:
+            size = "0" if not data else "more"
+            raise SourceError(
+                f"{self.name_of(image_id)}: got {size} bytes, expected an image of 1 to "
+                f"{MOST_BYTES}; replace or remove it"
+            )
+        return data
+
+    def name_of(self, image_id: int) -> str:
+        """Path of an image, for messages."""
+        return str(self.folder / self._names[image_id])
+
+    def state_dict(self) -> dict[str, object]:
+        """A fingerprint of names and classes."""
+        text = "\n".join(f"{n} {c}" for n, c in zip(self._names, self._labels, strict=True))
+        return {"sha256": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Check that the files are still the same ones.
+
+        Raises:
+            SourceError: Files were added, removed or renamed.
+        """
+        if state != self.state_dict():
+            raise SourceError(
+                f"{self.folder}: files were added, removed or renamed since the run began; put "
+                "them back or start a new run"
+            )
+
+
+Source = ShardSource | FileSource
+
+
+def find_kind(folder: Path) -> Kind:
+    """Which kind of directory this is, by what it holds.
+
+    Raises:
+        SourceError: It is none.
+    """
+    if (folder / shards.PLAN).is_file():
+        return "shards"
+    if folder.is_file():
+        raise SourceError(f"{folder}: got a file, expected a directory; give {folder.parent}")
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: no such directory; give one with images")
+    names = list_images(folder).images
+    if any(_PAPER.fullmatch(os.path.basename(name)) for name in names[:1]):
+        return "paper"
+    if names and all("/" in name for name in names):
+        return "imagefolder"
+    raise SourceError(
+        f"{folder}: got neither {shards.PLAN} nor image files in class sub-folders nor files named "
+        "class_X_seed_Y_num_Z.png, expected one of them; give another directory"
+    )
+
+
+def open_files(
+    folder: Path, kind: Kind, *, num_classes: int, class_names: Sequence[str]
+) -> FileSource:
+    """The images of class sub-folders, or of the paper's layout.
+
+    Args:
+        folder: Root.
+        kind: `imagefolder` or `paper`.
+        num_classes: Classes of the teacher.
+        class_names: Their names, in the order of the labels. Sub-folders that have these names
+            are taken by name, others by number (0, 1, ...), or, if `class_names` are only numbers,
+            in sorted order.
+
+    Raises:
+        SourceError: There are no images, or their classes are not the teacher's.
+    """
+    listing = list_images(folder)
+    names = listing.images
+    if not names:
+        raise SourceError(f"{folder}: got no image file, expected {', '.join(EXTENSIONS)}")
+    if kind == "paper":
+        labels = [_paper_class(folder, n, num_classes) for n in names]
+    else:
+        found = by_class(folder, listing)
+        class_of = _folder_classes(folder, list(found), num_classes, class_names)
+        labels = [class_of[name.split("/")[0]] for name in names]
+    report(folder, listing.left_out)
+    return FileSource(folder, names, labels)
+
+
+def _paper_class(folder: Path, name: str, num_classes: int) -> int:
+    match = _PAPER.fullmatch(os.path.basename(name))
+    if match is None:
+        raise SourceError(
+            f"{folder / name}: expected a file named class_X_seed_Y_num_Z.png; remove it or set "
+            "source.kind=imagefolder"
+        )
+    if int(match[1]) >= num_classes:
+        raise SourceError(
+            f"{folder / name}: got class {int(match[1])}, expected 0 to {num_classes - 1}, the "
+            "teacher's classes; use the teacher of these images"
+        )
+    return int(match[1])
+
+
+def _folder_classes(
+    folder: Path, found: list[str], num_classes: int, class_names: Sequence[str]
+) -> dict[str, int]:
+    """Class of each sub-folder; `found` is in the order of `class_order`."""
+    if len(found) != num_classes:
+        raise SourceError(
+            f"{folder}: got {len(found)} class sub-folders, expected {num_classes}, one for each "
+            "class of the teacher; use the teacher of these images"
+        )
+    if set(found) == set(class_names):
+        return {name: label for label, name in enumerate(class_names)}
+    if all_numbers(found):
+        numbers = {name: int(name) for name in found}
+        if sorted(numbers.values()) != list(range(num_classes)):
+            raise SourceError(
+                f"{folder}: got class sub-folders {', '.join(found[:5])} ..., expected the numbers "
+                f"0 to {num_classes - 1}; rename them"
+            )
+        warn_of_order(folder, found)
+        return numbers
+    if all_numbers(class_names):
+        return {name: label for label, name in enumerate(found)}
+    odd = sorted(set(found) - set(class_names))
+    missing = sorted(set(class_names) - set(found))
+    raise SourceError(
+        f"{folder}: got a class sub-folder {odd[0]!r}, expected the test set's class names "
+        f"({missing[0]!r} is missing); rename the sub-folders"
+    )

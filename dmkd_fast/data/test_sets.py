@@ -1,0 +1,295 @@
+"""Real labelled sets to test on: idx files, ImageFolder, WebDataset shards.
+
+`open_set` looks at a folder and gives an `ImageSet` (idx, in memory) or an
+`EncodedSet` (image files or tar members, decoded by NVIDIA DALI on the way). Both hand out
+`batches(inputs)`: each image once, cut for every network that asks. Image i belongs to rank
+i mod world_size, nothing is padded, so the ranks together see each image exactly once.
+
+Preparation is the usual one: short side resized to size / crop_pct (antialiased, bilinear or
+bicubic, rounded to whole levels), centre cut out, normalised.
+N images, b batch, c channels, H W pixels, S input size.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmkd_fast.data.decode import decode
+from dmkd_fast.data.listing import CLASS_NAMES, MOST_BYTES, Item, list_folder, report
+from dmkd_fast.data.tar_files import list_shards
+from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.views.spec import InputSpec
+
+# More classes than any set has; guards against a damaged label.
+MOST_CLASSES = 2**20
+# Deflate cannot make a file smaller than this.
+_MOST_COMPRESSION = 1032
+Batch = tuple[dict[InputSpec, Tensor], Tensor]
+"""Views (b, c, S, S) float32 by input, channels_last; labels (b,) int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Labelled real images in memory."""
+
+    images: Tensor
+    """(N, c, H, W) uint8."""
+    labels: Tensor
+    """(N,) int64."""
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_channels(self) -> int | None:
+        """c."""
+        return self.images.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Kept on the device for the whole run."""
+        return self.images.numel()
+
+    def to(self, device: torch.device) -> ImageSet:
+        """The same set on a device."""
+        return ImageSet(
+            images=self.images.to(device), labels=self.labels.to(device),
+            class_names=self.class_names,
+        )  # fmt: skip
+
+    def batches(
+        self, inputs: Iterable[InputSpec], *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Each image of this rank once, in order, prepared for every input."""
+        inputs = check_inputs(inputs, self.num_channels)
+        mine = torch.arange(rank, len(self), world_size, device=self.labels.device)
+        for indices in mine.split(batch_images(inputs)):
+            images = self.images[indices]
+            yield {spec: prepare(images, spec) for spec in inputs}, self.labels[indices]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSet:
+    """Labelled images in files or tar shards; decoded anew on every pass."""
+
+    items: tuple[Item, ...]
+    class_names: tuple[str, ...]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def num_channels(self) -> int | None:
+        """None: they are decoded to grey or colour, whichever is asked for."""
+        return None
+
+    @property
+    def num_bytes(self) -> int:
+        """Kept on the device for the whole run."""
+        return 0
+
+    def batches(
+        self, inputs: Iterable[InputSpec], *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Each image of this rank once, in order, prepared for every input.
+
+        Raises:
+            ValueError: DALI is not installed, or an image cannot be decoded.
+        """
+        inputs = check_inputs(inputs, None)
+        mine = self.items[rank::world_size]
+        for views, labels in decode(mine, inputs, batch_images(inputs), self.device):
+            yield dict(zip(inputs, views, strict=True)), labels
+
+
+def open_set(
+    path: Path, device: torch.device, *, classes: Path | None = None, num_classes: int | None = None
+) -> ImageSet | EncodedSet:
+    """Find out what lies at a path and open it.
+
+    Args:
+        path: Folder with idx files (the `t10k` split), with one folder per class, or with .tar
+            shards whose samples are an image and a .cls file.
+        device: Where batches are wanted.
+        classes: File with one class name per line, in the order of the networks' outputs; default
+            is `classes.txt` in the folder, else the sorted names of the class folders.
+        num_classes: Of the networks, for shards without a list of classes.
+
+    Raises:
+        ValueError: There is no such folder, nothing usable in it, an image without a label, or
+            classes that do not match the list.
+    """
+    if path.is_file():
+        raise ValueError(f"{path}: got a file, expected a folder; give {path.parent}")
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give one with idx files, class folders or tars")
+    entries = [p for p in path.iterdir() if not p.name.startswith(".")]
+    if any("-images-idx3-ubyte" in p.name for p in entries):
+        if classes is not None:
+            raise ValueError(f"{classes}: got a list of classes for idx files; remove it")
+        return load_idx(path, "t10k").to(device)
+    names = _read_classes(classes or path / CLASS_NAMES, must_exist=classes is not None)
+    tars = [p.name for p in entries if p.suffix == ".tar" and p.is_file()]
+    if not tars:
+        items, names = list_folder(path, names)
+        return EncodedSet(items=tuple(items), class_names=names, device=device)
+    items, left_out = list_shards(path, tars)
+    left_out.update(p.suffix or p.name for p in entries if p.name not in (*tars, CLASS_NAMES))
+    worst = max(items, key=lambda item: item.label)
+    most = len(names) or num_classes or MOST_CLASSES
+    if worst.label >= most:
+        raise ValueError(
+            f"{worst.name}: got class {worst.label}, expected 0 to {most - 1}; correct the labels "
+            "or the list of classes"
+        )
+    names = names or tuple(str(i) for i in range(num_classes or worst.label + 1))
+    report(path, left_out)
+    return EncodedSet(items=tuple(items), class_names=names, device=device)
+
+
+def load_idx(folder: Path, split: str) -> ImageSet:
+    """Read `SPLIT-images-idx3-ubyte(.gz)` and its labels; `t10k` is the test split.
+
+    Raises:
+        ValueError: A file is missing, damaged, or labels and images do not match.
+    """
+    images = _read_idx(folder, f"{split}-images-idx3-ubyte", 3)[:, None]  # (N, 1, H, W)
+    labels = _read_idx(folder, f"{split}-labels-idx1-ubyte", 1).long()
+    if len(images) != len(labels) or len(labels) == 0:
+        raise ValueError(
+            f"{folder}: got {len(images)} images and {len(labels)} labels for {split!r}, "
+            "expected equally many, at least one; fetch the files again"
+        )
+    count = int(labels.max()) + 1
+    class_names = _read_classes(folder / "classes.txt", must_exist=False)
+    if class_names and len(class_names) < count:
+        raise ValueError(
+            f"{folder / 'classes.txt'}: got {len(class_names)} names, expected {count}, one a line"
+        )
+    class_names = class_names or tuple(str(i) for i in range(count))
+    return ImageSet(images=images, labels=labels, class_names=class_names)
+
+
+def prepare(images: Tensor, spec: InputSpec) -> Tensor:
+    """(b, c, H, W) uint8 -> (b, c, S, S) float32, normalised: what evaluation feeds a network."""
+    pixels = images.float()
+    height, width = images.shape[-2:]
+    size = spec.resized(height, width)
+    if size != (height, width):
+        pixels = F.interpolate(pixels, size, mode=spec.interpolation, antialias=True)
+        pixels = pixels.round().clamp(0, 255)
+    top, left = (round((side - spec.size) / 2) for side in pixels.shape[-2:])
+    pixels = pixels[..., top : top + spec.size, left : left + spec.size]
+    mean, std = (
+        torch.tensor(v, device=images.device)[:, None, None] for v in (spec.mean, spec.std)
+    )
+    return ((pixels / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def check_inputs(inputs: Iterable[InputSpec], num_channels: int | None) -> tuple[InputSpec, ...]:
+    """The distinct ones, if they agree on the number of channels and the images have as many."""
+    distinct = tuple(dict.fromkeys(inputs))
+    wanted = {spec.num_channels for spec in distinct}
+    if len(wanted) != 1 or num_channels not in (None, *wanted):
+        raise ValueError(
+            f"channels: got networks for images with {sorted(wanted)} channels"
+            + ("" if num_channels is None else f" and images with {num_channels}")
+            + ", expected the same number everywhere; use other networks or images"
+        )
+    if not wanted <= {1, 3} and num_channels is None:
+        raise ValueError(
+            f"channels: got a network for {wanted.pop()} channels, expected 1 or 3, which image "
+            "files decode to; use another network"
+        )
+    return distinct
+
+
+def batch_images(inputs: Iterable[InputSpec]) -> int:
+    """Images at a time: 500 small ones, fewer large ones (111 of 3 x 224 x 224)."""
+    # A function of the inputs alone, as it fixes the bits of the result (a product's rounding may
+    # depend on the batch).
+    most = max(spec.num_channels * spec.size**2 for spec in inputs)
+    return max(1, min(500, 2**24 // most))
+
+
+def _read_classes(path: Path, *, must_exist: bool) -> tuple[str, ...]:
+    """Names, one a line; none if there is no such file."""
+    if not path.is_file():
+        if must_exist or path.exists():
+            what = "got a folder" if path.is_dir() else "no such file"
+            raise ValueError(f"{path}: {what}; give a text file with one class name a line")
+        return ()
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES).decode("utf-8-sig")  # Windows editors write a BOM
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(
+            f"{path}: {reason}, expected one class name a line; save it again"
+        ) from None
+    names = tuple(line.strip() for line in text.splitlines())
+    if not names or not all(names) or len(set(names)) != len(names):
+        raise ValueError(
+            f"{path}: got {len(names)} lines, {len(set(names))} of them different and "
+            f"{names.count('')} empty, expected one class name a line, each once; correct it"
+        )
+    return names
+
+
+def _read_idx(folder: Path, stem: str, num_dims: int) -> Tensor:
+    """One idx file of unsigned bytes, gzip-compressed or not.
+
+    Reads the header, then at most what it announces: a small gzip file can hold any amount.
+    """
+    path = next((p for p in (folder / f"{stem}.gz", folder / stem) if p.is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder / stem}.gz: no such file; give a folder with idx files")
+    is_gzip = path.suffix == ".gz"
+    try:
+        with gzip.open(path) if is_gzip else path.open("rb") as file:
+            header = file.read(4 + 4 * num_dims)
+            if len(header) < 4 + 4 * num_dims or header[:4] != bytes((0, 0, 8, num_dims)):
+                raise ValueError(
+                    f"{path}: got header {header[:4].hex(' ') or 'of 0 bytes'}, expected "
+                    f"00 00 08 0{num_dims}; it is not an idx file of bytes"
+                )
+            shape = struct.unpack(f">{num_dims}I", header[4:])
+            expected, limit = math.prod(shape), path.stat().st_size
+            limit *= _MOST_COMPRESSION if is_gzip else 1
+            if min(shape) < 1 or expected > limit:
+                raise ValueError(
+                    f"{path}: got a header that announces {' x '.join(map(str, shape))} bytes, "
+                    f"expected 1 to {limit}, as many as the file can hold; fetch it again"
+                )
+            have = available_bytes(torch.device("cpu"))
+            if expected > have:
+                raise ValueError(
+                    f"{path}: got {expected} bytes, expected at most the {have} of free memory; "
+                    "use image files or shards"
+                )
+            values = torch.empty(expected, dtype=torch.uint8)
+            view, done = memoryview(values.numpy().data), 0
+            while count := file.readinto(view[done : done + 2**24]):
+                done += count
+            if done < expected or file.read(1):
+                more = "more" if done == expected else done
+                raise ValueError(
+                    f"{path}: got {more} bytes, expected {expected} by its header; fetch it again"
+                )
+    except (MemoryError, RuntimeError):
+        raise ValueError(f"{path}: memory is used up; use image files or shards") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged ({error}); fetch it again") from None
+    return values.view(shape)

@@ -1,0 +1,1 @@
+"""Diffusion models in diffusers format, as fast modules."""

@@ -1,0 +1,241 @@
+"""Read a diffusers folder: its weight files, its typed config, and what a wrong path holds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dmkd_fast.runtime import checks
+from dmkd_fast.runtime.model_files import CONFIG, read_json
+
+STEM = "diffusion_pytorch_model"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+MOST_LAYERS = 256
+
+
+def check_is_pipeline(folder: Path) -> None:
+    """Say what lies at `folder` if it is not a diffusers pipeline.
+
+    Raises:
+        ValueError: One line that says what was found and what to do.
+    """
+    expected = "expected a folder in diffusers format (scheduler/ and transformer/ or unet/)"
+    if folder.is_file():
+        raise ValueError(
+            f"{folder}: got a file, {expected}; give its folder, or convert a single-file "
+            "checkpoint with diffusers' from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder, {expected}; check denoiser.path")
+    if any((folder / name).is_dir() for name in ("scheduler", "transformer", "unet")):
+        return
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if "_class_name" in config:
+        raise ValueError(
+            f"{folder}: got one part of a model ({config['_class_name']!s:.60}), {expected}; "
+            "give the folder above it"
+        )
+    if "architectures" in config or "architecture" in config:
+        raise ValueError(
+            f"{folder}: got the folder of a transformers or timm model, {expected}; use a "
+            "diffusion model as denoiser.path"
+        )
+    raise ValueError(f"{folder}: got neither transformer/ nor unet/, {expected}; use another model")
+
+
+def weight_files(folder: Path) -> tuple[list[Path], str | None]:
+    """Weight files of one part, and diffusers' name for their variant (`fp16`).
+
+    A single file comes before shards, and full precision before float16.
+
+    Raises:
+        ValueError: There is no safetensors file, or a shard is missing.
+    """
+    for variant in (None, "fp16"):
+        infix = "" if variant is None else f".{variant}"
+        single = folder / f"{STEM}{infix}.safetensors"
+        if single.is_file():
+            return [single], variant
+        index = folder / f"{STEM}.safetensors.index{infix}.json"
+        if index.is_file():
+            return _shards(index), variant
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{folder}: got no .safetensors file but {pickles[0]}, a pickle, which can run code "
+            "when read; fetch the weights as safetensors, or convert them where that is safe: "
+            "load the pipeline with diffusers and call save_pretrained(FOLDER)"
+        )
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    found = f"only {others[0]}" if others else "no .safetensors file"
+    raise ValueError(
+        f"{folder}: no such file: {STEM}.safetensors; got {found}; fetch the model again"
+    )
+
+
+def load_strictly(model: nn.Module, files: list[Path]) -> None:
+    """Fill `model` from safetensors files that together hold its weights and nothing else.
+
+    Raises:
+        ValueError: A file is damaged, or a name or shape differs from the model's.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            weights |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from None
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        got = tuple(weights[name].shape) if name in weights else "nothing"
+        want = tuple(expected[name].shape) if name in expected else "nothing"
+        if got != want:
+            raise ValueError(
+                f"weights {files[0]}: {name}: got {got}, expected {want}; the file belongs to "
+                "another architecture or class count"
+            )
+        if not weights[name].is_floating_point():
+            raise ValueError(
+                f"weights {files[0]}: {name}: got {weights[name].dtype}, expected floating-point "
+                "numbers; fetch weights that are not quantized"
+            )
+    model.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()})
+
+
+def num_stored(files: list[Path]) -> int:
+    """Numbers that safetensors files hold; only their headers are read.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    total = 0
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    size = 1
+                    for side in file.get_slice(name).get_shape():
+                        size *= side
+                    total += size
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from None
+    return total
+
+
+def check_values(path: Path, config: Mapping[str, Any], model_class: Any) -> None:
+    """Refuse values of other types than a network's defaults, and numbers of layers beyond reason.
+
+    diffusers checks neither: a text in place of a number fails in the first forward, and 10**9
+    layers are built one by one.
+
+    Raises:
+        ValueError: Names the key.
+    """
+    defaults = {
+        key: parameter.default
+        for key, parameter in inspect.signature(model_class.__init__).parameters.items()
+    }
+    for key, value in config.items():
+        default = defaults.get(key)
+        if not _is_like(value, default):
+            raise ValueError(
+                f"{path}: {key}: got {value!r:.60}, expected something like {default!r:.60}; fetch "
+                "the model again"
+            )
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
+            if isinstance(number, int) and ("layers" in key or "blocks" in key):
+                whole(path, {key: number}, key, low=0, high=MOST_LAYERS)
+
+
+def whole(
+    path: Path, config: Mapping[str, Any], key: str, *, low: int = 1, high: int = 65_536
+) -> int:
+    """A whole number of a config file.
+
+    Raises:
+        ValueError: The file has another type or value there.
+    """
+    try:
+        return checks.whole(f"{path}: {key}", config.get(key), low=low, high=high)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def number(path: Path, config: Mapping[str, Any], key: str, default: float) -> float:
+    """A finite number of a config file; `default` where there is none or null.
+
+    Raises:
+        ValueError: The file has another type or value there.
+    """
+    value = config.get(key)
+    try:
+        return checks.number(f"{path}: {key}", default if value is None else value)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def sides(path: Path, config: Mapping[str, Any], key: str) -> tuple[int, int]:
+    """Height and width, of one number or a list of two.
+
+    Raises:
+        ValueError: The file has something else there.
+    """
+    value = config.get(key)
+    both = list(value) if isinstance(value, list | tuple) else [value, value]
+    if len(both) != 2:
+        raise ValueError(f"{path}: {key}: got {len(both)} numbers, expected one or two")
+    height, width = (whole(path, {key: side}, key, high=2048) for side in both)
+    return height, width
+
+
+def one_line(error: Exception) -> str:
+    """A library's message on one line, cut to 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value may stand where the default has this type; None says nothing."""
+    if isinstance(default, bool):
+        values = value if isinstance(value, list) else [value]
+        return all(isinstance(v, bool) for v in values)
+    if isinstance(default, int | float):
+        if isinstance(value, list) and value:  # one for each level
+            return all(_is_like(v, default) for v in value)
+        if value is None:
+            return isinstance(default, int)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and abs(value) < 2**31
+    if isinstance(default, str):
+        return value is None or isinstance(value, str)
+    return not isinstance(default, tuple) or isinstance(value, list)
+
+
+def _shards(index: Path) -> list[Path]:
+    """Files that an index names, all in its own folder."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise ValueError(f"{index}: weight_map: got no names of files; fetch the model again")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    for path in files:
+        if path.parent != index.parent or path.suffix != ".safetensors":
+            raise ValueError(
+                f"{index}: weight_map: got {path.name!r:.60} outside of its folder or not "
+                "safetensors, expected files beside it; fetch the model again"
+            )
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file, but {index.name} names it; fetch it again")
+    if not files:
+        raise ValueError(f"{index}: weight_map: got no file; fetch the model again")
+    return files
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    text = " ".join(str(error).split())[:200]
+    return ValueError(f"weights {path}: damaged ({text}); fetch or save them again")

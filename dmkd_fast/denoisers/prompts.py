@@ -1,0 +1,38 @@
+"""Embeddings of prompts, one for each class of a text-to-image model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.denoisers.model_folders import one_line
+from dmkd_fast.runtime.model_files import check_plain
+
+
+@torch.no_grad()
+def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
+    """CLIP embeddings of prompts, as Stable Diffusion takes them: (N, L, D) float32."""
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+    except ImportError:
+        raise ValueError(
+            "prompts: text-to-image models need transformers; pip install 'dmkd_fast[text]'"
+        ) from None
+    for part in ("tokenizer", "text_encoder"):
+        check_plain(folder / part)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        encoder = CLIPTextModel.from_pretrained(
+            folder / "text_encoder", use_safetensors=True, local_files_only=True
+        ).eval()
+        # Files that state no length have 10**30.
+        longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        tokens = tokenizer(
+            prompts, padding="max_length", max_length=longest, truncation=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        return encoder(tokens.input_ids)[0].float()
+    except Exception as error:  # transformers raises many kinds for a damaged folder.
+        raise ValueError(f"{folder}: text_encoder/ or tokenizer/: {one_line(error)}") from None

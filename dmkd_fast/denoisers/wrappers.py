@@ -1,0 +1,93 @@
+"""diffusers' networks behind the one call that the sampler makes.
+
+B batch, c channels, h w latent cells, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast.denoisers.upsampling import double_by_phases
+
+
+class PixelDiT(nn.Module):
+    """diffusers' DiT with a plain call; what is trained, and the reference for `LeanDiT`."""
+
+    def __init__(self, dit: Any) -> None:
+        super().__init__()
+        self.dit = dit
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """(B, c, h, w), (B,) in [0, 1000), (B,) int64 -> (B, c or 2 c, h, w)."""
+        dit: Any = self.dit
+        return dit(latents, timestep=timesteps, class_labels=labels).sample
+
+
+class ClassUNet(nn.Module):
+    """diffusers' `UNet2DModel` with class embeddings and a plain call."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """(B, c, h, w), (B,), (B,) int64 -> (B, c or 2 c, h, w)."""
+        unet: Any = self.unet
+        return unet(latents, timesteps, class_labels=labels).sample
+
+
+class TextUNet(nn.Module):
+    """diffusers' `UNet2DConditionModel`, conditioned on one prompt per class, encoded once.
+
+    Args:
+        unet: The model.
+        prompts: (num_classes + 1, L, D) embeddings; the last one is the empty prompt.
+    """
+
+    def __init__(self, unet: Any, prompts: Tensor) -> None:
+        super().__init__()
+        self.unet, self.prompts = unet, nn.Buffer(prompts)
+        self.guidance_width = int(unet.config.time_cond_proj_dim or 0)
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, labels: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
+        """(B, c, h, w), (B,), (B,) int64, guidance scales (B,) -> (B, c, h, w)."""
+        unet: Any = self.unet
+        condition = None
+        if guidance is not None:
+            condition = _guidance_waves(guidance - 1, self.guidance_width).to(latents.dtype)
+        return unet(
+            latents, timesteps, encoder_hidden_states=self.prompts[labels],
+            timestep_cond=condition,
+        ).sample  # fmt: skip
+
+
+class Decoder(nn.Module):
+    """An autoencoder's decoder, from the sampler's latents to pixels; changes `vae` in place."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        from diffusers.models.upsampling import Upsample2D
+
+        self.vae = vae
+        double_by_phases(vae.decoder, Upsample2D)
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(vae.config.get("shift_factor") or 0.0)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, c, h, w) -> (B, 3, H, W) in [-1, 1]."""
+        vae: Any = self.vae
+        return vae.decode(latents / self.scale + self.shift).sample
+
+
+def _guidance_waves(guidance: Tensor, width: int) -> Tensor:
+    """Sinusoids of guidance scale - 1 (B,), as guidance-distilled UNets take them: (B, width)."""
+    half = width // 2
+    places = torch.arange(half, dtype=torch.float32, device=guidance.device)
+    angles = 1000 * guidance[:, None] * torch.exp(places * (-math.log(10_000) / (half - 1)))
+    return nn.functional.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, width % 2))

@@ -1,0 +1,121 @@
+"""Run a whole distillation job: resolve the config, load the parts, train, write the results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import ConfigError, user_errors
+from dmkd_fast.data.listing import SourceError
+from dmkd_fast.jobs import memory, results, run_dir
+from dmkd_fast.jobs.build import build
+from dmkd_fast.jobs.images import describe_images
+from dmkd_fast.jobs.parts import Parts, prepare
+from dmkd_fast.jobs.resolve import share
+from dmkd_fast.runtime import files
+from dmkd_fast.runtime.clock import Clock
+from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.runtime.errors import NotFiniteError, is_out_of_memory
+from dmkd_fast.training.distiller import Distiller
+
+
+def run(
+    config: DistillConfig, *, resume: bool = False, show: bool = True, ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """The whole job; leaves student, pictures, statistics and a model card in the run directory.
+
+    Args:
+        config: Resolved or not.
+        resume: Go on from the newest checkpoint of `config.run_dir`; ranks that torchrun starts
+            anew do so by themselves.
+        show: Whether to print progress.
+        ranks: This process among those that run the job together.
+
+    Returns:
+        The summary that the command line prints as its last line; on other ranks than the first,
+        nothing.
+
+    Raises:
+        ConfigError: Something about the settings or files is wrong, and nothing was written; or
+            training cannot go on, after a checkpoint.
+        KeyboardInterrupt: After a checkpoint has been written.
+    """
+    clock, show = Clock(), show and ranks.is_first
+    config, resume = _place(config, resume, ranks)
+    with ranks.agreed(ConfigError):
+        config, parts = prepare(run_dir.find(config) if resume else config, ranks)
+        part = share(config, ranks)
+        memory.check(part, parts, ranks)
+    with memory.explained(part, parts):
+        return _run(config, parts, clock, resume=resume, show=show, ranks=ranks)
+
+
+def _run(
+    config: DistillConfig, parts: Parts, clock: Clock, *, resume: bool, show: bool,
+    ranks: Ranks,
+) -> dict[str, Any]:  # fmt: skip
+    distiller = build(config, parts, show=show, ranks=ranks)
+    distiller.clock = clock  # Loading counts as part of the run.
+    folder = Path(config.run_dir)
+    with ranks.agreed(ConfigError), user_errors():
+        if not resume:  # Before anything is written.
+            distiller.check_folder()
+    with run_dir.locked(folder, ranks=ranks):
+        if resume and run_dir.has_checkpoint(folder):
+            with user_errors():
+                restored = distiller.restore()
+            for note in restored.notes:
+                print(note, file=sys.stderr)
+        with ranks.agreed(ConfigError):
+            with user_errors():
+                distiller.check_folder()
+            if ranks.is_first and resume:
+                run_dir.mark(folder, ranks.launch)
+            elif ranks.is_first:
+                run_dir.claim(config, launch=ranks.launch)
+        if show:
+            print(describe_images(config, parts.origin), file=sys.stderr)
+            print(f"teacher: weights under licence {parts.teachers.licence}", file=sys.stderr)
+        _fit(distiller, folder, ranks)
+        return results.write(distiller, config, parts) if ranks.is_first else {}
+
+
+def _fit(distiller: Distiller, folder: Path, ranks: Ranks) -> None:
+    """Train; after a stop, print how to go on."""
+    try:
+        distiller.fit()
+    except BaseException as stop:
+        is_known = isinstance(
+            stop, KeyboardInterrupt | SourceError | NotFiniteError | files.SaveError
+        )
+        is_known |= is_out_of_memory(stop)
+        if is_known and ranks.is_first and run_dir.has_checkpoint(folder):
+            print(f"to go on: {run_dir.resume_command(folder, ranks)}", file=sys.stderr)
+        if isinstance(stop, SourceError | NotFiniteError):
+            raise ConfigError(str(stop)) from None
+        raise
+
+
+def _place(
+    config: DistillConfig, resume: bool, ranks: Ranks
+) -> tuple[DistillConfig, bool]:  # fmt: skip
+    """Which run directory it is, and whether its run goes on: what the first rank says."""
+    answer = ""
+    with ranks.agreed(ConfigError):
+        if ranks.world_size > ranks.local_world_size and config.run_dir == "auto":
+            raise ConfigError(
+                "run_dir: got auto on several machines, expected a directory that all of them see"
+            )
+        if ranks.is_first:
+            ours = run_dir.find_launched(config, ranks.launch) if ranks.restarts else None
+            if ours is not None:
+                config, resume = ours, True
+            config = run_dir.find(config) if resume else run_dir.name_new(config)
+            if not resume:
+                run_dir.check_new(config)
+            answer = json.dumps([config.run_dir, resume])
+    place, resume = json.loads(ranks.gather(answer)[0])
+    return config.model_copy(update={"run_dir": place}), resume

@@ -1,0 +1,169 @@
+"""What `dmkd evaluate` does: a run's student, or any trained classifier, on any labelled set.
+
+In float32 and from the saved files, so that a run's own figures and those of a
+later evaluation are the same digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmkd_fast import assets
+from dmkd_fast.classifiers.ensemble import Teachers
+from dmkd_fast.classifiers.loading import load_classifier
+from dmkd_fast.classifiers.spec import ClassifierSpec
+from dmkd_fast.config.jobs import DistillConfig, EvalConfig
+from dmkd_fast.config.loading import ConfigError, load_config, user_errors
+from dmkd_fast.data.test_sets import EncodedSet, ImageSet, open_set
+from dmkd_fast.jobs import memory, networks, run_dir
+from dmkd_fast.runtime.device import resolve_device, set_num_threads
+from dmkd_fast.runtime.model_files import pickle_hint
+from dmkd_fast.training import scoring
+
+STUDENT = "student"
+_LESS_MEMORY = "evaluate fewer or smaller images (--data) or a smaller classifier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    scores: dict[str, float]
+    """See `evaluate.Scores.result`."""
+    classes: dict[str, dict[str, Any]]
+    """By class name: images, top1, top5 (None for a class without images)."""
+    num_images: int
+    num_not_finite: int
+    """Images whose logits were NaN or infinite; they count as wrong."""
+    spec: ClassifierSpec
+    """Of the classifier."""
+
+    def summary(self) -> dict[str, Any]:
+        """The scores, numbers of images, the input they were cut to, and top-1 by class."""
+        by_class = {name: row["top1"] for name, row in self.classes.items()}
+        return {
+            **self.scores, "num_images": self.num_images, "num_not_finite": self.num_not_finite,
+            "input_size": self.spec.input_size, "crop_pct": self.spec.crop_pct,
+            "crop_mode": self.spec.crop_mode, "class_top1": by_class,
+        }  # fmt: skip
+
+    def describe_input(self) -> str:
+        """The size that images were cut to, in one line."""
+        spec, size = self.spec, self.spec.input_size
+        text = f"input {size} x {size}, crop_pct {spec.crop_pct:g}, {spec.interpolation}"
+        if spec.test_input_size not in (None, size):
+            text += (
+                f"; timm's published accuracy is at test_input_size {spec.test_input_size}, which "
+                "is not used"
+            )
+        return text
+
+
+def evaluate_run(
+    folder: Path, *, data: Path | None = None, classes: Path | None = None
+) -> Evaluation:
+    """A run's saved student beside its teachers.
+
+    Args:
+        folder: Of a finished run.
+        data: Another set than the run's own test set.
+        classes: Class names of that set; see `open_set`.
+
+    Raises:
+        ConfigError: The folder is not a finished run, its files are damaged, or the set does not
+            fit the student.
+    """
+    if not (folder / run_dir.CONFIG).is_file():
+        raise ConfigError(
+            f"{folder}: got neither the config.yaml of a run nor the config.json of a classifier"
+            f"{pickle_hint(folder)}"
+        )
+    config = load_config(DistillConfig, folder / run_dir.CONFIG)
+    set_num_threads(config.num_threads)
+    with user_errors(), memory.named(_LESS_MEMORY):
+        device = resolve_device(config.device)
+        student, spec = load_classifier(folder / STUDENT, device)
+        images = open_test_set(
+            config.eval if data is None else None, data, classes, device, spec.num_classes
+        )
+        teachers = networks.load_teachers(
+            config.teachers, temperature=config.loss.temperature, device=device
+        )
+        chosen = config.eval.classes if data is None else classes
+        if chosen is None:
+            named = {STUDENT: spec.label_names, **teachers.class_names}
+            for section, names in named.items():
+                fix = "eval.classes" if data is None else "--classes"
+                networks.check_names(section, names, images.class_names, fix=fix)
+        return _measure(student, spec, images, teachers.together, name=str(folder / STUDENT))
+
+
+def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -> Evaluation:
+    """Any trained classifier.
+
+    Args:
+        name: See `classifiers.load_trained`.
+        data: Labelled images; see `open_set`.
+        classes: Their class names.
+
+    Raises:
+        ConfigError: Classifier or set cannot be had, or do not fit each other.
+    """
+    set_num_threads(0)
+    with user_errors(), memory.named(_LESS_MEMORY):
+        device = resolve_device("auto")
+        model, spec, _ = networks.load_trained(name, device)
+        images = open_test_set(None, data, classes, device, spec.num_classes)
+        if classes is None:
+            networks.check_names(name, spec.label_names, images.class_names, fix="--classes")
+        return _measure(model, spec, images, None, name=name)
+
+
+def open_test_set(
+    settings: EvalConfig | None, data: Path | None, classes: Path | None,
+    device: torch.device, num_classes: int,
+) -> ImageSet | EncodedSet:  # fmt: skip
+    """The set that the settings name, or that of `data`, for networks of so many classes.
+
+    Raises:
+        ValueError: There is none, it is damaged, or it has other classes.
+    """
+    if settings is not None:
+        data = assets.resolve(settings.path)
+        classes = None if settings.classes is None else Path(settings.classes)
+    assert data is not None
+    images = open_set(data, device, classes=classes, num_classes=num_classes)
+    if len(images.class_names) != num_classes:
+        raise ValueError(
+            f"classes: {data} has {len(images.class_names)}, the networks have {num_classes}, "
+            "expected the same; use another set, or a classifier for these classes"
+        )
+    return images
+
+
+def _measure(
+    model: nn.Module, spec: ClassifierSpec, images: ImageSet | EncodedSet,
+    teachers: Teachers | None, *, name: str,
+) -> Evaluation:  # fmt: skip
+    inputs = [spec.input, *([] if teachers is None else teachers.inputs_at(1.0))]
+    scores = scoring.measure(
+        model, images.batches(inputs), input=spec.input, num_classes=len(images.class_names),
+        teacher=None if teachers is None else teachers.predict,
+    )  # fmt: skip
+    if scores.num_not_finite == scores.num_images:
+        raise ValueError(
+            f"{name}: got NaN or infinite logits for all of {scores.num_images} images, expected "
+            "finite ones; the weights are damaged or their training diverged, use others"
+        )
+    return Evaluation(
+        scores=scores.result(),
+        classes=dict(zip(images.class_names, scores.by_class(), strict=True)),
+        num_images=scores.num_images,
+        num_not_finite=scores.num_not_finite,
+        spec=spec,
+    )

@@ -1,0 +1,314 @@
+"""Makes a directory of generated images: shard after shard, safe to kill, by any number of jobs.
+
+Image ids, classes and noise are those of online generation with the same
+settings. A job makes the whole shards whose number is i modulo n and that are not there yet; which
+job makes a shard, and how often jobs are killed, changes nothing in the result.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast.classifiers.ensemble import Teachers
+from dmkd_fast.classifiers.loading import for_inference
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import user_errors
+from dmkd_fast.data import shards
+from dmkd_fast.data.test_sets import ImageSet
+from dmkd_fast.denoisers.loading import Denoiser
+from dmkd_fast.jobs import memory, networks
+from dmkd_fast.jobs.evaluate import open_test_set
+from dmkd_fast.jobs.images import make_sampler, open_denoiser, resolve_sampler
+from dmkd_fast.jobs.parts import check_fit
+from dmkd_fast.jobs.resolve import resolve
+from dmkd_fast.runtime import distributed
+from dmkd_fast.runtime.device import available_bytes, resolve_device
+from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.signals import Interrupts
+from dmkd_fast.sampling.labels import LabelStream
+from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
+
+# Per image: headers and padding in the tar with a row of the manifest, and the PNG's share of the
+# pixels' bytes (embedded denoiser, 28 x 28 x 1: 0.73; the released 256 x 256 x 3 sets: about 0.5).
+BYTES_BESIDE, BYTES_PER_PIXEL = 2000, 0.6
+USUAL_SHARD = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maker:
+    """What turns ids into images and rows of the manifest."""
+
+    sampler: DiffusionSampler
+    labels: LabelStream
+    teachers: Teachers
+    image_shape: tuple[int, int, int]
+    row: dict[str, Any]
+    """Columns that are the same for all images."""
+    pool: ThreadPoolExecutor
+
+    def make(self, ids: range) -> Iterator[tuple[int, int, bytes, dict[str, Any]]]:
+        """Id, class, PNG and row of each image of one micro-batch."""
+        device = self.sampler.device
+        numbers = torch.arange(ids.start, ids.stop, device=device)
+        labels = self.labels.labels_of(numbers)
+        images = torch.empty((len(ids), *self.image_shape), dtype=torch.uint8, device=device)
+        self.sampler.sample(numbers, labels, out=images)
+        whole = ImageSet(images=images, labels=labels, class_names=())
+        wanted = self.teachers.inputs_at(1.0)
+        logits = [self.teachers.predict(views) for views, _ in whole.batches(wanted)]
+        guesses = torch.cat(logits).softmax(dim=1).max(dim=1)
+        pngs = self.pool.map(to_png, images.cpu().numpy())
+        check_broken(int(self.sampler.num_broken), self.sampler.num_made)
+        columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
+        for image_id, label, png, guess, share in zip(*columns, strict=True):
+            scale = self.sampler.class_guidance.get(label, self.sampler.guidance_scale)
+            row = {
+                "guidance_scale": scale, "teacher_class": guess, "teacher_probability": share,
+            }  # fmt: skip
+            yield image_id, label, png, self.row | row
+
+
+def run(
+    config: DistillConfig, folder: Path, num_images: int, *,
+    part: tuple[int, int] | None = None,
+    images_per_shard: int | None = None, command: str = "the same call", show: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Make this job's part of a directory of images; what is finished already is only checked.
+
+    Args:
+        config: Denoiser, sampler, seed, device, teacher and test set (for class names) are used.
+        folder: The directory; made if need be.
+        num_images: Images of the complete directory, ids 0 to num_images - 1.
+        part: (i, n): make the shards i, i + n, i + 2 n, ...; None: all, or this rank's under
+            torchrun.
+        images_per_shard: A multiple of sampler.micro_batch_images; None: about 1,024.
+        command: Said after an interrupt as the way to go on.
+        show: Whether to print progress.
+
+    Returns:
+        The summary that the command line prints as its last line.
+
+    Raises:
+        ConfigError: Something about the settings, the directory or the machine is wrong.
+        KeyboardInterrupt: After Ctrl-C or SIGTERM; the directory is consistent.
+    """
+    started, me = time.monotonic(), distributed.read()
+    part = (me.rank, me.world_size) if part is None else part
+    advice = f"lower sampler.micro_batch_images={config.sampler.micro_batch_images}"
+    with ThreadPoolExecutor() as pool, user_errors(), memory.named(advice):
+        maker, plan = _prepare(config, num_images, images_per_shard, pool)
+        _check_space(folder, plan, part)
+        shards.claim(folder, plan)
+        name = f"{part[0]}-of-{part[1]}"
+        with shards.locked(folder, name):
+            missing = _missing(folder, plan, part, show)
+            progress = _Progress(sum(len(plan.ids(s)) for s in missing), show)
+            interrupts = Interrupts()
+            try:
+                with interrupts:
+                    for number in missing:
+                        _make_shard(maker, plan, folder, number, name, interrupts, progress)
+            except KeyboardInterrupt:
+                print(f"every finished shard is kept; to go on: {command}", file=sys.stderr)
+                raise
+            except NotFiniteError as error:
+                raise ValueError(str(error)) from None
+            except OSError as error:
+                raise ValueError(_out_of_space(folder, error, command)) from None
+    there = sum(len(plan.ids(s)) for s in shards.finished(folder))
+    wall_s = time.monotonic() - started
+    return {
+        "part": "{}/{}".format(*part), "made_images": progress.total, "images": there,
+        "num_images": num_images, "is_complete": there == num_images,
+        "images_per_s": round(progress.rate(), 1), "wall_s": round(wall_s, 1),
+        "denoiser_licence": plan.licence, "out": str(folder),
+    }  # fmt: skip
+
+
+def _prepare(
+    config: DistillConfig, num_images: int, images_per_shard: int | None,
+    pool: ThreadPoolExecutor,
+) -> tuple[Maker, shards.Plan]:  # fmt: skip
+    """Load what makes images, and write down all that they depend on."""
+    if config.source is not None:
+        raise ValueError("source: got it, expected a denoiser to make images with; change config")
+    if config.sampler.phases:
+        raise ValueError(
+            "sampler.phases: got some, expected none, as a directory's images are all made alike; "
+            "set sampler.phases=[], or make a directory for each phase"
+        )
+    config = resolve(config, distributed.read())
+    device = resolve_device(config.device)
+    denoiser = open_denoiser(config.denoiser, device)
+    config = resolve_sampler(config, denoiser)
+    assert config.denoiser is not None
+    teachers = networks.load_teachers(
+        config.teachers, temperature=config.loss.temperature, device=device
+    )
+    test_set = open_test_set(config.eval, None, None, device, denoiser.num_classes)
+    check_fit(config, denoiser, teachers, test_set)
+    batch = config.sampler.micro_batch_images
+    made = {memory.BLOCK: 4 * batch * math.prod(denoiser.image_shape)}
+    memory.check_fits(made, available_bytes(device))
+    images_per_shard = images_per_shard or -(-USUAL_SHARD // batch) * batch
+    if images_per_shard % batch:
+        raise ValueError(
+            f"--images-per-shard: got {images_per_shard}, expected a multiple of "
+            f"sampler.micro_batch_images={batch}; change one of the two"
+        )
+    sampling = config.sampler
+    settings = {
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "denoiser": config.denoiser.model_dump(mode="json"),
+        "denoiser_sha256": _weights_sha256(denoiser),
+        "sampler": sampling.model_dump(mode="json", exclude={"fidelity"}),
+        "teachers": {
+            name: teacher.model_dump(mode="json") for name, teacher in config.teachers.items()
+        },
+        "teacher_sha256": _sha256(teachers.together),
+    }
+    plan = shards.Plan(
+        num_images=num_images, images_per_shard=images_per_shard,
+        image_shape=denoiser.image_shape, num_classes=denoiser.num_classes,
+        class_names=test_set.class_names, licence=denoiser.licence, settings=settings,
+    )  # fmt: skip
+    maker = Maker(
+        sampler=make_sampler(config, denoiser), pool=pool,
+        teachers=teachers.together.mapped(
+            lambda module, input: for_inference(module, torch.float32, input)
+        ),
+        labels=LabelStream(denoiser.num_classes, seed=config.seed, device=device),
+        image_shape=denoiser.image_shape,
+        row={
+            "seed": config.seed, "num_steps": sampling.num_steps, "solver": sampling.solver,
+            "denoiser": config.denoiser.path, "revision": config.denoiser.revision,
+        },
+    )  # fmt: skip
+    return maker, plan
+
+
+def _make_shard(
+    maker: Maker, plan: shards.Plan, folder: Path, number: int, part: str,
+    interrupts: Interrupts, progress: _Progress,
+) -> None:  # fmt: skip
+    ids, size = plan.ids(number), maker.sampler.micro_batch_images
+    writer = shards.ShardWriter(folder, number, part)
+    try:
+        for start in range(ids.start, ids.stop, size):
+            batch = range(start, min(start + size, ids.stop))
+            for image in maker.make(batch):
+                writer.add(*image)
+            progress.add(len(batch))
+        with interrupts.held():
+            writer.commit()
+    finally:
+        writer.discard()
+
+
+def _missing(folder: Path, plan: shards.Plan, part: tuple[int, int], show: bool) -> list[int]:
+    """This part's shards that are still to be made; finished ones are read once and checked."""
+    done = set(shards.finished(folder))
+    mine = range(part[0], plan.num_shards, part[1])
+    for number in done & set(mine):
+        try:
+            shard = shards.load_shard(folder, plan, number)
+            for image_id in plan.ids(number):
+                shard.read(image_id)
+        except shards.SourceError as error:
+            print(f"made again: {error}", file=sys.stderr)
+            shards.withdraw(folder, number)
+            done.discard(number)
+    missing = [number for number in mine if number not in done]
+    if show and len(missing) < len(mine):
+        print(f"{len(mine) - len(missing)} of {len(mine)} shards are there", file=sys.stderr)
+    return missing
+
+
+def _check_space(folder: Path, plan: shards.Plan, part: tuple[int, int]) -> None:
+    """About how much this part will still take must be free, before anything is written."""
+    mine = sum(1 for number in shards.finished(folder) if number % part[1] == part[0])
+    images = (-(-plan.num_shards // part[1]) - mine) * plan.images_per_shard
+    images = min(images, plan.num_images)
+    need = images * (BYTES_BESIDE + BYTES_PER_PIXEL * math.prod(plan.image_shape))
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        raise ValueError(
+            f"--num-images: {images:,} images to make take about {need / 2**30:,.1f} GiB, "
+            f"{free / 2**30:,.1f} GiB are free in {there}; lower it or choose another --out"
+        )
+
+
+def _out_of_space(folder: Path, error: OSError, command: str) -> str:
+    what = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+    return f"--out: {what} in {folder}; every finished shard is kept; mend it, then: {command}"
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """(c, H, W) uint8 -> a lossless PNG."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _weights_sha256(denoiser: Denoiser) -> str:
+    parts = [denoiser.module] + ([] if denoiser.decoder is None else [denoiser.decoder])
+    return _sha256(*parts)
+
+
+def _sha256(*modules: nn.Module) -> str:
+    """Of all weights, so that other ones under the same path are noticed."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(_bytes(value).data)
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> np.ndarray:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+class _Progress:
+    """Images made, rate and time left, every few seconds on stderr."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self.total, self._show = total, show
+        self._done = 0
+        self._start = self._told = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Count images as made."""
+        self._done += count
+        now = time.monotonic()
+        if self._show and (now - self._told > 2 or self._done == self.total):
+            left = round((self.total - self._done) / self.rate())
+            print(
+                f"[{100 * self._done / self.total:3.0f}%] {self._done:,}/{self.total:,} images  "
+                f"{self.rate():,.0f} images/s  ETA {left // 60}:{left % 60:02d}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            self._told = now
+
+    def rate(self) -> float:
+        """Images per second so far."""
+        return self._done / max(time.monotonic() - self._start, 1e-9)

@@ -1,0 +1,267 @@
+"""Where a run's images come from: a diffusion model that the settings name, or a directory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dmkd_fast.assets import licence
+from dmkd_fast.assets import resolve as resolve_path
+from dmkd_fast.config.data import SourceConfig
+from dmkd_fast.config.generator import PhaseConfig, SamplerConfig
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.networks import DenoiserConfig
+from dmkd_fast.data import sources, stored
+from dmkd_fast.data.listing import SourceError
+from dmkd_fast.data.shards import PLAN
+from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.denoisers.dit import LeanDiT
+from dmkd_fast.denoisers.loading import Denoiser
+from dmkd_fast.denoisers.loading import load_denoiser as load_denoiser_
+from dmkd_fast.ring.limiter import slots_for
+from dmkd_fast.runtime.device import resolve_device
+from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.sampling.labels import LabelStream
+from dmkd_fast.sampling.noise_levels import choose_solver
+from dmkd_fast.sampling.sampler import DiffusionSampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSource:
+    """A directory of images, checked, with the facts that a Denoiser has too."""
+
+    source: sources.Source
+    kind: sources.Kind
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    licence: str
+
+
+def open_denoiser(settings: DenoiserConfig | None, device: torch.device) -> Denoiser:
+    """The diffusion model that the settings name; fetched first if it is on the Hub."""
+    assert settings is not None  # DistillConfig has a denoiser or a source.
+    loaded = load_denoiser_(
+        resolve_path(settings.path, settings.revision), device, prompts=settings.prompts,
+        decoder=None if settings.decoder is None else resolve_path(settings.decoder),
+        null_class=settings.null_class,
+    )  # fmt: skip
+    if settings.class_map is not None:
+        loaded = loaded.restricted(settings.class_map)
+    return replace(loaded, licence=licence(settings.path) or loaded.licence)
+
+
+def resolve_sampler(config: DistillConfig, denoiser: Denoiser) -> DistillConfig:
+    """The settings without any "auto" that depends on the denoiser.
+
+    Raises:
+        ValueError: The solver or kind of attention does not suit the denoiser.
+    """
+    solver, name = (
+        choose_solver(denoiser.scheduler, config.sampler.solver),
+        config.sampler.attention,
+    )
+    if isinstance(denoiser.module, LeanDiT):
+        name = denoiser.module.choose_attention(
+            name, device=resolve_device(config.device), dtype=getattr(torch, config.dtype)
+        )
+    elif name not in ("auto", "sdpa"):
+        raise ValueError(
+            f"sampler.attention: got {name} for a {type(denoiser.module).__name__}, expected "
+            "sdpa; set sampler.attention=auto"
+        )
+    else:
+        name = "sdpa"
+    sampler = config.sampler.model_copy(update={"attention": name, "solver": solver})
+    return config.model_copy(update={"sampler": sampler})
+
+
+def make_sampler(
+    config: DistillConfig, denoiser: Denoiser, phase: PhaseConfig | None = None
+) -> DiffusionSampler:
+    """The sampler of a resolved config, as it begins or in one of its later phases."""
+    sampling = config.sampler
+    which = sampling if phase is None else phase
+    return DiffusionSampler(
+        denoiser.module, scheduler=denoiser.scheduler, latent_shape=denoiser.latent_shape,
+        decoder=denoiser.decoder, null_class=denoiser.null_class,
+        takes_guidance=denoiser.takes_guidance, num_classes=denoiser.num_classes,
+        class_map=denoiser.class_map, num_steps=which.num_steps, solver=sampling.solver,
+        guidance_scale=which.guidance_scale, class_guidance=sampling.guidance_of_classes,
+        guidance_interval=sampling.guidance_interval,
+        guidance_channels=sampling.guidance_channels,
+        micro_batch_images=sampling.micro_batch_images, dtype=getattr(torch, config.dtype),
+        device=resolve_device(config.device), seed=config.seed,
+        compile=sampling.compile is True,
+    )  # fmt: skip
+
+
+def open_source(
+    settings: SourceConfig, *, num_classes: int, channels: int, class_names: tuple[str, ...]
+) -> OpenSource:
+    """Open the directory that the settings name.
+
+    Args:
+        settings: The section.
+        num_classes: Classes of the teacher.
+        channels: Channels that single files are decoded to.
+        class_names: Names of the test set's classes.
+
+    Raises:
+        ValueError: There are no images, they are incomplete, or their classes are not the
+            teacher's.
+    """
+    stored.check_dali()
+    folder = Path(settings.path)
+    if settings.follow:
+        _wait_for_plan(folder, settings.wait_s)
+    kind = sources.find_kind(folder) if settings.kind == "auto" else settings.kind
+    size = settings.image_size
+    if kind == "shards":
+        shards = sources.ShardSource(folder)
+        plan = shards.plan
+        if not (shards.is_complete or settings.follow):
+            raise ValueError(
+                f"source.path: {shards.num_ready:,} of {plan.num_images:,} images are in "
+                f"{folder}; finish it with the same dmkd generate, or set source.follow=true"
+            )
+        if plan.num_classes == num_classes:
+            _check_names(folder, plan.class_names, class_names)
+        shape = plan.image_shape if size is None else (plan.image_shape[0], size, size)
+        return OpenSource(
+            source=shards, kind=kind, image_shape=shape, num_classes=plan.num_classes,
+            licence=plan.licence,
+        )  # fmt: skip
+    if settings.follow:
+        raise ValueError(f"source.follow: got true for {folder}, which is no set of shards")
+    files = sources.open_files(folder, kind, num_classes=num_classes, class_names=class_names)
+    height, width = stored.image_size(files) if size is None else (size, size)
+    return OpenSource(
+        source=files, kind=kind, image_shape=(channels, height, width), num_classes=num_classes,
+        licence="unknown",
+    )  # fmt: skip
+
+
+def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
+    """The settings without `kind: auto`.
+
+    Raises:
+        ValueError: There are fewer images than the ring needs to begin.
+    """
+    assert config.source is not None
+    count = opened.source.num_images
+    for name, least in (("ring.min_fill_images", config.ring.min_fill_images),
+                        ("source.block_images", config.source.block_images)):  # fmt: skip
+        if least > count:
+            raise ValueError(
+                f"{name}: got {least}, expected at most the {count} images of source.path; lower it"
+            )
+    most = config.ring.max_uses
+    if most is not None and count <= slots_for(
+        config.ring.capacity_images, config.source.block_images
+    ):
+        raise ValueError(
+            f"ring.max_uses: got {most} with a source of {count} images that fits into the ring, "
+            "expected none, as its images are drawn until train.num_views; remove it"
+        )
+    return config.model_copy(
+        update={"source": config.source.model_copy(update={"kind": opened.kind})}
+    )
+
+
+def make_origin(
+    config: DistillConfig, images: Denoiser | OpenSource, ring_images: int, *,
+    show: bool, ranks: Ranks = ALONE,
+) -> tuple[DiffusionSampler | ImageReader, LabelStream | ImageReader]:  # fmt: skip
+    """What fills the ring, and what says with which classes: one reader for both, if from disk."""
+    device = resolve_device(config.device)
+    if isinstance(images, OpenSource):
+        assert config.source is not None
+        reader = ImageReader(
+            images.source, image_shape=images.image_shape,
+            resize=config.source.image_size is not None, ring_images=ring_images, device=device,
+            num_threads=config.num_threads, seed=config.seed, wait_s=config.source.wait_s,
+            show=show, rank=ranks.rank, world_size=ranks.world_size,
+        )  # fmt: skip
+        return reader, reader
+    labels = LabelStream(
+        images.num_classes, seed=config.seed, device=device, rank=ranks.rank,
+        world_size=ranks.world_size,
+    )  # fmt: skip
+    return make_sampler(config, images), labels
+
+
+def later_samplers(
+    config: DistillConfig, images: Denoiser | OpenSource
+) -> list[tuple[float, DiffusionSampler]]:
+    """The samplers of later phases, with the share of the run at which each begins."""
+    if isinstance(images, OpenSource):
+        return []
+    return [(phase.start, make_sampler(config, images, phase)) for phase in config.sampler.phases]
+
+
+def num_weights(images: Denoiser | OpenSource) -> int:
+    """Parameters that making images keeps on the device."""
+    if isinstance(images, OpenSource):
+        return 0
+    parts = [images.module] + ([] if images.decoder is None else [images.decoder])
+    return sum(p.numel() for part in parts for p in part.parameters())
+
+
+def describe_images(config: DistillConfig, images: Denoiser | OpenSource) -> str:
+    """A line for the log: what is used, under which licence."""
+    if isinstance(images, OpenSource):
+        path = config.source.path if config.source else ""
+        text = f"{path}: {images.source.num_images:,} images ({images.kind})"
+        made = f", made with weights under licence {images.licence}"
+        return text + made if images.kind == "shards" else text
+    path = config.denoiser.path if config.denoiser else ""
+    return f"{path}: weights under licence {images.licence}"
+
+
+def card_sentence(config: DistillConfig) -> str:
+    """For the model card: which images, and what they say about real ones."""
+    no_real = (
+        "The student saw no real training image; the images' generator was trained on real ones."
+    )
+    if config.source is not None:
+        text = f"`{config.source.path}` ({config.source.kind})."
+        return f"{text} {no_real}" if config.source.kind == "shards" else text
+    assert config.denoiser is not None
+    return f"`{config.denoiser.path}` ({_steps(config.sampler)}). {no_real}"
+
+
+def _steps(sampling: SamplerConfig) -> str:
+    """Steps and guidance, of every phase."""
+    text = f"{sampling.num_steps} steps, guidance {sampling.guidance_scale:g}"
+    for phase in sampling.phases:
+        text += f"; from {phase.start:.0%} of the run {phase.num_steps}, {phase.guidance_scale:g}"
+    for classes, scale in sampling.class_guidance.items():
+        text += f"; guidance {scale:g} for class {classes}"
+    return text
+
+
+def _wait_for_plan(folder: Path, wait_s: float) -> None:
+    """The generators may be started together with the trainer and write the plan a little later."""
+    end = time.monotonic() + wait_s
+    if not (folder / PLAN).is_file():
+        print(f"waiting for {folder / PLAN}", file=sys.stderr, flush=True)
+    while not (folder / PLAN).is_file():
+        if time.monotonic() > end:
+            raise SourceError(f"{folder / PLAN}: not there after {wait_s:g} s; start dmkd generate")
+        time.sleep(stored.POLL_S)
+
+
+def _check_names(folder: Path, made: tuple[str, ...], tested: tuple[str, ...]) -> None:
+    """Named classes must be in the same order; names that are only numbers say nothing."""
+    if all(n.isdigit() for n in made) or all(n.isdigit() for n in tested):
+        return
+    for label, (mine, other) in enumerate(zip(made, tested, strict=False)):
+        if mine != other:
+            raise SourceError(
+                f"source.path: class {label} is {mine!r} in {folder} and {other!r} in eval.path, "
+                "expected the same; use the test set and teacher of these images"
+            )

@@ -1,0 +1,214 @@
+"""What a run keeps in memory, by part, and whether it fits: known before the ring is allocated."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import ConfigError
+from dmkd_fast.jobs.images import num_weights
+from dmkd_fast.ring.plan import capacity_plan, largest_capacity
+from dmkd_fast.runtime.device import available_bytes, resolve_device
+from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.runtime.errors import is_out_of_memory
+
+if TYPE_CHECKING:
+    from dmkd_fast.jobs.parts import Parts
+
+
+BLOCK, VIEWS, SAVED = "block being made", "views of a batch", "saved for the backward pass"
+_WHAT_HELPS = {
+    BLOCK: "lower sampler.micro_batch_images (or source.block_images)",
+    VIEWS: "lower train.batch_size or views.size",
+    "pool_images": "lower pool_images",
+    "weights, gradients, optimizer, average": "lower num_layers, num_heads or head_dim",
+    SAVED: "lower train.batch_size or views.size, or raise train.accumulate",
+}
+
+
+def plan(config: DistillConfig, parts: Parts) -> dict[str, int]:
+    """Bytes that a run takes on its device, by part; activations of frozen models come on top."""
+    compute = getattr(torch, config.dtype)
+    weights = sum(p.numel() for p in parts.student.parameters())
+    moments = 2 if config.optim.name == "adamw" else 1
+    ring = capacity_plan(config.ring.capacity_images, **_ring_shape(config, parts))
+    pixel = 4 if config.source is None else 1  # made as float32, read as uint8
+    channels, batch = parts.student_spec.in_chans, config.train.batch_size
+    sizes = dict.fromkeys([parts.student_spec.input, *parts.teachers.together.inputs])
+    return {f"ring {name}": count for name, count in ring.items()} | {
+        "denoiser": compute.itemsize * num_weights(parts.origin),
+        "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
+        "student, gradients, optimizer, average": 4 * weights * (3 + moments),
+        "test images": parts.test_set.num_bytes,
+        BLOCK: pixel * config.block_images * math.prod(parts.origin.image_shape),
+    } | batch_plan(
+        parts.student, batch, config.train.accumulate, channels, [spec.size for spec in sizes],
+        dtype=compute, compiled=config.train.compile is True,
+    )  # fmt: skip
+
+
+def batch_plan(
+    model: nn.Module, batch_size: int, accumulate: int, channels: int, sizes: list[int], *,
+    dtype: torch.dtype, compiled: bool,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of one batch: its float32 views, and what autograd keeps for the backward pass.
+
+    Args:
+        model: What is trained.
+        batch_size: Views per step.
+        accumulate: Parts of a batch that are learned from one after the other.
+        channels: Of the views.
+        sizes: Of the views, in pixels; the first is the model's.
+        dtype: Of the forward pass.
+        compiled: torch.compile decides what it keeps: not counted.
+    """
+    shape = (batch_size // accumulate, channels, sizes[0], sizes[0])
+    saved = 0 if compiled else _saved_bytes(model, shape) * dtype.itemsize // 4
+    return {
+        VIEWS: 4 * batch_size * channels * sum(size**2 for size in sizes),
+        SAVED: saved,
+    }
+
+
+def _saved_bytes(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """What autograd keeps of a float32 forward pass, counted on tensors without memory."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    weights = {
+        name: value.detach().to("meta").requires_grad_(value.requires_grad)
+        for name, value in named
+    }  # fmt: skip
+    own = {value.untyped_storage()._cdata for value in weights.values()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return value
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value)
+    # A model whose control flow depends on values cannot run like this; it counts as 0.
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), hooks:
+        torch.func.functional_call(model, weights, (torch.empty(shape, device="meta"),))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def check(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
+    """The largest ring.capacity_images that fits beside the other parts of a run.
+
+    Args:
+        config: Of this rank; see `job.share`.
+        parts: Loaded.
+        ranks: Those of one machine share a CPU's memory; each has a GPU of its own.
+
+    Raises:
+        ConfigError: The one asked for does not.
+    """
+    parts_plan = plan(config, parts)
+    have = available_bytes(resolve_device(config.device))
+    if config.device == "cpu":
+        have //= ranks.local_world_size
+    # Models and test images are loaded by now; what is still to come has to fit.
+    ring = {name: count for name, count in parts_plan.items() if name.startswith("ring ")}
+    others = {name: n for name, n in parts_plan.items() if name not in (*ring, "test images")}
+    rest = sum(others.values())
+    check_fits(others, have)
+    fits = ranks.world_size * largest_capacity(have - rest, **_ring_shape(config, parts))
+    if sum(ring.values()) + rest > have:
+        raise ConfigError(
+            f"ring.capacity_images: got {ranks.world_size * config.ring.capacity_images}, which "
+            f"needs {_gib(sum(ring.values()))} GiB of {_gib(have)} GiB available"
+            f"{' to each rank' * (ranks.world_size > 1)}, of which other parts take {_gib(rest)}; "
+            f"lower it to at most {fits}"
+        )
+    return fits
+
+
+def check_fits(parts: dict[str, int], have: int) -> None:
+    """Refuse parts that together take more bytes than there are.
+
+    Raises:
+        ConfigError: They do; says which is the largest and what to lower.
+    """
+    need, most = sum(parts.values()), max(parts, key=lambda name: parts[name])
+    if need > have:
+        helps = _WHAT_HELPS.get(most, "use a smaller model")
+        raise ConfigError(
+            f"memory: got {_gib(have)} GiB available, expected at least {_gib(need)} GiB "
+            f"({most}: {_gib(parts[most])} GiB); {helps}"
+        )
+
+
+@contextmanager
+def named(advice: str, device: torch.device | None = None) -> Iterator[None]:
+    """Turn running out of memory into one line.
+
+    Args:
+        advice: What to lower.
+        device: Whose memory is reported; None: the host's.
+
+    Raises:
+        ConfigError: Memory of the device or the host is used up.
+    """
+    have = available_bytes(device or torch.device("cpu"))
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        where = "cpu" if device is None else device.type
+        raise ConfigError(
+            f"out of memory: {_gib(have)} GiB of {where} memory were left at the start; {advice}"
+        ) from None
+
+
+@contextmanager
+def explained(config: DistillConfig, parts: Parts | None = None) -> Iterator[None]:
+    """Running out of memory becomes one line: what a run keeps, what there was, what to lower.
+
+    Args:
+        config: Resolved.
+        parts: None: while they are being loaded.
+
+    Raises:
+        ConfigError: The device's or the host's memory is used up.
+    """
+    have = available_bytes(resolve_device(config.device))
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        keeps = "models and test images do not fit"
+        if parts is not None:
+            counts = plan(config, parts)
+            ring = {"ring": sum(n for name, n in counts.items() if name.startswith("ring "))}
+            rest = {name: n for name, n in counts.items() if not name.startswith("ring ")}
+            each = ", ".join(f"{name} {_gib(n)}" for name, n in (ring | rest).items())
+            keeps = f"it keeps {_gib(sum(counts.values()))} GiB ({each}) and activations on top"
+        raise ConfigError(
+            f"out of memory: the run had {_gib(have)} GiB of {config.device} memory left when "
+            f"{'it began' if parts else 'it loaded its parts'}; {keeps}; lower train.batch_size="
+            f"{config.train.batch_size}, ring.capacity_images={config.ring.capacity_images} or "
+            f"{config.block_name}={config.block_images}, or raise train.accumulate="
+            f"{config.train.accumulate}"
+        ) from None
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def _ring_shape(config: DistillConfig, parts: Parts) -> dict[str, Any]:
+    return {
+        "image_shape": parts.origin.image_shape,
+        "block_images": config.block_images,
+    }

@@ -1,0 +1,251 @@
+"""From settings to the teachers and the student of a job, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dmkd_fast import assets
+from dmkd_fast.classifiers.ensemble import Teacher, Teachers
+from dmkd_fast.classifiers.loading import (
+    TORCHVISION,
+    build_classifier,
+    classifier_licence,
+    hub_repository,
+    load_classifier,
+    load_torchvision,
+    to_channels_last,
+)
+from dmkd_fast.classifiers.spec import ClassifierSpec
+from dmkd_fast.config.networks import ClassifierConfig, TeachingConfig
+from dmkd_fast.jobs import memory
+from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.views.spec import InputSpec, check_logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedTeachers:
+    """The teachers of a job and what must be known about them."""
+
+    together: Teachers
+    specs: dict[str, ClassifierSpec]
+    """By the name of their section."""
+    num_classes: dict[str, int]
+    """Classes each has an output for, after its class_map."""
+    class_names: dict[str, tuple[str, ...] | None]
+    """Names of those classes, where the teacher's file states them."""
+    licence: str
+    """Of the weights, as their cards or configs state it."""
+
+
+def load_trained(name: str, device: torch.device) -> tuple[nn.Module, ClassifierSpec, str]:
+    """Any trained classifier by its name.
+
+    Args:
+        name: A folder, `embedded:NAME`, `hf-hub:OWNER/NAME@COMMIT`, `torchvision:NAME` or a timm
+            name; the last two mean their published weights.
+        device: Where to put it.
+
+    Returns:
+        The model in eval mode, its spec, and the licence or identity of its weights.
+
+    Raises:
+        ValueError: There is no such classifier, or its weights cannot be had.
+    """
+    if name.startswith(TORCHVISION):
+        return load_torchvision(name, device)
+    if name.startswith(assets.HUB):
+        path, _, revision = name.partition("@")
+        if len(revision) != 40 or set(revision) - set("0123456789abcdef"):
+            raise ValueError(
+                f"{path}: got revision {revision!r}, expected {path}@COMMIT with 40 hexadecimal "
+                "digits, so that the weights never change"
+            )
+        return _load_saved(path, revision, device)
+    if "/" in name or name.startswith(assets.PREFIX) or Path(name).exists():
+        return _load_saved(name, None, device)
+    repository = hub_repository(name)
+    _, commit = assets.newest(repository)
+    return _load_saved(assets.HUB + repository, commit, device)
+
+
+def pinned(settings: TeachingConfig) -> TeachingConfig:
+    """timm's published weights become a Hub path with today's commit; others stay as they are."""
+    if not settings.pretrained or (settings.arch or "").startswith(TORCHVISION):
+        return settings
+    repository = hub_repository(settings.arch or "")
+    _, commit = assets.newest(repository)
+    change = {"pretrained": False, "arch": None, "path": assets.HUB + repository}
+    return settings.model_copy(update={**change, "revision": commit})
+
+
+def load_teachers(
+    sections: dict[str, TeachingConfig], *, temperature: float, device: torch.device
+) -> LoadedTeachers:
+    """All teachers of a job; those with `pretrained` must be pinned or torchvision's.
+
+    Raises:
+        ValueError: Weights are missing or do not fit, or classes and times leave a gap.
+    """
+    members, specs, counts, names, licences = [], {}, {}, {}, []
+    for section, settings in sections.items():
+        if settings.path is not None:
+            loaded = _load_saved(settings.path, settings.revision, device)
+        else:
+            loaded = load_trained(settings.arch or "", device)
+        module, spec, licence = loaded
+        highest = max(settings.class_map or (0,))
+        if highest >= spec.num_classes:
+            raise ValueError(
+                f"{section}.class_map: got {highest}, expected 0 to {spec.num_classes - 1}, the "
+                "teacher's classes; correct the map"
+            )
+        _check_takes(section, module, spec.input, spec.num_classes, device)
+        members.append(
+            Teacher(
+                module=module,
+                input=spec.input,
+                class_map=settings.class_map,
+                teaches=settings.teaches,
+                start=settings.start,
+                stop=settings.stop,
+            )
+        )
+        specs[section] = spec
+        counts[section] = len(settings.class_map or ()) or spec.num_classes
+        names[section] = spec.label_names
+        if spec.label_names is not None and settings.class_map is not None:
+            names[section] = tuple(spec.label_names[k] for k in settings.class_map)
+        licences.append(licence)
+    if len(set(counts.values())) > 1:
+        given = ", ".join(f"{section} has {count}" for section, count in counts.items())
+        raise ValueError(
+            f"classes: {given}, expected the same; set class_map where a teacher has more"
+        )
+    together = Teachers(members, num_classes=counts["teacher"], temperature=temperature)
+    return LoadedTeachers(
+        together=together.to(device), specs=specs, num_classes=counts, class_names=names,
+        licence="; ".join(dict.fromkeys(licences)),
+    )  # fmt: skip
+
+
+def load_student(
+    settings: ClassifierConfig, teachers: LoadedTeachers, *, view_size: int,
+    device: torch.device, seed: int,
+) -> tuple[nn.Module, ClassifierSpec]:  # fmt: skip
+    """A new student, normalised like the first teacher, or a saved one to go on with.
+
+    Raises:
+        ValueError: It cannot be built or loaded, or does not take the views.
+    """
+    first, num_classes = teachers.specs["teacher"], teachers.num_classes["teacher"]
+    if settings.path is not None:
+        folder = assets.resolve(settings.path, settings.revision)
+        student, spec = load_classifier(folder, device)
+        if spec.input_size != view_size:
+            raise ValueError(
+                f"student.path: got a student for {spec.input_size} pixels, expected "
+                f"views.size={view_size}; set views.size={spec.input_size}"
+            )
+        if spec.in_chans != first.in_chans:
+            raise ValueError(
+                f"student.path: got a student for {spec.in_chans} channels, expected the teacher's "
+                f"{first.in_chans}; use another student"
+            )
+        if spec.num_classes != num_classes:
+            raise ValueError(
+                f"student.path: got a student of {spec.num_classes} classes, expected the "
+                f"teacher's {num_classes}; use another student or a class_map"
+            )
+    else:
+        spec = ClassifierSpec(
+            architecture=settings.arch or "",
+            num_classes=num_classes,
+            in_chans=first.in_chans,
+            input_size=view_size,
+            mean=first.mean,
+            std=first.std,
+            crop_pct=first.crop_pct,
+            interpolation=first.interpolation,
+            crop_mode=first.crop_mode,
+            model_args=settings.model_args,
+            stem=settings.stem,
+        )
+        torch.manual_seed(seed)
+        student = build_classifier(spec)
+        student = to_channels_last(student.to(device))
+    one_view = memory.batch_plan(
+        student, 1, 1, spec.in_chans, [view_size], dtype=torch.bfloat16, compiled=False
+    )
+    memory.check_fits(one_view, available_bytes(device))
+    _check_takes("student", student, spec.input, num_classes, device)
+    return student, spec
+
+
+def check_names(
+    where: str, names: tuple[str, ...] | None, tested: Sequence[str], *, fix: str
+) -> None:
+    """Compare the class names that a classifier's file states with those of a test set.
+
+    Names that are only numbers are not compared; case and punctuation are ignored.
+
+    Args:
+        where: The classifier, for the message.
+        names: Those of its file, in the order of its outputs; None if it has none.
+        tested: Those of the test set.
+        fix: The setting or option that sets the order of the test set's classes.
+
+    Raises:
+        ValueError: A class has another name.
+    """
+    if names is None or any(all(n.isdigit() for n in some) for some in (names, tested)):
+        return
+    for label, (mine, other) in enumerate(zip(names, tested, strict=True)):
+        if _plain(mine) != _plain(other):
+            raise ValueError(
+                f"classes: class {label} is {mine!r} in {where} and {other!r} in the test set, "
+                f"expected the same; set {fix} to a file with the set's class names, one a line, "
+                "in the order of the classifier"
+            )
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum()) or name
+
+
+def _load_saved(
+    path: str, revision: str | None, device: torch.device
+) -> tuple[nn.Module, ClassifierSpec, str]:
+    folder = assets.resolve(path, revision)
+    model, spec = load_classifier(folder, device)
+    licence = assets.licence(path) or classifier_licence(folder)
+    return model, spec, licence if revision is None else f"{licence} ({path} at {revision})"
+
+
+def _check_takes(
+    name: str, model: nn.Module, input: InputSpec, num_classes: int, device: torch.device
+) -> None:
+    """One forward pass on zeros, so that a network that cannot take the views fails here."""
+    size = input.size
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(2, input.num_channels, size, size, device=device))
+    except Exception as error:  # Networks raise what they like when a shape does not fit.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"{name}: cannot take {input.num_channels} x {size} x {size} views ({reason}); use "
+            "another architecture, stem or size"
+        ) from None
+    finally:
+        model.train(was_training)
+    check_logits(name, logits, 2, num_classes)
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"{name}: got NaN or infinite logits for a gray image, expected finite ones; the "
+            "weights are damaged or their training diverged, use others"
+        )

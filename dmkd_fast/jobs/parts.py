@@ -1,0 +1,110 @@
+"""Load the networks and images that a config names, and check them against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from dmkd_fast.classifiers.spec import ClassifierSpec
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import user_errors
+from dmkd_fast.data.test_sets import EncodedSet, ImageSet
+from dmkd_fast.denoisers.loading import Denoiser
+from dmkd_fast.jobs import memory, networks
+from dmkd_fast.jobs.evaluate import open_test_set
+from dmkd_fast.jobs.images import (
+    OpenSource,
+    open_denoiser,
+    open_source,
+    resolve_sampler,
+    resolve_source,
+)
+from dmkd_fast.jobs.resolve import resolve
+from dmkd_fast.runtime.device import resolve_device
+from dmkd_fast.runtime.distributed import ALONE, Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Models and data of a run, loaded and checked against each other."""
+
+    origin: Denoiser | OpenSource
+    """Where images come from: a diffusion model, or files."""
+    teachers: networks.LoadedTeachers
+    student: nn.Module
+    student_spec: ClassifierSpec
+    test_set: ImageSet | EncodedSet
+
+
+def load_parts(config: DistillConfig) -> Parts:
+    """Load everything a resolved config names; nothing is written.
+
+    Raises:
+        ConfigError: A file is missing or damaged, or parts do not fit together.
+    """
+    with user_errors():
+        device = resolve_device(config.device)
+        teachers = networks.load_teachers(
+            config.teachers, temperature=config.loss.temperature, device=device
+        )
+        first = teachers.specs["teacher"]
+        num_classes = teachers.num_classes["teacher"]
+        images: Denoiser | OpenSource
+        if config.source is None:
+            images = open_denoiser(config.denoiser, device)
+            num_classes = images.num_classes
+        test_set = open_test_set(config.eval, None, None, device, num_classes)
+        if config.source is not None:
+            images = open_source(
+                config.source, num_classes=num_classes, channels=first.in_chans,
+                class_names=test_set.class_names,
+            )  # fmt: skip
+        check_fit(config, images, teachers, test_set)
+        student, student_spec = networks.load_student(
+            config.student, teachers, view_size=config.views.size, device=device, seed=config.seed
+        )
+    return Parts(
+        origin=images, teachers=teachers, student=student, student_spec=student_spec,
+        test_set=test_set,
+    )  # fmt: skip
+
+
+def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[DistillConfig, Parts]:
+    """Settings without any "auto" left, and what they name; nothing is written.
+
+    Raises:
+        ConfigError: Something about the settings, files or machine is wrong.
+    """
+    config = resolve(config, ranks)
+    with memory.explained(config):
+        parts = load_parts(config)
+    with user_errors():
+        if isinstance(parts.origin, OpenSource):
+            return resolve_source(config, parts.origin), parts
+        return resolve_sampler(config, parts.origin), parts
+
+
+def check_fit(
+    config: DistillConfig, images: Denoiser | OpenSource,
+    teachers: networks.LoadedTeachers, test_set: ImageSet | EncodedSet,
+) -> None:  # fmt: skip
+    """Classes and channels must agree."""
+    whose = "denoiser.path" if config.source is None else "source.path"
+    for section, spec in teachers.specs.items():
+        facts = (
+            ("classes", images.num_classes, teachers.num_classes[section],
+             len(test_set.class_names)),
+            ("channels", images.image_shape[0], spec.in_chans, test_set.num_channels),
+        )  # fmt: skip
+        for what, made, judged, tested in facts:
+            if made != judged or tested not in (judged, None):
+                raise ValueError(
+                    f"{what}: {whose} has {made}, {section}.path has {judged}, eval.path has "
+                    f"{tested}, expected the same; change the one that is off"
+                )
+        if config.eval.classes is None:
+            networks.check_names(
+                f"{section}.path", teachers.class_names[section], test_set.class_names,
+                fix="eval.classes",
+            )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Train a teacher on real images: `dmkd pretrain teacher`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast.classifiers.loading import build_classifier, save_classifier, to_channels_last
+from dmkd_fast.classifiers.spec import ClassifierSpec
+from dmkd_fast.config.jobs import TeacherConfig
+from dmkd_fast.config.loading import ConfigError, user_errors
+from dmkd_fast.jobs import memory, run_dir
+from dmkd_fast.jobs.pretrain.loop import (
+    autocast,
+    compiles,
+    less_memory,
+    load_real,
+    prepare,
+    results,
+    train,
+    write_card,
+)
+from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.training import scoring
+from dmkd_fast.views.crops import Views
+
+
+@less_memory
+def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Train a classifier with cross-entropy; writes `model` into the run directory.
+
+    Returns:
+        held_out_top1, test_top1 and what the run took.
+    """
+    config, device, dtype = prepare(config, resume)
+    with user_errors():
+        real = load_real(data, device)
+        if config.model.arch is None:
+            raise ValueError("model: got path, expected arch; name the architecture to train")
+    spec = ClassifierSpec(
+        architecture=config.model.arch,
+        num_classes=len(real.train.class_names),
+        in_chans=real.train.images.shape[1],
+        input_size=config.views.size,
+        mean=(config.mean,) * real.train.images.shape[1],
+        std=(config.std,) * real.train.images.shape[1],
+        model_args=config.model.model_args,
+        stem=config.model.stem,
+    )
+    with user_errors():
+        model = to_channels_last(build_classifier(spec).to(device))
+    batch = memory.batch_plan(
+        model, config.train.batch_size, config.train.accumulate, spec.in_chans, [spec.input_size],
+        dtype=dtype, compiled=compiles(config, device),
+    )  # fmt: skip
+    memory.check_fits(batch, available_bytes(device))
+    forward = torch.compile(model) if compiles(config, device) else model
+    views = Views(
+        **config.views.model_dump(), mean=spec.mean, std=spec.std, device=device, seed=config.seed
+    )
+
+    def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
+        batch = views(real.train.images, indices, indices, uses)
+        with autocast(device, dtype):
+            logits = forward(batch)
+        return nn.functional.cross_entropy(
+            logits.float(), real.train.labels[indices], label_smoothing=config.label_smoothing
+        )
+
+    with run_dir.opened(config, resume=resume) as folder:
+        average, facts = train(
+            config, model, loss_of, len(real.train.labels), folder, resume, dtype
+        )
+        final = average.module
+        for name, part in (("held_out_top1", real.held_out), ("test_top1", real.test)):
+            scores = scoring.measure(
+                final, part.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
+            )
+            try:
+                scoring.check_trained(scores)
+            except NotFiniteError as error:
+                raise ConfigError(str(error)) from None
+            facts[name] = scores.result()["top1"]
+        with results(folder) as target:
+            save_classifier(final, spec, target)
+            title = f"{config.name}: {spec.architecture}"
+            write_card(target, title, "pretrain teacher CONFIG --data DIR", config, facts)
+    return facts

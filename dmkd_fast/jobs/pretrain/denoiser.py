@@ -1,0 +1,165 @@
+"""Trains denoisers: one on real images, and from that one another that needs only a few steps.
+
+B batch, c channels, H W pixels, K steps of the few-step denoiser.
+
+Sources: flow matching (Lipman et al., arXiv 2210.02747) with timesteps from a logit-normal
+distribution (Esser et al., arXiv 2403.03206, section 3.1). Few steps: the average velocity over an
+interval (Geng et al., MeanFlow, arXiv 2505.13447), here read off the trajectories of the guided
+many-step sampler (as in Meng et al., arXiv 2210.03142), so that guidance is folded in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dmkd_fast.config.jobs import PretrainDenoiserConfig
+from dmkd_fast.config.loading import ConfigError, user_errors
+from dmkd_fast.data import test_sets
+from dmkd_fast.denoisers.loading import load_denoiser, new_pixel_dit, save_denoiser
+from dmkd_fast.jobs import memory, report, run_dir
+from dmkd_fast.jobs.pretrain.loop import (
+    autocast,
+    compiles,
+    less_memory,
+    load_real,
+    prepare,
+    results,
+    train,
+    write_card,
+)
+from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.sampling.sampler import DiffusionSampler
+
+FLOW = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+}
+
+
+@less_memory
+def pretrain_denoiser(
+    config: PretrainDenoiserConfig, data: Path, *, resume: bool = False
+) -> dict[str, Any]:
+    """Train a class-conditional pixel DiT by flow matching; writes `model` into the run directory.
+
+    Returns:
+        held_out_loss and what the run took.
+    """
+    config, device, dtype = prepare(config, resume)
+    with user_errors():
+        real = load_real(data, device)
+    channels, size = real.train.images.shape[1:3]
+    num_classes = len(real.train.class_names)
+    _check_size(config, size, device)
+    model = new_pixel_dit(
+        num_classes=num_classes, channels=channels, image_size=size, patch_size=config.patch_size,
+        num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim,
+    ).to(device)  # fmt: skip
+    forward = torch.compile(model) if compiles(config, device) else model
+
+    def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
+        del uses  # An image is not changed; what differs between uses is noise and timestep.
+        labels = drop_labels(real.train.labels[indices], num_classes, config.label_dropout)
+        return flow_loss(forward, real.train.images[indices], labels, device, dtype)
+
+    with run_dir.opened(config, resume=resume) as folder:
+        average, facts = train(
+            config, model, loss_of, len(real.train.labels), folder, resume, dtype
+        )
+        torch.manual_seed(config.seed)
+        facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, device, dtype)
+        with results(folder) as target:
+            save_denoiser(average.module.dit, FLOW, target)
+            for scale, images in _sample_grids(target, num_classes, device).items():
+                path = target / f"samples_guidance_{scale:g}.png"
+                report.grid(images, real.train.class_names, path)
+            title = f"{config.name}: pixel DiT"
+            write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
+    return facts
+
+
+def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
+    """Refuse a transformer that does not divide the images or does not fit into memory."""
+    if image_size % config.patch_size:
+        raise ConfigError(
+            f"patch_size: got {config.patch_size}, expected a divisor of the images' {image_size} "
+            "pixels; change it"
+        )
+    width, tokens = config.num_heads * config.head_dim, (image_size // config.patch_size) ** 2
+    weights = config.num_layers * (4 + 8 + 6) * width**2  # attention, MLP, modulation
+    batch = config.train.batch_size // config.train.accumulate * tokens
+    memory.check_fits(
+        {
+            "weights, gradients, optimizer, average": 4 * weights * 5,
+            memory.SAVED: 2 * batch * width * 8 * config.num_layers,
+        },
+        available_bytes(device),
+    )
+
+
+def drop_labels(labels: Tensor, null_class: int, share: float) -> Tensor:
+    """Replace a random `share` of labels (B,) by the null class, one decision per example."""
+    dropped = torch.rand(labels.shape, device=labels.device) < share
+    return torch.where(dropped, null_class, labels)
+
+
+def flow_loss(
+    forward: Callable[..., Tensor], images: Tensor, labels: Tensor, device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Mean squared error of the predicted velocity noise - image.
+
+    Args:
+        forward: The denoiser.
+        images: (B, c, H, W) uint8.
+        labels: (B,) int64, null class included.
+    """
+    clean = images.float() / 127.5 - 1
+    noise = torch.randn_like(clean)
+    levels = torch.sigmoid(torch.randn(len(clean), device=device))  # (B,)
+    mixed = torch.lerp(clean, noise, levels[:, None, None, None])
+    with training_attention(device), autocast(device, dtype):
+        velocity = forward(mixed, levels * 1000, labels)
+    return nn.functional.mse_loss(velocity.float(), noise - clean)
+
+
+def training_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """With 49 tokens the CPU's flash backward takes half of the whole step; products do not."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+@torch.inference_mode()
+def _held_out_loss(
+    model: nn.Module, part: test_sets.ImageSet, device: torch.device, dtype: torch.dtype
+) -> float:
+    losses = [
+        flow_loss(model, images, labels, device, dtype)
+        for images, labels in zip(part.images.split(500), part.labels.split(500), strict=True)
+    ]
+    return round(torch.stack(losses).mean().item(), 5)
+
+
+def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[float, Tensor]:
+    """Eight images of each class at three guidance scales, 16 steps, from the saved weights."""
+    loaded = load_denoiser(folder, device)
+    labels = torch.arange(num_classes, device=device).repeat_interleave(8)
+    ids = torch.arange(len(labels), device=device)
+    shape = loaded.latent_shape
+    grids = {}
+    for scale in (1.0, 1.5, 2.0):
+        sampler = DiffusionSampler(
+            loaded.module, scheduler=loaded.scheduler, latent_shape=shape,
+            null_class=loaded.null_class, num_steps=16, guidance_scale=scale, device=device,
+            micro_batch_images=len(labels),
+        )  # fmt: skip
+        out = torch.empty((len(labels), *shape), dtype=torch.uint8, device=device)
+        grids[scale] = sampler.sample(ids, labels, out=out)
+    return grids

@@ -1,0 +1,183 @@
+"""Train a denoiser that needs a few steps from one that needs many: `dmkd pretrain fewstep`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast.assets import resolve as resolve_path
+from dmkd_fast.config.jobs import PretrainFewstepConfig
+from dmkd_fast.config.loading import user_errors
+from dmkd_fast.denoisers.dit import LeanDiT
+from dmkd_fast.denoisers.loading import Denoiser, load_denoiser, save_denoiser, share_embedder
+from dmkd_fast.denoisers.wrappers import PixelDiT
+from dmkd_fast.jobs import memory, report, run_dir
+from dmkd_fast.jobs.pretrain.denoiser import FLOW, training_attention
+from dmkd_fast.jobs.pretrain.loop import (
+    autocast,
+    compiles,
+    less_memory,
+    prepare,
+    results,
+    train,
+    write_card,
+)
+from dmkd_fast.runtime.device import InFlight, available_bytes
+from dmkd_fast.sampling.noise_levels import flow_sigmas
+from dmkd_fast.sampling.sampler import DiffusionSampler
+
+# Ids of trajectories that are only measured on, apart from those of training.
+HELD_OUT_ID = 2**40
+
+
+@less_memory
+def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Teach a flow denoiser to cross K intervals in one evaluation each; writes `model`.
+
+    No image is needed: what is learned is the denoiser's own guided trajectories from noise.
+
+    Returns:
+        rms_to_teacher: Root mean square difference, in units of [-1, 1] pixels, between images from
+            the same noise; rms_without_training: the same for the teacher's own K guided steps.
+    """
+    config, device, dtype = prepare(config, resume)
+    with user_errors():
+        given = resolve_path(config.denoiser.path, config.denoiser.revision)
+        start = load_denoiser(given, device, null_class=config.denoiser.null_class)
+        if start.scheduler.get("_class_name") != FLOW["_class_name"]:
+            raise ValueError(
+                f"denoiser.path: got a {start.scheduler.get('_class_name')}, expected a flow model "
+                f"({FLOW['_class_name']}); use one from `dmkd pretrain denoiser`"
+            )
+        if not isinstance(start.module, LeanDiT | PixelDiT) or start.decoder is not None:
+            raise ValueError(
+                f"denoiser.path: got a {type(start.module).__name__}"
+                f"{'' if start.decoder is None else ' on latents'}, expected a pixel DiT; use one "
+                "from `dmkd pretrain denoiser`"
+            )
+    pool = Pool(start, config, device, dtype)
+    model: Any = load_denoiser(given, device, lean=False).module
+    share_embedder(model.dit)
+    model.requires_grad_(True)
+    forward = torch.compile(model) if compiles(config, device) else model
+
+    def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
+        del uses
+        states, timesteps, velocity, labels = pool.intervals(indices)
+        with training_attention(device), autocast(device, dtype):
+            predicted = forward(states, timesteps, labels)
+        return nn.functional.mse_loss(predicted.float(), velocity)
+
+    with run_dir.opened(config, resume=resume) as folder:
+        average, facts = train(
+            config, model, loss_of, config.pool_images * config.num_steps, folder, resume, dtype,
+            before_step=lambda uses: pool.make(int(uses[0]) // config.reuse),
+        )  # fmt: skip
+        scheduler = {
+            **start.scheduler,
+            "distilled_steps": config.num_steps,
+            "distilled_guidance_scale": config.sampler.guidance_scale,
+        }
+        with results(folder) as target:
+            save_denoiser(average.module.dit, scheduler, target)
+            facts |= _compare(target, pool, start, config, device)
+            write_card(
+                target, f"{config.name}: {config.num_steps}-step pixel DiT",
+                "pretrain fewstep CONFIG", config, facts,
+                source=f"trajectories of `{config.denoiser.path}`",
+            )  # fmt: skip
+    return facts
+
+
+class Pool:
+    """Guided trajectories of the teacher at the K + 1 states that the few-step model steps over."""
+
+    def __init__(
+        self, start: Denoiser, config: PretrainFewstepConfig, device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.size, self.num_steps, self.device = config.pool_images, config.num_steps, device
+        self.num_classes = start.num_classes
+        self.stride = config.sampler.num_steps // config.num_steps
+        shape = start.latent_shape
+        compiled = config.sampler.compile
+        with user_errors():
+            self.sampler = DiffusionSampler(
+                start.module, scheduler=start.scheduler, latent_shape=shape,
+                null_class=start.null_class, num_steps=config.sampler.num_steps,
+                solver=config.sampler.solver, guidance_scale=config.sampler.guidance_scale,
+                micro_batch_images=config.sampler.micro_batch_images, dtype=dtype, device=device,
+                seed=config.seed, compile=compiles(config, device) and compiled is not False,
+            )  # fmt: skip
+        states = {"pool_images": 2 * (config.num_steps + 1) * self.size * math.prod(shape)}
+        memory.check_fits(states, available_bytes(device))
+        shift = float(start.scheduler.get("shift", 1.0))
+        self.sigmas = flow_sigmas(config.sampler.num_steps, shift)[:: self.stride].float()
+        self.sigmas = self.sigmas.to(device)
+        self._states = torch.empty(config.num_steps + 1, self.size, *shape, dtype=torch.float16)
+        self._states = self._states.to(device)
+        self._labels = torch.empty(self.size, dtype=torch.int64, device=device)
+        self._number: int | None = None
+        self._in_flight = InFlight(device)
+
+    def make(self, number: int) -> None:
+        """Fill the pool with the trajectories of pool `number`, unless they are there already."""
+        if number == self._number:
+            return
+        self._number = None
+        ids = number * self.size + torch.arange(self.size, device=self.device)
+        self._labels = ids % self.num_classes
+        size = self.sampler.micro_batch_images
+        for first in range(0, self.size, size):
+            part = slice(first, first + size)
+            with self._in_flight.piece():
+                self._states[:, part] = self.trajectories(ids[part], self._labels[part])
+        self._number = number
+
+    def trajectories(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """States at the K + 1 noise levels: (B,), (B,) -> (K + 1, B, c, H, W) float32."""
+        return self.sampler.trajectory(ids, labels)[:: self.stride]
+
+    def intervals(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Examples (B,) -> states, timesteps, average velocities over the interval, labels."""
+        k, place = indices % self.num_steps, indices // self.num_steps
+        states, after = self._states[k, place].float(), self._states[k + 1, place].float()
+        width = (self.sigmas[k + 1] - self.sigmas[k])[:, None, None, None]
+        return states, self.sigmas[k] * 1000, (after - states) / width, self._labels[place]
+
+
+@torch.inference_mode()
+def _compare(
+    folder: Path, pool: Pool, start: Denoiser, config: PretrainFewstepConfig,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Saved few-step model and teacher from the same new noise: RMS differences and a picture."""
+    loaded = load_denoiser(folder, device)
+    size = pool.sampler.micro_batch_images
+    ids = HELD_OUT_ID + torch.arange(size, device=device)
+    labels = ids % start.num_classes
+    wanted = pool.trajectories(ids, labels)[-1]
+    shared: dict[str, Any] = {
+        "latent_shape": start.latent_shape, "null_class": start.null_class,
+        "num_steps": config.num_steps, "micro_batch_images": size, "device": device,
+        "seed": config.seed,
+    }  # fmt: skip
+    made = DiffusionSampler(loaded.module, scheduler=loaded.scheduler, **shared)
+    untrained = DiffusionSampler(
+        start.module, scheduler=start.scheduler, solver=config.sampler.solver,
+        guidance_scale=config.sampler.guidance_scale, **shared,
+    )  # fmt: skip
+    facts = {}
+    for name, sampler in (("rms_to_teacher", made), ("rms_without_training", untrained)):
+        got = sampler.trajectory(ids, labels)[-1].clamp(-1, 1)
+        facts[name] = round((got - wanted.clamp(-1, 1)).square().mean().sqrt().item(), 4)
+    classes = torch.arange(start.num_classes, device=device).repeat_interleave(8)
+    out = torch.empty((len(classes), *start.latent_shape), dtype=torch.uint8, device=device)
+    made.sample(HELD_OUT_ID + torch.arange(len(classes), device=device), classes, out=out)
+    names = [str(label) for label in range(start.num_classes)]
+    report.grid(out, names, folder / "samples.png")
+    return facts

@@ -1,0 +1,96 @@
+"""Writes what a finished distillation leaves in its run directory.
+
+Each file and folder gets its name once all of it is on disk, so an interrupted job leaves whole
+files only; a resumed one writes them again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from dmkd_fast.classifiers.loading import save_classifier, timm_lines
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import ConfigError
+from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.jobs import report, run_dir
+from dmkd_fast.jobs.evaluate import STUDENT, evaluate_run
+from dmkd_fast.jobs.images import card_sentence
+from dmkd_fast.runtime import files
+from dmkd_fast.training.distiller import Distiller
+
+if TYPE_CHECKING:
+    from dmkd_fast.jobs.parts import Parts
+
+SUMMARY = "summary.json"
+
+
+def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str, Any]:
+    """Write student, pictures, summary and model card; returns the summary.
+
+    Raises:
+        ConfigError: A file cannot be written; the last checkpoint holds the trained student.
+    """
+    folder = Path(config.run_dir)
+    try:
+        with files.new_folder(folder / STUDENT) as partial:
+            spec = replace(parts.student_spec, label_names=parts.test_set.class_names)
+            save_classifier(distiller.average.module, spec, partial)
+        scores = evaluate_run(folder).scores
+        _draw(distiller, parts, folder, scores["teacher_top1"])
+        summary = {
+            **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
+            **distiller.totals(),
+            "denoiser_licence": parts.origin.licence,
+            "teacher_licence": parts.teachers.licence,
+            "run_dir": str(folder),
+        }
+        if isinstance(distiller.labels, ImageReader):
+            summary["waited_s"] = round(sum(distiller.labels.waits), 1)
+        _write_card(folder, config, parts, summary)
+        files.replace(folder / SUMMARY, [json.dumps(summary, indent=2).encode() + b"\n"])
+        files.sync(folder)
+    except (OSError, SafetensorError) as error:
+        path = getattr(error, "filename", None) or folder / STUDENT
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{path}: cannot write ({reason}); training is finished and saved; free space or fix "
+            f"the folder, then: {run_dir.resume_command(folder)}"
+        ) from None
+    return summary
+
+
+def _draw(distiller: Distiller, parts: Parts, folder: Path, teacher_top1: float) -> None:
+    """samples.png from the ring and curves.png from the statistics."""
+    ring, names = distiller.ring, parts.test_set.class_names
+    filled = ring.labels[: ring.num_filled]
+    chosen = [(filled == label).nonzero()[:10, 0] for label in range(len(names))]
+    if all(len(slots) == 10 for slots in chosen):
+        report.grid(ring.images[torch.cat(chosen)], names, folder / "samples.png")
+    report.curves(folder / "stats.jsonl", folder / "curves.png", teacher_top1=teacher_top1)
+
+
+def _write_card(folder: Path, config: DistillConfig, parts: Parts, summary: dict[str, Any]) -> None:
+    """README.md beside the student's weights."""
+    spec = parts.student_spec
+    judges = ", ".join(f"`{t.path or t.arch}`" for t in config.teachers.values())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
+    text = (
+        f"---\nlibrary_name: dmkd_fast\ntags: [knowledge-distillation, synthetic-data]\n---\n"
+        f"# {spec.architecture} distilled from generated images\n\n"
+        f"Teacher {judges}, images from {card_sentence(config)} "
+        "Accuracies are shares of the real test set, which decided nothing.\n\n"
+        f"| figure | value |\n|---|---|\n{rows}\n\n"
+        "```python\nfrom pathlib import Path\nimport torch\n"
+        "from dmkd_fast import load_classifier\n\n"
+        'model, spec = load_classifier(Path("."), torch.device("cpu"))\n```\n'
+        f"{timm_lines(spec)}"
+        f"Inputs: {spec.in_chans} x {spec.input_size} x {spec.input_size}, pixels in [0, 1] "
+        f"normalised with mean {list(spec.mean)} and std {list(spec.std)}.\n"
+    )
+    files.replace(folder / STUDENT / "README.md", [text.encode()])

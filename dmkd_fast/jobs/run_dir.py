@@ -1,0 +1,195 @@
+"""Run directories: a new one for each job, found again to resume.
+
+It holds `config.yaml`, the resolved settings, from its first moment; so a run that was killed
+before its first checkpoint can be resumed too, from its beginning. `.launch` says which torchrun
+made it, so that processes restarted by that torchrun find it. One process at a time uses a run
+directory: it holds a lock on `.lock`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+from dmkd_fast.config.jobs import RunConfig
+from dmkd_fast.config.loading import ConfigError, dump_config, load_config
+from dmkd_fast.runtime import files
+from dmkd_fast.runtime.distributed import ALONE, Ranks
+
+C = TypeVar("C", bound=RunConfig)
+CONFIG, CHECKPOINTS, LAUNCH, LOCK = "config.yaml", "checkpoints", ".launch", ".lock"
+# torchrun starts ranks again once their predecessors have been told to end, on other machines
+# perhaps before they have.
+RESTART_WAIT_S = 30
+
+
+def name_new(config: C) -> C:
+    """Settings with `run_dir: auto` replaced by runs/NAME-DATE-TIME."""
+    if config.run_dir == "auto":
+        # Microseconds: runs that are started together get directories of their own.
+        name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        config = config.model_copy(update={"run_dir": f"runs/{name}"})
+    return config
+
+
+def check_new(config: RunConfig) -> None:
+    """Refuse the directory of another run, before anything is loaded or written.
+
+    Raises:
+        ConfigError: It holds a run, or cannot be looked into.
+    """
+    folder = _folder(config)
+    if _exists(folder / CONFIG):
+        raise ConfigError(
+            f"run_dir: {folder} holds a run already; choose another, or add --resume to go on"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Make a run directory if need be, and keep other processes out of it.
+
+    Rank 0 holds the lock; all ranks have to call this.
+
+    Raises:
+        ConfigError: Another process uses the directory, or it cannot be written to.
+    """
+    with contextlib.ExitStack() as stack:
+        with ranks.agreed(ConfigError), _writing(folder):
+            if ranks.is_first:
+                files.make_folder(folder)
+                wait_s = RESTART_WAIT_S if ranks.restarts else 0
+                if not stack.enter_context(files.locked(folder / LOCK, wait_s=wait_s)):
+                    raise ConfigError(
+                        f"run_dir: another process uses {folder} now; wait until it has ended, or "
+                        "choose another directory"
+                    )
+        yield
+
+
+@contextlib.contextmanager
+def opened(config: RunConfig, *, resume: bool) -> Iterator[Path]:
+    """The locked directory of a run of one process, new unless it is resumed.
+
+    Raises:
+        ConfigError: See `locked` and `claim`.
+    """
+    folder = Path(config.run_dir)
+    with locked(folder):
+        if not resume:
+            claim(config)
+        yield folder
+
+
+def claim(config: RunConfig, *, launch: str = "") -> Path:
+    """Save the settings of a new run in its directory, made if need be.
+
+    Args:
+        config: Resolved.
+        launch: See `find_launched`.
+
+    Raises:
+        ConfigError: It holds a run already, or cannot be written to.
+    """
+    check_new(config)
+    folder = _folder(config)
+    with _writing(folder):
+        files.make_folder(folder)
+        mark(folder, launch)
+        files.replace(folder / CONFIG, [dump_config(config).encode()])
+        files.sync(folder)
+    return folder
+
+
+def find(config: C) -> C:
+    """The saved settings of the run to resume: of `run_dir`, or of the newest run of this name.
+
+    Raises:
+        ConfigError: There is no such run.
+    """
+    if config.run_dir != "auto":
+        folder = _folder(config)
+        if not _exists(folder / CONFIG):
+            raise ConfigError(
+                f"--resume: got no run and no checkpoint in {folder}, expected {CONFIG}; start a "
+                "new run"
+            )
+    else:
+        found = sorted(Path("runs").glob(f"{config.name}-[0-9]*/{CONFIG}"))
+        if not found:
+            raise ConfigError(
+                f"--resume: got no run in runs/{config.name}-*, expected one; start without "
+                "--resume or set run_dir"
+            )
+        # Two may be written within one tick of the clock: then the later name.
+        folder = max((path.parent for path in found), key=lambda p: (_last_written(p), p.name))
+    return load_config(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})
+
+
+def find_launched(config: C, launch: str) -> C | None:
+    """The settings as they are to be found by `find`, if this launch has a run of this name."""
+    folders = [Path(config.run_dir)]
+    if config.run_dir == "auto":
+        folders = [path.parent for path in Path("runs").glob(f"{config.name}-[0-9]*/{LAUNCH}")]
+    for folder in folders:
+        there = all(_exists(folder / name) for name in (CONFIG, LAUNCH))
+        if there and (folder / LAUNCH).read_text(encoding="utf-8") == launch:
+            return config.model_copy(update={"run_dir": str(folder)})
+    return None
+
+
+def mark(folder: Path, launch: str) -> None:
+    """Record which launch a run belongs to, if any.
+
+    Raises:
+        ConfigError: The directory cannot be written to.
+    """
+    if launch:
+        with _writing(folder):
+            files.replace(folder / LAUNCH, [launch.encode()])
+
+
+def resume_command(folder: Path, ranks: Ranks = ALONE) -> str:
+    """The command that continues a distillation."""
+    before = "torchrun (as before) " if ranks.world_size > 1 else ""
+    return f"{before}dmkd distill {folder / CONFIG} --resume"
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run, or any of its ranks, has one, whole or not."""
+    return any(any((folder / CHECKPOINTS).glob(names)) for names in ("step-*", "rank-*/step-*"))
+
+
+def _last_written(folder: Path) -> float:
+    places = [folder / CONFIG, *(folder / CHECKPOINTS).glob("step-*")]
+    return max(path.stat().st_mtime for path in places)
+
+
+def _folder(config: RunConfig) -> Path:
+    """The run directory that the settings name."""
+    if not config.run_dir.strip() or "\0" in config.run_dir:
+        raise ConfigError(
+            f"run_dir: got {config.run_dir!r}, expected the path of a directory; set run_dir=DIR, "
+            "or run_dir=auto"
+        )
+    return Path(config.run_dir)
+
+
+def _exists(path: Path) -> bool:
+    with _writing(path.parent):
+        found = path.exists()
+    return found
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn an OSError into one line about the run directory."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir: cannot write to {folder} ({error.strerror}); set run_dir=DIR to another"
+        ) from None

@@ -1,0 +1,176 @@
+"""The three raw operators behind kd_loss: schema, shapes, and who computes them on which device.
+
+py, which checks arguments and adds autograd. CPU: C++
+(csrc/register.cpp). CUDA: Triton (kd_loss_triton.py), imported on first use. Everywhere else, and
+where one of these is missing, the definition in reference.py, which is said once.
+
+All take rows: student, teacher (B, C) of any float dtype and strides; target (B,) int64 class ids
+or (B, C) probabilities; weight (B,) factors, 0 skips a row. A row's share of the loss is
+alpha * kd_scale * KL + (1 - alpha) * ce_scale * CE; the operators return loss, KL and CE parts
+(summed, or (B,) with per_row) and per-row statistics for the backward pass. kd_scale and ce_scale
+carry T^2 and the reduction's denominator. Accumulated type: float64 if either logits are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.loss.reference import (
+    reference_cross_entropy,
+    reference_cross_entropy_grad,
+    reference_grad,
+    reference_loss,
+)
+from dmkd_fast.runtime import native
+from dmkd_fast.runtime.operators import warn_once
+
+# Per row: maximum and sum of exponentials of s / T and of t / T, the common part of log p - log q,
+# the sum of exponentials of s, and the target's sum.
+NUM_STATS = 7
+
+_PROBLEM = (
+    "Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
+    "float alpha, float kd_scale, float ce_scale, float label_smoothing"
+)
+_LOSSES = "(Tensor loss, Tensor kd, Tensor ce, Tensor stats)"
+_LIBRARY = torch.library.Library("dmkd_fast", "DEF")
+_LIBRARY.define(f"kd_loss_forward({_PROBLEM}, bool per_row) -> {_LOSSES}")
+_LIBRARY.define(f"kd_loss_backward(Tensor upstream, Tensor stats, {_PROBLEM}) -> Tensor")
+_LIBRARY.define(
+    "kd_loss_forward_backward(Tensor(a!) grad, Tensor? upstream, float grad_scale, "
+    f"{_PROBLEM}) -> {_LOSSES}"
+)
+
+forward = torch.ops.dmkd_fast.kd_loss_forward.default
+backward = torch.ops.dmkd_fast.kd_loss_backward.default
+forward_backward = torch.ops.dmkd_fast.kd_loss_forward_backward.default
+
+
+def accumulated_type(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """What sums are computed and losses returned in."""
+    double = torch.float64 in (student.dtype, teacher.dtype)
+    return torch.float64 if double else torch.float32
+
+
+def _eager_forward(
+    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
+    temperature: float, alpha: float, kd_scale: float, ce_scale: float, label_smoothing: float,
+    per_row: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _say_eager(student)
+    dtype = accumulated_type(student, teacher)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    kd = reference_loss(student, teacher, temperature=temperature) / temperature**2  # (B,)
+    ce = torch.zeros_like(kd)
+    if target is not None:
+        ids = _valid(target, weight)
+        ce = reference_cross_entropy(student, ids, label_smoothing=label_smoothing)
+    if weight is not None:
+        kd, ce = (torch.where(weight == 0, 0, weight * rows) for rows in (kd, ce))
+    kd, ce = kd * kd_scale, ce * ce_scale
+    if not per_row:
+        kd, ce = kd.sum(), ce.sum()
+    # A factor of 0 drops a term that is infinite.
+    loss = (kd * alpha if alpha != 0 else 0) + (ce * (1 - alpha) if alpha != 1 else 0)
+    assert isinstance(loss, Tensor)  # alpha is not both 0 and 1
+    return loss, kd, ce, student.new_zeros(len(student), NUM_STATS)
+
+
+def _eager_backward(
+    upstream: Tensor, stats: Tensor, student: Tensor, teacher: Tensor, target: Tensor | None,
+    weight: Tensor | None, temperature: float, alpha: float, kd_scale: float, ce_scale: float,
+    label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    dtype = accumulated_type(student, teacher)
+    wide, teacher = student.to(dtype), teacher.to(dtype)
+    grad = reference_grad(wide, teacher, temperature=temperature) / temperature**2
+    grad = grad * (alpha * kd_scale)
+    if target is not None:
+        ids = _valid(target, weight)
+        ce = reference_cross_entropy_grad(wide, ids, label_smoothing=label_smoothing)
+        grad = grad + ce * ((1 - alpha) * ce_scale)
+    grad = grad * upstream.reshape(-1, 1)
+    if weight is not None:
+        grad = torch.where(weight[:, None] == 0, 0, grad * weight[:, None])
+    return grad.to(student.dtype, memory_format=torch.contiguous_format)
+
+
+def _eager_forward_backward(
+    grad: Tensor, upstream: Tensor | None, grad_scale: float,
+    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
+    temperature: float, alpha: float, kd_scale: float, ce_scale: float, label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = (student, teacher, target, weight, temperature, alpha, kd_scale, ce_scale,
+               label_smoothing)  # fmt: skip
+    losses = _eager_forward(*problem, False)
+    scale = losses[0].new_tensor(grad_scale) if upstream is None else upstream * grad_scale
+    grad.copy_(_eager_backward(scale, losses[3], *problem))
+    return losses
+
+
+def _valid(target: Tensor, weight: Tensor | None) -> Tensor:
+    """Class ids with those of skipped rows (ignore_index) replaced by 0."""
+    if weight is None or target.dtype != torch.int64:
+        return target
+    return torch.where(weight == 0, 0, target)
+
+
+def _say_eager(logits: Tensor) -> None:
+    if logits.device.type == "cpu" and native.INSTRUCTION_SET == "none":
+        warn_once("cpu", f"dmkd_fast has no compiled CPU kernels ({native.WHY_MISSING}); kd_loss "
+                 "uses its eager definition, several times slower. Install again where there is a "
+                 "C++ compiler; torch.compile on the CPU needs one too.")  # fmt: skip
+
+
+def _fake_forward(
+    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
+    temperature: float, alpha: float, kd_scale: float, ce_scale: float, label_smoothing: float,
+    per_row: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = accumulated_type(student, teacher)
+    shape = student.shape[:1] if per_row else ()
+    loss, kd, ce = (student.new_empty(shape, dtype=dtype) for _ in range(3))
+    return loss, kd, ce, student.new_empty((student.shape[0], NUM_STATS), dtype=dtype)
+
+
+def _fake_backward(upstream: Tensor, stats: Tensor, student: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+def _fake_forward_backward(
+    grad: Tensor, upstream: Tensor | None, grad_scale: float, student: Tensor, teacher: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _fake_forward(student, teacher, None, None, 1.0, 1.0, 1.0, 1.0, 0.0, False)
+
+
+def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The Triton implementation of an operator; float64, which is for checking, stays eager."""
+
+    def run(*arguments: Any) -> Any:
+        if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments):
+            return eager(*arguments)
+        try:
+            triton = importlib.import_module("dmkd_fast.loss.triton_launch")
+        except ImportError as error:
+            warn_once("cuda", f"dmkd_fast has no CUDA kernels ({error}); kd_loss uses its eager "
+                     "definition, several times slower. Install triton.")  # fmt: skip
+            return eager(*arguments)
+        return getattr(triton, name)(*arguments)
+
+    return run
+
+
+for _name, _eager, _fake in (
+    ("forward", _eager_forward, _fake_forward),
+    ("backward", _eager_backward, _fake_backward),
+    ("forward_backward", _eager_forward_backward, _fake_forward_backward),
+):
+    _LIBRARY.impl(f"kd_loss_{_name}", _eager, "CompositeExplicitAutograd")
+    _LIBRARY.impl(f"kd_loss_{_name}", _cuda(_name, _eager), "CUDA")
+    torch.library.register_fake(f"dmkd_fast::kd_loss_{_name}", _fake, lib=_LIBRARY)

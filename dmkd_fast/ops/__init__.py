@@ -1,1 +1,0 @@
-"""Operations with one eager definition each (`reference.py`) and faster kernels beside it."""

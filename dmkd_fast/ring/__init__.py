@@ -1,0 +1,1 @@
+"""The ring buffer of images on the training device."""

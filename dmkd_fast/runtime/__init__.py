@@ -1,0 +1,1 @@
+"""This process and machine: device, ranks, signals, clock, files, extension."""

@@ -1,0 +1,187 @@
+"""Device, dtype, threads and what this machine can do, decided once.
+
+Choices are made by capability, never by timing, so that the same settings on
+the same machine always resolve to the same run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import resource
+import shutil
+import sysconfig
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dmkd_fast.runtime import container
+
+Device = Literal["auto", "cpu", "cuda"]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def resolve_device(name: Device) -> torch.device:
+    """Turn `auto` into `cuda` where there is one, else `cpu`.
+
+    A CUDA device has the index of the current one: libraries such as DALI take a device without
+    index for the first, whatever the current one is.
+
+    Raises:
+        ValueError: `cuda` was asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cpu" or (name == "auto" and not has_cuda):
+        return torch.device("cpu")
+    if not has_cuda:
+        raise ValueError("device: got cuda, but no CUDA device is visible; set device=cpu or auto")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn `auto` into the compute dtype that the device multiplies fastest.
+
+    CUDA: float16. CPU with AVX512-BF16 or AMX: bfloat16, else float32. float16 on a CPU is about
+    25 times slower than bfloat16 and therefore refused.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("dtype: got float16 on a CPU, expected bfloat16 or float32; use auto")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bfloat16 multiply instructions."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile can build kernels here.
+
+    On CUDA that takes Triton; on a CPU a C++ compiler and the headers of Python.
+    """
+    if device_type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return bool(has_triton())
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
+def set_num_threads(num_threads: int, *, num_processes: int = 1) -> int:
+    """Use this many CPU threads (0: all cores this process may run on); returns the number.
+
+    Args:
+        num_threads: How many.
+        num_processes: That share all cores.
+    """
+    count = num_threads or max(1, container.num_cpus() // num_processes)
+    torch.set_num_threads(count)
+    return count
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse the memory of large tensors instead of giving it back each time.
+
+    glibc maps every block above 32 MiB anew and returns the top of its heap; on a CPU the page
+    faults of fresh outputs took a tenth (batches of 256) to a fifth (512) of a denoiser's forward.
+    For programs that own the process, not for a library's import. Does nothing without glibc.
+    """
+    set_malloc_thresholds(mmap_bytes=1 << 30, trim_bytes=(1 << 31) - 1)
+
+
+def make_repeatable() -> None:
+    """Let CUDA libraries choose only kernels that give the same bits each time they run.
+
+    Without it convolutions' weight gradients are summed in any order, and a resumed run ends with
+    other bits. For programs that own the process, before their first product on a GPU. What it
+    does not reach: overlapping max pooling of a channels_last student that is not compiled.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products on several streams
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    if torch.cuda.is_available():
+        import torch._inductor.config as inductor
+
+        if hasattr(inductor, "deterministic"):  # else timing decides how reductions are split
+            inductor.deterministic = True
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Compute float32 products and convolutions on CUDA in float32, not in TF32.
+
+    cuDNN's convolutions use TF32 by default, which rounds factors to 10 bits. The settings are
+    restored afterwards.
+    """
+    cudnn: Any = torch.backends.cudnn
+    parts = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
+
+
+def set_malloc_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
+    """Block size that glibc maps anew, and size of a free heap top that it gives back."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, mmap_bytes)
+        mallopt(M_TRIM_THRESHOLD, trim_bytes)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be had on a device."""
+    if device.type == "cuda":
+        # What PyTorch holds and does not use can be had as well.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    return container.available_bytes()
+
+
+def peak_memory_mib() -> float:
+    """Highest resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class InFlight:
+    """Keeps the host at most `most` pieces of work ahead of a CUDA device.
+
+    Without a limit a signal that arrives during a long fill of the ring could not be served before
+    the device has done all that is queued. Does nothing on a CPU.
+    """
+
+    def __init__(self, device: torch.device, *, most: int = 2) -> None:
+        self._device, self._most = device, most
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    @contextmanager
+    def piece(self) -> Iterator[None]:
+        """Queue one piece of work on the current stream, once fewer than `most` are unfinished."""
+        if self._device.type != "cuda":
+            yield
+            return
+        while len(self._ends) >= self._most:
+            self._ends[0].synchronize()
+            self._ends.popleft()
+        yield
+        end = torch.cuda.Event(blocking=True)  # Waiting for it leaves the core to others.
+        end.record()
+        self._ends.append(end)

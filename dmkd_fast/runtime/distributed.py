@@ -1,0 +1,324 @@
+"""Several processes that train one student: who is who, what they agree on, what they add up.
+
+`torchrun` starts the processes and says in their environment who each of them
+is. Each rank has its own sampler, ring and teacher; only the student's gradients are shared. Ranks
+on one machine meet on loopback, and nothing that they open can be reached from outside.
+
+Control messages go over a gloo group of their own, as tensors: whole answers (`gather`) where
+waiting does not matter, and one byte per question (`Turns`) between steps, read one turn later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
+# A dead peer is noticed at once, as its connections close; this is for one that hangs. Ranks wait
+# for each other while one of them compiles.
+TIMEOUT = timedelta(seconds=600)
+
+
+class Lost(RuntimeError):
+    """Another rank has ended; the message is one line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those of its run; without arguments, one that is alone."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Among the processes of this machine; also the number of its CUDA device."""
+    local_world_size: int = 1
+    restarts: int = 0
+    """How often torchrun has started all processes anew."""
+    launch: str = ""
+    """What all processes of one torchrun have in common, restarted ones included."""
+    control: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes what the whole run leaves, and tells of it."""
+        return self.rank == 0
+
+    def seed(self, seed: int) -> int:
+        """A seed of this rank's own; rank 0 has the given one."""
+        return (seed + self.rank * 0x9E3779B97F4A7C15) % 2**63
+
+    def folder(self, folder: Path) -> Path:
+        """Where this rank keeps what is its own: the first one in the given folder."""
+        return folder if self.is_first else folder / f"rank-{self.rank}"
+
+    def share(self, name: str, count: int, *, unit: int = 1) -> int:
+        """This rank's part of a number that must divide.
+
+        Args:
+            name: Setting, for the message.
+            count: Of the whole run.
+            unit: What each part must be a multiple of.
+
+        Raises:
+            ValueError: It does not divide.
+        """
+        whole = self.world_size * unit
+        if count % whole:
+            blocks = f" blocks of {unit}" if unit > 1 else ""
+            raise ValueError(
+                f"{name}: got {count} with {self.world_size} ranks, expected a multiple of {whole}"
+                f", so that all have as many{blocks}; change it or --nproc-per-node"
+            )
+        return count // self.world_size
+
+    def gather(self, text: str) -> list[str]:
+        """The text of each rank, in their order; all have to call this."""
+        if self.control is None:
+            return [text]
+        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        with _told():
+            dist.all_gather(lengths, torch.tensor([len(data)]), group=self.control)
+            longest = max(int(length) for length in lengths)
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: len(data)] = data
+            found = [torch.empty_like(padded) for _ in range(self.world_size)]
+            dist.all_gather(found, padded, group=self.control)
+        pairs = zip(found, lengths, strict=True)
+        return [bytes(t[: int(n)].tolist()).rstrip(b"\0").decode() for t, n in pairs]
+
+    @contextlib.contextmanager
+    def agreed(self, kind: type[ValueError]) -> Iterator[None]:
+        """What fails on one rank fails on all: they wait for each other at the end.
+
+        Args:
+            kind: What is raised everywhere when a ValueError was raised anywhere.
+        """
+        if self.control is None:
+            yield
+            return
+        problem = ""
+        try:
+            yield
+        except ValueError as error:
+            problem = str(error) or type(error).__name__
+        problems = self.gather(problem)
+        for rank, text in enumerate(problems):
+            if text:
+                raised = kind(f"rank {rank}: {text}" if rank else text)
+                raised.add_note(AGREED)
+                raise raised
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, on the CPU."""
+        values = values.detach().cpu()
+        if self.control is not None:
+            values = values.clone()
+            with _told():
+                dist.all_reduce(values, group=self.control)
+        return values
+
+    def elsewhere(self, value: float) -> float:
+        """The sum of the other ranks' values."""
+        if self.control is None:
+            return 0.0
+        return float(self.total(torch.tensor(value, dtype=torch.float64))) - value
+
+    def follow_first(self, tensors: list[Tensor]) -> None:
+        """Give tensors on any device the values that they have on rank 0."""
+        if self.control is None:
+            return
+        for tensor in tensors:
+            copy = tensor.detach().cpu().contiguous()
+            with _told():
+                dist.broadcast(copy, src=0, group=self.control)
+            tensor.copy_(copy)
+
+    def parallel(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """The module with its gradients averaged over all ranks; alone, the module itself.
+
+        Parameters and, before each forward, buffers are those of rank 0.
+        """
+        if self.control is None or not any(p.requires_grad for p in module.parameters()):
+            return module
+        group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        # Of a first convolution on grey images: its strides are ambiguous, not wrong.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        return nn.parallel.DistributedDataParallel(module, process_group=group)
+
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What all ranks do now."""
+
+    save: bool
+    stop: bool
+    failed: bool
+    """Whether the last checkpoint could not be written on some rank."""
+
+
+class Turns:
+    """Decisions that all ranks take at the same step or block, without waiting for each other.
+
+    At each turn every rank says what it sees; at the next one all act on what anybody had seen.
+    Alone, a rank acts on what it sees now.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._asked: tuple[Tensor, dist.Work] | None = None
+        self._has_saved = False
+
+    def next(self, *, due: bool, busy: bool, failed: bool, stop: bool) -> Decision:
+        """Take a turn.
+
+        Args:
+            due: Whether it is time for a checkpoint.
+            busy: Whether one is still being written here.
+            failed: Whether one could not be written here.
+            stop: Whether somebody asked this process to stop.
+        """
+        control = self._ranks.control
+        if control is None:
+            return Decision(save=due, stop=stop, failed=failed)
+        seen = self._answers()
+        # What was seen at a turn that began a checkpoint was seen before it began.
+        save = seen[0] and not (seen[1] or seen[2] or seen[3] or self._has_saved)
+        self._has_saved = save
+        mine = torch.tensor([due, busy, failed, stop], dtype=torch.uint8)
+        with _told():
+            work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=control, async_op=True)
+        assert work is not None
+        self._asked = (mine, work)
+        return Decision(save=save, stop=seen[3], failed=seen[2])
+
+    def end(self) -> None:
+        """Wait for what is still on its way."""
+        self._answers()
+
+    def _answers(self) -> list[bool]:
+        if self._asked is None:
+            return [False] * 4
+        (answers, work), self._asked = self._asked, None
+        with _told():
+            work.wait()
+        return [bool(answer) for answer in answers.tolist()]
+
+
+def read() -> Ranks:
+    """Who this process is by what torchrun says; nothing is opened."""
+    env = os.environ
+    if "WORLD_SIZE" not in env or "RANK" not in env:
+        return ALONE
+    world_size = int(env["WORLD_SIZE"])
+    local = int(env.get("LOCAL_WORLD_SIZE", "1"))
+    return Ranks(
+        rank=int(env["RANK"]), world_size=world_size, local_rank=int(env.get("LOCAL_RANK", "0")),
+        local_world_size=local, restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        launch=_parent() if local == world_size else "run " + env.get("TORCHELASTIC_RUN_ID", ""),
+    )  # fmt: skip
+
+
+def join() -> Ranks:
+    """Meet the other processes that torchrun has started, if it has."""
+    ranks = read()
+    if ranks.world_size == 1:
+        return ranks
+    if ranks.local_world_size == ranks.world_size:
+        for library in ("GLOO", "NCCL"):  # They would take the first interface that is up.
+            os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
+        store = dist.PrefixStore(f"dmkd-{ranks.restarts}", _local_store(ranks))
+        dist.init_process_group(
+            "gloo", store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
+        )
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    return replace(ranks, control=dist.group.WORLD)
+
+
+def is_agreed(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was made from, was raised on all ranks by `agreed`."""
+    while error is not None and AGREED not in getattr(error, "__notes__", ()):
+        error = error.__context__
+    return error is not None
+
+
+def use_device(ranks: Ranks, name: str) -> None:
+    """Make the CUDA device of this rank the current one, before `runtime.resolve_device`.
+
+    Args:
+        ranks: This process among those of its machine.
+        name: Setting: auto, cpu or cuda.
+
+    Raises:
+        ValueError: There are fewer devices than ranks.
+    """
+    if name != "cpu" and ranks.local_world_size > 1 and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if ranks.local_world_size > count:
+            raise ValueError(
+                f"--nproc-per-node: got {ranks.local_world_size}, expected at most the {count} "
+                "CUDA devices of this machine; lower it or set device=cpu"
+            )
+        torch.cuda.set_device(ranks.local_rank)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at once, with all that was printed.
+
+    The ordinary end takes Python apart while gloo's threads still run, which sometimes aborts.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _local_store(ranks: Ranks) -> dist.Store:
+    """Where ranks of one machine find each other."""
+    port = int(os.environ["MASTER_PORT"])
+    fd: int | None = None
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if ranks.is_first and not is_served:
+        # Left to itself the store listens on all interfaces, whatever its host name says.
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((LOOPBACK, port))
+        listener.listen(ranks.world_size)
+        fd = listener.detach()
+    extra: dict[str, Any] = {} if fd is None else {"master_listen_fd": fd}
+    return dist.TCPStore(
+        LOOPBACK, port, ranks.world_size, fd is not None, TIMEOUT, wait_for_workers=False, **extra
+    )
+
+
+def _parent() -> str:
+    """torchrun's process, told from all others that ever ran here."""
+    agent = os.getppid()
+    started = Path(f"/proc/{agent}/stat").read_text(encoding="ascii", errors="replace")
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return json.dumps([boot, agent, int(started.rpartition(")")[2].split()[19])])
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Lost(f"another rank has ended or hangs ({reason}); this one ends too") from None

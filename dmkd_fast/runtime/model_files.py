@@ -1,0 +1,278 @@
+"""Files of tensors and their configs: safetensors and JSON only, nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+COMPILED = "_orig_mod."
+"""What torch.compile puts before the names inside the module that it wraps."""
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar")
+RUNS_CODE = (
+    "auto_map", "trust_remote_code", "quantization_config", "attn_implementation",
+    "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
+)  # fmt: skip
+"""Keys of a config that make diffusers or transformers import code of others."""
+FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file")
+CONVERT = (
+    "convert it: timm.models.save_for_hf(timm.create_model(ARCH, num_classes=N, "
+    "checkpoint_path=FILE), FOLDER, safe_serialization=True) writes config.json and "
+    "model.safetensors"
+)
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill `model` from a safetensors file; every weight must be there, and no other.
+
+    Raises:
+        ValueError: The file is missing, damaged, or its names, shapes or types differ from the
+            model's.
+    """
+    names = match_weights(model, path)
+    weights = load_file(path)
+    expected = model.state_dict()
+    # Not strict, as `match_weights` lets counters and tied weights be missing.
+    model.load_state_dict(
+        {name: weights[theirs].to(expected[name].dtype) for theirs, name in names.items()},
+        strict=False,
+    )
+
+
+def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
+    """Find each tensor of a safetensors file in `model`, which may be on the meta device.
+
+    Only the header is read. Prefixes that torch.compile and DistributedDataParallel put before
+    names are ignored. `num_batches_tracked` may be missing, as evaluation does not use it, and so
+    may the other names of a tied weight.
+
+    Returns:
+        The model's name by the file's name.
+
+    Raises:
+        ValueError: See `load_weights`.
+    """
+    if not path.is_file():
+        raise ValueError(f"weights {path}: no such file{pickle_hint(path.parent)}")
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            given = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"weights {path}: damaged ({_first_line(error)}); fetch or save them again"
+        ) from None
+    expected = model.state_dict(keep_vars=True)
+    names: dict[str, str] = {}
+    for theirs in given:
+        name = theirs.replace(COMPILED, "")
+        name = name if name in expected else name.removeprefix("module.")
+        if name in names.values():
+            raise ValueError(
+                f"weights {path}: {_shown(name)}: got it twice, once as {_shown(theirs)}; save the "
+                "model again"
+            )
+        names[theirs] = name
+    found = {name: given[theirs] for theirs, name in names.items()}
+    present = {id(expected[name]) for name in found.keys() & expected.keys()}
+    for name in sorted(expected.keys() | found.keys()):
+        tensor = expected.get(name)
+        if name not in found and (name.endswith("num_batches_tracked") or id(tensor) in present):
+            continue
+        got = found[name][1] if name in found else "nothing"
+        want = tuple(tensor.shape) if tensor is not None else "nothing"
+        if got != want or tensor is None:
+            raise ValueError(
+                f"weights {path}: {_shown(name)}: got {got}, expected {want}; "
+                "the file belongs to another architecture or class count"
+            )
+        if _kind(found[name][0]) != _kind(NAMES.get(tensor.dtype, str(tensor.dtype))):
+            raise ValueError(
+                f"weights {path}: {_shown(name)}: got numbers of type {found[name][0]}, expected "
+                f"{NAMES.get(tensor.dtype, tensor.dtype)}; save the model in float32 or float16"
+            )
+    return names
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the weights of `model` as safetensors, under the names of the bare network.
+
+    Wrappers (torch.compile, DataParallel, DistributedDataParallel) leave no prefix, and a weight
+    that is tied to another is written once.
+    """
+    written: set[tuple[Any, ...]] = set()
+    weights: dict[str, Tensor] = {}
+    for name, value in unwrapped(model).state_dict().items():
+        name = name.replace(COMPILED, "")
+        place = value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+        if place in written and value.numel():
+            continue
+        written.add(place)
+        value = value.detach().cpu().contiguous()
+        # Weights that overlap without being the same are written apart.
+        shares = value.untyped_storage().nbytes() != value.nbytes
+        weights[name] = value.clone() if shares else value
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif (inner := getattr(model, "_orig_mod", None)) is not None:
+            model = inner
+        else:
+            return model
+
+
+def check_folder(folder: Path) -> None:
+    """Say what lies at `folder` if it is no folder with a config.json and what to do with it.
+
+    Raises:
+        ValueError: It is a file, or there is no config.json.
+    """
+    if folder.is_file():
+        what, fix = "a file", "give its folder"
+        if _is_pickle(folder):
+            what, fix = "a pickle, which can run code when read", CONVERT
+        raise ValueError(
+            f"{folder}: got {what}, expected a folder with config.json and model.safetensors; {fix}"
+        )
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder / CONFIG}: No such file{pickle_hint(folder)}")
+
+
+def pickle_hint(folder: Path) -> str:
+    """What to do about a missing file of a model, by what else is in the folder."""
+    pickles = sorted(p.name for p in folder.glob("*") if _is_pickle(p))
+    if not pickles:
+        return "; check the model's folder"
+    return f", but there is {pickles[0]}, a pickle, which can run code when read; {CONVERT}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; what is wrong with it becomes a ValueError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; check the model's folder") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not valid JSON; fetch or save the model again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+def check_plain(folder: Path) -> None:
+    """Refuse a part of a diffusers model that names code, or files outside of its folder.
+
+    Raises:
+        ValueError: See above, or the part is an adapter of another model.
+    """
+    configs = [p for p in (folder / CONFIG, folder / "tokenizer_config.json") if p.is_file()]
+    for path in configs:
+        values = read_json(path)
+        for key in RUNS_CODE:
+            if values.get(key) is not None:
+                raise ValueError(
+                    f"{path}: got {key}, which can run code that is not the library's own, "
+                    "expected a config without; use a plain model"
+                )
+        _check_inside(path, [values.get(key) for key in FILE_KEYS])
+    for path in sorted(folder.glob("*.index.json")):
+        names = read_json(path).get("weight_map")
+        _check_inside(path, [*names.values()] if isinstance(names, dict) else [names])
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder}: got adapter_config.json, which loads another model, expected a whole one; "
+            "merge the adapter and save the result"
+        )
+
+
+def _check_inside(path: Path, names: list[Any]) -> None:
+    for name in names:
+        if name is None:
+            continue
+        # One part of a path, and more than dots.
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", name):
+            raise ValueError(
+                f"{path}: got the file name {str(name)[:80]!r}, expected one without folders; "
+                "fetch or save the model again"
+            )
+
+
+def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece and without a copy of them.
+
+    safetensors' own `save` copies everything twice while no other Python thread can run, which
+    would stop a training loop beside it.
+
+    Args:
+        tensors: Contiguous, on the CPU.
+
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
+    # The widest first, so that every tensor is aligned in the file.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, Any] = {}
+    place = 0
+    for name in names:
+        value, start = tensors[name], place
+        if value.dtype not in NAMES:
+            raise TypeError(
+                f"{name}: got {value.dtype}, expected one of {', '.join(map(str, NAMES))}; keep it "
+                "in another dtype"
+            )
+        place += value.numel() * value.dtype.itemsize
+        header[name] = {
+            "dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, place],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        if tensors[name].numel():
+            yield tensors[name].reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_licence(folder: Path) -> str:
+    """The licence that a folder's model card states in its header, or "unknown"."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = header and re.search(r"^licen[sc]e:\s*[\"']?([\w.+-]+)", header[1], re.MULTILINE)
+    return found[1] if found else "unknown"
+
+
+def _is_pickle(path: Path) -> bool:
+    return path.suffix.lower() in PICKLES and path.is_file()
+
+
+def _kind(dtype: str) -> str:
+    """Types that are converted into each other when read: floating-point ones, and integers."""
+    if dtype in ("F64", "F32", "F16", "BF16"):
+        return "float"
+    return "integer" if dtype[:1] in ("I", "U") else dtype
+
+
+def _shown(name: str) -> str:
+    """A name from a file, without line breaks and other characters that act on a terminal."""
+    return ascii(name)[1:-1][:120]
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

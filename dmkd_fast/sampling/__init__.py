@@ -1,0 +1,1 @@
+"""Images by id: labels, solver tables, the sampling loop."""

@@ -1,0 +1,294 @@
+"""Diffusion solvers as tables of coefficients, built once from a scheduler's config.
+
+No scheduler object exists at run time: one step of every solver is ::
+
+    f = model(input_scale * x, timestep)          # what the model predicts
+    m = skip * x + out * f                        # its estimate of the image
+    x = a * x + b0 * clip(m) + b1 * m_before + u * m + n * z
+
+with z new noise and m_before the clipped m of the step before. K steps.
+
+Sources: Ho et al., DDPM (arXiv 2006.11239), eq. 7; Nichol & Dhariwal (arXiv 2102.09672), eq. 15,
+for learned variances; Song et al., DDIM (arXiv 2010.02502), eq. 12 with eta = 0; Lu et al.,
+DPM-Solver++ (arXiv 2211.01095), algorithm 2; Lipman et al., flow matching (arXiv 2210.02747); Song
+et al., consistency models (arXiv 2303.01469), algorithm 1 and appendix C.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.runtime import checks
+from dmkd_fast.sampling import noise_levels
+from dmkd_fast.sampling.noise_levels import (
+    CONSISTENCY,
+    FLOW,
+    Scheduler,
+    Solver,
+    alpha_bar,
+    clip_of,
+    flow_sigmas,
+    number_of,
+    spaced_timesteps,
+)
+
+LOGGER = logging.getLogger("dmkd_fast")
+_logged: set[str] = set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverTable:
+    """Coefficients of all steps."""
+
+    COLUMNS = ("timestep", "input_scale", "skip", "out", "a", "b0", "b1", "u", "n",
+               "log_variance_low", "log_variance_high")  # fmt: skip
+
+    rows: Tensor
+    """(K, len(COLUMNS)) float32."""
+    initial_scale: float
+    """Standard deviation of the first x."""
+    clip: float | None
+    """Image estimates are clamped to [-clip, clip]; None: not at all."""
+    learned_variance: bool
+    """n * z is replaced by exp(v / 2) * z, v between the two log variances as the model says."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def stochastic(self) -> tuple[bool, ...]:
+        """Which steps draw noise."""
+        return tuple((self.column("n") != 0).tolist())
+
+    def column(self, name: str) -> Tensor:
+        """(K,) float32."""
+        return self.rows[:, self.COLUMNS.index(name)]
+
+
+def solver_table(
+    scheduler: Scheduler, num_steps: int, device: torch.device, *, solver: Solver = "auto"
+) -> SolverTable:
+    """Coefficients for the scheduler that a model was published with.
+
+    Args:
+        scheduler: Fixes noise levels, prediction type, clipping and timesteps. Diffusers' scheduler
+            of the solver's name, made `from_config` of it, gives the same numbers.
+        num_steps: K.
+        device: Of the table.
+        solver: "auto" is the scheduler's own. Models trained with DDPM's noise levels take "ddpm",
+            "ddim" and "dpm++2m", flow models "euler" and "dpm++2m" (second order at the same cost).
+
+    Raises:
+        ValueError: The scheduler, one of its settings or the solver is not supported for this
+            model, or K is more than it has.
+    """
+    name, trained = scheduler.get("_class_name"), noise_levels.trained_steps(scheduler)
+    checks.whole("num_steps", num_steps, low=1, high=trained)
+    chosen = noise_levels.choose_solver(scheduler, solver)
+    noise_levels.check_supported(scheduler, chosen)
+    distilled = scheduler.get("distilled_steps")
+    if distilled is not None and (num_steps, chosen) != (distilled, "euler"):
+        expected = f"{distilled!r:.60}"
+        raise ValueError(
+            f"num_steps, solver: got {num_steps}, {chosen!r} for a denoiser distilled to "
+            f"{expected} steps, expected {expected}, 'euler'; set them so"
+        )
+    if name == FLOW:
+        build = _flow
+    elif name == CONSISTENCY:
+        build = _consistency
+    else:
+        build = {"ddpm": _ddpm, "ddim": _ddim, "dpm++2m": _dpm}[chosen]
+    columns, initial_scale, clip = build(scheduler, num_steps, trained, chosen)
+    rows = torch.zeros(num_steps, len(SolverTable.COLUMNS), dtype=torch.float64)
+    rows[:, SolverTable.COLUMNS.index("input_scale")] = 1
+    for column, values in columns.items():
+        rows[:, SolverTable.COLUMNS.index(column)] = values
+    rows = rows.float()
+    if not (rows.isfinite().all() and math.isfinite(initial_scale)):
+        raise ValueError(
+            f"num_steps: got {num_steps}, for which {chosen} on this scheduler's noise levels has "
+            "coefficients that are not finite; use fewer steps, or correct the betas in "
+            "scheduler_config.json"
+        )
+    return SolverTable(
+        rows=rows.to(device),
+        initial_scale=initial_scale,
+        clip=clip,
+        learned_variance="log_variance_low" in columns,
+    )
+
+
+Built = tuple[dict[str, Tensor], float, float | None]
+
+
+def _flow(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
+    """x = (1 - s) image + s noise; the model predicts the velocity noise - image."""
+    sigma = flow_sigmas(num_steps, number_of(scheduler, "shift", 1.0, low=1e-6, high=1e6))
+    columns = _exponential(1 - sigma, sigma, second_order=solver == "dpm++2m")
+    columns |= {
+        "timestep": sigma[:-1] * trained,
+        "skip": torch.ones_like(sigma[:-1]),
+        "out": -sigma[:-1],
+    }
+    return columns, 1.0, None
+
+
+def _ddim(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
+    del solver
+    levels = alpha_bar(scheduler, trained)
+    timesteps = spaced_timesteps(scheduler, num_steps, trained, default="leading")
+    final = 1.0 if scheduler.get("set_alpha_to_one", True) else float(levels[0])
+    # diffusers steps to t - trained // K whatever the spacing.
+    before = timesteps - trained // num_steps
+    if not torch.equal(before[:-1], timesteps[1:]):
+        _log_once(
+            "ddim: with timestep_spacing=%s and %d steps a step ends at another noise level than "
+            "the next one begins at, as in diffusers' DDIMScheduler; dpm++2m has no such gap",
+            scheduler.get("timestep_spacing"), num_steps,
+        )  # fmt: skip
+    after = torch.where(before >= 0, levels[before.clamp(min=0)], final)
+    alpha, sigma = levels[timesteps].sqrt(), (1 - levels[timesteps]).sqrt()
+    next_alpha, next_sigma = after.sqrt(), (1 - after).sqrt()
+    # The direction to x keeps the noise that the unclipped estimate implies.
+    columns = {
+        "timestep": timesteps.double(),
+        "a": next_sigma / sigma,
+        "b0": next_alpha,
+        "u": -next_sigma * alpha / sigma,
+        **_estimate(scheduler, alpha, sigma),
+    }
+    return columns, 1.0, clip_of(scheduler)
+
+
+def _ddpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
+    del solver
+    levels = alpha_bar(scheduler, trained)
+    timesteps = spaced_timesteps(scheduler, num_steps, trained, default="leading")
+    now = levels[timesteps]
+    after = torch.cat((now[1:], torch.ones_like(now[:1])))  # the last step ends without noise
+    beta = 1 - now / after
+    posterior = ((1 - after) / (1 - now) * beta).clamp(min=1e-20)
+    kind = scheduler.get("variance_type") or "fixed_small"  # None in files of DPM solvers
+    drawn = (timesteps > 0).double()
+    columns = {
+        "timestep": timesteps.double(),
+        "a": (now / after).sqrt() * (1 - after) / (1 - now),
+        "b0": after.sqrt() * beta / (1 - now),
+        **_estimate(scheduler, now.sqrt(), (1 - now).sqrt()),
+    }
+    if kind == "fixed_small":
+        columns["n"] = posterior.sqrt() * drawn
+    elif kind == "fixed_large":
+        columns["n"] = beta.sqrt() * drawn
+    elif kind == "learned_range":
+        columns |= {
+            "n": drawn,
+            # A step without noise still computes exp of these, times 0: it must not overflow.
+            "log_variance_low": posterior.log() * drawn,
+            "log_variance_high": beta.log() * drawn,
+        }
+    else:
+        raise ValueError(
+            f"scheduler: got variance_type={kind!r:.60}, expected fixed_small, fixed_large or "
+            "learned_range: not supported"
+        )
+    return columns, 1.0, clip_of(scheduler)
+
+
+def _dpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
+    del solver
+    order = noise_levels.whole_of(scheduler, "solver_order", 2, low=1, high=2)
+    levels = alpha_bar(scheduler, trained)
+    # Diffusers spaces K + 1 timesteps and leaves out the last one.
+    timesteps = spaced_timesteps(scheduler, num_steps, trained, default="linspace", extra=1)
+    if len(timesteps) != num_steps:
+        raise ValueError(
+            f"num_steps: got {num_steps}, for which this scheduler makes {len(timesteps)} steps; "
+            "use a divisor of num_train_timesteps"
+        )
+    final = scheduler.get("final_sigmas_type", "zero")
+    if final not in ("zero", "sigma_min"):
+        raise ValueError(
+            f"scheduler: got final_sigmas_type={final!r:.60}, expected zero or sigma_min"
+        )
+    end = torch.ones_like(levels[:1]) if final == "zero" else levels[:1]
+    levels = torch.cat((levels[timesteps], end))
+    alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
+    first_order_end = bool(scheduler.get("euler_at_final", False)) or (
+        bool(scheduler.get("lower_order_final", True)) and num_steps < 15
+    )
+    columns = _exponential(
+        alpha, sigma, second_order=order == 2, first_order_end=first_order_end
+    ) | {"timestep": timesteps.double(), **_estimate(scheduler, alpha[:-1], sigma[:-1])}
+    return columns, 1.0, None
+
+
+def _consistency(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
+    """Noise is added to a clean estimate and taken away again, K times."""
+    del solver
+    low = number_of(scheduler, "sigma_min", 0.002, low=1e-6, high=1e6)
+    high = number_of(scheduler, "sigma_max", 80.0, low=low, high=1e6)
+    data = number_of(scheduler, "sigma_data", 0.5, high=1e6)
+    rho = number_of(scheduler, "rho", 7.0, low=0.1, high=100.0)
+    places = torch.arange(num_steps, dtype=torch.float64) * (trained // num_steps)
+    ramp = places / max(1, trained - 1)
+    sigma = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    after = torch.cat((sigma[1:], torch.full_like(sigma[:1], low))).clamp(low, high)
+    noise = number_of(scheduler, "s_noise", 1.0) * (after.square() - low**2).clamp(min=0).sqrt()
+    columns = {
+        "timestep": 250 * sigma.log(),
+        "input_scale": (sigma.square() + data**2).rsqrt(),
+        "skip": data**2 / ((sigma - low).square() + data**2),
+        "out": (sigma - low) * data / (sigma.square() + data**2).sqrt(),
+        "b0": torch.ones_like(sigma),
+        "n": noise,
+    }
+    clip = 1.0 if scheduler.get("clip_denoised", True) else None
+    return columns, high, clip
+
+
+def _exponential(
+    alpha: Tensor, sigma: Tensor, *, second_order: bool, first_order_end: bool = False
+) -> dict[str, Tensor]:
+    """DPM-Solver++ over the levels x = alpha * image + sigma * noise, (K + 1,) each.
+
+    First order is the exact solution for a constant image estimate: DDIM's and Euler's step alike.
+    """
+    a = sigma[1:] / sigma[:-1]
+    newest = alpha[1:] - a * alpha[:-1]
+    lean = torch.zeros_like(newest)
+    if second_order:
+        h = (alpha / sigma).log().diff()  # steps in half the log signal-to-noise ratio
+        # Infinite intervals (pure noise before, no noise after) stay first order.
+        inner = torch.isfinite(h[1:]) & torch.isfinite(h[:-1])
+        lean[1:][inner] = (h[1:] / (2 * h[:-1]))[inner]
+        if first_order_end:
+            lean[-1] = 0
+    return {"a": a, "b0": newest * (1 + lean), "b1": -newest * lean}
+
+
+def _estimate(scheduler: Scheduler, alpha: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+    """skip and out, so that skip * x + out * f is the image estimate."""
+    kind = scheduler.get("prediction_type", "epsilon")
+    if kind == "epsilon":
+        return {"skip": 1 / alpha, "out": -sigma / alpha}
+    if kind == "v_prediction":
+        return {"skip": alpha, "out": -sigma}
+    if kind == "sample":
+        return {"skip": torch.zeros_like(alpha), "out": torch.ones_like(alpha)}
+    raise ValueError(
+        f"scheduler: got prediction_type={kind!r:.60}, expected epsilon, v_prediction or sample"
+    )
+
+
+def _log_once(text: str, *values: object) -> None:
+    """Log a warning the first time that `text` is given."""
+    if text not in _logged:
+        _logged.add(text)
+        LOGGER.warning(text, *values)

@@ -1,0 +1,214 @@
+"""What a run tells: progress, stats.jsonl, TensorBoard events.
+
+Values are summed on the device; `flush` is the only place that waits for it.
+Several ranks add up their sums there, and the first one tells of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+import time
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from dmkd_fast.runtime import files
+from dmkd_fast.runtime.distributed import ALONE, Ranks
+
+
+class Metrics:
+    """Collects values on the device and reports them at intervals.
+
+    Args:
+        folder: Run directory; `stats.jsonl` and TensorBoard events go there.
+        total: Views of the whole run, for the progress bar and the estimate of time left.
+        show: Whether to print progress: a bar on a terminal, else plain lines.
+        ranks: All of them add values of the same names and flush together.
+    """
+
+    def __init__(
+        self, folder: Path, total: int, *, show: bool = True, ranks: Ranks = ALONE
+    ) -> None:
+        self._folder, self._ranks = folder, ranks
+        # Rows on disk, in bytes, and those that a full disk has not taken yet.
+        self._written, self._waiting = 0, b""
+        self._stats: FileIO | None = None
+        self._board: Any = None
+        self._sums: dict[str, Tensor] = {}  # sum and number of values
+        self._total, self._show = total, show and ranks.is_first
+        self._start = self._last_time = time.perf_counter()
+        self._last: dict[str, float] = {}
+        self._first_views, self._first_time = 0.0, self._last_time
+        self._bar: Progress | None = None
+
+    def begin(self, *, views: int, wall_s_before: float = 0.0, **totals: float) -> None:
+        """Open the files, and count rates and the time left from here.
+
+        Args:
+            views: Of the run so far; rows that a killed run wrote after its checkpoint are dropped.
+            wall_s_before: Seconds that the run has taken so far.
+            totals: Counts of other things that get a rate.
+
+        Raises:
+            SaveError: The folder cannot be written to.
+        """
+        if not self._ranks.is_first:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self._stats = (self._folder / "stats.jsonl").open("ab", buffering=0)
+            self._written = min(self._written, self._stats.tell())
+            self._stats.truncate(self._written)
+            self._board = SummaryWriter(str(self._folder), purge_step=views + 1 if views else None)
+        except OSError as error:
+            raise files.SaveError(
+                f"{self._folder}: cannot write statistics ({error.strerror or error}); free space "
+                "or fix the folder"
+            ) from None
+        self._start = time.perf_counter() - wall_s_before
+        self._last = {"views": float(views), **totals}
+        self._first_views, self._first_time = views, time.perf_counter()
+        self._last_time = self._first_time
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a scalar tensor to the running mean of `name`, without waiting for the device.
+
+        One that is not finite does not count; a mean of none is left out of the row.
+        """
+        value = value.detach().float()
+        pair = torch.stack((value.nan_to_num(0, 0, 0), value.isfinite().float()))
+        # Restored sums are on the host.
+        before = self._sums[name].to(pair.device) if name in self._sums else 0
+        self._sums[name] = pair + before
+
+    def flush(
+        self, *, views: int, counts: Mapping[str, Tensor] | None = None, **values: float
+    ) -> dict[str, Any]:
+        """Report the means since the last call, the numbers given, and rates of views and images.
+
+        Args:
+            views: Views seen so far.
+            counts: Whole numbers on the device; the mean over ranks is reported, rounded.
+            values: Further numbers; `images` gets a rate, the others are reported as they are.
+
+        Returns:
+            The row appended to stats.jsonl; on other ranks than the first only the counts.
+        """
+        now = time.perf_counter()
+        means: dict[str, float] = {}
+        counts = counts or {}
+        if self._sums or counts:
+            pairs = [torch.stack((count, count)) for count in counts.values()]
+            summed = self._ranks.total(torch.stack([*pairs, *self._sums.values()]))
+            numbers, size = iter(summed.tolist()), self._ranks.world_size
+            means = {
+                name: round(number / size)
+                for name, (number, _) in zip(counts, numbers, strict=False)
+            }
+            means |= {name: s / n for name, (s, n) in zip(self._sums, numbers, strict=True) if n}
+            self._sums = {}
+        if not self._ranks.is_first:
+            return {name: means[name] for name in counts}
+        totals = {"views": float(views)}
+        if "images" in values:
+            totals["images"] = values["images"]
+        span = max(now - self._last_time, 1e-9)
+        rates = {f"{k}_per_s": (v - self._last.get(k, 0.0)) / span for k, v in totals.items()}
+        self._last, self._last_time = totals, now
+        row = {"views": views, "wall_s": now - self._start, **values, **means, **rates}
+        self._waiting += json.dumps(row).encode() + b"\n"
+        try:
+            assert self._stats is not None, "begin comes first"
+            count = self._stats.write(self._waiting) or 0
+            self._written, self._waiting = self._written + count, self._waiting[count:]
+            for name, number in row.items():
+                if name != "views" and self._board is not None:
+                    self._board.add_scalar(name, number, views)
+        except OSError as error:  # Rows are worth less than the run.
+            self.note(f"statistics: not written ({error.strerror or error}); the run goes on")
+        if self._show:
+            with contextlib.suppress(OSError):
+                self._report(row)
+        return row
+
+    def note(self, text: str) -> None:
+        """Print one line beside the progress."""
+        if not self._show:
+            return
+        with contextlib.suppress(OSError):  # The terminal may be closed, and the run goes on.
+            if self._bar is not None:
+                self._bar.console.print(text, highlight=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the progress and close the files."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.stop()
+            self._bar = None
+        if self._stats is not None:
+            self._stats.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+        self._stats = self._board = None
+
+    @property
+    def has_values(self) -> bool:
+        """Whether anything was added since the last row."""
+        return bool(self._sums)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums since the last row, and where in stats.jsonl that row ends."""
+        return {
+            "sums": self._sums,
+            "written": functools.partial(self._synced, self._written),
+            "waiting": self._waiting.decode(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; `begin` then cuts stats.jsonl to the rows of that moment."""
+        self._sums = state["sums"]
+        self._written, self._waiting = state["written"], state["waiting"].encode()
+
+    def _synced(self, written: int) -> int:
+        """`written`, once the rows are on disk."""
+        path = self._folder / "stats.jsonl"
+        if path.exists():  # Not yet, if the run was interrupted before `begin`.
+            files.sync(path)
+        return written
+
+    def _report(self, row: dict[str, Any]) -> None:
+        views = row["views"]
+        done = views - self._first_views
+        spent = time.perf_counter() - self._first_time
+        left = spent * (self._total - views) / done if done > 0 else float("nan")
+        parts = [f"{k} {row[k]:.4g}" for k in ("loss", "top1", "lr") if k in row]
+        parts += [f"{row[f'{k}_per_s']:,.0f} {k}/s" for k in ("images", "views") if k in row]
+        told = {"skipped_steps": "skipped {:,} steps", "broken_images": "{:,} broken images"}
+        parts += [words.format(row[k]) for k, words in told.items() if row.get(k)]
+        text = "  ".join(parts)
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = Progress(
+                    TextColumn("{task.percentage:3.0f}%"), BarColumn(), TimeRemainingColumn(),
+                    TextColumn("{task.description}"), console=Console(stderr=True),
+                )  # fmt: skip
+                self._task = self._bar.add_task(text, total=self._total, completed=views)
+                self._bar.start()
+            self._bar.update(self._task, completed=views, description=text)
+        else:
+            eta = "" if left != left else f"  ETA {int(left) // 60}:{int(left) % 60:02d}"
+            line = f"[{100 * views / self._total:3.0f}%] {views:,}/{self._total:,} views  {text}"
+            print(line + eta, file=sys.stderr, flush=True)

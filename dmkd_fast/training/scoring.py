@@ -1,0 +1,159 @@
+"""Accuracy of a classifier on labelled images, counted batch by batch.
+
+All counts are one float64 vector on the device: adding the vectors of several
+ranks (one all-reduce) gives the scores of the whole set, and no logits are kept.
+B batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast.runtime.device import exact_float32
+from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.views.spec import InputSpec, check_logits
+
+Views = dict[InputSpec, Tensor]
+BINS = 15
+MOST_NOT_FINITE = 0.01
+
+
+class Scores:
+    """Counts of hits, per class and in all.
+
+    Args:
+        num_classes: C.
+        device: Where logits will be.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        size = 3 * num_classes + BINS + 4
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+        """Per class images, top-1 hits and top-5 hits (C each); calibration gaps (15); teacher's
+        hits, agreements, images the teacher judged; images whose logits are not finite."""
+
+    def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> None:
+        """Count one batch, without waiting for the device.
+
+        Logits without a softmax (a NaN, +inf, or nothing but -inf) count as wrong and as no
+        agreement; those of the model are counted in `num_not_finite`.
+
+        Args:
+            logits: (B, C).
+            labels: (B,) int64 below C.
+            teacher_logits: (B, C) or None.
+
+        Raises:
+            ValueError: The logits are not of C classes.
+        """
+        for name, given in (("model", logits), ("teacher", teacher_logits)):
+            if given is not None:
+                check_logits(name, given, len(labels), self.num_classes)
+        count = self.num_classes
+        images, top1, top5 = self.sums[: 3 * count].view(3, count)
+        gaps, totals = self.sums[3 * count : 3 * count + BINS], self.sums[-4:]
+        confidence = logits.double().softmax(dim=1).amax(dim=1)
+        finite = confidence.isfinite()
+        confidence = confidence.where(finite, 0)
+        top = logits.topk(min(5, count), dim=1).indices  # (B, 5)
+        hits = (top == labels[:, None]) & finite[:, None]
+        first, any_of_five = hits[:, 0].double(), hits.any(dim=1).double()
+        images.index_add_(0, labels, torch.ones_like(first))
+        top1.index_add_(0, labels, first)
+        top5.index_add_(0, labels, any_of_five)
+        gaps.index_add_(0, (confidence * BINS).long().clamp_max(BINS - 1), first - confidence)
+        if teacher_logits is not None:
+            guess = teacher_logits.argmax(dim=1)
+            judged = teacher_logits.softmax(dim=1).amax(dim=1).isfinite()
+            totals[0] += ((guess == labels) & judged).sum()
+            totals[1] += ((guess == top[:, 0]) & judged & finite).sum()
+            totals[2] += len(labels)
+        totals[3] += finite.logical_not().sum()
+
+    def result(self) -> dict[str, float]:
+        """Shares in [0, 1] of all images counted.
+
+        Returns:
+            top1, top5, ece (expected calibration error over 15 equal-width bins, Guo et al. 2017)
+            and, with a teacher, teacher_top1 and agreement.
+        """
+        sums, count = self.sums.cpu(), self.num_classes
+        images, top1, top5 = sums[: 3 * count].view(3, count).sum(dim=1)
+        gaps = sums[3 * count : 3 * count + BINS]
+        hits, agreements, judged, _ = sums[-4:]
+        scores = {"top1": top1 / images, "top5": top5 / images, "ece": gaps.abs().sum() / images}
+        if judged > 0:
+            scores |= {"teacher_top1": hits / judged, "agreement": agreements / judged}
+        return {name: value.item() for name, value in scores.items()}
+
+    @property
+    def num_images(self) -> int:
+        """Images counted."""
+        return int(self.sums[: self.num_classes].sum())
+
+    @property
+    def num_not_finite(self) -> int:
+        """Images whose logits have no softmax; they count as wrong."""
+        return int(self.sums[-1])
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """One row per class: images, top1, top5 (None for a class without images)."""
+        rows = []
+        for images, top1, top5 in self.sums[: 3 * self.num_classes].view(3, -1).T.tolist():
+            shares = (top1 / images, top5 / images) if images else (None, None)
+            rows.append({"images": int(images), "top1": shares[0], "top5": shares[1]})
+        return rows
+
+
+@exact_float32()
+@torch.inference_mode()
+def measure(
+    model: nn.Module, batches: Iterable[tuple[Views, Tensor]], *, input: InputSpec,
+    num_classes: int, teacher: Callable[[Views], Tensor] | None = None,
+) -> Scores:  # fmt: skip
+    """Count a classifier's hits in eval mode; the model's mode is put back.
+
+    Args:
+        model: (B, c, S, S) -> (B, C).
+        batches: Views by input and labels, as `ImageSet.batches` gives them.
+        input: Which of the views the model takes.
+        num_classes: C.
+        teacher: From the same views to logits (B, C), for teacher_top1 and agreement.
+
+    Raises:
+        ValueError: The logits are not of C classes.
+    """
+    was_training = model.training
+    model.eval()
+    scores: Scores | None = None
+    try:
+        for views, labels in batches:
+            scores = scores or Scores(num_classes, labels.device)
+            judged = None if teacher is None else teacher(views).float()
+            logits = model(views[input])
+            check_logits("model", logits, len(labels), num_classes)
+            scores.add(logits.float(), labels, judged)
+    finally:
+        model.train(was_training)
+    # A rank without images still takes part in the sum, on its device.
+    return scores or Scores(num_classes, next((p.device for p in model.parameters()), "cpu"))
+
+
+def check_trained(scores: Scores) -> None:
+    """Refuse a trained network whose logits are not finite.
+
+    Raises:
+        NotFiniteError: They are not on more than 1 % of the images.
+    """
+    broken, total = scores.num_not_finite, scores.num_images
+    if broken > MOST_NOT_FINITE * total:
+        raise NotFiniteError(
+            f"the logits of {broken:,} of {total:,} test images are not finite, expected at most "
+            f"{MOST_NOT_FINITE:.0%}: training has diverged; start a new run with a lower optim.lr, "
+            "or with dtype=float32"
+        )

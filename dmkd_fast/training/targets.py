@@ -1,0 +1,145 @@
+"""What a batch of ring slots teaches: the same crops for student and teachers, and their logits.
+
+B batch, C classes, S side of a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast.classifiers.ensemble import Teacher, Teachers
+from dmkd_fast.classifiers.loading import for_inference
+from dmkd_fast.views.crops import Views, ViewSpec
+from dmkd_fast.views.mixing import Mixed, Mixer
+from dmkd_fast.views.spec import InputSpec, check_logits
+
+
+class Part(NamedTuple):
+    """What a student learns from at a time."""
+
+    views: Tensor
+    """(B, c, S, S), the student's."""
+    teacher_logits: Tensor
+    """(B, C)."""
+    target: Tensor
+    """Class ids (B,) that the images were made for, or their mixture as probabilities (B, C)."""
+
+
+class Targets:
+    """Renders each crop for every network that takes part, and asks the teachers.
+
+    Args:
+        teacher: A classifier fed like the student, or `Teachers`.
+        views: Decides the crops; its own size and normalisation are the student's.
+        mixer: Mixes them; None: they stay as they are.
+        input: The student's input; None: as the views.
+        dtype: What the teachers compute in.
+        compile: torch.compile the teachers.
+
+    Raises:
+        ValueError: `input` does not fit the views, or a mixer teachers of some classes only.
+    """
+
+    def __init__(
+        self, teacher: nn.Module | Teachers, views: Views, mixer: Mixer | None = None, *,
+        input: InputSpec | None, dtype: torch.dtype, compile: bool,
+    ) -> None:  # fmt: skip
+        spec = views.spec
+        self.input = input or InputSpec(
+            size=spec.size, mean=tuple(spec.mean.tolist()), std=tuple(spec.std.tolist())
+        )
+        if self.input.size != spec.size or len(self.input.mean) != len(spec.mean):
+            raise ValueError(
+                f"student_input: got {self.input.num_channels} channels of {self.input.size} "
+                f"pixels, expected the views' {len(spec.mean)} of {spec.size}; make both agree"
+            )
+        if not isinstance(teacher, Teachers):
+            teacher = Teachers([Teacher(module=teacher, input=self.input)])
+        if mixer is not None and any(member.teaches is not None for member in teacher.members):
+            raise ValueError(
+                "mixer: got one with teachers that teach some classes only, expected none, as a "
+                "mixed view is of two classes; leave one of the two out"
+            )
+        self._mixer = mixer
+
+        def fast(module: nn.Module, input: InputSpec) -> nn.Module:
+            copy = for_inference(module, dtype, input)
+            return torch.compile(copy, dynamic=False) if compile else copy  # type: ignore[return-value]
+
+        self._teachers, self._views, self._dtype = teacher.mapped(fast), views, dtype
+        self._renderings = {
+            wanted: ViewSpec(
+                size=wanted.size, mean=wanted.mean, std=wanted.std, dtype=spec.dtype,
+                device=spec.mean.device,
+            )
+            for wanted in teacher.inputs
+        } | {self.input: spec}  # fmt: skip
+
+    def views(
+        self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor, *, share: float
+    ) -> dict[InputSpec, Tensor]:
+        """The same crops for the student and for every teacher whose time it is.
+
+        Args:
+            slots: (N, c, H, W) uint8.
+            indices, ids, uses: (B,) int64, as `RingBuffer.sample` gives them.
+            share: How much of the run is done, in [0, 1].
+
+        Returns:
+            (B, c, S, S) for each input.
+        """
+        needed = {self.input, *self._teachers.inputs_at(share)}
+        return self._render(slots, indices, ids, uses, needed)
+
+    def mixed(
+        self, views: dict[InputSpec, Tensor], *, step: int
+    ) -> tuple[dict[InputSpec, Tensor], Mixed | None]:
+        """Views mixed for everybody alike, and how the student's were; without a mixer as they are.
+
+        Args:
+            views: (B, c, S, S) for each input.
+            step: Of the run; it decides what is mixed.
+        """
+        if self._mixer is None:
+            return views, None
+        mixed = self._mixer.renderings(views, step=step)
+        return {spec: each.views for spec, each in mixed.items()}, mixed[self.input]
+
+    def parts(
+        self, views: dict[InputSpec, Tensor], labels: Tensor, mixed: Mixed | None, *,
+        share: float, size: int,
+    ) -> Iterator[Part]:  # fmt: skip
+        """The batch in parts of `size`, each with what its teachers say, asked when it is taken."""
+        for first in range(0, len(labels), size):
+            rows = slice(first, first + size)
+            seen = {spec: batch[rows] for spec, batch in views.items()}
+            logits = self.logits(seen, labels[rows], share=share)
+            target = labels if mixed is None else mixed.targets(labels, logits.shape[1])
+            yield Part(seen[self.input], logits, target[rows])
+
+    def logits(self, views: dict[InputSpec, Tensor], labels: Tensor, *, share: float) -> Tensor:
+        """The teachers' logits (B, C) for images made for `labels` (B,)."""
+        wanted = self._teachers.inputs_at(share)
+        return self._teachers({spec: views[spec].to(self._dtype) for spec in wanted}, labels, share)
+
+    @torch.no_grad()
+    def try_all(self, slots: Tensor, places: Tensor) -> Tensor:
+        """Run all teachers of the whole run once, so that they compile; the student's views."""
+        views = self._render(slots, places, places, places, set(self._renderings))
+        for network, member in zip(self._teachers.networks, self._teachers.members, strict=True):
+            check_logits("teacher", network(views[member.input].to(self._dtype)), len(places))
+        return views[self.input]
+
+    def _render(
+        self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor, needed: set[InputSpec]
+    ) -> dict[InputSpec, Tensor]:
+        boxes, flips = self._views.parameters(ids, uses, slots.shape[-2], slots.shape[-1])
+        return {
+            spec: self._views.render(slots, indices, boxes, flips, rendering)
+            for spec, rendering in self._renderings.items()
+            if spec in needed
+        }

@@ -1,0 +1,204 @@
+"""Random views of ring slots: parameters per sample, then one operation.
+
+A view is fixed by (seed, image id, use): it can be replayed on any device. What
+is cut out (boxes and flips) and what a network wants to see of it (`ViewSpec`) are separate, so
+several networks can look at the same crops, each at its own size and normalisation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.runtime import checks
+from dmkd_fast.views import ops
+from dmkd_fast.views.spec import check_normalization
+
+MOST_USES = 2**24
+
+
+class ViewSpec:
+    """What one network takes: side, normalisation and dtype.
+
+    Args:
+        size: Side of a view, in pixels.
+        mean, std: Per channel, of pixel values in [0, 1].
+        dtype: float32, float16 or bfloat16.
+        device: Where the images live.
+
+    Raises:
+        ValueError: A size below 1, or means and standard deviations that do not belong together.
+    """
+
+    def __init__(
+        self, *, size: int, mean: tuple[float, ...], std: tuple[float, ...],
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        checks.whole("size", size, low=1, high=ops.MAX_SIDE)
+        check_normalization(mean, std)
+        if dtype not in ops.DTYPES:
+            raise ValueError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
+        self.size, self.dtype = size, dtype
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
+        self.std = torch.tensor(std, dtype=torch.float32, device=device)
+
+
+class Views:
+    """Draws a random crop and flip for each sample and renders it.
+
+    The crop covers a share of the image's area drawn from `scale`, with an aspect ratio whose
+    logarithm is uniform in `ratio`, in whole pixels, and lies anywhere inside the image and its
+    black border. As in torchvision's RandomResizedCrop, a crop larger than the image is drawn
+    again, up to ten times in all; then the middle of the image is taken, as much as `ratio` allows.
+
+    Args:
+        size: Side of a view, in pixels.
+        scale: Range of area shares; (1, 1), with ratio (1, 1), keeps the size.
+        ratio: Range of width / height.
+        pad: Width of the black border, in pixels. With scale (1, 1) this is "pad and crop".
+        flip: Probability of a horizontal flip.
+        mean, std: Per channel, of pixel values in [0, 1].
+        dtype: Of the views.
+        device: Where ring and models live.
+        seed: Of the views; other seeds give other views.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    def __init__(
+        self, *, size: int, scale: tuple[float, float] = (1.0, 1.0),
+        ratio: tuple[float, float] = (1.0, 1.0), pad: int = 0, flip: float = 0.5,
+        mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu", seed: int = 0,
+    ) -> None:  # fmt: skip
+        for name, pair in (("scale", scale), ("ratio", ratio)):
+            if len(pair) != 2:
+                raise ValueError(f"{name}: got {tuple(pair)}, expected two numbers")
+            for value in pair:
+                checks.number(name, value)
+        checks.whole("pad", pad, low=-(2**31))
+        checks.number("flip", flip)
+        checks.whole("seed", seed, high=checks.MAX_SEED)
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale: got {tuple(scale)}, expected 0 < low <= high <= 1")
+        if not 2.0**-15 <= ratio[0] <= ratio[1] <= 2.0**15:
+            raise ValueError(
+                f"ratio: got {tuple(ratio)}, expected low <= high between 2**-15 and 2**15"
+            )
+        if not 0 <= pad <= ops.MAX_SIDE or not 0 <= flip <= 1:
+            raise ValueError(
+                f"pad, flip: got {pad} and {flip}, expected 0 <= pad <= {ops.MAX_SIDE}, "
+                "0 <= flip <= 1"
+            )
+        self.spec = ViewSpec(size=size, mean=mean, std=std, dtype=dtype, device=device)
+        self.scale, self.ratio, self.pad, self.flip, self.seed = scale, ratio, pad, flip, seed
+
+    def __call__(
+        self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor, *,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Render one view per index.
+
+        Args:
+            slots: (N, c, H, W) uint8.
+            indices: (B,) int64, slots to read.
+            ids: (B,) int64, image ids in those slots.
+            uses: (B,) int64, how often each image was used before.
+            out: Memory for the result, instead of fresh memory.
+
+        Returns:
+            (B, c, size, size) in `dtype`, normalised, channels_last.
+
+        Raises:
+            TypeError, ValueError, IndexError: As `dmkd_fast.views.ops.views`.
+        """
+        height, width = _sides(slots)
+        if not torch.compiler.is_compiling():
+            checks.rows("indices", indices)
+            checks.rows("ids", ids, count=len(indices), device=slots.device)
+        boxes, flips = self.parameters(ids, uses, height, width)
+        return self.render(slots, indices, boxes, flips, out=out)
+
+    def parameters(
+        self, ids: Tensor, uses: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """The crops and flips of these (image id, use), the same on every device.
+
+        Args:
+            ids: (B,) int64, non-negative.
+            uses: (B,) int64, below 2**24.
+            height, width: Of the images, in pixels.
+
+        Returns:
+            Boxes (B, 4) int32 (top, left, height, width), and flips (B,) bool.
+
+        Raises:
+            TypeError, ValueError: Ids or uses are of another shape, dtype or device, or, on a CPU,
+                out of range: uses of 2**24 and more would repeat earlier views.
+        """
+        if not torch.compiler.is_compiling():
+            checks.rows("ids", ids)
+            checks.rows("uses", uses, count=len(ids), device=ids.device)
+            checks.within("ids", ids, low=0, high=checks.MAX_SEED)
+            checks.within("uses", uses, low=0, high=MOST_USES - 1)
+            for name, side in (("height", height), ("width", width)):
+                checks.whole(name, side, low=1, high=ops.MAX_SIDE)
+        keeps_size = self.scale == (1, 1) and self.ratio == (1, 1)
+        spare = (height, width)
+        if width < self.ratio[0] * height and not keeps_size:
+            spare = (max(1, round(width / self.ratio[0])), width)
+        elif width > self.ratio[1] * height and not keeps_size:
+            spare = (height, max(1, round(height * self.ratio[1])))
+        fixed = lambda x: round(x * 2**24)  # noqa: E731
+        boxes, flips = torch.ops.dmkd_fast.view_boxes(
+            self.seed, ids, uses, height, width, self.pad, *map(fixed, self.scale),
+            *(fixed(math.log2(r) / 2) for r in self.ratio), *spare, 0 if keeps_size else 10,
+            self.flip,
+        )  # fmt: skip
+        return boxes, flips
+
+    def whole(self, slots: Tensor, indices: Tensor, spec: ViewSpec | None = None) -> Tensor:
+        """The unchanged images at view size, normalised; no crop, no flip."""
+        (height, width) = _sides(slots)
+        checks.rows("indices", indices)
+        count = len(indices)
+        boxes = torch.zeros((count, 4), dtype=torch.int32, device=slots.device)
+        boxes[:, 2], boxes[:, 3] = height, width
+        flips = torch.zeros(count, dtype=torch.bool, device=slots.device)
+        return self.render(slots, indices, boxes, flips, spec)
+
+    def render(
+        self, slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor,
+        spec: ViewSpec | None = None, *, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Views of given boxes and flips, as `spec` (or these views' own) says.
+
+        Args:
+            slots: (N, c, H, W) uint8.
+            indices: (B,) int64, slots to read.
+            boxes: (B, 4) int32, from `parameters`.
+            flips: (B,) bool.
+            spec: What this network takes.
+            out: Memory for the result, instead of fresh memory.
+
+        Returns:
+            (B, c, size, size), normalised, channels_last.
+
+        Raises:
+            TypeError, ValueError, IndexError: As `dmkd_fast.views.ops.views`.
+        """
+        spec = spec or self.spec
+        return ops.views(
+            slots, indices, boxes, flips, size=spec.size, pad=self.pad, mean=spec.mean,
+            std=spec.std, dtype=spec.dtype, out=out,
+        )  # fmt: skip
+
+
+def _sides(slots: Tensor) -> tuple[int, int]:
+    """Height and width of (N, c, H, W)."""
+    if slots.ndim != 4:
+        raise ValueError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
+    return slots.shape[2], slots.shape[3]

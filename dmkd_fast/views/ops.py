@@ -1,0 +1,225 @@
+"""Views of slots as operators: schema, shapes, who computes them where, and the checked function.
+
+py. CPU: C++ (csrc/views_cpu.cpp, csrc/view_boxes_cpu.cpp).
+CUDA: Triton (views_triton.py), imported on first use. Everywhere else, and where one of these is
+missing, the definitions in reference.py.
+N slots, B rows, c channels, H W pixels of a slot, S side of a view.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.runtime import native
+from dmkd_fast.runtime.operators import check_own_memory, warn_once
+from dmkd_fast.views.reference import reference_boxes, reference_views
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_SIDE = 8192  # The CUDA kernel's 32-bit products of two sides then do not overflow.
+
+_INPUTS = "Tensor slots, Tensor indices, Tensor boxes, Tensor flips, Tensor mean, Tensor std"
+_LIBRARY = torch.library.Library("dmkd_fast", "FRAGMENT")
+_LIBRARY.define(f"views({_INPUTS}, SymInt size, int pad, ScalarType dtype) -> Tensor")
+_LIBRARY.define(f"views_out(Tensor(a!) out, {_INPUTS}, int pad) -> ()")
+_LIBRARY.define(
+    "view_boxes(int seed, Tensor ids, Tensor uses, int height, int width, int pad, int area_low, "
+    "int area_high, int shape_low, int shape_high, int spare_height, int spare_width, int tries, "
+    "float flip) -> (Tensor boxes, Tensor flips)"
+)
+
+
+def views(
+    slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, *,
+    size: int, pad: int, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Gather, crop, resize (bilinear, antialiased), flip, normalise and cast in one pass.
+
+    Equals `reference.views`: crop, then torchvision's `resize`, antialiased by axis where the crop
+    shrinks by more than 1.15.
+
+    Args:
+        slots: (N, c, H, W) uint8, each slot dense.
+        indices: (B,) int64 slot numbers.
+        boxes: (B, 4) int32: top, left, height, width in pixels; may reach `pad` beyond the image,
+            where all is black.
+        flips: (B,) bool, horizontal.
+        size: Side of a view, in pixels.
+        pad: Width of the black border, in pixels.
+        mean, std: (c,) float32 of pixel values in [0, 1].
+        dtype: float32, float16 or bfloat16.
+        out: (B, c, size, size) channels_last of `dtype`, written instead of fresh memory; shares
+            none with an input.
+
+    Returns:
+        (B, c, size, size) of `dtype`, channels_last.
+
+    Raises:
+        TypeError, ValueError: A tensor's dtype, shape, device or layout is wrong.
+        IndexError: An index or a box is out of range (a RuntimeError under torch.compile). On CUDA,
+            where raising would mean waiting, such a view reads nothing and is NaN.
+    """
+    _check(slots, indices, boxes, flips, mean, std, size, pad)
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
+    inputs = (slots, indices, boxes, flips, mean, std)
+    if out is None:
+        return _naming_bad_rows(torch.ops.dmkd_fast.views, *inputs, size, pad, dtype)
+    shape = (len(indices), slots.shape[1], size, size)
+    if out.shape != shape or out.dtype != dtype or out.device != slots.device:
+        raise ValueError(
+            f"out: got {tuple(out.shape)} {out.dtype} on {out.device}, expected {shape} {dtype} on "
+            f"{slots.device}"
+        )
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError("out: got another layout, expected memory_format=torch.channels_last")
+    names = ("slots", "indices", "boxes", "flips", "mean", "std")
+    check_own_memory(out, dict(zip(names, inputs, strict=True)))
+    _naming_bad_rows(torch.ops.dmkd_fast.views_out, out, *inputs, pad)
+    return out
+
+
+def _naming_bad_rows(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an operator; C++ can only throw RuntimeError: make it an IndexError of one line."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        found = re.search(r"((?:indices|boxes): got .* in row .*, expected .*)", str(error))
+        if found is None:
+            raise
+        raise IndexError(found[1]) from None
+
+
+def _check(
+    slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor,
+    size: int, pad: int,
+) -> None:  # fmt: skip
+    if slots.ndim != 4 or 0 in slots.shape[1:]:
+        raise ValueError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
+    if not slots[0:1].is_contiguous():
+        raise ValueError(
+            f"slots: got strides {slots.stride()}, expected dense images; call .contiguous()"
+        )
+    rows, channels = indices.shape[0] if indices.ndim == 1 else "B", slots.shape[1]
+    for name, tensor, dtype, shape in (
+        ("slots", slots, torch.uint8, slots.shape),
+        ("indices", indices, torch.int64, (rows,)),
+        ("boxes", boxes, torch.int32, (rows, 4)),
+        ("flips", flips, torch.bool, (rows,)),
+        ("mean", mean, torch.float32, (channels,)),
+        ("std", std, torch.float32, (channels,)),
+    ):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: got {tensor.dtype}, expected {dtype}")
+        if tensor.shape != shape:
+            expected = str(tuple(shape)).replace("'", "")
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+        if tensor.device != slots.device:
+            raise ValueError(f"{name}: got {tensor.device}, expected {slots.device}, as slots")
+    if not 1 <= size <= MAX_SIDE or size * size * slots.shape[1] >= 2**31:
+        raise ValueError(
+            f"size: got {size}, expected 1 to {MAX_SIDE} and less than 2**31 numbers in a view"
+        )
+    if max(slots.shape[2:]) > MAX_SIDE or slots.shape[1:].numel() >= 2**31:
+        raise ValueError(
+            f"slots: got images of {tuple(slots.shape[1:])}, expected sides of at most {MAX_SIDE} "
+            "and less than 2**31 bytes"
+        )
+    if not 0 <= pad <= MAX_SIDE:
+        raise ValueError(f"pad: got {pad}, expected 0 to {MAX_SIDE}")
+
+
+def _eager_views(
+    slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor,
+    size: int, pad: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    _say_eager(slots)
+    if slots.device.type == "cpu":
+        raise_for_bad_rows(slots, indices, boxes, pad)
+    return reference_views(
+        slots, indices, boxes, flips, size=size, pad=pad, mean=mean, std=std, dtype=dtype
+    )
+
+
+def raise_for_bad_rows(slots: Tensor, indices: Tensor, boxes: Tensor, pad: int) -> None:
+    """What the C++ kernel says, where there is none."""
+    height, width = slots.shape[2:]
+    bad = (indices < 0) | (indices >= len(slots))
+    if bad.any():
+        row = int(bad.int().argmax())
+        raise IndexError(
+            f"indices: got {int(indices[row])} in row {row}, expected 0 to {len(slots) - 1}"
+        )
+    starts, extents = boxes.long().split(2, dim=1)
+    limits = torch.tensor([height + pad, width + pad])
+    bad = ((starts < -pad) | (extents < 1) | (starts + extents > limits)).any(1)
+    if bad.any():
+        row = int(bad.int().argmax())
+        top, left, rows, columns = boxes[row].tolist()
+        raise IndexError(
+            f"boxes: got top {top}, left {left}, height {rows}, width {columns} in row {row}, "
+            f"expected it to lie in the {height} x {width} image and its border of {pad}"
+        )
+
+
+def _eager_views_out(
+    out: Tensor, slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor,
+    std: Tensor, pad: int,
+) -> None:  # fmt: skip
+    size, dtype = out.shape[-1], out.dtype
+    out.copy_(_eager_views(slots, indices, boxes, flips, mean, std, size, pad, dtype))
+
+
+def _say_eager(slots: Tensor) -> None:
+    if slots.device.type == "cpu" and native.INSTRUCTION_SET == "none":
+        warn_once("cpu views", f"dmkd_fast has no compiled CPU kernels ({native.WHY_MISSING}); "
+                 "views use their eager definition, many times slower. Install again where there "
+                 "is a C++ compiler.")  # fmt: skip
+
+
+def _fake_views(
+    slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor,
+    size: int, pad: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return torch.empty(
+        (indices.shape[0], slots.shape[1], size, size), dtype=dtype, device=slots.device,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
+
+
+def _fake_view_boxes(seed: int, ids: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    boxes = ids.new_empty((ids.shape[0], 4), dtype=torch.int32)
+    return boxes, ids.new_empty(ids.shape, dtype=torch.bool)
+
+
+def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The Triton implementation of an operator."""
+
+    def run(*arguments: Any) -> Any:
+        try:
+            triton = importlib.import_module("dmkd_fast.views.triton")
+        except ImportError as error:
+            warn_once("cuda views", f"dmkd_fast has no CUDA kernels ({error}); views use their "
+                     "eager definition, many times slower. Install triton.")  # fmt: skip
+            return eager(*arguments)
+        return getattr(triton, name)(*arguments)
+
+    return run
+
+
+for _name, _eager, _fake in (
+    ("views", _eager_views, _fake_views),
+    ("views_out", _eager_views_out, lambda out, *_: None),
+    ("view_boxes", reference_boxes, _fake_view_boxes),
+):
+    _LIBRARY.impl(_name, _eager, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _cuda(_name, _eager), "CUDA")
+    torch.library.register_fake(f"dmkd_fast::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,75 @@
+"""Settings: frozen, round-trip, and what "auto" becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from small_jobs import CONFIG
+
+from dmkd_fast.config.jobs import (
+    DistillConfig,
+    PretrainDenoiserConfig,
+    PretrainFewstepConfig,
+    TeacherConfig,
+)
+from dmkd_fast.config.loading import dump_config, load_config
+from dmkd_fast.denoisers import kernels
+from dmkd_fast.jobs import resolve as resolve_module
+from dmkd_fast.jobs import run_dir
+from dmkd_fast.jobs.parts import prepare
+from dmkd_fast.jobs.resolve import resolve
+from dmkd_fast.runtime import device as device_module
+from dmkd_fast.runtime.device import resolve_dtype
+
+
+def test_saved_settings_load_unchanged(tmp_path: Path) -> None:
+    config, _ = prepare(load_config(DistillConfig, CONFIG, ["optim.lr=1e-3", "seed=7"]))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(DistillConfig, path) == config
+    assert config.optim.lr == 1e-3 and config.seed == 7
+    assert "auto" not in dump_config(config)
+    able = kernels.has_short_attention(getattr(torch, config.dtype), head_dim=32)
+    assert config.sampler.attention == ("short" if able else "sdpa")
+
+
+@pytest.mark.parametrize("path", sorted((Path(CONFIG).parent / "pretrain").glob("*.yaml")))
+def test_pretraining_configs_are_valid(path: Path) -> None:
+    kinds = {"denoiser": PretrainDenoiserConfig, "fewstep": PretrainFewstepConfig}
+    kind = kinds.get(path.stem, TeacherConfig)
+    assert load_config(kind, path).name == path.stem
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    config = load_config(DistillConfig, CONFIG)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.sampler.num_steps = 3  # type: ignore[misc]
+
+
+def test_auto_is_resolved_by_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(device_module, "cpu_has_bf16", lambda has=has_bf16: has)
+        assert resolve_dtype("auto", cpu) == dtype
+    for able in (True, False):
+        monkeypatch.setattr(resolve_module, "can_compile", lambda _, able=able: able)
+        config = resolve(load_config(DistillConfig, CONFIG))
+        assert config.sampler.compile is False and config.train.compile is False
+    # A CPU gains little from it; a GPU much, where it can.
+    monkeypatch.setattr(resolve_module, "resolve_device", lambda _: torch.device("cuda"))
+    for able in (True, False):
+        monkeypatch.setattr(resolve_module, "can_compile", lambda _, able=able: able)
+        config = resolve(load_config(DistillConfig, CONFIG))
+        assert config.sampler.compile is able and config.train.compile is able
+
+
+def test_newest_run_of_a_name_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(DistillConfig, CONFIG)
+    for name in ("many_steps-20200101-000000", "many_steps-20210101-000000"):
+        claimed = run_dir.claim(config.model_copy(update={"run_dir": f"runs/{name}"}))
+        (claimed / "checkpoints" / "step-000000001").mkdir(parents=True)
+    assert run_dir.find(config).run_dir == "runs/many_steps-20210101-000000"

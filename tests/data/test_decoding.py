@@ -1,0 +1,182 @@
+"""What reaches DALI: the device with its index, and a decoder that agrees with published ones."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import nvidia.dali
+import pytest
+import torch
+from PIL import Image
+from real_sets import COLOUR, picture
+from shard_files import encode, random_images, write_shards
+
+from dmkd_fast import InputSpec
+from dmkd_fast.data import decode, test_sets
+from dmkd_fast.data.listing import MOST_BYTES, MOST_PIXELS, Item, SourceError
+from dmkd_fast.data.sources import FileSource, ShardSource
+from dmkd_fast.data.stored import ImageReader
+
+
+@pytest.fixture
+def dali(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """A stand-in that records what it is called with."""
+    recorder = MagicMock()
+    monkeypatch.setattr(nvidia, "dali", recorder)
+    return recorder
+
+
+def build(folder: Path, device: str) -> None:
+    """Both pipelines: that of test sets and that of images for the ring."""
+    decode._pipeline(iter([]), [COLOUR], 4, torch.device(device))
+    source = FileSource(folder, ["a.png"], [0])
+    ImageReader(source, image_shape=(3, 8, 8), ring_images=9, device=device, show=False)._build(4)
+
+
+@pytest.mark.parametrize(("device", "index", "kind"), [
+    ("cuda:0", 0, "mixed"), ("cuda:1", 1, "mixed"), ("cpu", None, "cpu"),
+])  # fmt: skip
+def test_dali_gets_the_index_of_the_device_and_interpolates_chroma(
+    dali: MagicMock, tmp_path: Path, device: str, index: int | None, kind: str
+) -> None:
+    build(tmp_path, device)
+    made = [call.kwargs for call in dali.Pipeline.call_args_list]
+    assert [options["device_id"] for options in made] == [index, index]
+    decoders = [call.kwargs for call in dali.fn.decoders.image.call_args_list]
+    assert len(decoders) == 2
+    for options in decoders:
+        assert options["device"] == kind and options["jpeg_fancy_upsampling"] is True
+        assert options["adjust_orientation"] is False
+
+
+def test_no_device_without_an_index_reaches_dali(dali: MagicMock, tmp_path: Path) -> None:
+    item = Item("a.png", "a.png", 0, 1, 0)
+    for use in (
+        lambda: decode._pipeline(iter([]), [COLOUR], 4, torch.device("cuda")),
+        lambda: list(decode.decode([item], [COLOUR], 4, torch.device("cuda"))),
+        lambda: build(tmp_path, "cuda"),
+    ):
+        with pytest.raises(ValueError, match=r"got cuda without an index, expected .* cuda:0"):
+            use()
+    dali.Pipeline.assert_not_called()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpegs_with_halved_chroma_are_decoded_as_pillow_decodes_them(
+    tmp_path: Path, channels: int
+) -> None:
+    """At most 2 of 255 levels apart; repeated chroma would differ by 52 here."""
+    image = picture(3, 48, 48)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling="4:2:0")
+    path = tmp_path / "a.jpg"
+    path.write_bytes(buffer.getvalue())
+    mode = "L" if channels == 1 else "RGB"
+    expected = np.asarray(Image.open(path).convert(mode)).reshape(48, 48, channels).astype(int)
+    reader = ImageReader(
+        FileSource(tmp_path, ["a.jpg"], [0]), image_shape=(channels, 48, 48), ring_images=9,
+        show=False,
+    )  # fmt: skip
+    ids, out = torch.zeros(1, dtype=torch.int64), torch.empty(1, channels, 48, 48).byte()
+    read = reader.sample(ids, ids, out=out)[0].permute(1, 2, 0).numpy()
+    spec = InputSpec(size=48, mean=(0.0,) * channels, std=(1.0,) * channels)
+    items = [Item(str(path), "a", 0, path.stat().st_size, 0)]
+    ((views, _),) = decode.decode(items, [spec], 1, torch.device("cpu"))
+    tested = (views[0][0] * 255).round().permute(1, 2, 0).numpy()
+    # Pillow makes grey from rounded RGB, DALI takes the stored luma.
+    tolerance = 2 if channels == 3 else 4
+    assert abs(read - expected).max() <= tolerance and abs(tested - expected).max() <= tolerance
+
+
+def png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + body + struct.pack(">I", zlib.crc32(body))
+
+
+@pytest.mark.parametrize(("width", "height", "short_side", "fits"), [
+    (8192, 8192, 1, True), (8193, 8192, 1, False), (8192, 8193, 1, False), (0, 5, 1, False),
+    (5, 0, 1, False), (MOST_PIXELS, 1, 1, True), (4000, 3, 128, True), (4000, 3, 500, False),
+    (3, 4000, 500, False),
+])  # fmt: skip
+def test_sizes_are_checked_before_anything_is_decoded(
+    width: int, height: int, short_side: int, fits: bool
+) -> None:
+    data = png_header(width, height)
+    if fits:
+        assert decode.image_size("x", data, short_side=short_side) == (height, width)
+    else:
+        with pytest.raises(SourceError, match=f"got {width} x {height} pixels, expected 1 to"):
+            decode.image_size("x", data, short_side=short_side)
+
+
+def test_test_sets_refuse_an_image_that_would_fill_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for data in (png_header(65536, 65536), encode(np.zeros((2, 60_000), dtype=np.uint8))):
+        (tmp_path / "a" / "0.png").write_bytes(data)
+        with pytest.raises(SourceError, match=r"a/0\.png: got 6[05]\d+ x \d+ pixels"):
+            list(test_sets.open_set(tmp_path, torch.device("cpu")).batches([
+                InputSpec(size=224, mean=(0.5,), std=(0.5,))
+            ]))  # fmt: skip
+
+
+def test_files_larger_than_any_image_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "0.png"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.truncate(MOST_BYTES + 1)  # sparse
+    items = test_sets.open_set(tmp_path, torch.device("cpu"))
+    assert isinstance(items, test_sets.EncodedSet)
+    with pytest.raises(SourceError, match=f"got {MOST_BYTES + 1} bytes"):
+        items.items[0].read()
+    with pytest.raises(SourceError, match="got more bytes"):
+        FileSource(tmp_path, ["a/0.png"], [0]).read(0)
+
+
+def test_memory_that_is_used_up_is_not_blamed_on_an_image() -> None:
+    assert "memory is used up" in decode.reason_of(RuntimeError("x: std::bad_alloc\ny"))
+    assert decode.reason_of(RuntimeError("Critical error in pipeline:\n  odd\nfile")) == (
+        "odd file"
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_read_disjoint_blocks_that_together_are_one_reader_s(
+    tmp_path: Path, world_size: int
+) -> None:
+    images, labels = random_images(25)
+    write_shards(tmp_path, images, labels, 4)
+    settings: dict[str, Any] = {"image_shape": (1, 8, 8), "ring_images": 8, "show": False}
+    alone = ImageReader(ShardSource(tmp_path), **settings)
+    parts = [
+        ImageReader(ShardSource(tmp_path), **settings, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for _ in range(5):  # over the end of the first pass
+        expected, classes = alone.peek(4 * world_size)
+        alone.advance(4 * world_size)
+        found = [part.peek(4) for part in parts]
+        for part in parts:
+            part.advance(4)
+        assert torch.equal(torch.cat([ids for ids, _ in found]), expected)
+        assert torch.equal(torch.cat([labels for _, labels in found]), classes)
+
+
+@pytest.mark.parametrize(("ring_images", "position", "expected"), [
+    (25, 25, True), (24, 25, False), (25, 24, False), (26, 50, True),
+])  # fmt: skip
+def test_a_set_is_used_up_when_all_of_it_is_in_the_ring(
+    tmp_path: Path, ring_images: int, position: int, expected: bool
+) -> None:
+    images, labels = random_images(25)
+    write_shards(tmp_path, images, labels, 8)
+    reader = ImageReader(
+        ShardSource(tmp_path), image_shape=(1, 8, 8), ring_images=ring_images, show=False
+    )
+    reader.advance(position)
+    assert reader.is_exhausted is expected

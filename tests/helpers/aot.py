@@ -1,0 +1,162 @@
+"""Builds Triton kernels for GPUs that are not there, and reads what came out.
+
+The launches are those that kd_loss_triton and (aot_views.py) views_triton plan; only the launching
+is left out. Registers, spills
+and memory accesses are read from the machine code. Write the golden file anew with
+
+    python -m tests.aot
+
+after a deliberate change of a kernel or of Triton's version.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dmkd_fast.loss import ops, triton_launch
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "kd_loss_kernels.json"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+CLASSES = (100, 1000, 1003, 21841, 32000, 128256)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = ("forward", "one_pass", "backward", "one_pass_target")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+            torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}  # fmt: skip
+BATCH = 256
+
+
+def all_cases() -> list[tuple[int, int, str, str]]:
+    """Architecture, classes, dtype, kind."""
+    return [(a, c, d, k) for a in ARCHITECTURES for c in CLASSES for d in DTYPES for k in KINDS]
+
+
+def key(case: tuple[int, int, str, str]) -> str:
+    architecture, classes, dtype, kind = case
+    return f"sm_{architecture} C={classes} {dtype} {kind}"
+
+
+def plan(classes: int, dtype: str, kind: str) -> triton_launch.Launch:
+    """The launch for a batch of that kind."""
+    student = torch.empty(BATCH, classes, dtype=DTYPES[dtype])
+    target = torch.zeros(BATCH, dtype=torch.int64) if kind == "one_pass_target" else None
+    weight = torch.empty(BATCH) if target is not None else None
+    problem = (student, student, target, weight, 4.0, 0.9, 1.0, 1.0, 0.1)
+    grad, stats = torch.empty_like(student), torch.empty(BATCH, ops.NUM_STATS)
+    if kind == "backward":
+        return triton_launch.plan_backward(problem, grad, torch.tensor(1.0), stats)
+    outputs = [torch.empty(()) for _ in range(3)]
+    ticket = torch.zeros(1, dtype=torch.int32)
+    gradient = None if kind == "forward" else grad
+    return triton_launch.plan_losses(
+        problem, gradient, None, 1.0, outputs, stats, ticket, per_row=False
+    )
+
+
+def build(case: tuple[int, int, str, str]) -> dict[str, Any]:
+    """Registers, spill bytes, shared memory, and global accesses by width in bits."""
+    architecture, *rest = case
+    return inspect(plan(*rest), architecture)
+
+
+def inspect(launch: triton_launch.Launch, architecture: int) -> dict[str, Any]:
+    """What `build` returns, of any launch."""
+    compiled = triton.compile(
+        _source(launch), target=GPUTarget("cuda", architecture, 32),
+        options=launch.options,
+    )  # fmt: skip
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _tool("cuobjdump", "-res-usage", cubin.name)
+        code = _tool("nvdisasm", "-c", cubin.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, shared, local = map(int, found.groups())
+    return {
+        "registers": registers,
+        "spills": stack + local + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared": shared,
+        "warps": launch.num_warps,
+        **{name: _widths(code, name) for name in ("LDG", "STG")},
+    }
+
+
+def expected_accesses(case: tuple[int, int, str, str]) -> dict[str, tuple[int, int]]:
+    """For loads and stores of logits: width in bits, and how many a thread needs at that width."""
+    _, classes, dtype, kind = case
+    launch = plan(classes, dtype, kind)
+    constants = launch.constants
+    size = DTYPES[dtype].itemsize
+    per_thread = constants.get("ROWS", 1) * constants["BLOCK"] // (32 * launch.num_warps)
+    # A thread holds at most what the tile gives it.
+    vector = min(constants["VEC"], per_thread)
+    reads = 4 if launch.kernel is triton_launch.kernels.two_pass else 2
+    accesses = {"LDG": (8 * size * vector, reads * per_thread // vector)}
+    if kind != "forward":
+        accesses["STG"] = (8 * size * vector, per_thread // vector)
+    return accesses
+
+
+def _source(launch: triton_launch.Launch) -> ASTSource:
+    """The kernel with what Triton's launcher would specialise on: sizes and addresses by 16."""
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for index, (name, value) in enumerate(
+        zip(launch.kernel.arg_names, launch.arguments, strict=False)
+    ):
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            divides = value.data_ptr() % 16 == 0
+        elif isinstance(value, int):
+            signature[name] = "constexpr" if value == 1 else "i32" if value < 2**31 else "i64"
+            if value == 1:
+                constants[name] = 1
+            divides = value % 16 == 0 and value != 1
+        else:
+            signature[name], divides = "fp32", False
+        if divides:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(launch.constants, "constexpr")
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _widths(code: str, instruction: str) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", code):
+        parts = modifiers.split(".")
+        if "STRONG" in parts:  # the reduction's, not the logits'
+            continue
+        width = next((p for p in parts if p in ("128", "64", "U16", "U8", "S16")), "32")
+        counts[width.strip("US")] += 1
+    return dict(sorted(counts.items()))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    command = [str(TOOLS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    write(GOLDEN, {key(case): build(case) for case in all_cases()})
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """A golden file: a line for each build."""
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in results.items()]
+    head = f'"triton": {json.dumps(triton.__version__)}'
+    path.write_text("{\n" + ",\n".join([head, *lines]) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

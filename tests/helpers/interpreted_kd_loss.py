@@ -1,0 +1,230 @@
+"""kd_loss's Triton kernels on CPU tensors, by Triton's interpreter. Run by test_kd_loss_triton.py.
+
+Not collected by itself: TRITON_INTERPRET=1 must be set before Triton is imported. Two things the
+interpreter does otherwise than a GPU: it truncates float32 to bfloat16, so gradients are taken in
+float32 here, before rounding; and it does not notice reads out of bounds, so all inputs lie in
+memory full of NaN, which would spread.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dmkd_fast.loss import ops, triton_launch
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LONG = triton_launch.MAX_TILE + 809  # two passes, three blocks
+
+
+def surrounded(rows: Tensor) -> Tensor:
+    """The same rows, strided, with NaN around them."""
+    count, classes = rows.shape
+    memory = torch.full((count + 2, classes + 24), float("nan"), dtype=rows.dtype)
+    memory[1:-1, 8 : 8 + classes] = rows
+    return memory[1:-1, 8 : 8 + classes]
+
+
+def make(
+    rows: int, classes: int, dtype: torch.dtype, target: str, spread: float = 3.0, seed: int = 0
+) -> tuple:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(rows, classes, generator=generator)  # noqa: E731
+    student, teacher = (surrounded((spread * draw()).to(dtype)) for _ in range(2))
+    targets = {
+        "none": None,
+        "ids": torch.randint(0, classes, (rows,), generator=generator),
+        "probabilities": surrounded(draw().softmax(-1).to(dtype)),
+    }[target]
+    weight = torch.rand(rows, generator=generator)
+    weight[rows // 2] = 0
+    alpha = 1.0 if targets is None else 0.3
+    return student, teacher, targets, weight, 4.0, alpha, 16 / rows, 1 / rows, 0.1
+
+
+def run(problem: tuple, scale: float = 1.0) -> tuple[Tensor, ...]:
+    """Loss, KD and CE parts, gradient of the one-pass and of the recomputing form, in float32."""
+    student, *_ = problem
+    rows, classes = student.shape
+    memory = torch.full((rows, classes + 16), 7.0)
+    grad = memory[:, :classes]
+    *losses, stats = triton_launch.forward_backward(grad, None, scale, *problem)
+    again = torch.empty(rows, classes)
+    triton_launch.plan_backward(problem, again, torch.tensor(scale), stats).run()
+    assert (memory[:, classes:] == 7).all()
+    return *losses, grad, again
+
+
+def exact(problem: tuple, scale: float = 1.0) -> tuple[Tensor, ...]:
+    student, teacher, target, weight, *numbers = problem
+    if target is not None and target.is_floating_point():
+        target = target.double()
+    wide = (student.double(), teacher.double(), target, weight.double(), *numbers)
+    losses = ops._eager_forward(*wide, False)
+    return *losses[:3], ops._eager_backward(torch.tensor(scale).double(), losses[3], *wide)
+
+
+@pytest.mark.parametrize("target", ["none", "ids", "probabilities"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (9, 7), (5, 100), (3, 1000), (2, 1003),
+                                               (2, 3001), (3, LONG)])  # fmt: skip
+def test_kernels_agree_with_float64(
+    rows: int, classes: int, dtype: torch.dtype, target: str
+) -> None:
+    problem = make(rows, classes, dtype, target)
+    loss, kd, ce, grad, again = run(problem, 3.0)
+    loss64, kd64, ce64, grad64 = exact(problem, 3.0)
+    for value, expected in ((loss, loss64), (kd, kd64), (ce, ce64)):
+        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=1e-7)
+    error = (grad.double() - grad64).norm()
+    assert error <= 1e-6 * grad64.norm() + 1e-9
+    torch.testing.assert_close(again, grad, rtol=1e-5, atol=1e-9)
+    skipped = problem[3] == 0
+    assert (grad[skipped] == 0).all() and (again[skipped] == 0).all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    rows=st.integers(1, 6),
+    classes=st.sampled_from([2, 5, 16, 17, 33, 100, 129, 515]),
+    dtype=st.sampled_from(DTYPES),
+    target=st.sampled_from(["none", "ids", "probabilities"]),
+    temperature=st.sampled_from([0.05, 1.0, 4.0, 100.0]),
+    spread=st.sampled_from([0.01, 1.0, 30.0]),
+    seed=st.integers(0, 100),
+)
+def test_kernels_agree_over_shapes_temperatures_and_spreads(
+    rows: int, classes: int, dtype: torch.dtype, target: str, temperature: float, spread: float,
+    seed: int,
+) -> None:  # fmt: skip
+    problem = make(rows, classes, dtype, target, spread, seed)
+    problem = (*problem[:4], temperature, *problem[5:])
+    loss, _, _, grad, _ = run(problem)
+    loss64, _, _, grad64 = exact(problem)
+    size = 1 + 10 * spread / temperature  # Rounding of logits / T is multiplied by their size.
+    assert abs(loss.double() - loss64) <= 2e-6 * (1 + abs(loss64)) * size
+    # q - p cannot be had better than the rounding of the two sums, 1e-7 of p, lets it.
+    allowed = 1e-6 * size * (grad64.norm() + 16 / temperature)
+    assert (grad.double() - grad64).norm() <= allowed
+
+
+def test_per_row_losses_are_bitwise_those_of_the_row_alone() -> None:
+    for classes in (100, LONG):
+        student, teacher, _, _, *numbers = make(5, classes, torch.float32, "none")
+        whole = triton_launch.forward(student, teacher, None, None, *numbers, True)[0]
+        for row in range(5):
+            one = slice(row, row + 1)
+            alone = triton_launch.forward(student[one], teacher[one], None, None, *numbers, True)
+            assert torch.equal(alone[0], whole[one])
+        again = triton_launch.forward(student, teacher, None, None, *numbers, True)[0]
+        assert torch.equal(again, whole)
+
+
+def test_loss_and_gradient_stay_exact_as_the_student_meets_the_teacher() -> None:
+    for classes in (1000, LONG):
+        teacher = make(2, classes, torch.float32, "none")[1].contiguous()
+        generator = torch.Generator().manual_seed(1)
+        student = teacher + 1e-2 * torch.randn(teacher.shape, generator=generator)
+        problem = (student, teacher, None, torch.ones(2), 4.0, 1.0, 1.0, 1.0, 0.0)
+        loss, _, _, grad, again = run(problem)
+        loss64, _, _, grad64 = exact(problem)
+        torch.testing.assert_close(loss.double(), loss64, rtol=2e-5, atol=0)
+        for value in (grad, again):
+            # Long rows add up their two sums block by block, which leaves them more rounding.
+            error = (value.double() - grad64).norm() / grad64.norm()
+            assert error < (5e-6 if classes == 1000 else 1e-4)
+
+
+def test_the_last_program_adds_what_all_have_written() -> None:
+    for rows, classes in ((9, 1000), (3, LONG), (300, 2100)):
+        student, teacher, _, weight, *numbers = make(rows, classes, torch.float32, "none")
+        outputs = [torch.empty(()) for _ in range(3)]
+        stats, ticket = torch.empty(rows, ops.NUM_STATS), torch.zeros(1, dtype=torch.int32)
+        problem = (student, teacher, None, weight, *numbers)
+        launch = triton_launch.plan_losses(problem, None, None, 1.0, outputs, stats, ticket, False)
+        partials = launch.arguments[-2]
+        assert len(partials) > 1
+        each = triton_launch.forward(*problem, True)[0]
+        for _ in range(2):  # The ticket is back at zero for the second.
+            partials.fill_(float("nan"))
+            launch.run()
+            torch.testing.assert_close(outputs[0], each.sum(), rtol=2e-6, atol=0)
+            assert ticket == 0
+
+
+def test_infinities_and_nan_follow_the_definition() -> None:
+    inf, nan = float("inf"), float("nan")
+    teacher = torch.tensor([[0.0, -inf, 1.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, -inf, 1.0]])
+    student = torch.tensor([[0.0, 1.0, 1.0], [0.0, -inf, 1.0], [nan, 1.0, 1.0], [0.0, -inf, 1.0]])
+    for repeats in (7, LONG // 3):
+        s, t = student.repeat(1, repeats), teacher.repeat(1, repeats)
+        problem = (s, t, None, None, 2.0, 1.0, 1.0, 1.0, 0.0)
+        rows = triton_launch.forward(*problem, True)[0]
+        expected = ops._eager_forward(*problem, True)[0]
+        torch.testing.assert_close(rows, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
+        assert rows[0].isfinite() and rows[1] == inf and rows[2].isnan() and rows[3].isfinite()
+        grad = torch.empty_like(s)
+        triton_launch.forward_backward(grad, None, 1.0, *problem)
+        assert grad[[0, 1, 3]].isfinite().all() and grad[2].isnan().all()
+        nothing = torch.full_like(s[:1], -inf)
+        assert triton_launch.forward(nothing, t[1:2], None, None, *problem[4:], True)[0].isnan()
+
+
+def test_class_out_of_range_gives_nan_and_reads_nothing_there() -> None:
+    for classes in (10, LONG):
+        problem = list(make(2, classes, torch.float32, "ids"))
+        problem[2], problem[3] = torch.tensor([classes, 2**40]), torch.ones(2)
+        assert triton_launch.forward(*problem, True)[0].isnan().all()
+
+
+def test_equal_logits_give_exactly_zero() -> None:
+    for classes in (100, LONG):
+        student, _, _, _, *numbers = make(3, classes, torch.float32, "none")
+        grad = torch.empty(3, classes)
+        loss = triton_launch.forward_backward(grad, None, 1.0, student, student, None, None,
+                                               *numbers)[0]  # fmt: skip
+        assert loss == 0 and (grad == 0).all()
+
+
+def test_no_rows_and_no_counting_rows() -> None:
+    numbers = (4.0, 1.0, float("nan"), 1.0, 0.0)
+    empty = torch.empty(0, 10)
+    assert triton_launch.forward(empty, empty, None, None, *numbers, False)[0].isnan()
+    assert triton_launch.forward(empty, empty, None, None, *numbers, True)[0].shape == (0,)
+    rows = torch.full((3, 10), float("nan"))
+    losses = triton_launch.forward(rows, rows, None, torch.zeros(3), 4.0, 1.0, 1.0, 1.0, 0.0, False)
+    assert losses[0] == 0
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits() -> None:
+    """Four rows 700 million elements apart: memory is reserved, only what is used is touched."""
+    for classes in (1000, LONG):
+        step = 700_000_000
+        student, teacher, grad = (
+            torch.empty(4 * step, dtype=torch.bfloat16).as_strided((4, classes), (step, 1))
+            for _ in range(3)
+        )
+        generator = torch.Generator().manual_seed(0)
+        small = torch.randn(2, 4, classes, generator=generator).bfloat16()
+        student.copy_(small[0])
+        teacher.copy_(small[1])
+        numbers = (4.0, 1.0, 4.0, 1.0, 0.0)
+        *_, stats = triton_launch.forward_backward(grad, None, 1.0, student, teacher, None, None,
+                                                    *numbers)  # fmt: skip
+        expected = torch.empty(4, classes, dtype=torch.bfloat16)
+        losses = triton_launch.forward_backward(expected, None, 1.0, *small, None, None, *numbers)
+        assert torch.equal(grad, expected)
+        assert classes <= triton_launch.MAX_TILE or torch.equal(stats, losses[3])
+        again = triton_launch.backward(torch.tensor(1.0), stats, student, teacher, None, None,
+                                        *numbers)  # fmt: skip
+        assert torch.equal(again, expected)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))

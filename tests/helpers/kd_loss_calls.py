@@ -1,0 +1,146 @@
+"""Random calls of the loss operators, and the eager definition in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from draws import BF16, F16, F32, F64, Call, Draw, check
+from torch import Tensor
+
+from dmkd_fast import kd_loss, kd_loss_and_grad
+from dmkd_fast.loss import ops
+from dmkd_fast.loss.arguments import problem_of
+
+ROUNDING = {F32: 1e-6, F64: 1e-12, F16: 2**-10, BF16: 2**-7}
+
+
+def kd_arguments(draw: Draw) -> tuple[tuple, dict]:
+    shape = draw.sizes(draw.choice((1, 2, 2, 2, 3)), low=0)
+    shape[-1] = max(1, shape[-1])
+    leading, classes = tuple(shape[:-1]), shape[-1]
+    student = draw.floats(shape, draw.choice((F32, F32, BF16, F16, F64)))
+    teacher = draw.floats(shape, draw.choice((student.dtype, F32, BF16, F16, F64)))
+    named: dict[str, Any] = {"temperature": draw.choice((0.5, 1.0, 4, 20.0))}
+    target = None
+    kind = draw.choice(("none", "ids", "probabilities"))
+    if kind == "ids":
+        ids = torch.randint(0, classes, leading)
+        if draw.random() < 0.3:
+            ids = torch.where(torch.rand(leading) < 0.3, -100, ids)
+        target = draw.place(ids)
+    elif kind == "probabilities":
+        target = draw.place(torch.rand(shape).softmax(-1).to(draw.choice((F32, BF16, F16, F64))))
+    if target is not None:
+        named["alpha"] = draw.choice((0.0, 0.3, 0.9))
+        named["label_smoothing"] = draw.choice((0.0, 0.1))
+    if draw.random() < 0.3:
+        named["mask"] = draw.place(torch.rand(leading) < 0.7)
+    if draw.random() < 0.3:
+        named["row_weight"] = draw.place(torch.rand(leading).to(draw.choice((F32, F64, BF16))))
+    named["reduction"] = draw.choice(("batchmean", "mean", "sum", "none"))
+    if named["reduction"] in ("batchmean", "mean") and draw.random() < 0.3:
+        named["num_items"] = draw.choice((3, torch.tensor(7), torch.tensor([2.5])))
+    return (student, teacher, target), named
+
+
+def kd_expected(tensors: tuple, named: dict) -> tuple[list, tuple]:
+    """Losses by the eager definition in float64, and its problem."""
+    defaults = {"alpha": None, "t_squared": True, "mask": None, "row_weight": None,
+                "ignore_index": -100, "label_smoothing": 0.0, "num_items": None}  # fmt: skip
+    order = ("temperature", "alpha", "reduction", "t_squared", "mask", "row_weight",
+             "ignore_index", "label_smoothing", "num_items")  # fmt: skip
+    problem = problem_of(*tensors, *((defaults | named)[name] for name in order))
+    wide = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+                 for x in problem)  # fmt: skip
+    return ops._eager_forward(*wide, named["reduction"] == "none"), wide
+
+
+def kd_tolerance(tensors: tuple) -> float:
+    base = 1e-11 if F64 in (tensors[0].dtype, tensors[1].dtype) else 1e-5
+    # Sanitized builds add up without vectors, term by term.
+    return base * max(1.0, tensors[0].shape[-1] / 2000)
+
+
+def check_gradient(
+    got: Tensor, expected: Tensor, tensors: tuple, problem: tuple, upstream: Tensor
+) -> None:
+    """Relative to the factors on softmaxes, whose differences may be as small as one likes."""
+    weight, temperature, alpha, kd_scale, ce_scale = problem[3:8]
+    factor = max(alpha * kd_scale / temperature, (1 - alpha) * ce_scale)
+    factor *= upstream.abs().max().item() * (1 if weight is None else weight.abs().max().item())
+    dtype = tensors[0].dtype
+    tiny = 2**-24 if dtype == F16 else 0  # half of the smallest step
+    share = kd_tolerance(tensors)
+    check(got.reshape(expected.shape), expected, max(share, ROUNDING[dtype]),
+          share * factor / 10 + tiny)  # fmt: skip
+
+
+def kd_forward(draw: Draw) -> Call:
+    tensors, named = kd_arguments(draw)
+
+    def compare(got: Tensor) -> None:
+        loss = kd_expected(tensors, named)[0][0]
+        share = kd_tolerance(tensors)
+        if tensors[0].numel():
+            check(got.reshape(loss.shape), loss, share, 10 * share)
+
+    return lambda: kd_loss(*tensors, **named), compare
+
+
+def kd_backward(draw: Draw) -> Call:
+    tensors, named = kd_arguments(draw)
+    student = tensors[0].detach().requires_grad_()
+    rows = named["reduction"] == "none"
+    upstream = draw.floats(student.shape[:-1] if rows else (), F64)
+
+    def run() -> Tensor:
+        loss = kd_loss(student, *tensors[1:], **named)
+        (grad,) = torch.autograd.grad(loss, student, upstream.to(loss.dtype))
+        return grad
+
+    def compare(got: Tensor) -> None:
+        (*_, stats), problem = kd_expected(tensors, named)
+        expected = ops._eager_backward(upstream.reshape(-1).double(), stats, *problem)
+        if expected.numel():
+            check_gradient(got, expected, tensors, problem, upstream)
+
+    return run, compare
+
+
+def kd_one_pass(draw: Draw) -> Call:
+    tensors, named = kd_arguments(draw)
+    dtype = tensors[0].dtype
+    if named["reduction"] == "none":
+        named["reduction"] = "sum"
+    scale = draw.choice((1.0, 8.0, torch.tensor(8.0), torch.tensor([4])))
+    shape = tensors[0].shape
+    out = None
+    if draw.random() < 0.5:  # dense classes, rows in equal steps
+        rows = 1
+        for n in shape[:-1]:
+            rows *= n
+        gap, offset = draw.choice((0, 0, 3)), draw.choice((0, 1, 3))
+        step = shape[-1] + gap
+        memory = torch.full((offset + max(0, rows * step - gap),), 7, dtype=dtype)
+        strides, extent = [1] * len(shape), step
+        for axis in range(len(shape) - 2, -1, -1):
+            strides[axis], extent = extent, extent * max(1, shape[axis])
+        out = memory.as_strided(shape, strides, offset)
+
+    def compare(got: tuple[Tensor, Tensor]) -> None:
+        (loss, _, _, stats), problem = kd_expected(tensors, named)
+        share = kd_tolerance(tensors)
+        if not tensors[0].numel():
+            return
+        check(got[0], loss, share, 10 * share)
+        upstream = torch.as_tensor(scale).reshape(-1).double()
+        expected = ops._eager_backward(upstream, stats, *problem)
+        check_gradient(got[1], expected, tensors, problem, upstream)
+        if out is not None:
+            memory = torch.ones(out.untyped_storage().nbytes() // out.element_size(),
+                                dtype=torch.bool)  # fmt: skip
+            memory.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
+            assert (out.as_strided(memory.shape, (1,), 0)[memory] == 7).all(), "wrote beside out"
+
+    return lambda: kd_loss_and_grad(*tensors, grad_scale=scale, out=out, **named), compare

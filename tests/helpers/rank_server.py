@@ -1,0 +1,239 @@
+"""Runs of several ranks, forked from one process that has imported everything.
+
+    python tests/helpers/rank_server.py
+
+Each line of input is a request in JSON, answered by a line of JSON: how each rank ended, and what
+it left in `end-RANK.json`. The server stands for torchrun: it says to each process who it is, kills
+the others when one has failed, and can kill one or signal all at a moment. It runs no tensor
+operation itself, so that forking is safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch._dynamo  # Optimizers import it, and metrics the next: no child has to.
+import torch.utils.tensorboard
+from dying_os import FailingOs
+from run_state import fingerprint, rows
+from small_jobs import build_distiller
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from dmkd_fast import ImageSet, cli
+from dmkd_fast.jobs import distill as distill_job
+from dmkd_fast.jobs import run_dir
+from dmkd_fast.runtime import distributed, files
+from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.training import scoring
+from dmkd_fast.training.distiller import Distiller
+
+# Dropout, so that torch's generators matter.
+SETTINGS = {"dropout": 0.3, "log_every_steps": 7, "ema_decay": 0.9, "max_grad_norm": 1.0}
+assert distill_job  # Imported for the command line.
+
+
+def child(request: dict[str, Any], rank: int) -> int:
+    """One rank of a run."""
+    torch.set_num_threads(1)
+    if "command" in request:
+        return cli.main(request["command"])
+    run, seed = Path(request["run"]), request.get("seed", 0)
+    mine = distributed.join()
+    test_set = random_set() if request.get("tests") else None
+    distiller = build_distiller(
+        run, seed=seed, ranks=mine, test_set=test_set,
+        checkpoint_every_s=request.get("every_s", 1e9), accumulate=request.get("accumulate", 1),
+        **SETTINGS,
+    )  # fmt: skip
+    set_seeds(mine.seed(seed))
+    left: dict[str, Any] = {"images": {}, "reductions": 0}
+    network = distiller.learner.network
+    if "accumulate" in request and isinstance(network, DistributedDataParallel):
+
+        def reduce(group: Any, bucket: Any) -> Any:
+            left["reductions"] += 1
+            return allreduce_hook(group, bucket)
+
+        reduce.__annotations__.clear()  # DDP wants none or its own, not as text.
+        network.register_comm_hook(network.process_group, reduce)
+    if rank == request.get("broken"):
+        weight = next(distiller.sampler._module.parameters())  # type: ignore[union-attr]
+        weight.data.fill_(float("nan"))
+    if run_dir.has_checkpoint(run):
+        set_seeds(mine.seed(seed) + 1)
+        try:
+            left["restored"] = distiller.restore()
+        except ValueError as error:
+            (run / f"end-{rank}.json").write_text(json.dumps({"error": str(error)}))
+            return 2
+    watch(distiller, request, rank, left["images"])
+    (run / f"ready-{rank}").touch()
+    code = 0
+    try:
+        left["totals"] = distiller.fit()
+    except KeyboardInterrupt:
+        code = 130
+    except NotFiniteError as error:
+        (run / f"end-{rank}.json").write_text(json.dumps({"error": str(error)}))
+        return 3
+    left |= {"step": distiller.step, "state": fingerprint(distiller), "rows": rows(run)}
+    weights = torch.cat([p.detach().flatten() for p in distiller.student.parameters()])
+    left["weights"] = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
+    if test_set is not None:
+        whole = scoring.measure(
+            distiller.average.module, test_set.batches([distiller._supervision.input]),
+            input=distiller._supervision.input, num_classes=4,
+        )  # fmt: skip
+        left["scores"] = whole.result()
+    (run / f"end-{rank}.json").write_text(json.dumps(left), encoding="utf-8")
+    return code
+
+
+def watch(distiller: Distiller, request: dict[str, Any], rank: int, images: dict[int, str]) -> None:
+    """Record the images made; stop, die or find the disk full at a step, if asked to."""
+    step, commit = distiller.train_step, distiller.ring.commit
+    saved = distiller.run_dir / "checkpoints" / (f"rank-{rank}" if rank else "")
+
+    def watched_step() -> torch.Tensor:
+        loss = step()
+        if [distiller.step, rank] == request.get("stop_at"):
+            signal.raise_signal(signal.SIGTERM)
+        if [distiller.step, rank] == request.get("kill_at"):
+            signal.raise_signal(signal.SIGKILL)
+        if rank == request.get("full_disk"):
+            while distiller.step == 4 and not any(saved.glob("step-*")):
+                time.sleep(0.01)  # One checkpoint comes first, however busy the machine.
+            full = 5 <= distiller.step < 20
+            files.os = FailingOs(0, 28) if full else os  # type: ignore[assignment]
+        return loss
+
+    def watched_commit(block: Any, *, ids: torch.Tensor, labels: torch.Tensor) -> None:
+        commit(block, ids=ids, labels=labels)
+        for image_id, image in zip(ids.tolist(), block.images, strict=True):
+            images[image_id] = hashlib.sha256(image.numpy().tobytes()).hexdigest()
+
+    distiller.train_step = watched_step  # type: ignore[method-assign]
+    distiller.ring.commit = watched_commit  # type: ignore[method-assign]
+
+
+def random_set() -> ImageSet:
+    """101 images: no number of ranks but 101 divides them."""
+    generator = torch.Generator().manual_seed(1)
+    return ImageSet(
+        images=torch.randint(0, 256, (101, 1, 8, 8), generator=generator).to(torch.uint8),
+        labels=torch.randint(0, 4, (101,), generator=generator), class_names=tuple("abcd"),
+    )  # fmt: skip
+
+
+def set_seeds(seed: int) -> None:
+    """Python reseeds its generator in every forked child."""
+    torch.manual_seed(seed)
+    numpy.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def start(request: dict[str, Any], world_size: int, restarts: int) -> dict[int, int]:
+    """Fork all ranks; returns rank by process id."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = {}
+    for rank in range(world_size):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                output = Path(request["run"]) / f"output-{rank}.txt"
+                output.parent.mkdir(parents=True, exist_ok=True)
+                handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(handle, 1)
+                os.dup2(handle, 2)
+                if world_size > 1:
+                    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT",
+                             "TORCHELASTIC_RESTART_COUNT")  # fmt: skip
+                    values = (rank, rank, world_size, world_size, port, restarts)
+                    os.environ.update(zip(names, map(str, values), strict=True))
+                code = child(request, rank)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        pids[pid] = rank
+    return pids
+
+
+def serve(request: dict[str, Any]) -> dict[str, Any]:
+    """Run all ranks to their end.
+
+    `kill: [rank, seconds]` kills one so long after all were ready; `term: seconds` signals all;
+    `restarts` says how often all are started again when one has failed.
+    """
+    run, world_size = Path(request["run"]), request.get("world_size", 2)
+    restarts, hits = 0, 0
+    while True:
+        for old in run.glob("ready-*"):
+            old.unlink()
+        pids = start(request, world_size, restarts)
+        codes: dict[int, int] = {}
+        victims: set[int] = set()
+        ready, asked, failed = 0.0, 0.0, 0.0
+        while len(codes) < world_size:
+            time.sleep(0.002)
+            now = time.monotonic()
+            for pid, rank in pids.items():
+                if rank not in codes:
+                    ended, status = os.waitpid(pid, os.WNOHANG)
+                    if ended:
+                        codes[rank] = os.waitstatus_to_exitcode(status)
+            alive = [pid for pid, rank in pids.items() if rank not in codes]
+            if any(codes.values()) and not failed and not asked:
+                failed = now
+                for pid in alive:
+                    os.kill(pid, signal.SIGTERM)
+            if failed and now - failed > 10:
+                for pid in alive:
+                    os.kill(pid, signal.SIGKILL)
+            if not ready and len(list(run.glob("ready-*"))) == world_size:
+                ready = now
+            due = bool(ready and request.get("kill")) and now - ready > request["kill"][0][1]
+            if due and not victims:  # One in each life.
+                victim, _ = request["kill"].pop(0)
+                for pid in [p for p in alive if pids[p] == victim]:
+                    os.kill(pid, signal.SIGKILL)
+                    victims.add(victim)
+            if ready and not asked and "term" in request and now - ready > request["term"]:
+                asked = now
+                for pid in alive:
+                    os.kill(pid, signal.SIGTERM)
+        # One that ended as it was killed was not hit.
+        hits += sum(codes[victim] == -signal.SIGKILL for victim in victims)
+        if not any(codes.values()) or restarts == request.get("restarts", 0):
+            break
+        restarts += 1
+    took = time.monotonic() - asked if asked else 0.0
+    ends = {}
+    for rank in range(world_size):
+        path = run / f"end-{rank}.json"
+        ends[str(rank)] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    outputs = [path.read_text(encoding="utf-8") for path in sorted(run.glob("output-*"))]
+    return {"codes": [codes[rank] for rank in range(world_size)], "ends": ends, "took": took,
+            "hits": hits, "restarts": restarts, "outputs": outputs}  # fmt: skip
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), flush=True)

@@ -1,0 +1,64 @@
+"""Samplers that several tests take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from small_models import small_dit
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmkd_fast import DiffusionSampler, load_denoiser
+from dmkd_fast.assets import resolve
+from dmkd_fast.denoisers.dit import LeanDiT, lean_dit
+
+DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
+
+
+def dit_sampler(**changes: Any) -> DiffusionSampler:
+    """A small latent-like DiT: 4 x 8 x 8, learned variances, 1000 classes and a null class."""
+    lean = lean_dit(small_dit())
+    assert lean is not None
+    settings: dict[str, Any] = {
+        "scheduler": DDIM, "latent_shape": (4, 8, 8), "null_class": 1000, "num_steps": 4,
+        "guidance_scale": 2.0, "micro_batch_images": 4,
+    } | changes  # fmt: skip
+    return DiffusionSampler(lean, **settings)
+
+
+def embedded(**changes: Any) -> DiffusionSampler:
+    loaded = load_denoiser(resolve("embedded:fashion_mnist/denoiser"), torch.device("cpu"))
+    assert isinstance(loaded.module, LeanDiT)
+    loaded.module.attention = "short"
+    settings: dict[str, Any] = {
+        "scheduler": loaded.scheduler, "latent_shape": loaded.latent_shape, "null_class": 10,
+        "num_steps": 2, "guidance_scale": 1.5, "micro_batch_images": 8, "solver": "dpm++2m",
+    } | changes  # fmt: skip
+    return DiffusionSampler(loaded.module, **settings)
+
+
+def make(sampler: DiffusionSampler, ids: Tensor, classes: int) -> Tensor:
+    out = torch.empty(len(ids), *sampler.latent_shape, dtype=torch.uint8)
+    return sampler.sample(ids, ids % classes, out=out)
+
+
+class Counts(TorchDispatchMode):
+    """Counts ATen calls; with `ban` set, calls that wait for the device raise."""
+
+    def __init__(self, *, ban: bool = False) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.ban = ban
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.calls.append(name)
+        if self.ban and any(word in name for word in ("_local_scalar_dense", "nonzero", "item")):
+            raise AssertionError(f"{name} waits for the device")
+        result = func(*args, **(kwargs or {}))
+        if self.ban and isinstance(result, Tensor) and result.device.type == "cpu":
+            inputs = [a for a in args if isinstance(a, Tensor)]
+            if any(a.device.type == "cuda" for a in inputs):
+                raise AssertionError(f"{name} copies to the CPU")
+        return result

@@ -1,0 +1,107 @@
+"""Small random diffusion models, saved the way their pipelines save them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from dmkd_fast.denoisers.loading import share_embedder
+
+VAE = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4,
+       "down_block_types": ("DownEncoderBlock2D",) * 2,
+       "up_block_types": ("UpDecoderBlock2D",) * 2}  # fmt: skip
+UNET = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1,
+        "norm_num_groups": 8}  # fmt: skip
+
+
+def spread(model: torch.nn.Module, seed: int = 0) -> Any:
+    """Random weights large enough that every part of the model shows in its output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.ndim < 2 else 1 / parameter[0].numel() ** 0.5
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(noise + (parameter.ndim < 2) * 0.2)
+    return model.eval()
+
+
+def small_dit(*, shared: bool = True, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "in_channels": 4,
+        "out_channels": 8, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 1000,
+    } | changes  # fmt: skip
+    dit = spread(diffusers.DiTTransformer2DModel(**settings))
+    if shared:
+        share_embedder(dit)
+    for block in dit.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.1  # as published; eval mode ignores it
+    return dit
+
+
+def dit_folder(folder: Path, *, shared: bool = True, scheduler: Any = None, **changes: Any) -> Path:
+    """As facebook/DiT-XL-2-256: transformer/, vae/, scheduler/."""
+    pipeline = diffusers.DiTPipeline(
+        transformer=small_dit(shared=False, **changes),
+        vae=spread(diffusers.AutoencoderKL(**VAE), seed=1),
+        scheduler=scheduler or diffusers.DDIMScheduler(clip_sample=False),
+        id2label={i: f"class {i}" for i in range(1000)},
+    )  # fmt: skip
+    if shared:  # every block saves a copy, as in the published weights
+        first = pipeline.transformer.transformer_blocks[0].norm1.emb.state_dict()
+        for block in pipeline.transformer.transformer_blocks:
+            block.norm1.emb.load_state_dict(first)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def class_unet_folder(folder: Path, scheduler: Any, **changes: Any) -> Path:
+    """As openai/diffusers-cd_imagenet64_l2: unet/, scheduler/."""
+    unet = diffusers.UNet2DModel(
+        in_channels=3, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        **(UNET | {"num_class_embeds": 10, "out_channels": 3} | changes),
+    )  # fmt: skip
+    spread(unet).save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+def stable_diffusion(folder: Path, scheduler: Any, **changes: Any) -> Any:
+    """A small StableDiffusionPipeline, saved."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet = diffusers.UNet2DConditionModel(
+        in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=16,
+        attention_head_dim=2, **(UNET | changes),
+    )  # fmt: skip
+    tokenizer = letters_tokenizer(folder, max_length=16)
+    encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, bos_token_id=52, eos_token_id=53,
+    ))  # fmt: skip
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=spread(diffusers.AutoencoderKL(**VAE), seed=1), text_encoder=spread(encoder, seed=2),
+        tokenizer=tokenizer, unet=spread(unet, seed=3), scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def letters_tokenizer(folder: Path, *, max_length: int) -> Any:
+    """A CLIP tokenizer of single letters; begin and end are tokens 52 and 53."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(c) for c in range(97, 123)]
+    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=max_length
+    )

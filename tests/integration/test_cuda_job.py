@@ -1,0 +1,294 @@
+"""A whole small job on a GPU: streams, graphs, exact resume, no waiting, test images, files.
+
+Marked cuda; benchmarks/gpu.sh runs it. Without a GPU the same lines run under
+benchmarks/pretend_cuda.py (test_gpu_rehearsal.py), so each works on whatever says it is cuda.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from run_state import fingerprint, rows
+from safetensors.torch import load_file
+from small_jobs import fit_until
+from small_models import small_dit
+from torch import Tensor, nn
+
+from dmkd_fast import (
+    DiffusionSampler,
+    Distiller,
+    LabelStream,
+    RingBuffer,
+    Schedule,
+    Views,
+    measure,
+    open_set,
+)
+from dmkd_fast.data.decode import decode
+from dmkd_fast.data.listing import Item
+from dmkd_fast.denoisers.dit import lean_dit
+from dmkd_fast.denoisers.wrappers import Decoder
+from dmkd_fast.runtime.device import make_repeatable
+from dmkd_fast.views.spec import InputSpec
+
+pytestmark = pytest.mark.cuda
+GUARDED = {"guard_blocks": 1, "own_stream": True}
+HAS_DRIVER = torch._C._cuda_getDeviceCount() > 0
+
+
+@pytest.fixture(autouse=True)
+def repeatable() -> None:
+    """As the command line sets it."""
+    make_repeatable()
+
+
+def classifier() -> nn.Module:
+    """32 x 32 colour images to ten classes: convolutions, batch norm, dropout."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(0.1), nn.Linear(32 * 16, 10),
+    )  # fmt: skip
+
+
+def sampler(seed: int = 0) -> DiffusionSampler:
+    """A guided latent DiT with an autoencoder, compiled and captured: 3 x 16 x 16 images."""
+    import diffusers
+    from small_models import VAE, spread
+
+    lean = lean_dit(small_dit())
+    assert lean is not None
+    lean.choose_attention("auto", device=torch.device("cuda"), dtype=torch.float16)
+    vae = spread(diffusers.AutoencoderKL(**VAE), seed=1)
+    return DiffusionSampler(
+        lean, scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
+        latent_shape=(4, 8, 8), decoder=Decoder(vae).to(memory_format=torch.channels_last),
+        null_class=1000, num_steps=3, guidance_scale=2.0, micro_batch_images=16,
+        dtype=torch.float16, device="cuda", seed=seed, compile=True,
+    )  # fmt: skip
+
+
+def job(run_dir: Path, *, ring: dict[str, Any] | None = None, **changes: Any) -> Distiller:
+    """40 steps in float16 with averaged weights; everything compiled."""
+    torch._dynamo.reset()  # else it gives up after eight networks of one kind and runs them eagerly
+    torch.manual_seed(5)
+    teacher = classifier().cuda()
+    torch.manual_seed(7)
+    student = classifier().cuda().to(memory_format=torch.channels_last)
+    schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10,
+                "ema_decay": 0.9}  # fmt: skip
+    return Distiller(
+        sampler=sampler(),
+        ring=RingBuffer(
+            64, image_shape=(3, 16, 16), block_images=16, samples_per_insert=4, device="cuda",
+            min_fill_images=32, num_classes=10, **(GUARDED if ring is None else ring),
+        ),
+        labels=LabelStream(10, device="cuda"), teacher=teacher, student=student,
+        views=Views(size=16, pad=1, mean=(0.5,) * 3, std=(0.5,) * 3, device="cuda"),
+        schedule=Schedule(**(schedule | changes)), run_dir=run_dir, dtype=torch.float16,
+        compile=True, show=False,
+    )  # fmt: skip
+
+
+def stop_after(distiller: Distiller, step: int) -> None:
+    torch.manual_seed(0)
+    fit_until(distiller, step)
+
+
+def fitted(distiller: Distiller) -> Distiller:
+    torch.manual_seed(0)
+    distiller.fit()
+    return distiller
+
+
+def test_two_runs_and_a_resumed_one_end_with_the_same_bits(tmp_path: Path) -> None:
+    whole = fitted(job(tmp_path / "whole"))
+    expected = fingerprint(whole)
+    assert all(row["loss"] > 0 for row in rows(whole.run_dir))
+    assert all(w.isfinite().all() for w in whole.average.module.state_dict().values())
+    assert fingerprint(fitted(job(tmp_path / "again"))) == expected
+    for step in (3, 17, 26):
+        broken = job(tmp_path / f"broken{step}", checkpoint_every_s=0.0)
+        stop_after(broken, step)
+        resumed = job(broken.run_dir)
+        torch.manual_seed(99)
+        assert resumed.restore() == (step, [])
+        resumed.fit()
+        assert fingerprint(resumed) == expected
+        assert rows(resumed.run_dir) == rows(whole.run_dir)
+
+
+def test_a_stream_of_its_own_changes_no_bit(tmp_path: Path) -> None:
+    both = [
+        fitted(job(tmp_path / name, ring=ring, num_views=1600))
+        for name, ring in (("one", {"guard_blocks": 1}), ("two", GUARDED))
+    ]
+    assert fingerprint(both[0]) == fingerprint(both[1])
+    assert both[1].ring._fences is not None and both[0].ring.num_inserted == 400
+
+
+def test_images_of_a_damaged_block_are_made_again_on_the_gpu(tmp_path: Path) -> None:
+    first = job(tmp_path / "run")
+    stop_after(first, 17)
+    images = first.ring.images.clone()
+    block = sorted((first.run_dir / "blocks").glob("block-*"))[-1]
+    block.write_bytes(block.read_bytes()[:-1] + b"\0\0")
+    again = job(first.run_dir)
+    step, notes = again.restore()
+    assert step == 17 and len(notes) == 1 and "made again" in notes[0]
+    held = again._keeper.blocks._named
+    assert len(held) >= 3
+    for number in held:
+        slots = again._keeper.blocks._slots(number)
+        assert torch.equal(again.ring.images[slots], images[slots])
+
+
+def test_blocks_and_checkpoints_hold_what_the_gpu_held(tmp_path: Path) -> None:
+    run = fitted(job(tmp_path / "run"))
+    newest = sorted((run.run_dir / "checkpoints").glob("step-*"))[-1]
+    saved = load_file(newest / "state.safetensors")
+    for name, value in run.student.state_dict().items():
+        assert torch.equal(saved[f"student/{name}"], value.cpu()), name
+    for path in (run.run_dir / "blocks").glob("block-*"):
+        slots = run._keeper.blocks._slots(int(path.stem.partition("-")[2]))
+        assert torch.equal(load_file(path)["images"], run.ring.images[slots].cpu())
+
+
+def test_steps_and_refills_never_wait_for_the_device(tmp_path: Path) -> None:
+    run = job(tmp_path / "run", max_grad_norm=1.0)
+    run._warm_up(run._metrics)
+    for _ in range(10):
+        run.refill()
+        run.train_step()
+    torch.cuda.synchronize()
+    before, inserted = torch.cuda.memory_allocated(), run.ring.num_inserted
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            run.refill()
+            loss = run.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.ring.num_inserted > inserted and loss.isfinite()
+    assert torch.cuda.memory_allocated() - before < 2**22  # nothing piles up
+    run._keeper.writer.close()
+
+
+def test_nothing_of_a_run_lies_on_the_host(tmp_path: Path) -> None:
+    run = job(tmp_path / "run")
+    run.refill()
+    draw = run.ring.sample(16)
+    seen = run.views(run.ring.images, draw.indices, draw.ids, draw.uses)
+    run.ring.release()
+    loss = run.train_step()
+    tensors = [draw.indices, draw.ids, draw.uses, seen, loss, run.sampler.table.rows]  # type: ignore[union-attr]
+    tensors += [*run.ring._tensors().values(), *run.student.state_dict().values()]
+    tensors += [*run.average.module.state_dict().values(), *run.sampler._module.parameters()]  # type: ignore[union-attr]
+    for state in run.learner.optimizer.state.values():
+        tensors += [v for v in state.values() if isinstance(v, Tensor)]
+    assert all(t.device.type == "cuda" for t in tensors)
+    run._keeper.writer.close()
+
+
+def test_the_embedded_job_runs_and_learns_on_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line, with everything that `auto` turns on, and the test on real images."""
+    from small_jobs import CONFIG
+
+    from dmkd_fast import cli
+
+    small = ["sampler.num_steps=4", "sampler.guidance_scale=1.5", "ring.capacity_images=768",
+             "ring.min_fill_images=256", "ring.samples_per_insert=8", "ring.overlap=true",
+             "sampler.micro_batch_images=64", "train.batch_size=64", "train.num_views=3200",
+             "train.log_every_steps=25", "eval.num_points=1", "train.checkpoint_every_s=1",
+             "teacher.path=embedded:fashion_mnist/weak", "student={arch: lenet5_half}"]  # fmt: skip
+    if not HAS_DRIVER:
+        small += ["dtype=float32", "sampler.num_steps=2"]  # a CPU takes minutes otherwise
+    assert cli.main(["distill", CONFIG, *small, f"run_dir={tmp_path / 'run'}"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["views"] == 3200 and summary["generated_images"] >= 400
+    assert summary["teacher_top1"] > 0.8 and summary["top1"] > 0.3  # 0.1 by chance
+    settings = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    assert "device: cuda" in settings
+    assert ("dtype: float16" in settings) == HAS_DRIVER
+
+
+def test_scores_on_a_gpu_are_those_of_the_cpu() -> None:
+    torch.manual_seed(3)
+    network = classifier().eval()
+    images = torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (300,))
+    spec = InputSpec(size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    views = (images.float() / 255 - 0.5) / 0.5
+    results = []
+    for move in (lambda t: t, lambda t: t.cuda()):
+        batches = [({spec: move(views[i : i + 100])}, move(labels[i : i + 100])) for i in (0, 100)]
+        results.append(_scores(move(network), batches, spec))
+    for name, value in results[0].items():
+        assert value == pytest.approx(results[1][name], abs=1e-3), name
+
+
+def _scores(network: nn.Module, batches: Any, spec: InputSpec) -> dict[str, float]:
+    return measure(network, batches, input=spec, num_classes=10).result()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Smooth pictures of several sizes, as PNG and JPEG, in class folders."""
+    ramp = np.linspace(0, 255, 90)
+    for number in range(6):
+        height, width = 40 + 7 * number, 70 - 5 * number
+        red = np.add.outer(ramp[:height], ramp[:width]) / 2
+        pixels = np.stack([red, red[::-1], red[:, ::-1]], axis=-1).astype(np.uint8)
+        path = tmp_path / "set" / str(number % 2) / f"{number}.{('png', 'jpg')[number % 3 == 0]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+    return tmp_path / "set"
+
+
+def decoded(folder: Path, device: str) -> tuple[Tensor, Tensor]:
+    spec = InputSpec(size=24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    paths = sorted(folder.rglob("*.*"))
+    items = [Item(str(p), str(p), 0, p.stat().st_size, int(p.parent.name)) for p in paths]
+    found = list(decode(items, [spec], 4, torch.device(device)))
+    assert [len(labels) for _, labels in found] == [4, 2]
+    assert all(str(views[0].device) == device for views, _ in found)
+    return torch.cat([v[0] for v, _ in found]).cpu(), torch.cat([x for _, x in found]).cpu()
+
+
+@pytest.mark.skipif(not HAS_DRIVER, reason="DALI asks for a driver")
+def test_image_files_decoded_on_the_gpu_are_those_of_the_cpu(folder: Path) -> None:
+    (there, labels), (here, same) = decoded(folder, "cuda:0"), decoded(folder, "cpu")
+    assert torch.equal(labels, same)
+    # JPEG decoders and resampling round differently: 3 of 255 levels, over a std of 0.2.
+    assert (there - here).abs().max() < 3 / 255 / 0.2
+    test_set = open_set(folder, torch.device("cuda:0"))
+    assert len(test_set.class_names) == 2
+
+
+@pytest.mark.skipif(not HAS_DRIVER, reason="DALI asks for a driver")
+def test_images_read_from_disk_on_a_gpu_are_exact(tmp_path: Path) -> None:
+    from shard_files import random_images, write_shards
+
+    from dmkd_fast.data.sources import ShardSource
+    from dmkd_fast.data.stored import ImageReader
+
+    images, classes = random_images(40)
+    write_shards(tmp_path, images, classes, 16)
+    reader = ImageReader(
+        ShardSource(tmp_path), image_shape=(1, 8, 8), ring_images=64, show=False,
+        device=torch.device("cuda:0"),
+    )  # fmt: skip
+    for start in (0, 16):
+        ids, labels = reader.peek(16)
+        reader.advance(16)
+        out = torch.empty(16, 1, 8, 8, dtype=torch.uint8, device="cuda")
+        reader.sample(ids, labels, out=out)
+        assert np.array_equal(out.cpu().numpy(), images[start : start + 16])

@@ -1,0 +1,177 @@
+"""Refill and training step of a whole job on fake CUDA tensors: no value is read, no copy made.
+
+Everything but the backward pass, which fake tensors cannot run: draw, views for two teachers and
+the student, both teachers, autocast, student, loss, averaging; and a guided latent sampler with its
+decoder, written into the ring. Fake tensors check where each operator's inputs are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from on_device import OnDevice
+from small_models import VAE, small_dit, spread
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from dmkd_fast import (
+    DiffusionSampler,
+    Distiller,
+    LabelStream,
+    RingBuffer,
+    Schedule,
+    Teacher,
+    Teachers,
+    Views,
+)
+from dmkd_fast.denoisers.dit import lean_dit
+from dmkd_fast.denoisers.wrappers import Decoder
+from dmkd_fast.views.spec import InputSpec
+
+CUDA = torch.device("cuda")
+
+
+class NoCopies(OnDevice):
+    """As `OnDevice`, and raises on every copy between host and device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name == "_to_copy":
+            target = (kwargs or {}).get("device") or args[0].device
+            assert target.type == args[0].device.type, f"copied to {target}"
+        if name == "copy_":
+            assert args[0].device.type == args[1].device.type, "copied between host and device"
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def classifier(size: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * size**2, 10),
+    )  # fmt: skip
+
+
+def job(run_dir: Path) -> Distiller:
+    import diffusers
+
+    lean = lean_dit(small_dit())
+    assert lean is not None
+    sampler = DiffusionSampler(
+        lean, scheduler={"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
+        latent_shape=(4, 8, 8), decoder=Decoder(spread(diffusers.AutoencoderKL(**VAE))),
+        null_class=1000, num_steps=3, guidance_scale=2.0, guidance_interval=(0.0, 0.7),
+        guidance_channels=3, micro_batch_images=16, dtype=torch.float16, class_map=tuple(range(10)),
+    )  # fmt: skip
+    spec = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    teachers = Teachers([
+        Teacher(module=classifier(size), input=InputSpec(size=size, **spec)) for size in (16, 20)
+    ])  # fmt: skip
+    return Distiller(
+        sampler=sampler,
+        ring=RingBuffer(
+            64, image_shape=(3, 16, 16), block_images=16, samples_per_insert=4,
+            min_fill_images=32, num_classes=10, guard_blocks=1,
+        ),
+        labels=LabelStream(10), teacher=teachers, student=classifier(16),
+        views=Views(size=16, scale=(0.3, 1.0), ratio=(0.75, 1.33), **spec),  # type: ignore[arg-type]
+        schedule=Schedule(batch_size=16, num_views=1600, lr=1e-3, name="sgd", ema_decay=0.9),
+        run_dir=run_dir, dtype=torch.bfloat16, show=False,
+    )  # fmt: skip
+
+
+class Moved:
+    """Turns the tensors and devices of an object and its parts into fake ones of cuda, in place."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode, self.made, self.seen = mode, {}, set()  # type: ignore[var-annotated]
+        self.count = 0
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self.made:  # shared tensors stay shared
+                fake = self.mode.from_tensor(value.detach()).to(CUDA)
+                self.made[id(value)] = value, fake
+                self.count += 1
+            return self.made[id(value)][1]
+        if isinstance(value, torch.device):
+            return CUDA
+        if isinstance(value, dict):
+            for key in value:
+                value[key] = self(value[key])
+        elif isinstance(value, list):
+            value[:] = [self(item) for item in value]
+        elif isinstance(value, tuple) and type(value) is tuple:
+            return tuple(self(item) for item in value)
+        elif self._is_ours(value) and id(value) not in self.seen:
+            self.seen.add(id(value))
+            self(vars(value))
+        return value
+
+    @staticmethod
+    def _is_ours(value: Any) -> bool:
+        home = type(value).__module__.split(".")[0]
+        is_part = home in ("dmkd_fast", "diffusers") or isinstance(value, nn.Module)
+        return is_part and hasattr(value, "__dict__") and not isinstance(value, type)
+
+
+def no_new_tensors(real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_code.co_filename
+        assert "dmkd_fast" not in caller, f"a tensor made from host values in {caller}"
+        return real(*args, **kwargs)
+
+    return call
+
+
+def test_refill_and_step_of_a_whole_job_stay_on_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = job(tmp_path)
+    sampler, ring = run.sampler, run.ring
+    assert isinstance(sampler, DiffusionSampler)
+    run._supervision._dtype = torch.float16  # which a CPU's run would refuse
+    for network in run._supervision._teachers.networks:
+        network.to(torch.float16)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        moved = Moved(mode)
+        for part in (sampler, ring, run.labels, run.views, run._supervision, run.student,
+                     run.learner, run.average, run.teacher):  # fmt: skip
+            moved(part)
+        run.device = CUDA
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            run.learner.autocast = torch.autocast("cuda", dtype=torch.float16)
+        # Generators and graphs of CUDA cannot be faked.
+        order: Any = ring._order
+        order._generator = None
+        monkeypatch.setattr(order, "_permutation", lambda n: torch.randperm(n, device=CUDA))
+        monkeypatch.setattr(sampler, "_images", sampler._make)
+        made: list[Tensor] = []
+        monkeypatch.setattr(Tensor, "backward", lambda logits, grad: made.extend((logits, grad)))
+        monkeypatch.setattr(run.learner, "finish", lambda: None)  # There are no gradients.
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            monkeypatch.setattr(torch, name, no_new_tensors(getattr(torch, name)))
+        with NoCopies(), torch.no_grad():
+            for _ in range(30):
+                run.refill()
+                made.append(run.train_step())
+    assert moved.count > 100 and ring.num_inserted > ring.capacity
+    assert all(isinstance(t, FakeTensor) and t.device.type == "cuda" for t in made)
+    assert [t.dtype for t in made[:3]] == [torch.float16, torch.float16, torch.float32]
+    assert made[0].shape == made[1].shape == (16, 10)
+
+
+def test_what_would_wait_is_noticed() -> None:
+    with FakeTensorMode():
+        here, there = torch.zeros(3), torch.zeros(3, device=CUDA)
+        for wait in (
+            there.cpu, lambda: here.to(CUDA), lambda: there.copy_(here), there.nonzero,
+            lambda: there[there > 0],
+        ):  # fmt: skip
+            with pytest.raises(AssertionError), NoCopies():
+                wait()

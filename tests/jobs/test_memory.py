@@ -1,0 +1,141 @@
+"""The memory plan: what is counted, what is refused, and running out in the other verbs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_jobs import CONFIG, SHORT, small_classifier
+from torch import Tensor, nn
+
+from dmkd_fast import cli
+from dmkd_fast.classifiers.loading import __file__, build_classifier
+from dmkd_fast.classifiers.spec import ClassifierSpec
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import ConfigError, load_config
+from dmkd_fast.jobs import distill as distill_job
+from dmkd_fast.jobs import memory, networks
+from dmkd_fast.jobs.parts import prepare
+from dmkd_fast.sampling.sampler import DiffusionSampler
+from dmkd_fast.training import scoring
+
+FMNIST = "embedded:fashion_mnist"
+CPU_ERROR = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 TB")
+
+
+def resnet() -> nn.Module:
+    return build_classifier(
+        ClassifierSpec(
+            architecture="cifar_resnet20", num_classes=10, in_chans=3, input_size=32,
+            mean=(0.5,) * 3, std=(0.5,) * 3,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "channels", "size"), [(small_classifier, 1, 8), (resnet, 3, 32)])
+def test_saved_activations_are_those_that_autograd_keeps(
+    make: Callable[[], nn.Module], channels: int, size: int
+) -> None:
+    model = make().train()
+    states = {name: value.clone() for name, value in model.state_dict().items()}
+    before = torch.get_rng_state()
+    found = memory.batch_plan(
+        model, 24, 4, channels, [size, 2 * size], dtype=torch.float32, compiled=False
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(states[name], value) for name, value in model.state_dict().items())
+    kept: dict[int, Tensor] = {}
+    weights = {p.data_ptr() for p in [*model.parameters(), *model.buffers()]}
+
+    def pack(value: Tensor) -> Tensor:
+        if value.untyped_storage().data_ptr() not in weights:
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        loss = model(torch.zeros(6, channels, size, size)).sum()
+    really = sum(value.untyped_storage().nbytes() for value in kept.values())
+    assert loss.requires_grad and found[memory.SAVED] == pytest.approx(really, rel=0.02)
+    assert found[memory.VIEWS] == 4 * 24 * channels * 5 * size**2
+    half = memory.batch_plan(model, 6, 1, channels, [size], dtype=torch.bfloat16, compiled=False)
+    assert half[memory.SAVED] == found[memory.SAVED] // 2
+    compiled = memory.batch_plan(model, 6, 1, channels, [size], dtype=torch.float32, compiled=True)
+    assert compiled[memory.SAVED] == 0
+
+
+def test_a_model_that_needs_values_counts_as_nothing() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    assert memory._saved_bytes(Branching(), (2, 1, 4, 4)) == 0
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    (["views.size=8192"], "saved for the backward pass: .* lower train.batch_size or views.size"),
+    (["train.batch_size=8192", "ring.min_fill_images=8192"], "raise train.accumulate"),
+    (["train.batch_size=131072", "train.accumulate=1024", "ring={capacity_images: 262144, "
+      "min_fill_images: 131072, samples_per_insert: 4}"], "views of a batch: .* lower train.batch"),
+    (["ring.capacity_images=1000000000"], "ring.capacity_images: got 1000000000, .* lower it to"),
+    (["sampler.micro_batch_images=60000", "ring={capacity_images: 120000, samples_per_insert: 4, "
+      "min_fill_images: 60000}"], "block being made: .* lower sampler.micro_batch_images"),
+])  # fmt: skip
+@pytest.mark.parametrize("mode", [["--dry-run"], []], ids=["dry run", "run"])
+def test_sizes_beyond_memory_are_one_line_before_anything_is_allocated(
+    override: list[str], words: str, mode: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for module in (memory, networks):
+        monkeypatch.setattr(module, "available_bytes", lambda device: 2**27)
+    monkeypatch.setattr(distill_job, "build", lambda *_, **__: pytest.fail("allocated"))
+    overrides = [*SHORT[:4], "sampler.compile=false", "teacher.path=embedded:fashion_mnist/weak",
+                 "train.compile=false"]  # fmt: skip
+    assert cli.main(["distill", CONFIG, *overrides, *override, *mode]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert re.search(words, err), err
+
+
+def test_what_fits_exactly_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.check_fits({"a": 3, "b": 5}, 8)
+    with pytest.raises(ConfigError, match=r"memory: got 0.00 GiB .*\(b: 0.00 GiB\)"):
+        memory.check_fits({"a": 3, "b": 5}, 7)
+    config, parts = prepare(load_config(DistillConfig, CONFIG, SHORT))
+    plan = memory.plan(config, parts)
+    need = sum(plan.values()) - plan["test images"]
+    monkeypatch.setattr(memory, "available_bytes", lambda device: need)
+    assert memory.check(config, parts) == config.ring.capacity_images
+    monkeypatch.setattr(memory, "available_bytes", lambda device: need - 1)
+    with pytest.raises(ConfigError, match=r"ring.capacity_images: .* lower it to at most 128"):
+        memory.check(config, parts)
+
+
+@pytest.mark.parametrize("error", [CPU_ERROR, MemoryError(), torch.OutOfMemoryError("CUDA")])
+def test_out_of_memory_in_evaluate_and_generate_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(scoring, "measure", fail)
+    monkeypatch.setattr(DiffusionSampler, "sample", fail)
+    test = str(Path(__file__).parent / "assets" / "fashion_mnist" / "test")
+    assert cli.main(["evaluate", f"{FMNIST}/weak", "--data", test]) == 2
+    err = capsys.readouterr().err
+    assert "out of memory: " in err and "(--data)" in err and len(err.splitlines()) == 1
+    out = ["--out", str(tmp_path / "x"), "--num-images", "64"]
+    assert cli.main(["generate", CONFIG, *SHORT[:6], "teacher.path=" + f"{FMNIST}/weak", *out]) == 2
+    err = capsys.readouterr().err
+    assert "lower sampler.micro_batch_images=64" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_another_error_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), memory.named("lower it"):
+        raise RuntimeError("shapes do not match")

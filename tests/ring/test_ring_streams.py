@@ -1,0 +1,359 @@
+"""The stream protocol without a GPU: PyTorch's CUDA sanitizer judges what the ring really issues.
+
+`torch.cuda`'s streams and events are replaced by ones that report to the sanitizer's engine, and a
+dispatch mode reports which slots and which of the ring's tensors each operator reads and writes.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.cuda._sanitizer import EventHandler
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmkd_fast import RingBuffer
+from dmkd_fast.ring.cuda_sync import Fences
+
+PRODUCER = 1
+MEASURES = ("before_write", "before_commit")  # records there only tell the time
+
+
+class Event:
+    count = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        Event.count += 1
+        self.number = Event.count
+
+
+class Log:
+    """The engine, the streams, the memory of the producer, and which calls are left out."""
+
+    def __init__(self, leave_out: Callable[[str, int], bool] = lambda site, number: False) -> None:
+        self.engine, self.races = EventHandler(), 0
+        self.engine._handle_stream_creation(PRODUCER)
+        self.current, self.calls, self._leave_out = 0, [], leave_out
+        self.names: dict[int, str] = {}
+        self.free: list[str] = []
+        self.recorded: dict[int, int] = {}  # call -> event
+        self.waited: set[int] = set()  # events
+        self.again: set[int] = set()  # calls that wait for an event once more
+        self.kept: set[int] = set()
+
+    def is_left_out(self, kind: str) -> bool:
+        """Counts a wait or record by the function of `Fences` that makes it."""
+        frame = sys._getframe(2)
+        while "cuda_sync.py" not in frame.f_code.co_filename or frame.f_code.co_name == "_record":
+            assert frame.f_back is not None
+            frame = frame.f_back
+        site = f"{kind} in {frame.f_code.co_name}"
+        if kind == "record" and frame.f_code.co_name in MEASURES:
+            return False
+        self.calls.append(site)
+        return self._leave_out(site, len(self.calls) - 1)
+
+    def kernel(self, reads: set[Any], writes: set[Any], what: str) -> None:
+        number = {p: hash(p) for p in reads | writes}
+        for pointer in number.values():
+            if pointer not in self.engine.tensors_accessed.accesses:
+                self.engine._handle_memory_allocation(pointer)
+        found = self.engine._handle_kernel_launch(
+            self.current, {number[p] for p in reads - writes}, {number[p] for p in writes}, set(),
+            what, {pointer: [] for pointer in number.values()},
+        )  # fmt: skip
+        self.races += len(found)
+
+
+class Stream:
+    def __init__(self, log: Log, number: int) -> None:
+        self.log, self.number = log, number
+
+    def record_event(self, event: Event) -> Event:
+        self.log.engine._handle_event_creation(event.number)
+        if not self.log.is_left_out("record"):
+            self.log.engine._handle_event_record(event.number, self.number)
+        self.log.recorded.setdefault(len(self.log.calls) - 1, event.number)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        if not self.log.is_left_out("wait"):
+            self.log.engine._handle_event_wait(event.number, self.number)
+        if event.number in self.log.waited:
+            self.log.again.add(len(self.log.calls) - 1)
+        self.log.waited.add(event.number)
+
+
+class Kernels(TorchDispatchMode):
+    """Reports what each operator does to the ring's tensors and to the producer's memory."""
+
+    def __init__(self, log: Log, ring: RingBuffer) -> None:
+        super().__init__()
+        self.log, self.images = log, ring.images
+        for name in ("labels", "ids", "uses", "stamps", "_retired"):
+            log.names[getattr(ring, name).untyped_storage().data_ptr()] = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        reads: set[Any] = set()
+        writes: set[Any] = set()
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            is_write = argument.alias_info is not None and argument.alias_info.is_write
+            if argument.alias_info is not None and not is_write:
+                continue  # a view reads nothing
+            values = value if isinstance(value, list | tuple) else [value]
+            for tensor in (v for v in values if isinstance(v, Tensor)):
+                (writes if is_write else reads).update(self._touched(func, tensor, args))
+        if reads or writes:
+            self.log.kernel(reads, writes, str(func))
+        return result
+
+    def _touched(self, func: Any, tensor: Tensor, args: Any) -> set[Any]:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer != self.images.untyped_storage().data_ptr():
+            return {self.log.names[pointer]} if pointer in self.log.names else set()
+        if func is torch.ops.aten.index.Tensor:
+            return {("slot", s) for s in args[1][0].tolist()}
+        first = tensor.storage_offset() // self.images.stride(0)
+        return {("slot", s) for s in range(first, first + tensor.shape[0])}
+
+
+@contextmanager
+def fake_streams(log: Log, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.cuda with one stream more than the current one."""
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        before, log.current = log.current, stream.number
+        try:
+            yield
+        finally:
+            log.current = before
+
+    with patch.context() as p:
+        # The engine keeps a stack trace for each access, which takes most of its time.
+        no_trace = SimpleNamespace(extract=lambda *_, **__: [])
+        stub = SimpleNamespace(StackSummary=no_trace, walk_stack=lambda frame: None)
+        p.setattr(torch.cuda._sanitizer, "traceback", stub)
+        p.setattr(torch.cuda, "Stream", lambda device: Stream(log, PRODUCER))
+        p.setattr(torch.cuda, "current_stream", lambda device=None: Stream(log, log.current))
+        p.setattr(torch.cuda, "stream", on)
+        p.setattr(torch.cuda, "Event", Event)
+
+        def record_stream(tensor: Tensor, stream: Stream) -> None:
+            if not log.is_left_out("record_stream"):
+                log.kept.add(tensor.untyped_storage().data_ptr())
+
+        p.setattr(Tensor, "record_stream", record_stream)
+        yield
+
+
+class Run:
+    """A ring whose producer has a (fake) stream, driven like `Distiller` does it."""
+
+    def __init__(self, *, guard: int = 1, blocks: int = 5, order: str = "shuffled") -> None:
+        self.ring = RingBuffer(
+            blocks * 3, image_shape=(1, 1, 2), block_images=3, samples_per_insert=2,
+            min_fill_images=3, guard_blocks=guard, order=order, num_classes=4, seed=2,
+        )  # type: ignore[arg-type]  # fmt: skip
+        self.draws: list[Tensor] = []
+        self.log: Log | None = None
+        self.next_id = 0
+
+    def on_streams(self, log: Log) -> Kernels:
+        self.log = log
+        log.kernel(set(), {("slot", s) for s in range(self.ring.capacity)}, "zeros")
+        self.ring._fences = Fences(torch.device("cpu"), guard_blocks=self.ring.guard_blocks)
+        return Kernels(log, self.ring)
+
+    def write(self, *, then: str = "commit") -> None:
+        block = self.ring.reserve()
+        with self.ring.producing():
+            ids, labels = self._made(1000), self._made(4)
+            block.images.copy_((ids % 251).view(3, 1, 1, 1).expand_as(block.images))
+        if then == "abort":
+            self.ring.abort()
+        elif then == "commit":
+            self.ring.commit(block, ids=ids, labels=labels)
+            self.next_id += 3
+        if self.log is not None:
+            for tensor in (ids, labels):
+                pointer = tensor.untyped_storage().data_ptr()
+                name = self.log.names.pop(pointer)
+                # The allocator hands memory out again at once, unless another stream was named;
+                # then only after that stream's work, as if it were new.
+                if pointer not in self.log.kept or then != "commit":
+                    self.log.free.append(name)
+                self.log.kept.discard(pointer)
+
+    def _made(self, modulus: int) -> Tensor:
+        tensor = torch.arange(self.next_id, self.next_id + 3) % modulus
+        if self.log is not None:
+            Event.count += 1
+            memory = self.log.free.pop() if self.log.free else f"memory {Event.count}"
+            self.log.names[tensor.untyped_storage().data_ptr()] = memory
+            self.log.kernel(set(), {memory}, "make ids or labels")
+        return tensor
+
+    def read(self, count: int) -> None:
+        draw = self.ring.sample(count)
+        pixels = self.ring.images[draw.indices]
+        self.ring.release()
+        assert torch.equal(pixels[:, 0, 0, 0].long(), draw.ids % 251)
+        self.draws += [draw.indices, draw.ids, draw.uses]
+
+    def save(self) -> dict[str, Any]:
+        state = self.ring.state_dict()
+        return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def random_run(run: Run, seed: int, moves: int) -> None:
+    pick = random.Random(seed)
+    saved: dict[str, Any] | None = None
+    for _ in range(moves):
+        move = pick.choice(["write"] * 6 + ["read"] * 8 + ["abort", "save", "load", "save open"])
+        if move == "write":
+            run.write()
+        elif move == "abort":
+            run.write(then="abort")
+        elif move == "read" and run.ring.num_inserted:
+            run.read(pick.randint(1, 9))
+        elif move == "save":
+            saved = run.save()
+        elif move == "save open":
+            run.write(then="leave open")
+            saved = run.save()
+            run.ring.abort()
+        elif move == "load" and saved is not None:
+            run.write(then="leave open")
+            run.ring.load_state_dict(saved)
+            run.next_id = run.ring.num_inserted
+
+
+def check_schedules(count: int, patch: pytest.MonkeyPatch) -> None:
+    for seed in range(count):
+        settings = {
+            "guard": 1 + seed % 3, "blocks": 5,
+            "order": ("shuffled", "equal", "uniform", "balanced")[seed % 4],
+        }  # fmt: skip
+        plain = Run(**settings)  # type: ignore[arg-type]
+        random_run(plain, seed, 40)
+        log = Log()
+        with fake_streams(log, patch):
+            run = Run(**settings)  # type: ignore[arg-type]
+            with run.on_streams(log):
+                random_run(run, seed, 40)
+        assert log.races == 0, seed
+        assert len(log.calls) > 20
+        assert all(torch.equal(a, b) for a, b in zip(plain.draws, run.draws, strict=True))
+        for name in ("images", "ids", "labels", "uses"):
+            assert torch.equal(getattr(plain.ring, name), getattr(run.ring, name))
+
+
+def test_random_schedules_have_no_race_and_draw_as_one_stream_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_schedules(16, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_thousand_schedules_have_no_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_schedules(1000, monkeypatch)
+
+
+def dense_run(log: Log, patch: pytest.MonkeyPatch) -> range:
+    """Each event is needed here: one gather of everything per block, and no slack.
+
+    Returns:
+        Numbers of the calls made after the ring was full and before the last block.
+    """
+    with fake_streams(log, patch):
+        run = Run(guard=1, blocks=4)
+        with run.on_streams(log):
+            for _ in range(5):
+                run.write()
+                run.read(run.ring._blocks.num_drawable)
+            before = len(log.calls)
+            for _ in range(6):
+                run.write()
+                run.read(run.ring._blocks.num_drawable)
+            run.write(then="leave open")
+            saved = run.save()
+            run.ring.abort()
+            run.write()
+            run.read(9)
+            run.write(then="leave open")
+            run.ring.load_state_dict(saved)
+            for _ in range(3):
+                last = len(log.calls)
+                run.write()
+                run.read(9)
+    return range(before, last)
+
+
+def test_every_wait_and_record_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Log()
+    numbers = dense_run(whole, monkeypatch)
+    assert whole.races == 0
+    sites = set(whole.calls)
+    assert sites == {
+        "record in __init__", "record in producing", "record in after_gather",
+        "record_stream in before_commit", "wait in before_write", "wait in before_commit",
+        "record in _restart", "wait in join",
+    }  # fmt: skip
+    for site in sites:
+        without = Log(lambda s, n, site=site: s == site)
+        dense_run(without, monkeypatch)
+        assert without.races > 0, f"nobody needs: {site}"
+    # Each single call counts once the ring is full, but for events that nobody waits for (a gather
+    # before a save, which waits for more) and second waits for one (nothing was read in between).
+    unused = {n for n, event in whole.recorded.items() if event not in whole.waited}
+    singles = [n for n in numbers if n not in unused | whole.again]
+    assert len(singles) > 30
+    for number in singles:
+        without = Log(lambda s, n, number=number: n == number)
+        dense_run(without, monkeypatch)
+        assert without.races > 0, f"nobody needs call {number}: {whole.calls[number]}"
+
+
+def test_a_gather_that_was_not_told_of_stops_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log()
+    with fake_streams(log, monkeypatch):
+        run = Run()
+        with run.on_streams(log):
+            run.write()
+            run.ring.sample(3)
+            with pytest.raises(RuntimeError, match=r"call release\(\) first"):
+                run.write()
+
+
+def test_a_stream_of_its_own_needs_cuda_and_a_guard() -> None:
+    with pytest.raises(ValueError, match="own_stream: got device cpu"):
+        RingBuffer(
+            12, image_shape=(1, 2, 2), block_images=4, samples_per_insert=3, min_fill_images=4,
+            guard_blocks=1, own_stream=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("guard", [1, 3])
+def test_a_writer_waits_for_gathers_of_its_own_slots_and_not_for_the_newest(guard: int) -> None:
+    """Slots stop being drawn `guard` commits before they are written again."""
+    fences: Any = Fences.__new__(Fences)
+    waited: list[int] = []
+    fences._stream = SimpleNamespace(wait_event=waited.append)
+    fences._record = lambda stream: "idle"
+    fences._waits, fences._was_joined = [], False
+    fences._left = deque([0] * guard, maxlen=guard)
+    for number in range(1, 8):  # a gather, then a commit, then the next write
+        fences._read = number
+        fences.after_commit()
+        fences.before_write()
+    assert waited == [max(0, number - guard + 1) for number in range(1, 8)]

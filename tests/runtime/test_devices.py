@@ -1,0 +1,133 @@
+"""The device of a rank has its index everywhere: `cuda` alone means device 0 to some libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_jobs import CONFIG, SHORT
+
+from dmkd_fast.config.data import SourceConfig
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.jobs import build as build_module
+from dmkd_fast.jobs import evaluate, networks
+from dmkd_fast.jobs import images as images_module
+from dmkd_fast.jobs import parts as parts_module
+from dmkd_fast.jobs import resolve as resolve_module
+from dmkd_fast.jobs.build import build
+from dmkd_fast.jobs.images import OpenSource
+from dmkd_fast.jobs.parts import load_parts
+from dmkd_fast.jobs.pretrain import loop
+from dmkd_fast.jobs.resolve import resolve
+from dmkd_fast.runtime import distributed
+from dmkd_fast.runtime.device import resolve_device
+
+SECOND = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process of two on a machine with two GPUs."""
+    current = [0]
+    for name, answer in (
+        ("is_available", lambda: True), ("device_count", lambda: 2),
+        ("current_device", lambda: current[0]),
+        ("set_device", lambda index: current.__setitem__(0, index)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(resolve_module, "can_compile", lambda _: False)
+    for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2),
+                        ("TORCHELASTIC_RUN_ID", 1)):  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+
+
+def recorder(found: list[Any], **facts: Any) -> Any:
+    """Takes the place of whatever is given a device; remembers all devices given."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        found.extend(value for value in given if isinstance(value, torch.device))
+        found.extend(torch.device(value) for value in given if value in ("cuda", "cpu"))
+        return SimpleNamespace(**facts)
+
+    return call
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("source", [False, True])
+def test_nothing_of_a_second_rank_gets_a_device_without_index(
+    source: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [*SHORT, "device=cuda", f"run_dir={tmp_path}", "sampler.guidance_scale=1"]
+    mine = distributed.read()
+    config = resolve(load_config(DistillConfig, CONFIG, changes), mine)
+    assert mine.local_rank == 1 and torch.cuda.current_device() == 1
+    # On another day it may be another device, so the saved settings do not say which.
+    assert config.device == "cuda"
+    found: dict[str, list[torch.device]] = {}
+
+    def watch(owner: Any, name: str, **facts: Any) -> None:
+        found[name] = []
+        monkeypatch.setattr(owner, name, recorder(found[name], **facts))
+
+    spec = SimpleNamespace(in_chans=1, mean=(0.5,), std=(0.5,), input=None)
+    teachers = SimpleNamespace(specs={"teacher": spec}, num_classes={"teacher": 10}, together=None)
+    images = SimpleNamespace(
+        num_classes=10, image_shape=(1, 28, 28), module=None, scheduler={}, latent_shape=(),
+        decoder=None, null_class=10, takes_guidance=False, class_map=None,
+    )  # fmt: skip
+    watch(networks, "load_teachers", **vars(teachers))
+    watch(parts_module, "open_denoiser", **vars(images))
+    watch(parts_module, "open_test_set", class_names=("a",) * 10)
+    monkeypatch.setattr(parts_module, "check_fit", lambda *_: None)
+    students: list[torch.device] = []
+    found["load_student"] = students
+
+    def load_student(*_: Any, device: torch.device, **__: Any) -> Any:
+        students.append(device)
+        return None, spec
+
+    monkeypatch.setattr(networks, "load_student", load_student)
+    parts = load_parts(config)
+    for owner, name in ((build_module, "Views"), (images_module, "DiffusionSampler"),
+                        (images_module, "LabelStream"),
+                        (images_module, "ImageReader")):  # fmt: skip
+        watch(owner, name)
+    watch(build_module, "RingBuffer", capacity=192)
+    monkeypatch.setattr(build_module, "Distiller", lambda **_: None)
+    monkeypatch.setattr(build_module, "share", lambda config, _: config)
+    if source:
+        opened = OpenSource(
+            source=None, kind="shards", image_shape=(1, 28, 28), num_classes=10, licence="",  # type: ignore[arg-type]
+        )  # fmt: skip
+        object.__setattr__(parts, "origin", opened)
+        section = SourceConfig(path=str(tmp_path), block_images=64)
+        config = config.model_copy(update={"source": section})
+    build(config, parts, show=False, ranks=mine)
+    asked = {name for name, devices in found.items() if devices}
+    skipped = {"DiffusionSampler", "LabelStream"} if source else {"ImageReader"}
+    assert asked == set(found) - skipped
+    for name, devices in found.items():
+        assert set(devices) <= {SECOND}, name
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_every_verb_resolves_a_device_with_its_index() -> None:
+    distributed.use_device(distributed.read(), "cuda")
+    assert resolve_device("auto") == resolve_device("cuda") == SECOND
+    assert resolve_device("cpu") == torch.device("cpu")
+    for module in (evaluate, loop):
+        assert module.resolve_device is resolve_device
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_more_ranks_than_gpus_are_refused_unless_they_use_the_cpu() -> None:
+    many = distributed.Ranks(rank=2, world_size=3, local_rank=2, local_world_size=3)
+    with pytest.raises(ValueError, match="at most the 2 CUDA devices"):
+        distributed.use_device(many, "auto")
+    distributed.use_device(many, "cpu")
+    assert torch.cuda.current_device() == 0

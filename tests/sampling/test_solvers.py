@@ -1,0 +1,274 @@
+"""Every solver table against the diffusers scheduler of that name, on the same noise."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.schedulers import scheduling_consistency_models, scheduling_ddpm
+from torch import Tensor, nn
+
+from dmkd_fast import DiffusionSampler
+from dmkd_fast.sampling import solvers
+from dmkd_fast.sampling.noise_levels import VARIANCE_PRESERVING, alpha_bar, spaced_timesteps
+from dmkd_fast.sampling.solvers import SolverTable, solver_table
+
+SHAPE = (1, 6, 6)
+
+
+class Wave(nn.Module):
+    """A smooth function of state and timestep; with `width=2` it predicts variances too."""
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        del labels
+        value = torch.tanh(0.7 * latents + timesteps[:, None, None, None] / 900 - 0.4)
+        return torch.cat([value, value.flip(2)][: self.width], dim=1)
+
+
+class SavedConfig:
+    """A scheduler of which only its file is known."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+
+def config_of(scheduler: Any) -> dict[str, Any]:
+    if isinstance(scheduler, SavedConfig):
+        return scheduler.config
+    return dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
+
+
+def ours_and_theirs(
+    monkeypatch: pytest.MonkeyPatch, scheduler: Any, num_steps: int, *, solver: str = "auto",
+    like: Any = None, width: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Final states from the same noise; `like` is the scheduler whose config ours is built from."""
+    model = Wave(width)
+    sampler = DiffusionSampler(
+        model, scheduler=config_of(like or scheduler), latent_shape=SHAPE, num_steps=num_steps,
+        solver=solver, micro_batch_images=3,
+    )  # fmt: skip
+    ids = torch.arange(3)
+    mine = sampler.trajectory(ids, ids)[-1]
+
+    drawn = iter(sampler._noise(ids, step) for step in range(1, num_steps + 1))
+    for module in (scheduling_ddpm, scheduling_consistency_models):
+        monkeypatch.setattr(
+            module, "randn_tensor", lambda shape, **_: next(drawn).expand(-1, shape[1], -1, -1)
+        )
+    scheduler.set_timesteps(num_steps)
+    x = sampler._noise(ids, 0) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(x, timestep)
+        output = model(inputs, timestep.float().expand(3), ids)
+        x = scheduler.step(output, timestep, x).prev_sample
+    return mine, x
+
+
+DDIM = [
+    {}, {"clip_sample": False}, {"clip_sample_range": 0.5}, {"beta_schedule": "scaled_linear"},
+    {"beta_schedule": "squaredcos_cap_v2"}, {"set_alpha_to_one": False, "steps_offset": 1},
+    {"prediction_type": "v_prediction"}, {"prediction_type": "sample"},
+    {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"},
+    {"trained_betas": torch.linspace(1e-4, 0.03, 500).tolist(), "num_train_timesteps": 500},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", DDIM, ids=lambda s: "-".join(s) or "default")
+@pytest.mark.parametrize("num_steps", [1, 4, 10, 50])
+def test_ddim(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], num_steps: int) -> None:
+    scheduler = diffusers.DDIMScheduler(**settings)
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"variance_type": "fixed_large"}, {"clip_sample": False},
+    {"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "v_prediction"},
+    {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"},
+], ids=lambda s: "-".join(s) or "default")  # fmt: skip
+@pytest.mark.parametrize("num_steps", [1, 10, 100])
+def test_ddpm(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], num_steps: int) -> None:
+    scheduler = diffusers.DDPMScheduler(**settings)
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 10, 250])
+def test_ddpm_with_learned_variance(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
+    """As DiT was published: all 2c channels, variances between the two bounds."""
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps, width=2)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=5e-4)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"},
+    {"solver_order": 1}, {"euler_at_final": True}, {"final_sigmas_type": "sigma_min"},
+    {"prediction_type": "v_prediction"}, {"prediction_type": "sample"},
+    {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
+], ids=lambda s: "-".join(s) or "default")  # fmt: skip
+@pytest.mark.parametrize("num_steps", [1, 4, 10, 14, 15, 20])  # 15: the last step's order changes
+def test_dpm_solver(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], num_steps: int
+) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(**settings)
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps)
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver, other", [
+    ("ddpm", "DDPMScheduler"), ("ddim", "DDIMScheduler"),
+    ("dpm++2m", "DPMSolverMultistepScheduler"),
+])  # fmt: skip
+def test_a_solver_equals_the_scheduler_made_from_the_models_config(
+    monkeypatch: pytest.MonkeyPatch, solver: str, other: str
+) -> None:
+    """Stable Diffusion ships PNDM's config; any solver of that noise schedule can run on it."""
+    own = diffusers.PNDMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+        skip_prk_steps=True, set_alpha_to_one=False,
+    )  # fmt: skip
+    # As a saved model has it; the live object also knows which values were defaults.
+    config = json.loads(own.to_json_string()) | {"clip_sample": False}
+    scheduler = getattr(diffusers, other).from_config(config)
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, 10, solver=solver, like=scheduler)
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    named = solver_table(
+        config, 10, torch.device("cpu"), solver=solver  # type: ignore[arg-type]
+    )  # fmt: skip
+    direct = solver_table(config_of(scheduler), 10, torch.device("cpu"))
+    assert torch.equal(named.rows, direct.rows)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("trained", [1000, 37])
+def test_noise_levels_are_those_of_diffusers_to_the_last_one(kind: str, trained: int) -> None:
+    own = diffusers.DDIMScheduler(beta_schedule=kind, num_train_timesteps=trained)
+    got = alpha_bar(config_of(own), trained)
+    torch.testing.assert_close(got, own.alphas_cumprod.double(), rtol=1e-3, atol=0)
+
+
+# Keys of one scheduler that another ignores, and values that another reads as its own.
+FILES: dict[str, dict[str, Any]] = {
+    "EulerDiscreteScheduler": {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"},
+    "DEISMultistepScheduler": {"algorithm_type": "deis", "solver_type": "logrho"},
+    "UniPCMultistepScheduler": {"solver_type": "bh2", "timestep_spacing": "trailing"},
+    "PNDMScheduler": {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1},
+}
+
+
+@pytest.mark.parametrize("solver, other", [
+    ("ddpm", "DDPMScheduler"), ("ddim", "DDIMScheduler"),
+    ("dpm++2m", "DPMSolverMultistepScheduler"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", sorted({*VARIANCE_PRESERVING} - {"LMSDiscreteScheduler"}))  # scipy
+def test_any_schedulers_file_is_read_as_from_config_reads_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, solver: str, other: str
+) -> None:
+    own = getattr(diffusers, name)(beta_end=0.015, **FILES.get(name, {}))
+    config = json.loads(own.to_json_string())
+    refused = {"EulerDiscreteScheduler": "use_karras_sigmas=True",
+               "DEISMultistepScheduler": "algorithm_type='deis'"}  # fmt: skip
+    if name in refused and solver == "dpm++2m":
+        with pytest.raises(ValueError, match=refused[name]):
+            solver_table(config, 10, torch.device("cpu"), solver="dpm++2m")
+        return
+    scheduler = getattr(diffusers, other).from_config(config)
+    mine, theirs = ours_and_theirs(
+        monkeypatch, scheduler, 10, solver=solver, like=SavedConfig(config)
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("trained", [1000, 999, 500, 17])
+def test_trailing_timesteps_are_as_many_as_steps_for_every_number(trained: int) -> None:
+    """1000 / 61 in float64: `arange` gives 62 numbers, the last one next to 0."""
+    for num_steps in range(1, trained + 1):
+        timesteps = spaced_timesteps(
+            {"timestep_spacing": "trailing"}, num_steps, trained, default="leading"
+        )
+        assert len(timesteps) == num_steps and timesteps[0] == trained - 1
+        assert timesteps[-1] >= 0 and (timesteps.diff() < 0).all()
+
+
+def test_ddim_steps_that_do_not_meet_are_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(solvers, "_logged", set())
+    with caplog.at_level(logging.WARNING, "dmkd_fast"):
+        for spacing in ("leading", "linspace", "linspace"):
+            config = {"_class_name": "DDIMScheduler", "timestep_spacing": spacing}
+            solver_table(config, 10, torch.device("cpu"))
+    assert len(caplog.records) == 1
+    assert "timestep_spacing=linspace and 10 steps" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 40])
+@pytest.mark.parametrize("clip", [True, False])
+def test_consistency(monkeypatch: pytest.MonkeyPatch, num_steps: int, clip: bool) -> None:
+    scheduler = diffusers.CMStochasticIterativeScheduler(clip_denoised=clip)
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: float) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    sigmas = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
+    own = scheduler.set_timesteps
+    monkeypatch.setattr(scheduler, "set_timesteps", lambda _: own(sigmas=sigmas))
+    scheduler.init_noise_sigma = 1.0  # type: ignore[misc]
+    scheduler.scale_model_input = lambda x, _: x
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler, changes, words", [
+    ({"_class_name": "EDMEulerScheduler"}, {}, "EDMEulerScheduler"),
+    ({"_class_name": "PNDMScheduler"}, {}, "expected one of ddpm, ddim"),
+    ({"_class_name": "DDIMScheduler", "thresholding": True}, {}, "thresholding=True"),
+    ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, {}, "zero_snr"),
+    ({"_class_name": "DDIMScheduler"}, {"num_steps": 1001}, "1 to 1000"),
+    ({"_class_name": "DDIMScheduler"}, {"solver": "euler"}, "ddpm, ddim, dpm"),
+    ({"_class_name": "DDIMScheduler", "prediction_type": "flow"}, {}, "prediction_type='flow'"),
+    ({"_class_name": "DDIMScheduler", "beta_schedule": "sigmoid"}, {}, "beta_schedule"),
+    ({"_class_name": "DDIMScheduler", "timestep_spacing": "odd"}, {}, "timestep_spacing"),
+    ({"_class_name": "DDIMScheduler", "steps_offset": 1}, {"num_steps": 1000}, "lower it"),
+    ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, {}, "variance_type='learned'"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, {}, "karras"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, {},
+     "algorithm_type"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, {}, "solver_order: got 3"),
+    ({"_class_name": "DPMSolverMultistepScheduler"}, {"num_steps": 1000}, "not finite"),
+    ({"_class_name": "DDPMScheduler", "beta_end": 1.0}, {}, "not finite"),
+    ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, {}, "got 2 numbers"),
+    ({"_class_name": "DDIMScheduler", "beta_start": "a"}, {}, "beta_start: got 'a'"),
+    ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1e3}, {}, "got 1000.0"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0}, {}, "shift: got 0"),
+    ({"_class_name": "CMStochasticIterativeScheduler"}, {"solver": "ddim"}, "consistency"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "distilled_steps": 4}, {}, "to 4"),
+])  # fmt: skip
+def test_what_is_not_supported_is_refused_in_one_line(
+    scheduler: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    settings: dict[str, Any] = {"num_steps": 8, "solver": "auto"} | changes
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")) as error:
+        solver_table(scheduler, settings["num_steps"], torch.device("cpu"),
+                     solver=settings["solver"])  # fmt: skip
+    assert "\n" not in str(error.value)
+
+
+def test_tables_hold_one_row_per_step() -> None:
+    table = solver_table({"_class_name": "DDPMScheduler"}, 7, torch.device("cpu"))
+    assert table.rows.shape == (7, len(SolverTable.COLUMNS)) and table.rows.dtype == torch.float32
+    assert table.stochastic == (True,) * 6 + (False,)

@@ -1,0 +1,121 @@
+"""Length, evaluations and learning rate of a run, and the bytes of a ring, at their boundaries."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from dmkd_fast import Schedule
+from dmkd_fast.config.jobs import EvalConfig
+from dmkd_fast.config.training import OptimConfig, TrainConfig
+from dmkd_fast.ring.limiter import Limiter, check_loop, check_ring, slots_for
+from dmkd_fast.ring.plan import capacity_plan, largest_capacity
+from dmkd_fast.runtime.checks import check_accumulate, check_milestones
+from dmkd_fast.training.schedule import lr_at
+
+
+def test_evaluations_are_spread_evenly_and_the_last_step_is_one() -> None:
+    for num_steps in range(1, 40):
+        for count in range(1, 60):
+            schedule = Schedule(batch_size=1, num_views=num_steps, lr=1.0, num_evaluations=count)
+            expected = {num_steps * (i + 1) // count for i in range(count)} - {0}
+            found = {step for step in range(num_steps + 1) if schedule.is_evaluated(step)}
+            assert found == expected and num_steps in found, (num_steps, count)
+
+
+def test_steps_are_rounded_up_and_parts_divide_the_batch() -> None:
+    for views, steps in ((63, 1), (64, 1), (65, 2), (128, 2), (129, 3)):
+        assert Schedule(batch_size=64, num_views=views, lr=1.0).num_steps == steps
+    assert Schedule(batch_size=12, num_views=1, lr=1.0, accumulate=3).micro_batch == 4
+    check_accumulate(64, batch_size=64)
+    for accumulate in (0, -1, 63, 65, 128):
+        with pytest.raises(ValueError, match="accumulate"):
+            check_accumulate(accumulate, batch_size=64)
+
+
+def test_warm_up_reaches_the_peak_at_its_last_step_and_the_cosine_ends_at_zero() -> None:
+    rates = [lr_at(step, num_steps=10, peak=2.0, warmup=0.4) for step in range(12)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[7] == pytest.approx(1.0) and rates[5] == pytest.approx(1 + math.cos(math.pi / 6))
+    assert rates[10] == rates[11] == 0
+    assert lr_at(0, num_steps=1, peak=2.0, warmup=0.0) == 2.0
+    assert lr_at(1, num_steps=1, peak=2.0, warmup=0.0) == 0.0
+
+
+def test_milestones_lie_strictly_inside_the_run_and_not_before_the_warm_up() -> None:
+    check_milestones([0.2, 0.5], warmup=0.2)
+    check_milestones([], warmup=0.9)
+    for points in ([0.0], [1.0], [0.5, 0.5], [0.5, 0.2], [0.19]):
+        with pytest.raises(ValueError, match="milestones"):
+            check_milestones(points, warmup=0.2)
+    with pytest.raises(ValueError, match="milestones"):
+        check_milestones([0.0], warmup=0.0)
+    rates = [lr_at(s, num_steps=5, peak=1.0, warmup=0.0, milestones=[0.5], decay=0.5)
+             for s in range(5)]  # fmt: skip
+    assert rates == [1.0, 1.0, 0.5, 0.5, 0.5]  # round(2.5) is 2
+
+
+def test_bytes_of_a_ring_are_those_of_its_whole_blocks() -> None:
+    shape = (3, 5, 7)
+    for capacity, slots in ((7, 8), (8, 8), (9, 12)):
+        plan = capacity_plan(capacity, image_shape=shape, block_images=4)
+        assert sum(plan.values()) == slots * (105 + 4 * 8 + 4)
+        assert slots_for(capacity, 4) == slots
+    block = 4 * 141
+    for have, most in ((-1, 0), (0, 0), (block - 1, 0), (block, 4), (3 * block - 1, 8)):
+        assert largest_capacity(have, image_shape=shape, block_images=4) == most
+    with_logits = capacity_plan(8, image_shape=shape, block_images=4, num_logits=10)
+    assert with_logits["logits"] == 160 and with_logits["has_logits"] == 8
+
+
+def test_ring_sizes_are_accepted_up_to_their_limits() -> None:
+    ring = {"samples_per_insert": 3.0, "order": "shuffled", "max_uses": 3, "num_classes": None}
+    for guard, blocks in ((0, 2), (1, 2), (2, 3), (3, 4)):
+        sizes = {"block_images": 4, "min_fill_images": 4, "guard_blocks": guard}
+        check_ring(4 * blocks, **sizes, **ring)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="capacity_images"):
+            check_ring(4 * blocks - 1, **sizes, **ring)  # type: ignore[arg-type]
+    for guard, most in ((0, 12), (1, 12), (2, 8)):
+        sizes = {"block_images": 4, "min_fill_images": most, "guard_blocks": guard}
+        check_ring(14, **sizes, **ring)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="min_fill_images"):
+            check_ring(14, **(sizes | {"min_fill_images": most + 1}), **ring)  # type: ignore[arg-type]
+    check_ring(
+        8,
+        **(sizes | {"guard_blocks": 1, "min_fill_images": 4}),  # type: ignore[arg-type]
+        **(ring | {"max_uses": None, "order": "balanced", "num_classes": 1}),
+    )  # type: ignore[arg-type]
+
+
+def test_the_limiter_is_exact_at_its_band() -> None:
+    rule = Limiter(2.0, min_fill_images=5, block_images=4, error_buffer=6.0)
+    assert rule.min_fill_images == 8 and not rule.may_sample(1)
+    rule.num_inserted = rule.num_reserved = 7
+    assert rule.may_insert() and not rule.may_sample(1)
+    rule.num_inserted = rule.num_reserved = 8
+    assert rule.may_sample(6) and not rule.may_sample(7) and not rule.may_insert()  # x would be 8
+    rule.num_sampled = 1
+    assert not rule.may_insert()
+    rule.num_sampled = 2
+    assert rule.may_insert() and rule.error == -2.0
+    for value in (math.inf, math.nan, 0.0, -1.0):
+        with pytest.raises(ValueError, match="samples_per_insert"):
+            Limiter(value, min_fill_images=1, block_images=1)
+
+
+def test_a_batch_may_be_as_large_as_what_can_be_drawn_from() -> None:
+    rule = Limiter(20.0, min_fill_images=8, block_images=4)
+    check_loop(rule, batch_size=8, most_drawable=8)
+    with pytest.raises(ValueError, match="batch_size: got 8, expected at most 7"):
+        check_loop(rule, batch_size=8, most_drawable=7)
+
+
+def test_defaults_are_those_of_the_settings() -> None:
+    ours = {field.name: field.default for field in dataclasses.fields(Schedule)}
+    for section in (OptimConfig, TrainConfig):
+        for name, field in section.model_fields.items():
+            if name in ours and not field.is_required():
+                assert ours[name] == field.default, name
+    assert ours["num_evaluations"] == EvalConfig.model_fields["num_points"].default
