@@ -10,8 +10,9 @@ STAMP := .venv/.ready
 run: setup
 	$(BIN)/dmkd distill configs/fashion_mnist.yaml
 
+# Two processes of one thread each: every test file runs in one of them.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not hard"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not hard"
 
 test-long: setup
 	$(BIN)/python -m pytest -m "not hard"
