@@ -210,7 +210,7 @@ MISTAKES = [
      ["guidance_scale", "folded in"]),
     (["eval.path={tmp}/empty"], ["empty", "no idx files, class folders or .tar"]),
     (["eval.path={tmp}/nowhere"], ["nowhere", "no such folder"]),
-    (["eval.path={tmp}/cut_test"], ["t10k-images", "damaged"]),
+    (["eval.path={tmp}/cut_test"], ["t10k-images", "fetch it again"]),
     (["student={arch: resnet1800}"], ["resnet1800", "timm"]),
     (["student={arch: resnet18, model_args: {wings: 2}}"], ["model_args", "wings"]),
     (["student={arch: vgg11, stem: conv3_pool}"], ["stem", "vgg11"]),
