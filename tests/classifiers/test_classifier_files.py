@@ -19,7 +19,6 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import dmkd_fast.integrations.timm
-from dmkd_fast.classifiers import loading
 from dmkd_fast.classifiers.loading import (
     build,
     build_classifier,
@@ -28,6 +27,7 @@ from dmkd_fast.classifiers.loading import (
     timm_lines,
 )
 from dmkd_fast.config.networks import ClassifierConfig, TeachingConfig
+from dmkd_fast.jobs import networks
 from dmkd_fast.jobs.networks import check_names, load_student, load_teachers
 
 
@@ -216,10 +216,10 @@ def test_networks_that_return_something_else_are_one_line(
     kind: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = spec("resnet18", in_chans=1, mean=(0.5,), std=(0.5,), input_size=8)
-    monkeypatch.setattr(loading, "load_classifier", lambda *_: (Wrong(kind), made))
+    monkeypatch.setattr(networks, "load_classifier", lambda *_: (Wrong(kind), made))
     section = TeachingConfig(path=str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(loading, "classifier_licence", lambda _: "none")
+    monkeypatch.setattr(networks, "classifier_licence", lambda _: "none")
     line = one_line(lambda: load_teachers({"teacher": section}, temperature=1.0, device=CPU))
     assert line.startswith("teacher: ") and words in line
 

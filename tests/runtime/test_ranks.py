@@ -42,7 +42,7 @@ ENVIRONMENT = os.environ | {
 @pytest.fixture(scope="module")
 def serve() -> Iterator[Serve]:
     """Runs of several ranks; see `rank_server.py`."""
-    command = [sys.executable, str(ROOT / "tests" / "rank_server.py")]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "rank_server.py")]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT) as server:
         assert server.stdin is not None and server.stdout is not None
