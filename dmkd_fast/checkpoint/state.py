@@ -12,7 +12,8 @@ from torch import Tensor
 def split_state(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Copy each tensor in `value` to `tensors`, and return the rest as JSON values.
 
-    A tensor becomes its name and strides, a dictionary a list of pairs.
+    A tensor becomes its name and strides, a dictionary becomes a list of pairs, and a function
+    stays until `call_functions` replaces it.
 
     Args:
         value: State to split.

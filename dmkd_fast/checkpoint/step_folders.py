@@ -158,7 +158,7 @@ class Saver:
             self.writer.submit(functools.partial(_withdraw, self._latest))
 
     def problem(self) -> str | None:
-        """Return, once, why the last checkpoint could not be written; the run goes on without it."""
+        """Return once why the last checkpoint could not be written; the run goes on without it."""
         if self._saving is None or not self._saving.done():
             return None
         error, self._saving = self._saving.exception(), None
@@ -326,7 +326,7 @@ def _note(path: Path, problems: Mapping[Path, str]) -> str:
 def _set_aside(paths: list[Path]) -> None:
     """Hide checkpoints that are not used.
 
-    Never called after a failed load, so that damaged ones stay available for manual repair.
+    Not called if all are damaged, so that they stay available for manual repair.
     """
     for path in paths:
         with contextlib.suppress(OSError):

@@ -29,7 +29,7 @@ class Turns:
 
     @contextmanager
     def producing(self) -> Iterator[None]:
-        """Count the time inside as waiting of the consumer, and other time as the producer's."""
+        """Measure the waits: the consumer waits while this context is open, else the producer."""
         started = time.perf_counter()
         self._seconds["producer"] += started - self._idle_since
         try:

@@ -71,7 +71,7 @@ class Limiter:
 
     @property
     def error(self) -> float:
-        """Views still missing for the target reuse (x above); negative when ahead of the target."""
+        """Views still missing for the target reuse, x; negative when ahead of the target."""
         return self._distance(self.num_inserted) / self._scale
 
     def may_sample(self, count: int) -> bool:

@@ -204,7 +204,7 @@ class Uniform:
     """
 
     unique = False
-    # Random numbers made at a time; a thousand of them take the time of one on a CPU.
+    # Random numbers made at a time: on a CPU, Philox in PyTorch takes as long for one as for many.
     CHUNK = 4096
 
     def __init__(self, blocks: BlockTable, *, seed: int, device: torch.device) -> None:

@@ -151,7 +151,7 @@ class BlockFiles:
         return False
 
     def _held(self) -> range:
-        """Numbers of the blocks in the ring."""
+        """Return the numbers of the blocks in the ring."""
         last = self.ring.num_inserted // self.ring.block_images
         return range(max(0, last - self.ring.capacity // self.ring.block_images), last)
 
