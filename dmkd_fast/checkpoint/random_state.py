@@ -10,13 +10,16 @@ import torch
 
 
 class Generators:
-    """The global random states that a student may draw from: torch's, NumPy's and Python's."""
+    """Save and restore the global random states of torch, NumPy and Python.
+
+    A student may draw from any of them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def state_dict(self) -> dict[str, Any]:
-        """All of them, as they are."""
+        """Return the current states."""
         name, keys, *rest = numpy.random.get_state()
         is_cuda = self.device.type == "cuda"
         return {
@@ -27,7 +30,7 @@ class Generators:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Load the result of `state_dict`."""
         torch.set_rng_state(state["cpu"])
         if state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self.device)

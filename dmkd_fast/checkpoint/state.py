@@ -1,4 +1,4 @@
-"""State dictionaries taken apart into tensors and JSON, and put together again."""
+"""Split state dictionaries into tensors and JSON values, and join them again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from torch import Tensor
 
 
 def split_state(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` with each tensor copied to `tensors` and each dictionary turned into pairs."""
+    """Copy each tensor in `value` to `tensors`, and return the rest as JSON values.
+
+    A tensor becomes its name and strides, a dictionary becomes a list of pairs, and a function
+    stays until `call_functions` replaces it.
+
+    Args:
+        value: State to split.
+        path: Name of `value`; the names of its tensors begin with it.
+        tensors: Receives the copies on the CPU, by name.
+    """
     if isinstance(value, Tensor):
-        # Fused optimizers walk a parameter and its moments in memory order: a moment that came back
-        # in another layout would be applied scrambled. Files do not hold strides.
+        # Fused optimizers walk a parameter and its moments in memory order, so a restored moment
+        # needs the same layout. Files do not hold strides.
         copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         tensors[path] = copy.copy_(value.detach(), non_blocking=True)
         stride = (value if _is_dense(value) else copy).stride()
@@ -26,7 +35,7 @@ def split_state(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def call_functions(value: Any) -> Any:
-    """`value` with each function replaced by what it returns."""
+    """Replace each function in a split state by what it returns."""
     if callable(value):
         return split_state(value(), "", {})
     if isinstance(value, dict) and "pairs" in value:
@@ -37,12 +46,12 @@ def call_functions(value: Any) -> Any:
 
 
 def join_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Inverse of `split`; tuples come back as lists."""
+    """Invert `split_state`; tuples come back as lists."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         tensor = tensors[value["tensor"]]
-        # A copy of its own: what an optimizer takes over as it is must be aligned as before.
+        # Copied, since an optimizer may keep this tensor and needs it aligned as before.
         return torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype).copy_(tensor)
     if "pairs" in value:
         return {k: join_state(v, tensors) for k, v in value["pairs"]}
@@ -50,7 +59,7 @@ def join_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _is_dense(value: Tensor) -> bool:
-    """Whether the elements lie in memory without holes and without sharing, in any order."""
+    """Return whether the elements fill their memory without gaps or overlap, in any order."""
     count = 1
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size != 1:

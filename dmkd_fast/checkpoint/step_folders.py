@@ -1,13 +1,13 @@
-"""Saves and restores any objects that have `state_dict` and `load_state_dict`.
+"""Save and restore any objects that have `state_dict` and `load_state_dict`.
 
-A checkpoint is a folder `step-N` (`step-N.1` for a second one at that step) of
-three files: `state.safetensors`, `state.json` with the folder's own name and everything that is not
-a tensor, and `SHA256SUMS`, which `sha256sum -c` reads. It gets its name when all of it is on disk,
-so a crash leaves the old state or the new one, never a mix. What is damaged, or lies where
-something else was written, is noticed on loading, and the checkpoint before it is used.
+A checkpoint is a folder `step-N` (`step-N.1` for a second one at that step) of three files:
+`state.safetensors`, `state.json` with the name of the folder and everything that is not a tensor,
+and `SHA256SUMS`, which `sha256sum -c` reads. The folder gets its name when all of it is on disk, so
+a crash leaves the old state or the new one, never a mix. On loading, a checkpoint that is damaged
+or was moved to another name is detected, and an older one is used.
 
-Of several ranks the first writes what all have in common; each writes what is its own. A checkpoint
-counts if it is whole on all of them.
+With several ranks, rank 0 writes the state common to all ranks, and each rank writes its own state.
+A checkpoint counts only if it is intact on all ranks.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ TENSORS, REST, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
 
 
 class Stateful(Protocol):
-    """What can be saved."""
+    """Interface of an object that can be saved."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the object needs to go on.
+        """Return everything that the object needs to continue.
 
-        A value may be a function without arguments: it is called by whoever writes the file, for
-        what is known only then.
+        A value may be a function without arguments, for what is known only when the file is
+        written. The thread that writes the file calls it.
         """
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any:
-        """Inverse of `state_dict`."""
+        """Load the result of `state_dict`."""
         ...
 
 
 class Restored(NamedTuple):
-    """What `restore` found."""
+    """Result of `restore`: the step of the loaded checkpoint, and notes on newer ones."""
 
     step: int
     notes: list[str]
-    """One line for each newer checkpoint that was damaged."""
+    """One line for each newer checkpoint that was damaged or not on all ranks."""
 
 
 def save(folder: Path, step: int, objects: Mapping[str, Stateful], *, keep: int = 2) -> Path:
-    """Write a checkpoint of `folder` and delete all but the newest `keep`.
+    """Write a checkpoint into `folder`, and delete all but the newest `keep` checkpoints.
 
     Returns:
-        The checkpoint's folder.
+        Folder of the new checkpoint.
 
     Raises:
         SaveError: The disk is full or cannot be written to; nothing of the new checkpoint is left.
@@ -70,24 +70,25 @@ def save(folder: Path, step: int, objects: Mapping[str, Stateful], *, keep: int 
 
 
 def restore(folder: Path, objects: Mapping[str, Stateful]) -> Restored:
-    """Load the newest checkpoint of `folder` that is whole; damaged newer ones are set aside.
+    """Load the newest intact checkpoint of `folder`, and set damaged newer ones aside.
 
     Raises:
-        ValueError: There is none, or it belongs to objects of other names, kinds or shapes.
+        ValueError: There is no intact checkpoint, or it belongs to objects of other names, kinds
+            or shapes.
     """
     return _restore(folder, objects, ALONE, folder, {})
 
 
 class Saver:
-    """Checkpoints while training goes on: it waits for a copy in memory only.
+    """Write checkpoints in the background; training waits only for a copy in memory.
 
     Args:
-        folder: Of the checkpoints.
-        writer: Hashes and writes them.
-        every_s: Seconds from one to the next.
-        keep: How many are kept.
-        ranks: All but the first use a folder of their own below this one. They start and finish
-            checkpoints together.
+        folder: Folder of the checkpoints.
+        writer: Thread that hashes and writes them.
+        every_s: Seconds from one checkpoint to the next.
+        keep: Number of checkpoints to keep.
+        ranks: Ranks of the run, which start and finish checkpoints together. All but rank 0 use
+            a folder of their own below `folder`.
     """
 
     def __init__(
@@ -105,23 +106,23 @@ class Saver:
     def restore(
         self, objects: Mapping[str, Stateful], *, common: Mapping[str, Stateful] | None = None
     ) -> Restored:
-        """See `restore`; the newest that is whole on all ranks.
+        """Load the newest checkpoint that is intact on all ranks; see `restore`.
 
-        A run that was killed while its very first checkpoint was written begins anew.
+        A run that was killed while its very first checkpoint was written starts from the beginning.
 
         Args:
-            objects: What was saved here.
-            common: What only the first rank saves; the others take it from there.
+            objects: Objects that this rank saved.
+            common: Objects that only rank 0 saves; the other ranks load them from its checkpoint.
         """
         restored = _restore(self.folder, objects, self._ranks, self._first_folder, common or {})
         self._is_ours = True
         return restored
 
     def check_folder(self) -> None:
-        """Refuse to mix with another run.
+        """Refuse a folder with the checkpoints of another run.
 
         Raises:
-            ValueError: The folder holds checkpoints that were neither restored nor written here.
+            ValueError: The folder holds checkpoints that this object neither restored nor wrote.
         """
         if not self._is_ours and _found(self.folder):
             raise ValueError(
@@ -131,20 +132,20 @@ class Saver:
 
     @property
     def is_busy(self) -> bool:
-        """Whether one is being written."""
+        """Whether a checkpoint is being written."""
         return self._saving is not None and not self._saving.done()
 
     def is_due(self) -> bool:
-        """Whether it is time for the next one, and the last one is written."""
+        """Return whether the next checkpoint is due and the last one has been written."""
         return not self.is_busy and time.monotonic() - self._last > self.every_s
 
     def start(self, step: int, objects: Mapping[str, Stateful], *, mark: int = 0) -> None:
-        """Copy the state and have the copy written.
+        """Copy the state, and queue the copy to be written.
 
         Args:
-            step: In the checkpoint's name.
-            objects: What to save.
-            mark: Tells moments at one step apart; the same on all ranks.
+            step: Step in the name of the checkpoint.
+            objects: Objects to save.
+            mark: Number that distinguishes moments at the same step; equal on all ranks.
         """
         snapshot, self._is_ours = _Snapshot(objects), True
         snapshot.mark, snapshot.world_size = mark, self._ranks.world_size
@@ -152,12 +153,12 @@ class Saver:
         self._latest, self._last = self._saving, time.monotonic()
 
     def withdraw(self) -> None:
-        """Take back the last one, once it is written: another rank could not write it."""
+        """Delete the last checkpoint after it is written, because another rank's write failed."""
         if self._latest is not None:
             self.writer.submit(functools.partial(_withdraw, self._latest))
 
     def problem(self) -> str | None:
-        """Why the last one could not be written, told once: the run goes on without it."""
+        """Return once why the last checkpoint could not be written; the run goes on without it."""
         if self._saving is None or not self._saving.done():
             return None
         error, self._saving = self._saving.exception(), None
@@ -166,17 +167,17 @@ class Saver:
         return None if error is None else f"{error}; the run goes on"
 
     def finish(self, step: int, objects: Mapping[str, Stateful], *, mark: int = 0) -> Path:
-        """Write the state as it is now, and wait for it.
+        """Write the current state, and wait until it is on disk.
 
         Raises:
-            SaveError: It could not be written.
+            SaveError: The checkpoint could not be written.
         """
         self.start(step, objects, mark=mark)
         assert self._saving is not None
         return self._saving.result()
 
     def describe(self, name: str) -> list[dict[str, Any]]:
-        """The state of one object in each readable checkpoint, tensors and lists left out."""
+        """Return one object's state in each readable checkpoint, without tensors, dicts, lists."""
         states = []
         for path in _found(self.folder):
             with contextlib.suppress(files.Damaged):
@@ -187,7 +188,7 @@ class Saver:
 
 
 class _Snapshot:
-    """Copies on the CPU that later changes in place do not reach."""
+    """A copy of the state on the CPU, which later changes in place do not affect."""
 
     mark, world_size = 0, 1
 
@@ -203,13 +204,13 @@ class _Snapshot:
             self._copied.record()
 
     def wait(self) -> None:
-        """Until the copies from the device are there."""
+        """Wait until the copies from the device are complete."""
         if self._copied is not None:
             self._copied.synchronize()
 
 
 def _write(folder: Path, step: int, snapshot: _Snapshot, keep: int) -> Path:
-    # Above those that are there: lower ones may have been deleted as the oldest.
+    # One above the existing serials, since lower ones may have been deleted as the oldest.
     name = f"step-{step:09d}"
     serials = [_order(path)[1] for path in _found(folder) if _order(path)[0] == step]
     serial = max(serials, default=-1) + 1
@@ -236,7 +237,7 @@ def _write(folder: Path, step: int, snapshot: _Snapshot, keep: int) -> Path:
             "they were; free space or mend the folder"
         ) from None
     for old in _found(folder)[:-keep]:
-        with contextlib.suppress(OSError):  # It is found again next time.
+        with contextlib.suppress(OSError):  # the next save tries again
             files.discard(files.hide(old, "partial"))
     for damaged in folder.glob(".step-*.damaged"):
         files.discard(damaged)
@@ -253,7 +254,7 @@ def _restore(
     folder: Path, objects: Mapping[str, Stateful], ranks: Ranks, first_folder: Path,
     common: Mapping[str, Stateful],
 ) -> Restored:  # fmt: skip
-    """Try those that are on all ranks, newest first, until all can load one."""
+    """Try the checkpoints present on all ranks, newest first, until all ranks can load one."""
     paths = _found(folder)[::-1]
     mine, problems = _moments(paths)
     lists = [json.loads(text) for text in ranks.gather(json.dumps(list(mine.items())))]
@@ -299,7 +300,10 @@ def _restore(
 
 
 def _moments(paths: list[Path]) -> tuple[dict[tuple[int, ...], str], dict[Path, str]]:
-    """Names by (step, mark, world size, how many came before at that moment); what is damaged."""
+    """Return the names of readable checkpoints by moment, and the problems of damaged ones.
+
+    A moment is (step, mark, world size, number of earlier checkpoints with these three).
+    """
     names: dict[tuple[int, ...], str] = {}
     problems = {}
     for path in reversed(paths):
@@ -320,14 +324,17 @@ def _note(path: Path, problems: Mapping[Path, str]) -> str:
 
 
 def _set_aside(paths: list[Path]) -> None:
-    """Only once one is loaded: were all of them damaged, somebody might mend one."""
+    """Hide checkpoints that are not used.
+
+    Not called if all are damaged, so that they stay available for manual repair.
+    """
     for path in paths:
         with contextlib.suppress(OSError):
             files.hide(path, "damaged")
 
 
 def _load(path: Path, objects: Mapping[str, Stateful], *, is_part: bool = False) -> None:
-    """Fill objects from a checkpoint; with `is_part`, it may hold others too."""
+    """Load objects from a checkpoint; with `is_part`, it may hold other objects too."""
     contents = _read(path)
     states = _record(path, contents[REST])["objects"]
     if is_part:
@@ -336,7 +343,7 @@ def _load(path: Path, objects: Mapping[str, Stateful], *, is_part: bool = False)
 
 
 def _read(path: Path, *, names: tuple[str, ...] = (TENSORS, REST)) -> dict[str, bytes]:
-    """The files of a checkpoint, compared with its sums before anything of them is used."""
+    """Read files of a checkpoint, and compare them with its sums before any of them is used."""
     contents = {name: files.read(path / name) for name in names}
     sums = files.read(path / SUMS)
     expected = _sums({name: files.sha256([data]) for name, data in contents.items()})
@@ -382,11 +389,11 @@ def _fill(
 
 
 def _found(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first."""
+    """Return the checkpoints in `folder`, oldest first."""
     return sorted(filter(_order, folder.glob("step-*")), key=_order)
 
 
 def _order(path: Path) -> tuple[int, ...]:
-    """Step, and which one at that step; nothing if it is no checkpoint's name."""
+    """Return (step, serial number at that step), or () if the name is not a checkpoint's."""
     name = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", path.name)
     return (int(name[1]), int(name[2] or 0)) if name else ()

@@ -1,16 +1,17 @@
 """A ring buffer of images on the training device.
 
 Producers add images in blocks; consumers draw random slots. `reserve` returns a slice of slots, the
-sampler writes into it inside `producing`, and `commit` makes it visible. Nothing of a block can be
-drawn before that. `sample` draws slots in the chosen order (`ring/orders.py`), and `release` says
-that they have been read. A limiter keeps the number of views per image (`ring/limiter.py`).
+sampler writes into it inside `producing`, and `commit` makes it visible. Before `commit`, no image
+of the block can be drawn. `sample` draws slots in the chosen order (`ring/orders.py`). `release`
+reports that the drawn slots have been read. A limiter holds the number of views per image at its
+target (`ring/limiter.py`).
 
 With `guard_blocks` G > 0, the G blocks that will be overwritten next are not drawn. One of them may
-be written, or dropped half written, while views are drawn from the others. If the producer has a
+be written, or aborted half written, while views are drawn from the others. If the producer has a
 CUDA stream of its own (`ring/cuda_sync.py`), both happen at the same time. Images and draws are the
 same with and without that stream.
 
-N capacity, B views drawn, C classes, b images per block, c channels, H W pixels.
+Shapes: N slots, B drawn images, C classes, b images per block, c channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from dmkd_fast.ring.plan import MOST_USES, check_sizes
 from dmkd_fast.ring.statistics import BINS, Statistics, count_slots, without_strays
 from dmkd_fast.runtime import checks
 
-MOST_PASSES = 1024  # in one draw
+MOST_PASSES = 1024  # upper bound for the passes over the ring in one draw
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Reserved slots `start` .. `start + len(images)`, to be written and committed."""
+    """Reserved slots `start` to `start + len(images) - 1`, to be written and committed."""
 
     start: int
     images: Tensor
@@ -43,7 +44,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Slots drawn from the ring, (B,) int64 each."""
+    """Slots drawn from the ring; each field is a (B,) int64 tensor."""
 
     indices: Tensor
     ids: Tensor
@@ -53,28 +54,30 @@ class Draw:
 
 
 class RingBuffer:
-    """Ring of images with labels, ids and use counts, all on one device.
+    """Hold images with labels, ids and use counts in a ring of slots on one device.
 
     Args:
-        capacity_images: N; rounded up to whole blocks.
-        image_shape: (c, H, W).
-        block_images: b, the sampler's batch.
+        capacity_images: Number of slots N; rounded up to whole blocks.
+        image_shape: Shape of one image, (c, H, W).
+        block_images: Images per block b, the batch size of the sampler.
         samples_per_insert: Views per image that the limiter aims at.
         min_fill_images: Images before the first view; rounded up to whole blocks.
         error_buffer: Views by which reuse may be off; see `Limiter`.
-        order: "shuffled": passes over all images, so early images are drawn more often than late
-            ones; "equal": passes over the less used half, so late ones catch up; "uniform": each
-            draw by itself, with replacement; "balanced": as many draws for each class.
+        order: Order of the draws. "shuffled": passes over all images, so early images are drawn
+            more often than late ones. "equal": passes over the less used half of the images, so
+            late images catch up. "uniform": independent draws with replacement. "balanced": the
+            same number of draws for each class.
         max_uses: Draws of an image after which it is not drawn again; with "shuffled" and "equal"
-            only. An image that comes in the middle of a pass may get one draw fewer.
-        guard_blocks: G, blocks ahead of the writing that are not drawn.
-        own_stream: Give the producer a CUDA stream of its own; needs a guard.
-        num_classes: C, for "balanced", for statistics by class, and to check labels.
-        device: Where the ring lives.
-        seed: Of the order of drawing.
+            only. An image that is committed during a pass may get one draw fewer.
+        guard_blocks: Number G of blocks that will be overwritten next and are not drawn.
+        own_stream: Whether the producer has a CUDA stream of its own; needs a guard.
+        num_classes: Number of classes C, for "balanced", statistics by class, and label checks.
+        device: Device of all tensors of the ring.
+        seed: Seed of the draw order.
 
     Raises:
-        ValueError: Sizes do not fit together, or a setting would be ignored.
+        TypeError, ValueError: An argument is out of range, sizes do not fit together, or a setting
+            would be ignored.
     """
 
     def __init__(
@@ -117,7 +120,7 @@ class RingBuffer:
         self.ids = torch.full((slots,), -1, dtype=torch.int64, device=device)
         self.uses = torch.zeros(slots, dtype=torch.int64, device=device)
         self.stamps = torch.full((slots,), -1, dtype=torch.int32, device=device)
-        """Number of the block that wrote each slot; -1 if none has."""
+        """Number of the block that wrote each slot; -1 for an empty slot."""
         self._num_strays = torch.zeros((), dtype=torch.int64, device=device)
         self._retired = torch.zeros(BINS, dtype=torch.int64, device=device)
         self._settings = {
@@ -149,14 +152,14 @@ class RingBuffer:
 
     @property
     def guard_blocks(self) -> int:
-        """G: with 0, blocks and views take turns; with more, a block may stay open."""
+        """Number G of guard blocks; only with G > 0 may views be drawn while a block is open."""
         return self._blocks.guard_blocks
 
     def check(self, batch_size: int) -> None:
-        """Refuse settings with which a loop that draws `batch_size` views at a time would stop.
+        """Refuse settings that would stop a loop that draws `batch_size` views at a time.
 
         Raises:
-            ValueError: One that says what to change.
+            ValueError: The loop would stop; the message says what to change.
         """
         check_loop(
             self._limiter, batch_size=batch_size,
@@ -164,14 +167,16 @@ class RingBuffer:
         )  # fmt: skip
 
     def must_insert(self, count: int) -> bool:
-        """Whether another block has to be committed before `count` more views are drawn.
+        """Return whether a block must be committed before `count` more views can be drawn.
 
-        True before the first fill, when the limiter says so, and when images are used up.
+        True before the first fill, when the limiter demands it, and when the images are used up.
         """
         return not self._limiter.may_sample(count) or self._is_used_up(count)
 
     def may_insert(self, count: int) -> bool:
-        """Whether a block may be reserved now, ahead of need; counts one that is open.
+        """Return whether a block may be reserved now, before draws need it.
+
+        False while a block is open.
 
         Args:
             count: Views that will be drawn next.
@@ -181,10 +186,10 @@ class RingBuffer:
         return self._limiter.may_insert() or self._is_used_up(count)
 
     def reserve(self) -> Block:
-        """The next block of slots, the oldest images first once the ring is full.
+        """Reserve the next block of slots; in a full ring, these hold the oldest images.
 
         Raises:
-            RuntimeError: A block is reserved already.
+            RuntimeError: A block is already reserved.
         """
         if self._open is not None:
             raise RuntimeError("reserve: a block is open already; commit or abort it first")
@@ -195,9 +200,10 @@ class RingBuffer:
         return self._open
 
     def producing(self) -> AbstractContextManager[None]:
-        """Where a reserved block is written: on the producer's stream, if it has one.
+        """Return the context in which a reserved block is written.
 
-        Ids and labels given to `commit` are made inside as well.
+        Work inside runs on the producer's stream, if the producer has one. Create the ids and
+        labels for `commit` inside as well.
         """
         return self._fences.producing()
 
@@ -205,13 +211,14 @@ class RingBuffer:
         """Make a written block visible.
 
         Args:
-            block: What `reserve` returned.
+            block: Block that `reserve` returned.
             ids: (b,) int64 image ids.
             labels: (b,) int64 classes.
 
         Raises:
             RuntimeError: The block is not open, or draws have not been released.
-            ValueError: Ids or labels have another shape, dtype or device.
+            TypeError, ValueError: Ids or labels have a wrong type, shape, dtype or device, or
+                labels on a CPU are not classes.
         """
         if block is not self._open:
             raise RuntimeError("commit: got a block that is not reserved; reserve it first")
@@ -221,7 +228,8 @@ class RingBuffer:
             checks.within("labels", labels, low=0, high=self.num_classes - 1)
         self._fences.before_commit(ids, labels)
         if self.num_classes is not None and labels.device.type != "cpu":
-            # Not read here. Statistics count them; until then they must not crash a kernel.
+            # Reading labels would wait for the device: clamp and count those out of range, which
+            # would crash a kernel. `num_faults` reports the count.
             labels, strays = without_strays(labels, self.num_classes)
             self._num_strays += strays
         slots = slice(block.start, block.start + self.block_images)
@@ -239,8 +247,8 @@ class RingBuffer:
     def abort(self) -> None:
         """Give up the reserved block, if any.
 
-        Without a guard, if it lay over older images, those may be overwritten in part: nothing can
-        be drawn until the same slots have been reserved and committed again.
+        Without a guard, the block may have overwritten older images in part. Then no image can be
+        drawn until the same slots have been reserved and committed again.
         """
         self._is_torn = self._tears()
         if self._open is not None:
@@ -251,9 +259,10 @@ class RingBuffer:
         """Draw `count` images.
 
         Raises:
-            TypeError, ValueError: `count` is not a whole number from 1 to 1,024 times the capacity.
-            RuntimeError: The ring is empty or its images are used up, or, without a guard, a block
-                is open or was aborted over old images.
+            TypeError, ValueError: `count` is not a whole number from 1 to 1,024 times the capacity
+                (at most 2**24).
+            RuntimeError: The ring is empty, its images are used up, or, without a guard, a block
+                is open or was aborted over older images.
         """
         checks.whole("count", count, low=1, high=min(MOST_PASSES * self.capacity, MOST_USES))
         state = None
@@ -275,14 +284,14 @@ class RingBuffer:
         return Draw(indices=indices, ids=self.ids[indices], uses=uses)
 
     def release(self) -> None:
-        """Everything drawn so far has been read by work on the current stream.
+        """Report that work queued on the current stream reads everything drawn so far.
 
-        Needed after each gather where the producer has a stream of its own.
+        Call it after each gather if the producer has a stream of its own.
         """
         self._fences.after_gather()
 
     def statistics(self) -> Statistics:
-        """Counts on the device, to be read when a log line is due."""
+        """Count images, uses and ages on the device; read the result when a log line is due."""
         waits = self._fences.waits_s()
         uses, class_counts, ages = count_slots(
             self.stamps, self.uses, self.labels, committed=self._blocks.committed,
@@ -297,20 +306,21 @@ class RingBuffer:
         )  # fmt: skip
 
     def num_faults(self) -> Tensor:
-        """Labels and use counts that are out of range, () int64 on the device; see `check_faults`.
+        """Count the labels and use counts out of range, () int64 on the device.
 
-        Use counts above 2**24 would give an image the same views again.
+        Use counts of 2**24 and more would repeat earlier views of an image. Give the number to
+        `check_faults`.
         """
         return self._num_strays + (self.uses >= MOST_USES).sum()
 
     def check_faults(self, count: int) -> None:
-        """Refuse to go on after faults on the device.
+        """Raise an error if there were faults on the device.
 
         Args:
-            count: What `num_faults` returned, read by the host.
+            count: Result of `num_faults`, read by the host.
 
         Raises:
-            ValueError: There were some.
+            ValueError: `count` is not 0.
         """
         if count:
             raise ValueError(
@@ -320,11 +330,11 @@ class RingBuffer:
             )
 
     def state_dict(self, *, images: bool = True) -> dict[str, Any]:
-        """All that drawing depends on; tensors are the ring's own. An open block is left out.
+        """Return everything that draws depend on, without an open block; tensors are not copied.
 
         Args:
-            images: Whether to include the pixels; without them, whoever loads the state writes
-                the same pixels into `images`.
+            images: Whether to include the pixels. Without them, the caller of `load_state_dict`
+                must write the same pixels into `images`.
         """
         self._fences.join()
         tensors = self._tensors()
@@ -340,7 +350,7 @@ class RingBuffer:
         return tensors | rest
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; pixels stay as they are where the state has none.
+        """Load the result of `state_dict`; a state without pixels leaves `images` unchanged.
 
         Raises:
             ValueError: The state belongs to a ring of another shape or with other settings.
@@ -375,16 +385,16 @@ class RingBuffer:
         return left is not None and left < count
 
     def _tears(self) -> bool:
-        """Whether slots that may be drawn are half written unless the open block is committed."""
+        """Return whether giving up the open block leaves drawable slots half written."""
         is_over_old = self._open is not None and self.num_inserted >= self.capacity
         return self._is_torn or (is_over_old and self.guard_blocks == 0)
 
     def _count(self, part: Tensor) -> Tensor:
-        """Count one use of each slot (n,); returns how often each had been used before."""
+        """Count one use of each slot (n,), and return how often each had been used before."""
         before = self.uses[part]
         if self._order.unique:
             self.uses[part] = before + 1
             return before
         self.uses.index_add_(0, part, torch.ones_like(part))
-        # A slot that comes twice is used twice: the second time is another view of it.
+        # A slot that occurs twice counts two uses, since each use is a different view.
         return before + occurrences(part)

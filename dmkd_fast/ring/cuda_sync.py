@@ -1,11 +1,10 @@
-"""Orders those who share the ring: the producer, who writes blocks, and the consumer, who draws.
+"""Order the work of the ring's producer (writes blocks) and its consumer (draws images).
 
-`Turns` is for one stream, where the order of the calls is
-the order of the work. `Fences` gives the producer a CUDA stream of its own. Only pixels are written
-on that stream; labels, ids and counts belong to the consumer's. Per block one event says "written",
-per gather one says "read". Slots stop being drawn `guard_blocks` commits before they are written
-again, so their writer waits for the last gather before that commit, not for the newest. The host
-never waits.
+`Turns` is for one stream, where work runs in the order of the calls. `Fences` gives the producer a
+CUDA stream of its own. Only pixels are written on that stream; labels, ids and counts belong to the
+consumer's stream. One event per block means "written", and one event per gather means "read". Slots
+stop being drawn `guard_blocks` commits before they are written again. So the producer waits for the
+last gather before that commit, not for the newest gather. The host waits only in `waits_s`.
 
 Source: the rule of FFCV's loader (Leclerc et al., arXiv 2306.12517), for slots instead of batches.
 """
@@ -22,7 +21,7 @@ from torch import Tensor
 
 
 class Turns:
-    """Producer and consumer take turns on one stream: nothing to order, only time to tell."""
+    """Measure how long producer and consumer wait on one stream, where no ordering is needed."""
 
     def __init__(self) -> None:
         self._seconds = {"producer": 0.0, "consumer": 0.0}
@@ -30,7 +29,7 @@ class Turns:
 
     @contextmanager
     def producing(self) -> Iterator[None]:
-        """The consumer waits for what runs inside; the rest of the time the producer waits."""
+        """Measure the waits: the consumer waits while this context is open, else the producer."""
         started = time.perf_counter()
         self._seconds["producer"] += started - self._idle_since
         try:
@@ -40,48 +39,48 @@ class Turns:
             self._seconds["consumer"] += self._idle_since - started
 
     def waits_s(self) -> dict[str, float]:
-        """Seconds of host time that either waited since the last call."""
+        """Return the seconds of host time that each of the two waited since the last call."""
         seconds, self._seconds = self._seconds, {"producer": 0.0, "consumer": 0.0}
         return seconds
 
     def before_write(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: one stream needs no wait."""
 
     def after_draw(self) -> None:
-        """Nothing to note."""
+        """Do nothing: one stream needs no record."""
 
     def after_gather(self) -> None:
-        """Nothing to note."""
+        """Do nothing: one stream needs no record."""
 
     def before_commit(self, *tensors: Tensor) -> None:
-        """Nothing to wait for."""
+        """Do nothing: one stream needs no wait."""
 
     def after_commit(self) -> None:
-        """Nothing to note."""
+        """Do nothing: one stream needs no record."""
 
     def join(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: one stream needs no wait."""
 
 
 class Fences:
-    """The producer's stream and all events between it and the consumer's (the current) stream.
+    """Order the producer's own CUDA stream against the current stream, which is the consumer's.
 
     Args:
-        device: A CUDA device.
-        guard_blocks: Commits between the last draw of a slot and its writing, at least 1.
+        device: CUDA device of the ring.
+        guard_blocks: Commits between the last draw of a slot and its next write, at least 1.
     """
 
     def __init__(self, device: torch.device, *, guard_blocks: int) -> None:
         self._stream = torch.cuda.Stream(device)
         self._written = self._record(self._stream)
-        # Read at every log line; a caller who never asks must not pay memory for it.
+        # Bounded, so that a caller who never reads `waits_s` does not collect events without end.
         self._waits: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=1000)
         self._read = self._record(torch.cuda.current_stream(device))
         self._left = deque([self._read] * guard_blocks, maxlen=guard_blocks)
         self._is_unread = self._was_joined = False
 
     def before_write(self) -> None:
-        """The producer waits until slots about to be overwritten have been read."""
+        """Make the producer wait until the slots it will overwrite have been read."""
         if self._was_joined:
             self._restart()
         idle = self._record(self._stream)
@@ -90,7 +89,7 @@ class Fences:
 
     @contextmanager
     def producing(self) -> Iterator[None]:
-        """What runs inside does so on the producer's stream, as one block."""
+        """Run the work inside on the producer's stream, as one block."""
         with torch.cuda.stream(self._stream):
             try:
                 yield
@@ -98,14 +97,14 @@ class Fences:
                 self._written = self._record(self._stream)
 
     def before_commit(self, *tensors: Tensor) -> None:
-        """The consumer waits for the block, and the producer's memory waits for the consumer.
+        """Make the consumer wait for the block, and keep the memory of `tensors` for the consumer.
 
         Args:
-            tensors: Made on the producer's stream and read by the consumer from now on: their
-                memory must not be handed out again to the producer before that.
+            tensors: Tensors made on the producer's stream and read by the consumer. Their memory
+                is not given to the producer again before the consumer has read it.
 
         Raises:
-            RuntimeError: Slots were drawn and their gather was not told of.
+            RuntimeError: Slots were drawn and their gather was not reported by `after_gather`.
         """
         if self._is_unread:
             raise RuntimeError("commit: drawn slots may still be read; call release() first")
@@ -117,35 +116,38 @@ class Fences:
             tensor.record_stream(consumer)
 
     def after_commit(self) -> None:
-        """From here on another block of slots is drawn no more; gathers so far may read it."""
+        """Record the last gather that may read the block that can no longer be drawn."""
         self._left.append(self._read)
 
     def after_draw(self) -> None:
-        """Slots will be read by work that is still to come."""
+        """Record that slots were drawn and that their gather has not been queued yet."""
         self._is_unread = True
 
     def after_gather(self) -> None:
-        """Everything that was drawn has been read by work on the current stream."""
+        """Record that work queued on the current stream reads everything drawn so far."""
         self._read = self._record(torch.cuda.current_stream())
         self._is_unread = False
 
     def join(self) -> None:
-        """All slots will be read or written on the current stream now.
+        """Let the current stream read or write all slots from here on.
 
-        It waits for all that the producer was told to do, aborted blocks too, and the producer's
-        next block waits for it.
+        The current stream waits for all queued work of the producer, aborted blocks included. The
+        producer's next block waits for the current stream.
         """
         torch.cuda.current_stream().wait_event(self._written)
         self._was_joined = True
 
     def _restart(self) -> None:
-        """The next blocks wait for everything on the current stream."""
+        """Make the next blocks wait for everything on the current stream."""
         self._read = self._record(torch.cuda.current_stream())
         self._left.extend([self._read] * len(self._left))
         self._was_joined = False
 
     def waits_s(self) -> dict[str, float]:
-        """Seconds that either stream waited for the other since the last call; waits for both."""
+        """Return the seconds that each stream waited for the other since the last call.
+
+        The host waits here for the events of both streams.
+        """
         seconds = {"producer": 0.0, "consumer": 0.0}
         for who, idle, event in self._waits:
             event.synchronize()

@@ -1,14 +1,15 @@
-"""Decides when images are made and when views are drawn, so that each image is reused as asked.
+"""Decide when images are made and when views are drawn, so that each image is reused as asked.
 
-Reverb's rule: with x = samples_per_insert * (inserted - min_fill) - sampled, a draw must leave
-x >= -error_buffer and an insert x <= error_buffer. Reuse counts as written in decimal: 0.1 is one
-tenth, not the nearest binary fraction.
+Reverb's rule: let x = samples_per_insert * (inserted - min_fill) - sampled. A draw must leave
+x >= -error_buffer, and an insert must leave x <= error_buffer. `samples_per_insert` is read as a
+decimal number: 0.1 is exactly one tenth, not the nearest binary fraction.
 
-When it never stops. Let u = samples_per_insert * block_images and d = batch_size. x moves down by d
-or up by u, so it stays on a grid of width g = gcd(u, d) through 0, where it begins. Where the band
-[-e, e] holds fewer than (u + d) / g points of that grid, at most one move is possible from each of
-them, no two lead to the same point, and no cycle fits, because a cycle has at least (u + d) / g
-points: the loop must end. With (u + d) / g points or more, each has a move.
+Settings that never block: let u = samples_per_insert * block_images, d = batch_size and
+e = error_buffer. Each move lowers x by d or raises it by u. x begins at 0, so it stays on the grid
+of the multiples of g = gcd(u, d). If the band [-e, e] holds fewer than (u + d) / g grid points,
+each point has at most one possible move, and no two moves lead to the same point. A cycle has at
+least (u + d) / g points and does not fit, so the loop must stop. With (u + d) / g points or more,
+each point has a move, and the loop never stops.
 
 Source: Cassirer et al., Reverb (arXiv 2102.04736), section 3.3; the grid argument is ours.
 """
@@ -22,14 +23,14 @@ from dmkd_fast.runtime import checks
 
 
 class Limiter:
-    """Counts images and views, and says which may come next.
+    """Count images and views, and decide whether to insert or to draw next.
 
     Args:
         samples_per_insert: Views per image.
         min_fill_images: Images before the first view; rounded up to whole blocks.
         block_images: Images that are inserted together.
-        error_buffer: Views by which reuse may be off in either direction; None:
-            samples_per_insert * min_fill_images, with which views never exceed
+        error_buffer: Views by which reuse may be off in either direction. None means
+            samples_per_insert * min_fill_images; then the number of views never exceeds
             samples_per_insert * images.
 
     Raises:
@@ -57,7 +58,7 @@ class Limiter:
             if error_buffer is None
             else Fraction(str(error_buffer))
         )
-        # Everything times one denominator: the hot path compares whole numbers.
+        # Everything is scaled by one denominator, so that the hot path compares whole numbers.
         scale = math.lcm(self.reuse.denominator, self.buffer.denominator)
         self._scale, self._per_image = scale, int(self.reuse * scale)
         self._band = int(self.buffer * scale)
@@ -70,33 +71,33 @@ class Limiter:
 
     @property
     def error(self) -> float:
-        """x: views that are still missing for the reuse asked for; negative when ahead of it."""
+        """Views still missing for the target reuse, x; negative when ahead of the target."""
         return self._distance(self.num_inserted) / self._scale
 
     def may_sample(self, count: int) -> bool:
-        """Whether `count` more views may be drawn from the images committed."""
+        """Return whether `count` more views may be drawn from the committed images."""
         if self.num_inserted < self.min_fill_images:
             return False
         return self._distance(self.num_inserted) - count * self._scale >= -self._band
 
     def may_insert(self) -> bool:
-        """Whether one more block may be reserved; counts the one being written."""
+        """Return whether one more block may be reserved; an open block counts as inserted."""
         if self.num_reserved < self.min_fill_images:
             return True
         return self._distance(self.num_reserved + self.block_images) <= self._band
 
     def check(self, batch_size: int) -> None:
-        """Refuse settings with which inserting and drawing would wait for each other for ever.
+        """Refuse settings with which inserts and draws would deadlock.
 
         Args:
             batch_size: Views drawn together.
 
         Raises:
-            ValueError: They would; says what to change.
+            ValueError: They would deadlock; the message says what to change.
         """
         step = self.reuse * self.block_images
         grid = _gcd(step, Fraction(batch_size))
-        points = 2 * (self.buffer // grid) + 1  # x begins at 0, so 0 is on the grid
+        points = 2 * (self.buffer // grid) + 1  # x begins at 0, so 0 is a grid point
         if points < (step + batch_size) / grid:
             setting = "samples_per_insert" if self._is_default else "error_buffer"
             got = float(self.reuse if self._is_default else self.buffer)
@@ -108,7 +109,7 @@ class Limiter:
             )
 
     def _distance(self, inserted: int) -> int:
-        """x of the module's text, times the common denominator."""
+        """Return x (see the module docstring) times the common denominator."""
         ahead = self._per_image * (inserted - self.min_fill_images)
         return ahead - self._scale * self.num_sampled
 
@@ -117,10 +118,10 @@ def check_ring(
     capacity_images: int, *, block_images: int, min_fill_images: int, guard_blocks: int,
     samples_per_insert: float, order: str, max_uses: int | None, num_classes: int | None,
 ) -> None:  # fmt: skip
-    """Refuse ring settings that do not fit together; arguments as of `RingBuffer`.
+    """Refuse ring settings that do not fit together; the arguments are those of `RingBuffer`.
 
     Raises:
-        ValueError: One line that says what to change.
+        ValueError: Settings do not fit together; the message says what to change.
     """
     if guard_blocks < 0:
         raise ValueError(f"guard_blocks: got {guard_blocks}, expected 0 or more; raise it")
@@ -158,7 +159,7 @@ def check_ring(
 
 
 def slots_for(capacity_images: int, block_images: int) -> int:
-    """Slots of a ring: the capacity in whole blocks."""
+    """Round a capacity up to whole blocks, and return the number of slots."""
     return -(-capacity_images // block_images) * block_images
 
 
@@ -166,12 +167,12 @@ def check_loop(limiter: Limiter, *, batch_size: int, most_drawable: int) -> None
     """Refuse settings with which a loop of inserts and draws would stop.
 
     Args:
-        limiter: Of the ring.
+        limiter: Limiter of the ring.
         batch_size: Views drawn together.
-        most_drawable: Images that can be drawn from at most: capacity less guard.
+        most_drawable: Largest number of images that can be drawn from: capacity less guard.
 
     Raises:
-        ValueError: One line that says what to change.
+        ValueError: The loop would stop; the message says what to change.
     """
     if batch_size > most_drawable:
         raise ValueError(
@@ -182,6 +183,6 @@ def check_loop(limiter: Limiter, *, batch_size: int, most_drawable: int) -> None
 
 
 def _gcd(a: Fraction, b: Fraction) -> Fraction:
-    """Greatest number of which both are whole multiples."""
+    """Return the greatest number of which both are whole multiples."""
     denominator = math.lcm(a.denominator, b.denominator)
     return Fraction(math.gcd(int(a * denominator), int(b * denominator)), denominator)

@@ -1,8 +1,9 @@
 """The orders in which slots are drawn: shuffled or equal passes, uniform, balanced by class.
 
-How many slots there are to
-draw from is known on the host, which slots those are only on the device, and nothing waits for it.
-N capacity, B views drawn, C classes, b images per block.
+The host knows how many slots can be drawn. Only the device knows which slots a draw takes, and the
+host never waits for it.
+
+Shapes: N slots, C classes, n drawn slots.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ OrderName = Literal["shuffled", "equal", "uniform", "balanced"]
 
 
 class BlockTable:
-    """Which blocks are in the ring and may be drawn.
+    """Keep track of the blocks that are in the ring and may be drawn.
 
-    Block q, counted from the first ever written, lies in place q % num_blocks. The `guard_blocks`
-    places that will be overwritten next are not drawn.
+    Block q, counted from the first one ever written, lies in place q % num_blocks. The
+    `guard_blocks` places that will be overwritten next are not drawn.
     """
 
     def __init__(self, num_blocks: int, *, block_images: int, guard_blocks: int) -> None:
@@ -37,7 +38,7 @@ class BlockTable:
 
     @property
     def first_slot(self) -> int:
-        """Slot of the oldest drawable image; the others follow it round the ring."""
+        """Slot of the oldest drawable image; the other drawable slots follow it around the ring."""
         return self.drawable.start % self.num_blocks * self.block_images
 
     @property
@@ -47,49 +48,53 @@ class BlockTable:
 
     @property
     def capacity(self) -> int:
-        """N."""
+        """Number of slots N."""
         return self.num_blocks * self.block_images
 
 
 class Order(Protocol):
-    """What decides which slots are drawn next."""
+    """Interface of an order, which decides which slots are drawn next."""
 
     unique: bool
-    """Whether no slot comes twice within one part of a draw."""
+    """Whether one part of a draw contains each slot at most once."""
 
     def uses_left(self) -> int | None:
-        """Views that may still be drawn before another block comes; None: any number."""
+        """Return how many views can be drawn before the next commit; None means any number."""
         ...
 
     def on_commit(self) -> None:
-        """Block `blocks.committed - 1` has come, and the oldest may have left."""
+        """Take in block `blocks.committed - 1`, for which the oldest block may have left."""
         ...
 
     def draw(self, count: int) -> Iterator[Tensor]:
-        """`count` slots, int64, in one or more parts; each is counted before the next is asked."""
+        """Yield `count` int64 slots in one or more parts.
+
+        The caller counts the uses of each part before it asks for the next part.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next draws depend on."""
+        """Return everything that the next draws depend on."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; the ring's blocks and labels are restored before."""
+        """Load the result of `state_dict`; restore the blocks and labels of the ring first."""
         ...
 
 
 class Passes:
-    """Shuffled passes in which every image comes exactly once.
+    """Draw in shuffled passes, each of which takes every image exactly once.
 
-    An image that leaves during a pass is replaced in what is left of it by the one that comes into
-    the ring instead. An image that comes without another leaving waits for the next pass.
+    If an image leaves during a pass, the image that comes instead takes its place in the rest of
+    the pass. An image that comes while no other one leaves waits for the next pass.
 
     Args:
-        blocks: What there is.
-        equal: Pass over the less used half of the blocks only, so that late images catch up.
-        max_uses: Passes that an image may take part in; None: any number.
-        seed: Of the order.
-        device: Where slots are counted.
+        blocks: Blocks to draw from.
+        equal: Whether a pass takes only the less used half of the blocks, so that late images
+            catch up.
+        max_uses: Passes that an image may take part in; None means any number.
+        seed: Seed of the shuffles.
+        device: Device of the ring.
     """
 
     unique = True
@@ -109,14 +114,14 @@ class Passes:
         self._places = torch.arange(blocks.num_blocks, device=device)
         self._position = 0
         self._members: set[int] = set()
-        """Places in the pass under way."""
+        """Places of the blocks in the current pass."""
         self._passes = [0] * blocks.num_blocks
         """Passes that the block in each place has taken part in."""
         self._num_passes = 0
         self._generator = None if equal else torch.Generator(device).manual_seed(seed)
 
     def uses_left(self) -> int | None:
-        """What is left of this pass and of those to come."""
+        """Return the draws left in this pass and in later passes; None without `max_uses`."""
         if self._max_uses is None:
             return None
         blocks = self._blocks
@@ -124,7 +129,7 @@ class Passes:
         return len(self._slots) - self._position + later * blocks.block_images
 
     def on_commit(self) -> None:
-        """Put the new block in the place of the one that leaves."""
+        """Let the new block take over the rest of the pass from the block that leaves."""
         blocks, newest = self._blocks, self._blocks.committed - 1
         left = newest - blocks.num_blocks + blocks.guard_blocks
         new, old = newest % blocks.num_blocks, left % blocks.num_blocks
@@ -140,7 +145,7 @@ class Passes:
         self._passes[new] = 1
 
     def draw(self, count: int) -> Iterator[Tensor]:
-        """The next `count` slots; one part for each pass they come from."""
+        """Yield the next `count` slots, one part for each pass that they come from."""
         while count:
             if self._position == len(self._slots):
                 self._begin()
@@ -162,7 +167,7 @@ class Passes:
         chosen.sort()
         size, order = blocks.block_images, self._permutation(len(chosen) * blocks.block_images)
         if chosen != list(range(len(chosen))):
-            # Put together on the device: a copy from the host would make the host wait.
+            # Built on the device, since a copy from the host would make the host wait.
             places = torch.cat([self._places[place : place + 1] for place in chosen])
             order = places[order // size] * size + order % size
         self._slots, self._position, self._members = order, 0, set(chosen)
@@ -174,7 +179,7 @@ class Passes:
         return _shuffle_keys(self._seed, self._num_passes, count, self._device).argsort(stable=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The pass under way and the counts and generator of those to come."""
+        """Return the rest of the current pass, and the counts and generator for later passes."""
         return {
             "slots": self._slots[self._position :],
             "members": sorted(self._members),
@@ -184,7 +189,7 @@ class Passes:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Load the result of `state_dict`."""
         self._slots, self._position = state["slots"].to(self._device), 0
         self._members, self._passes = set(state["members"]), list(state["passes"])
         self._num_passes = state["num_passes"]
@@ -193,13 +198,13 @@ class Passes:
 
 
 class Uniform:
-    """Each draw takes any image with the same probability, whatever was drawn before.
+    """Draw each image with the same probability, independent of earlier draws.
 
-    Draw number n depends on (seed, n) and on what is in the ring, on nothing else.
+    Draw number n depends only on (seed, n) and on the blocks in the ring.
     """
 
     unique = False
-    # Numbers made at a time: Philox in PyTorch costs 300 us for one as for a thousand (CPU).
+    # Random numbers made at a time: on a CPU, Philox in PyTorch takes as long for one as for many.
     CHUNK = 4096
 
     def __init__(self, blocks: BlockTable, *, seed: int, device: torch.device) -> None:
@@ -208,14 +213,14 @@ class Uniform:
         self._bits = torch.empty(0, dtype=torch.int64, device=device)
 
     def uses_left(self) -> int | None:
-        """Any number."""
+        """Return None: any number of views can be drawn."""
         return None
 
     def on_commit(self) -> None:
-        """Nothing: what there is to draw is looked up at each draw."""
+        """Do nothing: each draw looks up which slots can be drawn."""
 
     def draw(self, count: int) -> Iterator[Tensor]:
-        """The next `count` slots."""
+        """Yield the next `count` slots."""
         while count:
             chunk, offset = divmod(self._num_drawn, self.CHUNK)
             if chunk != self._chunk:
@@ -231,26 +236,27 @@ class Uniform:
             yield (place + self._blocks.first_slot) % self._blocks.capacity
 
     def state_dict(self) -> dict[str, Any]:
-        """How many slots have been drawn."""
+        """Return how many slots have been drawn."""
         return {"num_drawn": self._num_drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Load the result of `state_dict`."""
         self._num_drawn, self._chunk = state["num_drawn"], -1
 
 
 class Balanced:
-    """Class n % C at draw number n; within a class, the least used images first, shuffled.
+    """Draw the classes in turn, and within a class the least used images first.
 
-    Images are sorted again after as many draws as there are images, and when a block comes. A class
-    without images gives its turn to the next class that has some.
+    Draw number n takes class n % C. A class without images gives its turn to the next class that
+    has images. Images of equal use come in random order. The images are sorted again after as many
+    draws as there are images, and after each commit.
 
     Args:
-        blocks: What there is.
-        labels: (N,) int64, the ring's.
-        uses: (N,) int64, the ring's.
-        num_classes: C, at most 2**15.
-        seed: Of the order.
+        blocks: Blocks to draw from.
+        labels: (N,) int64, labels of the ring.
+        uses: (N,) int64, use counts of the ring.
+        num_classes: Number of classes C, at most 2**15.
+        seed: Seed of the random order.
     """
 
     unique = False
@@ -265,15 +271,15 @@ class Balanced:
         self._table = torch.empty(0, dtype=torch.int64, device=labels.device)
 
     def uses_left(self) -> int | None:
-        """Any number."""
+        """Return None: any number of views can be drawn."""
         return None
 
     def on_commit(self) -> None:
-        """Sort anew before the next draw."""
+        """Sort the images again before the next draw."""
         self._slots = None
 
     def draw(self, count: int) -> Iterator[Tensor]:
-        """The next `count` slots."""
+        """Yield the next `count` slots."""
         while count:
             used = self._num_drawn - self._first
             if self._slots is None or used >= self._blocks.num_drawable:
@@ -288,7 +294,7 @@ class Balanced:
             yield slots
 
     def _shuffle(self) -> Tensor:
-        """Slots sorted by class, use and at random, (n,)."""
+        """Return the drawable slots (n,) sorted by class, then by use count, then at random."""
         blocks, device = self._blocks, self._labels.device
         count = blocks.num_drawable
         slots = (torch.arange(count, device=device) + blocks.first_slot) % blocks.capacity
@@ -297,36 +303,38 @@ class Balanced:
         return slots[(keys | self._labels[slots] << 48).argsort(stable=True)]
 
     def _by_class(self, slots: Tensor) -> Tensor:
-        """Look up the class that serves each class, (4, C).
+        """Find for each class the class that takes its turns, and return a (4, C) table.
 
-        Rows: the place of this turn among the server's turns in C draws, how many turns it has,
-        where its images begin in `slots`, and how many images it has.
+        A class with images takes its own turns; an empty class is replaced by the next class that
+        has images. Rows, all about the class that takes the turn: the position of this turn among
+        its turns in C draws, the number of its turns in C draws, where its images begin in
+        `slots`, and how many images it has.
         """
         labels = self._labels[slots]
         numbers = torch.zeros(self._num_classes, dtype=torch.int64, device=slots.device)
         numbers.scatter_add_(0, labels, torch.ones_like(labels))
         classes = torch.arange(self._num_classes, device=slots.device)
-        # The first class at or after each one, going round, that has images.
+        # For each class, the first class at or after it (cyclically) that has images.
         twice = torch.cat((classes, classes + self._num_classes))
         twice = torch.where(numbers.repeat(2) > 0, twice, 2 * self._num_classes)
         served = twice.flip(0).cummin(0).values.flip(0)[: self._num_classes]
         served = served % self._num_classes
         turns = torch.zeros_like(numbers).scatter_add_(0, served, torch.ones_like(served))
-        # C draws begin with the class whose turn it was when the images were sorted.
+        # Each C draws begin with the class whose turn it was when the images were sorted.
         first = self._first % self._num_classes
         place = occurrences(served.roll(-first)).roll(first)
         starts = numbers.cumsum(0) - numbers
         return torch.stack((place, turns[served], starts[served], numbers[served]))
 
     def _look_up(self, slots: Tensor, count: int) -> Tensor:
-        """Slots (count,) of draws `num_drawn` and after."""
+        """Return the slots (count,) of the draws that start at number `num_drawn`."""
         draws = torch.arange(self._num_drawn, self._num_drawn + count, device=slots.device)
         place, turns, starts, numbers = self._table[:, draws % self._num_classes]  # (count,)
         rounds = (draws - self._first) // self._num_classes
         return slots[starts + (rounds * turns + place) % numbers]
 
     def state_dict(self) -> dict[str, Any]:
-        """Draws, and the sorted slots under way."""
+        """Return the numbers of draws and shuffles, and the sorted slots in use."""
         return {
             "num_drawn": self._num_drawn,
             "first": self._first,
@@ -335,7 +343,7 @@ class Balanced:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Load the result of `state_dict`."""
         self._num_drawn, self._first = state["num_drawn"], state["first"]
         self._num_shuffles = state["num_shuffles"]
         self._slots = None if state["slots"] is None else state["slots"].to(self._labels.device)
@@ -347,15 +355,15 @@ def make_order(
     name: OrderName, blocks: BlockTable, *, labels: Tensor, uses: Tensor, num_classes: int | None,
     max_uses: int | None, seed: int,
 ) -> Order:  # fmt: skip
-    """The order of that name.
+    """Create the order with the given name.
 
     Args:
-        name: Which.
-        blocks: What there is to draw from.
-        labels, uses: (N,) int64, the ring's.
-        num_classes: C; needed by "balanced".
-        max_uses: For orders in passes.
-        seed: Of the order.
+        name: Name of the order; see `RingBuffer`.
+        blocks: Blocks to draw from.
+        labels, uses: (N,) int64, labels and use counts of the ring.
+        num_classes: Number of classes C; needed by "balanced".
+        max_uses: Draws per image for "shuffled" and "equal"; None means any number.
+        seed: Seed of the order.
     """
     if name == "uniform":
         return Uniform(blocks, seed=seed, device=labels.device)
@@ -367,13 +375,16 @@ def make_order(
 
 
 def occurrences(slots: Tensor) -> Tensor:
-    """How often the value at each place came before it, (n,) int64 -> (n,) int64."""
+    """Count for each entry the equal entries before it, (n,) int64 -> (n,) int64."""
     ordered, order = slots.sort(stable=True)
     rank = torch.arange(len(slots), device=slots.device) - torch.searchsorted(ordered, ordered)
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
 def _shuffle_keys(seed: int, number: int, count: int, device: torch.device) -> Tensor:
-    """(count,) random int64 keys below 2**32 of shuffle `number`; ties go to the earlier."""
+    """Return (count,) random int64 keys below 2**32 for shuffle `number`.
+
+    Equal keys are possible, so callers sort with stable=True.
+    """
     ids = torch.full((1,), number, dtype=torch.int64, device=device)
     return philox.random_bits(seed, ids, step=1, stream=philox.STREAM_DRAWS, count=count)[0]

@@ -1,6 +1,6 @@
-"""What a ring takes in memory, known before any of it is allocated.
+"""Check the sizes of a ring and plan its memory before any of it is allocated.
 
-N slots, c channels, H W pixels.
+Shapes: N slots, c channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dmkd_fast.ring.limiter import slots_for
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.device import available_bytes as free_bytes
 
-# Views have 24 bits for the number of an image's use; order "balanced" has 15 for its class.
+# Views have 24 bits for the use count of an image; order "balanced" has 15 bits for its class.
 MOST_USES, MOST_CLASSES = 2**24, 2**15
 
 
@@ -22,13 +22,13 @@ def check_sizes(
     min_fill_images: int, guard_blocks: int, samples_per_insert: float, max_uses: int | None,
     num_classes: int | None, device: torch.device,
 ) -> None:  # fmt: skip
-    """Refuse numbers out of range, and a ring that memory of the host cannot hold.
+    """Refuse numbers out of range, and a ring that does not fit into the memory of the host.
 
-    Arguments as of `RingBuffer`. Memory of other devices is not asked for: a tensor that does not
-    fit there is an error by itself, where the host's system would end the process.
+    The arguments are those of `RingBuffer`. Only host memory is checked: if it runs out, the
+    operating system ends the process, while other devices raise an error.
 
     Raises:
-        TypeError, ValueError: One line that names the argument.
+        TypeError, ValueError: An argument is wrong; the message is one line that names it.
     """
     shape = checks.image_shape(image_shape)
     for name, value, most in (
@@ -53,15 +53,15 @@ def check_sizes(
 def capacity_plan(
     capacity_images: int, *, image_shape: tuple[int, int, int], block_images: int
 ) -> dict[str, int]:
-    """Bytes of each part of a `RingBuffer` made with these arguments; nothing is allocated.
+    """Return the bytes of each part of a `RingBuffer` with these arguments, without allocating it.
 
     Args:
-        capacity_images: N; rounded up to whole blocks, as the ring does.
-        image_shape: (c, H, W).
+        capacity_images: Number of slots N; rounded up to whole blocks, as in the ring.
+        image_shape: Shape of one image, (c, H, W).
         block_images: Images per block.
 
     Returns:
-        Bytes by part; `order`, the pass under way, is the most it can be.
+        Bytes by part; `order` is the largest possible size of the current pass.
     """
     slots = slots_for(capacity_images, block_images)
     return {
@@ -74,11 +74,11 @@ def capacity_plan(
 def largest_capacity(
     available_bytes: int, *, image_shape: tuple[int, int, int], block_images: int
 ) -> int:
-    """Most images, in whole blocks, of a ring that fits into `available_bytes`.
+    """Return the largest capacity, in whole blocks, of a ring that fits into `available_bytes`.
 
     Args:
         available_bytes: Memory that the ring may take.
-        image_shape, block_images: As of `capacity_plan`.
+        image_shape, block_images: Shape of one image and images per block, as in `capacity_plan`.
     """
     block = capacity_plan(block_images, image_shape=image_shape, block_images=block_images)
     return max(0, available_bytes) // sum(block.values()) * block_images

@@ -1,6 +1,7 @@
-"""What is in the ring and how it was used: counted on the device, read when a log line is due.
+"""Count the images in the ring, their uses and ages on the device, for log lines.
 
-N slots, C classes.
+The host reads the counts only when a log line is due.
+Shapes: N slots, C classes.
 """
 
 from __future__ import annotations
@@ -10,43 +11,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BINS = 65  # use counts 0 to 63, and 64 or more: for a look at the spread; sums are exact
+BINS = 65  # one bin for each use count from 0 to 63, and one for 64 and more
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """A ring at one moment; tensors stay on the device until they are read."""
+    """State of a ring at one moment; the tensors stay on the device until they are read."""
 
     uses: Tensor
-    """(65,) int64: images in the ring by how often they were drawn; the last: 64 times or more."""
+    """(65,) int64: images in the ring by use count; the last bin holds 64 uses and more."""
     total_uses: Tensor
-    """() int64: draws of the images in the ring, exact."""
+    """() int64: exact number of draws of the images in the ring."""
     retired_uses: Tensor
-    """(65,) int64: the same of all images overwritten so far."""
+    """(65,) int64: all images overwritten so far, by use count, in the bins of `uses`."""
     ages: Tensor
-    """(N,) int32: blocks that came after the one of each slot; -1 if the slot is empty."""
+    """(N,) int32: blocks committed after the block of each slot; -1 for an empty slot."""
     class_counts: Tensor | None
-    """(C,) int64: images in the ring by class, if the ring knows how many classes there are."""
+    """(C,) int64: images in the ring by class; None if the ring has no `num_classes`."""
     fill: float
-    """Share of the slots that hold an image."""
+    """Fraction of the slots that hold an image."""
     error: float
-    """Views still missing for the reuse asked for; negative when ahead of it."""
+    """Views still missing for the target reuse; negative when ahead of the target."""
     inserted: int
     """Images committed so far."""
     sampled: int
     """Views drawn so far."""
     producer_wait_s: float
-    """Seconds since the last call in which no image was being made."""
+    """Seconds since the previous statistics in which no image was being made."""
     consumer_wait_s: float
-    """Seconds since the last call spent waiting for images."""
+    """Seconds since the previous statistics in which the consumer waited for images."""
 
     def means(self) -> dict[str, Tensor]:
-        """Figures of a log line, scalars on the device.
+        """Return the means for a log line, as scalars on the device.
 
         Returns:
-            ring_uses: mean uses of the images in the ring; ring_unused: share of them never drawn;
-            ring_age_blocks: mean age; retired_uses: mean uses of the images overwritten (0 before
-            there are any).
+            ring_uses: mean uses of the images in the ring. ring_unused: fraction of these images
+            that was never drawn. ring_age_blocks: their mean age. retired_uses: mean uses of the
+            overwritten images (0 before any image is overwritten).
         """
         held, gone = self.uses.sum().clamp(min=1), self.retired_uses.sum().clamp(min=1)
         return {
@@ -57,7 +58,10 @@ class Statistics:
         }
 
     def figures(self) -> dict[str, float]:
-        """Figures of a log line that the host has; of several ranks, those of the one that logs."""
+        """Return the figures for a log line that the host already has.
+
+        With several ranks, these are the figures of the rank that logs.
+        """
         return {
             "ring_fill": self.fill,
             "reuse_error": self.error,
@@ -69,17 +73,17 @@ class Statistics:
 def count_slots(
     stamps: Tensor, uses: Tensor, labels: Tensor, *, committed: int, num_classes: int | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Histogram of uses, images by class and ages of the slots that hold an image.
+    """Count the filled slots by use count and by class, and return the age of each slot.
 
     Args:
-        stamps: (N,) int32, number of the block that wrote each slot, -1 if none has.
-        uses: (N,) int64.
-        labels: (N,) int64.
+        stamps: (N,) int32, number of the block that wrote each slot; -1 for an empty slot.
+        uses: (N,) int64, use count of each slot.
+        labels: (N,) int64, class of each slot.
         committed: Blocks committed so far.
-        num_classes: C, or None.
+        num_classes: Number of classes C, or None.
 
     Returns:
-        (65,) int64, (C,) int64 or None, (N,) int32; see `Statistics`.
+        `uses` (65,) int64, `class_counts` (C,) int64 or None, `ages` (N,) int32; see `Statistics`.
     """
     is_filled = stamps >= 0
     ones = is_filled.long()
@@ -93,6 +97,6 @@ def count_slots(
 
 
 def without_strays(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Labels (n,) moved into the classes, and how many had to be, () int64; nothing is read."""
+    """Clamp labels (n,) to valid classes, and count the changed ones, () int64 on the device."""
     inside = labels.clamp(0, num_classes - 1)
     return inside, (labels != inside).sum()

@@ -1,11 +1,12 @@
-"""The ring's images on disk: one immutable file per block, written once.
+"""The images of the ring on disk: one immutable file per block, written once.
 
-Images are most of a run's state and do not change
-once committed. So each block is written when it is committed, by the writer's thread, and a
-checkpoint holds the ring's counters and the SHA-256 of each block's file. Block k of a run is
-always `block-K.safetensors`: a resumed run makes the same images again under the same name. Files
-stay while the ring holds their images or a checkpoint names them.
-N capacity, c channels, H W pixels.
+Images are most of the state of a run, and they do not change once committed. So the writer's thread
+writes each block after its commit, and a checkpoint holds only the counters of the ring and the
+SHA-256 of each block file. Block K of a run is always `block-K.safetensors`: a resumed run makes
+the same images again under the same name. A file stays while the ring holds its images or a
+checkpoint names it.
+
+Shapes: N slots, c channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dmkd_fast.runtime import files, model_files
 
 
 class Ring(Protocol):
-    """What is needed of a `RingBuffer`."""
+    """The parts of `RingBuffer` that `BlockFiles` uses."""
 
     images: Tensor
     ids: Tensor
@@ -35,7 +36,7 @@ class Ring(Protocol):
 
     @property
     def guard_blocks(self) -> int:
-        """Blocks ahead of the writing that are not drawn."""
+        """Number of blocks that will be overwritten next and are not drawn."""
         ...
 
     @property
@@ -44,23 +45,23 @@ class Ring(Protocol):
         ...
 
     def state_dict(self, *, images: bool = True) -> dict[str, Any]:
-        """Everything, `is_torn` among it; without pixels if not `images`."""
+        """Return the whole state, `is_torn` included; pixels only if `images`."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Load the result of `state_dict`."""
         ...
 
 
 class BlockFiles:
-    """A ring to be saved: its state with images replaced by references to files.
+    """Save and restore a ring, with its images in block files and the rest in the checkpoint.
 
     Args:
-        ring: (N, c, H, W) uint8 images in blocks.
-        folder: Of the files.
-        writer: Writes them, in the order of the blocks.
-        remakes: `remake(ids, labels, out=images)` makes the images of a damaged file again; what
-            the first of them makes that is the same to the bit is used.
+        ring: Ring with (N, c, H, W) uint8 images in blocks.
+        folder: Folder of the block files.
+        writer: Thread that writes the files, in the order of the blocks.
+        remakes: Functions that make the images of a damaged file again, called as
+            `remake(ids, labels, out=images)`, in this order, until one gives the same bits.
     """
 
     def __init__(
@@ -69,31 +70,31 @@ class BlockFiles:
     ) -> None:  # fmt: skip
         self.ring, self.folder, self.writer, self.remakes = ring, folder, writer, remakes
         self.notes: list[str] = []
-        """One line for each file that was damaged and made again by `load_state_dict`."""
+        """One line for each damaged file whose images `load_state_dict` made again."""
         self._queued: set[int] = set()
-        # Changed by the writer's thread, but in `load_state_dict`.
+        # The writer's thread changes these; so do `state_dict` and `load_state_dict`.
         self._digests: dict[int, str] = {}
         self._errors: dict[int, OSError] = {}
         self._named: set[int] = set()
 
     def append(self) -> None:
-        """Have the committed blocks written that have no file yet; waits if the disk is behind."""
+        """Queue each committed block that has no file yet; waits if the disk is behind."""
         self._queue(self._held())
 
     def drop_unused(self, states: Callable[[], Iterable[dict[str, Any]]]) -> None:
         """Delete files that neither the ring nor a checkpoint needs.
 
         Args:
-            states: Gives what the kept checkpoints hold of this object; called by the writer when
-                all that is queued now is written.
+            states: Function that returns the state of this object in each kept checkpoint. The
+                writer's thread calls it after all jobs queued so far.
         """
         self.writer.submit(functools.partial(self._drop_unused, self._held().start, states))
 
     def state_dict(self) -> dict[str, Any]:
-        """The ring's state, and which blocks it holds."""
+        """Return the state of the ring without pixels, and which blocks it holds."""
         state = self.ring.state_dict(images=False)
         held = self._held()
-        # An open or aborted block lies half written over the oldest one, which is not drawn again.
+        # Leave out the oldest blocks if they cannot be drawn; a new block may half cover them.
         is_full = len(held) * self.ring.block_images == self.ring.capacity
         hidden = max(self.ring.guard_blocks, state["is_torn"]) if is_full else 0
         held = held[hidden:]
@@ -110,11 +111,11 @@ class BlockFiles:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; images come from the files.
+        """Load the result of `state_dict`, and the images from the block files.
 
         Raises:
             ValueError: The state belongs to a ring of another shape.
-            Damaged: A file is, and its images cannot be made again.
+            Damaged: A file is damaged, and its images cannot be made again.
         """
         expected = [self.ring.block_images, *self.ring.images.shape]
         if state["shape"] != expected:
@@ -136,13 +137,13 @@ class BlockFiles:
                         f"{error}; its images could not be made again to the bit"
                     ) from None
                 self.notes.append(f"{path}: damaged ({error}); its images were made again")
-        self._queued = set(self._digests)  # Those made again get new files.
+        self._queued = set(self._digests)  # images that were made again get new files
 
     def _remade(self, slots: slice, digest: str) -> bool:
-        """Make the images of some slots again; whether they are those of the file."""
+        """Make the images of some slots again, and return whether they match the file's SHA-256."""
         images = self.ring.images[slots]
         for remake in self.remakes:
-            # A source on disk may be damaged itself.
+            # A source on disk may be damaged as well; then the next function is tried.
             with contextlib.suppress(ValueError, OSError):
                 remake(self.ring.ids[slots], self.ring.labels[slots], out=images)
                 if files.sha256(model_files.file_parts({"images": images.cpu()})) == digest:
@@ -150,7 +151,7 @@ class BlockFiles:
         return False
 
     def _held(self) -> range:
-        """Numbers of the blocks in the ring."""
+        """Return the numbers of the blocks in the ring."""
         last = self.ring.num_inserted // self.ring.block_images
         return range(max(0, last - self.ring.capacity // self.ring.block_images), last)
 
@@ -170,7 +171,7 @@ class BlockFiles:
                 copied.record()
             first = self._held().start
             self.writer.submit(functools.partial(self._write, number, copy, copied, first))
-            self._queued.add(number)  # Last: an interrupt before this has it written once more.
+            self._queued.add(number)  # last, so that an interrupt before it repeats the write
 
     def _write(
         self, number: int, images: Tensor, copied: torch.cuda.Event | None, first: int
@@ -181,12 +182,12 @@ class BlockFiles:
             files.make_folder(self.folder)
             parts = model_files.file_parts({"images": images})
             self._digests[number] = files.replace(self.folder / _name(number), parts)
-        except OSError as error:  # Told by the checkpoint that needs the file.
+        except OSError as error:  # raised later, by the checkpoint that needs the file
             self._errors[number] = error
         self._drop(first)
 
     def _drop(self, first: int) -> None:
-        """Delete what has left the ring, whose oldest block is now `first`."""
+        """Delete files of blocks older than `first`, unless a checkpoint names them."""
         for number in [k for k in self._digests if k < first and k not in self._named]:
             files.discard(self.folder / _name(number))
             del self._digests[number]
@@ -202,7 +203,7 @@ class BlockFiles:
             files.discard(partial)
 
     def _digests_of(self, numbers: range) -> list[str]:
-        """SHA-256 of each file, once all of them are safely on disk."""
+        """Return the SHA-256 of each file, once all of them are safely on disk."""
         for number in numbers:
             if number not in self._digests:
                 raise self._errors[number]

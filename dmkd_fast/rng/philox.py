@@ -1,8 +1,10 @@
-"""Counter-based random numbers: a number depends on its key and counter, on nothing else.
+"""Counter-based random numbers: a number depends only on its key and its counter.
 
-Philox4x32-10 keyed by a 64-bit seed; the counter names what the number is for,
-so image 7 gets the same noise in any batch, order, rank or restart. Normal numbers are also the
-same bits on every device: defined here, repeated by csrc/noise_cpu.cpp and noise_triton.py.
+The generator is Philox4x32-10. The key is a 64-bit seed; the counter says what the number is for.
+So image 7 gets the same noise in any batch, order, rank or restart. Normal numbers also have the
+same bits on every device: they are defined here and repeated by csrc/noise_cpu.cpp and
+`rng/triton.py`.
+
 Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Box & Muller 1958.
 """
 
@@ -16,9 +18,9 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 STREAM_NOISE, STREAM_VIEWS, STREAM_LABELS, STREAM_MIX, STREAM_DRAWS = 0, 1, 2, 3, 4
-STREAM_ORDER = 16  # of the passes over images on disk
+STREAM_ORDER = 16  # order of the passes over images on disk
 
-# Fitted in Chebyshev points, as float32; lowest degree first.
+# Coefficients fitted at Chebyshev points, as float32; lowest degree first.
 # log(1 + f) = f + f^2 * LOG(f); sin(2 pi r) = r * SIN(r^2); cos(2 pi r) = COS(r^2).
 LOG = (
     -0.4999999701976776, 0.3333333134651184, -0.2500078082084656, 0.20001234114170074,
@@ -31,13 +33,13 @@ LN2 = 0.6931471805599453
 
 
 def random_bits(seed: int, ids: Tensor, *, step: int | Tensor, stream: int, count: int) -> Tensor:
-    """32-bit random integers, `count` for each id.
+    """Draw 32-bit random integers, `count` for each id.
 
     Args:
-        seed: Non-negative, below 2**63.
+        seed: Seed, non-negative, below 2**63.
         ids: (B,) int64, non-negative; 63 bits are used.
         step: Sub-counter below 2**24, one for all ids or (B,) int64.
-        stream: What the numbers are for, below 256; streams never share numbers.
+        stream: Purpose of the numbers, below 256; streams never share numbers.
         count: Numbers per id, at most 2**34.
 
     Returns:
@@ -58,10 +60,10 @@ def random_bits(seed: int, ids: Tensor, *, step: int | Tensor, stream: int, coun
 
 
 def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> list[Tensor]:
-    """Philox4x32-10: four counter words (int64 tensors below 2**32) -> four random words."""
+    """Compute Philox4x32-10, four counter words (int64 below 2**32) -> four random words."""
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # int64 products wrap modulo 2**64, which keeps all 64 bits that the two halves need.
+        # int64 products wrap modulo 2**64, which keeps all bits of the two 32-bit halves.
         p0, p1 = c0 * _M0, c2 * _M1
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, \
             ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK  # fmt: skip
@@ -70,18 +72,18 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> list[Te
 
 
 def uniform(seed: int, ids: Tensor, *, step: int | Tensor, stream: int, count: int) -> Tensor:
-    """Numbers in (0, 1): (B, count) float32, from the top 24 bits."""
+    """Draw numbers in (0, 1), (B, count) float32, from the top 24 bits of `random_bits`."""
     bits = random_bits(seed, ids, step=step, stream=stream, count=count)
     return ((bits >> 8).float() + 0.5) * 2.0**-24
 
 
 def normal(seed: int, ids: Tensor, *, step: int, count: int) -> Tensor:
-    """Standard normal numbers, the same bits on every device.
+    """Draw standard normal numbers, the same bits on every device.
 
     Args:
-        seed: Non-negative, below 2**63.
+        seed: Seed, non-negative, below 2**63.
         ids: (B,) int64, non-negative.
-        step: Which draw of an image, below 2**24.
+        step: Number of the draw of an image, below 2**24.
         count: Numbers per id, at most 2**34.
 
     Returns:
@@ -93,15 +95,15 @@ def normal(seed: int, ids: Tensor, *, step: int, count: int) -> Tensor:
 
 
 def normal_reference(seed: int, ids: Tensor, step: int, count: int) -> Tensor:
-    """The definition of `normal`: Box-Muller with logarithm, sine and cosine as polynomials.
+    """Define `normal`: Box-Muller with logarithm, sine and cosine as polynomials.
 
-    Every product and sum is rounded by itself and square roots are correctly rounded, so that all
-    devices agree; libraries' own log and cos differ in the last bit.
+    Every product and sum is rounded separately, and square roots are correctly rounded, so that all
+    devices agree. The log and cos of different libraries differ in the last bit.
     """
     padded = 2 * ((count + 1) // 2)
     bits = random_bits(seed, ids, step=step & 0xFFFFFF, stream=step >> 24, count=padded) >> 8
     square = -2.0 * _log_unit((bits[:, 0::2].float() + 0.5) * 2.0**-24)
-    # In float64: float32 square roots go to a library here that is off by one bit at times.
+    # In float64, since float32 square roots may use a library that is sometimes off by one bit.
     radius = square.double().sqrt().float()
     # The angle in turns is quadrant / 4 + r with |r| <= 1/8.
     angle = bits[:, 1::2]
@@ -116,7 +118,7 @@ def normal_reference(seed: int, ids: Tensor, step: int, count: int) -> Tensor:
 
 
 def _log_unit(u: Tensor) -> Tensor:
-    """log(u) for float32 u in (0, 1]: exponent and a polynomial in mantissa - 1."""
+    """Return log(u) for float32 u in (0, 1], from the exponent and a polynomial in mantissa - 1."""
     bits = u.view(torch.int32)
     exponent = (bits - 0x3F3504F3) >> 23  # mantissa in [sqrt(1/2), sqrt(2))
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
@@ -124,7 +126,7 @@ def _log_unit(u: Tensor) -> Tensor:
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    """Horner's rule, lowest degree first."""
+    """Evaluate a polynomial by Horner's rule; coefficients are given lowest degree first."""
     value = torch.full_like(x, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         value = value * x + coefficient

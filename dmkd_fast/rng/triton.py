@@ -1,7 +1,7 @@
-"""The CUDA kernel of `noise.normal`: one program makes a stretch of one image's numbers.
+"""The CUDA kernel of `normal` (`rng/philox.py`).
 
-Bits equal those of `normal_reference`:
-launched without fusion of products and sums, and with correctly rounded square roots.
+One program makes a section of the numbers of one image. The bits equal those of `normal_reference`:
+the kernel is compiled without fused multiply-add and uses correctly rounded square roots.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _box_muller(first, second):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def normal_kernel(out, ids, count, seed, step, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Grid: (ceil(count / 4 / BLOCKS), B)."""
+    """Make 4 * BLOCKS numbers of one image per program. Grid: (ceil(count / 4 / BLOCKS), B)."""
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     id = tl.load(ids + row).to(tl.uint64)
@@ -68,14 +68,14 @@ def normal_kernel(out, ids, count, seed, step, BLOCKS: tl.constexpr):  # type: i
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero + step, block.to(tl.uint32))
     z0, z1 = _box_muller(w0, w1)
     z2, z3 = _box_muller(w2, w3)
-    values = tl.join(tl.join(z0, z2), tl.join(z1, z3))  # (BLOCKS, 2, 2), fastest last
+    values = tl.join(tl.join(z0, z2), tl.join(z1, z3))  # (BLOCKS, 2, 2): order z0, z1, z2, z3
     values = tl.reshape(values, (4 * BLOCKS,))
     column = tl.program_id(0) * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
     tl.store(out + row * count + column, values, mask=column < count)
 
 
 def normal(seed: int, ids: Tensor, step: int, count: int) -> Tensor:
-    """(B,) int64 ids -> (B, count) float32; see `noise.normal`."""
+    """Draw normal numbers on CUDA, ids (B,) int64 -> (B, count) float32; see `rng/philox.py`."""
     out = ids.new_empty((len(ids), count), dtype=torch.float32)
     grid: Any = (triton.cdiv(count, 4 * BLOCKS), len(ids))
     normal_kernel[grid](

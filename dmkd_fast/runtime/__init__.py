@@ -1,1 +1,1 @@
-"""This process and machine: device, ranks, signals, clock, files, extension."""
+"""Access to this process and machine: device, ranks, signals, clock, files, extension."""

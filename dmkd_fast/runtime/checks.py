@@ -1,4 +1,4 @@
-"""Checks of numbers and tensors that callers pass: one line that names the argument."""
+"""Check numbers and tensors from callers, with one-line errors that name the argument."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MAX_SEED = 2**63 - 1
 
 
 def whole(name: str, value: Any, *, low: int = 0, high: int = 2**31 - 1) -> int:
-    """Return a whole number in [low, high].
+    """Return `value` as an integer in [low, high].
 
     Raises:
-        TypeError: `value` is not an integer; a bool is not one.
-        ValueError: It is out of range.
+        TypeError: `value` is not an integer, or is a bool or a tensor.
+        ValueError: `value` is out of range.
     """
     try:
         if isinstance(value, bool | Tensor):
@@ -35,11 +35,11 @@ def whole(name: str, value: Any, *, low: int = 0, high: int = 2**31 - 1) -> int:
 def number(
     name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, above: bool = False
 ) -> float:
-    """Return a finite number in [low, high], or in (low, high] if `above`.
+    """Return `value` as a finite float in [low, high], or in (low, high] if `above`.
 
     Raises:
-        TypeError: `value` is not a number.
-        ValueError: It is not finite or out of range.
+        TypeError: `value` is not a number, or is a bool, a string or a tensor.
+        ValueError: `value` is not finite or is out of range.
     """
     try:
         if isinstance(value, bool | str | bytes | Tensor):
@@ -63,17 +63,17 @@ def number(
 def rows(
     name: str, values: Any, *, count: int | None = None, device: torch.device | None = None
 ) -> None:
-    """Check a tensor of one int64 number per row.
+    """Check that a tensor holds one int64 number per row.
 
     Args:
-        name: Argument that the error names.
+        name: Name of the argument, for the error.
         values: Tensor to check.
-        count: Expected number of rows; None: any.
-        device: Expected device; None: any.
+        count: Expected number of rows; None allows any number.
+        device: Expected device; None allows any device.
 
     Raises:
         TypeError: `values` is not a tensor.
-        ValueError: Its shape, dtype or device differs.
+        ValueError: The shape, dtype or device of `values` is wrong.
     """
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: got {type(values).__name__}, expected a tensor")
@@ -87,7 +87,7 @@ def rows(
 
 
 def within(name: str, values: Tensor, *, low: int, high: int) -> None:
-    """Check numbers that the host has; tensors on other devices are not read.
+    """Check the range of numbers on the CPU; tensors on other devices are not read.
 
     Raises:
         ValueError: A number is outside [low, high].
@@ -96,7 +96,7 @@ def within(name: str, values: Tensor, *, low: int, high: int) -> None:
         return
     if values.device.type != "cpu" or len(values) == 0:
         return
-    numbers = numpy.from_dlpack(values)  # only memory of the host can be read in this way
+    numbers = numpy.from_dlpack(values)  # works for host memory only
     least, most = int(numbers.min()), int(numbers.max())
     if least < low or most > high:
         raise ValueError(
@@ -105,10 +105,10 @@ def within(name: str, values: Tensor, *, low: int, high: int) -> None:
 
 
 def image_shape(shape: Any, *, name: str = "image_shape") -> tuple[int, int, int]:
-    """Return (c, H, W) with 1 or more of each.
+    """Return an image shape as (c, H, W), each 1 or more.
 
     Raises:
-        TypeError, ValueError: It is not three such numbers.
+        TypeError, ValueError: `shape` is not three such numbers.
     """
     if not isinstance(shape, tuple | list | torch.Size) or len(shape) != 3:
         raise ValueError(f"{name}: got {_shown(shape)}, expected (channels, height, width)")
@@ -117,7 +117,7 @@ def image_shape(shape: Any, *, name: str = "image_shape") -> tuple[int, int, int
 
 
 def check_accumulate(accumulate: int, *, batch_size: int) -> None:
-    """Refuse a number of parts that a batch does not fall into."""
+    """Refuse a number of micro-batches that does not divide the batch size."""
     if accumulate < 1 or batch_size % accumulate:
         raise ValueError(
             f"accumulate: got {accumulate}, expected a divisor of batch_size={batch_size}; change "
@@ -126,7 +126,12 @@ def check_accumulate(accumulate: int, *, batch_size: int) -> None:
 
 
 def check_milestones(milestones: Sequence[float], *, warmup: float) -> None:
-    """Refuse shares of the run that are none, do not rise, or come before the warm-up ends."""
+    """Refuse milestones that are not in (0, 1), do not rise, or come before the warm-up ends.
+
+    Args:
+        milestones: Values of the progress, from 0 (start) to 1 (end of the run).
+        warmup: Progress at which the warm-up of the learning rate ends.
+    """
     points = [number("milestones", point) for point in milestones]
     if points != sorted(set(points)) or not all(0 < point < 1 for point in points):
         raise ValueError(
@@ -141,9 +146,9 @@ def check_milestones(milestones: Sequence[float], *, warmup: float) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A short form of any value."""
+    """Return a short text for any value."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # Python limits the digits of an integer that it prints.
+    except ValueError:  # Python refuses to print integers of too many digits
         text = f"an integer of {value.bit_length()} bits"
     return text if len(text) <= 60 else f"{text[:57]}..."

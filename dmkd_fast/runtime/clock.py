@@ -1,4 +1,4 @@
-"""Wall-clock and CPU time of a run, summed over its restarts."""
+"""Measure the wall-clock and CPU time of a run, summed over its restarts."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import time
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and of the helpers it has waited for, in seconds."""
+    """Return the CPU seconds of this process and of the child processes it has waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 class Clock:
-    """Wall and processor seconds since it was made, earlier parts of a resumed run included."""
+    """Measure wall-clock and CPU seconds since creation, plus those of the run before a resume."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), cpu_seconds()
 
     def wall_s(self) -> float:
-        """Seconds of wall time."""
+        """Return the wall-clock time in seconds."""
         return time.perf_counter() - self._wall
 
     def cpu_s(self) -> float:
-        """Seconds of processor time, all threads together."""
+        """Return the CPU time in seconds, all threads together."""
         return cpu_seconds() - self._cpu
 
     def state_dict(self) -> dict[str, float]:
-        """Both readings."""
+        """Return both times."""
         return {"wall_s": self.wall_s(), "cpu_s": self.cpu_s()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on counting from these readings."""
+        """Continue from the times in `state`."""
         self._wall = time.perf_counter() - state["wall_s"]
         self._cpu = cpu_seconds() - state["cpu_s"]

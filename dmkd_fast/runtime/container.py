@@ -1,8 +1,8 @@
-"""CPUs and memory that this process may use: the machine's, less what its cgroups leave.
+"""Find the CPUs and memory that this process may use: those of the machine within cgroup limits.
 
-A container sees the whole machine in /proc/meminfo, while the kernel ends it at
-the limit of its cgroup (version 1 or 2). A limit of any group between the process and the root
-holds, so the smallest counts. Files that are missing or unreadable set no limit.
+A container sees the whole machine in /proc/meminfo, but the kernel enforces the limits of its
+cgroups (version 1 or 2). The limits of all groups between the process and the root apply, so the
+smallest one counts. Files that are missing or unreadable set no limit.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ ROOT = Path("/")
 
 
 def num_cpus(root: Path = ROOT) -> int:
-    """CPUs that this process may keep busy: by affinity and by cgroup quota, at least 1.
+    """Return the number of CPUs that affinity and cgroup quota allow, at least 1.
 
     Args:
-        root: Where /proc and /sys are.
+        root: Folder that holds /proc and /sys.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     for group in _groups(root, "cpu"):
         version_1 = _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
-        words = _words(group / "cpu.max") or version_1  # microseconds of CPU time, of wall time
+        words = _words(group / "cpu.max") or version_1  # CPU time and wall time in microseconds
         if len(words) == 2 and all(word.isdigit() for word in words) and words[1] != "0":
-            # One thread for a fraction of a CPU would be throttled, and all others wait for it.
+            # Rounded down, since a thread on a fraction of a CPU is throttled and delays the rest.
             count = min(count, int(words[0]) // int(words[1]))
     return max(1, count)
 
 
 def available_bytes(root: Path = ROOT) -> int:
-    """Memory of the host that this process can still have, page cache that can be dropped included.
+    """Return the bytes of host memory that this process can still get, droppable cache included.
 
     Args:
-        root: Where /proc and /sys are.
+        root: Folder that holds /proc and /sys.
     """
     left = [_free_bytes(root), *(_left_in(group) for group in _groups(root, "memory"))]
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -50,11 +50,11 @@ def available_bytes(root: Path = ROOT) -> int:
 def _free_bytes(root: Path) -> int:
     with contextlib.suppress(OSError, KeyError, ValueError):
         return 1024 * _table(root / "proc/meminfo")["MemAvailable"]
-    return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()  # macOS: all there is
+    return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()  # macOS: all physical memory
 
 
 def _left_in(group: Path) -> int | None:
-    """Bytes below the limits of one cgroup, None if it has none."""
+    """Return the bytes left below the memory limits of one cgroup; None if it has no limit."""
     names = ("memory.max", "memory.high", "memory.limit_in_bytes")
     limits = [limit for name in names if (limit := _number(group / name)) is not None]
     used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
@@ -63,15 +63,15 @@ def _left_in(group: Path) -> int | None:
     cache = 0
     with contextlib.suppress(OSError, ValueError):
         table = _table(group / "memory.stat")
-        total = "total_" if "total_inactive_file" in table else ""  # version 1: with its children
+        total = "total_" if "total_inactive_file" in table else ""  # version 1: children included
         cache = sum(table.get(f"{total}{kind}_file", 0) for kind in ("active", "inactive"))
     return min(limits) - max(0, used - cache)
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of this process's cgroups that may limit `controller`, each with all its ancestors.
+    """Yield the folders of this process's cgroups for `controller`, and of all their ancestors.
 
-    Inside a container the path may be that of the host, of which only the top is mounted.
+    Inside a container the path may be the path on the host, of which only the top is mounted.
     """
     with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
@@ -93,12 +93,12 @@ def _words(path: Path) -> list[str]:
 
 
 def _number(path: Path) -> int | None:
-    """The first word of a file if it is a number, as "max" is not."""
+    """Return the first word of a file if it is a number; the word "max" is not."""
     words = _words(path)
     return int(words[0]) if words and words[0].isdigit() else None
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Read a file whose lines hold a name and a number."""
     rows = (line.replace(":", " ").split() for line in path.read_text("ascii").splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1}

@@ -1,7 +1,7 @@
-"""Device, dtype, threads and what this machine can do, decided once.
+"""Choose device, dtype and threads by what this machine can do.
 
-Choices are made by capability, never by timing, so that the same settings on
-the same machine always resolve to the same run.
+Choices depend on capability, never on timing, so that the same config on the same machine always
+resolves to the same run.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def resolve_device(name: Device) -> torch.device:
-    """Turn `auto` into `cuda` where there is one, else `cpu`.
+    """Turn `auto` into a CUDA device if there is one, else into the CPU.
 
-    A CUDA device has the index of the current one: libraries such as DALI take a device without
-    index for the first, whatever the current one is.
+    A CUDA device gets the index of the current one: libraries such as DALI treat a device without
+    an index as the first device, even if another one is current.
 
     Raises:
-        ValueError: `cuda` was asked for and there is none.
+        ValueError: `name` is cuda, and there is no CUDA device.
     """
     has_cuda = torch.cuda.is_available()
     if name == "cpu" or (name == "auto" and not has_cuda):
@@ -47,8 +47,10 @@ def resolve_device(name: Device) -> torch.device:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turn `auto` into the compute dtype that the device multiplies fastest.
 
-    CUDA: float16. CPU with AVX512-BF16 or AMX: bfloat16, else float32. float16 on a CPU is about
-    25 times slower than bfloat16 and therefore refused.
+    On CUDA this is float16. On a CPU with AVX512-BF16 or AMX it is bfloat16, on other CPUs float32.
+
+    Raises:
+        ValueError: `name` is float16 on a CPU, where it is many times slower than bfloat16.
     """
     if name == "auto":
         if device.type == "cuda":
@@ -63,15 +65,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @functools.cache
 def cpu_has_bf16() -> bool:
-    """Whether this CPU has bfloat16 multiply instructions."""
+    """Return whether this CPU has bfloat16 multiply instructions."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether torch.compile can build kernels here.
+    """Return whether torch.compile can build kernels on this machine.
 
-    On CUDA that takes Triton; on a CPU a C++ compiler and the headers of Python.
+    CUDA needs Triton; a CPU needs a C++ compiler and the header files of Python.
     """
     if device_type == "cuda":
         from torch.utils._triton import has_triton
@@ -82,11 +84,11 @@ def can_compile(device_type: str) -> bool:
 
 
 def set_num_threads(num_threads: int, *, num_processes: int = 1) -> int:
-    """Use this many CPU threads (0: all cores this process may run on); returns the number.
+    """Set the number of CPU threads that PyTorch uses, and return it.
 
     Args:
-        num_threads: How many.
-        num_processes: That share all cores.
+        num_threads: Number of threads; 0 means all cores that this process may use.
+        num_processes: Number of processes that share all cores, for `num_threads` 0.
     """
     count = num_threads or max(1, container.num_cpus() // num_processes)
     torch.set_num_threads(count)
@@ -94,11 +96,12 @@ def set_num_threads(num_threads: int, *, num_processes: int = 1) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let this process reuse the memory of large tensors instead of giving it back each time.
+    """Let this process reuse the memory of large tensors instead of returning it to the system.
 
-    glibc maps every block above 32 MiB anew and returns the top of its heap; on a CPU the page
-    faults of fresh outputs took a tenth (batches of 256) to a fifth (512) of a denoiser's forward.
-    For programs that own the process, not for a library's import. Does nothing without glibc.
+    By default glibc maps each block above 32 MiB again and returns the free top of its heap. On a
+    CPU, the page faults of fresh outputs slow down a denoiser's forward (see docs/notebook.md).
+    Call it in programs that own the process, not on import of a library. Does nothing without
+    glibc.
     """
     set_malloc_thresholds(mmap_bytes=1 << 30, trim_bytes=(1 << 31) - 1)
 
@@ -106,17 +109,18 @@ def keep_freed_memory() -> None:
 def make_repeatable() -> None:
     """Let CUDA libraries choose only kernels that give the same bits each time they run.
 
-    Without it convolutions' weight gradients are summed in any order, and a resumed run ends with
-    other bits. For programs that own the process, before their first product on a GPU. What it
-    does not reach: overlapping max pooling of a channels_last student that is not compiled.
+    Otherwise the weight gradients of convolutions are summed in any order, and a resumed run ends
+    with other bits. Call it in programs that own the process, before the first matrix product on a
+    GPU. It does not cover the overlapping max pooling of a channels_last student that is not
+    compiled.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products on several streams
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for products on several streams
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     if torch.cuda.is_available():
         import torch._inductor.config as inductor
 
-        if hasattr(inductor, "deterministic"):  # else timing decides how reductions are split
+        if hasattr(inductor, "deterministic"):  # otherwise timing decides how to split reductions
             inductor.deterministic = True
 
 
@@ -140,7 +144,12 @@ def exact_float32() -> Iterator[None]:
 
 
 def set_malloc_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
-    """Block size that glibc maps anew, and size of a free heap top that it gives back."""
+    """Set the block size from which glibc maps memory, and the free heap top that it returns.
+
+    Args:
+        mmap_bytes: Blocks of this size and more are mapped separately.
+        trim_bytes: A free top of the heap above this size is returned to the system.
+    """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, mmap_bytes)
@@ -148,24 +157,24 @@ def set_malloc_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device."""
+    """Return the bytes of memory that are still available on a device."""
     if device.type == "cuda":
-        # What PyTorch holds and does not use can be had as well.
+        # Memory that PyTorch holds and does not use is available as well.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     return container.available_bytes()
 
 
 def peak_memory_mib() -> float:
-    """Highest resident memory of this process so far, in MiB."""
+    """Return the highest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class InFlight:
-    """Keeps the host at most `most` pieces of work ahead of a CUDA device.
+    """Keep the host at most `most` pieces of work ahead of a CUDA device.
 
-    Without a limit a signal that arrives during a long fill of the ring could not be served before
-    the device has done all that is queued. Does nothing on a CPU.
+    Without a limit, a signal during a long fill of the ring would be handled only after the device
+    has done all queued work. Does nothing on a CPU.
     """
 
     def __init__(self, device: torch.device, *, most: int = 2) -> None:
@@ -182,6 +191,6 @@ class InFlight:
             self._ends[0].synchronize()
             self._ends.popleft()
         yield
-        end = torch.cuda.Event(blocking=True)  # Waiting for it leaves the core to others.
+        end = torch.cuda.Event(blocking=True)  # leaves the core to others during the wait
         end.record()
         self._ends.append(end)

@@ -1,11 +1,11 @@
-"""Several processes that train one student: who is who, what they agree on, what they add up.
+"""Coordinate the processes (ranks) that train one student together.
 
-`torchrun` starts the processes and says in their environment who each of them
-is. Each rank has its own sampler, ring and teacher; only the student's gradients are shared. Ranks
-on one machine meet on loopback, and nothing that they open can be reached from outside.
+`torchrun` starts the processes and sets their ranks in the environment. Each rank has its own
+sampler, ring and teacher; only the gradients of the student are shared. Ranks on one machine meet
+on loopback, and nothing that they open can be reached from outside.
 
-Control messages go over a gloo group of their own, as tensors: whole answers (`gather`) where
-waiting does not matter, and one byte per question (`Turns`) between steps, read one turn later.
+Control messages are tensors in a gloo group. `gather` exchanges whole texts where a wait does not
+matter. `Turns` exchanges one byte per question between steps, and reads it one turn later.
 """
 
 from __future__ import annotations
@@ -27,53 +27,55 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
-# A dead peer is noticed at once, as its connections close; this is for one that hangs. Ranks wait
-# for each other while one of them compiles.
+# For a peer that hangs (a dead one closes its connections and is noticed at once). Long enough for
+# the other ranks to wait while one of them compiles.
 TIMEOUT = timedelta(seconds=600)
 
 
 class Lost(RuntimeError):
-    """Another rank has ended; the message is one line for the user."""
+    """Error for a rank whose peer has ended or hangs; the message is one line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among those of its run; without arguments, one that is alone."""
+    """Position of this process among the processes of its run; by default the only one."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Among the processes of this machine; also the number of its CUDA device."""
+    """Rank among the processes of this machine; also the number of its CUDA device."""
     local_world_size: int = 1
+    """Number of processes on this machine."""
     restarts: int = 0
-    """How often torchrun has started all processes anew."""
+    """How often torchrun has restarted all processes."""
     launch: str = ""
-    """What all processes of one torchrun have in common, restarted ones included."""
+    """Text that identifies one torchrun: equal in all its processes, restarted ones included."""
     control: dist.ProcessGroup | None = field(default=None, repr=False)
+    """Process group of the control messages; None for a single process."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes what the whole run leaves, and tells of it."""
+        """Whether this is rank 0, which writes the results of the whole run and prints messages."""
         return self.rank == 0
 
     def seed(self, seed: int) -> int:
-        """A seed of this rank's own; rank 0 has the given one."""
+        """Derive a seed for this rank; rank 0 keeps the given seed."""
         return (seed + self.rank * 0x9E3779B97F4A7C15) % 2**63
 
     def folder(self, folder: Path) -> Path:
-        """Where this rank keeps what is its own: the first one in the given folder."""
+        """Return the folder for the files of this rank; for rank 0 it is the given folder."""
         return folder if self.is_first else folder / f"rank-{self.rank}"
 
     def share(self, name: str, count: int, *, unit: int = 1) -> int:
-        """This rank's part of a number that must divide.
+        """Return this rank's equal share of a number.
 
         Args:
-            name: Setting, for the message.
-            count: Of the whole run.
-            unit: What each part must be a multiple of.
+            name: Name of the setting, for the message.
+            count: Number for the whole run.
+            unit: Number of which each share must be a multiple.
 
         Raises:
-            ValueError: It does not divide.
+            ValueError: `count` cannot be divided into such shares.
         """
         whole = self.world_size * unit
         if count % whole:
@@ -85,7 +87,7 @@ class Ranks:
         return count // self.world_size
 
     def gather(self, text: str) -> list[str]:
-        """The text of each rank, in their order; all have to call this."""
+        """Return the texts of all ranks, in rank order; every rank must call this."""
         if self.control is None:
             return [text]
         data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
@@ -102,10 +104,12 @@ class Ranks:
 
     @contextlib.contextmanager
     def agreed(self, kind: type[ValueError]) -> Iterator[None]:
-        """What fails on one rank fails on all: they wait for each other at the end.
+        """Raise an error on every rank if a ValueError was raised inside on any rank.
+
+        At the end of the block, all ranks wait for each other.
 
         Args:
-            kind: What is raised everywhere when a ValueError was raised anywhere.
+            kind: Class of the error to raise.
         """
         if self.control is None:
             yield
@@ -123,7 +127,7 @@ class Ranks:
                 raise raised
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, on the CPU."""
+        """Return the sum of a tensor over all ranks, on the CPU."""
         values = values.detach().cpu()
         if self.control is not None:
             values = values.clone()
@@ -132,13 +136,13 @@ class Ranks:
         return values
 
     def elsewhere(self, value: float) -> float:
-        """The sum of the other ranks' values."""
+        """Return the sum of the other ranks' values."""
         if self.control is None:
             return 0.0
         return float(self.total(torch.tensor(value, dtype=torch.float64))) - value
 
     def follow_first(self, tensors: list[Tensor]) -> None:
-        """Give tensors on any device the values that they have on rank 0."""
+        """Overwrite tensors, on any device, with their values on rank 0."""
         if self.control is None:
             return
         for tensor in tensors:
@@ -148,14 +152,15 @@ class Ranks:
             tensor.copy_(copy)
 
     def parallel(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """The module with its gradients averaged over all ranks; alone, the module itself.
+        """Wrap a module so that its gradients are averaged over all ranks.
 
-        Parameters and, before each forward, buffers are those of rank 0.
+        Parameters are copied from rank 0 once, and buffers before each forward. In a single
+        process, or without trainable parameters, the module is returned unchanged.
         """
         if self.control is None or not any(p.requires_grad for p in module.parameters()):
             return module
         group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        # Of a first convolution on grey images: its strides are ambiguous, not wrong.
+        # A first convolution on gray images triggers it: its strides are ambiguous, not wrong.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return nn.parallel.DistributedDataParallel(module, process_group=group)
 
@@ -168,16 +173,18 @@ class Decision:
     """What all ranks do now."""
 
     save: bool
+    """Whether to write a checkpoint."""
     stop: bool
+    """Whether to end training."""
     failed: bool
-    """Whether the last checkpoint could not be written on some rank."""
+    """Whether some rank could not write the last checkpoint."""
 
 
 class Turns:
-    """Decisions that all ranks take at the same step or block, without waiting for each other.
+    """Make decisions on all ranks at the same step or block, without waiting for each other.
 
-    At each turn every rank says what it sees; at the next one all act on what anybody had seen.
-    Alone, a rank acts on what it sees now.
+    At each turn every rank reports its state. At the next turn, all ranks act on what any rank had
+    reported. A single process acts on its current state.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -186,19 +193,19 @@ class Turns:
         self._has_saved = False
 
     def next(self, *, due: bool, busy: bool, failed: bool, stop: bool) -> Decision:
-        """Take a turn.
+        """Report the state of this rank, and return what all ranks do now.
 
         Args:
             due: Whether it is time for a checkpoint.
-            busy: Whether one is still being written here.
-            failed: Whether one could not be written here.
-            stop: Whether somebody asked this process to stop.
+            busy: Whether this rank is still writing a checkpoint.
+            failed: Whether this rank could not write a checkpoint.
+            stop: Whether this process was asked to stop.
         """
         control = self._ranks.control
         if control is None:
             return Decision(save=due, stop=stop, failed=failed)
         seen = self._answers()
-        # What was seen at a turn that began a checkpoint was seen before it began.
+        # Reports of the turn that started a checkpoint are older, and must not start another one.
         save = seen[0] and not (seen[1] or seen[2] or seen[3] or self._has_saved)
         self._has_saved = save
         mine = torch.tensor([due, busy, failed, stop], dtype=torch.uint8)
@@ -209,7 +216,7 @@ class Turns:
         return Decision(save=save, stop=seen[3], failed=seen[2])
 
     def end(self) -> None:
-        """Wait for what is still on its way."""
+        """Wait for the reports that are still in transit."""
         self._answers()
 
     def _answers(self) -> list[bool]:
@@ -222,7 +229,7 @@ class Turns:
 
 
 def read() -> Ranks:
-    """Who this process is by what torchrun says; nothing is opened."""
+    """Read the ranks from the environment that torchrun sets, without opening connections."""
     env = os.environ
     if "WORLD_SIZE" not in env or "RANK" not in env:
         return ALONE
@@ -236,12 +243,12 @@ def read() -> Ranks:
 
 
 def join() -> Ranks:
-    """Meet the other processes that torchrun has started, if it has."""
+    """Connect to the other processes that torchrun has started, if any."""
     ranks = read()
     if ranks.world_size == 1:
         return ranks
     if ranks.local_world_size == ranks.world_size:
-        for library in ("GLOO", "NCCL"):  # They would take the first interface that is up.
+        for library in ("GLOO", "NCCL"):  # by default they use the first active interface
             os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
         store = dist.PrefixStore(f"dmkd-{ranks.restarts}", _local_store(ranks))
         dist.init_process_group(
@@ -253,18 +260,18 @@ def join() -> Ranks:
 
 
 def is_agreed(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was made from, was raised on all ranks by `agreed`."""
+    """Return whether `agreed` raised this error, or one in its context, on all ranks."""
     while error is not None and AGREED not in getattr(error, "__notes__", ()):
         error = error.__context__
     return error is not None
 
 
 def use_device(ranks: Ranks, name: str) -> None:
-    """Make the CUDA device of this rank the current one, before `runtime.resolve_device`.
+    """Make the CUDA device of this rank the current one; call it before `resolve_device`.
 
     Args:
-        ranks: This process among those of its machine.
-        name: Setting: auto, cpu or cuda.
+        ranks: Position of this process among those of its machine.
+        name: Setting `device`: auto, cpu or cuda.
 
     Raises:
         ValueError: There are fewer devices than ranks.
@@ -280,9 +287,9 @@ def use_device(ranks: Ranks, name: str) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process at once, with all that was printed.
+    """Flush stdout and stderr, and end this process at once.
 
-    The ordinary end takes Python apart while gloo's threads still run, which sometimes aborts.
+    The normal exit takes Python apart while gloo's threads still run, which sometimes aborts.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -290,12 +297,12 @@ def end_process(code: int) -> NoReturn:
 
 
 def _local_store(ranks: Ranks) -> dist.Store:
-    """Where ranks of one machine find each other."""
+    """Open the store in which the ranks of one machine find each other."""
     port = int(os.environ["MASTER_PORT"])
     fd: int | None = None
     is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if ranks.is_first and not is_served:
-        # Left to itself the store listens on all interfaces, whatever its host name says.
+        # By default the store listens on all interfaces, whatever host name it is given.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((LOOPBACK, port))
@@ -308,7 +315,7 @@ def _local_store(ranks: Ranks) -> dist.Store:
 
 
 def _parent() -> str:
-    """torchrun's process, told from all others that ever ran here."""
+    """Return a text that identifies torchrun's process among all that ever ran on this machine."""
     agent = os.getppid()
     started = Path(f"/proc/{agent}/stat").read_text(encoding="ascii", errors="replace")
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

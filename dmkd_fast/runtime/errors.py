@@ -1,4 +1,4 @@
-"""Errors that end a run in one line, and how they are recognized."""
+"""Errors that end a run with a one-line message, and a test for out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 
 
 class NotFiniteError(RuntimeError):
-    """Too much of what a run computes is not finite for it to go on."""
+    """Error for a run that cannot continue, because too many of its values are not finite."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the device or the host, is used up."""
+    """Return whether an error means that the device or the host is out of memory."""
     texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -1,8 +1,8 @@
-"""Files that survive a crash, and the thread that writes them.
+"""Write files that survive a crash, and run writes in a background thread.
 
-A rename is the moment at which a file or folder becomes visible: before it, all
-bytes have been flushed to disk; after it, the folder around is flushed. All changes to the disk go
-through `os` here, so that tests can stop or fail each single call.
+A file or folder becomes visible by a rename. Before the rename, all its bytes are flushed to disk;
+after it, the folder around it is flushed. All changes to the disk go through `os` in this module,
+so that tests can stop or fail each single call.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ CHUNK_BYTES = 16 * 2**20
 
 
 class Damaged(ValueError):
-    """A file is missing, or is not what was written."""
+    """Error for a file that is missing or differs from what was written."""
 
 
 class SaveError(ValueError):
-    """Something could not be written; what was there before is as it was."""
+    """Error for a failed write; the files that existed before are unchanged."""
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait_s: float = 0) -> Iterator[bool]:
-    """Hold a lock file; yields False if another process holds it.
+    """Hold a lock file, and yield whether this process holds it; False if another one does.
 
     The kernel releases the lock when the process ends, however it ends.
 
     Args:
-        path: Lock file; it is made if it is missing, and never deleted.
+        path: Lock file; created if it is missing, and never deleted.
         wait_s: Seconds to wait for another process that is about to end.
     """
     end = time.monotonic() + wait_s
@@ -65,7 +65,7 @@ def _lock(handle: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Make an OSError inside say which file it is about."""
+    """Add the file name to an OSError raised inside."""
     try:
         yield
     except OSError as error:
@@ -74,7 +74,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    """Write a file and wait until its bytes are on disk; returns its SHA-256."""
+    """Write a file, wait until its bytes are on disk, and return its SHA-256."""
     digest = hashlib.sha256()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -92,9 +92,9 @@ def write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
 
 
 def replace(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    """Write a file under another name and rename it; returns its SHA-256.
+    """Write a file under a hidden name, rename it, and return its SHA-256.
 
-    The folder is not flushed: whoever relies on the name calls `sync` on it first.
+    The folder is not flushed: call `sync` on it before you rely on the name.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -108,9 +108,9 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> str:
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Fill a folder under a hidden name; it gets its name, in place of an older one, when whole.
+    """Fill a folder under a hidden name, and rename it to `final` when it is complete.
 
-    A crash leaves the old folder, the new one, or none.
+    It replaces an older folder of that name. A crash leaves the old folder, the new one, or none.
     """
     partial = final.with_name(f".{final.name}.partial")
     discard(partial)
@@ -128,7 +128,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name, for good; if that fails, it has its old one again."""
+    """Rename a finished folder durably; if this fails, the folder keeps its old name."""
     sync(partial)
     os.rename(partial, final)
     try:
@@ -139,11 +139,11 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def read(path: Path) -> bytes:
-    """A file's bytes.
+    """Return the bytes of a file.
 
     Raises:
-        Damaged: It is missing or the disk cannot read it.
-        PermissionError: It is there, for others.
+        Damaged: The file is missing, or the disk cannot read it.
+        PermissionError: The file exists, but this user may not read it.
     """
     try:
         return path.read_bytes()
@@ -156,7 +156,7 @@ def read(path: Path) -> bytes:
 
 
 def sha256(parts: Iterable[bytes | memoryview]) -> str:
-    """What `write` returns for the same parts."""
+    """Return the SHA-256 of these bytes, which `write` returns for the same parts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -174,19 +174,19 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, and wait until their names are on disk."""
+    """Create a folder and its parents, and wait until their names are on disk."""
     if path.is_dir():
         return
     make_folder(path.parent)
-    with contextlib.suppress(FileExistsError):  # Another rank was first.
+    with contextlib.suppress(FileExistsError):  # another rank was faster
         os.mkdir(path)
     sync(path.parent)
 
 
 def discard(path: Path) -> None:
-    """Delete a file or a folder, if it is there and if that can be done.
+    """Delete a file or a folder as far as possible; errors are ignored.
 
-    Visible folders go through `hide` first, or a crash might leave half of one.
+    Call `hide` on a visible folder first, or a crash might leave half of it.
     """
     try:
         if path.is_dir():
@@ -196,11 +196,11 @@ def discard(path: Path) -> None:
         else:
             os.unlink(path)
     except OSError:
-        return  # Whatever is left has a name that nobody reads; the next one to write tries again.
+        return  # leftovers keep a hidden name and are ignored; the next writer deletes them
 
 
 def hide(path: Path, why: str) -> Path:
-    """Rename a folder or file so that nobody takes it for whole: `.NAME.WHY`."""
+    """Rename a folder or file to `.NAME.WHY`, so that no reader takes it for complete."""
     hidden = path.with_name(f".{path.name}.{why}")
     discard(hidden)
     os.rename(path, hidden)
@@ -208,13 +208,13 @@ def hide(path: Path, why: str) -> Path:
 
 
 class Writer:
-    """A thread that runs jobs one after another, in the order they came.
+    """Run jobs in a background thread, one after another in the order of submission.
 
-    It starts with the first job. Jobs may only hash and write: tensor operations there would start
-    a second pool of threads beside the trainer's.
+    The thread starts with the first job. Jobs may only hash and write: tensor operations in this
+    thread would start a second pool of threads beside the trainer's.
 
     Args:
-        max_waiting: With so many jobs waiting, `submit` waits too.
+        max_waiting: Number of waiting jobs at which `submit` waits too.
     """
 
     def __init__(self, *, max_waiting: int = 4) -> None:
@@ -223,15 +223,15 @@ class Writer:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread, unless it runs."""
+        """Start the thread if it is not running."""
         if self._thread is None:
-            # A daemon: a second Ctrl-C must not wait for a disk that hangs. What it had begun has
-            # not got its name yet.
+            # A daemon, so that a second Ctrl-C does not wait for a disk that hangs. An unfinished
+            # file still has its hidden name.
             self._thread = threading.Thread(target=self._run, name="dmkd-writer", daemon=True)
             self._thread.start()
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Queue a job; its result or exception is in the future returned."""
+        """Queue a job, and return a future of its result or exception."""
         self.start()
         future: Future[T] = Future()
         self._jobs.put((job, future))  # type: ignore[arg-type]
@@ -245,7 +245,7 @@ class Writer:
             self._thread = None
 
     def _run(self) -> None:
-        # Signals go to the main thread, or it would not wake from waiting for this one.
+        # Signals must go to the main thread; otherwise it would not wake while it waits here.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while (item := self._jobs.get()) is not None:
             job, future = item
@@ -253,4 +253,4 @@ class Writer:
                 future.set_result(job())
             except BaseException as error:
                 future.set_exception(error)
-            del item, job, future  # With the copies that they hold.
+            del item, job, future  # frees the copies that they hold

@@ -1,4 +1,4 @@
-"""Files of tensors and their configs: safetensors and JSON only, nothing is ever unpickled."""
+"""Read and write weights and configs as safetensors and JSON; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 COMPILED = "_orig_mod."
-"""What torch.compile puts before the names inside the module that it wraps."""
+"""Prefix that torch.compile adds to the names inside the module that it wraps."""
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar")
 RUNS_CODE = (
     "auto_map", "trust_remote_code", "quantization_config", "attn_implementation",
     "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
 )  # fmt: skip
-"""Keys of a config that make diffusers or transformers import code of others."""
+"""Keys of a config that make diffusers or transformers import third-party code."""
 FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file")
 CONVERT = (
     "convert it: timm.models.save_for_hf(timm.create_model(ARCH, num_classes=N, "
@@ -36,16 +36,16 @@ NAMES = {
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill `model` from a safetensors file; every weight must be there, and no other.
+    """Load the weights of `model` from a safetensors file, which must hold exactly these weights.
 
     Raises:
-        ValueError: The file is missing, damaged, or its names, shapes or types differ from the
-            model's.
+        ValueError: The file is missing or damaged, or its names, shapes or types differ from those
+            of the model.
     """
     names = match_weights(model, path)
     weights = load_file(path)
     expected = model.state_dict()
-    # Not strict, as `match_weights` lets counters and tied weights be missing.
+    # Not strict, since `match_weights` allows missing counters and tied weights.
     model.load_state_dict(
         {name: weights[theirs].to(expected[name].dtype) for theirs, name in names.items()},
         strict=False,
@@ -53,17 +53,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
-    """Find each tensor of a safetensors file in `model`, which may be on the meta device.
+    """Match the tensors of a safetensors file to `model`, which may be on the meta device.
 
-    Only the header is read. Prefixes that torch.compile and DistributedDataParallel put before
-    names are ignored. `num_batches_tracked` may be missing, as evaluation does not use it, and so
-    may the other names of a tied weight.
+    Only the header is read. Prefixes that torch.compile and DistributedDataParallel add to names
+    are ignored. `num_batches_tracked` may be missing, since evaluation does not use it, and so may
+    the other names of a tied weight.
 
     Returns:
-        The model's name by the file's name.
+        Name in the model for each name in the file.
 
     Raises:
-        ValueError: See `load_weights`.
+        ValueError: As in `load_weights`.
     """
     if not path.is_file():
         raise ValueError(f"weights {path}: no such file{pickle_hint(path.parent)}")
@@ -110,8 +110,8 @@ def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights of `model` as safetensors, under the names of the bare network.
 
-    Wrappers (torch.compile, DataParallel, DistributedDataParallel) leave no prefix, and a weight
-    that is tied to another is written once.
+    Wrappers (torch.compile, DataParallel, DistributedDataParallel) leave no prefix. Tied weights
+    are written once.
     """
     written: set[tuple[Any, ...]] = set()
     weights: dict[str, Tensor] = {}
@@ -122,14 +122,14 @@ def save_weights(model: nn.Module, path: Path) -> None:
             continue
         written.add(place)
         value = value.detach().cpu().contiguous()
-        # Weights that overlap without being the same are written apart.
+        # safetensors refuses weights that share memory, so weights that overlap in part are copied.
         shares = value.untyped_storage().nbytes() != value.nbytes
         weights[name] = value.clone() if shares else value
     save_file(weights, path, metadata={"format": "pt"})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    """Return the network inside torch.compile, DataParallel and DistributedDataParallel."""
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -140,10 +140,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_folder(folder: Path) -> None:
-    """Say what lies at `folder` if it is no folder with a config.json and what to do with it.
+    """Refuse a path that is not a folder with a config.json.
 
     Raises:
-        ValueError: It is a file, or there is no config.json.
+        ValueError: The path is a file, or there is no config.json; the message says what to do.
     """
     if folder.is_file():
         what, fix = "a file", "give its folder"
@@ -157,7 +157,7 @@ def check_folder(folder: Path) -> None:
 
 
 def pickle_hint(folder: Path) -> str:
-    """What to do about a missing file of a model, by what else is in the folder."""
+    """Return advice about a missing model file, based on the other files in the folder."""
     pickles = sorted(p.name for p in folder.glob("*") if _is_pickle(p))
     if not pickles:
         return "; check the model's folder"
@@ -165,7 +165,11 @@ def pickle_hint(folder: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; what is wrong with it becomes a ValueError."""
+    """Read a JSON object from a file.
+
+    Raises:
+        ValueError: The file cannot be read, or does not hold a JSON object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -178,10 +182,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_plain(folder: Path) -> None:
-    """Refuse a part of a diffusers model that names code, or files outside of its folder.
+    """Refuse a component of a diffusers model that names code, or files outside its folder.
 
     Raises:
-        ValueError: See above, or the part is an adapter of another model.
+        ValueError: The component does so, or it is an adapter of another model.
     """
     configs = [p for p in (folder / CONFIG, folder / "tokenizer_config.json") if p.is_file()]
     for path in configs:
@@ -207,7 +211,7 @@ def _check_inside(path: Path, names: list[Any]) -> None:
     for name in names:
         if name is None:
             continue
-        # One part of a path, and more than dots.
+        # One path component that is not only dots.
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", name):
             raise ValueError(
                 f"{path}: got the file name {str(name)[:80]!r}, expected one without folders; "
@@ -216,17 +220,20 @@ def _check_inside(path: Path, names: list[Any]) -> None:
 
 
 def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, piece by piece and without a copy of them.
+    """Yield the bytes of a safetensors file piece by piece, without copying the tensors.
 
-    safetensors' own `save` copies everything twice while no other Python thread can run, which
-    would stop a training loop beside it.
+    The `save` function of safetensors copies everything twice and lets no other Python thread run
+    meanwhile, which would stop the training loop.
 
     Args:
-        tensors: Contiguous, on the CPU.
+        tensors: Contiguous tensors on the CPU, by name.
+
+    Raises:
+        TypeError: A tensor has a dtype that is not in `NAMES`.
 
     Source: https://github.com/huggingface/safetensors, "Format".
     """
-    # The widest first, so that every tensor is aligned in the file.
+    # The widest dtypes first, so that every tensor is aligned in the file.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {}
     place = 0
@@ -250,7 +257,7 @@ def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def read_licence(folder: Path) -> str:
-    """The licence that a folder's model card states in its header, or "unknown"."""
+    """Return the license in the header of a folder's model card, or "unknown"."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -263,14 +270,14 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _kind(dtype: str) -> str:
-    """Types that are converted into each other when read: floating-point ones, and integers."""
+    """Return the group of a dtype; dtypes of one group are converted into each other on loading."""
     if dtype in ("F64", "F32", "F16", "BF16"):
         return "float"
     return "integer" if dtype[:1] in ("I", "U") else dtype
 
 
 def _shown(name: str) -> str:
-    """A name from a file, without line breaks and other characters that act on a terminal."""
+    """Return a name from a file, with line breaks and terminal control characters escaped."""
     return ascii(name)[1:-1][:120]
 
 

@@ -1,13 +1,13 @@
-"""Loads the C++ extension, whose import registers the CPU kernels of all operators.
+"""Load the C++ extension, whose import registers the CPU kernels of all operators.
 
-Without it every operator runs its eager definition.
+Without the extension, every operator runs its eager definition.
 """
 
 from __future__ import annotations
 
 import importlib
 
-import torch as torch  # loads the libraries that the extension is linked against
+import torch as torch  # loads the shared libraries that the extension needs
 
 INSTRUCTION_SET = "none"
 WHY_MISSING = ""

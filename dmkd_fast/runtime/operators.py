@@ -1,4 +1,4 @@
-"""What the package's operators share: a warning on first use, checks of memory, a Triton launch."""
+"""Helpers shared by the package's operators: one-time warnings, memory checks, Triton launches."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _said: set[str] = set()
 
 
 def warn_once(what: str, text: str) -> None:
-    """Warn the first time that `what` happens; tracing says nothing."""
+    """Warn the first time that `what` happens; never warns while torch.compile traces."""
     if what not in _said and not torch.compiler.is_compiling():
         _said.add(what)
         warnings.warn(text, stacklevel=5)
 
 
 def check_own_memory(out: Tensor, inputs: dict[str, Tensor | None]) -> None:
-    """Refuse an `out` whose memory lies among that of an input: it would be read after writing."""
+    """Refuse an `out` that shares memory with an input, which would be overwritten while read."""
     if type(out) is not Tensor or torch.compiler.is_compiling():  # fake tensors have no memory
         return
     begin, end = _memory(out)
@@ -31,7 +31,7 @@ def check_own_memory(out: Tensor, inputs: dict[str, Tensor | None]) -> None:
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
-    """Address of the first element and the one after the last."""
+    """Return the address of the first element and the address after the last one."""
     start = tensor.data_ptr()
     if start == 0 or tensor.is_contiguous():
         return start, start + tensor.nbytes * (start != 0)
@@ -40,7 +40,7 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
 
 
 class Launch(NamedTuple):
-    """One kernel launch: positional arguments, compile-time constants, grid, warps."""
+    """A Triton kernel launch: kernel, arguments, compile-time constants, grid, warps."""
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -50,12 +50,13 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """For the compiler. Left to itself, ptxas spills a few bytes to fit in one more program."""
+        """Compiler options of the launch."""
+        # Without `maxnreg`, ptxas spills a few bytes of registers to fit in one more program.
         registers = 128 if self.num_warps == 16 else 255
-        # Fusion off: q - p must be 0 where q equals p.
+        # Without fused multiply-add, so that q - p is 0 where q equals p.
         return {"num_warps": self.num_warps, "maxnreg": registers, "enable_fp_fusion": False}
 
     def run(self) -> None:
-        """Queue it on the current stream."""
+        """Queue the kernel on the current stream."""
         with torch.cuda.device_of(self.arguments[0]):
             self.kernel[self.grid](*self.arguments, **self.constants, **self.options)

@@ -10,18 +10,21 @@ from types import FrameType
 
 
 class Interrupts:
-    """Turns Ctrl-C, SIGTERM and SIGHUP into KeyboardInterrupt, but never inside `held`.
+    """Turn Ctrl-C, SIGTERM and SIGHUP into KeyboardInterrupt, but never inside `held`.
 
-    Work that must not be torn (an optimizer step, a commit) is held: the signal waits until it is
-    done. Everything else is interrupted at once. A second Ctrl-C or SIGTERM ends what the first one
-    began, such as a last checkpoint: by KeyboardInterrupt, or where that may not be raised, by
-    ending the process. A second SIGHUP is ignored, because a terminal that closes may send two.
-    SIGHUP stays ignored in a process started by nohup. Use as a context manager in the main thread.
+    Use it as a context manager in the main thread. Work that must not stop half done (an optimizer
+    step, a commit) runs inside `held`: the signal waits until that work is done. Everything else is
+    interrupted at once.
+
+    A second Ctrl-C or SIGTERM ends what the first one started, such as a final checkpoint. It
+    raises KeyboardInterrupt, or, where nothing may be raised, ends the process. A second SIGHUP is
+    ignored, since a terminal that closes may send two. SIGHUP stays ignored in a process started by
+    nohup.
 
     Args:
-        only_noted: Never raise, but set `is_pending`: one of several ranks must not leave the
-            others waiting for it. torchrun repeats a signal to its ranks, so one that arrives less
-            than a second after the first is not a second one.
+        only_noted: Whether to set `is_pending` and never raise. With several ranks, one rank must
+            not leave the others waiting for it. torchrun repeats a signal to its ranks, so in this
+            mode a signal less than a second after the first one is not a second signal.
     """
 
     def __init__(self, *, only_noted: bool = False) -> None:
@@ -33,7 +36,7 @@ class Interrupts:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a signal has come that nothing was raised for yet."""
+        """Whether a signal has arrived for which nothing has been raised yet."""
         return self._is_pending
 
     def __enter__(self) -> Interrupts:
@@ -45,13 +48,13 @@ class Interrupts:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._only_noted and kind is not None:
-            return  # Another rank's signal has ended this: the own one may be still to come.
+            return  # another rank's signal ended this block; our own may still arrive
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Signals wait until the block ends."""
+        """Delay signals until the end of the block."""
         self._is_held = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""stdout and stderr that may be closed or full, without losing a finished run."""
+"""Handle a closed or full stdout and stderr without losing a finished run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dmkd_fast.runtime.files import SaveError
 
 
 class GuardedStream:
-    """stdout or stderr, where the reader may have gone or the disk may be full.
+    """Wrap stdout or stderr, whose reader may be gone or whose disk may be full.
 
-    After the first error all further output is dropped. For stdout the error is raised as one line;
-    for stderr it is not, because what is printed there is worth less than the run.
+    After the first error, all further output is dropped. For stdout the error is raised as one
+    line. For stderr it is not raised, since its messages matter less than the run.
 
     Args:
-        stream: Where to write.
-        name: For the line; None: errors are not raised.
+        stream: Stream to write to.
+        name: Name of the stream, for the error; None means that errors are not raised.
     """
 
     def __init__(self, stream: TextIO, name: str | None = None) -> None:
@@ -33,14 +33,14 @@ class GuardedStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush what was written."""
+        """Flush the stream; an error is handled as in `write`."""
         self._try(self._stream.flush)
 
     def _try(self, call: Callable[[], object]) -> None:
         try:
             call()
         except OSError as error:
-            # What is still buffered would fail again when Python ends.
+            # Text that is still buffered would fail again when Python ends.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)
@@ -54,7 +54,7 @@ class GuardedStream:
 def open_closed_streams() -> None:
     """Open stdin, stdout and stderr on /dev/null where the caller has closed them.
 
-    Otherwise files of the run would get their numbers, and messages would be written into them.
+    Otherwise files of the run would get their descriptors, and messages would be written into them.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:

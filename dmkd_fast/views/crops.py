@@ -1,8 +1,10 @@
-"""Random views of ring slots: parameters per sample, then one operation.
+"""Draw a random crop and flip for each image, and render them with one fused operator.
 
-A view is fixed by (seed, image id, use): it can be replayed on any device. What
-is cut out (boxes and flips) and what a network wants to see of it (`ViewSpec`) are separate, so
-several networks can look at the same crops, each at its own size and normalisation.
+A view is fixed by (seed, image id, use), so it can be replayed on any device. The crop (boxes and
+flips) and the form that a network takes (`ViewSpec`) are separate. So several networks can look at
+the same crops, each at its own size and normalization.
+
+Shapes: N slots, B views, c channels, H x W pixels of a slot.
 """
 
 from __future__ import annotations
@@ -20,16 +22,17 @@ MOST_USES = 2**24
 
 
 class ViewSpec:
-    """What one network takes: side, normalisation and dtype.
+    """The form of view that one network takes: size, normalization and dtype.
 
     Args:
         size: Side of a view, in pixels.
-        mean, std: Per channel, of pixel values in [0, 1].
-        dtype: float32, float16 or bfloat16.
-        device: Where the images live.
+        mean, std: Mean and standard deviation per channel, of pixel values in [0, 1].
+        dtype: Dtype of the views: float32, float16 or bfloat16.
+        device: Device of the images.
 
     Raises:
-        ValueError: A size below 1, or means and standard deviations that do not belong together.
+        TypeError, ValueError: The size or dtype is out of range, or `mean` and `std` are out of
+            range or differ in length.
     """
 
     def __init__(
@@ -46,26 +49,28 @@ class ViewSpec:
 
 
 class Views:
-    """Draws a random crop and flip for each sample and renders it.
+    """Draw a random crop and flip for each sample, and render it.
 
-    The crop covers a share of the image's area drawn from `scale`, with an aspect ratio whose
-    logarithm is uniform in `ratio`, in whole pixels, and lies anywhere inside the image and its
-    black border. As in torchvision's RandomResizedCrop, a crop larger than the image is drawn
-    again, up to ten times in all; then the middle of the image is taken, as much as `ratio` allows.
+    A crop covers a fraction of the image area drawn from `scale`. Its aspect ratio is drawn from
+    `ratio`, uniform in the logarithm. Its sides are whole pixels, and it lies anywhere inside the
+    image and its black border. As in torchvision's RandomResizedCrop, a crop larger than the image
+    is drawn again, up to ten draws in all. After that, the crop is the largest one in the middle of
+    the image that `ratio` allows.
 
     Args:
         size: Side of a view, in pixels.
-        scale: Range of area shares; (1, 1), with ratio (1, 1), keeps the size.
+        scale: Range of the crop's fraction of the image area; (1, 1), with ratio (1, 1), keeps the
+            size of the image.
         ratio: Range of width / height.
         pad: Width of the black border, in pixels. With scale (1, 1) this is "pad and crop".
         flip: Probability of a horizontal flip.
-        mean, std: Per channel, of pixel values in [0, 1].
-        dtype: Of the views.
-        device: Where ring and models live.
-        seed: Of the views; other seeds give other views.
+        mean, std: Mean and standard deviation per channel, of pixel values in [0, 1].
+        dtype: Dtype of the views.
+        device: Device of the ring and the networks.
+        seed: Seed of the views; other seeds give other views.
 
     Raises:
-        ValueError: A setting is out of range.
+        TypeError, ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -103,14 +108,14 @@ class Views:
         """Render one view per index.
 
         Args:
-            slots: (N, c, H, W) uint8.
+            slots: (N, c, H, W) uint8 images.
             indices: (B,) int64, slots to read.
             ids: (B,) int64, image ids in those slots.
             uses: (B,) int64, how often each image was used before.
-            out: Memory for the result, instead of fresh memory.
+            out: Tensor to write the result into, instead of fresh memory.
 
         Returns:
-            (B, c, size, size) in `dtype`, normalised, channels_last.
+            (B, c, size, size) in `dtype`, normalized, channels_last.
 
         Raises:
             TypeError, ValueError, IndexError: As `dmkd_fast.views.ops.views`.
@@ -125,19 +130,20 @@ class Views:
     def parameters(
         self, ids: Tensor, uses: Tensor, height: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """The crops and flips of these (image id, use), the same on every device.
+        """Draw the crop and flip of each (image id, use), the same on every device.
 
         Args:
-            ids: (B,) int64, non-negative.
-            uses: (B,) int64, below 2**24.
-            height, width: Of the images, in pixels.
+            ids: (B,) int64 image ids, non-negative.
+            uses: (B,) int64 use counts, below 2**24.
+            height, width: Sides of the images, in pixels.
 
         Returns:
             Boxes (B, 4) int32 (top, left, height, width), and flips (B,) bool.
 
         Raises:
-            TypeError, ValueError: Ids or uses are of another shape, dtype or device, or, on a CPU,
-                out of range: uses of 2**24 and more would repeat earlier views.
+            TypeError, ValueError: Ids or uses have a wrong shape, dtype or device, or a side is
+                out of range. On a CPU, also if ids or uses are out of range; uses of 2**24 and
+                more would repeat earlier views.
         """
         if not torch.compiler.is_compiling():
             checks.rows("ids", ids)
@@ -161,7 +167,7 @@ class Views:
         return boxes, flips
 
     def whole(self, slots: Tensor, indices: Tensor, spec: ViewSpec | None = None) -> Tensor:
-        """The unchanged images at view size, normalised; no crop, no flip."""
+        """Render whole images at view size, normalized, without crop and flip."""
         (height, width) = _sides(slots)
         checks.rows("indices", indices)
         count = len(indices)
@@ -174,18 +180,18 @@ class Views:
         self, slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor,
         spec: ViewSpec | None = None, *, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Views of given boxes and flips, as `spec` (or these views' own) says.
+        """Render the views with the given boxes and flips.
 
         Args:
-            slots: (N, c, H, W) uint8.
+            slots: (N, c, H, W) uint8 images.
             indices: (B,) int64, slots to read.
             boxes: (B, 4) int32, from `parameters`.
-            flips: (B,) bool.
-            spec: What this network takes.
-            out: Memory for the result, instead of fresh memory.
+            flips: (B,) bool, from `parameters`.
+            spec: Form of the views; None means the form given to this object.
+            out: Tensor to write the result into, instead of fresh memory.
 
         Returns:
-            (B, c, size, size), normalised, channels_last.
+            (B, c, size, size) in the dtype of the spec, normalized, channels_last.
 
         Raises:
             TypeError, ValueError, IndexError: As `dmkd_fast.views.ops.views`.
@@ -198,7 +204,7 @@ class Views:
 
 
 def _sides(slots: Tensor) -> tuple[int, int]:
-    """Height and width of (N, c, H, W)."""
+    """Return the height and width of slots (N, c, H, W)."""
     if slots.ndim != 4:
         raise ValueError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
     return slots.shape[2], slots.shape[3]

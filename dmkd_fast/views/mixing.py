@@ -1,6 +1,6 @@
 """Mixup and cutmix of a batch of views, replayable from (seed, step).
 
-B batch, c channels, S side of a view.
+Shapes: B views, C classes, c channels, S side of a view.
 Sources: Zhang et al., arXiv 1710.09412 (mixup); Yun et al., arXiv 1905.04899 (cutmix); Cheng,
 "Generating beta variates with nonintegral shape parameters", CACM 21, 1978 (algorithm BA).
 """
@@ -18,25 +18,25 @@ from dmkd_fast.rng import philox
 from dmkd_fast.runtime import checks
 
 K = TypeVar("K")
-_FOR_PARTNERS, _FOR_NUMBERS = 0, 1  # sub-counters of a step
+_FOR_PARTNERS, _FOR_NUMBERS = 0, 1  # sub-counters: separate random numbers within a step
 
 
 class Mixed(NamedTuple):
-    """Mixed views, and what mixes their targets.
+    """Mixed views, with the partners and the share that mix their labels.
 
     A hard-label loss is `share * loss(logits, target) + (1 - share) * loss(logits,
-    target[partner])`; a teacher looks at the mixed views and needs neither.
+    target[partner])`. A teacher sees the mixed views and needs neither `partner` nor `share`.
     """
 
     views: Tensor
     """(B, c, S, S), channels_last."""
     partner: Tensor
-    """(B,) int64, a permutation: which row each row was mixed with."""
+    """(B,) int64, a permutation: the row that each row was mixed with."""
     share: float
-    """Of a row's own view and target."""
+    """Weight of a row's own view and target, in [0, 1]."""
 
     def targets(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Hard labels (B,) mixed as the views are: probabilities (B, C), float32."""
+        """Mix hard labels (B,) as the views were mixed, to probabilities (B, C), float32."""
         checks.rows("labels", labels, count=len(self.partner), device=self.partner.device)
         checks.whole("num_classes", num_classes, low=1)
         checks.within("labels", labels, low=0, high=num_classes - 1)
@@ -47,24 +47,26 @@ class Mixed(NamedTuple):
 
 
 class Mixer:
-    """Mixes each view of a batch with another one: mixup, cutmix, or either with equal chances.
+    """Mix each view of a batch with another one by mixup, cutmix, or either with probability 1/2.
 
-    The share is drawn from Beta(alpha, alpha), one for the batch, on the host; partners are drawn
-    on the device. Nothing waits for the device.
+    The host draws one share for the whole batch from Beta(alpha, alpha). The device draws the
+    partners. Nothing waits for the device.
 
     Args:
-        mixup_alpha: Of whole views: share * view + (1 - share) * partner; 0 turns it off.
-        cutmix_alpha: Of a square of the partner's pixels, cut off at the edges; 0 turns it off.
-        seed: Of shares, squares and partners.
+        mixup_alpha: Alpha of mixup, share * view + (1 - share) * partner; 0 turns mixup off.
+        cutmix_alpha: Alpha of cutmix, which pastes a square of the partner's pixels, clipped at
+            the edges; 0 turns cutmix off.
+        seed: Seed of shares, squares and partners.
 
     Raises:
-        ValueError: An alpha is negative, not finite or above 10**6, or both are 0.
+        TypeError, ValueError: An alpha is negative, not finite or above 10**6, both are 0, or the
+            seed is out of range.
     """
 
     def __init__(
         self, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0, seed: int = 0
     ) -> None:
-        # Beyond 10**6 all shares are 0.5 to three digits.
+        # Above 10**6 all shares are 0.5 to three digits.
         checks.number("mixup_alpha", mixup_alpha, low=0, high=1e6)
         checks.number("cutmix_alpha", cutmix_alpha, low=0, high=1e6)
         checks.whole("seed", seed, high=checks.MAX_SEED)
@@ -79,8 +81,8 @@ class Mixer:
         """Mix one batch.
 
         Args:
-            views: (B, c, S, S) of any float dtype; stays as it is.
-            step: Non-negative; a step mixes in the same way whenever it is repeated.
+            views: (B, c, S, S) of any float dtype; not changed.
+            step: Number of the step, non-negative. A repeated step mixes in the same way.
 
         Returns:
             Mixed views, partners and share.
@@ -89,15 +91,16 @@ class Mixer:
         return self._mixed(views, step, self.partners(step, len(views), views.device))
 
     def renderings(self, views: Mapping[K, Tensor], *, step: int) -> dict[K, Mixed]:
-        """Mix one batch that several networks look at, each in a rendering of its own.
+        """Mix one batch that several networks look at, each in its own rendering.
 
         Args:
-            views: (B, c, S, S), of the same crops in the same order; S may differ.
-            step: As above.
+            views: Renderings (B, c, S, S) of the same crops in the same order; S may differ.
+            step: Number of the step, non-negative.
 
         Returns:
-            For each rendering what `__call__` gives: one partner and one square, at the same place
-            of the picture. Of cutmix only whole pixels are cut, so shares differ by some pixels.
+            Result of `__call__` for each rendering. All have the same partners, and the square lies
+            at the same place of the image. Cutmix cuts whole pixels, so the shares of renderings
+            of different size differ slightly.
         """
         if not views:
             raise ValueError("views: got none, expected at least one rendering")
@@ -121,7 +124,7 @@ class Mixer:
     def parameters(
         self, step: int, height: int, width: int
     ) -> tuple[float, tuple[int, int, int, int] | None]:
-        """A step's share and, for cutmix, its square: top, bottom, left, right."""
+        """Return the share of a step and, for cutmix, its square (top, bottom, left, right)."""
         checks.whole("step", step, high=checks.MAX_SEED)
         numbers = _uniforms(self.seed, step)
         which, down, right = next(numbers), next(numbers), next(numbers)
@@ -139,7 +142,7 @@ class Mixer:
         return share, (top, bottom, first, last)
 
     def partners(self, step: int, count: int, device: torch.device) -> Tensor:
-        """A step's permutation of the rows, (B,) int64."""
+        """Return the partner of each row at a step: a permutation, (count,) int64."""
         checks.whole("step", step, high=checks.MAX_SEED)
         steps = torch.full((1,), step, dtype=torch.int64, device=device)
         bits = philox.random_bits(
@@ -157,8 +160,8 @@ def _check_views(views: Tensor, count: int | None = None) -> None:
 
 
 def _uniforms(seed: int, step: int) -> Iterator[float]:
-    """The numbers in (0, 1) of one step, one after the other, on the host."""
-    generator: Any = philox.philox  # Its arithmetic is that of integers too.
+    """Yield the random numbers in (0, 1) of one step, on the host."""
+    generator: Any = philox.philox  # works on Python integers as well as on tensors
     for block in range(2**32):
         words = generator(
             seed, step & 0xFFFFFFFF, step >> 32, _FOR_NUMBERS | (philox.STREAM_MIX << 24), block
@@ -167,7 +170,7 @@ def _uniforms(seed: int, step: int) -> Iterator[float]:
 
 
 def _beta(alpha: float, numbers: Iterator[float]) -> float:
-    """A number distributed as Beta(alpha, alpha)."""
+    """Draw a number from Beta(alpha, alpha)."""
     slope = 1 / alpha if alpha <= 1 else math.sqrt((2 * alpha - 2) / (2 * alpha**2 - 2 * alpha))
     while True:
         first, second = next(numbers), next(numbers)

@@ -1,9 +1,10 @@
-"""Views of slots as operators: schema, shapes, who computes them where, and the checked function.
+"""PyTorch operators that render views of slots, and the checked function `views`.
 
-py. CPU: C++ (csrc/views_cpu.cpp, csrc/view_boxes_cpu.cpp).
-CUDA: Triton (views_triton.py), imported on first use. Everywhere else, and where one of these is
-missing, the definitions in reference.py.
-N slots, B rows, c channels, H W pixels of a slot, S side of a view.
+A CPU runs C++ (csrc/views_cpu.cpp, csrc/view_boxes_cpu.cpp). CUDA runs Triton (`views/triton.py`),
+imported on first use. Other devices, and installations without these kernels, run the eager
+definitions in `views/reference.py`.
+
+Shapes: N slots, B rows, c channels, H x W pixels of a slot, S side of a view.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dmkd_fast.runtime.operators import check_own_memory, warn_once
 from dmkd_fast.views.reference import reference_boxes, reference_views
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_SIDE = 8192  # The CUDA kernel's 32-bit products of two sides then do not overflow.
+MAX_SIDE = 8192  # so that 32-bit products of two sides do not overflow in the CUDA kernel
 
 _INPUTS = "Tensor slots, Tensor indices, Tensor boxes, Tensor flips, Tensor mean, Tensor std"
 _LIBRARY = torch.library.Library("dmkd_fast", "FRAGMENT")
@@ -39,31 +40,31 @@ def views(
     size: int, pad: int, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gather, crop, resize (bilinear, antialiased), flip, normalise and cast in one pass.
+    """Gather, crop, resize (bilinear, antialiased), flip, normalize and cast in one pass.
 
-    Equals `reference.views`: crop, then torchvision's `resize`, antialiased by axis where the crop
-    shrinks by more than 1.15.
+    Equals `reference_views`: crop, then torchvision's `resize`. Each axis is antialiased only where
+    the crop shrinks by a factor of more than 1.15.
 
     Args:
-        slots: (N, c, H, W) uint8, each slot dense.
+        slots: (N, c, H, W) uint8 images, each slot dense.
         indices: (B,) int64 slot numbers.
-        boxes: (B, 4) int32: top, left, height, width in pixels; may reach `pad` beyond the image,
-            where all is black.
-        flips: (B,) bool, horizontal.
+        boxes: (B, 4) int32: top, left, height, width in pixels. A box may reach up to `pad` pixels
+            beyond the image, where all is black.
+        flips: (B,) bool, whether to flip horizontally.
         size: Side of a view, in pixels.
         pad: Width of the black border, in pixels.
-        mean, std: (c,) float32 of pixel values in [0, 1].
-        dtype: float32, float16 or bfloat16.
-        out: (B, c, size, size) channels_last of `dtype`, written instead of fresh memory; shares
-            none with an input.
+        mean, std: (c,) float32, of pixel values in [0, 1].
+        dtype: Dtype of the views: float32, float16 or bfloat16.
+        out: (B, c, size, size) channels_last of `dtype`, to write the result into. It must not
+            share memory with an input.
 
     Returns:
         (B, c, size, size) of `dtype`, channels_last.
 
     Raises:
-        TypeError, ValueError: A tensor's dtype, shape, device or layout is wrong.
-        IndexError: An index or a box is out of range (a RuntimeError under torch.compile). On CUDA,
-            where raising would mean waiting, such a view reads nothing and is NaN.
+        TypeError, ValueError: The dtype, shape, device or layout of a tensor is wrong.
+        IndexError: An index or a box is out of range (a RuntimeError under torch.compile). On CUDA
+            an error would mean waiting for the device; such a view reads nothing and is NaN.
     """
     _check(slots, indices, boxes, flips, mean, std, size, pad)
     if dtype not in DTYPES:
@@ -86,7 +87,10 @@ def views(
 
 
 def _naming_bad_rows(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """Call an operator; C++ can only throw RuntimeError: make it an IndexError of one line."""
+    """Call an operator, and turn its RuntimeError about a bad row into an IndexError of one line.
+
+    C++ operators can only throw RuntimeError.
+    """
     if torch.compiler.is_compiling():
         return operator(*arguments)
     try:
@@ -150,7 +154,7 @@ def _eager_views(
 
 
 def raise_for_bad_rows(slots: Tensor, indices: Tensor, boxes: Tensor, pad: int) -> None:
-    """What the C++ kernel says, where there is none."""
+    """Raise the error of the C++ kernel for a bad index or box, for the eager definition."""
     height, width = slots.shape[2:]
     bad = (indices < 0) | (indices >= len(slots))
     if bad.any():
@@ -201,7 +205,7 @@ def _fake_view_boxes(seed: int, ids: Tensor, *_: object) -> tuple[Tensor, Tensor
 
 
 def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """The Triton implementation of an operator."""
+    """Return the Triton implementation of an operator; it runs `eager` if Triton is missing."""
 
     def run(*arguments: Any) -> Any:
         try:

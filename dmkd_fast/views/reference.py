@@ -1,4 +1,4 @@
-"""Eager definition of the views operator: what the kernels compute."""
+"""Eager definitions of the view operators, which the kernels must reproduce."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ def reference_views(
     slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, *,
     size: int, pad: int, mean: Tensor, std: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Gather, crop, resize (bilinear, antialiased), flip, normalise, cast: one view per row.
+    """Gather, crop, resize (bilinear, antialiased), flip, normalize and cast: one view per row.
 
     Resampling is separable: rows and columns are weighted by triangle filters over the pixels whose
-    centres lie in the box, written as two batched matrix products. The filter widens with the crop
-    where that shrinks by more than 1.15. Equals cropping first and then torchvision's `resize`.
+    centers lie in the box, written as two batched matrix products. The filter widens with the crop
+    where the crop shrinks by a factor of more than 1.15. Equals cropping first and then
+    torchvision's `resize`.
 
     Args:
-        slots: (N, c, H, W) uint8.
+        slots: (N, c, H, W) uint8 images.
         indices: (B,) int64 slot numbers.
-        boxes: (B, 4) int32: top, left, height, width in pixels; may reach `pad` beyond the image.
-        flips: (B,) bool, horizontal.
-        size: Side of a view.
-        pad: Width of the black border.
-        mean, std: (c,) float32 of pixel values in [0, 1].
-        dtype: Of the result; float64 is computed in float64, everything else in float32.
+        boxes: (B, 4) int32: top, left, height, width in pixels. A box may reach up to `pad` pixels
+            beyond the image.
+        flips: (B,) bool, whether to flip horizontally.
+        size: Side of a view, in pixels.
+        pad: Width of the black border, in pixels.
+        mean, std: (c,) float32, of pixel values in [0, 1].
+        dtype: Dtype of the result. float64 is computed in float64, any other in float32.
 
     Returns:
         (B, c, size, size), channels_last.
@@ -43,10 +45,10 @@ def reference_views(
 
 
 def _filter(start: Tensor, length: Tensor, source: int, size: int, pad: int) -> Tensor:
-    """Weights (B, size, source) float64 that resample [start, start + length) to `size` pixels.
+    """Return weights that resample [start, start + length) to `size` pixels.
 
-    Distances between pixels of crop and view are whole multiples of 1 / (2 * size), so the weights
-    are ratios of integers.
+    Distances between the pixels of crop and view are whole multiples of 1 / (2 * size), so the
+    weights are ratios of integers. Shape (B, size, source), float64.
     """
     pixels = (
         torch.arange(-pad, source + pad, device=start.device) - start[:, None]
@@ -65,21 +67,23 @@ def reference_boxes(
     area_low: int, area_high: int, shape_low: int, shape_high: int,
     spare_height: int, spare_width: int, tries: int, flip: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The crop and flip of each view, from (seed, image id, use) and nothing else.
+    """Draw the crop and flip of each view from (seed, image id, use) and nothing else.
 
-    The first of `tries` crops that fits into the image counts, at any place in the image and its
-    border; if none does, the spare one, in the middle (with `tries` 0: anywhere). Integers, one
-    square root and single products in float64: the same bits on every device, fused or not.
+    The first of `tries` crops that fits into the image is taken, anywhere in the image and its
+    border. If none fits, the spare crop is taken, in the middle (with `tries` 0: anywhere). The
+    arithmetic is integers, one square root, and single products in float64, so all devices give the
+    same bits, with fused multiply-add or without.
 
     Args:
-        seed: Non-negative, below 2**63.
-        ids: (B,) int64, image ids.
-        uses: (B,) int64, below 2**24.
-        height, width, pad: Of the images and their black border, in pixels.
-        area_low, area_high: Range of the crop's share of the image's area, in 2**-24.
-        shape_low, shape_high: Range of log2(width / height) / 2, in 2**-24, within [-8, 8).
-        spare_height, spare_width: Of the spare crop, in pixels.
-        tries: At most 10.
+        seed: Seed, non-negative, below 2**63.
+        ids: (B,) int64 image ids.
+        uses: (B,) int64 use counts, below 2**24.
+        height, width, pad: Sides of the images and width of their black border, in pixels.
+        area_low, area_high: Range of the crop's fraction of the image area, in units of 2**-24.
+        shape_low, shape_high: Range of log2(width / height) / 2, in units of 2**-24; as a number
+            within [-8, 8).
+        spare_height, spare_width: Sides of the spare crop, in pixels.
+        tries: Number of crops to try, at most 10.
         flip: Probability of a horizontal flip.
 
     Returns:
@@ -93,7 +97,7 @@ def reference_boxes(
     tops = torch.cat((bits[:, :2], bits[:, 6:]), dim=1).unflatten(1, (-1, 2))  # (B, tries, 2)
     share = area_low + (((area_high - area_low) * tops[..., 0]) >> 24)
     shape = shape_low + (((shape_high - shape_low) * tops[..., 1]) >> 24)
-    root = (height * width * share).double().sqrt()  # of the area, times 2**12
+    root = (height * width * share).double().sqrt()  # square root of the crop area, times 2**12
     rows, columns = _side(root, -shape), _side(root, shape)  # (B, tries)
     fits = (rows > 0) & (rows <= height) & (columns > 0) & (columns <= width)
     if tries == 0:
@@ -106,16 +110,16 @@ def reference_boxes(
     top = _position(uniform[:, 0], height + 2 * pad - rows, anywhere) - pad
     left = _position(uniform[:, 1], width + 2 * pad - columns, anywhere) - pad
     boxes = torch.stack((top, left, rows, columns), dim=1).int()
-    # As a tensor: a Python number would be compared in float64 by the compiler.
+    # `flip` as a tensor, since the compiler would compare a Python number in float64.
     return boxes, uniform[:, 2] < torch.tensor(flip, device=ids.device)
 
 
-# 2^f for f in [0, 1), both in fixed point; lowest degree first; relative error 2.1e-7.
+# Polynomial for 2^f, f in [0, 1), in fixed point; lowest degree first; relative error 2.1e-7.
 EXP2 = (1073741824, 744261544, 257920167, 59763036, 9874991, 1921638)
 
 
 def _side(root: Tensor, power: Tensor) -> Tensor:
-    """root * 2^(power - 12), power in 2^-24, rounded to an integer."""
+    """Return root * 2^(power - 12), rounded to an integer; `power` is in units of 2^-24."""
     fraction = power & 0xFFFFFF
     factor = torch.full_like(power, EXP2[-1])
     for coefficient in EXP2[-2::-1]:
@@ -125,7 +129,7 @@ def _side(root: Tensor, power: Tensor) -> Tensor:
 
 
 def _position(uniform: Tensor, room: Tensor, anywhere: Tensor) -> Tensor:
-    """A place from 0 to room, or the middle."""
-    # In float32 a uniform number may round to 1.
+    """Return a random position from 0 to room, or the middle where `anywhere` is false."""
+    # Limited to room, since a uniform number may round to 1 in float32.
     place = torch.minimum((uniform * (room + 1).float()).floor().long(), room)
     return torch.where(anywhere, place, room // 2)

@@ -1,4 +1,4 @@
-"""What goes into a classifier and what comes out: size, normalization, crop of a photo; logits."""
+"""Inputs and outputs of a classifier: image size, normalization and evaluation crop; logits."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ CropMode = Literal["center", "squash"]
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """The images a classifier expects; two networks with equal ones can share a rendering."""
+    """The images that a classifier expects; networks with equal specs can share rendered views."""
 
     size: int
     """Side of the square input, in pixels."""
     mean: tuple[float, ...]
-    """Per channel, of pixel values in [0, 1]."""
+    """Mean per channel, of pixel values in [0, 1]."""
     std: tuple[float, ...]
+    """Standard deviation per channel, of pixel values in [0, 1]."""
     crop_pct: float = 1.0
-    """Evaluation resizes the short side to size / crop_pct and takes the centre: 0.875 is the
-    usual 256 -> 224; 1 keeps all of a square image."""
+    """Ratio of the evaluation crop: the short side is resized to size / crop_pct, then the center
+    is cut out. 0.875 is the usual 256 -> 224; 1 keeps all of a square image."""
     interpolation: Interpolation = "bilinear"
-    """Of that resizing; antialiased either way."""
+    """Interpolation of the evaluation resize; both choices are antialiased."""
     crop_mode: CropMode = "center"
-    """`squash` resizes both sides to size / crop_pct, so an image that is not square is distorted
-    (timm's SigLIP and EVA models); both are the same for square images."""
+    """`center` keeps the aspect ratio. `squash` resizes both sides to size / crop_pct, which
+    distorts an image that is not square (timm's SigLIP and EVA models)."""
 
     def __post_init__(self) -> None:
         check_normalization(self.mean, self.std)
@@ -55,16 +56,16 @@ class InputSpec:
 
     @property
     def num_channels(self) -> int:
-        """1 for grey images, 3 for colour."""
+        """Number of channels: 1 for gray images, 3 for color."""
         return len(self.mean)
 
     @property
     def short_side(self) -> int:
-        """What the short side of a whole image is resized to before the centre is cut out."""
+        """Length that the short side of an image is resized to before the center is cut out."""
         return math.floor(self.size / self.crop_pct)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a whole image is resized to before the center is cut out."""
+        """Return the height and width that an image is resized to before the center is cut out."""
         if self.crop_mode == "squash":
             return self.short_side, self.short_side
         short = min(height, width)
@@ -72,11 +73,11 @@ class InputSpec:
 
 
 def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Refuse means and standard deviations that are not of pixel values in [0, 1].
+    """Refuse means and standard deviations that cannot be those of pixel values in [0, 1].
 
     Raises:
         TypeError: An entry is not a number.
-        ValueError: One is out of range, or there are not as many of both.
+        ValueError: An entry is out of range, or `mean` and `std` differ in length or are empty.
     """
     for name, values in (("mean", mean), ("std", std)):
         for value in values:
@@ -95,16 +96,16 @@ def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def check_logits(name: str, logits: Any, num_images: int, num_classes: int | None = None) -> None:
-    """Refuse what is no tensor of logits (num_images, num_classes).
+    """Refuse an output that is not a tensor of logits (num_images, num_classes).
 
     Args:
-        name: Of the network, for the message.
-        logits: What the network returned.
-        num_images: How many images it was given.
-        num_classes: None allows any number.
+        name: Name of the network, for the message.
+        logits: Output of the network.
+        num_images: Number of images that the network was given.
+        num_classes: Expected number of classes; None allows any number.
 
     Raises:
-        ValueError: The output is no tensor, or has another shape.
+        ValueError: The output is not a tensor, or has another shape.
     """
     expected = f"({num_images}, {'' if num_classes is None else f'{num_classes} '}classes)"
     if not isinstance(logits, Tensor):

@@ -1,10 +1,11 @@
-"""The CUDA kernels of views: one renders BLOCK numbers of a view, one draws crops and flips.
+"""Triton kernels that render views and draw crops and flips on CUDA.
 
-py imports it when the first CUDA tensor comes. Definitions are in
-reference.py. Weights are ratios of integers and the final arithmetic is rounded as there, so a crop
-of the view's size has the same bits as on a CPU. Nothing waits for the device: a view whose index
-or box is out of range reads nothing and is NaN.
-B rows, c channels, H W pixels of a slot, S side of a view.
+`views/ops.py` imports this module when the first CUDA tensor arrives. The kernels reproduce
+`views/reference.py`: weights are ratios of integers, and the final arithmetic is rounded in the
+same way, so a crop of the view's size has the same bits as on a CPU. Nothing waits for the device:
+a view whose index or box is out of range reads nothing and is NaN.
+
+Shapes: B rows, c channels, H x W pixels of a slot, S side of a view.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dmkd_fast.runtime.operators import Launch
 from dmkd_fast.views.reference import EXP2 as EXP2_
 
 NUM_WARPS = 4
-BYTES = 16  # of a view per thread: one store of 128 bits
-ROWS = 128  # crops per program
+BYTES = 16  # bytes of a view per thread: one store of 128 bits
+ROWS = 128  # crops per program of `boxes_kernel`
 
 STREAM = tl.constexpr(philox.STREAM_VIEWS << 24)
 EXP0, EXP1, EXP2, EXP3, EXP4, EXP5 = map(tl.constexpr, EXP2_)
@@ -30,14 +31,14 @@ EXP0, EXP1, EXP2, EXP3, EXP4, EXP5 = map(tl.constexpr, EXP2_)
 
 @triton.jit
 def _first(place, length, support, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first pixel of a crop that pixel `place` of the view depends on."""
+    """Return the first pixel of a crop that pixel `place` of the view depends on."""
     low = (2 * place + 1) * length - 2 * support - SIZE
     return tl.where(low < 0, 0, low // (2 * SIZE) + 1)
 
 
 @triton.jit
 def _share(pixel, place, length, support, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The weight of a crop's pixel in pixel `place` of the view, as an integer."""
+    """Return the weight of a crop's pixel in pixel `place` of the view, as an integer."""
     gap = tl.abs((2 * pixel + 1) * SIZE - (2 * place + 1) * length)
     return tl.where(pixel < length, tl.maximum(2 * support - gap, 0), 0)
 
@@ -47,7 +48,7 @@ def render_kernel(  # type: ignore[no-untyped-def]
     out, slots, indices, boxes, flips, mean, std, num_slots, slot_stride, height, width, pad,
     SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B, ceil(S * S * c / BLOCK))."""
+    """Render BLOCK numbers of one view per program. Grid: (B, ceil(S * S * c / BLOCK))."""
     row = tl.program_id(0).to(tl.int64)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channel, pixel = element % CHANNELS, element // CHANNELS
@@ -133,7 +134,7 @@ def boxes_kernel(  # type: ignore[no-untyped-def]
     boxes, flips, ids, uses, count, seed, height, width, pad, area_low, area_high, shape_low,
     shape_high, spare_height, spare_width, tries, flip, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (ceil(B / ROWS),)."""
+    """Draw the crops and flips of ROWS views per program. Grid: (ceil(B / ROWS),)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < count
     id = tl.load(ids + row, mask=inside, other=0).to(tl.uint64)
@@ -172,7 +173,7 @@ def views(
     slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor,
     size: int, pad: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The operator `views`."""
+    """Run the operator `views`; arguments as in `views/ops.py`."""
     out = torch.empty(
         (len(indices), slots.shape[1], size, size), dtype=dtype, device=slots.device,
         memory_format=torch.channels_last,
@@ -182,13 +183,13 @@ def views(
 
 
 def views_out(out: Tensor, *inputs: Any) -> None:
-    """The operator `views_out`."""
+    """Run the operator `views_out`, which writes into `out`; arguments as in `views/ops.py`."""
     if out.numel():
         plan_views(out, *inputs).run()
 
 
 def view_boxes(seed: int, ids: Tensor, uses: Tensor, *recipe: Any) -> tuple[Tensor, Tensor]:
-    """The operator `view_boxes`."""
+    """Run the operator `view_boxes`; arguments as in `reference_boxes`."""
     boxes = ids.new_empty((len(ids), 4), dtype=torch.int32)
     flips = ids.new_empty((len(ids),), dtype=torch.bool)
     if len(ids):
@@ -200,7 +201,7 @@ def plan_views(
     out: Tensor, slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor,
     std: Tensor, pad: int,
 ) -> Launch:  # fmt: skip
-    """The launch that fills `out`."""
+    """Prepare the kernel launch that renders views into `out`."""
     count, channels, size, _ = out.shape
     height, width = slots.shape[2:]
     numbers = channels * size * size
@@ -218,7 +219,7 @@ def plan_views(
 def plan_boxes(
     boxes: Tensor, flips: Tensor, seed: int, ids: Tensor, uses: Tensor, *recipe: Any
 ) -> Launch:
-    """The launch that draws crops and flips."""
+    """Prepare the kernel launch that draws crops and flips into `boxes` and `flips`."""
     arguments = (
         boxes, flips.view(torch.uint8), ids.contiguous(), uses.contiguous(), len(ids), seed,
         *recipe,
