@@ -158,7 +158,7 @@ def decode(
 def _pipeline(
     encoded: Iterator[list[Any]], inputs: Sequence[InputSpec], batch_size: int, device: torch.device
 ) -> Any:
-    """Build a DALI pipeline from lists of encoded images to one HWC float tensor per input."""
+    """Build a DALI pipeline that returns one HWC float tensor per input."""
     pipeline = new_pipeline(
         batch_size=batch_size, num_threads=torch.get_num_threads(), device=device,
         prefetch_queue_depth=2,

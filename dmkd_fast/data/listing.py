@@ -160,7 +160,7 @@ def class_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def warn_of_order(folder: Path, names: Sequence[str]) -> None:
-    """Log once if numbered class folders get other labels than in torchvision's ImageFolder."""
+    """Log once if the labels differ from those of torchvision's ImageFolder."""
     for label, (mine, other) in enumerate(zip(names, sorted(names), strict=True)):
         if mine != other:
             warn_once(
@@ -229,7 +229,7 @@ def warn_once(text: str) -> None:
 
 
 def _left_out(left_out: Counter[str]) -> str:
-    """Return text like ` (3 files left out: 2 .gif, 1 hidden)`, or "" if there are none."""
+    """Return text like ` (3 files left out: 2 .gif, 1 hidden)`, or "" for none."""
     if not left_out:
         return ""
     total = left_out.total()

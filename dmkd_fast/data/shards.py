@@ -40,7 +40,7 @@ _PART = re.compile(r"shard-([0-9]{6,})\.parquet")
 
 
 class Plan(BaseModel):
-    """The content of a complete directory, and the settings that its images are made with."""
+    """The content of a complete directory, and the settings of its images."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -208,7 +208,9 @@ def finished(folder: Path) -> list[int]:
 
 
 class ShardWriter:
-    """Write one shard under temporary names, until `commit` renames the tar and then the manifest.
+    """Write one shard under temporary names until it is complete.
+
+    `commit` renames first the tar and then the manifest.
 
     Args:
         folder: Directory that was passed to `claim`.
@@ -265,7 +267,7 @@ def withdraw(folder: Path, shard: int) -> None:
 
 
 def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
-    """Read the manifest and the tar headers of a finished shard, and check that they agree.
+    """Load a finished shard, and check its tar headers against the manifest.
 
     Raises:
         SourceError: They do not agree, a file cannot be read, or a member is not allowed in shards.
@@ -308,7 +310,7 @@ def _begin(folder: Path, plan: Plan) -> None:
 
 
 def _read_rows(path: Path, ids: range, num_classes: int) -> tuple[np.ndarray, list[str]]:
-    """Read the classes and hashes of one manifest file, which must have exactly these ids."""
+    """Read classes and hashes of a manifest file that must have exactly these ids."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

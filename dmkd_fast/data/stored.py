@@ -76,7 +76,7 @@ class ImageReader:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the ring has room for all images and all were read; more would only repeat."""
+        """Whether all images were read and fit into the ring; more would repeat them."""
         count = self.source.num_images
         return self.source.is_complete and count <= self.ring_images and self.position >= count
 
@@ -145,7 +145,10 @@ class ImageReader:
         self._order = (-1, self._order[1])
 
     def _wait_for(self, position: int) -> None:
-        """Wait until all images before `position` exist; later passes need the whole source."""
+        """Wait until all images before `position` exist.
+
+        Every pass after the first needs the whole source.
+        """
         source = self.source
         started = latest = time.monotonic()
         has_waited = False
@@ -169,7 +172,10 @@ class ImageReader:
             self.waits.append(time.monotonic() - started)
 
     def _pass(self, number: int) -> np.ndarray:
-        """Return the image numbers of a pass, int64: (N,), or as many as exist in the first one."""
+        """Return the image numbers of a pass, (N,) int64.
+
+        The first pass over a growing source has only as many as exist.
+        """
         if number == 0 and self.source.first_pass is not None:
             return self.source.first_pass
         if self._order[0] != number:

@@ -72,7 +72,9 @@ def check_end(path: Path, position: int) -> None:
 
 
 def list_shards(folder: Path, names: list[str]) -> tuple[list[Item], Counter[str]]:
-    """List the samples of tar files in WebDataset's layout: KEY.jpg (or other) and KEY.cls.
+    """List the samples of tar files in WebDataset's layout.
+
+    A sample is KEY.jpg (or another image ending) and KEY.cls.
 
     Args:
         folder: Folder of the tar files.
@@ -140,7 +142,7 @@ def _list_shard(shard: Path, left_out: Counter[str]) -> list[Item]:
 
 
 def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Yield the regular files in a tar, in order, with the text of those that are labels."""
+    """Yield the regular files in a tar, in order, each with its text if a label."""
     size, position = shard.stat().st_size, 0
     with shard.open("rb") as file:
         start = file.read(2)

@@ -189,7 +189,7 @@ def load_idx(folder: Path, split: str) -> ImageSet:
 
 
 def prepare(images: Tensor, spec: InputSpec) -> Tensor:
-    """Prepare images for a network as in evaluation: resize, crop the center, normalize.
+    """Resize, crop and normalize images as evaluation needs them for a network.
 
     Args:
         images: (b, c, H, W) uint8.
@@ -239,7 +239,7 @@ def check_inputs(inputs: Iterable[InputSpec], num_channels: int | None) -> tuple
 
 
 def batch_images(inputs: Iterable[InputSpec]) -> int:
-    """Return the batch size: 500 small images, fewer large ones (111 of 3 x 224 x 224)."""
+    """Return the batch size: 500 small images, or fewer (111 of 3 x 224 x 224)."""
     # Depends on the inputs alone, because rounding in matrix products may depend on the batch size.
     most = max(spec.num_channels * spec.size**2 for spec in inputs)
     return max(1, min(500, 2**24 // most))

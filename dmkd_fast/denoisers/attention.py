@@ -83,7 +83,7 @@ def attend(qkv: Tensor, bias: Tensor | None, kind: Attention) -> Tensor:
 def _xformers_takes(
     device: torch.device, dtype: torch.dtype, num_tokens: int, num_heads: int, head_dim: int
 ) -> bool:
-    """Return whether xFormers is installed and one of its operators supports these inputs."""
+    """Return whether xFormers is installed and supports these inputs."""
     # xFormers warns about extensions built for another torch, which may not concern this operator.
     logging.getLogger("xformers").setLevel(logging.ERROR)
     try:

@@ -143,10 +143,10 @@ class DiTBlock(nn.Module):
 
 
 def lean_dit(dit: Any) -> LeanDiT | None:
-    """Build a `LeanDiT` from a `DiTTransformer2DModel`, sharing weights where possible.
+    """Build a `LeanDiT` from diffusers' DiT, sharing weights where possible.
 
     Args:
-        dit: diffusers' module.
+        dit: diffusers' `DiTTransformer2DModel`.
 
     Returns:
         The module, or None if the embedders of the blocks differ or `LeanDiT` does not implement a

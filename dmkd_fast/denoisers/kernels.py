@@ -78,7 +78,9 @@ def residual_norm(
 
 
 def short_attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute softmax(q k^T / sqrt(d)) v for short sequences on a CPU, with q, k, v = qkv + bias.
+    """Compute attention of short sequences on a CPU.
+
+    The result is softmax(q k^T / sqrt(d)) v, with q, k, v = qkv + bias.
 
     Args:
         qkv: (B, T, 3, H, d), contiguous, float32 or bfloat16; d even.

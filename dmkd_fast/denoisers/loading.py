@@ -60,7 +60,7 @@ class Denoiser:
     """The module's own index of each of `num_classes` labels; None if both are the same."""
 
     def restricted(self, class_map: tuple[int, ...]) -> Denoiser:
-        """Return the same model for a job with only some of its classes, in the job's order.
+        """Return the same model for a job with some of its classes, in job order.
 
         Raises:
             ValueError: An entry is not a class of the model, or is repeated.
@@ -158,7 +158,7 @@ def new_pixel_dit(
 
 
 def share_embedder(dit: Any) -> None:
-    """Make all blocks share the first block's timestep and label embedder, without dropout."""
+    """Make all blocks share the embedder of the first block, without dropout."""
     embedder = dit.transformer_blocks[0].norm1.emb
     embedder.class_embedder.dropout_prob = 0.0
     for block in dit.transformer_blocks:
@@ -166,7 +166,7 @@ def share_embedder(dit: Any) -> None:
 
 
 def save_denoiser(dit: Any, scheduler: dict[str, Any], folder: Path) -> None:
-    """Write a folder (`transformer/`, `scheduler/`) that diffusers can load; float16 weights."""
+    """Write `transformer/` (float16) and `scheduler/` for diffusers to load."""
     target = folder / "transformer"
     target.mkdir(parents=True, exist_ok=True)
     # Shared embedders are written once per block, as diffusers expects to read them.
@@ -366,7 +366,7 @@ def _check_config(
 
 
 def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
-    """Load a diffusers model from safetensors files only; no weight may be missing or extra."""
+    """Load a diffusers model from safetensors files that fit it exactly."""
     check_plain(folder)
     files, variant = model_folders.weight_files(folder)
     model_class = getattr(_diffusers(), name)

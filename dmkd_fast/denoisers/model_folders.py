@@ -83,7 +83,7 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
 
 
 def load_strictly(model: nn.Module, files: list[Path]) -> None:
-    """Load `model` from safetensors files that together hold its weights and nothing else.
+    """Load weights from safetensors files that together fit `model` exactly.
 
     Raises:
         ValueError: A file is damaged, a name or shape differs from the model's, or weights are
@@ -210,7 +210,7 @@ def one_line(error: Exception) -> str:
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Return whether `value` has a type that fits `default`; a default of None fits any value."""
+    """Return whether a value has the type of `default`; None allows any type."""
     if isinstance(default, bool):
         values = value if isinstance(value, list) else [value]
         return all(isinstance(v, bool) for v in values)

@@ -15,7 +15,10 @@ from dmkd_fast.denoisers.upsampling import double_by_phases
 
 
 class PixelDiT(nn.Module):
-    """diffusers' DiT with the sampler's call: for training, and the reference for `LeanDiT`."""
+    """diffusers' DiT with the sampler's call.
+
+    It is the module that is trained, and the reference for `LeanDiT`.
+    """
 
     def __init__(self, dit: Any) -> None:
         super().__init__()
@@ -53,7 +56,7 @@ class ClassUNet(nn.Module):
 
 
 class TextUNet(nn.Module):
-    """diffusers' `UNet2DConditionModel`, conditioned on one prompt per class, encoded once.
+    """diffusers' `UNet2DConditionModel` with one prompt per class, encoded once.
 
     Args:
         unet: diffusers' module.
@@ -109,7 +112,15 @@ class Decoder(nn.Module):
 
 
 def _guidance_waves(guidance: Tensor, width: int) -> Tensor:
-    """Embed guidance scale - 1, (B,), as sinusoids (B, width) for guidance-distilled UNets."""
+    """Embed guidance values as sinusoids, for guidance-distilled UNets.
+
+    Args:
+        guidance: Guidance scale - 1, (B,).
+        width: Width of the embedding.
+
+    Returns:
+        (B, width).
+    """
     half = width // 2
     places = torch.arange(half, dtype=torch.float32, device=guidance.device)
     angles = 1000 * guidance[:, None] * torch.exp(places * (-math.log(10_000) / (half - 1)))

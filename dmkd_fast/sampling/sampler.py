@@ -233,7 +233,7 @@ class DiffusionSampler:
         return philox.normal(self.seed, ids, step=step, count=c * h * w).view(-1, c, h, w)
 
     def _scale_table(self) -> Tensor | None:
-        """Return the guidance scale of each label, (num_classes,) float32; None if all agree."""
+        """Return the guidance scales, (num_classes,) float32; None if all agree."""
         if not self.class_guidance:
             return None
         if self.num_classes is None:
@@ -340,9 +340,9 @@ def _advance(
 def _decode(
     decoder: nn.Module | None, latents: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Decode latents (B, c, h, w) float32 and find images with values that are not finite.
+    """Decode latents (B, c, h, w) float32 and find broken images.
 
-    Such a value would look black or white in the image. Values are rounded to the nearest level.
+    Values are rounded to the nearest level. One that is not finite would look black or white.
 
     Returns:
         Images (B, 1 or 3, H, W) uint8, and whether each has a value that is not finite, (B,) bool.
@@ -356,7 +356,7 @@ def _decode(
 
 
 class _Graph:
-    """One micro-batch as one CUDA graph: two small copies for the inputs, then one launch."""
+    """One micro-batch as a CUDA graph: two small copies, then one launch."""
 
     def __init__(self, make: Any, ids: Tensor, labels: Tensor) -> None:
         self._ids, self._labels = ids.clone(), labels.clone()

@@ -266,10 +266,10 @@ def _consistency(scheduler: Scheduler, num_steps: int, trained: int, solver: str
 def _exponential(
     alpha: Tensor, sigma: Tensor, *, second_order: bool, first_order_end: bool = False
 ) -> dict[str, Tensor]:
-    """Return columns a, b0 and b1 of DPM-Solver++ for x = alpha * image + sigma * noise.
+    """Return columns a, b0 and b1 of DPM-Solver++.
 
-    The first-order step is the exact solution for a constant image estimate. It equals the step of
-    DDIM and of Euler.
+    The noise levels are those of x = alpha * image + sigma * noise. The first-order step is the
+    exact solution for a constant image estimate. It equals the step of DDIM and of Euler.
 
     Args:
         alpha, sigma: (K + 1,) each, from the first noise level to the last.
@@ -281,7 +281,7 @@ def _exponential(
     lean = torch.zeros_like(newest)
     if second_order:
         h = (alpha / sigma).log().diff()  # steps in half of the log signal-to-noise ratio
-        # A step stays first order if its h or the previous one is infinite (an end without noise).
+        # A step stays first order if its h or the previous one is infinite (alpha or sigma is 0).
         inner = torch.isfinite(h[1:]) & torch.isfinite(h[:-1])
         lean[1:][inner] = (h[1:] / (2 * h[:-1]))[inner]
         if first_order_end:
