@@ -1,1 +1,1 @@
-"""Images on disk: list, decode, shards, test sets."""
+"""Read images from disk: list, decode, shards, test sets."""

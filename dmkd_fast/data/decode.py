@@ -1,7 +1,7 @@
 """Decode image files and tar members with NVIDIA DALI, for test sets and for the ring.
 
-`data/listing.py` and `data/tar_files.py`
-find the images: DALI's own readers pad or drop at the end of a pass.
+`data/listing.py` and `data/tar_files.py` find the images, because DALI's own readers pad or drop
+images at the end of a pass. Shapes: b images of a batch, c channels, S input size.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
 def check_dali() -> None:
-    """DALI can be imported.
+    """Check that DALI can be imported.
 
     Raises:
-        SourceError: It is not installed.
+        SourceError: DALI is not installed.
     """
     try:
         import nvidia.dali  # noqa: F401
@@ -39,11 +39,17 @@ def check_dali() -> None:
 def new_pipeline(
     *, batch_size: int, num_threads: int, device: torch.device, prefetch_queue_depth: int
 ) -> Any:
-    """An empty DALI pipeline that decodes on a device.
+    """Return an empty DALI pipeline that decodes on a device.
+
+    Args:
+        batch_size: Largest number of images per run.
+        num_threads: Number of decoding threads.
+        device: CPU, or a CUDA device with its index.
+        prefetch_queue_depth: Number of batches that DALI prepares in advance.
 
     Raises:
         SourceError: DALI is not installed.
-        ValueError: The device is `cuda` without an index, which DALI takes for GPU 0.
+        ValueError: The device is `cuda` without an index; DALI would use GPU 0.
     """
     check_dali()
     from nvidia import dali
@@ -52,34 +58,45 @@ def new_pipeline(
         raise ValueError("device: got cuda without an index, expected for example cuda:0")
     return dali.Pipeline(
         batch_size=batch_size, num_threads=num_threads, prefetch_queue_depth=prefetch_queue_depth,
-        device_id=device.index if device.type == "cuda" else None,  # None: looks for no driver
+        device_id=device.index if device.type == "cuda" else None,  # None: no driver needed
     )  # fmt: skip
 
 
 def decoded(encoded: Any, device: torch.device, num_channels: int) -> Any:
-    """DALI node: encoded images -> (h, w, num_channels) uint8, as they are stored."""
+    """Return a DALI node that decodes images to (h, w, num_channels) uint8.
+
+    The images are neither scaled nor rotated.
+
+    Args:
+        encoded: DALI node with encoded images.
+        device: Device of the pipeline.
+        num_channels: 1 for gray, otherwise color.
+    """
     from nvidia import dali
 
-    fn: Any = dali.fn  # generated at import: nothing a type checker could follow
+    fn: Any = dali.fn  # DALI generates its functions at import, so they have no static types
     types: Any = dali.types
     return fn.decoders.image(
         encoded, device="mixed" if device.type == "cuda" else "cpu",
         output_type=types.GRAY if num_channels == 1 else types.RGB,
         adjust_orientation=False,  # published accuracies ignore EXIF
-        jpeg_fancy_upsampling=True,  # the GPU's decoder interpolates chroma as the CPU's does
+        jpeg_fancy_upsampling=True,  # interpolate chroma on the GPU as on the CPU
     )  # fmt: skip
 
 
 def image_size(name: str, data: Any, *, short_side: int = 1) -> tuple[int, int]:
-    """Height and width of an encoded image by its header; a small file can be a huge image.
+    """Read height and width of an encoded image from its header.
+
+    The check of the number of pixels belongs before decoding: a small file can be a huge image.
 
     Args:
-        name: For messages.
-        data: Its bytes.
-        short_side: What the short side will be resized to.
+        name: Name of the image, for messages.
+        data: Encoded bytes.
+        short_side: Length to which the short side will be resized, in pixels.
 
     Raises:
-        SourceError: It is not an image that can be read, or has too many pixels, now or resized.
+        SourceError: The data is not a readable image, or the image has too many pixels, as stored
+            or resized.
     """
     if bytes(data[: len(_PNG)]) == _PNG:
         size = bytes(data[len(_PNG) : len(_PNG) + 8]).ljust(8, b"\0")
@@ -96,7 +113,7 @@ def image_size(name: str, data: Any, *, short_side: int = 1) -> tuple[int, int]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The message of a DALI error in one line; says so where memory was used up."""
+    """Return the message of a DALI error on one line, or advice if memory was used up."""
     text = " ".join(str(error).split())
     if any(words in text for words in ("bad_alloc", "out of memory", "annot allocate")):
         return "memory is used up: set a smaller batch or device=cpu"
@@ -106,7 +123,16 @@ def reason_of(error: BaseException) -> str:
 def decode(
     items: Sequence[Item], inputs: Sequence[InputSpec], batch_size: int, device: torch.device
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Each item once, in order: one tensor (b, c, S, S) float32 per input, and labels (b,).
+    """Decode each item once, in order, in batches prepared for every input.
+
+    Args:
+        items: Encoded images.
+        inputs: Input specs of the networks; all have the same number of channels.
+        batch_size: Images per batch, b; the last batch may be smaller.
+        device: Device of the results.
+
+    Yields:
+        One tensor (b, c, S, S) float32 per input, channels_last; labels (b,) int64.
 
     Raises:
         SourceError: DALI is not installed, or an image cannot be read.
@@ -118,12 +144,12 @@ def decode(
     for number, batch in enumerate(batches):
         try:
             outputs = pipeline.run()
-        except RuntimeError as error:  # of this batch, or of those being prefetched
+        except RuntimeError as error:  # caused by this batch or by one being prefetched
             suspects = [item for b in batches[number : number + 3] for item in b]
             raise SourceError(_blame(suspects, inputs, device, reason_of(error))) from None
-        # The pipeline writes its buffers again two runs later. channels_last is HWC in memory.
+        # DALI reuses its buffers two runs later, hence `clone`. channels_last is HWC in memory.
         views = [torch.from_dlpack(out.as_tensor()).clone().permute(0, 3, 1, 2) for out in outputs]
-        if device.type == "cuda":  # and without waiting for these copies
+        if device.type == "cuda":  # DALI does not wait for these copies
             torch.cuda.current_stream(device).synchronize()
         labels = torch.tensor([item.label for item in batch], device=device)
         yield [view.to(device) for view in views], labels
@@ -132,7 +158,7 @@ def decode(
 def _pipeline(
     encoded: Iterator[list[Any]], inputs: Sequence[InputSpec], batch_size: int, device: torch.device
 ) -> Any:
-    """A DALI pipeline from lists of encoded images to one HWC float tensor per input."""
+    """Build a DALI pipeline that returns one HWC float tensor per input."""
     pipeline = new_pipeline(
         batch_size=batch_size, num_threads=torch.get_num_threads(), device=device,
         prefetch_queue_depth=2,
@@ -150,7 +176,7 @@ def _pipeline(
         short = dali.math.min(*sides)
         outputs = []
         for spec in inputs:
-            # Sizes and offsets as torchvision computes them: long side cut, offset rounded.
+            # Sizes and offsets as in torchvision: long side rounded down, offset rounded.
             squash = spec.crop_mode == "squash"
             size = [(spec.short_side * side) // (side if squash else short) for side in sides]
             resized = fn.resize(
@@ -159,7 +185,7 @@ def _pipeline(
             )  # fmt: skip
             slack = [s - spec.size for s in size]
             start = [s // 2 + (s % 2) * ((s // 2) % 2) for s in slack]  # halves to even
-            # Named: a positional shape becomes a tensor, on the GPU where the image is there.
+            # By keyword: a positional shape becomes a tensor, on the GPU if the image is there.
             cut = fn.slice(
                 resized, start=fn.stack(*start), shape=[spec.size, spec.size], axes=[0, 1]
             )
@@ -174,7 +200,7 @@ def _pipeline(
 
 
 def _read(items: Sequence[Item], inputs: Sequence[InputSpec]) -> list[Any]:
-    """Bytes of each image, after a look at its size."""
+    """Read the bytes of each image and check its size in pixels."""
     encoded, short_side = [item.read() for item in items], max(s.short_side for s in inputs)
     for item, data in zip(items, encoded, strict=True):
         image_size(item.name, data, short_side=short_side)
@@ -184,7 +210,7 @@ def _read(items: Sequence[Item], inputs: Sequence[InputSpec]) -> list[Any]:
 def _blame(
     suspects: Sequence[Item], inputs: Sequence[InputSpec], device: torch.device, reason: str
 ) -> str:
-    """Which image cannot be decoded, in one line."""
+    """Find the image that cannot be decoded and return a message of one line about it."""
     for item in suspects:
         try:
             _pipeline(iter([_read([item], inputs)]), inputs, 1, device).run()
@@ -200,9 +226,9 @@ def _size_by_pillow(name: str, data: Any) -> tuple[int, int]:
         raise SourceError(f"{name}: got 0 bytes, expected an image; replace or remove it")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `image_size` has its own bound
+            warnings.simplefilter("ignore")  # `image_size` has its own bound of pixels
             with Image.open(io.BytesIO(data)) as image:
                 return image.size
-    except Exception as error:  # Pillow raises errors of every kind on damaged headers.
+    except Exception as error:  # Pillow raises many kinds of errors on damaged headers
         reason = " ".join(str(error).split()).partition(" <_io")[0][:80]
         raise SourceError(f"{name}: not an image that can be read ({reason}); remove it") from None

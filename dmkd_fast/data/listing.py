@@ -1,7 +1,7 @@
 """Find the image files below a folder and the class of each, for test sets and for sources.
 
-Links are followed. Hidden files and folders and files that are no images are
-left out, counted by ending, and reported in one log line.
+Links are followed. Hidden files and folders are left out, as are files that are not images. They
+are counted by ending and reported in one log line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from dmkd_fast.runtime import distributed
 
-# torchvision's list, and the further endings of formats that DALI decodes.
+# The list of torchvision's ImageFolder, then further endings of formats that DALI decodes.
 EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
     ".jpe", ".jfif", ".pbm", ".pnm", ".jp2",
@@ -27,31 +27,31 @@ EXTENSIONS = (
 # Upper bound for one image; larger files and tar members are rejected.
 MOST_BYTES = 64 * 2**20
 MOST_PIXELS = 2**26
-# A folder with more links to it than this is taken for a net of links without end.
+# A folder that is visited more often than this is assumed to be reached through a cycle of links.
 MOST_LINKS = 100
 CLASS_NAMES = "classes.txt"
 
 
 class SourceError(ValueError):
-    """Images that cannot be read; the message is one line for the user."""
+    """Raised if images cannot be read; the message is one line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One encoded image: `length` bytes of `path` from `offset` on."""
+    """One encoded image: `length` bytes of `path`, starting at byte `offset`."""
 
     path: str
     name: str
-    """For messages: the file, or shard and member."""
+    """Name for messages: the file, or the shard and its member."""
     offset: int
     length: int
     label: int
 
     def read(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """(length,) uint8.
+        """Read the encoded bytes, (length,) uint8.
 
         Raises:
-            SourceError: The bytes are not there, or too many for one image.
+            SourceError: The bytes cannot be read, or there are none or too many for one image.
         """
         if not 0 < self.length <= MOST_BYTES:
             raise SourceError(
@@ -72,14 +72,14 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What lies below a folder."""
+    """The images and sub-folders below a folder."""
 
     images: list[str]
-    """Paths below the folder, with "/" between names, sorted."""
+    """Paths of the images relative to the folder, with "/" as separator, sorted."""
     folders: list[str]
-    """Names of its sub-folders, sorted."""
+    """Names of the direct sub-folders, sorted."""
     left_out: Counter[str]
-    """Files that are no images, by ending, and hidden files and folders."""
+    """Number of files that are not images, by ending, and of hidden files and folders."""
 
 
 def list_images(folder: Path) -> Listing:
@@ -130,7 +130,7 @@ def list_images(folder: Path) -> Listing:
 
 
 def by_class(folder: Path, listing: Listing) -> dict[str, list[str]]:
-    """Paths of the images of each class folder, in the order of `class_order`.
+    """Group images by class folder, with the folders in the order of `class_order`.
 
     Raises:
         SourceError: An image is outside the class folders, or a class folder has no image.
@@ -154,13 +154,13 @@ def by_class(folder: Path, listing: Listing) -> dict[str, list[str]]:
 
 
 def class_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Class folders in the order of their labels: numbers by value, names by alphabet."""
+    """Sort class folders by label: numbers by value, other names alphabetically."""
     order = sorted(names)
     return tuple(sorted(order, key=int) if all_numbers(order) else order)
 
 
 def warn_of_order(folder: Path, names: Sequence[str]) -> None:
-    """Log once that numbered class folders have other labels than in torchvision's ImageFolder."""
+    """Log once if the labels differ from those of torchvision's ImageFolder."""
     for label, (mine, other) in enumerate(zip(names, sorted(names), strict=True)):
         if mine != other:
             warn_once(
@@ -172,15 +172,22 @@ def warn_of_order(folder: Path, names: Sequence[str]) -> None:
 
 
 def all_numbers(names: Sequence[str]) -> bool:
-    """Whether names are whole numbers, and so say nothing about what the classes are."""
+    """Return whether all names are whole numbers, which do not describe the classes."""
     return all(name.isascii() and name.isdigit() for name in names)
 
 
 def list_folder(folder: Path, names: tuple[str, ...]) -> tuple[list[Item], tuple[str, ...]]:
-    """Images of `folder/CLASS/**`, classes in the order of `names` (default: `class_order`).
+    """List the images of `folder/CLASS/**`.
+
+    Args:
+        folder: Folder with one sub-folder per class.
+        names: Names of the sub-folders in the order of the labels; if empty, `class_order` applies.
+
+    Returns:
+        The images, sorted by label and name, and the names of the classes.
 
     Raises:
-        SourceError: See `list_images` and `by_class`; or `names` are not those of the folders.
+        SourceError: See `list_images` and `by_class`; or `names` differ from the sub-folders.
     """
     listing = list_images(folder)
     if not listing.folders and not listing.images:
@@ -209,20 +216,20 @@ def list_folder(folder: Path, names: tuple[str, ...]) -> tuple[list[Item], tuple
 
 
 def report(folder: Path, left_out: Counter[str]) -> None:
-    """Log how many files were left out and which."""
+    """Log which kinds of files were left out and how many."""
     if left_out:
         warn_once(f"{folder}: not all files are images in a known format{_left_out(left_out)}")
 
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Log a line the first time that this process has it, on rank 0."""
+    """Log a line on rank 0, but only once per process."""
     if distributed.read().rank == 0:
         logging.getLogger("dmkd_fast").warning(text)
 
 
 def _left_out(left_out: Counter[str]) -> str:
-    """Text like ` (3 files left out: 2 .gif, 1 hidden)`; empty if there is nothing."""
+    """Return text like ` (3 files left out: 2 .gif, 1 hidden)`, or "" for none."""
     if not left_out:
         return ""
     total = left_out.total()

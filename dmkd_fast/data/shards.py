@@ -1,14 +1,15 @@
-"""Generated images on disk: WebDataset tar shards, a parquet manifest, and how they were made.
+"""Directories of generated images: WebDataset tar shards, a parquet manifest and a plan.
 
-`jobs/generate.py` writes it, `data/sources.py` reads it. A directory holds
+`jobs/generate.py` writes such a directory, and `data/sources.py` reads it. The directory holds
 
-    job.json                       the Plan: how many images, how they are made
+    job.json                       the `Plan`: how many images there will be, and how they are made
     shard-000000.tar               ID.png and ID.cls for each of its ids, in order
-    manifest/shard-000000.parquet  one row per image; its presence says that the shard is finished
+    manifest/shard-000000.parquet  one row per image; it exists once the shard is finished
 
-The manifest of the whole directory is the union of its parts, as parquet readers take a folder
-(`pyarrow.parquet.read_table("DIR/manifest")`), so concurrent jobs never write the same file.
-Nothing is ever extracted from a tar: members are byte ranges, checked against the manifest.
+The manifest of the whole directory is the union of the files in `manifest/`, which parquet readers
+accept as one table (`pyarrow.parquet.read_table("DIR/manifest")`). So concurrent jobs never write
+the same file. Nothing is extracted from a tar: members are byte ranges, checked against the
+manifest. Shapes: n images of a shard.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from dmkd_fast.data.tar_files import tar_members
 from dmkd_fast.runtime import files
 
 PLAN, MANIFEST = "job.json", "manifest"
-# Ids of later passes count on from those of the first one, in int64.
+# Ids of later passes continue after those of the first pass and must fit in int64.
 MOST_IMAGES = 10**15
 _PART = re.compile(r"shard-([0-9]{6,})\.parquet")
 
 
 class Plan(BaseModel):
-    """What a directory will hold when it is complete, and how its images are made."""
+    """The content of a complete directory, and the settings of its images."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -51,22 +52,22 @@ class Plan(BaseModel):
     num_classes: int = Field(ge=1)
     class_names: tuple[str, ...]
     licence: str
-    """Of the denoiser's weights."""
+    """License of the denoiser's weights."""
     settings: dict[str, Any]
     """Everything that an image or its row depends on: seed, denoiser, sampler, dtype, teacher."""
 
     @property
     def num_shards(self) -> int:
-        """Shards of the complete directory."""
+        """Number of shards in the complete directory."""
         return -(-self.num_images // self.images_per_shard)
 
     def ids(self, shard: int) -> range:
-        """Image ids of a shard."""
+        """Return the image ids of a shard."""
         start = shard * self.images_per_shard
         return range(start, min(start + self.images_per_shard, self.num_images))
 
     def difference(self, other: Plan) -> str:
-        """The first setting that differs, as `name: mine, other: theirs`; empty if none does."""
+        """Describe the first setting that differs from `other`; return "" if none does."""
         mine, theirs = (dict(_flat(plan.model_dump(mode="json"))) for plan in (self, other))
         for name in [*mine, *theirs]:
             if mine.get(name) != theirs.get(name):
@@ -76,24 +77,24 @@ class Plan(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A finished shard: where its images are and what they must be."""
+    """A finished shard: position, class and hash of each image."""
 
     path: Path
     first_id: int
     labels: np.ndarray
-    """(n,) int64."""
+    """Classes, (n,) int64."""
     offsets: np.ndarray
-    """(n,) int64, of each PNG in the tar."""
+    """Position of each PNG in the tar in bytes, (n,) int64."""
     sizes: np.ndarray
-    """(n,) int64 bytes."""
+    """Size of each PNG in bytes, (n,) int64."""
     hashes: list[str]
     """SHA-256 of each PNG."""
 
     def read(self, image_id: int) -> bytes:
-        """The PNG of an id, verified.
+        """Read the PNG of an id and verify its hash.
 
         Raises:
-            SourceError: Its bytes are not those that were written.
+            SourceError: The tar cannot be read, or the bytes differ from those that were written.
         """
         row = image_id - self.first_id
         try:
@@ -110,10 +111,10 @@ class Shard:
 
 
 def read_plan(folder: Path) -> Plan:
-    """The plan of a directory.
+    """Read the plan of a directory.
 
     Raises:
-        SourceError: There is none, or it is damaged.
+        SourceError: The plan is missing or damaged.
     """
     path = folder / PLAN
     try:
@@ -136,10 +137,11 @@ def read_plan(folder: Path) -> Plan:
 
 
 def claim(folder: Path, plan: Plan) -> None:
-    """Make a directory for a plan, or check that it was made for this one.
+    """Create a directory for a plan, or check that it was created for the same plan.
 
     Raises:
-        ValueError: It holds something else, or images made with other settings.
+        ValueError: The directory cannot be written, holds other files, or belongs to another plan.
+        SourceError: The plan in the directory is damaged.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,12 +163,16 @@ def claim(folder: Path, plan: Plan) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, part: str) -> Iterator[None]:
-    """Hold `part` (`i-of-n`) of the work on a directory; what its last job left is removed.
+    """Hold the lock of one job slice, and remove unfinished files of its last job.
 
-    The lock goes with the process, so a killed job does not stand in its successor's way.
+    The lock ends with the process, so a killed job does not block the next one.
+
+    Args:
+        folder: Directory that the job writes.
+        part: Job slice, as `i-of-n`.
 
     Raises:
-        ValueError: Another job holds it.
+        ValueError: Another job holds the lock.
     """
     with files.locked(folder / f".{part}.lock") as is_ours:
         if not is_ours:
@@ -180,13 +186,13 @@ def locked(folder: Path, part: str) -> Iterator[None]:
 
 
 def finished(folder: Path) -> list[int]:
-    """Numbers of the finished shards, in order.
+    """Return the numbers of the finished shards, in order.
 
     Raises:
-        SourceError: Something else is where the manifest is meant.
+        SourceError: The manifest is not a folder, or a shard is in it under two names.
     """
     manifest, found = folder / MANIFEST, []
-    if not manifest.exists():  # The job that wrote the plan died before it made it.
+    if not manifest.exists():  # the job that wrote the plan ended before it made the folder
         return []
     if not manifest.is_dir():
         raise SourceError(f"{manifest}: got a file, expected a folder; remove it")
@@ -202,12 +208,14 @@ def finished(folder: Path) -> list[int]:
 
 
 class ShardWriter:
-    """Writes one shard under other names; `commit` puts tar and manifest in place, in this order.
+    """Write one shard under temporary names until it is complete.
+
+    `commit` renames first the tar and then the manifest.
 
     Args:
-        folder: A claimed directory.
-        shard: Number.
-        part: Of the job, as in `locked`.
+        folder: Directory that was passed to `claim`.
+        shard: Number of the shard.
+        part: Job slice, as in `locked`.
     """
 
     def __init__(self, folder: Path, shard: int, part: str) -> None:
@@ -219,9 +227,9 @@ class ShardWriter:
         self._rows: list[dict[str, Any]] = []
 
     def add(self, image_id: int, label: int, png: bytes, row: dict[str, Any]) -> None:
-        """Append an image; `row` has the manifest's further columns."""
+        """Append an image; `row` holds the other columns of its manifest row."""
         for kind, data in (("png", png), ("cls", b"%d" % label)):
-            # A fresh TarInfo has time 0 and owner 0: the same images give the same bytes.
+            # A new TarInfo has time 0 and owner 0, so the same images give the same bytes.
             member = tarfile.TarInfo(f"{image_id:09d}.{kind}")
             member.size = len(data)
             self._tar.addfile(member, io.BytesIO(data))
@@ -245,24 +253,24 @@ class ShardWriter:
         files.sync(self._folder / MANIFEST)
 
     def discard(self) -> None:
-        """Remove what has not been committed."""
-        with contextlib.suppress(OSError):  # What is buffered may not fit on a full disk.
+        """Remove the files of a shard that has not been committed."""
+        with contextlib.suppress(OSError):  # closing flushes a buffer, which fails on a full disk
             self._file.close()
         for path in (self._tar_path, self._rows_path):
             path.unlink(missing_ok=True)
 
 
 def withdraw(folder: Path, shard: int) -> None:
-    """Take a damaged shard out of the manifest, so that it is made again."""
+    """Remove a damaged shard from the manifest, so that it is made again."""
     (folder / MANIFEST / f"shard-{shard:06d}.parquet").unlink()
     files.sync(folder / MANIFEST)
 
 
 def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
-    """Read the manifest and the headers of a finished shard, and check one against the other.
+    """Load a finished shard, and check its tar headers against the manifest.
 
     Raises:
-        SourceError: They do not agree, or the tar has members that a shard cannot have.
+        SourceError: They do not agree, a file cannot be read, or a member is not allowed in shards.
     """
     name, ids = f"shard-{shard:06d}", plan.ids(shard)
     labels, hashes = _read_rows(folder / MANIFEST / f"{name}.parquet", ids, plan.num_classes)
@@ -286,7 +294,7 @@ def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
 
 def _begin(folder: Path, plan: Plan) -> None:
     """Write the plan into a new directory."""
-    # Another job of the farm may be writing its first files at this moment.
+    # Jobs of other slices may be writing their first files at the same time.
     ours = (".", PLAN, MANIFEST, "shard-")
     kept = next((p.name for p in folder.iterdir() if not p.name.startswith(ours)), None)
     if kept is not None:
@@ -295,14 +303,14 @@ def _begin(folder: Path, plan: Plan) -> None:
     try:
         partial.write_bytes(plan.model_dump_json(indent=2).encode() + b"\n")
         files.sync(partial)
-        with contextlib.suppress(FileExistsError):  # Another job was first.
+        with contextlib.suppress(FileExistsError):  # another job was first
             os.link(partial, folder / PLAN)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _read_rows(path: Path, ids: range, num_classes: int) -> tuple[np.ndarray, list[str]]:
-    """Classes and hashes of a part of the manifest, which must have exactly these ids."""
+    """Read classes and hashes of a manifest file that must have exactly these ids."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,7 +1,7 @@
-"""Directories that images are read from: generated shards, class sub-folders, the paper's files.
+"""Read images from directories: generated shards, class sub-folders, or the paper's files.
 
-A source has images 0 .. num_images - 1, the class of
-each, and its encoded bytes. Files are only ever read.
+A source has images 0 .. num_images - 1, with the class and the encoded bytes of each. Sources never
+write to the directories. Shapes: n requested images.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from dmkd_fast.data.listing import (
 from dmkd_fast.data.shards import Plan, Shard
 
 Kind = Literal["shards", "imagefolder", "paper"]
-# Names in the released sets of DM-KD (arXiv 2305.12954).
+# File names in the published data sets of DM-KD (arXiv 2305.12954).
 _PAPER = re.compile(r"class_(\d{1,9})_seed_\d+_num_\d+\.png")
 
 
 class ShardSource:
-    """A directory of `dmkd generate`, complete or still growing.
+    """A directory written by `dmkd generate`, complete or still growing.
 
     Args:
-        folder: The directory.
+        folder: Path of the directory.
 
     Attributes:
-        plan: What it will hold.
-        first_pass: Ids that are there, in the order in which they were noticed.
+        plan: Content of the complete directory.
+        first_pass: Ids of the available images, in the order in which their shards were found.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,16 +55,20 @@ class ShardSource:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all images are there."""
+        """Whether all images are available."""
         return self.num_ready == self.num_images
 
     @property
     def num_ready(self) -> int:
-        """Images that are there."""
+        """Number of available images."""
         return len(self.first_pass)
 
     def poll(self) -> bool:
-        """Take up the shards that were finished since the last call; returns whether any was."""
+        """Load shards finished since the last call, and return whether there were any.
+
+        Raises:
+            SourceError: The manifest cannot be read, or a shard is damaged or of another set.
+        """
         if self.is_complete:
             return False
         try:
@@ -82,7 +86,7 @@ class ShardSource:
         return bool(fresh)
 
     def labels_of(self, ids: np.ndarray) -> np.ndarray:
-        """Classes (n,) int64 of ids (n,) int64."""
+        """Return the classes, (n,) int64, of ids, (n,) int64."""
         numbers = ids // self.plan.images_per_shard
         labels = np.empty_like(ids)
         for number in np.unique(numbers):
@@ -91,23 +95,23 @@ class ShardSource:
         return labels
 
     def read(self, image_id: int) -> bytes:
-        """Encoded bytes of an image, verified against the manifest."""
+        """Read the encoded bytes of an image and verify them against the manifest."""
         return self._shards[image_id // self.plan.images_per_shard].read(image_id)
 
     def name_of(self, image_id: int) -> str:
-        """Where an image is, for messages."""
+        """Return the shard and member name of an image, for messages."""
         shard = self._shards[image_id // self.plan.images_per_shard]
         return f"{shard.path}: {image_id:09d}.png"
 
     def state_dict(self) -> dict[str, object]:
-        """Which shards were taken up, in order."""
+        """Return the numbers of the loaded shards, in order, and the number of images."""
         return {"shards": list(self._order), "num_images": self.num_images}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take the same shards in the same order, then what has come since.
+        """Load the same shards in the same order, then those finished since.
 
         Raises:
-            SourceError: A shard is gone, or the directory is another.
+            SourceError: A shard is gone, or the directory is a different one.
         """
         taken = state["shards"]
         assert isinstance(taken, list)
@@ -130,17 +134,17 @@ class ShardSource:
 
 
 class FileSource:
-    """Single image files with a class each, sorted by name.
+    """Image files below a folder, each with a class.
 
     Args:
-        folder: Root.
-        names: Paths below it.
-        labels: A class for each.
+        folder: Root folder.
+        names: Paths relative to the folder; image i is entry i.
+        labels: Class of each file.
     """
 
     is_complete = True
     first_pass: np.ndarray | None = None
-    """None: no order of its own, so the first pass is shuffled like the others."""
+    """None: files have no order of their own, so the first pass is shuffled like all others."""
 
     def __init__(self, folder: Path, names: list[str], labels: list[int]) -> None:
         self.folder, self._names = folder, names
@@ -148,16 +152,20 @@ class FileSource:
         self._labels = np.array(labels, dtype=np.int64)
 
     def poll(self) -> bool:
-        """Nothing is added while a run reads."""
+        """Return False: files that are added during a run are ignored."""
         return False
 
     def labels_of(self, ids: np.ndarray) -> np.ndarray:
-        """Classes (n,) int64 of ids (n,) int64."""
+        """Return the classes, (n,) int64, of ids, (n,) int64."""
         labels: np.ndarray = self._labels[ids]
         return labels
 
     def read(self, image_id: int) -> bytes:
-        """Encoded bytes of an image."""
+        """Read the encoded bytes of an image.
+
+        Raises:
+            SourceError: The file cannot be read, is empty, or is too large for one image.
+        """
         try:
             with (self.folder / self._names[image_id]).open("rb") as file:
                 data = file.read(MOST_BYTES + 1)
@@ -172,19 +180,19 @@ class FileSource:
         return data
 
     def name_of(self, image_id: int) -> str:
-        """Path of an image, for messages."""
+        """Return the path of an image, for messages."""
         return str(self.folder / self._names[image_id])
 
     def state_dict(self) -> dict[str, object]:
-        """A fingerprint of names and classes."""
+        """Return a hash of names and classes."""
         text = "\n".join(f"{n} {c}" for n, c in zip(self._names, self._labels, strict=True))
         return {"sha256": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Check that the files are still the same ones.
+        """Check that the files are the same as when the state was saved.
 
         Raises:
-            SourceError: Files were added, removed or renamed.
+            SourceError: Files were added, removed or renamed, or classes differ.
         """
         if state != self.state_dict():
             raise SourceError(
@@ -197,10 +205,10 @@ Source = ShardSource | FileSource
 
 
 def find_kind(folder: Path) -> Kind:
-    """Which kind of directory this is, by what it holds.
+    """Find out from its content which kind of image directory a folder is.
 
     Raises:
-        SourceError: It is none.
+        SourceError: The folder is not an image directory.
     """
     if (folder / shards.PLAN).is_file():
         return "shards"
@@ -222,15 +230,15 @@ def find_kind(folder: Path) -> Kind:
 def open_files(
     folder: Path, kind: Kind, *, num_classes: int, class_names: Sequence[str]
 ) -> FileSource:
-    """The images of class sub-folders, or of the paper's layout.
+    """Open images in class sub-folders or in the paper's layout, sorted by path.
 
     Args:
-        folder: Root.
+        folder: Root folder.
         kind: `imagefolder` or `paper`.
-        num_classes: Classes of the teacher.
-        class_names: Their names, in the order of the labels. Sub-folders that have these names
-            are taken by name, others by number (0, 1, ...), or, if `class_names` are only numbers,
-            in sorted order.
+        num_classes: Number of the teacher's classes.
+        class_names: Names of the classes, in the order of the labels. Sub-folders with these names
+            are matched by name, and numbered sub-folders (0, 1, ...) by number. Otherwise, if
+            `class_names` are only numbers, the sorted sub-folders are matched in order.
 
     Raises:
         SourceError: There are no images, or their classes are not the teacher's.
@@ -267,7 +275,7 @@ def _paper_class(folder: Path, name: str, num_classes: int) -> int:
 def _folder_classes(
     folder: Path, found: list[str], num_classes: int, class_names: Sequence[str]
 ) -> dict[str, int]:
-    """Class of each sub-folder; `found` is in the order of `class_order`."""
+    """Return the class of each sub-folder; `found` is in the order of `class_order`."""
     if len(found) != num_classes:
         raise SourceError(
             f"{folder}: got {len(found)} class sub-folders, expected {num_classes}, one for each "

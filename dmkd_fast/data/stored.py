@@ -1,9 +1,11 @@
-"""Images from disk in place of a sampler and a label stream, decoded by NVIDIA DALI.
+"""Stream images from disk to the ring, decoded by NVIDIA DALI.
 
-`Distiller` calls `peek` and `advance` where it would call a LabelStream, and
-`sample` where it would call a DiffusionSampler, so after the ring nothing differs. The order is a
-function of (seed, pass, position); the only state is a cursor and which shards were there when.
-B images of a request, c channels, H W pixels.
+`ImageReader` takes the place of both a `LabelStream` (`peek`, `advance`) and a `DiffusionSampler`
+(`sample`), so `Distiller` and the ring treat stored and generated images alike. The order of images
+is a function of (seed, pass, position). The only state is a cursor and the order in which shards
+were found.
+
+Shapes: B images of a request, N images of the source, c channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -27,28 +29,29 @@ POLL_S = 0.5
 
 
 class ImageReader:
-    """Hands out the images of a source in passes over it.
+    """Read the images of a source in passes over it.
 
-    The first pass over shards is in their order (ids are balanced and their noise independent, so
-    it needs no shuffling, and it is the order of online generation); other passes are shuffled, a
-    new order each. In pass k image i is called i + k * num_images, so it gets new views.
+    The first pass over shards follows their order, which is the order of online generation. It
+    needs no shuffling, because ids are balanced and their noise is independent. Every other pass is
+    shuffled in a new order. In pass k, image i has the id i + k * num_images, so it gets new views.
 
     Args:
-        source: What to read.
-        image_shape: (c, H, W) of what is handed out.
-        resize: Whether images of other sizes are scaled, short side first, bilinear and
-            antialiased, and cropped to the centre; otherwise they are an error.
-        ring_images: Slots of the ring, of all ranks. A set that fits is handed out once: see
-            `is_exhausted`.
-        device: A CUDA device, with its index, decodes there what DALI can.
-        num_threads: Of decoding.
-        seed: Of the order.
-        wait_s: Seconds to wait for new images of a source that still grows.
-        show: Whether to say that it waits.
-        rank, world_size: Several ranks take turns, as with a LabelStream.
+        source: Source of the images.
+        image_shape: Shape of the returned images, (c, H, W).
+        resize: Whether to resize images of other sizes (so that they cover H x W; bilinear,
+            antialiased) and crop the center; otherwise another size is an error.
+        ring_images: Number of slots of the ring, summed over all ranks. A source that fits into the
+            ring is read once, see `is_exhausted`.
+        device: CPU, or a CUDA device with its index, which then decodes what DALI can decode there.
+        num_threads: Number of decoding threads.
+        seed: Seed of the order.
+        wait_s: Seconds to wait for new images of a growing source.
+        show: Whether to print a message while waiting.
+        rank, world_size: Number of this process; number of processes. The ranks take turns, as with
+            a `LabelStream`.
 
     Attributes:
-        waits: Seconds of each wait for a growing source.
+        waits: Duration of each wait for a growing source, in seconds.
 
     Raises:
         SourceError: DALI is not installed.
@@ -64,7 +67,7 @@ class ImageReader:
         self.ring_images, self.device = ring_images, torch.device(device)
         self.num_threads, self.seed, self.wait_s, self.show = num_threads, seed, wait_s, show
         self.rank, self.world_size = rank, world_size
-        self.position = 0  # Of all ranks together, as it was when this one's turn came.
+        self.position = 0  # first position of the next turn, shared by all ranks
         self.waits: list[float] = []
         self._told = -math.inf
         self._pipeline: Any = None
@@ -73,15 +76,18 @@ class ImageReader:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether every image is in the ring, so that inserting would only repeat them."""
+        """Whether all images were read and fit into the ring; more would repeat them."""
         count = self.source.num_images
         return self.source.is_complete and count <= self.ring_images and self.position >= count
 
     def peek(self, count: int) -> tuple[Tensor, Tensor]:
-        """The next ids and their classes, (count,) int64 each, on the CPU; waits until they exist.
+        """Return the next ids and their classes, (count,) int64 each, on the CPU.
+
+        Waits until the images exist. A second call returns the same ids, until `advance` moves past
+        them.
 
         Raises:
-            SourceError: Nothing new came for `wait_s` seconds.
+            SourceError: No new image appeared for `wait_s` seconds.
         """
         position = self.position + self.rank * count
         self._wait_for(position + count)
@@ -97,22 +103,22 @@ class ImageReader:
         return torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(labels))
 
     def advance(self, count: int) -> None:
-        """Count the next `count` images as used."""
+        """Move past the `count` images that each rank got from `peek`."""
         self.position += count * self.world_size
 
     def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
         """Read and decode images.
 
         Args:
-            ids: (B,) int64 from `peek`, on the CPU.
-            labels: Not used; the signature is DiffusionSampler's.
-            out: (B, c, H, W) uint8, written in place.
+            ids: Image ids from `peek`, (B,) int64 on the CPU.
+            labels: Not used; the signature is that of `DiffusionSampler.sample`.
+            out: Tensor for the images, (B, c, H, W) uint8, written in place.
 
         Returns:
             `out`.
 
         Raises:
-            SourceError: A file is damaged or has another size.
+            SourceError: An image is damaged or has another size.
         """
         del labels
         places = [int(i) % self.source.num_images for i in ids.tolist()]
@@ -120,26 +126,29 @@ class ImageReader:
         for place, data in zip(places, encoded, strict=True):
             self._check_size(place, data)
         out.copy_(self._decode(places, encoded))
-        if out.is_cuda:  # DALI writes its buffer again without waiting for this copy.
+        if out.is_cuda:  # DALI reuses its buffer without waiting for this copy
             torch.cuda.current_stream(out.device).synchronize()
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor and what was there."""
+        """Return the cursor and the state of the source."""
         return {"position": self.position, "source": self.source.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`.
+        """Restore what `state_dict` returned.
 
         Raises:
-            SourceError: The directory is not what the run was reading.
+            SourceError: The directory is not the one that the run was reading.
         """
         self.source.load_state_dict(state["source"])
         self.position = state["position"]
         self._order = (-1, self._order[1])
 
     def _wait_for(self, position: int) -> None:
-        """Until the images before `position` exist; those of later passes need all images."""
+        """Wait until all images before `position` exist.
+
+        Every pass after the first needs the whole source.
+        """
         source = self.source
         started = latest = time.monotonic()
         has_waited = False
@@ -163,7 +172,10 @@ class ImageReader:
             self.waits.append(time.monotonic() - started)
 
     def _pass(self, number: int) -> np.ndarray:
-        """Image numbers of a pass, (num_images,) or as many as exist, int64."""
+        """Return the image numbers of a pass, (N,) int64.
+
+        The first pass over a growing source has only as many as exist.
+        """
         if number == 0 and self.source.first_pass is not None:
             return self.source.first_pass
         if self._order[0] != number:
@@ -176,7 +188,7 @@ class ImageReader:
         return self._order[1]
 
     def _check_size(self, place: int, data: bytes) -> None:
-        """Look at the header before anything is decoded."""
+        """Check the size of an image in its header, before anything is decoded."""
         name, rows, columns = self.source.name_of(place), *self.image_shape[1:]
         short_side = max(rows, columns) if self.resize else 1
         height, width = decode.image_size(name, data, short_side=short_side)
@@ -187,11 +199,11 @@ class ImageReader:
             )
 
     def _decode(self, places: list[int], encoded: list[bytes]) -> Tensor:
-        """Encoded images -> (B, c, H, W) uint8, on the CPU or where DALI runs."""
+        """Decode images to (B, c, H, W) uint8, on the CPU or on the device of DALI."""
         if self._pipeline is None or len(encoded) > self._pipeline_batch:
             self._pipeline, self._pipeline_batch = self._build(len(encoded)), len(encoded)
         try:
-            # NumPy, because DALI asks torch tensors for a CUDA stream, driver or not.
+            # NumPy, because DALI asks torch tensors for a CUDA stream, even without a driver.
             arrays = [np.frombuffer(data, dtype=np.uint8) for data in encoded]
             self._pipeline.feed_input("encoded", arrays)
             (images,) = self._pipeline.run()
@@ -203,14 +215,18 @@ class ImageReader:
                 raise RuntimeError(f"got {tuple(decoded.shape[1:])}, expected {self.image_shape}")
             return decoded
         except torch.OutOfMemoryError:
-            raise  # no image is to blame
+            raise  # not caused by an image
         except RuntimeError as error:
-            self._pipeline = None  # DALI gives a pipeline up after an error.
+            self._pipeline = None  # DALI pipelines cannot be used after an error
             reason = decode.reason_of(error)
             raise SourceError(self._blame(places, encoded, reason)) from None
 
     def _blame(self, places: list[int], encoded: list[bytes], reason: str) -> str:
-        """Which image could not be decoded: DALI does not say."""
+        """Find the image that could not be decoded, which DALI does not report.
+
+        Returns:
+            A message of one line.
+        """
         for place, data in zip(places, encoded, strict=True):
             try:
                 pipeline = self._build(1)
@@ -221,7 +237,7 @@ class ImageReader:
         return f"{self.source.name_of(places[0])} or one of the next: cannot be decoded ({reason})"
 
     def _build(self, batch_size: int) -> Any:
-        """The DALI pipeline: decode, scale if wanted, channels first."""
+        """Build the DALI pipeline: decode, resize and crop if wanted, channels first."""
         channels, height, width = self.image_shape
         pipeline = decode.new_pipeline(
             batch_size=batch_size, num_threads=self.num_threads, device=self.device,
@@ -246,9 +262,9 @@ class ImageReader:
 
 
 def image_size(source: Source) -> tuple[int, int]:
-    """Height and width of a source's first image.
+    """Return height and width of a source's first image.
 
     Raises:
-        SourceError: It is not an image.
+        SourceError: The first image cannot be read.
     """
     return decode.image_size(source.name_of(0), source.read(0))

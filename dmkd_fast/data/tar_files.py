@@ -1,8 +1,8 @@
-"""Tar files of images: the shards of `dmkd generate`, and shards in WebDataset's layout.
+"""Read tar files of images: the shards of `dmkd generate`, and shards in WebDataset's layout.
 
-Nothing is extracted: an image is a range of bytes in its tar. Generated shards
-hold only what `shards.ShardWriter` writes and are read strictly. Shards of others may hold any
-files and any kind of tar header, which Python's tarfile reads.
+Nothing is extracted: an image is a range of bytes in its tar. Generated shards hold only what
+`data/shards.py` writes and are checked strictly. Shards from other tools may hold any files and any
+kind of tar header; Python's tarfile reads them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from pathlib import Path
 from dmkd_fast.data.listing import EXTENSIONS, MOST_BYTES, Item, SourceError
 
 _BLOCK, _MOST_DIGITS = 512, 32
-# Writers pad with zeros to a multiple of a record, of which this is the largest in use.
+# Writers pad a tar with zeros to a multiple of a record; this is the largest record in use.
 _MOST_PADDING = 2**20
 _MEMBER = re.compile(rb"([0-9]{9,18})\.(png|cls)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
 def tar_members(path: Path, *, most_members: int) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each member of a generated shard: files named ID.png and ID.cls.
+    """Yield name, offset and size of each member of a generated shard.
 
-    Links, devices, folders, other names, long-name and sparse extensions, wrong checksums and
-    members that are too large or reach beyond the end are refused.
+    Members must be files named ID.png or ID.cls. Rejected are links, devices, folders, other names,
+    long-name and sparse extensions, wrong checksums, and members that are too large or reach beyond
+    the end of the file.
 
     Raises:
-        SourceError: On the first such member.
+        SourceError: A member is rejected, there are too many members, or the tar is cut off.
     """
     end = path.stat().st_size
     with path.open("rb") as file:
@@ -50,10 +51,10 @@ def tar_members(path: Path, *, most_members: int) -> Iterator[tuple[str, int, in
 
 
 def check_end(path: Path, position: int) -> None:
-    """Check that a tar ends at a position: with two blocks of zeros, and only zeros after them.
+    """Check that a tar ends at a position: two blocks of zeros, then only zeros.
 
     Raises:
-        SourceError: It was cut off there, or more follows.
+        SourceError: The tar is cut off there, or other bytes follow.
     """
     with path.open("rb") as file:
         file.seek(position)
@@ -71,14 +72,16 @@ def check_end(path: Path, position: int) -> None:
 
 
 def list_shards(folder: Path, names: list[str]) -> tuple[list[Item], Counter[str]]:
-    """Samples of tar files in WebDataset layout: KEY.jpg (or other) and KEY.cls.
+    """List the samples of tar files in WebDataset's layout.
+
+    A sample is KEY.jpg (or another image ending) and KEY.cls.
 
     Args:
-        folder: Where they are.
-        names: Of the tars.
+        folder: Folder of the tar files.
+        names: File names of the tar files.
 
     Returns:
-        The images, and how many members were left out by ending.
+        The images, and the number of members left out, by ending.
 
     Raises:
         SourceError: A shard is damaged, holds links, or a sample lacks its image or label.
@@ -139,7 +142,7 @@ def _list_shard(shard: Path, left_out: Counter[str]) -> list[Item]:
 
 
 def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Regular members of a tar, in order, with the text of those that are labels."""
+    """Yield the regular files in a tar, in order, each with its text if a label."""
     size, position = shard.stat().st_size, 0
     with shard.open("rb") as file:
         start = file.read(2)
@@ -153,7 +156,7 @@ def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
             for member in tar:
                 where = f"{shard}: {member.name}"
                 if member.size < 0 or member.offset_data <= position:
-                    # A negative size leads tarfile back to where it has been (CVE-2025-8194).
+                    # A negative size makes tarfile go back in the file and loop (CVE-2025-8194).
                     raise SourceError(f"{where}: damaged header; fetch or make the shard again")
                 position = member.offset_data
                 if member.isdir():
@@ -162,7 +165,7 @@ def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
                     raise SourceError(f"{where}: a link or cut short; make the shard again")
                 label = tar.extractfile(member) if member.name.lower().endswith(".cls") else None
                 yield member, b"" if label is None else label.read(_MOST_DIGITS + 1)
-            end = tar.offset  # tarfile stops without a word at a damaged header or a cut
+            end = tar.offset  # tarfile stops silently at a damaged header or a cut
     except SourceError:
         raise
     except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
@@ -172,7 +175,7 @@ def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
 
 
 def _check_header(path: Path, position: int, header: bytes) -> int:
-    """Size of the member that a tar header announces."""
+    """Check a tar header of a generated shard and return the size of its member."""
     where = f"{path}: the member at byte {position}"
     if len(header) != _BLOCK:
         raise SourceError(f"{path}: cut off at byte {position}; make it again")

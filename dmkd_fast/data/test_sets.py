@@ -1,13 +1,14 @@
-"""Real labelled sets to test on: idx files, ImageFolder, WebDataset shards.
+"""Labeled real images for evaluation: idx files, ImageFolder, WebDataset shards.
 
-`open_set` looks at a folder and gives an `ImageSet` (idx, in memory) or an
-`EncodedSet` (image files or tar members, decoded by NVIDIA DALI on the way). Both hand out
-`batches(inputs)`: each image once, cut for every network that asks. Image i belongs to rank
-i mod world_size, nothing is padded, so the ranks together see each image exactly once.
+`open_set` opens a folder as an `ImageSet` (idx files, in memory) or as an `EncodedSet` (image files
+or tar members, decoded by NVIDIA DALI when needed). For both, `batches(inputs)` yields each image
+once, prepared for every network. Image i belongs to rank i mod world_size and nothing is padded, so
+the ranks together see each image exactly once.
 
-Preparation is the usual one: short side resized to size / crop_pct (antialiased, bilinear or
-bicubic, rounded to whole levels), centre cut out, normalised.
-N images, b batch, c channels, H W pixels, S input size.
+Preparation is the usual one: the short side is resized to size / crop_pct (antialiased, bilinear or
+bicubic, rounded to whole levels), the center is cut out and normalized.
+
+Shapes: N images, b batch, c channels, H x W pixels, S input size.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ from dmkd_fast.data.tar_files import list_shards
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.views.spec import InputSpec
 
-# More classes than any set has; guards against a damaged label.
+# Upper bound for the number of classes; a higher label is taken as damaged.
 MOST_CLASSES = 2**20
-# Deflate cannot make a file smaller than this.
+# Largest ratio by which deflate can compress.
 _MOST_COMPRESSION = 1032
 Batch = tuple[dict[InputSpec, Tensor], Tensor]
-"""Views (b, c, S, S) float32 by input, channels_last; labels (b,) int64."""
+"""Prepared images (b, c, S, S) float32 of each input, channels_last; labels (b,) int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Labelled real images in memory."""
+    """Labeled real images in memory."""
 
     images: Tensor
-    """(N, c, H, W) uint8."""
+    """Pixels, (N, c, H, W) uint8."""
     labels: Tensor
-    """(N,) int64."""
+    """Classes, (N,) int64."""
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -53,16 +54,16 @@ class ImageSet:
 
     @property
     def num_channels(self) -> int | None:
-        """c."""
+        """Number of channels, c."""
         return self.images.shape[1]
 
     @property
     def num_bytes(self) -> int:
-        """Kept on the device for the whole run."""
+        """Number of bytes kept on the device for the whole run."""
         return self.images.numel()
 
     def to(self, device: torch.device) -> ImageSet:
-        """The same set on a device."""
+        """Return the same set on a device."""
         return ImageSet(
             images=self.images.to(device), labels=self.labels.to(device),
             class_names=self.class_names,
@@ -71,7 +72,11 @@ class ImageSet:
     def batches(
         self, inputs: Iterable[InputSpec], *, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
-        """Each image of this rank once, in order, prepared for every input."""
+        """Yield each image of this rank once, in order, prepared for every input.
+
+        Raises:
+            ValueError: The channels of inputs and images do not agree.
+        """
         inputs = check_inputs(inputs, self.num_channels)
         mine = torch.arange(rank, len(self), world_size, device=self.labels.device)
         for indices in mine.split(batch_images(inputs)):
@@ -81,7 +86,7 @@ class ImageSet:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedSet:
-    """Labelled images in files or tar shards; decoded anew on every pass."""
+    """Labeled images in files or tar shards, decoded again on every pass."""
 
     items: tuple[Item, ...]
     class_names: tuple[str, ...]
@@ -92,21 +97,22 @@ class EncodedSet:
 
     @property
     def num_channels(self) -> int | None:
-        """None: they are decoded to grey or colour, whichever is asked for."""
+        """None: images are decoded to gray or color, as the inputs require."""
         return None
 
     @property
     def num_bytes(self) -> int:
-        """Kept on the device for the whole run."""
+        """Number of bytes kept on the device for the whole run."""
         return 0
 
     def batches(
         self, inputs: Iterable[InputSpec], *, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
-        """Each image of this rank once, in order, prepared for every input.
+        """Yield each image of this rank once, in order, prepared for every input.
 
         Raises:
-            ValueError: DALI is not installed, or an image cannot be decoded.
+            ValueError: The channels of the inputs do not agree, DALI is not installed, or an image
+                cannot be decoded.
         """
         inputs = check_inputs(inputs, None)
         mine = self.items[rank::world_size]
@@ -117,19 +123,19 @@ class EncodedSet:
 def open_set(
     path: Path, device: torch.device, *, classes: Path | None = None, num_classes: int | None = None
 ) -> ImageSet | EncodedSet:
-    """Find out what lies at a path and open it.
+    """Open a test set; its kind follows from the files in the folder.
 
     Args:
         path: Folder with idx files (the `t10k` split), with one folder per class, or with .tar
             shards whose samples are an image and a .cls file.
-        device: Where batches are wanted.
-        classes: File with one class name per line, in the order of the networks' outputs; default
-            is `classes.txt` in the folder, else the sorted names of the class folders.
-        num_classes: Of the networks, for shards without a list of classes.
+        device: Device of the batches.
+        classes: File with one class name per line, in the order of the networks' outputs. Default:
+            `classes.txt` in the folder; without it, the class folders as `class_order` sorts them.
+        num_classes: Number of the networks' classes, for shards without a list of classes.
 
     Raises:
-        ValueError: There is no such folder, nothing usable in it, an image without a label, or
-            classes that do not match the list.
+        ValueError: The folder does not exist or has no usable images, an image has no label, or
+            the classes do not match the list.
     """
     if path.is_file():
         raise ValueError(f"{path}: got a file, expected a folder; give {path.parent}")
@@ -183,7 +189,15 @@ def load_idx(folder: Path, split: str) -> ImageSet:
 
 
 def prepare(images: Tensor, spec: InputSpec) -> Tensor:
-    """(b, c, H, W) uint8 -> (b, c, S, S) float32, normalised: what evaluation feeds a network."""
+    """Resize, crop and normalize images as evaluation needs them for a network.
+
+    Args:
+        images: (b, c, H, W) uint8.
+        spec: Input spec of the network.
+
+    Returns:
+        (b, c, S, S) float32, channels_last.
+    """
     pixels = images.float()
     height, width = images.shape[-2:]
     size = spec.resized(height, width)
@@ -199,7 +213,15 @@ def prepare(images: Tensor, spec: InputSpec) -> Tensor:
 
 
 def check_inputs(inputs: Iterable[InputSpec], num_channels: int | None) -> tuple[InputSpec, ...]:
-    """The distinct ones, if they agree on the number of channels and the images have as many."""
+    """Return the distinct inputs, after a check of their channels.
+
+    Args:
+        inputs: Input specs of the networks.
+        num_channels: Number of channels of the images; None if gray and color are possible.
+
+    Raises:
+        ValueError: The inputs differ in channels from each other or from the images.
+    """
     distinct = tuple(dict.fromkeys(inputs))
     wanted = {spec.num_channels for spec in distinct}
     if len(wanted) != 1 or num_channels not in (None, *wanted):
@@ -217,15 +239,14 @@ def check_inputs(inputs: Iterable[InputSpec], num_channels: int | None) -> tuple
 
 
 def batch_images(inputs: Iterable[InputSpec]) -> int:
-    """Images at a time: 500 small ones, fewer large ones (111 of 3 x 224 x 224)."""
-    # A function of the inputs alone, as it fixes the bits of the result (a product's rounding may
-    # depend on the batch).
+    """Return the batch size: 500 small images, or fewer (111 of 3 x 224 x 224)."""
+    # Depends on the inputs alone, because rounding in matrix products may depend on the batch size.
     most = max(spec.num_channels * spec.size**2 for spec in inputs)
     return max(1, min(500, 2**24 // most))
 
 
 def _read_classes(path: Path, *, must_exist: bool) -> tuple[str, ...]:
-    """Names, one a line; none if there is no such file."""
+    """Read class names, one per line; return none if the file is optional and missing."""
     if not path.is_file():
         if must_exist or path.exists():
             what = "got a folder" if path.is_dir() else "no such file"
@@ -249,9 +270,9 @@ def _read_classes(path: Path, *, must_exist: bool) -> tuple[str, ...]:
 
 
 def _read_idx(folder: Path, stem: str, num_dims: int) -> Tensor:
-    """One idx file of unsigned bytes, gzip-compressed or not.
+    """Read an idx file of unsigned bytes, gzip-compressed or not.
 
-    Reads the header, then at most what it announces: a small gzip file can hold any amount.
+    Reads no more than the header announces, as a small gzip file can expand to any size.
     """
     path = next((p for p in (folder / f"{stem}.gz", folder / stem) if p.is_file()), None)
     if path is None:

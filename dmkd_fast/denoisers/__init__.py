@@ -1,1 +1,1 @@
-"""Diffusion models in diffusers format, as fast modules."""
+"""Load diffusion models in diffusers format as fast modules."""

@@ -1,8 +1,10 @@
-"""Which attention kernel runs, chosen once by capability, never by timing.
+"""Choose the attention kernel by capability, never by timing, and run it.
 
-On CUDA xformers where its operators take shape and dtype, else PyTorch's own; on
-a CPU our own for short sequences, else PyTorch's own. B batch, T tokens, H heads, d head width.
-xformers is imported only where CUDA tensors are.
+On CUDA, xFormers runs if its operators support the shape and dtype, otherwise PyTorch's kernel. On
+a CPU, the kernel of this package runs for short sequences, otherwise PyTorch's. xFormers is
+imported only for CUDA devices.
+
+Shapes: B batch, T tokens, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from torch import Tensor
 from dmkd_fast.denoisers import kernels
 
 Attention = Literal["auto", "xformers", "sdpa", "short"]
-# One thread, heads of 64, bfloat16 without AMX: 256 tokens 11 ms against 24 of PyTorch's, 1,024
-# tokens 26 against 56. With AMX PyTorch's has tiles that ours does not use.
+# Longest sequence for the kernel of this package, by whether the CPU has AMX. PyTorch's kernel uses
+# AMX tiles, and ours does not.
 MOST_SHORT_TOKENS = {True: 128, False: 1024}
 
 
@@ -26,7 +28,15 @@ def resolve(
     name: Attention, *, device: torch.device, dtype: torch.dtype, num_tokens: int, num_heads: int,
     head_dim: int,
 ) -> Attention:  # fmt: skip
-    """Turn "auto" into what this device can run for these shapes; check other names.
+    """Resolve "auto" to a kernel that can run here, and check any other name.
+
+    Args:
+        name: Kernel name or "auto".
+        device: Device of the tensors.
+        dtype: Dtype of query, key and value.
+        num_tokens: Sequence length, T.
+        num_heads: Number of heads, H.
+        head_dim: Width of one head, d.
 
     Raises:
         ValueError: The named kernel cannot run here.
@@ -48,7 +58,16 @@ def resolve(
 
 
 def attend(qkv: Tensor, bias: Tensor | None, kind: Attention) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with q, k, v = qkv + bias: (B, T, 3, H, d) -> (B, T, H, d)."""
+    """Compute softmax(q k^T / sqrt(d)) v for q, k, v = qkv + bias.
+
+    Args:
+        qkv: (B, T, 3, H, d).
+        bias: 3 * H * d numbers, or None.
+        kind: Kernel name as `resolve` returns it.
+
+    Returns:
+        (B, T, H, d).
+    """
     if kind == "short":
         return kernels.short_attention(qkv, bias)
     if bias is not None:
@@ -64,8 +83,8 @@ def attend(qkv: Tensor, bias: Tensor | None, kind: Attention) -> Tensor:
 def _xformers_takes(
     device: torch.device, dtype: torch.dtype, num_tokens: int, num_heads: int, head_dim: int
 ) -> bool:
-    """Whether an operator of xformers is installed and supports these inputs."""
-    # Its warning about extensions built for another torch says nothing about the operators used.
+    """Return whether xFormers is installed and supports these inputs."""
+    # xFormers warns about extensions built for another torch, which may not concern this operator.
     logging.getLogger("xformers").setLevel(logging.ERROR)
     try:
         from xformers.ops import fmha
@@ -83,7 +102,7 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return result.contiguous()
 
 
-# One opaque operator, so that torch.compile does not trace into xformers' Python.
+# An opaque operator keeps torch.compile from tracing into the Python code of xFormers.
 _LIBRARY = torch.library.Library("dmkd_fast", "FRAGMENT")
 _LIBRARY.define("xformers_attention(Tensor query, Tensor key, Tensor value) -> Tensor")
 _LIBRARY.impl("xformers_attention", _xformers, "CUDA")

@@ -1,10 +1,11 @@
-"""A lean DiT for sampling, fed from the weights of diffusers' `DiTTransformer2DModel`.
+"""A fast DiT for sampling, with the weights of diffusers' `DiTTransformer2DModel`.
 
-The same function as diffusers' module within rounding, with less work around the
-matrix products: one timestep and label embedder for all blocks, all blocks' modulations in one
-product, query, key and value in one, attention chosen once, and biases, residual sums and norms in
-as few passes as there can be. No gradients flow through it.
-B batch, c channels, T tokens, D width, H heads, L blocks, p patch.
+It computes the same function as diffusers' module up to rounding, with less work around the matrix
+products. All blocks share one timestep and label embedder. One product computes the modulations of
+all blocks, and one product computes query, key and value. Attention is chosen once. Biases,
+residual sums and norms take as few passes as possible. For inference only: no gradients.
+
+Shapes: B batch, c channels, T tokens, D width, H heads, L blocks, p patch size.
 
 Source: Peebles & Xie, DiT (arXiv 2212.09748), section 3 (adaLN-Zero).
 """
@@ -25,10 +26,10 @@ EMBEDDER = "norm1.emb."
 
 
 class LeanDiT(nn.Module):
-    """`module(latents (B, c, h, w), timesteps (B,), labels (B,))` -> (B, out_channels, h, w).
+    """A class-conditional DiT for inference; see `forward` for the shapes.
 
     Args:
-        config: Of a `DiTTransformer2DModel`.
+        config: Config of a diffusers `DiTTransformer2DModel`.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -40,7 +41,7 @@ class LeanDiT(nn.Module):
         self.grid = int(config["sample_size"]) // self.patch
         self.num_tokens = self.grid**2
         self.attention: attention.Attention = "sdpa"
-        # diffusers gives the second norm its own setting; the others have 1e-6 built in.
+        # In diffusers only the second norm of a block can be set; the others use 1e-6.
         self.mlp_norm_eps = float(config.get("norm_eps", 1e-5))
         width = self.num_heads * self.head_dim
         bias = bool(config.get("attention_bias", True))
@@ -56,7 +57,16 @@ class LeanDiT(nn.Module):
     def choose_attention(
         self, name: attention.Attention, *, device: torch.device, dtype: torch.dtype
     ) -> attention.Attention:
-        """Fix the attention kernel; returns which."""
+        """Choose the attention kernel for all blocks and return its name.
+
+        Args:
+            name: Kernel name or "auto", see `attention.resolve`.
+            device: Device of the module.
+            dtype: Dtype of the module.
+
+        Raises:
+            ValueError: The named kernel cannot run here.
+        """
         self.attention = attention.resolve(
             name, device=device, dtype=dtype, num_tokens=self.num_tokens,
             num_heads=self.num_heads, head_dim=self.head_dim,
@@ -64,14 +74,20 @@ class LeanDiT(nn.Module):
         return self.attention
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """See the class."""
+        """Return the prediction, (B, out_channels, h, w).
+
+        Args:
+            latents: (B, c, h, w).
+            timesteps: (B,).
+            labels: (B,) int64.
+        """
         p, g = self.patch, self.grid
         x = latents.unflatten(3, (g, p)).unflatten(2, (g, p))  # (B, c, g, p, g, p)
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(latents), self.num_tokens, -1)
         x = (self.patchify(x) + self.positions).to(latents.dtype)  # (B, T, D)
         condition = F.silu(self._condition(timesteps, labels))  # (B, D)
         modulations = self.modulation(condition).unflatten(1, (self.num_layers, 6, -1))
-        # Shift and scale of the norm that follows each block; the last are the output's.
+        # Shift and scale of the norm after each block; the last pair belongs to the output layer.
         ends = [m[:, :2].unbind(1) for m in modulations.unbind(1)[1:]]
         ends.append(self.modulation_out(condition).chunk(2, dim=1))
         normed = modulated_norm(x, *modulations[:, 0, :2].unbind(1), eps=1e-6)
@@ -82,8 +98,8 @@ class LeanDiT(nn.Module):
         return x.reshape(len(latents), self.out_channels, g * p, g * p)
 
     def _condition(self, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """Timestep and label embedding, (B, D)."""
-        # Made anew each time: as a buffer they would be rounded with the weights.
+        """Return the sum of timestep and label embedding, (B, D)."""
+        # Computed on every call, because a buffer would be cast to the dtype of the weights.
         places = torch.arange(128, dtype=torch.float32, device=timesteps.device)
         angles = timesteps.float()[:, None] * torch.exp(places * (-math.log(10_000) / 127))
         waves = torch.cat((angles.cos(), angles.sin()), dim=1).to(self.time_in.weight.dtype)
@@ -93,13 +109,17 @@ class LeanDiT(nn.Module):
         self, block: Any, x: Tensor, normed: Tensor, modulation: Tensor,
         end: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """One block on x and its modulated norm, (B, T, D) each; returns the next two.
+        """Run one transformer block.
 
         Args:
-            block: Its products.
-            x, normed: (B, T, D).
-            modulation: (B, 4, D): gate of the attention; shift, scale and gate of the MLP.
-            end: Shift and scale (B, D) of the norm after this block.
+            block: Matrix products of the block, a `DiTBlock`.
+            x: Residual stream, (B, T, D).
+            normed: Modulated norm of x, (B, T, D).
+            modulation: Gate of the attention; shift, scale and gate of the MLP: (B, 4, D).
+            end: Shift and scale of the norm after this block, (B, D) each.
+
+        Returns:
+            The next x and its modulated norm, (B, T, D) each.
         """
         gate, shift, scale, gate_mlp = modulation.unbind(1)
         qkv = F.linear(normed, block.qkv.weight).unflatten(2, (3, self.num_heads, self.head_dim))
@@ -114,7 +134,7 @@ class LeanDiT(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """The products of one transformer block."""
+    """The matrix products of one transformer block."""
 
     def __init__(self, width: int, *, bias: bool) -> None:
         super().__init__()
@@ -123,11 +143,14 @@ class DiTBlock(nn.Module):
 
 
 def lean_dit(dit: Any) -> LeanDiT | None:
-    """A LeanDiT that shares what weights it can with a `DiTTransformer2DModel`.
+    """Build a `LeanDiT` from diffusers' DiT, sharing weights where possible.
+
+    Args:
+        dit: diffusers' `DiTTransformer2DModel`.
 
     Returns:
-        None where blocks have embedders of their own that differ, or a setting is not built here:
-        such a model needs diffusers' module.
+        The module, or None if the embedders of the blocks differ or `LeanDiT` does not implement a
+        setting of the model. Such a model needs diffusers' module.
     """
     config, weights = dict(dit.config), dit.state_dict()
     shared = [name for name in weights if EMBEDDER in name]

@@ -1,9 +1,11 @@
-"""What stands between a transformer's matrix products and takes as long as they do on a CPU.
+"""Operators between the matrix products of a transformer: gelu, residual and norm, attention.
 
-The definitions here are what runs on CUDA, where the compiler fuses them, and
-without the extension; CPU kernels are in csrc/transformer_cpu.cpp. Biases of the products are added
-here, in the same pass. For inference only: no gradients.
-B images, T tokens, D width, H heads, d head width.
+On a CPU, these operators can take about as long as the products if they are not fused. The CPU
+kernels are in csrc/transformer_cpu.cpp and csrc/transformer_avx512.cpp. The Python definitions here
+run on CUDA, where torch.compile fuses them, and on a CPU without the extension. The operators also
+add the biases of the products, in the same pass. For inference only: no gradients.
+
+Shapes: B images, T tokens, D width, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -25,15 +27,29 @@ _LIBRARY.define("short_attention(Tensor qkv, Tensor? bias) -> Tensor")
 
 
 def gelu_tanh(values: Tensor, bias: Tensor) -> Tensor:
-    """`F.gelu(values + bias, approximate="tanh")`, (..., C) and (C,), float32 or bfloat16."""
-    if values.device.type != "cpu":  # An opaque operator would keep the compiler from fusing it.
+    """Compute `F.gelu(values + bias, approximate="tanh")`.
+
+    Args:
+        values: (..., C), float32 or bfloat16.
+        bias: (C,).
+    """
+    if values.device.type != "cpu":  # torch.compile cannot fuse an opaque operator
         return _eager_gelu(values, bias)
     result: Tensor = torch.ops.dmkd_fast.gelu_tanh(values, bias)
     return result
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
-    """`layer_norm(x) * (1 + scale) + shift`: (B, T, D), (B, D), (B, D) -> (B, T, D)."""
+    """Compute `layer_norm(x) * (1 + scale) + shift`.
+
+    Args:
+        x: (B, T, D), float32 or bfloat16.
+        shift, scale: (B, D), one row per image.
+        eps: Epsilon of the norm.
+
+    Returns:
+        (B, T, D).
+    """
     if x.device.type != "cpu":
         return _eager_norm(x, shift, scale, eps)
     result: Tensor = torch.ops.dmkd_fast.residual_norm(x, None, None, None, shift, scale, eps)[1]
@@ -44,16 +60,16 @@ def residual_norm(
     x: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor, scale: Tensor, *,
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The residual sum and its modulated norm, in one pass.
+    """Compute a residual sum and its modulated norm in one pass.
 
     Args:
         x, branch: (B, T, D), float32 or bfloat16.
-        bias: (D,), of the product that made `branch`; None for none.
+        bias: Bias of the product that made `branch`, (D,); None if it has none.
         gate, shift, scale: (B, D), one row per image.
-        eps: Of the norm.
+        eps: Epsilon of the norm.
 
     Returns:
-        x + gate * (branch + bias), and `modulated_norm` of that; (B, T, D) each.
+        The sum x + gate * (branch + bias) and its `modulated_norm`, (B, T, D) each.
     """
     if x.device.type != "cpu":
         return _eager_residual_norm(x, branch, bias, gate, shift, scale, eps)
@@ -62,7 +78,9 @@ def residual_norm(
 
 
 def short_attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with q, k, v = qkv + bias, for short sequences on a CPU.
+    """Compute attention of short sequences on a CPU.
+
+    The result is softmax(q k^T / sqrt(d)) v, with q, k, v = qkv + bias.
 
     Args:
         qkv: (B, T, 3, H, d), contiguous, float32 or bfloat16; d even.
@@ -76,7 +94,7 @@ def short_attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def has_short_attention(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether this CPU has the instructions of `short_attention`, and the extension is there."""
+    """Return whether the extension has attention for this CPU, dtype and head width."""
     if native.INSTRUCTION_SET != "avx512" or head_dim % 2:
         return False
     return dtype == torch.float32 or (

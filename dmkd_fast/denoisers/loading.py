@@ -1,15 +1,14 @@
-"""Loading of diffusion models: folders in diffusers format become what the sampler takes.
+"""Load diffusion models from folders in diffusers format.
 
-Whatever the family, the sampler sees a
-module of (latents, timesteps, labels), a scheduler config and, for latent models, a decoder.
-B batch, c channels, h w latent cells, H W pixels.
+For every family, the sampler gets a module of (latents, timesteps, labels), a scheduler config and,
+for latent models, a decoder. B batch, c channels, h x w latent cells, H x W pixels.
 
 | folder has | family |
 |---|---|
 | transformer/ (DiTTransformer2DModel), no vae/ | pixel DiT |
-| transformer/, vae/ | latent DiT, as facebook/DiT-XL-2-256 |
+| transformer/, vae/ | latent DiT, for example facebook/DiT-XL-2-256 |
 | unet/ (UNet2DModel with class embeddings) | class-conditional UNet: DDPM, consistency models |
-| unet/ (UNet2DConditionModel), vae/, text_encoder/, tokenizer/ | text to image, prompt per class |
+| unet/ (UNet2DConditionModel), vae/, text_encoder/, tokenizer/ | text to image, a prompt a class |
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from dmkd_fast.runtime.model_files import CONFIG, check_plain, read_json, read_l
 
 @dataclass(frozen=True, kw_only=True)
 class Denoiser:
-    """A diffusion model with what the sampler must know about it."""
+    """A diffusion model and the facts about it that the sampler needs."""
 
     module: nn.Module
     """`module(latents (B, c, h, w), timesteps (B,), labels (B,))` -> (B, c or more, h, w)."""
@@ -48,23 +47,23 @@ class Denoiser:
     null_class: int | None
     """Label that stands for "no class"; None if the model was not trained with one."""
     latent_shape: tuple[int, int, int]
-    """(c, h, w)."""
+    """Shape of one image's latents, (c, h, w)."""
     image_shape: tuple[int, int, int]
-    """(1 or 3, H, W)."""
+    """Shape of one image, (1 or 3, H, W)."""
     decoder: nn.Module | None = None
     """Latents (B, c, h, w) -> images (B, 3, H, W) in [-1, 1]; None for pixel models."""
     takes_guidance: bool = False
     """Whether guidance is an input: `module(latents, timesteps, labels, guidance (B,))`."""
     licence: str = "unknown"
-    """Of the weights, as their model card states it."""
+    """License of the weights, as their model card states it."""
     class_map: tuple[int, ...] | None = None
-    """The module's own index of each of `num_classes` labels; None: labels are its own."""
+    """The module's own index of each of `num_classes` labels; None if both are the same."""
 
     def restricted(self, class_map: tuple[int, ...]) -> Denoiser:
-        """The same model for a job of some of its classes, in the job's order.
+        """Return the same model for a job with some of its classes, in job order.
 
         Raises:
-            ValueError: An entry is not a class of the model, or comes twice.
+            ValueError: An entry is not a class of the model, or is repeated.
         """
         own = self.class_map or range(self.num_classes)
         repeated = len(set(class_map)) < len(class_map)
@@ -82,16 +81,16 @@ def load_denoiser(
     folder: Path, device: torch.device, *, prompts: Sequence[str] | None = None,
     decoder: Path | None = None, null_class: int | None = None, lean: bool = True,
 ) -> Denoiser:  # fmt: skip
-    """Read a diffusion model in diffusers format; float32, frozen.
+    """Load a diffusion model in diffusers format, float32 and frozen.
 
     Args:
-        folder: See the table at the top of this file.
-        device: Where to put it.
-        prompts: One for each class; for text-to-image models only.
-        decoder: Folder of another autoencoder to decode with, such as a tiny one.
-        null_class: Class that a UNet was trained with in place of dropped labels. The file does not
-            say it; the model then has one class less.
-        lean: Sample DiTs with our own module; False keeps diffusers' (the reference, trainable).
+        folder: Model folder; see the table at the top of this file.
+        device: Device of the modules.
+        prompts: Prompts, one per class; for text-to-image models only.
+        decoder: Folder of another autoencoder to decode with, for example a tiny one.
+        null_class: Class that stood for dropped labels when a UNet was trained, which its files do
+            not record. The model then has one class less.
+        lean: Whether to use `LeanDiT` for DiTs; False keeps diffusers' module, which is trainable.
 
     Raises:
         ValueError: A part is missing, damaged, or of a kind that is not supported.
@@ -143,11 +142,11 @@ def new_pixel_dit(
     *, num_classes: int, channels: int, image_size: int, patch_size: int,
     num_layers: int, num_heads: int, head_dim: int,
 ) -> PixelDiT:  # fmt: skip
-    """A class-conditional `DiTTransformer2DModel` on pixels, with one embedder for all blocks.
+    """Build a class-conditional `DiTTransformer2DModel` for pixels.
 
-    diffusers gives every block its own timestep and label embedder, each of which drops labels
-    by itself in train mode. Here all blocks share one embedder and never drop: the caller drops
-    labels once per example, by passing class `num_classes`.
+    In diffusers, every block has its own timestep and label embedder, and each drops labels
+    independently in train mode. Here all blocks share one embedder that never drops labels; the
+    caller drops a label once per example by passing class `num_classes`.
     """
     dit = _diffusers().DiTTransformer2DModel(
         num_attention_heads=num_heads, attention_head_dim=head_dim, num_layers=num_layers,
@@ -159,7 +158,7 @@ def new_pixel_dit(
 
 
 def share_embedder(dit: Any) -> None:
-    """Let all blocks use the first block's timestep and label embedder, without dropout."""
+    """Make all blocks share the embedder of the first block, without dropout."""
     embedder = dit.transformer_blocks[0].norm1.emb
     embedder.class_embedder.dropout_prob = 0.0
     for block in dit.transformer_blocks:
@@ -167,7 +166,7 @@ def share_embedder(dit: Any) -> None:
 
 
 def save_denoiser(dit: Any, scheduler: dict[str, Any], folder: Path) -> None:
-    """Write a diffusers folder (`transformer/`, `scheduler/`) that diffusers itself can load."""
+    """Write `transformer/` (float16) and `scheduler/` for diffusers to load."""
     target = folder / "transformer"
     target.mkdir(parents=True, exist_ok=True)
     # Shared embedders are written once per block, as diffusers expects to read them.
@@ -263,7 +262,7 @@ def _load_text_unet(
 
 
 def _channels(path: Path, config: dict[str, Any]) -> int:
-    """Channels of a denoiser's latents."""
+    """Return the number of channels of a denoiser's latents."""
     channels = model_folders.whole(path, config, "in_channels")
     made = config.get("out_channels") or channels
     if made not in (channels, 2 * channels):
@@ -275,7 +274,7 @@ def _channels(path: Path, config: dict[str, Any]) -> int:
 
 
 def _with_null_class(denoiser: Denoiser, null_class: int) -> Denoiser:
-    """The same model with one of its classes meaning "no class"."""
+    """Return the same model with one of its classes used as the null class."""
     if denoiser.null_class is not None:
         if null_class == denoiser.null_class:
             return denoiser
@@ -297,7 +296,7 @@ def _with_null_class(denoiser: Denoiser, null_class: int) -> Denoiser:
 
 
 def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
-    """Latents become pixels through the autoencoder in `folder`."""
+    """Return the same model with the autoencoder in `folder` as its decoder."""
     path = folder / CONFIG
     config = read_json(path)
     name = config.get("_class_name")
@@ -332,23 +331,23 @@ def _check_config(
     model_class: Any, path: Path, config: dict[str, Any], files: list[Path],
     trial: Callable[[Any], object],
 ) -> None:  # fmt: skip
-    """Build and call a network without memory or arithmetic, on the meta device.
+    """Build and call a network on the meta device, without memory or arithmetic.
 
     Args:
-        model_class: Of diffusers.
-        path: Of the config, for the message.
-        config: Its content.
-        files: Weights, which hold as many numbers as the network has.
-        trial: Calls the network once; makes its inputs.
+        model_class: Network class of diffusers.
+        path: Path of the config, for messages.
+        config: Content of the config.
+        files: Weight files; they must hold at least half as many numbers as the network has.
+        trial: Function that calls the network once with inputs of its own.
 
     Raises:
-        ValueError: The config is not one of this class, cannot run, or belongs to other files.
+        ValueError: The config does not fit the class or the files, or the trial call fails.
     """
     model_folders.check_values(path, config, model_class)
     try:
         with torch.device("meta"):
             described = model_class.from_config(config).eval()
-    except Exception as error:  # diffusers checks little: many kinds of errors come from inside.
+    except Exception as error:  # diffusers checks little, so errors of many kinds can occur
         raise ValueError(f"{path}: {one_line(error)}; fetch it again") from None
     wanted = sum(p.numel() for p in described.parameters())
     stored = model_folders.num_stored(files)
@@ -367,7 +366,7 @@ def _check_config(
 
 
 def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
-    """A diffusers model from a folder, safetensors only, with every weight accounted for."""
+    """Load a diffusers model from safetensors files that fit it exactly."""
     check_plain(folder)
     files, variant = model_folders.weight_files(folder)
     model_class = getattr(_diffusers(), name)
@@ -377,7 +376,7 @@ def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
             output_loading_info=True, variant=variant,
         )  # fmt: skip
-    except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder.
+    except Exception as error:  # diffusers and safetensors raise many kinds of errors
         raise ValueError(f"{folder}: {one_line(error)}; fetch or save it again") from None
     problems = {key: info[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     for what, names in problems.items():
@@ -390,8 +389,8 @@ def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
 
 
 def _diffusers() -> Any:
-    """Import diffusers without the warnings of packages it tries on the way."""
-    # xformers, where installed for another torch build, prints a page about its missing kernels.
+    """Import diffusers without the warnings of packages that it tries to import."""
+    # An xFormers that was built for another torch logs long warnings about missing kernels.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("xformers").setLevel(logging.ERROR)
     import diffusers

@@ -1,4 +1,4 @@
-"""Read a diffusers folder: its weight files, its typed config, and what a wrong path holds."""
+"""Read and check a folder in diffusers format: weight files, config values, wrong paths."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MOST_LAYERS = 256
 
 
 def check_is_pipeline(folder: Path) -> None:
-    """Say what lies at `folder` if it is not a diffusers pipeline.
+    """Check that `folder` is a diffusers pipeline.
 
     Raises:
-        ValueError: One line that says what was found and what to do.
+        ValueError: It is not one; the message says what was found and what to do.
     """
     expected = "expected a folder in diffusers format (scheduler/ and transformer/ or unet/)"
     if folder.is_file():
@@ -50,9 +50,12 @@ def check_is_pipeline(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> tuple[list[Path], str | None]:
-    """Weight files of one part, and diffusers' name for their variant (`fp16`).
+    """Find the weight files of one part of a model.
 
-    A single file comes before shards, and full precision before float16.
+    Full precision is preferred to float16, and a single file to shards of the same precision.
+
+    Returns:
+        The files, and diffusers' name for their variant: `fp16`, or None for full precision.
 
     Raises:
         ValueError: There is no safetensors file, or a shard is missing.
@@ -80,10 +83,11 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
 
 
 def load_strictly(model: nn.Module, files: list[Path]) -> None:
-    """Fill `model` from safetensors files that together hold its weights and nothing else.
+    """Load weights from safetensors files that together fit `model` exactly.
 
     Raises:
-        ValueError: A file is damaged, or a name or shape differs from the model's.
+        ValueError: A file is damaged, a name or shape differs from the model's, or weights are
+            quantized.
     """
     weights: dict[str, Tensor] = {}
     for path in files:
@@ -109,7 +113,7 @@ def load_strictly(model: nn.Module, files: list[Path]) -> None:
 
 
 def num_stored(files: list[Path]) -> int:
-    """Numbers that safetensors files hold; only their headers are read.
+    """Count the numbers in safetensors files, by reading only the headers.
 
     Raises:
         ValueError: A file is damaged.
@@ -129,13 +133,18 @@ def num_stored(files: list[Path]) -> int:
 
 
 def check_values(path: Path, config: Mapping[str, Any], model_class: Any) -> None:
-    """Refuse values of other types than a network's defaults, and numbers of layers beyond reason.
+    """Reject config values of a wrong type, and unreasonable numbers of layers.
 
-    diffusers checks neither: a text in place of a number fails in the first forward, and 10**9
-    layers are built one by one.
+    The type must be that of the network's default. diffusers checks neither: a string in place of a
+    number fails only in the first forward pass, and 10**9 layers would be built one by one.
+
+    Args:
+        path: Path of the config, for messages.
+        config: Content of the config.
+        model_class: Class of diffusers whose parameters the config sets.
 
     Raises:
-        ValueError: Names the key.
+        ValueError: A value is wrong; the message names its key.
     """
     defaults = {
         key: parameter.default
@@ -157,10 +166,10 @@ def check_values(path: Path, config: Mapping[str, Any], model_class: Any) -> Non
 def whole(
     path: Path, config: Mapping[str, Any], key: str, *, low: int = 1, high: int = 65_536
 ) -> int:
-    """A whole number of a config file.
+    """Read an integer in [low, high] from a config.
 
     Raises:
-        ValueError: The file has another type or value there.
+        ValueError: The value is missing, has another type or is out of range.
     """
     try:
         return checks.whole(f"{path}: {key}", config.get(key), low=low, high=high)
@@ -169,10 +178,10 @@ def whole(
 
 
 def number(path: Path, config: Mapping[str, Any], key: str, default: float) -> float:
-    """A finite number of a config file; `default` where there is none or null.
+    """Read a finite number from a config; `default` replaces a missing value or null.
 
     Raises:
-        ValueError: The file has another type or value there.
+        ValueError: The value has another type or is not finite.
     """
     value = config.get(key)
     try:
@@ -182,10 +191,10 @@ def number(path: Path, config: Mapping[str, Any], key: str, default: float) -> f
 
 
 def sides(path: Path, config: Mapping[str, Any], key: str) -> tuple[int, int]:
-    """Height and width, of one number or a list of two.
+    """Read height and width from a config that has one number or a list of two.
 
     Raises:
-        ValueError: The file has something else there.
+        ValueError: The value is something else, or a side is not an integer from 1 to 2048.
     """
     value = config.get(key)
     both = list(value) if isinstance(value, list | tuple) else [value, value]
@@ -196,17 +205,17 @@ def sides(path: Path, config: Mapping[str, Any], key: str) -> tuple[int, int]:
 
 
 def one_line(error: Exception) -> str:
-    """A library's message on one line, cut to 300 characters."""
+    """Return an error's message on one line, cut to 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value may stand where the default has this type; None says nothing."""
+    """Return whether a value has the type of `default`; None allows any type."""
     if isinstance(default, bool):
         values = value if isinstance(value, list) else [value]
         return all(isinstance(v, bool) for v in values)
     if isinstance(default, int | float):
-        if isinstance(value, list) and value:  # one for each level
+        if isinstance(value, list) and value:  # one number for each resolution level
             return all(_is_like(v, default) for v in value)
         if value is None:
             return isinstance(default, int)
@@ -218,7 +227,7 @@ def _is_like(value: Any, default: Any) -> bool:
 
 
 def _shards(index: Path) -> list[Path]:
-    """Files that an index names, all in its own folder."""
+    """Return the files that an index names; all must be in the folder of the index."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise ValueError(f"{index}: weight_map: got no names of files; fetch the model again")

@@ -1,4 +1,4 @@
-"""Embeddings of prompts, one for each class of a text-to-image model."""
+"""Encode prompts, one for each class of a text-to-image model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from dmkd_fast.runtime.model_files import check_plain
 
 @torch.no_grad()
 def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
-    """CLIP embeddings of prompts, as Stable Diffusion takes them: (N, L, D) float32."""
+    """Compute CLIP embeddings of prompts, as Stable Diffusion takes them.
+
+    Args:
+        folder: Model folder with `tokenizer/` and `text_encoder/`.
+        prompts: N prompts; longer ones are cut to the encoder's length L.
+
+    Returns:
+        (N, L, D) float32.
+
+    Raises:
+        ValueError: transformers is not installed, or a part of the folder cannot be loaded.
+    """
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError:
@@ -27,12 +38,12 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
         encoder = CLIPTextModel.from_pretrained(
             folder / "text_encoder", use_safetensors=True, local_files_only=True
         ).eval()
-        # Files that state no length have 10**30.
+        # A tokenizer whose files state no length reports 10**30.
         longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         tokens = tokenizer(
             prompts, padding="max_length", max_length=longest, truncation=True,
             return_tensors="pt",
         )  # fmt: skip
         return encoder(tokens.input_ids)[0].float()
-    except Exception as error:  # transformers raises many kinds for a damaged folder.
+    except Exception as error:  # transformers raises many kinds of errors for a damaged folder
         raise ValueError(f"{folder}: text_encoder/ or tokenizer/: {one_line(error)}") from None

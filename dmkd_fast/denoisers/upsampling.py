@@ -1,9 +1,11 @@
-"""Nearest-neighbour doubling and the 3x3 convolution after it, in 4 / 9 of the arithmetic.
+"""Nearest-neighbor doubling followed by a 3x3 convolution, with 4/9 of the arithmetic.
 
-Of the nine pixels under a kernel on a doubled image only four differ, so each of
-the four output phases is a 2x2 convolution of the small image with sums of the kernel's weights. In
-an SD-VAE decoder at 256 pixels these convolutions are 28 % of all arithmetic.
-B batch, I O channels, h w pixels of the small image.
+Of the nine pixels under a 3x3 kernel on a doubled image, only four differ. So each of the four
+output phases (even or odd row, even or odd column) is a 2x2 convolution of the small image, with
+sums of the kernel's weights. In an SD-VAE decoder at 256 pixels, such convolutions are 28 % of all
+arithmetic.
+
+Shapes: B batch, I input channels, O output channels, h x w pixels of the small image.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from torch import Tensor, nn
 
 
 class UpsampleConv(nn.Module):
-    """`conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))`: (B, I, h, w) -> (B, O, 2h, 2w).
+    """Nearest-neighbor doubling and a 3x3 convolution in one module.
+
+    The result is `conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))`.
 
     Args:
-        conv: 3x3, stride 1, padding 1, one group.
+        conv: 3x3 convolution with stride 1, padding 1 and one group.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -33,7 +37,7 @@ class UpsampleConv(nn.Module):
         self.bias = None if bias is None else bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Double and convolve images: (B, I, h, w) -> (B, O, 2h, 2w)."""
         (height, width), channels = x.shape[2:], len(self.weight) // 4
         phases = F.conv2d(x, self.weight, self.bias, padding=1)  # (B, 4 O, h + 1, w + 1)
         layout = torch.channels_last if phases.is_contiguous(memory_format=torch.channels_last) \
@@ -49,11 +53,12 @@ class UpsampleConv(nn.Module):
 
 
 def double_by_phases(decoder: nn.Module, upsampler: type[nn.Module]) -> None:
-    """Replace, in place, every doubling that a 3x3 convolution follows.
+    """Replace every doubling before a 3x3 convolution with `UpsampleConv`, in place.
 
     Args:
-        decoder: An autoencoder's decoder.
-        upsampler: diffusers' `Upsample2D`; beside it, `nn.Upsample` before `nn.Conv2d` is found.
+        decoder: Decoder of an autoencoder.
+        upsampler: diffusers' class `Upsample2D`. Pairs of `nn.Upsample` and `nn.Conv2d` in an
+            `nn.Sequential` are replaced too.
     """
     for parent in list(decoder.modules()):
         for name, child in list(parent.named_children()):
@@ -68,7 +73,11 @@ def double_by_phases(decoder: nn.Module, upsampler: type[nn.Module]) -> None:
 
 
 def _phases(weight: Tensor, dim: int) -> Tensor:
-    """Kernel rows (w0, w1, w2) along `dim` -> (2, ...): (w0, w1 + w2) and (w0 + w1, w2)."""
+    """Sum kernel rows (w0, w1, w2) along `dim` for both output phases.
+
+    Returns:
+        (2, ...): (w0, w1 + w2) and (w0 + w1, w2).
+    """
     first, second, third = weight.unbind(dim)
     return torch.stack((
         torch.stack((first, second + third), dim), torch.stack((first + second, third), dim),

@@ -1,6 +1,6 @@
-"""diffusers' networks behind the one call that the sampler makes.
+"""Wrap diffusers' networks, so that the sampler can call all of them in the same way.
 
-B batch, c channels, h w latent cells, H W pixels.
+Shapes: B batch, c channels, h x w latent cells, H x W pixels, L tokens of a prompt, D their width.
 """
 
 from __future__ import annotations
@@ -15,37 +15,52 @@ from dmkd_fast.denoisers.upsampling import double_by_phases
 
 
 class PixelDiT(nn.Module):
-    """diffusers' DiT with a plain call; what is trained, and the reference for `LeanDiT`."""
+    """diffusers' DiT with the sampler's call.
+
+    It is the module that is trained, and the reference for `LeanDiT`.
+    """
 
     def __init__(self, dit: Any) -> None:
         super().__init__()
         self.dit = dit
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """(B, c, h, w), (B,) in [0, 1000), (B,) int64 -> (B, c or 2 c, h, w)."""
+        """Return the prediction, (B, c or 2 c, h, w).
+
+        Args:
+            latents: (B, c, h, w).
+            timesteps: (B,) in [0, 1000).
+            labels: (B,) int64.
+        """
         dit: Any = self.dit
         return dit(latents, timestep=timesteps, class_labels=labels).sample
 
 
 class ClassUNet(nn.Module):
-    """diffusers' `UNet2DModel` with class embeddings and a plain call."""
+    """diffusers' `UNet2DModel` with class embeddings and the sampler's call."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """(B, c, h, w), (B,), (B,) int64 -> (B, c or 2 c, h, w)."""
+        """Return the prediction, (B, c or 2 c, h, w).
+
+        Args:
+            latents: (B, c, h, w).
+            timesteps: (B,).
+            labels: (B,) int64.
+        """
         unet: Any = self.unet
         return unet(latents, timesteps, class_labels=labels).sample
 
 
 class TextUNet(nn.Module):
-    """diffusers' `UNet2DConditionModel`, conditioned on one prompt per class, encoded once.
+    """diffusers' `UNet2DConditionModel` with one prompt per class, encoded once.
 
     Args:
-        unet: The model.
-        prompts: (num_classes + 1, L, D) embeddings; the last one is the empty prompt.
+        unet: diffusers' module.
+        prompts: Embeddings, (num_classes + 1, L, D); the last one is the empty prompt.
     """
 
     def __init__(self, unet: Any, prompts: Tensor) -> None:
@@ -56,7 +71,14 @@ class TextUNet(nn.Module):
     def forward(
         self, latents: Tensor, timesteps: Tensor, labels: Tensor, guidance: Tensor | None = None
     ) -> Tensor:
-        """(B, c, h, w), (B,), (B,) int64, guidance scales (B,) -> (B, c, h, w)."""
+        """Return the prediction, (B, c, h, w).
+
+        Args:
+            latents: (B, c, h, w).
+            timesteps: (B,).
+            labels: (B,) int64.
+            guidance: Guidance scales, (B,), for guidance-distilled models; None for others.
+        """
         unet: Any = self.unet
         condition = None
         if guidance is not None:
@@ -68,7 +90,11 @@ class TextUNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """An autoencoder's decoder, from the sampler's latents to pixels; changes `vae` in place."""
+    """The decoder of an autoencoder, from the sampler's latents to pixels.
+
+    Args:
+        vae: diffusers' autoencoder; its decoder is changed in place.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -80,13 +106,21 @@ class Decoder(nn.Module):
         self.shift = float(vae.config.get("shift_factor") or 0.0)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(B, c, h, w) -> (B, 3, H, W) in [-1, 1]."""
+        """Decode latents (B, c, h, w) to images (B, 3, H, W) in [-1, 1]."""
         vae: Any = self.vae
         return vae.decode(latents / self.scale + self.shift).sample
 
 
 def _guidance_waves(guidance: Tensor, width: int) -> Tensor:
-    """Sinusoids of guidance scale - 1 (B,), as guidance-distilled UNets take them: (B, width)."""
+    """Embed guidance values as sinusoids, for guidance-distilled UNets.
+
+    Args:
+        guidance: Guidance scale - 1, (B,).
+        width: Width of the embedding.
+
+    Returns:
+        (B, width).
+    """
     half = width // 2
     places = torch.arange(half, dtype=torch.float32, device=guidance.device)
     angles = 1000 * guidance[:, None] * torch.exp(places * (-math.log(10_000) / (half - 1)))

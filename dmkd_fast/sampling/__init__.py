@@ -1,1 +1,1 @@
-"""Images by id: labels, solver tables, the sampling loop."""
+"""Generate images by id: labels, solver tables and the sampling loop."""

@@ -1,4 +1,4 @@
-"""Checks of the arguments of `DiffusionSampler`: one line that names the argument."""
+"""Check the arguments of `DiffusionSampler`; each error is one line that names the argument."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ def check_settings(
     dtype: torch.dtype, seed: int, guidance_channels: int | None, micro_batch_images: int,
     scales: list[float], guided: list[int],
 ) -> None:  # fmt: skip
-    """Refuse arguments of wrong types or ranges; see `DiffusionSampler`."""
+    """Reject arguments of a wrong type or range.
+
+    Args are those of `DiffusionSampler`, and:
+        scales: All guidance scales, those of `class_guidance` included.
+        guided: Labels that have a guidance scale of their own.
+
+    Raises:
+        TypeError, ValueError: An argument is of a wrong type or out of range.
+    """
     if math.prod(checks.image_shape(latent_shape, name="latent_shape")) > 2**28:
         raise ValueError(f"latent_shape: got {latent_shape}, expected at most 2**28 numbers")
     checks.whole("seed", seed, high=checks.MAX_SEED)
@@ -49,7 +57,17 @@ def check_settings(
 def check_guidance(
     scheduler: dict[str, Any], scale: float, null_class: int | None, takes_guidance: bool
 ) -> None:
-    """Refuse a guidance scale that the model cannot have."""
+    """Reject a guidance scale that the model does not support.
+
+    Args:
+        scheduler: Content of the model's scheduler_config.json.
+        scale: Guidance scale; 1 means no guidance.
+        null_class: Label that stands for "no class"; None if the model has none.
+        takes_guidance: Whether the guidance scale is an input of the model.
+
+    Raises:
+        ValueError: The model has guidance folded into its weights, or it has no null class.
+    """
     if scale == 1.0:
         return
     if "distilled_guidance_scale" in scheduler:

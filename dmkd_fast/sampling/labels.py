@@ -1,7 +1,7 @@
-"""Which class each image id gets: balanced and shuffled, a pure function of (seed, id).
+"""The class of each image id: balanced and shuffled, a pure function of (seed, id).
 
-Every run of `num_classes` consecutive ids holds each class once, in an order
-of its own, so any window of the stream is balanced to within one image per class.
+Each run of `num_classes` consecutive ids holds every class once, in its own random order. So the
+counts of two classes differ by at most one from id 0 on, and by at most two in any window of ids.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from torch import Tensor
 from dmkd_fast.rng import philox
 from dmkd_fast.runtime import checks
 
-# Every label takes a permutation of all classes.
+# Upper bound of count * num_classes: each label is read off a permutation of all classes.
 MOST_NUMBERS = 2**26
 
 
 class LabelStream:
-    """Hands out consecutive image ids and their classes.
+    """A stream of consecutive image ids and their classes.
 
-    Several ranks take turns: of every `world_size` requests of one size, each gets its own.
+    The ranks take turns: if all of them request `count` ids, rank r gets the r-th run of `count`
+    ids.
 
     Args:
-        num_classes: C.
-        seed: Another seed gives another order.
-        device: Of the tensors handed out.
-        rank, world_size: Whose turn this is, of how many.
+        num_classes: Number of classes, C.
+        seed: Seed of the order of the classes.
+        device: Device of the returned tensors.
+        rank, world_size: Number of this process; number of processes.
     """
 
     def __init__(
@@ -39,38 +40,41 @@ class LabelStream:
         self.num_classes, self.seed = num_classes, seed
         self.device = torch.device(device)
         self.rank, self.world_size = rank, world_size
-        self.next_id = 0  # Of all ranks together.
+        self.next_id = 0  # first id of the next turn, shared by all ranks
 
     is_exhausted = False
-    """There is always another image; what reads from disk may run out."""
+    """Always False: labels never run out, unlike images on disk (`data/stored.py`)."""
 
     def peek(self, count: int) -> tuple[Tensor, Tensor]:
-        """The next ids and their labels, (count,) int64 each; `advance` moves past them."""
+        """Return the next ids and their labels, (count,) int64 each.
+
+        A second call returns the same ids, until `advance` moves past them.
+        """
         checks.whole("count", count, low=1, high=MOST_NUMBERS // self.num_classes)
         start = self.next_id + self.rank * count
         ids = torch.arange(start, start + count, device=self.device)
         return ids, self.labels_of(ids)
 
     def advance(self, count: int) -> None:
-        """Count the next `count` ids as made."""
+        """Move past the `count` ids that each rank got from `peek`."""
         checks.whole("count", count)
         self.next_id += count * self.world_size
 
     def labels_of(self, ids: Tensor) -> Tensor:
-        """Labels (B,) int64 of any ids (B,) int64."""
+        """Return the labels, (B,) int64, of any ids, (B,) int64."""
         checks.rows("ids", ids)
         checks.within("ids", ids, low=0, high=checks.MAX_SEED)
         blocks, place = ids // self.num_classes, ids % self.num_classes
         keys = philox.random_bits(
             self.seed, blocks, step=0, stream=philox.STREAM_LABELS, count=self.num_classes
         )  # (B, C)
-        # The class at a place is the index of the key with that rank.
+        # Sorting the random keys of a run of ids gives its permutation of the classes.
         return keys.argsort(dim=1, stable=True).gather(1, place[:, None])[:, 0]
 
     def state_dict(self) -> dict[str, int]:
-        """The next id."""
+        """Return the next id of all ranks together."""
         return {"next_id": self.next_id}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Inverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.next_id = state["next_id"]

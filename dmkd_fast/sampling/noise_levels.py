@@ -1,7 +1,7 @@
 """Read noise levels and timesteps from a diffusers `scheduler_config.json`.
 
-Keys are read as diffusers' `from_config` reads them: a scheduler takes the keys
-that it knows and ignores those of the scheduler that wrote the file. K steps.
+Keys are read as diffusers' `from_config` reads them: a scheduler uses the keys that it knows and
+ignores all others, which belong to the scheduler that wrote the file. K is the number of steps.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ Scheduler = dict[str, Any]
 """Content of a diffusers `scheduler_config.json`."""
 
 FLOW, CONSISTENCY = "FlowMatchEulerDiscreteScheduler", "CMStochasticIterativeScheduler"
-# Schedulers that share DDPM's noise levels, and the solver that "auto" chooses.
+# Schedulers that share DDPM's noise levels, and the solver that "auto" chooses. With None, a solver
+# must be named.
 VARIANCE_PRESERVING = {
     "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm++2m",
     "PNDMScheduler": None, "EulerDiscreteScheduler": None, "EulerAncestralDiscreteScheduler": None,
     "UniPCMultistepScheduler": None, "LMSDiscreteScheduler": None, "DEISMultistepScheduler": None,
     "DPMSolverSinglestepScheduler": None, "HeunDiscreteScheduler": None,
 }  # fmt: skip
-# Values that the tables are built for, of each key that diffusers' scheduler of that name takes.
+# Values for which the tables are correct, by solver or scheduler class. Keys that diffusers'
+# scheduler of that name ignores are not listed.
 OFF = (False, None)
 ANCESTRAL = {"thresholding": OFF, "rescale_betas_zero_snr": OFF}
 SPACINGS = dict.fromkeys(
@@ -38,7 +40,7 @@ SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "dpm++2m": ANCESTRAL | SPACINGS | {
         "use_lu_lambdas": OFF, "use_flow_sigmas": OFF,
         "algorithm_type": ("dpmsolver++",),
-        # DPMSolverMultistepScheduler takes the values of UniPC and DEIS as "midpoint".
+        # DPMSolverMultistepScheduler treats the values of UniPC and DEIS as "midpoint".
         "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
         "lambda_min_clipped": (-math.inf, "-inf"),
     },
@@ -48,10 +50,10 @@ SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
-    """Turn "auto" into the scheduler's own solver; check other names.
+    """Resolve "auto" to the scheduler's own solver, and check any other name.
 
     Raises:
-        ValueError: The scheduler is not known, or the solver is not for models like this.
+        ValueError: The scheduler is unknown, or the solver does not fit models with this scheduler.
     """
     name = str(scheduler.get("_class_name"))
     possible: tuple[str, ...]
@@ -74,10 +76,10 @@ def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
 
 
 def check_supported(scheduler: Scheduler, chosen: str) -> None:
-    """Refuse values for which the tables of solver `chosen` would be wrong.
+    """Reject scheduler values for which the table of solver `chosen` would be wrong.
 
     Raises:
-        ValueError: Names the key.
+        ValueError: A value is not supported; the message names its key.
     """
     name = str(scheduler.get("_class_name"))
     for key, values in SUPPORTED[name if name in SUPPORTED else chosen].items():
@@ -91,10 +93,10 @@ def check_supported(scheduler: Scheduler, chosen: str) -> None:
 def number_of(
     scheduler: Scheduler, key: str, default: float, *, low: float = 0.0, high: float = math.inf
 ) -> float:
-    """A finite number in [low, high] from the file.
+    """Read a finite number in [low, high] from the scheduler's config.
 
     Raises:
-        ValueError: The file has another value or type there.
+        ValueError: The value has another type or is out of range.
     """
     try:
         return checks.number(f"scheduler: {key}", scheduler.get(key, default), low=low, high=high)
@@ -103,10 +105,10 @@ def number_of(
 
 
 def whole_of(scheduler: Scheduler, key: str, default: int, *, low: int, high: int) -> int:
-    """A whole number in [low, high] from the file.
+    """Read an integer in [low, high] from the scheduler's config.
 
     Raises:
-        ValueError: The file has another value or type there.
+        ValueError: The value has another type or is out of range.
     """
     try:
         return checks.whole(f"scheduler: {key}", scheduler.get(key, default), low=low, high=high)
@@ -115,31 +117,36 @@ def whole_of(scheduler: Scheduler, key: str, default: int, *, low: int, high: in
 
 
 def trained_steps(scheduler: Scheduler) -> int:
-    """Timesteps that the model was trained with."""
+    """Return the number of timesteps that the model was trained with."""
     default = 40 if scheduler.get("_class_name") == CONSISTENCY else 1000
     return whole_of(scheduler, "num_train_timesteps", default, low=1, high=1_000_000)
 
 
 def clip_of(scheduler: Scheduler) -> float | None:
-    """Bound of the image estimate; None if it is not clipped."""
+    """Return the bound to which image estimates are clipped; None means no clipping."""
     if not scheduler.get("clip_sample", True):
         return None
     return number_of(scheduler, "clip_sample_range", 1.0)
 
 
 def flow_sigmas(num_steps: int, shift: float) -> Tensor:
-    """Noise levels 1 = s_0 > ... > s_K = 0, (K + 1,) float64: equal steps, then shifted.
+    """Return noise levels 1 = s_0 > ... > s_K = 0 of a flow model, (K + 1,) float64.
 
-    Equal to diffusers' `set_timesteps(sigmas=linspace(1, 1 / K, K))`, as its pipelines of flow
-    models call it. Its `set_timesteps(K)` ends at the lowest trained level instead, and where
-    `shift` is not 1 it applies the shift twice.
+    The levels are equally spaced and then shifted. They equal those of diffusers'
+    `set_timesteps(sigmas=linspace(1, 1 / K, K))`, which its pipelines for flow models call.
+    `set_timesteps(K)` would end at the lowest trained level instead, and it would apply a `shift`
+    other than 1 twice.
     """
     sigmas = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def alpha_bar(scheduler: Scheduler, trained: int) -> Tensor:
-    """Cumulative products of 1 - beta, (trained,) float64."""
+    """Return the cumulative products of 1 - beta, (trained,) float64.
+
+    Raises:
+        ValueError: The beta schedule is not supported, or its values are wrong.
+    """
     kind, given = scheduler.get("beta_schedule", "linear"), scheduler.get("trained_betas")
     start = number_of(scheduler, "beta_start", 0.0001, high=1.0)
     end = number_of(scheduler, "beta_end", 0.02, high=1.0)
@@ -173,7 +180,22 @@ def alpha_bar(scheduler: Scheduler, trained: int) -> Tensor:
 def spaced_timesteps(
     scheduler: Scheduler, num_steps: int, trained: int, *, default: str, extra: int = 0
 ) -> Tensor:
-    """Descending (K,) int64, spaced as the scheduler's config says."""
+    """Return descending timesteps, spaced as the scheduler's config says.
+
+    Args:
+        scheduler: Content of a scheduler_config.json.
+        num_steps: Number of timesteps to return, K.
+        trained: Number of timesteps that the model was trained with.
+        default: Spacing if the config states none.
+        extra: Number of further timesteps that are spaced and then dropped at the low end; not
+            used by the spacing `trailing`.
+
+    Returns:
+        (K,) int64; `trailing` may give fewer.
+
+    Raises:
+        ValueError: The spacing is unknown, or a timestep lies beyond the trained ones.
+    """
     spacing = scheduler.get("timestep_spacing", default)
     count = num_steps + extra
     if spacing == "leading":
@@ -189,7 +211,7 @@ def spaced_timesteps(
         ascending = torch.linspace(0, trained - 1, count, dtype=torch.float64).round().long()
         return ascending.flip(0)[:num_steps]
     if spacing == "trailing":
-        # The step is rounded, so `arange` may end with one more value, next to 0.
+        # The step size is rounded, so `arange` may end with one value too many, close to 0.
         count_down = torch.arange(trained, 0, -trained / num_steps, dtype=torch.float64)
         return count_down.round().long()[:num_steps] - 1
     raise ValueError(

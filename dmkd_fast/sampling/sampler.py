@@ -1,13 +1,15 @@
-"""Makes class-conditional images with a diffusion model, straight into the slots it is given.
+"""Generate class-conditional images with a diffusion model and write them into a given tensor.
 
-The noise of an image is keyed by (seed, image id, step), so an image does not
-depend on the others made with it; its bits are fixed for a fixed micro-batch, device and build.
-Shapes never change and nothing inside waits for the device, so the loop compiles to one graph per
-kind of step and, on CUDA, is captured whole.
-B micro-batch, c channels, h w latent cells (pixels, for a pixel model), H W pixels, K steps.
+The noise of an image depends only on (seed, image id, step), so an image does not depend on the
+other images of its batch. The bits of an image are fixed for a fixed micro-batch size, device and
+build. Shapes never change and nothing inside waits for the device. So torch.compile makes one graph
+per kind of step, and on CUDA one graph captures the whole loop.
+
+Shapes: B micro-batch, c channels, h x w latent cells (pixels for a pixel model), H x W pixels,
+K steps.
 
 Sources: Ho & Salimans, classifier-free guidance (arXiv 2207.12598), eq. 6; Kynkaanniemi et al.,
-guidance in an interval (arXiv 2404.07724); solvers: see solvers.py.
+guidance in an interval (arXiv 2404.07724); for the solvers, see `sampling/solvers.py`.
 """
 
 from __future__ import annotations
@@ -26,51 +28,57 @@ from dmkd_fast.sampling.arguments import check_guidance, check_settings
 from dmkd_fast.sampling.noise_levels import Solver
 from dmkd_fast.sampling.solvers import SolverTable, solver_table
 
-# Images that pass the decoder at a time: its activations are hundreds of times the latents. On a
-# CPU four at once take 1.6 times as long per image as two (SD-VAE, 256 pixels: 0.58 and 0.36 s).
+# Images decoded at a time. Activations of a decoder are hundreds of times larger than latents; on a
+# CPU, four images at a time are slower per image than two (docs/notebook.md, "Decoder on a CPU").
 MOST_DECODED = {"cuda": 8, "cpu": 2}
-# A CPU library splits the products of very small batches otherwise and rounds otherwise in
-# bfloat16: fewer images at a time would be other bits (embedded denoiser: up to 12 levels).
+# CPU libraries split the products of very small batches in another way and round differently in
+# bfloat16, so smaller batches would change the bits.
 FEWEST_IMAGES = 4
-# Of all images. Rare ones do not hurt a student; a decoder that overflows breaks most.
+# Largest accepted fraction of images with values that are not finite. A few do not harm a student,
+# but a decoder that overflows breaks most images.
 MOST_BROKEN = 0.01
 
 
 class DiffusionSampler:
-    """Fixed-shape sampling loop over a coefficient table.
+    """Generate images with a diffusion model, one per image id.
+
+    The sampling loop has fixed shapes and follows the coefficient table of `sampling/solvers.py`.
 
     Args:
-        module: `module(latents (B, c, h, w), timesteps (B,), labels (B,))` -> (B, c, h, w), or
-            (B, 2c, h, w) if it also predicts variances. Moved and cast in place.
+        module: Denoiser: `module(latents (B, c, h, w), timesteps (B,), labels (B,))` returns
+            (B, c, h, w), or (B, 2c, h, w) if it also predicts variances. Moved and cast in place.
         scheduler: Content of the model's scheduler_config.json; fixes objective and solver.
-        latent_shape: (c, h, w).
-        decoder: Latents -> images in [-1, 1]; None for a pixel model.
+        latent_shape: Shape of one image's latents, (c, h, w).
+        decoder: Module that turns latents into images in [-1, 1]; None for a pixel model.
         null_class: Label that stands for "no class"; None if the model has none.
-        takes_guidance: The module has a fourth input, the guidance scales (B,).
-        num_classes: Labels are checked against it, on a CPU; None skips that.
-        class_map: The module's own index of each label; None: labels are its own.
-        num_steps: K.
-        solver: See `sampling/solvers.py`; "auto" is the scheduler's own.
-        guidance_scale: 1 means no guidance.
-        class_guidance: Guidance scale of some labels in place of that; needs num_classes. All
-            images then take the steps of guided ones, those with scale 1 too.
-        guidance_interval: Steps int(start * K) to int(stop * K) - 1 are guided; the others run
-            without their unconditional half.
-        guidance_channels: Guide only the first so many channels (the original DiT code: 3);
-            None: all.
-        micro_batch_images: B, at least 4; smaller requests are filled up, so shapes never change.
+        takes_guidance: Whether the module has a fourth input, the guidance scales (B,).
+        num_classes: Number of labels. On a CPU, labels are checked against it; None skips the
+            check.
+        class_map: The module's own index of each label; None if both are the same.
+        num_steps: Number of steps, K.
+        solver: Solver name, see `solver_table`; "auto" chooses the scheduler's own.
+        guidance_scale: Guidance scale; 1 means no guidance.
+        class_guidance: Guidance scales of single labels, which replace `guidance_scale`; needs
+            `num_classes`. All images then cost as much as guided ones, also those with scale 1.
+        guidance_interval: Fractions (start, stop) of the steps: steps int(start * K) to
+            int(stop * K) - 1 are guided, and the others run without the unconditional half.
+        guidance_channels: Number of leading channels that are guided (the original DiT code: 3);
+            None means all.
+        micro_batch_images: Micro-batch size B, at least 4. Smaller requests are padded, so shapes
+            never change.
         dtype: Compute dtype of the module; latents stay float32 between steps.
-        device: Where everything lives.
-        seed: Of the noise.
-        compile: torch.compile each kind of step, and on CUDA the decoder.
+        device: Device of all tensors and modules.
+        seed: Seed of the noise.
+        compile: Whether to torch.compile each kind of step and, on CUDA, the decoder.
 
     Raises:
-        ValueError: Guidance without a null class or of a label that there is not, or an
-            unsupported scheduler or setting.
+        TypeError: An argument is of a wrong type.
+        ValueError: Guidance is set for a model without a null class or for an unknown label, or the
+            scheduler or a setting is not supported.
 
     Attributes:
-        num_made: Images made so far, those that fill up micro-batches included.
-        num_broken: How many of them had a value that is not finite, () int64 on the device.
+        num_made: Number of images made so far, padding of micro-batches included.
+        num_broken: Number of these with a value that is not finite, () int64 on the device.
     """
 
     def __init__(
@@ -113,7 +121,7 @@ class DiffusionSampler:
         self._advance, self._finish = _advance, _decode
         if compile:
             self._advance = torch.compile(_copy(_advance), fullgraph=True, dynamic=False)
-            # Convolutions on a CPU are oneDNN's either way; compiled group norms are slower there.
+            # On a CPU, oneDNN runs the convolutions in any case, and compiling slows group norms.
             if self.device.type == "cuda":
                 self._finish = torch.compile(_copy(_decode), fullgraph=True, dynamic=False)
         self._graph: _Graph | None = None
@@ -122,24 +130,24 @@ class DiffusionSampler:
 
     @property
     def forwards_per_image(self) -> int:
-        """Evaluations of the module that one image takes, unconditional ones included."""
+        """Number of evaluations of the module per image, unconditional ones included."""
         return len(self._guided) + sum(self._guided)
 
     @torch.inference_mode()
     def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
-        """Make one image per id.
+        """Generate one image per id.
 
         Args:
-            ids: (n,) int64 image ids; each fixes its image's noise.
-            labels: (n,) int64 classes.
-            out: (n, 1 or 3, H, W) uint8, written in place.
+            ids: Image ids, (n,) int64; an id fixes the noise of its image.
+            labels: Classes, (n,) int64.
+            out: Tensor for the images, (n, 1 or 3, H, W) uint8, written in place.
 
         Returns:
             `out`.
 
         Raises:
-            TypeError, ValueError: A tensor is of another shape, dtype or device, or, on a CPU, an
-                id or label is out of range.
+            TypeError, ValueError: A tensor has a wrong shape, dtype or device, or, on a CPU, an id
+                or label is out of range.
         """
         self._check_rows(ids, labels)
         if out.ndim != 4 or len(out) != len(ids) or out.dtype != torch.uint8:
@@ -149,7 +157,7 @@ class DiffusionSampler:
         for start in range(0, len(ids), size):
             batch = slice(start, start + size)
             images = self._images(_fill(ids[batch], size), _fill(labels[batch], size))
-            if images.shape[1:] != out.shape[1:]:  # `copy_` would repeat a single channel or row
+            if images.shape[1:] != out.shape[1:]:  # `copy_` would broadcast a single channel or row
                 raise ValueError(
                     f"out: got images of {tuple(out.shape[1:])}, expected {tuple(images.shape[1:])}"
                 )
@@ -158,18 +166,26 @@ class DiffusionSampler:
 
     @torch.inference_mode()
     def trajectory(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """All states of one micro-batch, noise first: (B,), (B,) -> (K + 1, B, c, h, w) float32."""
+        """Return all states of one micro-batch, noise first.
+
+        Args:
+            ids: Image ids, (B,) int64.
+            labels: Classes, (B,) int64.
+
+        Returns:
+            (K + 1, B, c, h, w) float32.
+        """
         self._check_rows(ids, labels)
         return torch.stack(list(self._states(ids, labels)))
 
     def _images(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """One micro-batch, (B,) and (B,) -> (B, 1 or 3, H, W) uint8; replayed on CUDA."""
+        """Generate one micro-batch, (B, 1 or 3, H, W) uint8; on CUDA by replaying a graph."""
         self.num_made += len(ids)
         if self.device.type != "cuda":
             return self._make(ids, labels)
         if self._graph is None:
             self._graph = _Graph(self._make, ids, labels)
-            self.num_broken.zero_()  # Of its trial runs.
+            self.num_broken.zero_()  # the warm-up runs of the graph counted too
         return self._graph(ids, labels)
 
     def _make(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -185,7 +201,7 @@ class DiffusionSampler:
         return torch.cat(parts)
 
     def _states(self, ids: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        """The K + 1 states of one micro-batch, each (B, c, h, w) float32."""
+        """Yield the K + 1 states of one micro-batch, each (B, c, h, w) float32."""
         table = self.table
         x = table.initial_scale * self._noise(ids, step=0)
         yield x
@@ -200,7 +216,8 @@ class DiffusionSampler:
             both = torch.cat((labels, torch.full_like(labels, self.null_class)))  # (2B,)
         before = torch.zeros_like(x)
         for k, guided in enumerate(self._guided):
-            # Where its coefficient is 0 as well: without it a step would be another graph.
+            # Noise is passed also where its coefficient is 0; otherwise torch.compile would need
+            # another graph for such a step.
             fresh = self._noise(ids, step=k + 1) if self._is_noisy else None
             x, before = self._advance(
                 self._module, x, before, table.rows[k], both if guided else labels, fresh,
@@ -211,12 +228,12 @@ class DiffusionSampler:
             yield x
 
     def _noise(self, ids: Tensor, step: int) -> Tensor:
-        """(B,) ids -> (B, c, h, w) float32."""
+        """Return the noise of one step for ids (B,), as (B, c, h, w) float32."""
         c, h, w = self.latent_shape
         return philox.normal(self.seed, ids, step=step, count=c * h * w).view(-1, c, h, w)
 
     def _scale_table(self) -> Tensor | None:
-        """Guidance scale of each label, (num_classes,) float32; None if it is one for all."""
+        """Return the guidance scales, (num_classes,) float32; None if all agree."""
         if not self.class_guidance:
             return None
         if self.num_classes is None:
@@ -240,20 +257,20 @@ class DiffusionSampler:
             raise ValueError(f"ids: got {ids.device}, expected {self.device}, as the sampler")
         checks.rows("labels", labels, count=len(ids), device=ids.device)
         checks.within("ids", ids, low=0, high=checks.MAX_SEED)
-        # Elsewhere the embedding asserts: reading would wait for the device.
+        # Labels on CUDA are not read, which would wait; the embedding asserts their range there.
         most = checks.MAX_SEED if self.num_classes is None else self.num_classes - 1
         checks.within("labels", labels, low=0, high=most)
 
 
 def check_broken(broken: int, made: int) -> None:
-    """Refuse images too many of which have values that are not finite.
+    """Raise an error if too many images have values that are not finite.
 
     Args:
-        broken: Of them.
-        made: All.
+        broken: Number of images with such values.
+        made: Number of all images.
 
     Raises:
-        NotFiniteError: More than 1 % of them do.
+        NotFiniteError: More than 1 % of the images have such values.
     """
     if broken > MOST_BROKEN * made:
         raise NotFiniteError(
@@ -268,22 +285,25 @@ def _advance(
     fresh: Tensor | None, *, guided: bool, scale: float | Tensor, channels: int | None,
     takes_guidance: bool, clip: float | None, learned_variance: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One step of any solver: x, before (B, c, h, w) float32 -> the next two.
+    """Take one step of any solver.
 
     Args:
-        module: The denoiser.
-        x: State.
-        before: Clipped image estimate of the step before.
-        row: (len(SolverTable.COLUMNS),) float32.
-        labels: (B,), or (2B,) with the null class in the second half if guided.
-        fresh: New noise (B, c, h, w), or None.
-        guided: Whether to combine conditional and unconditional prediction.
+        module: Denoiser.
+        x: State, (B, c, h, w) float32.
+        before: Clipped image estimate of the previous step, (B, c, h, w) float32.
+        row: Coefficients of this step, (len(SolverTable.COLUMNS),) float32.
+        labels: Labels (B,), or (2B,) with the null class in the second half if guided.
+        fresh: Fresh noise, (B, c, h, w), or None.
+        guided: Whether to combine the conditional and the unconditional prediction.
         scale: Guidance scale: a number, or (B, 1, 1, 1).
-        channels: How many channels it applies to; None: all.
+        channels: Number of leading channels that are guided; None means all.
         takes_guidance: Whether the scale is an input of the module.
         clip: Bound of the image estimate, or None.
-        learned_variance: Whether the module's second half interpolates the noise's variance.
-        dtype: Of the module.
+        learned_variance: Whether the second half of the module's output sets the noise variance.
+        dtype: Compute dtype of the module.
+
+    Returns:
+        The next x and `before`.
     """
     values = dict(zip(SolverTable.COLUMNS, row.unbind(), strict=True))
     inputs = (values["input_scale"] * x).to(dtype)
@@ -300,7 +320,7 @@ def _advance(
     if guided:
         conditional, unconditional = prediction.chunk(2)
         prediction = unconditional + scale * (conditional - unconditional)
-        if isinstance(scale, Tensor):  # scale 1 is no guidance, not only up to rounding
+        if isinstance(scale, Tensor):  # scale 1 must give exactly the conditional prediction
             prediction = torch.where(scale == 1, conditional, prediction)
         if channels is not None:
             prediction = torch.cat((prediction[:, :channels], conditional[:, channels:]), dim=1)
@@ -320,9 +340,12 @@ def _advance(
 def _decode(
     decoder: nn.Module | None, latents: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Latents (B, c, h, w) float32 -> images (B, 1 or 3, H, W) uint8, which are broken (B,) bool.
+    """Decode latents (B, c, h, w) float32 and find broken images.
 
-    Values are rounded to the nearest level. One that is not finite would look like black or white.
+    Values are rounded to the nearest level. One that is not finite would look black or white.
+
+    Returns:
+        Images (B, 1 or 3, H, W) uint8, and whether each has a value that is not finite, (B,) bool.
     """
     images = latents
     if decoder is not None:
@@ -333,11 +356,11 @@ def _decode(
 
 
 class _Graph:
-    """All of one micro-batch as one CUDA graph: two small copies in, one launch."""
+    """One micro-batch as a CUDA graph: two small copies, then one launch."""
 
     def __init__(self, make: Any, ids: Tensor, labels: Tensor) -> None:
         self._ids, self._labels = ids.clone(), labels.clone()
-        # Compilation and lazy initialisation must be over before the capture.
+        # Compilation and lazy initialization must be done before the capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -356,10 +379,10 @@ class _Graph:
 
 
 def _copy(function: Any) -> Any:
-    """The same function with a code object of its own.
+    """Return the same function with its own code object.
 
-    torch.compile keeps its graphs per code object and gives up after eight, so samplers that
-    shared one would run out.
+    torch.compile stores its graphs by code object and stops compiling after eight of them, so
+    several samplers that share a code object would exceed this limit.
     """
     copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     copy.__kwdefaults__ = function.__kwdefaults__
@@ -367,5 +390,5 @@ def _copy(function: Any) -> Any:
 
 
 def _fill(values: Tensor, size: int) -> Tensor:
-    """Repeat the last entry until there are `size`."""
+    """Pad `values` to `size` entries by repeating the last one."""
     return torch.cat((values, values[-1:].expand(size - len(values), *values.shape[1:])))

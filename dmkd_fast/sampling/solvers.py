@@ -1,12 +1,12 @@
 """Diffusion solvers as tables of coefficients, built once from a scheduler's config.
 
-No scheduler object exists at run time: one step of every solver is ::
+No scheduler object is needed while sampling. One step of every solver is ::
 
-    f = model(input_scale * x, timestep)          # what the model predicts
-    m = skip * x + out * f                        # its estimate of the image
+    f = model(input_scale * x, timestep)          # the model's prediction
+    m = skip * x + out * f                        # the image estimate
     x = a * x + b0 * clip(m) + b1 * m_before + u * m + n * z
 
-with z new noise and m_before the clipped m of the step before. K steps.
+where z is fresh noise and m_before is the clipped m of the previous step. K is the number of steps.
 
 Sources: Ho et al., DDPM (arXiv 2006.11239), eq. 7; Nichol & Dhariwal (arXiv 2102.09672), eq. 15,
 for learned variances; Song et al., DDIM (arXiv 2010.02502), eq. 12 with eta = 0; Lu et al.,
@@ -43,49 +43,52 @@ _logged: set[str] = set()
 
 @dataclass(frozen=True, kw_only=True)
 class SolverTable:
-    """Coefficients of all steps."""
+    """The coefficients of all steps of a solver; see the top of this file."""
 
     COLUMNS = ("timestep", "input_scale", "skip", "out", "a", "b0", "b1", "u", "n",
                "log_variance_low", "log_variance_high")  # fmt: skip
 
     rows: Tensor
-    """(K, len(COLUMNS)) float32."""
+    """Coefficients, one row per step: (K, len(COLUMNS)) float32."""
     initial_scale: float
     """Standard deviation of the first x."""
     clip: float | None
-    """Image estimates are clamped to [-clip, clip]; None: not at all."""
+    """Image estimates are clamped to [-clip, clip]; None means no clamping."""
     learned_variance: bool
-    """n * z is replaced by exp(v / 2) * z, v between the two log variances as the model says."""
+    """Whether the noise term is n * exp(v / 2) * z. The model predicts where the log variance v
+    lies between `log_variance_low` and `log_variance_high`."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def stochastic(self) -> tuple[bool, ...]:
-        """Which steps draw noise."""
+        """Whether each step adds noise."""
         return tuple((self.column("n") != 0).tolist())
 
     def column(self, name: str) -> Tensor:
-        """(K,) float32."""
+        """Return one coefficient of all steps, (K,) float32."""
         return self.rows[:, self.COLUMNS.index(name)]
 
 
 def solver_table(
     scheduler: Scheduler, num_steps: int, device: torch.device, *, solver: Solver = "auto"
 ) -> SolverTable:
-    """Coefficients for the scheduler that a model was published with.
+    """Build the coefficient table for the scheduler that a model was published with.
 
     Args:
-        scheduler: Fixes noise levels, prediction type, clipping and timesteps. Diffusers' scheduler
-            of the solver's name, made `from_config` of it, gives the same numbers.
-        num_steps: K.
-        device: Of the table.
-        solver: "auto" is the scheduler's own. Models trained with DDPM's noise levels take "ddpm",
-            "ddim" and "dpm++2m", flow models "euler" and "dpm++2m" (second order at the same cost).
+        scheduler: Content of the model's scheduler_config.json. It fixes noise levels, prediction
+            type, clipping and timesteps. The diffusers scheduler that belongs to the solver,
+            created with `from_config`, gives the same numbers.
+        num_steps: Number of steps, K.
+        device: Device of the table.
+        solver: Solver name; "auto" chooses the scheduler's own. Models trained with DDPM's noise
+            levels support "ddpm", "ddim" and "dpm++2m". Flow models support "euler" and "dpm++2m"
+            (second order at the same cost).
 
     Raises:
         ValueError: The scheduler, one of its settings or the solver is not supported for this
-            model, or K is more than it has.
+            model, or K is larger than the number of trained timesteps.
     """
     name, trained = scheduler.get("_class_name"), noise_levels.trained_steps(scheduler)
     checks.whole("num_steps", num_steps, low=1, high=trained)
@@ -124,11 +127,15 @@ def solver_table(
     )
 
 
+# Columns by name, standard deviation of the first x, clip.
 Built = tuple[dict[str, Tensor], float, float | None]
 
 
 def _flow(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
-    """x = (1 - s) image + s noise; the model predicts the velocity noise - image."""
+    """Build the table of a flow model.
+
+    x = (1 - s) * image + s * noise, and the model predicts the velocity noise - image.
+    """
     sigma = flow_sigmas(num_steps, number_of(scheduler, "shift", 1.0, low=1e-6, high=1e6))
     columns = _exponential(1 - sigma, sigma, second_order=solver == "dpm++2m")
     columns |= {
@@ -144,7 +151,7 @@ def _ddim(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
     levels = alpha_bar(scheduler, trained)
     timesteps = spaced_timesteps(scheduler, num_steps, trained, default="leading")
     final = 1.0 if scheduler.get("set_alpha_to_one", True) else float(levels[0])
-    # diffusers steps to t - trained // K whatever the spacing.
+    # diffusers steps to t - trained // K, whatever the timestep spacing is.
     before = timesteps - trained // num_steps
     if not torch.equal(before[:-1], timesteps[1:]):
         _log_once(
@@ -155,7 +162,7 @@ def _ddim(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
     after = torch.where(before >= 0, levels[before.clamp(min=0)], final)
     alpha, sigma = levels[timesteps].sqrt(), (1 - levels[timesteps]).sqrt()
     next_alpha, next_sigma = after.sqrt(), (1 - after).sqrt()
-    # The direction to x keeps the noise that the unclipped estimate implies.
+    # As in diffusers, the noise direction is computed from the unclipped estimate (column u).
     columns = {
         "timestep": timesteps.double(),
         "a": next_sigma / sigma,
@@ -171,10 +178,10 @@ def _ddpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
     levels = alpha_bar(scheduler, trained)
     timesteps = spaced_timesteps(scheduler, num_steps, trained, default="leading")
     now = levels[timesteps]
-    after = torch.cat((now[1:], torch.ones_like(now[:1])))  # the last step ends without noise
+    after = torch.cat((now[1:], torch.ones_like(now[:1])))  # the last step ends at zero noise
     beta = 1 - now / after
     posterior = ((1 - after) / (1 - now) * beta).clamp(min=1e-20)
-    kind = scheduler.get("variance_type") or "fixed_small"  # None in files of DPM solvers
+    kind = scheduler.get("variance_type") or "fixed_small"  # None in configs of DPM solvers
     drawn = (timesteps > 0).double()
     columns = {
         "timestep": timesteps.double(),
@@ -189,7 +196,7 @@ def _ddpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
     elif kind == "learned_range":
         columns |= {
             "n": drawn,
-            # A step without noise still computes exp of these, times 0: it must not overflow.
+            # A step without noise still computes 0 * exp of these, so exp must not overflow.
             "log_variance_low": posterior.log() * drawn,
             "log_variance_high": beta.log() * drawn,
         }
@@ -205,7 +212,7 @@ def _dpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bui
     del solver
     order = noise_levels.whole_of(scheduler, "solver_order", 2, low=1, high=2)
     levels = alpha_bar(scheduler, trained)
-    # Diffusers spaces K + 1 timesteps and leaves out the last one.
+    # diffusers spaces K + 1 timesteps and drops the last one.
     timesteps = spaced_timesteps(scheduler, num_steps, trained, default="linspace", extra=1)
     if len(timesteps) != num_steps:
         raise ValueError(
@@ -230,7 +237,10 @@ def _dpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bui
 
 
 def _consistency(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
-    """Noise is added to a clean estimate and taken away again, K times."""
+    """Build the table of a consistency model.
+
+    Each step estimates the clean image; all but the last add noise to the estimate again.
+    """
     del solver
     low = number_of(scheduler, "sigma_min", 0.002, low=1e-6, high=1e6)
     high = number_of(scheduler, "sigma_max", 80.0, low=low, high=1e6)
@@ -256,16 +266,22 @@ def _consistency(scheduler: Scheduler, num_steps: int, trained: int, solver: str
 def _exponential(
     alpha: Tensor, sigma: Tensor, *, second_order: bool, first_order_end: bool = False
 ) -> dict[str, Tensor]:
-    """DPM-Solver++ over the levels x = alpha * image + sigma * noise, (K + 1,) each.
+    """Return columns a, b0 and b1 of DPM-Solver++.
 
-    First order is the exact solution for a constant image estimate: DDIM's and Euler's step alike.
+    The noise levels are those of x = alpha * image + sigma * noise. The first-order step is the
+    exact solution for a constant image estimate. It equals the step of DDIM and of Euler.
+
+    Args:
+        alpha, sigma: (K + 1,) each, from the first noise level to the last.
+        second_order: Whether to extrapolate from the previous image estimate.
+        first_order_end: Whether the last step is of first order.
     """
     a = sigma[1:] / sigma[:-1]
     newest = alpha[1:] - a * alpha[:-1]
     lean = torch.zeros_like(newest)
     if second_order:
-        h = (alpha / sigma).log().diff()  # steps in half the log signal-to-noise ratio
-        # Infinite intervals (pure noise before, no noise after) stay first order.
+        h = (alpha / sigma).log().diff()  # steps in half of the log signal-to-noise ratio
+        # A step stays first order if its h or the previous one is infinite (alpha or sigma is 0).
         inner = torch.isfinite(h[1:]) & torch.isfinite(h[:-1])
         lean[1:][inner] = (h[1:] / (2 * h[:-1]))[inner]
         if first_order_end:
@@ -274,7 +290,7 @@ def _exponential(
 
 
 def _estimate(scheduler: Scheduler, alpha: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-    """skip and out, so that skip * x + out * f is the image estimate."""
+    """Return columns skip and out, so that skip * x + out * f is the image estimate."""
     kind = scheduler.get("prediction_type", "epsilon")
     if kind == "epsilon":
         return {"skip": 1 / alpha, "out": -sigma / alpha}
@@ -288,7 +304,7 @@ def _estimate(scheduler: Scheduler, alpha: Tensor, sigma: Tensor) -> dict[str, T
 
 
 def _log_once(text: str, *values: object) -> None:
-    """Log a warning the first time that `text` is given."""
+    """Log a warning, but only on the first call with this `text`."""
     if text not in _logged:
         _logged.add(text)
         LOGGER.warning(text, *values)
