@@ -100,7 +100,7 @@ class Metrics:
 
         Args:
             views: Views seen so far.
-            counts: Whole numbers on the device; their rounded mean over ranks is reported.
+            counts: Integers on the device; their rounded mean over ranks is reported.
             values: Further numbers, reported unchanged; `images` also gets a rate.
 
         Returns:
