@@ -1,8 +1,8 @@
 """Knowledge distillation from diffusion-generated images.
 
-    dmkd distill CONFIG                      the whole job
-    from dmkd_fast import kd_loss            the fused loss for any training loop
-    from dmkd_fast import Distiller, ...     the parts, with your own modules
+    dmkd distill CONFIG                      run a whole job (shell command)
+    from dmkd_fast import kd_loss            use the fused loss in any training loop
+    from dmkd_fast import Distiller, ...     use the parts with your own modules
 
 Names are imported on first use, so `from dmkd_fast import kd_loss` needs torch alone.
 """

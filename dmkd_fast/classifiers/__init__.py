@@ -1,1 +1,1 @@
-"""Teachers and students: build, load, save, combine."""
+"""Build, load, save and combine classifiers: teachers and students."""

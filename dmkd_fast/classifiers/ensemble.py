@@ -1,14 +1,14 @@
-"""One or several frozen teachers as one: who judges which image, when, and what comes out.
+"""Combine several frozen teachers into one: average them, route by class, or switch over time.
 
-The teachers of an image are those whose share of the run it is and whose
-classes hold its label; their answer is the mean of their tempered probabilities
-(Hinton et al., arXiv 1503.02531, section 2), so
+The teachers of an image are those that are active at this progress of the run and teach the class
+of the image. Their tempered probabilities are averaged (Hinton et al., arXiv 1503.02531,
+section 2):
 
     softmax(logits / T) = mean over k of softmax(logits_k / T)
 
-which covers averaging (all judge all), routing by class (disjoint classes) and a schedule (weak
-first, strong later: disjoint shares of the run), in any combination.
-B batch, C classes of the job.
+This covers an average (all teachers for all images), routing (each class has its own teacher) and a
+schedule (a weak teacher first, a strong one later), in any combination.
+Shapes: B images in a batch, C classes of the job, K active teachers.
 """
 
 from __future__ import annotations
@@ -25,36 +25,37 @@ from dmkd_fast.views.spec import InputSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A classifier and what it is asked."""
+    """A classifier, the classes that it teaches, and the part of the run in which it teaches."""
 
     module: nn.Module
-    """(B, c, S, S) -> logits."""
+    """Network, (B, c, S, S) -> logits."""
     input: InputSpec
-    """How it wants the views: it gets its own rendering of the same crop."""
+    """Input that the network expects; it gets its own rendering of the same crops."""
     class_map: tuple[int, ...] | None = None
-    """Its own index of each class of the job; None: the same classes in the same order."""
+    """Index of each class of the job among the network's outputs; None: the same order."""
     teaches: tuple[int, ...] | None = None
-    """Classes of the job whose images it judges; None: all."""
+    """Classes of the job whose images this teacher labels; None: all."""
     start: float = 0.0
-    """Share of the run from which on it teaches."""
+    """Progress of the run at which the teacher starts, in [0, 1)."""
     stop: float = 1.0
-    """Share of the run at which it stops; 1 includes the end."""
+    """Progress of the run at which the teacher stops, in (0, 1]; 1 includes the end."""
 
     def is_active(self, share: float) -> bool:
-        """Whether it teaches after this share of the run."""
+        """Tell whether the teacher is used at this progress of the run, in [0, 1]."""
         return self.start <= share and (share < self.stop or self.stop == 1.0)
 
 
 class Teachers(nn.Module):
-    """Frozen teachers behind one call. Always in eval mode, whatever a parent module is told.
+    """Several frozen teachers as one module, which always stays in eval mode.
 
     Args:
-        members: The teachers.
-        num_classes: C; needed if one of them has `teaches`.
-        temperature: T, of the loss.
+        members: Teachers to combine.
+        num_classes: Number of classes C; required if a teacher has `teaches`.
+        temperature: Softmax temperature T of the loss.
 
     Raises:
-        ValueError: A class without a teacher at some time, or settings out of range.
+        ValueError: A class has no teacher at some progress of the run, or a setting is out of
+            range.
     """
 
     def __init__(
@@ -90,44 +91,46 @@ class Teachers(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> Teachers:
-        """Does nothing: teachers stay in eval mode."""
+        """Do nothing, so that the teachers stay in eval mode when a parent module changes mode."""
         del mode
         return self
 
     def mapped(self, change: Callable[[nn.Module, InputSpec], nn.Module]) -> Teachers:
-        """The same teachers with every module replaced, by a faster copy for example."""
+        """Return the same teachers with every module replaced, for example by a faster copy."""
         members = [replace(m, module=change(m.module, m.input)) for m in self.members]
         return Teachers(members, num_classes=self.num_classes, temperature=self.temperature)
 
     def inputs_at(self, share: float) -> tuple[InputSpec, ...]:
-        """The distinct renderings that `forward` needs at this share of the run."""
+        """Return the distinct inputs that `forward` needs at this progress of the run."""
         return tuple(dict.fromkeys(m.input for m in self.members if m.is_active(share)))
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
-        """All distinct renderings of a run."""
+        """All distinct inputs of the run."""
         return tuple(dict.fromkeys(m.input for m in self.members))
 
     @torch.no_grad()
     def forward(self, views: Mapping[InputSpec, Tensor], labels: Tensor, share: float) -> Tensor:
-        """What the student is to match.
+        """Return the logits that the student is trained to match.
 
         Args:
-            views: One rendering (B, c, S, S) of the same crops for each of `inputs_at(share)`.
-            labels: (B,) int64 classes the images were made for.
-            share: Of the run that is done, in [0, 1].
+            views: Views (B, c, S, S) of the same crops for each of `inputs_at(share)`.
+            labels: Classes (B,) int64 that the images were made for.
+            share: Progress of the run in [0, 1].
 
         Returns:
-            Logits (B, C); from several teachers T * log(mean probability at temperature T), in
-            float32.
+            Logits (B, C). With several active teachers: T * log(mean probability at temperature
+            T), in float32.
         """
         active = [k for k, m in enumerate(self.members) if m.is_active(share)]
         return self._combine(active, views, labels, self.temperature)
 
     @torch.no_grad()
     def predict(self, views: Mapping[InputSpec, Tensor]) -> Tensor:
-        """Logits (B, C) for images whose label nobody may know: the mean, at temperature 1, of all
-        that teach at the end of the run, whichever classes each teaches.
+        """Return logits (B, C) for unlabeled images.
+
+        The probabilities of all teachers that are active at the end of the run are averaged at
+        temperature 1, whichever classes each of them teaches.
         """
         active = [k for k, m in enumerate(self.members) if m.is_active(1.0)]
         return self._combine(active, views, None, 1.0)
@@ -159,7 +162,7 @@ class Teachers(nn.Module):
 
 
 def _check_all_classes_taught(members: Sequence[Teacher], num_classes: int | None) -> None:
-    """At every share of the run, every class must have a teacher."""
+    """Check that every class has a teacher at every progress of the run."""
     for member in members:
         if member.teaches is None:
             continue

@@ -1,8 +1,8 @@
-"""Loading and saving of classifiers: teachers and students.
+"""Build, load, save and speed up classifiers: teachers and students.
 
-A classifier on disk is a folder
-with `config.json` (timm's hub layout) and `model.safetensors`, so what timm puts on the Hub is read
-as it is. Architectures: `classifiers/small_nets.py`, `torchvision:NAME`, any other name is timm's.
+A classifier on disk is a folder with `config.json` (timm's hub layout) and `model.safetensors`.
+Folders that timm puts on the Hub are read unchanged. An architecture is a name from
+`classifiers/small_nets.py`, `torchvision:NAME`, or a timm name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dmkd_fast.views.spec import InputSpec
 
 TORCHVISION = "torchvision:"
 LOG = logging.getLogger("dmkd_fast")
-# Pairs that torch folds: a layer and the batch norm behind it.
+# Layers that torch can fold with the batch norm that follows.
 FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d,
     nn.Linear: nn.BatchNorm1d,
@@ -43,10 +43,10 @@ FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def build_classifier(spec: ClassifierSpec) -> nn.Module:
-    """A new classifier with random weights.
+    """Build a classifier with random weights.
 
     Raises:
-        ValueError: There is no such architecture, or it refuses the arguments.
+        ValueError: The architecture does not exist, or it rejects the arguments.
     """
     return build(
         spec.architecture, num_classes=spec.num_classes, in_chans=spec.in_chans, stem=spec.stem,
@@ -71,7 +71,7 @@ def build(
     except (
         TypeError, LookupError, AssertionError, AttributeError, ArithmeticError, RuntimeError,
     ) as error:  # fmt: skip
-        # Constructors raise any of these for arguments of a wrong kind or combination.
+        # Constructors raise any of these for wrong types or combinations of arguments.
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -88,10 +88,10 @@ def save_classifier(model: nn.Module, spec: ClassifierSpec, folder: Path) -> Non
 
 
 def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, ClassifierSpec]:
-    """Read a classifier that `save_classifier` or timm wrote; float32, in eval mode.
+    """Load a classifier that `save_classifier` or timm wrote, in float32 and eval mode.
 
     Raises:
-        ValueError: A file is missing, damaged or does not fit the architecture.
+        ValueError: A file is missing or damaged, or does not match the architecture.
     """
     check_folder(folder)
     config = read_json(folder / CONFIG)
@@ -102,7 +102,7 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, Clas
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder / CONFIG}: {reason}") from None
-    # Sizes are compared before memory for them is taken.
+    # Compare sizes before memory for the weights is allocated.
     match_weights(outline, folder / WEIGHTS)
     model = build_classifier(spec)
     load_weights(model, folder / WEIGHTS)
@@ -110,7 +110,7 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, Clas
 
 
 def timm_lines(spec: ClassifierSpec) -> str:
-    """For a model card: how timm loads the classifier; nothing for torchvision's models."""
+    """Return the model card's lines on loading with timm; empty for torchvision's models."""
     if spec.architecture.startswith(TORCHVISION):
         return ""
     known = spec.stem == "own" and not spec.architecture.startswith(small_nets.PREFIXES)
@@ -123,15 +123,15 @@ def timm_lines(spec: ClassifierSpec) -> str:
 
 
 def classifier_licence(folder: Path) -> str:
-    """The licence that a classifier's model card or config states, or "unknown"."""
+    """Return the license stated in a classifier's config or model card, or "unknown"."""
     return stated_license(read_json(folder / CONFIG)) or read_licence(folder)
 
 
 def hub_repository(architecture: str) -> str:
-    """The Hub repository with the pretrained weights of a timm name: `OWNER/NAME`.
+    """Return the Hub repository (`OWNER/NAME`) with the pretrained weights of a timm name.
 
     Raises:
-        ValueError: timm knows no such name, or no weights of it on the Hub.
+        ValueError: timm does not know the name, or has no weights for it on the Hub.
     """
     import timm
 
@@ -153,13 +153,13 @@ def hub_repository(architecture: str) -> str:
 def load_torchvision(
     architecture: str, device: torch.device
 ) -> tuple[nn.Module, ClassifierSpec, str]:
-    """torchvision's own default weights of `torchvision:NAME`; downloaded once, hash-checked.
+    """Load torchvision's default weights of `torchvision:NAME`; downloaded once, hash-checked.
 
     Returns:
         The model in eval mode, its spec, and the name of the weights.
 
     Raises:
-        ValueError: There is no such model, no weights of it, or no network.
+        ValueError: The model does not exist, or its weights cannot be downloaded or read.
     """
     from torchvision.models import get_model_weights
 
@@ -172,14 +172,14 @@ def load_torchvision(
         input_size=recipe.crop_size[0], mean=tuple(recipe.mean), std=tuple(recipe.std),
         crop_pct=min(1.0, recipe.crop_size[0] / recipe.resize_size[0]),
         interpolation=recipe.interpolation.value,
-        # These two were trained on inputs scaled another way, and convert them.
+        # These two were trained with another normalization; this argument makes them convert.
         model_args={"transform_input": True} if name in ("googlenet", "inception_v3") else {},
     )  # fmt: skip
     model = build_classifier(spec)
     try:
-        # A .pth file: weights_only refuses everything in it but tensors.
+        # The file is a pickle; with weights_only nothing but tensors is read from it.
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except Exception as error:  # no network, or whatever the reader says of a damaged file
+    except Exception as error:  # No network, or any error from a damaged file.
         reason = str(error).strip().splitlines()[0][:120]
         raise ValueError(
             f"{architecture}: cannot have {weights.url} ({reason}); check the network and torch's "
@@ -192,23 +192,22 @@ def load_torchvision(
 
 
 def for_inference(model: nn.Module, dtype: torch.dtype, input: InputSpec) -> nn.Module:
-    """A frozen copy that gives the same logits faster; the model itself is left alone.
+    """Return a frozen copy that computes the same logits faster; the model stays unchanged.
 
-    Weights are cast once (autocast would cast frozen ones on every call) and batch norms are folded
-    into the convolutions before them where the model can be traced: 27 ms -> 12 ms for the embedded
-    strong teacher, 64 views, one CPU thread, bfloat16. Folded and unfolded copy are compared in
-    float32 on a batch of random images; where they differ, the unfolded one is used.
+    Weights are cast once, because autocast would cast frozen weights on every call. Batch norms are
+    folded into the layers before them if the model can be traced. The folded and the unfolded copy
+    are compared in float32 on a batch of random images; if they differ, the unfolded one is used.
 
     Args:
-        model: (B, c, S, S) -> (B, C) logits.
-        dtype: What the copy computes in.
-        input: How the model wants its images.
+        model: Classifier, (B, c, S, S) -> (B, C) logits.
+        dtype: Compute dtype of the copy.
+        input: Images that the model expects.
     """
     views = _random_views(model, input)
     try:
         copied = copy.deepcopy(model)
     except RuntimeError:
-        # A weight that a hook computes (weight_norm, prune) can be copied only without its graph.
+        # Weights computed by a hook (weight_norm, prune) can be copied only without a graph.
         with torch.no_grad():
             model(views)
         copied = copy.deepcopy(model)
@@ -219,9 +218,9 @@ def for_inference(model: nn.Module, dtype: torch.dtype, input: InputSpec) -> nn.
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:
-    """`model` with its weights of four dimensions in channels_last; others stay as they are.
+    """Convert the four-dimensional weights and buffers of `model` to channels_last.
 
-    `Module.to(memory_format=...)` also takes those of five dimensions, and fails.
+    `Module.to(memory_format=...)` would also convert five-dimensional weights, and fail.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.dim() == 4:
@@ -230,12 +229,12 @@ def to_channels_last(model: nn.Module) -> nn.Module:
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Eval mode, and no parameter asks for a gradient."""
+    """Put a model into eval mode, and turn off the gradients of its parameters."""
     return model.eval().requires_grad_(False)
 
 
 def _random_views(model: nn.Module, input: InputSpec) -> Tensor:
-    """Four images of noise, normalized for `model`; the same on every call."""
+    """Return four noise images, normalized for `model`; the same on every call."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     shape = 4, input.num_channels, input.size, input.size
     pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -245,15 +244,15 @@ def _random_views(model: nn.Module, input: InputSpec) -> Tensor:
 
 @torch.no_grad()
 def _folded_if_equal(model: nn.Module, views: Tensor) -> nn.Module:
-    """`model` with its batch norms folded, or `model` where that would change its logits."""
+    """Return `model` with folded batch norms, or `model` itself if folding changes its logits."""
     try:
         folded = fold_batch_norms(copy.deepcopy(model))
-        # TF32 alone would make them differ by more.
+        # The error of TF32 alone is larger than the limit below.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             expected = model(views)
             error = (folded(views) - expected).abs().max() / expected.abs().max()
         reason = "" if error <= 1e-4 else f"logits differ by {error.item():.1e} of the largest"
-    except Exception as stop:  # Tracing, and the call of what it gave, fail in many ways.
+    except Exception as stop:  # Tracing, and calling the traced module, fail in many ways.
         reason = " ".join(str(stop).split())[:120] or type(stop).__name__
     if not reason:
         return folded
@@ -262,9 +261,10 @@ def _folded_if_equal(model: nn.Module, views: Tensor) -> nn.Module:
 
 
 def fold_batch_norms(model: nn.Module) -> fx.GraphModule:
-    """Trace `model` and fold each batch norm into the layer before it; `model` is changed.
+    """Trace `model` and fold each batch norm into the layer before it; changes `model`.
 
-    A layer that is called twice, whose output has another use, or that has hooks is left alone.
+    A layer is not folded if it is called twice, if its output has another use, or if the layer or
+    the norm has hooks. A norm without running statistics is not folded either.
     """
     traced = fx.symbolic_trace(model)
     modules: dict[Any, Any] = dict(traced.named_modules())
@@ -344,7 +344,11 @@ def _refuse_name(architecture: str) -> None:
 
 
 def _use_small_stem(model: Any, architecture: str, stem: str, in_chans: int) -> None:
-    """Replace a ResNet's 7x7 stride-2 first convolution by a 3x3 one."""
+    """Replace a ResNet's 7x7 stride-2 first convolution by a 3x3 one.
+
+    `conv3`: stride 1, no max-pooling. `conv3_pool`: stride 1, keeps the max-pooling.
+    `conv3_stride2`: stride 2, no max-pooling.
+    """
     first = getattr(model, "conv1", None)
     if not isinstance(first, nn.Conv2d) or stem not in STEMS:
         raise ValueError(

@@ -1,8 +1,12 @@
-"""The small networks of the distillation literature that timm does not have.
+"""Small networks from the distillation literature that timm does not have.
 
-Names: `lenet5`, `lenet5_half`; for 32-pixel images `cifar_resnetD` (D = 6 n + 2,
-such as 20, 56, 110; with `x4` the wide ones 8x4 and 32x4), `cifar_wrnD_K` (D = 6 n + 4, such as
-16_1, 16_2, 40_1, 40_2) and `cifar_vgg8`, `cifar_vgg11`, `cifar_vgg13`.
+Names:
+    `lenet5`, `lenet5_half`
+    `cifar_resnetD`, D = 6 n + 2, such as 20, 56, 110; also with `x4`, such as 8x4, 32x4 (wider)
+    `cifar_wrnD_K`, D = 6 n + 4, such as 16_1, 16_2, 40_1, 40_2
+    `cifar_vgg8`, `cifar_vgg11`, `cifar_vgg13`
+
+The `cifar_` networks are for images of 32 pixels.
 
 Sources: LeCun et al. 1998; He et al. (arXiv 1512.03385), section 4.2; Zagoruyko & Komodakis, wide
 residual networks (arXiv 1605.07146); Simonyan & Zisserman (arXiv 1409.1556); the widths of the x4
@@ -17,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PREFIXES = ("lenet5", "cifar_")
-"""All names here begin with one of these, and none of timm's does."""
+"""All names in this module start with one of these, and no timm name does."""
 
 _VGG = {
     "8": ((64,), (128,), (256,), (512,), (512,)),
@@ -27,10 +31,10 @@ _VGG = {
 
 
 def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module | None:
-    """The network of that name with random weights; None if the name is not one of these.
+    """Build a network with random weights, or return None for a name outside this module.
 
     Raises:
-        ValueError: The family exists, but not in this depth.
+        ValueError: The name starts with `cifar_`, but there is no such network.
     """
     if name in ("lenet5", "lenet5_half"):
         width = 0.5 if name == "lenet5_half" else 1.0
@@ -53,9 +57,9 @@ def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module | None:
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 as the zero-shot distillation literature uses it: ReLU, max-pooling, 32x32 input.
+    """LeNet-5 as in the zero-shot distillation literature: ReLU, max-pooling, 32x32 input.
 
-    Smaller images are padded with zeros. `width=0.5` is LeNet-5-half.
+    Smaller images are padded with zeros. `width=0.5` gives LeNet-5-half.
     Source: LeCun et al. 1998; Nayak et al. 2019 (arXiv 1905.08114).
     """
 
@@ -79,10 +83,10 @@ class LeNet5(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Three stages of basic blocks at full, half and quarter size; projection shortcuts.
+    """ResNet for CIFAR: three stages of basic blocks at full, half and quarter resolution.
 
-    He et al. pad the shortcut with zeros where the width changes; distillation papers project, and
-    their published sizes are those of this network.
+    He et al. pad the shortcut with zeros where the width changes. Distillation papers use a
+    projection, as this network does, and publish the parameter counts of that form.
     """
 
     def __init__(
@@ -107,7 +111,7 @@ class CifarResNet(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Pre-activation residual network, `width` times as wide as the thin one."""
+    """Wide residual network with pre-activation; `width` multiplies the channels of each stage."""
 
     def __init__(self, depth: int, width: int, *, num_classes: int, in_chans: int) -> None:
         super().__init__()
@@ -129,7 +133,7 @@ class WideResNet(nn.Module):
 
 
 class CifarVGG(nn.Module):
-    """VGG with batch norm, one linear layer, and pooling after all stages but the last."""
+    """VGG with batch norm, one linear layer, and max-pooling after each stage but the last."""
 
     def __init__(
         self, stages: tuple[tuple[int, ...], ...], *, num_classes: int, in_chans: int
@@ -183,9 +187,9 @@ class _PreActivationBlock(nn.Module):
 
 
 def _fits(depth: int, offset: int) -> bool:
-    """Whether three stages of two-layer blocks and `offset` other layers make this depth.
+    """Tell whether three equal stages of two-layer blocks plus `offset` layers have this depth.
 
-    The deepest that was published has 1202 layers.
+    1202, the upper limit, is the deepest published network.
     """
     return offset < depth <= 1202 and (depth - offset) % 6 == 0
 
@@ -195,7 +199,7 @@ def _conv(before: int, width: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _initialise(model: nn.Module) -> None:
-    """He et al. (arXiv 1502.01852), fan-out, for convolutions; PyTorch's own for the rest."""
+    """Initialize convolutions as He et al. (arXiv 1502.01852), fan-out; other layers as PyTorch."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

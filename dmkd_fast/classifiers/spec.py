@@ -1,9 +1,10 @@
-"""What a classifier's `config.json` may say; no value of it reaches a library unchecked.
+"""Read, check and write a classifier's `config.json`.
 
-The layout is timm's (`timm.models.save_for_hf`), in both of its forms: with
-`pretrained_cfg`, or with everything on one level. Arguments for the constructor of a network come
-from an allow-list and are plain numbers, switches, short names or lists of those: some arguments of
-timm and torchvision load a file that they name.
+Every value is checked before it reaches a library. The layout is timm's
+(`timm.models.save_for_hf`), in both of its forms: with `pretrained_cfg`, or with all fields on one
+level. Arguments for the constructor of a network come from an allow-list, and their values are
+numbers, booleans, short names or lists of those, because some arguments of timm and torchvision
+load a file whose path they contain.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dmkd_fast.views.spec import InputSpec
 
 SMALL_STEM = "small_stem_resnet"
-"""Architecture in files of a ResNet with a small stem; `integrations/timm.py` registers it."""
+"""Architecture name in files for a ResNet with a small stem; see `integrations/timm.py`."""
 STEMS = ("conv3", "conv3_pool", "conv3_stride2")
 
-# Arguments of timm and torchvision that change nothing but the network, with their largest number.
+# Arguments of timm and torchvision that only shape the network, by the largest value allowed.
 _RATES = """attention_dropout attn_drop_rate drop_block_rate drop_connect_rate drop_path_rate
     drop_rate dropout head_init_scale norm_eps patch_drop_rate pos_drop_rate proj_drop_rate
     stochastic_depth_prob"""
@@ -50,7 +51,7 @@ Shape = tuple[Channels, Side, Side]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSpec:
-    """What is needed to rebuild a classifier and to feed it."""
+    """All that is needed to rebuild a classifier and to prepare its input."""
 
     architecture: str
     num_classes: int
@@ -64,13 +65,13 @@ class ClassifierSpec:
     model_args: dict[str, Any] = field(default_factory=dict)
     stem: str = "own"
     test_input_size: int | None = None
-    """Input size that timm's published accuracy was measured with; not used here."""
+    """Input size of timm's published accuracy; kept for the file, otherwise unused."""
     label_names: tuple[str, ...] | None = None
-    """Class names in the order of the outputs, where the file states them."""
+    """Class names in the order of the outputs, if the file states them."""
 
     @property
     def input(self) -> InputSpec:
-        """How the classifier wants its images."""
+        """The images that the classifier expects."""
         return InputSpec(
             size=self.input_size, mean=self.mean, std=self.std, crop_pct=self.crop_pct,
             interpolation=self.interpolation,  # type: ignore[arg-type]  # InputSpec checks both
@@ -78,7 +79,7 @@ class ClassifierSpec:
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """The spec in timm's hub layout, which `timm.create_model("local-dir:FOLDER")` reads."""
+        """Return the spec in timm's hub layout, for `timm.create_model("local-dir:FOLDER")`."""
         name, args = self.architecture, {"in_chans": self.in_chans, **self.model_args}
         if self.stem != "own":
             name, args = SMALL_STEM, args | {"base": self.architecture, "stem": self.stem}
@@ -98,10 +99,10 @@ class ClassifierSpec:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> ClassifierSpec:
-        """Inverse of `to_json`; takes what timm writes as well.
+        """Build a spec from the content of a `config.json`, written by `to_json` or by timm.
 
         Raises:
-            ValueError: A field is missing, or has another type or range than expected.
+            ValueError: A field is missing, or has an unexpected type or value.
         """
         file = _read(values)
         inputs, extra = file.pretrained_cfg, dict(file.model_args.model_extra or {})
@@ -110,12 +111,12 @@ class ClassifierSpec:
             name, stem = file.model_args.base or "", file.model_args.stem
         in_chans = file.model_args.in_chans or inputs.input_size[0]
         mean, std = inputs.mean, inputs.std
-        if in_chans == 1 and len(mean) == len(std) == 3:  # timm's, for gray images too
+        if in_chans == 1 and len(mean) == len(std) == 3:  # timm writes three for gray images too
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)
         if len(mean) != in_chans:
             raise ValueError(f"mean: got {len(mean)} numbers, expected one for each of {in_chans} "
                              "channels")  # fmt: skip
-        # A config without crop_pct: 0.875 in timm, all of the image in files of this package.
+        # Default of crop_pct: 0.875 in timm's files, the whole image in files of this package.
         default_crop = 1.0 if "stem" in values else 0.875
         tested = inputs.test_input_size
         sizes = [_square("input_size", inputs.input_size)]
@@ -140,15 +141,15 @@ class ClassifierSpec:
 
 
 def stated_license(values: dict[str, Any]) -> str | None:
-    """The license that a config.json states for its weights."""
+    """Return the license that a config.json states for its weights."""
     return _read(values).pretrained_cfg.license
 
 
 def check_model_args(args: dict[str, Any]) -> None:
-    """Refuse constructor arguments that do more than shape the network.
+    """Reject constructor arguments that do more than shape the network.
 
     Raises:
-        ValueError: A name is not on the allow-list, or a value is not plain or too large.
+        ValueError: A name is not on the allow-list, or a value has another type or is too large.
     """
     for name, value in args.items():
         if name not in MODEL_ARGS:
@@ -183,7 +184,7 @@ class _Args(_Part):
     model_config = ConfigDict(extra="allow")
 
     in_chans: Channels | None = None
-    num_classes: int | None = None  # timm states it twice
+    num_classes: int | None = None  # a duplicate of the top-level field in timm's files
     base: str | None = None
     stem: Literal["own", "conv3", "conv3_pool", "conv3_stride2"] = "own"
 

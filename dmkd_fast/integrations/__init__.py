@@ -1,1 +1,1 @@
-"""Connections to other frameworks; each file imports its framework, and nothing imports them."""
+"""Adapters for other frameworks. Each file imports its framework; no other package imports it."""

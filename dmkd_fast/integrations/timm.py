@@ -1,12 +1,17 @@
-"""Register with timm the networks of students that timm does not know.
+"""Register the architectures of this package with timm, so that timm can load such students.
 
+    import timm
     import dmkd_fast.integrations.timm
     model = timm.create_model("local-dir:runs/NAME/student", pretrained=True)
 
-Students whose architecture timm knows need no import. Registered are `lenet5`,
-`lenet5_half`, `cifar_resnetD` up to depth 110 (and `x4` up to 56), `cifar_wrnD_K` up to depth 40
-and width 10, `cifar_vgg8`, `cifar_vgg11`, `cifar_vgg13`, and `small_stem_resnet`: any ResNet of
-timm (`base=`) with a small stem (`stem=`, see `ClassifierConfig.stem`).
+Students with an architecture of timm need no import of this module. Registered are:
+
+    `lenet5`, `lenet5_half`
+    `cifar_resnetD` up to depth 110, `cifar_resnetDx4` up to depth 56
+    `cifar_wrnD_K` up to depth 40 and width 10
+    `cifar_vgg8`, `cifar_vgg11`, `cifar_vgg13`
+    `small_stem_resnet`, any ResNet of timm (`base=`) with a small stem (`stem=`, as in
+        `ClassifierConfig.stem`)
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ SMALL_NETS = (
 def _register(name: str) -> None:
     def build(*, base: str = "" if name == SMALL_STEM else name, **arguments: Any) -> nn.Module:
         model: Any = build_(base, **arguments)
-        if not hasattr(model, "num_classes"):  # timm saves and changes models by these
+        if not hasattr(model, "num_classes"):  # timm reads these to save and change models
             head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
             model.num_classes, model.num_features = head.out_features, head.in_features
         return model

@@ -1,1 +1,1 @@
-"""The fused distillation loss."""
+"""The fused distillation loss: operators, kernels and eager definition. Needs torch alone."""

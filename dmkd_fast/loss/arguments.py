@@ -1,9 +1,10 @@
-"""From the arguments of kd_loss to those of its operators: checks, row weights, denominators.
+"""Check the arguments of kd_loss and convert them to those of its operators (`loss/ops.py`).
 
-py and kd_loss_ops.py. Every error is one line: got, expected,
-what to change. An argument that would be ignored is an error. Nothing here waits for the device: a
-count of rows made there stays there, as part of the row weights.
-B rows, C classes.
+The conversion computes row weights and denominators. Every error is one line: got, expected, what
+to change. An argument that would be ignored is an error. Nothing here waits for the device, except
+for `temperature`, `alpha` or `label_smoothing` given as a tensor. Row counts stay on the device, as
+part of the row weights.
+Shapes: B rows, C classes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dmkd_fast.loss.ops import accumulated_type
 from dmkd_fast.runtime.operators import warn_once
 
 Reduction = Literal["batchmean", "mean", "sum", "none"]
-# At these, gradients of logits of size 1 to 2e4 are within 2e-5 of float64's; at 1e6 they are not.
+# Within these limits float32 gradients are close to float64's; at 1e6 they are not.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -31,7 +32,11 @@ def problem_of(
     row_weight: Tensor | None, ignore_index: int, label_smoothing: float,
     num_items: float | Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The operators' arguments, checked: rows, weights, and factors that carry the denominators."""
+    """Check the arguments of `kd_loss` and return those of its operators.
+
+    Logits and targets become rows. `kd_scale` contains T^2, and both scales contain the
+    denominators that are not part of the row weights.
+    """
     _refuse_transforms(student, teacher, target, row_weight, temperature, alpha, label_smoothing,
                        num_items)  # fmt: skip
     _check_logits(student, teacher)
@@ -53,7 +58,7 @@ def problem_of(
     weight = _row_weights(student, teacher, target, reduction, mask, row_weight, ignore_index,
                           num_items)  # fmt: skip
     if reduction in ("batchmean", "mean"):
-        # Counted on the device, the denominator is part of the weights.
+        # A denominator that is counted on the device is part of the row weights.
         counted = mask is not None or (target is not None and target.dtype == torch.int64)
         if num_items is None and not counted:
             kd_scale, ce_scale = (x / rows if rows else math.nan for x in (kd_scale, ce_scale))
@@ -85,7 +90,7 @@ def _check_target(
     student: Tensor, target: Tensor | None, alpha: float | None, ignore_index: int,
     label_smoothing: float,
 ) -> float:  # fmt: skip
-    """Check what belongs to the hard-label term; the KD term's share."""
+    """Check the arguments of the hard-label term and return the weight of the KD term."""
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}, expected a number in [0, 1)")
     if target is None:
@@ -117,7 +122,10 @@ def _row_weights(
     student: Tensor, teacher: Tensor, target: Tensor | None, reduction: str, mask: Tensor | None,
     row_weight: Tensor | None, ignore_index: int, num_items: float | Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    """Factor of each row (B,), 0 where it does not count; None for all ones. Nothing waits."""
+    """Return the factor of each row (B,), 0 where a row does not count; None if all are 1.
+
+    Does not wait for the device.
+    """
     leading, dtype = student.shape[:-1], accumulated_type(student, teacher)
     averages = reduction in ("batchmean", "mean")
     if num_items is not None and not averages:
@@ -161,7 +169,7 @@ def _row_weights(
 def grad_scale_of(
     grad_scale: float | Tensor, student: Tensor, teacher: Tensor
 ) -> tuple[Tensor | None, float]:
-    """The factor on the gradient, as a tensor that stays on its device or as a number."""
+    """Return the factor on the gradient as (tensor on its device, 1.0) or (None, number)."""
     if not isinstance(grad_scale, Tensor):
         return None, _number("grad_scale", grad_scale)
     _single("grad_scale", grad_scale, student)
@@ -169,7 +177,7 @@ def grad_scale_of(
 
 
 def output_rows(out: Tensor, student: Tensor) -> Tensor:
-    """`out` as (B, C) rows in place, checked."""
+    """Check `out` and return a view of it as rows (B, C)."""
     _floating("out", out)
     _like("out", out, student, student.shape)
     if out.dtype != student.dtype:
@@ -219,7 +227,7 @@ def _floating(name: str, tensor: Tensor, expected: str = "a floating-point tenso
 
 
 def _number(name: str, value: object) -> float:
-    """A number given as such, by NumPy or as a tensor of one element."""
+    """Convert a Python number, a NumPy number or a tensor of one element to a float."""
     if isinstance(value, float):
         return value
     if isinstance(value, Tensor):
@@ -236,7 +244,7 @@ def _number(name: str, value: object) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf  # in no argument's range
+        return math.inf  # outside the range of every argument
 
 
 def _refuse_grad(name: str, tensor: Tensor) -> None:
@@ -248,7 +256,11 @@ def _refuse_grad(name: str, tensor: Tensor) -> None:
 
 
 def is_temperature(value: object, student: Tensor, *, certain: bool, possible: bool) -> bool:
-    """Whether what stands in third place is a temperature, and not a target or None."""
+    """Tell whether the third argument of `DistillKL` is a temperature, not a target or None.
+
+    A number always is. A tensor is one if `certain`, or if `possible` and its shape does not fit a
+    target.
+    """
     if not isinstance(value, Tensor):
         return isinstance(value, Real)
     of_target = student.shape[:-1] if value.dtype == torch.int64 else student.shape
@@ -256,7 +268,7 @@ def is_temperature(value: object, student: Tensor, *, certain: bool, possible: b
 
 
 def _refuse_transforms(*arguments: object) -> None:
-    """The operators know reverse mode alone; a tangent would be dropped without a word."""
+    """Reject transforms and forward mode: the operators would silently drop a tangent."""
     if torch._C._are_functorch_transforms_active() or (
         forward_ad._current_level >= 0
         and any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None

@@ -1,10 +1,12 @@
-"""Distillation loss on logits, fused: alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE.
+"""Fused distillation loss on logits: alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE.
 
-py, the
-operators underneath and who computes them in kd_loss_ops.py. Gradient by the student's logits, with
-softmaxes p (teacher) and q (student) at T: alpha * T * (q - p) + (1 - alpha) * (softmax(s) -
-target), times the reduction's factor. B rows, C classes.
+`loss/arguments.py` checks the arguments. `loss/ops.py` defines the operators and their device
+implementations. With p = softmax(teacher / T) and q = softmax(student / T), the gradient with
+respect to the student's logits is the reduction's factor times
 
+    alpha * T * (q - p) + (1 - alpha) * (softmax(student) - target)
+
+Shapes: B rows, C classes.
 Source: Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531), section 2.
 """
 
@@ -27,9 +29,9 @@ from dmkd_fast.runtime.operators import check_own_memory
 
 
 class KdLossParts(NamedTuple):
-    """What `kd_loss(..., return_parts=True)` returns: loss = alpha * kd + (1 - alpha) * ce.
+    """Result of `kd_loss(..., return_parts=True)`: loss = alpha * kd + (1 - alpha) * ce.
 
-    `kd` and `ce` (None without a target) are reduced like the loss and carry no gradient.
+    `kd` and `ce` (None without a target) are reduced like the loss and have no gradient.
     """
 
     loss: Tensor
@@ -60,9 +62,10 @@ def kd_loss(
     ignore_index: int = -100, label_smoothing: float = 0.0,
     num_items: float | Tensor | None = None, return_parts: bool = False,
 ) -> Tensor | KdLossParts:  # fmt: skip
-    """Distillation loss, in one pass over the logits.
+    """Compute the distillation loss in one pass over the logits.
 
-    Equals, but exact and never negative as the two distributions meet::
+    The loss equals the following, but stays exact and never becomes negative when the two
+    distributions are almost equal::
 
         log_q = (student_logits.float() / T).log_softmax(-1)
         p = (teacher_logits.float() / T).softmax(-1)
@@ -70,9 +73,9 @@ def kd_loss(
         ce = F.cross_entropy(student_logits.float(), target)
         loss = alpha * kd + (1 - alpha) * ce
 
-    A row counts unless `mask` is False there or its class id is `ignore_index`; one that does not
-    count adds nothing to either term and gets a zero gradient, whatever its logits are. With n
-    the number of rows that count, or `num_items` where given, the sums are divided by:
+    A row counts unless its `mask` is False or its class id is `ignore_index`. A row that does not
+    count adds nothing to either term and gets a zero gradient, whatever its logits are. Let n be
+    the number of rows that count, or `num_items` if it is given. The sums are divided by:
 
     ===========  ==========  ==========
     reduction    KD term     CE term
@@ -83,38 +86,42 @@ def kd_loss(
     "none"       one value per row, 0 where a row does not count
     ===========  ==========  ==========
 
-    `row_weight` changes no denominator. Leading dimensions count as rows: (B, L, C) has B * L of
-    them, where `F.kl_div` divides "batchmean" by B. No rows at all give nan, as in torch; rows of
-    which none counts give 0.
+    `row_weight` changes no denominator. All leading dimensions count as rows: (B, L, C) has B * L
+    rows, whereas `F.kl_div` divides "batchmean" by B. The mean over an input without rows is nan,
+    as in torch. If there are rows but none counts, the loss is 0.
 
     Args:
-        student_logits: (..., C) float32, float64, float16 or bfloat16, any strides; gradients flow
-            into it.
-        teacher_logits: Same shape, any of these dtypes; never gets a gradient.
+        student_logits: Logits (..., C) of the student, float32, float64, float16 or bfloat16, with
+            any strides; gradients flow into them.
+        teacher_logits: Logits (..., C) of the teacher, any of these dtypes; never get a gradient.
         target: Class ids (...) int64, or probabilities (..., C) of any of these dtypes.
-        temperature: T of the KD term, 1e-4 to 1e4; the CE term is at T = 1. One number for all
-            rows: a Python or NumPy number, or a tensor of one element (on a GPU, reading it waits
-            for the GPU). No gradient reaches it. The same holds for alpha and label_smoothing.
-        alpha: Share of the KD term, in [0, 1). None, the only choice without a target, means 1.
-        reduction: See above.
-        t_squared: Multiply the KD term with T^2, which keeps its gradient's size as T changes.
-        mask: (...) bool, True where a row counts.
-        row_weight: (...) factors on the rows' losses.
+        temperature: Softmax temperature T of the KD term, 1e-4 to 1e4; the CE term has T = 1. One
+            number for all rows: a Python or NumPy number, or a tensor of one element that does not
+            require grad (reading it from a GPU waits for the GPU). `alpha` and `label_smoothing`
+            accept the same types.
+        alpha: Weight of the KD term, in [0, 1). Without a target it must be None (or 1), meaning 1.
+        reduction: How the rows' losses are combined: see the table above.
+        t_squared: Whether to multiply the KD term by T^2, so that the size of its gradient hardly
+            depends on T.
+        mask: Rows that count, (...) bool, True where a row counts.
+        row_weight: Factors (...) on the rows' losses.
         ignore_index: Class id of rows that do not count.
-        label_smoothing: In [0, 1): this share of the target is spread over all classes.
+        label_smoothing: Fraction of the target that is spread over all classes, in [0, 1).
         num_items: Number of rows to divide by, for batches that are parts of a larger one (gradient
-            accumulation, data parallelism): a number, or a tensor of one on the logits' device.
-        return_parts: Return `KdLossParts(loss, kd, ce)`.
+            accumulation, data parallelism): a number, or a tensor of one element on the logits'
+            device.
+        return_parts: Whether to return `KdLossParts(loss, kd, ce)`.
 
     Returns:
-        float32 (float64 if any logits are): a scalar, or (...) for "none".
+        The loss in float32 (float64 if student or teacher logits are float64): a scalar, or (...)
+        for "none".
 
     Raises:
         TypeError: A tensor has the wrong dtype.
-        ValueError: Shapes or devices differ, an argument is out of range or would be ignored.
-        NotImplementedError: A forward-mode derivative or a transform of torch.func is asked for.
-        RuntimeError: A class id is out of range (on CUDA, where raising would mean waiting, the
-            loss is nan instead).
+        ValueError: Shapes or devices differ, or an argument is out of range or would be ignored.
+        NotImplementedError: A forward-mode derivative or a torch.func transform is active.
+        RuntimeError: A class id is out of range. On CUDA the loss is nan instead, because an error
+            would have to wait for the device.
     """
     problem = problem_of(
         student_logits, teacher_logits, target, temperature, alpha, reduction, t_squared, mask,
@@ -140,24 +147,26 @@ def kd_loss_and_grad(
     num_items: float | Tensor | None = None, grad_scale: float | Tensor = 1.0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss and gradient in one pass: two reads and one write, without an autograd graph.
+    """Compute loss and gradient in one pass, without an autograd graph.
 
-    Use it as `loss, grad = kd_loss_and_grad(...)`, then `student_logits.backward(grad)`.
+    The pass reads both logits once and writes the gradient once. Use it as
+    `loss, grad = kd_loss_and_grad(...)`, followed by `student_logits.backward(grad)`.
 
     Args:
         student_logits, teacher_logits, target, temperature, alpha, reduction, t_squared, mask,
-            row_weight, ignore_index, label_smoothing, num_items: As for `kd_loss`, without "none".
+            row_weight, ignore_index, label_smoothing, num_items: Same as for `kd_loss`, except
+            that `reduction` cannot be "none".
         grad_scale: Factor on the gradient alone, applied in float32 before rounding: a number, or a
-            tensor of one on the logits' device, such as a GradScaler's scale.
-        out: Where to write the gradient: shape, dtype and device of `student_logits`, classes
-            dense, rows in equal steps that do not overlap, in memory that no input uses.
+            tensor of one element on the logits' device, such as the scale of a GradScaler.
+        out: Tensor for the gradient, with shape, dtype and device of `student_logits`, dense
+            classes, equally spaced rows that do not overlap, and memory that no input uses.
 
     Returns:
-        The loss (a scalar as from `kd_loss`), and grad_scale times its gradient by
-        `student_logits` (same shape and dtype).
+        The loss (a scalar, as from `kd_loss`), and its gradient with respect to `student_logits`
+        times `grad_scale` (same shape and dtype as `student_logits`).
 
     Raises:
-        TypeError, ValueError, NotImplementedError: As `kd_loss`.
+        TypeError, ValueError, NotImplementedError: For the same reasons as `kd_loss`.
     """
     problem = problem_of(
         student_logits.detach(), teacher_logits, target, temperature, alpha, reduction, t_squared,
@@ -182,14 +191,14 @@ def kd_loss_and_grad(
 
 
 class DistillKL(nn.Module):
-    """`kd_loss` as a module.
+    """Compute `kd_loss` as a module.
 
-    Also callable as the published DM-KD code does, `DistillKL()(y_s, y_t, temp, opt)`: temperature
-    with the call, and options of which that code reads no field, and neither does this.
+    The call of the published DM-KD code works too: `DistillKL()(y_s, y_t, temp, opt)`, with the
+    temperature as third argument. `opt` is ignored, as in that code.
 
     Args:
-        temperature: T; None means `kd_loss`'s default, or that each call gives it.
-        alpha, reduction, t_squared, ignore_index, label_smoothing: As for `kd_loss`.
+        temperature: Softmax temperature T; None: the default of `kd_loss`, unless a call gives one.
+        alpha, reduction, t_squared, ignore_index, label_smoothing: Same as for `kd_loss`.
     """
 
     def __init__(
@@ -208,10 +217,11 @@ class DistillKL(nn.Module):
         mask: Tensor | None = None, row_weight: Tensor | None = None,
         num_items: float | Tensor | None = None, return_parts: bool = False,
     ) -> Tensor | KdLossParts:  # fmt: skip
-        """See `kd_loss`; a number in third place is the temperature, as in the published code.
+        """Compute the loss; see `kd_loss` for the arguments.
 
-        So is a tensor there that is followed by `opt` or, where neither temperature nor alpha were
-        set, cannot be a target.
+        A number as third argument is the temperature, as in the published code. A tensor as third
+        argument is the temperature if `opt` follows, or if the module has neither temperature nor
+        alpha and the shape of the tensor does not fit a target.
         """
         temperature = self.temperature
         is_free = temperature is None and self.alpha is None
@@ -236,18 +246,19 @@ class DistillKL(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        """What print() shows."""
+        """Return the settings that print() shows."""
         return f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
 
 
 class _KdLoss(torch.autograd.Function):
-    """Loss, KD and CE parts of which the loss is differentiable.
+    """Autograd function that returns loss, KD part and CE part; only the loss is differentiable.
 
-    On a CPU the forward pass computes the gradient too, while the row is in cache, for an upstream
-    gradient of 1: it then is handed over, once. Every other case (another upstream gradient, a
-    second backward pass, rows, float16, which would underflow, other devices, where looking at the
-    upstream gradient would wait for them) recomputes it from the logits and each row's statistics,
-    with the upstream gradient multiplied in before rounding.
+    On a CPU the forward pass also computes the gradient for an upstream gradient of 1, while the
+    row is in cache. The first backward pass returns it if the upstream gradient is 1. In all other
+    cases the backward pass recomputes the gradient from the logits and each row's statistics, and
+    multiplies the upstream gradient in before rounding. These cases are: another upstream gradient,
+    a second backward pass, `per_row`, torch.compile, float16 (whose stored gradient would
+    underflow), and other devices (where reading the upstream gradient would wait for the device).
     """
 
     @staticmethod
@@ -276,6 +287,6 @@ class _KdLoss(torch.autograd.Function):
             raise RuntimeError("kd_loss has no second derivative; do not pass create_graph=True")
         grad, ctx.grad = ctx.grad, None
         if grad is None or upstream.item() != 1:
-            del grad  # before its successor is allocated
+            del grad  # Free its memory before the new gradient is allocated.
             grad = ops.backward(upstream, *ctx.saved_tensors, *ctx.numbers)
         return None, grad, *[None] * (3 + len(ctx.numbers))

@@ -1,14 +1,20 @@
-"""The three raw operators behind kd_loss: schema, shapes, and who computes them on which device.
+"""The three raw operators behind kd_loss: schemas, shapes, and the implementation of each device.
 
-py, which checks arguments and adds autograd. CPU: C++
-(csrc/register.cpp). CUDA: Triton (kd_loss_triton.py), imported on first use. Everywhere else, and
-where one of these is missing, the definition in reference.py, which is said once.
+`loss/functional.py` calls them with checked arguments and adds autograd. Implementations:
 
-All take rows: student, teacher (B, C) of any float dtype and strides; target (B,) int64 class ids
-or (B, C) probabilities; weight (B,) factors, 0 skips a row. A row's share of the loss is
-alpha * kd_scale * KL + (1 - alpha) * ce_scale * CE; the operators return loss, KL and CE parts
-(summed, or (B,) with per_row) and per-row statistics for the backward pass. kd_scale and ce_scale
-carry T^2 and the reduction's denominator. Accumulated type: float64 if either logits are.
+    CPU     C++ (csrc/register.cpp)
+    CUDA    Triton (`loss/triton_launch.py`), imported on first use; float64 is eager
+    other   the eager definition in `loss/reference.py`
+
+The eager definition is also used where the C++ or Triton implementation is missing; a warning says
+so once.
+
+Arguments: student and teacher logits (B, C) of any float dtype and strides; target, class ids (B,)
+int64 or probabilities (B, C); weight, factors (B,), where 0 skips a row. A row adds
+alpha * kd_scale * KL + (1 - alpha) * ce_scale * CE to the loss. kd_scale and ce_scale contain the
+reduction's denominator, and kd_scale also T^2. The operators return the loss, the KL and CE parts
+(summed, or (B,) with per_row) and statistics of each row for the backward pass. Sums are
+accumulated in float32, or in float64 if student or teacher logits are float64.
 """
 
 from __future__ import annotations
@@ -29,8 +35,8 @@ from dmkd_fast.loss.reference import (
 from dmkd_fast.runtime import native
 from dmkd_fast.runtime.operators import warn_once
 
-# Per row: maximum and sum of exponentials of s / T and of t / T, the common part of log p - log q,
-# the sum of exponentials of s, and the target's sum.
+# Per row: maximum and sum of exponentials of s / T, the same of t / T, the common part of
+# log p - log q, the sum of exponentials of s, and the sum of the target.
 NUM_STATS = 7
 
 _PROBLEM = (
@@ -52,7 +58,7 @@ forward_backward = torch.ops.dmkd_fast.kd_loss_forward_backward.default
 
 
 def accumulated_type(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """What sums are computed and losses returned in."""
+    """Return the dtype of sums and losses."""
     double = torch.float64 in (student.dtype, teacher.dtype)
     return torch.float64 if double else torch.float32
 
@@ -75,7 +81,7 @@ def _eager_forward(
     kd, ce = kd * kd_scale, ce * ce_scale
     if not per_row:
         kd, ce = kd.sum(), ce.sum()
-    # A factor of 0 drops a term that is infinite.
+    # A term with factor 0 is left out, because it may be infinite.
     loss = (kd * alpha if alpha != 0 else 0) + (ce * (1 - alpha) if alpha != 1 else 0)
     assert isinstance(loss, Tensor)  # alpha is not both 0 and 1
     return loss, kd, ce, student.new_zeros(len(student), NUM_STATS)
@@ -114,7 +120,7 @@ def _eager_forward_backward(
 
 
 def _valid(target: Tensor, weight: Tensor | None) -> Tensor:
-    """Class ids with those of skipped rows (ignore_index) replaced by 0."""
+    """Return class ids with those of skipped rows (ignore_index) replaced by 0."""
     if weight is None or target.dtype != torch.int64:
         return target
     return torch.where(weight == 0, 0, target)
@@ -150,7 +156,7 @@ def _fake_forward_backward(
 
 
 def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """The Triton implementation of an operator; float64, which is for checking, stays eager."""
+    """Return the Triton implementation of an operator; float64, used for checks, stays eager."""
 
     def run(*arguments: Any) -> Any:
         if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments):

@@ -1,13 +1,14 @@
-"""Triton kernels of kd_loss: short rows in registers, long rows in two passes, columns backward.
+"""Triton kernels of kd_loss: `tile` for short rows, `two_pass` and `columns` for long rows.
 
-py, which chooses tiles and launches. Same arithmetic as the
-C++ kernel (csrc/scalar_types.h), float32 inside. Row offsets are 64-bit. Per-row results are added
-in the order of the rows by whichever program finishes last, so one launch gives the same bits every
-time. B rows, C classes; a tile is ROWS x BLOCK.
+`loss/triton_launch.py` chooses tiles and launches the kernels. The arithmetic is that of the C++
+kernel (csrc/scalar_types.h), in float32 for any input dtype. Row offsets are 64-bit. The program
+that finishes last adds up the results of all programs in their order, so the same launch always
+gives the same bits.
+Shapes: B rows, C classes; a tile is ROWS x BLOCK.
 """
 
 # mypy: disallow-untyped-defs=False
-# Triton compiles these functions; their arguments are its own values.
+# Triton compiles these functions and passes its own types, so they are not annotated.
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _divergence(p, q, d, offset):
-    """p * (expm1(-d) + d) and q - p, exact as d -> 0; 0 * log 0 is 0.
+    """Return p * (expm1(-d) + d) and q - p, both exact as d -> 0; 0 * log 0 is 0.
 
-    Where d is the small difference of large numbers (`offset`, what all d have in common, is one of
-    them), its rounding weighs more than that of q - p.
+    `offset` is the common part of all d of the row. If it is large, a small d is the difference of
+    large numbers, and its rounding error exceeds that of q - p, which is then used directly.
     """
     series = tl.full(d.shape, -1.98756289e-4, tl.float32)
     series = tl.fma(series, d, 1.39819970e-3)
@@ -41,7 +42,11 @@ def _divergence(p, q, d, offset):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x), x > -1; the fast logarithm is good to 2e-7 only near 1, where it matters most."""
+    """Return log(1 + x) for x > -1.
+
+    A series is used near x = 0, where the absolute error of tl.log, 2e-7, is largest relative to
+    the result.
+    """
     z = x / (2 + x)
     z2 = z * z
     near = 2 * z * (1 + z2 * (0.33333333 + z2 * (0.2 + z2 * (0.14285714 + z2 * 0.11111111))))
@@ -52,7 +57,7 @@ def _log1p(x):
 def _finish(
     kd, ce, partials, ticket, loss_out, kd_out, ce_out, alpha, kd_scale, ce_scale,
 ):  # fmt: skip
-    """Add this program's sums; the last one to do so adds all of them, in order."""
+    """Store the sums of this program; the last program to do so adds up all of them, in order."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     tl.store(partials + 2 * pid, kd)
@@ -65,7 +70,7 @@ def _finish(
         for start in range(0, programs, 256):
             index = start + tl.arange(0, 256)
             inside = index < programs
-            # Past the first-level cache, which other programs' stores do not reach.
+            # Bypass the L1 cache, which does not see the stores of other programs.
             kd_lanes += tl.load(partials + 2 * index, inside, 0.0, cache_modifier=".cg")
             ce_lanes += tl.load(partials + 2 * index + 1, inside, 0.0, cache_modifier=".cg")
         kd_sum = tl.sum(kd_lanes, 0) * kd_scale
@@ -78,7 +83,7 @@ def _finish(
 
 @triton.jit
 def _mix(kd, ce, alpha):
-    """alpha * kd + (1 - alpha) * ce, where a factor of 0 drops an infinite term."""
+    """Return alpha * kd + (1 - alpha) * ce, where a term with factor 0 adds 0 even if infinite."""
     return tl.where(alpha == 0, 0.0, alpha * kd) + tl.where(alpha == 1, 0.0, (1 - alpha) * ce)
 
 
@@ -92,7 +97,11 @@ def tile(
     HAS_WEIGHT: tl.constexpr, HAS_UPSTREAM: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Whole rows in registers, read once. TARGET: 0 none, 1 class ids, 2 probabilities."""
+    """Process whole rows in registers, each read once.
+
+    TARGET: 0 none, 1 class ids, 2 probabilities. Sizes and strides named `..._by_vec` are divided
+    by VEC, as is `target_stride` for probabilities.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     num_classes = classes_by_vec * VEC
@@ -113,7 +122,7 @@ def tile(
     t_exp = tl.exp2((t - t_max[:, None]) * scale2)
     s_sum = tl.sum(s_exp, 1)
     t_sum = tl.sum(t_exp, 1)
-    # The sums' difference added up separately: the rounding of the sums would be most of the error.
+    # Sum the differences of the exponentials: the difference of the two sums would be less exact.
     ratio = tl.sum(s_exp - t_exp, 1) / t_sum
     ratio = tl.where(tl.abs(ratio) < 0.5, ratio, s_sum / t_sum - 1)
     offset = (s_max - t_max) * inverse_temperature + _log1p(ratio)
@@ -138,7 +147,7 @@ def tile(
             ids = tl.load(target + rows64 * target_stride, counts, 0)
             known = (ids >= 0) & (ids < num_classes)
             at_id = student + rows64 * (student_by_vec * VEC) + ids
-            # An id out of range makes the loss nan: raising would have to wait for the device.
+            # An id out of range makes the loss nan; an error would have to wait for the device.
             s_id = tl.load(at_id, counts & known, float("nan")).to(tl.float32)
             ce = kept * (log_sum - (s_id - s_max))
             if smoothing != 0:
@@ -181,9 +190,9 @@ def two_pass(
     WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, PER_ROW: tl.constexpr, TARGET: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_UPSTREAM: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One long row per program: maxima and sums, then loss and gradient from the last block back.
+    """Process one long row per program: first maxima and sums, then loss and gradient.
 
-    The second pass meets the blocks that were read last first: they are still in the cache.
+    The second pass runs backward, because the blocks read last are still in the cache.
     """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -193,7 +202,7 @@ def two_pass(
     factor = tl.full([], 1.0, tl.float32)
     if HAS_WEIGHT:
         factor = tl.load(weight + row * weight_stride)
-    # A row that does not count has no blocks to read.
+    # The loops read nothing of a row that does not count.
     limit = tl.where(factor != 0, num_classes, 0)
     scale2 = inverse_temperature * LOG2E
     kept = 1 - smoothing
@@ -245,7 +254,7 @@ def two_pass(
         s_id = tl.load(s_row + ids, known, float("nan")).to(tl.float32)
         ce = kept * (log_sum - (s_id - s_max))
     if WITH_LOSS:
-        # For `columns`.
+        # The kernel `columns` reads these in the backward pass.
         tl.store(stats + row * 7 + 0, s_max)
         tl.store(stats + row * 7 + 1, s_sum)
         tl.store(stats + row * 7 + 2, t_max)
@@ -305,7 +314,7 @@ def columns(
     TARGET: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_UPSTREAM: tl.constexpr, VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one block of columns of one row, from what `two_pass` left in `stats`."""
+    """Compute the gradient of one block of columns of one row from the `stats` of `two_pass`."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     num_classes = classes_by_vec * VEC

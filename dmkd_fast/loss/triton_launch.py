@@ -1,10 +1,10 @@
-"""kd_loss's raw operators on CUDA: which Triton kernel, what tile, how launched.
+"""The raw operators of kd_loss on CUDA: choose a Triton kernel and its tile, and launch it.
 
-py imports it when the first CUDA tensor comes. The kernels are in
-kd_loss_kernels.py. Rows of up to MAX_TILE classes are read once and stay in registers (several rows
-per program where they are short); longer ones are read twice (maxima and sums, then loss and
-gradient), their backward pass once, by blocks of columns. Nothing waits for the device, so all of
-it can be captured in a CUDA graph.
+`loss/ops.py` imports this module at the first call with CUDA tensors. The kernels are in
+`loss/triton_kernels.py`. Rows of up to MAX_TILE classes are read once and stay in registers;
+several short rows share a program. Longer rows are read twice (first for maxima and sums, then for
+loss and gradient); their backward pass reads them once, in blocks of columns. Nothing waits for the
+device, so all operators can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from dmkd_fast.loss import triton_kernels as kernels
 from dmkd_fast.loss.ops import NUM_STATS
 from dmkd_fast.runtime.operators import Launch
 
-# The widest row and block of columns whose kernels need no spills: tests/golden/.
+# The widest row and block of columns whose kernels do not spill registers: tests/golden/.
 MAX_TILE = 8192
 BLOCK = 4096
-PACKED_TILE = 4096  # logits per program where rows are short
+PACKED_TILE = 4096  # logits per program for short rows
 
 Problem = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, float, float, float, float]
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator `kd_loss_forward`."""
+    """Run the operator `kd_loss_forward`."""
     *problem, per_row = arguments
     return _losses(tuple(problem), None, None, 1.0, per_row)
 
 
 def backward(upstream: Tensor, stats: Tensor, *problem: Any) -> Tensor:
-    """The operator `kd_loss_backward`."""
+    """Run the operator `kd_loss_backward`."""
     grad = torch.empty_like(problem[0], memory_format=torch.contiguous_format)
     if len(grad):
         plan_backward(problem, grad, upstream, stats).run()
@@ -45,7 +45,7 @@ def backward(upstream: Tensor, stats: Tensor, *problem: Any) -> Tensor:
 def forward_backward(
     grad: Tensor, upstream: Tensor | None, grad_scale: float, *problem: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator `kd_loss_forward_backward`."""
+    """Run the operator `kd_loss_forward_backward`."""
     return _losses(problem, grad, upstream, grad_scale, False)
 
 
@@ -53,7 +53,10 @@ def plan_losses(
     problem: Problem, grad: Tensor | None, upstream: Tensor | None, grad_scale: float,
     outputs: list[Tensor], stats: Tensor, ticket: Tensor, per_row: bool,
 ) -> Launch:  # fmt: skip
-    """Loss, KD and CE into `outputs`, statistics of long rows, and the gradient if wanted."""
+    """Plan the launch that writes loss, KD and CE parts to `outputs`.
+
+    It also writes `stats` for long rows, and the gradient if `grad` is given.
+    """
     student, *_ = problem
     num_rows, num_classes = student.shape
     one_tile = num_classes <= MAX_TILE
@@ -71,13 +74,13 @@ def plan_losses(
 
 
 def plan_backward(problem: Problem, grad: Tensor, upstream: Tensor, stats: Tensor) -> Launch:
-    """The gradient alone: from the logits, and from the statistics where rows are long."""
+    """Plan the launch that writes the gradient alone; for long rows it reads `stats`."""
     num_rows, num_classes = problem[0].shape
     arguments, constants = _shared(problem, grad, upstream, 1.0)
     if num_classes <= MAX_TILE:
         rows, block, num_warps = _tile(num_classes)
         constants |= {"ROWS": rows, "BLOCK": block, "WITH_LOSS": False, "PER_ROW": False}
-        arguments = (*arguments, *[stats] * 6)  # The last six stay untouched.
+        arguments = (*arguments, *[stats] * 6)  # Six pointers that this launch does not use.
         return Launch(kernels.tile, arguments, constants, (triton.cdiv(num_rows, rows),), num_warps)
     del constants["WITH_GRAD"]
     constants["BLOCK"] = BLOCK
@@ -98,7 +101,7 @@ def _losses(
                     per_row).run()  # fmt: skip
     else:
         for output in outputs:
-            output.fill_(problem[6] * 0)  # The factor of no rows is nan.
+            output.fill_(problem[6] * 0)  # nan for the means, whose factor is nan without rows
     loss, kd, ce = outputs
     return loss, kd, ce, stats
 
@@ -106,7 +109,7 @@ def _losses(
 def _shared(
     problem: Problem, grad: Tensor | None, upstream: Tensor | None, grad_scale: float
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and constants that all kernels have in common."""
+    """Return the arguments and constants that all kernels share."""
     student, teacher, target, weight, temperature, alpha, kd_scale, ce_scale, smoothing = problem
     num_rows, num_classes = student.shape
     has_classes = target is not None and target.dtype == torch.int64
@@ -114,7 +117,7 @@ def _shared(
     student, teacher = _dense(student), _dense(teacher)
     if target is not None and kind == 2:
         target = _dense(target)
-    output = student if grad is None else grad  # A kernel that writes none needs a pointer too.
+    output = student if grad is None else grad  # Kernels need a pointer even without gradient.
     third = student if target is None else target
     vec = _vector(num_classes, [student, teacher, output, *([third] if kind == 2 else [])])
     arguments = (
@@ -138,10 +141,11 @@ def _dense(rows: Tensor) -> Tensor:
 
 
 def _vector(num_classes: int, matrices: list[Tensor]) -> int:
-    """Logits that one 128-bit access can hold, given sizes, strides and addresses.
+    """Return how many logits one 128-bit access can hold, given sizes, strides and addresses.
 
-    The compiler is shown rows and strides as multiples of it: it sees only whether an argument
-    divides by 16, and 1000 does not, though eight 16-bit logits at a time fit it.
+    Kernels get sizes and strides divided by this number. Triton only knows whether an argument is
+    divisible by 16, so it would not vectorize 1000 classes, although 1000 is divisible by 8 and
+    eight 16-bit logits fill an access.
     """
     vec = num_classes
     for matrix in matrices:
@@ -151,7 +155,7 @@ def _vector(num_classes: int, matrices: list[Tensor]) -> int:
 
 
 def _tile(num_classes: int) -> tuple[int, int, int]:
-    """Rows per program, columns (a power of two), warps."""
+    """Return rows per program, columns (a power of two) and warps."""
     block = max(16, triton.next_power_of_2(num_classes))
     rows = max(1, PACKED_TILE // block) if block <= 2048 else 1
     return rows, block, 16 if block > 4096 else 8
@@ -161,12 +165,12 @@ _tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _ticket(device: torch.device) -> Tensor:
-    """A zero that the last program of a launch puts back to zero; one per stream.
+    """Return a counter with value 0, which the last program of a launch resets; one per stream.
 
-    During capture it is part of the graph, which then zeroes it itself: memory from outside would
-    have to outlive the graph.
+    During capture a new counter becomes part of the graph, which sets it to zero itself; a counter
+    from outside would have to outlive the graph.
     """
-    if device.type != "cuda":  # the interpreter
+    if device.type != "cuda":  # Triton's interpreter runs on CPU tensors.
         return torch.zeros(1, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)

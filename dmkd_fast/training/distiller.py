@@ -1,9 +1,9 @@
-"""Train a student on images that are generated during training: `Distiller.fit`. The flow::
+"""Train a student on images that are generated during training: `Distiller.fit`.
 
     LabelStream -> DiffusionSampler -> RingBuffer -> Views (-> Mixer) -> teacher -> StudentTrainer
 
-An ImageReader takes the place of the first two if the images are on disk. The parts do not see the
-config or each other. Under torchrun each rank has all parts. Source: arXiv 2305.12954.
+For images on disk, an ImageReader replaces LabelStream and DiffusionSampler. The parts do not know
+the config or each other. Under torchrun each rank has its own parts. Source: arXiv 2305.12954.
 """
 
 from __future__ import annotations
@@ -47,28 +47,28 @@ from dmkd_fast.views.spec import InputSpec
 
 
 class Distiller:
-    """Trains a student from a teacher on images that a diffusion model makes on the way.
+    """Train a student on images that are generated (or read from disk) during training.
 
     Args:
-        sampler: Makes images, or reads them: `sample(ids, labels, out=)`.
-        ring: Holds them, or this rank's part; its block size is the sampler's batch.
-        labels: Decides the class of each image; the same ImageReader if one is the sampler.
-        views: Makes the random views that the student sees.
-        teacher: A classifier fed like the student, or `Teachers`, each of which sees the same crops
-            at its own size and normalisation; frozen here.
-        student: (B, c, S, S) views -> (B, C) logits; trained.
-        schedule: Length, batch (of all ranks together) and optimizer.
-        run_dir: Everything a run leaves goes there; all ranks must see it.
-        temperature: Of the loss.
-        alpha: Share of the teacher's term; the rest is cross-entropy with an image's class.
-        mixer: Mixes the views, for the student and all teachers alike; None: they stay as they are.
-        dtype: Compute dtype of both networks, the student's by autocast; float16 scales its loss.
-        compile: torch.compile both networks.
-        test_set: Real images to report accuracy on; nothing is decided by them.
-        student_input: How test images are cut for the student; None: as its views.
-        later_samplers: (share of the run, sampler) from which on others make the images.
+        sampler: Image generator or reader, called as `sample(ids, labels, out=)`.
+        ring: Buffer for the images of this rank; its block size is the sampler's batch.
+        labels: Source of image ids and classes; the same ImageReader if `sampler` is one.
+        views: Renderer of the student's random views.
+        teacher: Classifier with the student's input, or `Teachers`, each of which sees the same
+            crops at its own size and normalization; frozen here.
+        student: Network to train, (B, c, S, S) views -> (B, C) logits.
+        schedule: Length, batch size (of all ranks together) and optimizer settings.
+        run_dir: Folder for all files of the run; shared by all ranks.
+        temperature: Softmax temperature of the loss.
+        alpha: Weight of the teacher's term; cross-entropy with the image's class has 1 - alpha.
+        mixer: Mixing of views, the same for the student and all teachers; None: no mixing.
+        dtype: Compute dtype of all networks (autocast for the student); float16 scales the loss.
+        compile: Whether to use torch.compile on the student and the teachers.
+        test_set: Real images for the reported accuracy, which has no effect on the training.
+        student_input: Resize and crop of test images for the student; None: same as its views.
+        later_samplers: (progress in [0, 1], sampler that is used from there on), in order.
         show: Whether to print progress.
-        ranks: This process among others that train the same student.
+        ranks: This process among those that train the same student.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Distiller:
                 f"guard_blocks: got {ring.guard_blocks} with an ImageReader, expected 0, as blocks "
                 "are not read ahead; make the ring without"
             )
-        # An image that one rank cannot read stops all.
+        # An image that one rank cannot read stops all ranks.
         self._readers = ranks if isinstance(sampler, ImageReader) else ALONE
         self._ahead: tuple[Block, Tensor, Tensor] | None = None
         self._in_flight = InFlight(self.device)
@@ -120,10 +120,10 @@ class Distiller:
     def refill(self, metrics: Metrics | None = None) -> None:
         """Insert blocks until the limiter lets the next batch be drawn.
 
-        A reader whose whole set is in the ring has nothing to insert: then drawing goes on.
+        Does nothing once an ImageReader's whole set is in the ring.
 
         Args:
-            metrics: Told how a long fill goes on.
+            metrics: Log for the progress of a long fill; None: no log lines and no checkpoints.
         """
         before, started = self.ring.num_inserted, (told := time.monotonic())
         while self.ring.must_insert(self._batch) and not self.labels.is_exhausted:
@@ -132,13 +132,13 @@ class Distiller:
             with self._interrupts.held():
                 self.ring.commit(
                     block, ids=ids.to(self.device), labels=labels.to(self.device)
-                )  # A reader's are on the host.
+                )  # An ImageReader returns both on the host.
                 self.labels.advance(len(ids))
                 self._ahead = None
             if metrics is not None:
-                # Not held: this waits for the disk. A checkpoint queues what an interrupt left.
+                # Not held, as it may wait for the disk. The next checkpoint queues missed blocks.
                 self._keeper.blocks.append()
-                self.ring.release()  # They were read, to be copied.
+                self.ring.release()  # `append` has read the block's slots.
                 self._keeper.save_if_due(self.step, self._state())
             now = time.monotonic()
             if metrics is not None and now - told > 5:
@@ -149,7 +149,7 @@ class Distiller:
             self._ahead = self._generate()
 
     def _wants_ahead(self) -> bool:
-        """Whether to make a block before it is needed: with a guard, if views to come need it."""
+        """Tell whether to make a block early: there is a guard, and remaining views need it."""
         to_come = (self.num_steps - self.step) * self._batch
         return (
             self.ring.guard_blocks > 0
@@ -158,9 +158,10 @@ class Distiller:
         )
 
     def _generate(self) -> tuple[Block, Tensor, Tensor]:
-        """Write a block of new images, to be committed; does not wait for a producer's stream."""
-        self.ring.abort()  # An interrupt may have come between a block's writing and its commit.
-        with self.ring.producing():  # A reader may wait here: no block should be open then.
+        """Write an uncommitted block of new images, without waiting for a producer's stream."""
+        self.ring.abort()  # Drop a block that an interrupt left uncommitted.
+        # `peek` may block until new shards appear; hold no reserved block meanwhile.
+        with self.ring.producing():
             ids, labels = self.labels.peek(self.ring.block_images)
         block = self.ring.reserve()
         try:
@@ -172,7 +173,7 @@ class Distiller:
         return block, ids, labels
 
     def train_step(self) -> Tensor:
-        """One optimizer step on one batch of views; returns the loss without waiting for it."""
+        """Take one optimizer step and return its loss without waiting for the device."""
         self.learner.start(self.lr())
         draw = self.ring.sample(self._batch)
         views = self._supervision.views(
@@ -181,7 +182,7 @@ class Distiller:
         labels = self.ring.labels[draw.indices]  # (B,)
         self.ring.release()
         views, mixed = self._supervision.mixed(views, step=self.step)
-        size = self.learner.part_size  # Teachers are asked for a part when its turn comes.
+        size = self.learner.part_size  # The teachers run on one micro-batch at a time.
         parts = self._supervision.parts(views, labels, mixed, share=self.share, size=size)
         losses = [self.learner.learn(*part) for part in parts]
         self.learner.finish()
@@ -189,40 +190,40 @@ class Distiller:
         return sum(losses[1:], losses[0])
 
     def restore(self) -> step_folders.Restored:
-        """Take up the newest whole checkpoint of `run_dir`; `fit` then goes on from there.
+        """Load the newest intact checkpoint of `run_dir`; `fit` then continues from there.
 
         Returns:
-            Its step, and a line for each damaged file or checkpoint.
+            The checkpoint's step, and a line for each damaged file or checkpoint.
 
         Raises:
-            ValueError: There is none, or it is of another student, ring or optimizer.
+            ValueError: No checkpoint is intact, or it is of another student, ring or optimizer.
         """
         return self._keeper.restore(self._common_state(), self._own_state())
 
     def check_folder(self) -> None:
-        """Refuse, with a ValueError, a run directory whose checkpoints were not restored."""
+        """Raise ValueError if the run directory holds checkpoints that were not restored."""
         self._keeper.saver.check_folder()
 
     def fit(self) -> dict[str, Any]:
-        """Run to the end, or until Ctrl-C.
+        """Train to the end of the schedule, or until Ctrl-C or SIGTERM.
 
         Returns:
             generated_images, views, reuse (views per image), and over the whole run, compilation
             and evaluation included: wall_s, cpu_s, images_per_s, views_per_s.
 
         Raises:
-            KeyboardInterrupt: After a checkpoint has been written.
+            KeyboardInterrupt: Training was interrupted; a checkpoint has been written.
             SourceError: Images on disk cannot be read; a checkpoint has been written.
-            NotFiniteError: Nothing was learnt for `max_skipped_steps`, or the logits of test images
-                or too many generated images are not finite; a checkpoint has been written.
-            torch.OutOfMemoryError: A checkpoint too, if it could be written.
+            NotFiniteError: `max_skipped_steps` steps in a row were skipped, or the logits of too
+                many test images, or too many images, are not finite; a checkpoint has been written.
+            torch.OutOfMemoryError: Memory ran out; a checkpoint has been written if possible.
             SaveError: The last checkpoint could not be written.
             ValueError: `run_dir` holds checkpoints that were not restored.
         """
         self.check_folder()
         files.make_folder(self.run_dir)
         metrics = self._metrics
-        self._keeper.writer.start()  # An interrupt must not come between its thread and its use.
+        self._keeper.writer.start()  # Before interrupts can stop the start of the thread half-way.
         try:
             with self._interrupts:
                 self._run(metrics)
@@ -230,17 +231,17 @@ class Distiller:
             gc.unfreeze()
             metrics.close()
         self._cpu_elsewhere_s = self._ranks.elsewhere(self.clock.cpu_s())
-        if self._interrupts.is_pending:  # One of several ranks: it came during the last save.
+        if self._interrupts.is_pending:  # With several ranks, a signal during the last save.
             raise KeyboardInterrupt
         return self.totals()
 
     def _run(self, metrics: Metrics) -> None:
-        """The loop, and the checkpoint that follows when something ends it early."""
+        """Run the loop, and write a checkpoint when something ends it early."""
         total = self.num_steps * self.schedule.batch_size
         try:
             self._loop(metrics)
         except (KeyboardInterrupt, SourceError, NotFiniteError):
-            saved = self._save_last()  # A second signal ends this at once.
+            saved = self._save_last()  # A second signal stops the save at once.
             metrics.note(f"interrupted at {self.num_views:,} of {total:,} views; saved {saved}")
             raise
         except Exception as error:
@@ -252,12 +253,12 @@ class Distiller:
 
     @property
     def num_views(self) -> int:
-        """Views the student has seen."""
+        """Number of views the student has seen, on all ranks."""
         return self.step * self.schedule.batch_size
 
     @property
     def num_images(self) -> int:
-        """Images made so far; all ranks have made as many."""
+        """Number of images inserted so far on all ranks, the same number on each."""
         return self.ring.num_inserted * self._ranks.world_size
 
     def lr(self) -> float:
@@ -266,13 +267,13 @@ class Distiller:
 
     @property
     def share(self) -> float:
-        """How much of the run is done, in [0, 1]: what schedules go by."""
+        """Progress of the run in [0, 1], on which all schedules depend."""
         return self.step / self.num_steps
 
     def _loop(self, metrics: Metrics) -> None:
         self._warm_up(metrics)
-        # A search for garbage through all that imports and compiling have left takes 0.4 to 1.1 s,
-        # and the copies for a checkpoint would set it off. `fit` undoes this.
+        # A collection over all objects of imports and compilation is slow, and the copies for a
+        # checkpoint would trigger one. `fit` unfreezes them.
         gc.collect()
         gc.freeze()
         metrics.begin(
@@ -290,7 +291,7 @@ class Distiller:
             self._save_last()
 
     def _report(self, metrics: Metrics) -> None:
-        """A row of statistics if one is due; an interrupted one is still due after a resume."""
+        """Write a row of statistics if one is due; an interrupted row is due after a resume."""
         is_scored = self.test_set is not None and self.schedule.is_evaluated(self.step)
         is_due = is_scored or self.step % self.schedule.log_every_steps == 0
         is_due = is_due or self.step >= self.num_steps
@@ -312,27 +313,27 @@ class Distiller:
             self.ring.check_faults(row["ring_faults"])
 
     def _save_last(self) -> Path:
-        self.learner.undo_warm_up()  # Once more, if an interrupt cut that short.
+        self.learner.undo_warm_up()  # Again, in case an interrupt stopped it.
         return self._keeper.save_last(self.step, self._state())
 
     def _save_what_is_left(self) -> None:
-        """A checkpoint after an error anywhere, unless it has left weights half changed."""
-        with contextlib.suppress(Exception):  # The error that led here is the one to tell.
-            self.step += self.learner.give_up()  # The views of a step begun were drawn.
+        """Write a checkpoint after an error, unless the error left weights partly updated."""
+        with contextlib.suppress(Exception):  # The first error is the one to report.
+            self.step += self.learner.give_up()  # The views of an unfinished step were drawn.
             self._metrics.note(f"saved {self._save_last()}")
 
     def _warm_up(self, metrics: Metrics) -> None:
-        """Run everything on throw-away inputs: what compiles does so here, not inside a step."""
+        """Run all networks once on scratch inputs, so that they compile before the first step."""
         metrics.note("warming up ...")
         started = time.monotonic()
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])
         places = torch.zeros(self.learner.part_size, dtype=torch.int64, device=self.device)
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                # Where blocks will be made: a captured graph must not run on two streams at once.
                 if self.device.type == "cuda":
-                    # Its stream does not wait for what has prepared the weights on this one.
+                    # The producer's stream does not wait for this one, which prepares the weights.
                     torch.cuda.synchronize(self.device)
+                # On the producer's stream: a captured graph must not run on two streams at once.
                 with self.ring.producing():
                     self._phases.try_all(scratch)
                 self.learner.warm_up(self._supervision.try_all(scratch, places))
@@ -341,7 +342,7 @@ class Distiller:
         metrics.note(f"warm after {time.monotonic() - started:.0f} s")
 
     def _scores(self) -> dict[str, float]:
-        """top1 of the averaged student on the test set, in the compute dtype."""
+        """Compute top1 of the weight EMA on the test set, in the compute dtype."""
         if self.test_set is None:
             return {}
         wanted, ranks = self._supervision.input, self._ranks
@@ -357,7 +358,7 @@ class Distiller:
         return {"top1": scores.result()["top1"]}
 
     def totals(self) -> dict[str, Any]:
-        """What `fit` returns, as of now."""
+        """Return the current values of what `fit` returns."""
         images, views, wall_s = self.num_images, self.num_views, self.clock.wall_s()
         return {
             "generated_images": images,
@@ -370,7 +371,7 @@ class Distiller:
         }
 
     def _state(self) -> dict[str, step_folders.Stateful]:
-        """Everything that the rest of the run depends on."""
+        """Return all objects that the rest of the run depends on."""
         return self._keeper.state(self._common_state(), self._own_state())
 
     def _common_state(self) -> dict[str, step_folders.Stateful]:
@@ -391,9 +392,9 @@ class Distiller:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The step; what else a run depends on is in its parts."""
+        """Return the step; the other parts have state dicts of their own."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Restore the state from `state_dict`."""
         self.step, self._ahead = state["step"], None

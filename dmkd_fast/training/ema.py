@@ -1,4 +1,4 @@
-"""Moving average of weights, and the buffers of a module taken together."""
+"""Exponential moving average of a model's weights, and copies of a module's buffers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 class Buffers:
-    """The buffers of a module, such as running statistics, by dtype: one call for all of a kind.
+    """Copy and restore all buffers of a module, such as running statistics, one call per dtype.
 
-    They are looked up anew each time, because a module may assign a new tensor to one.
+    Buffers are looked up on every call, because a module may assign a new tensor to one.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -27,16 +27,16 @@ class Buffers:
         self._homes = list(homes.values())
 
     def groups(self) -> list[list[Tensor]]:
-        """All of them, a list for each dtype."""
+        """Return all buffers, as one list for each dtype."""
         return [[home[name] for home, name in group] for group in self._homes]  # type: ignore[misc]
 
     def copies(self) -> list[Tensor]:
-        """A flat copy for each dtype."""
+        """Return a flat copy of all buffers, one vector for each dtype."""
         return [flat(group) for group in self.groups()]
 
     @torch.no_grad()
     def put_back(self, copies: Sequence[Tensor], where: Tensor) -> None:
-        """Values of `copies` where `where`, () bool, is true; others stay. Nothing waits."""
+        """Set the buffers to `copies` if `where`, () bool, is true, without a host read."""
         for before, group in zip(copies, self.groups(), strict=True):
             chosen = torch.where(where, before, flat(group)).split([b.numel() for b in group])
             shaped = [c.view(b.shape) for c, b in zip(chosen, group, strict=True)]
@@ -49,9 +49,9 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class WeightEMA:
-    """Exponential moving average of a model's weights; buffers are copied.
+    """Keep an exponential moving average of a model's weights, and a copy of its buffers.
 
-    `decay=0` follows the model exactly. Early averages are short: the decay of update n is
+    With `decay=0` the average equals the model. The decay of update n, counted from 0, is
     min(decay, (1 + n) / (10 + n)), so that random initial weights fade quickly.
     """
 
@@ -62,7 +62,7 @@ class WeightEMA:
         self._theirs: list[Tensor] = list(model.parameters())
         self._my_buffers, self._their_buffers = Buffers(self.module), Buffers(model)
         device = self._mine[0].device if self._mine else torch.device("cpu")
-        # On the device, because only there is known which steps were skipped.
+        # On the device, because the host does not know which steps were skipped.
         self.num_updates = torch.zeros((), device=device)
 
     @torch.no_grad()
@@ -70,8 +70,9 @@ class WeightEMA:
         """Move the average towards the model.
 
         Args:
-            taken: () float32 on the device; 0: the model's step was skipped, nothing changes. The
-                model's weights and buffers must then be what they were. None: 1.
+            taken: () float32 on the device, 1 if the model's step was taken, 0 if it was skipped;
+                None means 1. With 0 nothing changes, provided that the skipped step left the
+                model's weights and buffers unchanged.
         """
         if self.decay == 0:
             torch._foreach_copy_(self._mine, self._theirs)
@@ -86,10 +87,10 @@ class WeightEMA:
             torch._foreach_copy_(mine, theirs)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and the number of updates."""
+        """Return the averaged weights, the buffers and the number of updates."""
         return {"module": self.module.state_dict(), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Restore the state from `state_dict`."""
         self.module.load_state_dict(state["module"])
         self.num_updates.copy_(state["num_updates"])

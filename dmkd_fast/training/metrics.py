@@ -1,7 +1,7 @@
-"""What a run tells: progress, stats.jsonl, TensorBoard events.
+"""Statistics of a run: printed progress, stats.jsonl and TensorBoard events.
 
-Values are summed on the device; `flush` is the only place that waits for it.
-Several ranks add up their sums there, and the first one tells of them.
+Values are summed on the device; only `flush` waits for the device. With several ranks, `flush`
+adds up the sums of all ranks, and rank 0 reports them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from dmkd_fast.runtime.distributed import ALONE, Ranks
 
 
 class Metrics:
-    """Collects values on the device and reports them at intervals.
+    """Collect values on the device and report their means at intervals.
 
     Args:
-        folder: Run directory; `stats.jsonl` and TensorBoard events go there.
+        folder: Run directory, for `stats.jsonl` and TensorBoard events.
         total: Views of the whole run, for the progress bar and the estimate of time left.
         show: Whether to print progress: a bar on a terminal, else plain lines.
-        ranks: All of them add values of the same names and flush together.
+        ranks: Processes of the run; all add values of the same names and flush together.
     """
 
     def __init__(
         self, folder: Path, total: int, *, show: bool = True, ranks: Ranks = ALONE
     ) -> None:
         self._folder, self._ranks = folder, ranks
-        # Rows on disk, in bytes, and those that a full disk has not taken yet.
+        # Bytes of rows on disk, and rows that are still to be written because the disk was full.
         self._written, self._waiting = 0, b""
         self._stats: FileIO | None = None
         self._board: Any = None
@@ -51,12 +51,14 @@ class Metrics:
         self._bar: Progress | None = None
 
     def begin(self, *, views: int, wall_s_before: float = 0.0, **totals: float) -> None:
-        """Open the files, and count rates and the time left from here.
+        """Open the files, and start to measure rates and the time left.
+
+        Rows that a killed run wrote after its last checkpoint are dropped.
 
         Args:
-            views: Of the run so far; rows that a killed run wrote after its checkpoint are dropped.
+            views: Views of the run so far.
             wall_s_before: Seconds that the run has taken so far.
-            totals: Counts of other things that get a rate.
+            totals: Further counts with a rate, by name, such as `images`.
 
         Raises:
             SaveError: The folder cannot be written to.
@@ -83,26 +85,26 @@ class Metrics:
     def add(self, name: str, value: Tensor) -> None:
         """Add a scalar tensor to the running mean of `name`, without waiting for the device.
 
-        One that is not finite does not count; a mean of none is left out of the row.
+        Values that are not finite are ignored. A mean without values is left out of the row.
         """
         value = value.detach().float()
         pair = torch.stack((value.nan_to_num(0, 0, 0), value.isfinite().float()))
-        # Restored sums are on the host.
+        # Sums restored from a checkpoint are on the host.
         before = self._sums[name].to(pair.device) if name in self._sums else 0
         self._sums[name] = pair + before
 
     def flush(
         self, *, views: int, counts: Mapping[str, Tensor] | None = None, **values: float
     ) -> dict[str, Any]:
-        """Report the means since the last call, the numbers given, and rates of views and images.
+        """Report the means since the last call, the given numbers, and rates of views and images.
 
         Args:
             views: Views seen so far.
-            counts: Whole numbers on the device; the mean over ranks is reported, rounded.
-            values: Further numbers; `images` gets a rate, the others are reported as they are.
+            counts: Integers on the device; their rounded mean over ranks is reported.
+            values: Further numbers, reported unchanged; `images` also gets a rate.
 
         Returns:
-            The row appended to stats.jsonl; on other ranks than the first only the counts.
+            The row appended to stats.jsonl; on ranks other than 0 only the counts.
         """
         now = time.perf_counter()
         means: dict[str, float] = {}
@@ -134,7 +136,7 @@ class Metrics:
             for name, number in row.items():
                 if name != "views" and self._board is not None:
                     self._board.add_scalar(name, number, views)
-        except OSError as error:  # Rows are worth less than the run.
+        except OSError as error:  # Lost statistics do not justify the end of the run.
             self.note(f"statistics: not written ({error.strerror or error}); the run goes on")
         if self._show:
             with contextlib.suppress(OSError):
@@ -142,17 +144,17 @@ class Metrics:
         return row
 
     def note(self, text: str) -> None:
-        """Print one line beside the progress."""
+        """Print one line, above the progress bar if there is one."""
         if not self._show:
             return
-        with contextlib.suppress(OSError):  # The terminal may be closed, and the run goes on.
+        with contextlib.suppress(OSError):  # The run continues when the terminal is closed.
             if self._bar is not None:
                 self._bar.console.print(text, highlight=False)
             else:
                 print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the progress and close the files."""
+        """Stop the progress bar and close the files."""
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.stop()
@@ -166,11 +168,11 @@ class Metrics:
 
     @property
     def has_values(self) -> bool:
-        """Whether anything was added since the last row."""
+        """Whether any value was added since the last row."""
         return bool(self._sums)
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums since the last row, and where in stats.jsonl that row ends."""
+        """Return the sums since the last row, and the size of stats.jsonl up to that row."""
         return {
             "sums": self._sums,
             "written": functools.partial(self._synced, self._written),
@@ -178,14 +180,14 @@ class Metrics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; `begin` then cuts stats.jsonl to the rows of that moment."""
+        """Restore the state from `state_dict`; `begin` then truncates stats.jsonl to that size."""
         self._sums = state["sums"]
         self._written, self._waiting = state["written"], state["waiting"].encode()
 
     def _synced(self, written: int) -> int:
-        """`written`, once the rows are on disk."""
+        """Flush the rows to disk and return `written`."""
         path = self._folder / "stats.jsonl"
-        if path.exists():  # Not yet, if the run was interrupted before `begin`.
+        if path.exists():  # It is missing if the run was interrupted before `begin`.
             files.sync(path)
         return written
 

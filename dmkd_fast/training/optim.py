@@ -1,4 +1,4 @@
-"""Optimizer, averaged weights, and buffers taken together."""
+"""Construction of optimizers that can skip a step, and their learning rate."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ def build_optimizer(
     model: nn.Module, *, name: Literal["sgd", "adamw"], lr: float, momentum: float,
     weight_decay: float, nesterov: bool = True,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """SGD or AdamW, fused; no weight decay on vectors (biases, normalisation).
+    """Build a fused SGD or AdamW without weight decay on vectors (biases, normalization).
 
-    Its state is there from the start: a first step that is skipped (`found_inf`) leaves zeros,
-    where SGD would leave uninitialised momentum; and if memory lacks, it does before training.
+    `momentum` is beta1 of AdamW. The optimizer's state is allocated here, as zeros: if the first
+    step were skipped (`found_inf`), SGD would otherwise keep uninitialized momentum, and a lack of
+    memory would show only during training.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -40,6 +41,6 @@ def build_optimizer(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr

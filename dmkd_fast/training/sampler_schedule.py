@@ -1,7 +1,4 @@
-"""The samplers of a run, one after the other, and whether what they make is finite.
-
-Beside `training/distiller.py`, which asks for the one whose time it is.
-"""
+"""The samplers that a run uses one after the other, and a check that their images are finite."""
 
 from __future__ import annotations
 
@@ -17,12 +14,12 @@ from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
 
 
 class SamplerSchedule:
-    """What makes or reads the images in each part of a run.
+    """Select the sampler or reader in use at each point of a run.
 
     Args:
-        first: From the start.
-        later: (share of the run, sampler) from which on others do, in order.
-        ranks: This process among those whose images count together.
+        first: Sampler or reader in use from the start.
+        later: (progress in [0, 1], sampler that is used from there on), in order.
+        ranks: Processes whose images are counted together.
     """
 
     def __init__(
@@ -35,22 +32,22 @@ class SamplerSchedule:
         self._ranks = ranks
 
     def at(self, share: float) -> DiffusionSampler | ImageReader:
-        """The one whose time it is when so much of the run is done, in [0, 1]."""
+        """Return the sampler in use at this progress (`share`, in [0, 1]) of the run."""
         return [sampler for start, sampler in self._phases if start <= share][-1]
 
     @property
     def samples(self) -> list[Callable[..., Any]]:
-        """Their `sample`, in order."""
+        """The `sample` methods of all samplers, in order."""
         return [sampler.sample for _, sampler in self._phases]
 
     def try_all(self, scratch: Tensor) -> None:
-        """Make images with each once, which compiles them; those of a reader are not read.
+        """Make a block of images with each sampler, so that it compiles; readers are skipped.
 
         Args:
-            scratch: Of the shape of a block of the ring; not changed.
+            scratch: Tensor with the shape, dtype and device of a block of the ring; not changed.
 
         Raises:
-            NotFiniteError: Too many are not finite: better said before a long fill.
+            NotFiniteError: Too many images are not finite, found before a long fill.
         """
         made = torch.empty_like(scratch)
         ids = torch.arange(len(made), device=made.device)
@@ -59,17 +56,20 @@ class SamplerSchedule:
         self.check(int(self._ranks.total(self._broken(made.device))))
 
     def counts(self, device: torch.device) -> dict[str, Tensor]:
-        """Images so far that are not finite, for the mean over ranks that `Metrics` reports."""
+        """Return the number of images so far that are not finite.
+
+        It is multiplied by the number of ranks, because `Metrics` reports the mean over ranks.
+        """
         return {"broken_images": self._broken(device).float() * self._ranks.world_size}
 
     def check(self, broken_images: int) -> None:
-        """Stop a run whose images are broken.
+        """Stop a run with too many images that are not finite.
 
         Args:
-            broken_images: What `counts` said.
+            broken_images: Number of images that are not finite, as `counts` reports it.
 
         Raises:
-            NotFiniteError: They are too many of those made since the start.
+            NotFiniteError: The fraction of such images since the start is too large.
         """
         made = sum(sampler.num_made for sampler in self._makers)
         check_broken(broken_images, made * self._ranks.world_size)

@@ -1,4 +1,4 @@
-"""When a run is saved, and what of it: checkpoints and the ring's images, on all ranks together."""
+"""Checkpoints of a run and the ring's images on disk, saved by all ranks together."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dmkd_fast.runtime.signals import Interrupts
 
 
 class CheckpointManager:
-    """Saves and restores a run.
+    """Save and restore a run.
 
     Args:
-        run_dir: Of all ranks; each has `checkpoints` and `blocks` there.
-        ring: This rank's.
-        remakes: See `RingBlocks`.
+        run_dir: Run directory of all ranks; each rank has its `checkpoints` and `blocks` there.
+        ring: Ring buffer of this rank.
+        remakes: Functions that make damaged images again; see `BlockFiles`.
         every_s: Seconds between checkpoints.
-        ranks: Who saves together.
-        interrupts: Held while the state is copied, and asked whether to stop.
-        note: Told what could not be saved.
+        ranks: Processes that save together.
+        interrupts: Signals to hold while the state is copied; a pending one stops the run.
+        note: Function that logs one line, called when a checkpoint could not be written.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class CheckpointManager:
     def state(
         self, common: Mapping[str, Stateful], own: Mapping[str, Stateful]
     ) -> dict[str, Stateful]:
-        """What is saved here: what all ranks have in common only by the first."""
+        """Return what this rank saves; only rank 0 saves `common`."""
         return {**(common if self._ranks.is_first else {}), "ring": self.blocks, **own}
 
     def restore(
         self, common: Mapping[str, Stateful], own: Mapping[str, Stateful]
     ) -> step_folders.Restored:
-        """Take up the newest checkpoint that is whole on all ranks.
+        """Load the newest checkpoint that is intact on all ranks.
 
         Raises:
-            ValueError: There is none, or it is of another student, ring, optimizer or number of
-                ranks.
+            ValueError: No checkpoint is intact on all ranks, or it belongs to another student,
+                ring, optimizer or number of ranks.
         """
         with self._ranks.agreed(ValueError):
             step, notes = self.saver.restore(
@@ -63,7 +63,9 @@ class CheckpointManager:
         return step_folders.Restored(step, [*notes, *self.blocks.notes])
 
     def save_if_due(self, step: int, state: Mapping[str, Stateful]) -> None:
-        """Start a checkpoint in the background; one that failed is told of, and the run goes on.
+        """Start a checkpoint in the background if one is due.
+
+        If the last checkpoint failed, the reason is logged, and the run continues.
 
         Raises:
             KeyboardInterrupt: One of several ranks was asked to stop.
@@ -84,10 +86,10 @@ class CheckpointManager:
             raise KeyboardInterrupt
 
     def save_last(self, step: int, state: Mapping[str, Stateful]) -> Path:
-        """Write a checkpoint and wait until all ranks have theirs.
+        """Write a checkpoint and wait until all ranks have written theirs.
 
         Raises:
-            SaveError: It could not be written somewhere.
+            SaveError: The checkpoint could not be written on some rank.
         """
         self._turns.end()
         if problem := self.saver.problem():

@@ -1,6 +1,6 @@
-"""Length, batch and rhythm of a run, and its learning rate as a pure function of the step.
+"""Length, batch size and intervals of a run, and its learning rate as a function of the step.
 
-`lr_at(step)` needs no state, so a resumed run goes on with the same rates.
+`lr_at(step)` needs no state, so a resumed run continues with the same learning rates.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from dmkd_fast.runtime.checks import check_accumulate, check_milestones
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Optimizer settings and the rhythm of a run; see `OptimConfig`, `TrainConfig`.
+    """Optimizer settings, length and intervals of a run.
+
+    `OptimConfig` and `TrainConfig` in `config/training.py` describe the fields.
 
     Raises:
-        TypeError, ValueError: A number is out of range, `accumulate` does not divide the batch, or
-            `milestones` do not rise in (0, 1).
+        TypeError, ValueError: A number is out of range, `accumulate` does not divide the batch
+            size, or `milestones` are not increasing in (0, 1).
     """
 
     batch_size: int
@@ -60,21 +62,21 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the run; the last one may see more views than asked for."""
+        """Number of optimizer steps; the last step may take the run beyond `num_views`."""
         return -(-self.num_views // self.batch_size)
 
     @property
     def micro_batch(self) -> int:
-        """Views that go through the networks together."""
+        """Number of views that pass through the networks together."""
         return self.batch_size // self.accumulate
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether accuracy is measured after so many steps: `num_evaluations` times, evenly."""
+        """Tell whether to measure accuracy after `step` steps (`num_evaluations` times, evenly)."""
         nearest = -(-step * self.num_evaluations // self.num_steps)
         return step > 0 and self.num_steps * nearest // self.num_evaluations == step
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         return lr_at(
             step, num_steps=self.num_steps, peak=self.lr, warmup=self.warmup,
             milestones=self.milestones, decay=self.decay,
@@ -85,10 +87,10 @@ def lr_at(
     step: int, *, num_steps: int, peak: float, warmup: float, milestones: Sequence[float] = (),
     decay: float = 0.1,
 ) -> float:  # fmt: skip
-    """Learning rate of a step: linear warm-up over `warmup * num_steps`, then down.
+    """Return the learning rate of a step.
 
-    Without milestones by a cosine to zero; with them by the factor `decay` at each, given as shares
-    of the steps.
+    It rises linearly to `peak` over the first `warmup * num_steps` steps. Then it follows a cosine
+    to zero or, with milestones (fractions of the steps), is multiplied by `decay` at each one.
     """
     num_warmup = int(warmup * num_steps)
     if step < num_warmup:

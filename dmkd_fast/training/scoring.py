@@ -1,8 +1,8 @@
-"""Accuracy of a classifier on labelled images, counted batch by batch.
+"""Accuracy of a classifier on labeled images, counted batch by batch.
 
-All counts are one float64 vector on the device: adding the vectors of several
-ranks (one all-reduce) gives the scores of the whole set, and no logits are kept.
-B batch, C classes.
+All counts are in one float64 vector on the device. The sum of the vectors of several ranks (one
+all-reduce) gives the scores of the whole set, and no logits are kept.
+Shapes: B images in a batch, C classes.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ MOST_NOT_FINITE = 0.01
 
 
 class Scores:
-    """Counts of hits, per class and in all.
+    """Count correct predictions per class, calibration gaps and agreement with a teacher.
 
     Args:
-        num_classes: C.
-        device: Where logits will be.
+        num_classes: Number of classes C.
+        device: Device of the logits.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
         size = 3 * num_classes + BINS + 4
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
-        """Per class images, top-1 hits and top-5 hits (C each); calibration gaps (15); teacher's
-        hits, agreements, images the teacher judged; images whose logits are not finite."""
+        """Images, top-1 hits and top-5 hits per class (C each); calibration gaps (15); top-1 hits
+        of the teacher, agreements, images with teacher logits; images whose logits have no
+        softmax. () each where no size is given."""
 
     def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> None:
         """Count one batch, without waiting for the device.
 
-        Logits without a softmax (a NaN, +inf, or nothing but -inf) count as wrong and as no
-        agreement; those of the model are counted in `num_not_finite`.
+        Logits without a softmax (with a NaN or +inf, or with -inf only) count as wrong and as no
+        agreement. `num_not_finite` counts those of the model.
 
         Args:
-            logits: (B, C).
-            labels: (B,) int64 below C.
-            teacher_logits: (B, C) or None.
+            logits: Logits (B, C) of the model.
+            labels: Class ids (B,) int64 in [0, C).
+            teacher_logits: Logits (B, C) of the teacher, or None.
 
         Raises:
-            ValueError: The logits are not of C classes.
+            ValueError: The logits do not have the shape (B, C).
         """
         for name, given in (("model", logits), ("teacher", teacher_logits)):
             if given is not None:
@@ -76,7 +77,7 @@ class Scores:
         totals[3] += finite.logical_not().sum()
 
     def result(self) -> dict[str, float]:
-        """Shares in [0, 1] of all images counted.
+        """Return the scores over all counted images, as fractions in [0, 1].
 
         Returns:
             top1, top5, ece (expected calibration error over 15 equal-width bins, Guo et al. 2017)
@@ -93,16 +94,16 @@ class Scores:
 
     @property
     def num_images(self) -> int:
-        """Images counted."""
+        """Number of images counted."""
         return int(self.sums[: self.num_classes].sum())
 
     @property
     def num_not_finite(self) -> int:
-        """Images whose logits have no softmax; they count as wrong."""
+        """Number of images whose logits have no softmax; they count as wrong."""
         return int(self.sums[-1])
 
     def by_class(self) -> list[dict[str, Any]]:
-        """One row per class: images, top1, top5 (None for a class without images)."""
+        """Return one row per class: images, top1, top5 (None for a class without images)."""
         rows = []
         for images, top1, top5 in self.sums[: 3 * self.num_classes].view(3, -1).T.tolist():
             shares = (top1 / images, top5 / images) if images else (None, None)
@@ -116,17 +117,17 @@ def measure(
     model: nn.Module, batches: Iterable[tuple[Views, Tensor]], *, input: InputSpec,
     num_classes: int, teacher: Callable[[Views], Tensor] | None = None,
 ) -> Scores:  # fmt: skip
-    """Count a classifier's hits in eval mode; the model's mode is put back.
+    """Count a classifier's correct predictions in eval mode, then restore the model's mode.
 
     Args:
-        model: (B, c, S, S) -> (B, C).
-        batches: Views by input and labels, as `ImageSet.batches` gives them.
-        input: Which of the views the model takes.
-        num_classes: C.
-        teacher: From the same views to logits (B, C), for teacher_top1 and agreement.
+        model: Classifier, (B, c, S, S) -> logits (B, C).
+        batches: Pairs of views (by InputSpec) and labels, as from `ImageSet.batches`.
+        input: Key of the views that the model takes.
+        num_classes: Number of classes C.
+        teacher: Function from the same views to logits (B, C), for teacher_top1 and agreement.
 
     Raises:
-        ValueError: The logits are not of C classes.
+        ValueError: The logits do not have C classes.
     """
     was_training = model.training
     model.eval()
@@ -140,7 +141,7 @@ def measure(
             scores.add(logits.float(), labels, judged)
     finally:
         model.train(was_training)
-    # A rank without images still takes part in the sum, on its device.
+    # A rank without images still takes part in the sum over ranks, on its device.
     return scores or Scores(num_classes, next((p.device for p in model.parameters()), "cpu"))
 
 
@@ -148,7 +149,7 @@ def check_trained(scores: Scores) -> None:
     """Refuse a trained network whose logits are not finite.
 
     Raises:
-        NotFiniteError: They are not on more than 1 % of the images.
+        NotFiniteError: The logits of more than 1 % of the images have no softmax.
     """
     broken, total = scores.num_not_finite, scores.num_images
     if broken > MOST_NOT_FINITE * total:

@@ -1,8 +1,9 @@
-"""The student and all that changes with it in a step: gradients, optimizer, average, guard.
+"""One optimizer step of the student: gradients, optimizer, weight EMA, skipping of bad steps.
 
-That is decided on the device: nothing here waits for it. The loss enters
-the gradient, and ranks that average their gradients then decide alike.
-B views that go through the student together, C classes.
+A step whose loss or gradient is not finite is skipped. The device decides this, so nothing here
+waits for it. A loss that is not finite also makes the gradient not finite; ranks average their
+gradients, so all of them take the same decision.
+Shapes: B views in a micro-batch, C classes.
 Source: Micikevicius et al., "Mixed precision training" (arXiv 1710.03740), on loss scaling.
 """
 
@@ -24,30 +25,32 @@ from dmkd_fast.training.optim import build_optimizer, set_lr
 from dmkd_fast.training.schedule import Schedule
 from dmkd_fast.views.spec import check_logits
 
-# torch.amp.GradScaler's: float16 gradients are kept above its smallest numbers by a factor that is
-# halved by a step that overflows, and doubled after so many that did not.
+# Defaults of torch.amp.GradScaler. The loss scale keeps float16 gradients from underflow; it is
+# halved by a step that overflows, and doubled after GROWTH_STEPS steps that did not.
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
 
 
 class StudentTrainer:
-    """Trains a student on logits of a teacher.
+    """Train a student on the logits of a teacher.
 
     Args:
-        student: (B, c, S, S) views -> (B, C) logits; trained in place.
-        schedule: Optimizer, averaging, clipping, and how many skipped steps are too many.
-        temperature: Of the KD term.
-        alpha: Its share, in (0, 1]; the rest is cross-entropy with the targets.
+        student: Network to train in place, (B, c, S, S) views -> (B, C) logits.
+        schedule: Optimizer, weight EMA, clipping, and the largest number of skipped steps in a row.
+        temperature: Softmax temperature of the KD term.
+        alpha: Weight of the KD term, in (0, 1]; cross-entropy with the targets has 1 - alpha.
         dtype: Autocast dtype; float32 turns autocast off, float16 turns loss scaling on.
-        compile: torch.compile the student.
-        ranks: This process among those that train the same student, each on its part.
+        compile: Whether to use torch.compile on the student.
+        ranks: This process among those that train the same student, each on its part of the batch.
 
     Raises:
-        ValueError: `alpha` is out of range, or the batch does not fall into equal parts.
+        ValueError: `alpha` is out of range, the batch does not split into equal micro-batches, or
+            no parameter of the student requires a gradient.
 
     Attributes:
-        network: What is called with views: the student, or what is wrapped around it.
-        part_size: Views that go through it together.
-        optimizer, average: Its optimizer and averaged weights.
+        network: The student with its wrappers (torch.compile, DistributedDataParallel), if any.
+        part_size: Size of a micro-batch, in views.
+        optimizer: Optimizer of the student.
+        average: Weight EMA of the student.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class StudentTrainer:
                 "gradient, expected some to train; give another network or unfreeze it"
             )
         device = next(student.parameters()).device
-        self.network = ranks.parallel(fast, device)  # From here on with rank 0's weights.
+        self.network = ranks.parallel(fast, device)  # This copies rank 0's weights to all ranks.
         self.optimizer = build_optimizer(
             student, name=schedule.name, lr=schedule.lr, momentum=schedule.momentum,
             nesterov=schedule.nesterov, weight_decay=schedule.weight_decay,
@@ -82,39 +85,40 @@ class StudentTrainer:
         self.autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         self._buffers = Buffers(student)
         self._before_warm_up: list[Tensor] | None = None
-        self._buffers_before: list[Tensor] | None = None  # not None: within a step
-        self._updates = False  # within the part of a step that changes weights
+        self._buffers_before: list[Tensor] | None = None  # not None during a step
+        self._updates = False  # True while a step changes weights
         self._parts_left = 0
-        # Fused optimizers leave weights, moments and counts as they are where this is not 0.
+        # Fused optimizers leave weights, moments and step counts unchanged if this is not 0.
         self._found = torch.zeros((), device=device)
         self.optimizer.found_inf = self._found  # type: ignore[attr-defined]
         self._scales = dtype == torch.float16
         self._scale = torch.full((), FIRST_SCALE if self._scales else 1.0, device=device)
         self._growth = torch.zeros((), dtype=torch.int32, device=device)
-        # Skipped steps: all, the last ones in a row, the longest row since `check`.
+        # [total skipped, current streak, longest streak since `check`]
         self._skipped = torch.zeros(3, device=device)
 
     def start(self, lr: float) -> None:
-        """Begin a step at this learning rate."""
+        """Start a step with this learning rate."""
         set_lr(self.optimizer, lr)
         self._buffers_before = self._buffers.copies()
         self._parts_left = self.schedule.accumulate
 
     def learn(self, views: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """Add the gradient of a part of this rank's batch, `part_size` views of it.
+        """Add the gradient of one micro-batch of this rank's batch.
 
         Args:
-            views: (B, c, S, S).
-            teacher_logits: (B, C).
-            target: Class ids (B,) int64 or probabilities (B, C); not looked at if alpha is 1.
+            views: Views (B, c, S, S) with B = `part_size`.
+            teacher_logits: Logits (B, C) of the teacher.
+            target: Class ids (B,) int64 or probabilities (B, C); ignored if alpha is 1.
 
         Returns:
-            The part's share of the mean loss of this rank's batch; those of all parts add up to it.
+            The sum of the micro-batch's losses divided by the size of this rank's batch, (). Over
+            all micro-batches these values add up to the mean loss of the batch.
         """
         self._parts_left -= 1
         apart: AbstractContextManager[None] = nullcontext()
         if self._parts_left > 0 and isinstance(self.network, DistributedDataParallel):
-            apart = self.network.no_sync()  # Ranks add up gradients once, with the last part.
+            apart = self.network.no_sync()  # Gradients are averaged once, at the last micro-batch.
         with apart, self.autocast:
             student_logits = self.network(views)  # (B, C)
         hard = self._alpha < 1
@@ -123,18 +127,18 @@ class StudentTrainer:
             alpha=self._alpha if hard else None, temperature=self._temperature,
             num_items=self._batch, grad_scale=self._scale if self._scales else 1.0,
         )  # fmt: skip
-        # 0 if the loss is finite, else NaN: it can be infinite where its gradient is not.
+        # loss * 0 is NaN if the loss is not finite; its gradient alone could still be finite.
         student_logits.backward(grad.add_(loss * 0))
         return loss
 
     def backward(self, loss: Tensor) -> Tensor:
-        """`learn` for a loss of one's own: a part's share of the batch's mean loss, ()."""
+        """Add the gradient of a custom loss (), a micro-batch's part of the batch's mean loss."""
         value = loss.detach()
         loss.backward((self._scale + value * 0).to(loss.dtype))
         return value
 
     def finish(self) -> None:
-        """Take the step, unless its loss or gradient is not finite."""
+        """Update the weights, unless the loss or gradient is not finite."""
         assert self._buffers_before is not None, "start comes first"
         grads = [p.grad for p in self._parameters if p.grad is not None]
         self._found.zero_()
@@ -156,13 +160,13 @@ class StudentTrainer:
         self._updates, self._buffers_before = False, None
 
     def give_up(self) -> int:
-        """After an error: take a step that was begun as one that was skipped.
+        """Discard the current step and count it as skipped; called after an error.
 
         Returns:
-            How many that are: 0 or 1.
+            The number of discarded steps: 1, or 0 outside a step.
 
         Raises:
-            RuntimeError: The error came while weights changed.
+            RuntimeError: The error occurred while the weights were being changed.
         """
         if self._buffers_before is None:
             return 0
@@ -176,7 +180,7 @@ class StudentTrainer:
         return 1
 
     def warm_up(self, views: Tensor) -> None:
-        """Run forward and backward pass, which compiles them; `undo_warm_up` follows."""
+        """Compile by one forward and backward pass; call `undo_warm_up` afterwards."""
         self._before_warm_up = self._buffers.copies()
         with self.autocast:
             logits = self.network(views)
@@ -184,7 +188,10 @@ class StudentTrainer:
             logits.sum().backward()
 
     def undo_warm_up(self) -> None:
-        """Leave no trace of it in what a checkpoint saves; again if an error cut this short."""
+        """Restore buffers and gradients to their state before `warm_up`.
+
+        May be called again if an error interrupted the first call.
+        """
         if self._before_warm_up is not None:
             self._found.fill_(1)
             self._buffers.put_back(self._before_warm_up, self._found > 0)
@@ -192,14 +199,14 @@ class StudentTrainer:
         self._before_warm_up = None
 
     def counts(self) -> dict[str, Tensor]:
-        """Skipped steps, all and the longest row of them since `check`; on the device."""
+        """Return the total of skipped steps and the longest streak since `check`, on the device."""
         return {"skipped_steps": self._skipped[0], "skipped_in_a_row": self._skipped[2]}
 
     def check(self, skipped_in_a_row: int) -> None:
-        """Begin a new search for the longest row of skipped steps.
+        """Stop a run that skipped too many steps in a row, and reset the longest streak.
 
         Args:
-            skipped_in_a_row: What `counts` said.
+            skipped_in_a_row: Longest streak of skipped steps, as `counts` reports it.
 
         Raises:
             NotFiniteError: Too many steps in a row had a loss or gradient that is not finite.
@@ -214,11 +221,11 @@ class StudentTrainer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Loss scale and counts; student, optimizer and average have states of their own."""
+        """Return loss scale and counts; student, optimizer and EMA have their own state dicts."""
         return {"scale": self._scale, "growth": self._growth, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Restore the state from `state_dict`."""
         for name, value in state.items():
             getattr(self, f"_{name}").copy_(value)
 

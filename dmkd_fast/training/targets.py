@@ -1,6 +1,7 @@
-"""What a batch of ring slots teaches: the same crops for student and teachers, and their logits.
+"""Views of a batch of ring slots for the student and all teachers, and the teachers' logits.
 
-B batch, C classes, S side of a view.
+All networks see the same crops.
+Shapes: B views in a batch, C classes, S pixels on a side of a view.
 """
 
 from __future__ import annotations
@@ -19,29 +20,30 @@ from dmkd_fast.views.spec import InputSpec, check_logits
 
 
 class Part(NamedTuple):
-    """What a student learns from at a time."""
+    """One micro-batch of views with its targets."""
 
     views: Tensor
-    """(B, c, S, S), the student's."""
+    """Views (B, c, S, S) of the student."""
     teacher_logits: Tensor
-    """(B, C)."""
+    """Combined logits (B, C) of the teachers."""
     target: Tensor
     """Class ids (B,) that the images were made for, or their mixture as probabilities (B, C)."""
 
 
 class Targets:
-    """Renders each crop for every network that takes part, and asks the teachers.
+    """Render each crop for every active network, and compute the teachers' logits.
 
     Args:
-        teacher: A classifier fed like the student, or `Teachers`.
-        views: Decides the crops; its own size and normalisation are the student's.
-        mixer: Mixes them; None: they stay as they are.
-        input: The student's input; None: as the views.
-        dtype: What the teachers compute in.
-        compile: torch.compile the teachers.
+        teacher: Classifier with the student's input, or `Teachers`.
+        views: Source of the crops; its size and normalization are those of the student's views.
+        mixer: Mixing of the views; None: no mixing.
+        input: Input of the student; None: derived from `views`.
+        dtype: Compute dtype of the teachers.
+        compile: Whether to use torch.compile on the teachers.
 
     Raises:
-        ValueError: `input` does not fit the views, or a mixer teachers of some classes only.
+        ValueError: `input` does not match the views, or a mixer is combined with teachers that
+            teach only some classes.
     """
 
     def __init__(
@@ -82,15 +84,17 @@ class Targets:
     def views(
         self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor, *, share: float
     ) -> dict[InputSpec, Tensor]:
-        """The same crops for the student and for every teacher whose time it is.
+        """Render the same crops for the student and every teacher active at this progress.
 
         Args:
-            slots: (N, c, H, W) uint8.
-            indices, ids, uses: (B,) int64, as `RingBuffer.sample` gives them.
-            share: How much of the run is done, in [0, 1].
+            slots: Images (N, c, H, W) uint8 of the ring.
+            indices: Slots (B,) int64, as `RingBuffer.sample` returns them.
+            ids: Image ids (B,) int64, as `RingBuffer.sample` returns them.
+            uses: Use counts (B,) int64, as `RingBuffer.sample` returns them.
+            share: Progress of the run in [0, 1].
 
         Returns:
-            (B, c, S, S) for each input.
+            Views (B, c, S, S) for each input.
         """
         needed = {self.input, *self._teachers.inputs_at(share)}
         return self._render(slots, indices, ids, uses, needed)
@@ -98,11 +102,15 @@ class Targets:
     def mixed(
         self, views: dict[InputSpec, Tensor], *, step: int
     ) -> tuple[dict[InputSpec, Tensor], Mixed | None]:
-        """Views mixed for everybody alike, and how the student's were; without a mixer as they are.
+        """Mix the views in the same way for all networks.
 
         Args:
-            views: (B, c, S, S) for each input.
-            step: Of the run; it decides what is mixed.
+            views: Views (B, c, S, S) for each input.
+            step: Current step of the run; the mixing depends on it and on the mixer's seed.
+
+        Returns:
+            The mixed views, and the mixing of the student's views. Without a mixer: the views
+            unchanged, and None.
         """
         if self._mixer is None:
             return views, None
@@ -113,7 +121,10 @@ class Targets:
         self, views: dict[InputSpec, Tensor], labels: Tensor, mixed: Mixed | None, *,
         share: float, size: int,
     ) -> Iterator[Part]:  # fmt: skip
-        """The batch in parts of `size`, each with what its teachers say, asked when it is taken."""
+        """Yield the batch in micro-batches of `size` views, each with its targets.
+
+        The teachers run on a micro-batch only when the iterator reaches it.
+        """
         for first in range(0, len(labels), size):
             rows = slice(first, first + size)
             seen = {spec: batch[rows] for spec, batch in views.items()}
@@ -122,13 +133,13 @@ class Targets:
             yield Part(seen[self.input], logits, target[rows])
 
     def logits(self, views: dict[InputSpec, Tensor], labels: Tensor, *, share: float) -> Tensor:
-        """The teachers' logits (B, C) for images made for `labels` (B,)."""
+        """Return the teachers' logits (B, C) for images made for the classes `labels` (B,)."""
         wanted = self._teachers.inputs_at(share)
         return self._teachers({spec: views[spec].to(self._dtype) for spec in wanted}, labels, share)
 
     @torch.no_grad()
     def try_all(self, slots: Tensor, places: Tensor) -> Tensor:
-        """Run all teachers of the whole run once, so that they compile; the student's views."""
+        """Run all teachers of the run once, so that they compile; return the student's views."""
         views = self._render(slots, places, places, places, set(self._renderings))
         for network, member in zip(self._teachers.networks, self._teachers.members, strict=True):
             check_logits("teacher", network(views[member.input].to(self._dtype)), len(places))
