@@ -131,7 +131,7 @@ def find(config: C) -> C:
 
 
 def find_launched(config: C, launch: str) -> C | None:
-    """Return the config with the run directory that this launch created; None without one."""
+    """Return the config with the run directory that belongs to this launch; None without one."""
     folders = [Path(config.run_dir)]
     if config.run_dir == "auto":
         folders = [path.parent for path in Path("runs").glob(f"{config.name}-[0-9]*/{LAUNCH}")]

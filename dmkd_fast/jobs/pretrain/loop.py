@@ -94,7 +94,7 @@ def train(
     num_examples: int, folder: Path, resume: bool, dtype: torch.dtype,
     before_step: Callable[[Tensor], None] | None = None,
 ) -> tuple[WeightEMA, dict[str, Any]]:  # fmt: skip
-    """Train a model in shuffled passes over numbered examples; can be resumed exactly.
+    """Train a model in shuffled passes over numbered examples; a stopped run can be resumed.
 
     Args:
         config: Settings of the job, of which length, batch, optimizer and seed are used.
@@ -114,7 +114,7 @@ def train(
     Raises:
         ConfigError: The checkpoint cannot be restored, or the loss or gradients stayed NaN or
             infinite, and a checkpoint has been saved.
-        KeyboardInterrupt: Training was interrupted; a checkpoint has been saved.
+        KeyboardInterrupt: Training was interrupted; a checkpoint holds all steps taken so far.
     """
     batch, train = config.train.batch_size, config.train
     num_steps = -(-train.num_views // batch)
