@@ -66,7 +66,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        # Pickled weights are never downloaded. Tokenizers keep vocabularies in .txt and .model files.
+        # No pickled weights; .txt and .model files hold the vocabularies of tokenizers.
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
