@@ -1,7 +1,8 @@
-"""The command line: `dmkd distill | generate | evaluate | pretrain | config`.
+"""The command line, `dmkd distill | generate | evaluate | pretrain | config`.
 
 User errors end in one line on stderr and exit code 2. Ctrl-C ends with exit code 130 and a line
-that says how to continue. The last line of output is JSON. Under torchrun, rank 0 prints all this.
+that says how to continue. The last line of output is JSON. Under torchrun, only rank 0 prints all
+this.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ OVERRIDES = "Any setting can be changed with section.field=value, for example sa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+    """Run one verb and return the exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse rejects overrides that follow an option, so we collect them from `rest`.
@@ -66,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     except (ConfigError, files.SaveError) as error:
         if tells or not distributed.is_agreed(error):
             print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
-        if result:  # stdout would not take it.
+        if result:  # Standard output could not be written.
             print(json.dumps(result), file=sys.stderr)
         return 2
     except distributed.Lost as error:
@@ -79,17 +80,17 @@ def _run(options: argparse.Namespace) -> int:
     except Exception:
         if distributed.read().world_size == 1:
             raise
-        # `main` ends a rank's process without unwinding it, so Python would not tell of this.
+        # `main` ends the process of a rank at once, so Python would not print the traceback.
         traceback.print_exc()
         return 1
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line, without the usage text."""
+    """An argument parser that reports an error in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and exit with code 2."""
+        """Print the error in one line and exit with code 2."""
         self.exit(2, f"dmkd: {ConfigError(f'{message}; see {self.prog} --help')}\n")
 
 
@@ -289,7 +290,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_classes(classes: dict[str, dict[str, Any]]) -> None:
-    """A table by class: all of up to 100, else the 20 with the lowest top-1."""
+    """Print a table of all classes, or of the 20 with the lowest top-1 if there are over 100."""
     from rich.console import Console
     from rich.table import Table
 
@@ -334,7 +335,7 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _refuse_changes(options: argparse.Namespace) -> None:
-    """A resumed run goes on with its saved settings; changing some would be ignored."""
+    """Refuse changed settings with --resume, which uses the saved settings of the run."""
     changed = [text for text in options.overrides if not text.startswith("run_dir=")]
     if options.resume and changed:
         raise ConfigError(

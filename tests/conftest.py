@@ -1,4 +1,4 @@
-"""Fixtures, options and the table of claims of all tests."""
+"""Fixtures and options that all tests share, and a table of claims at the end."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def num_cases(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 
 @pytest.fixture(autouse=True, scope="session")
 def float32_is_exact() -> Iterator[None]:
-    """No TF32 in tests: they compare numbers."""
+    """Switch off TF32, since tests compare numbers."""
     with exact_float32():
         yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked cuda are skipped where there is no GPU."""
+    """Skip tests marked `cuda` on machines without a GPU."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def make_distiller(tmp_path: Path) -> Callable[..., Distiller]:
-    """Builds equal distillers, each with a run directory of its own unless one is given."""
+    """Build equal distillers, each with its own run directory unless one is given."""
     count = 0
 
     def make(*, run_dir: Path | None = None, **changes: Any) -> Distiller:
@@ -57,7 +57,7 @@ def make_distiller(tmp_path: Path) -> Callable[..., Distiller]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """A table of the claims that were tested by many cases: see `record_property("cases", n)`."""
+    """Print the claims tested by many cases, recorded with `record_property("cases", n)`."""
     rows = []
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):

@@ -1,7 +1,7 @@
-"""From the path of a setting to a folder: on disk, shipped with the package, or on the Hub.
+"""Find the folder that a setting names: on disk, embedded in the package, or on the Hub.
 
-What ships is listed in `manifest.json`: every file with its SHA-256, which is
-checked on load, every folder with its licence and source.
+`manifest.json` lists what the package embeds: every folder with its license and source, and every
+file with its SHA-256, which is checked on load.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ PREFIX, HUB = "embedded:", "hf-hub:"
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
-    """The folder that a setting names.
+    """Return the folder that a setting names, downloaded from the Hub if needed.
 
     Args:
-        path: `embedded:NAME` (checked), `hf-hub:OWNER/NAME` (fetched once, safetensors and
-            configs only), or a path.
+        path: `embedded:NAME` (checked against the manifest), `hf-hub:OWNER/NAME` (downloaded once;
+            safetensors, configs and vocabularies only), or the path of a folder.
         revision: Commit of a Hub repository.
 
     Raises:
-        ValueError: There is no such asset, a file of it differs from the manifest, or the Hub
-            does not give it.
+        ValueError: There is no such asset, one of its files differs from the manifest, or the
+            download failed.
     """
     if path.startswith(HUB):
         return _fetch(path.removeprefix(HUB), revision)
@@ -42,17 +42,19 @@ def resolve(path: str, revision: str | None = None) -> Path:
 
 
 def newest(repository: str) -> tuple[Path, str]:
-    """The folder of a Hub repository as it is today, and its commit: 40 hexadecimal digits.
+    """Return the folder of a Hub repository at its newest commit, and that commit.
+
+    The commit has 40 hexadecimal digits.
 
     Raises:
-        ValueError: The Hub does not give it.
+        ValueError: The download failed.
     """
     folder = _fetch(repository, None)
-    return folder, folder.name  # the cache names snapshots by their commits
+    return folder, folder.name  # The cache names snapshots by their commits.
 
 
 def licence(path: str) -> str | None:
-    """The licence of an embedded asset; None for other paths."""
+    """Return the license of an embedded asset; None for other paths."""
     if not path.startswith(PREFIX):
         return None
     entries: dict[str, Any] = json.loads((ROOT / "manifest.json").read_text(encoding="utf-8"))
@@ -64,7 +66,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        # A pickled checkpoint is never fetched; .txt and .model are tokenizers' vocabularies.
+        # No pickled weights; .txt and .model files hold the vocabularies of tokenizers.
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -76,7 +78,11 @@ def _fetch(repository: str, revision: str | None) -> Path:
 
 
 def write_manifest(entries: dict[str, dict[str, str]]) -> None:
-    """Write manifest.json: for each folder its licence and source, with all files' hashes."""
+    """Write manifest.json: license and source of each folder, and the SHA-256 of its files.
+
+    Args:
+        entries: Values `licence` and `source` of each folder, by its name below this package.
+    """
     full = {}
     for name, facts in sorted(entries.items()):
         files = sorted(p for p in (ROOT / name).rglob("*") if p.is_file())
@@ -87,7 +93,7 @@ def write_manifest(entries: dict[str, dict[str, str]]) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file; an absent file has the empty digest."""
+    """Return the SHA-256 of a file in hexadecimal digits; empty if there is no file."""
     if not path.is_file():
         return ""
     with path.open("rb") as file:

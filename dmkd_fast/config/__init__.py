@@ -1,1 +1,1 @@
-"""What a YAML file may say."""
+"""The settings that a YAML file may contain, with their types, ranges and defaults."""

@@ -1,4 +1,4 @@
-"""The settings of images that are read from disk instead of made."""
+"""Settings of images that are read from disk instead of generated."""
 
 from __future__ import annotations
 

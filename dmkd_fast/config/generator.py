@@ -1,4 +1,4 @@
-"""The settings of how a diffusion model's images are made."""
+"""Settings of how a diffusion model generates images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dmkd_fast.config.loading import MAX_CLASSES, Section, Share, Switch, shown
 
-# Cost and student accuracy of each are measured by `python -m benchmarks fidelity`.
+# `python -m benchmarks fidelity` measures cost and student accuracy of each preset.
 FIDELITY: dict[str, dict[str, Any]] = {
     "low": {"num_steps": 4, "solver": "dpm++2m", "guidance_scale": 1.5},
     "medium": {"num_steps": 8, "solver": "dpm++2m", "guidance_scale": 1.5},
@@ -65,7 +65,7 @@ class SamplerConfig(Section):
     @field_validator("class_guidance", mode="before")
     @classmethod
     def _class_names(cls, values: Any) -> Any:
-        # YAML reads 3 as a number.
+        # YAML reads a key such as 3 as a number, but the keys are strings here.
         if not isinstance(values, dict):
             return values
         named = {str(k): v for k, v in values.items()}
@@ -75,7 +75,7 @@ class SamplerConfig(Section):
 
     @property
     def guidance_of_classes(self) -> dict[int, float]:
-        """`class_guidance` by class."""
+        """The guidance scale of each single class that `class_guidance` covers."""
         return {
             label: scale for key, scale in self.class_guidance.items() for label in _classes_in(key)
         }
@@ -121,7 +121,7 @@ class PhaseConfig(Section):
 
 
 def _classes_in(key: str) -> range:
-    """`7` -> 7; `10-19` -> 10 to 19."""
+    """Parse a key of `class_guidance`: `7` means class 7, `10-19` classes 10 to 19."""
     found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", key)  # below MAX_CLASSES
     if not found or int(found[2] or found[1]) < int(found[1]):
         raise ValueError(

@@ -1,7 +1,6 @@
-"""The settings of every job, as classes that the YAML files mirror exactly.
+"""The settings of every job, as classes that mirror the YAML files exactly.
 
-Settings stop at
-the builders (`jobs/distill.py`, `jobs/pretrain/loop.py`): nothing below ever sees them.
+Only the command line and `jobs/` read these classes. Lower layers get plain arguments.
 """
 
 from __future__ import annotations
@@ -135,20 +134,20 @@ class DistillConfig(RunConfig):
 
     @property
     def block_images(self) -> int:
-        """Images that enter the ring together."""
+        """Number of images that enter the ring together."""
         if self.source is not None:
             return self.source.block_images
         return self.sampler.micro_batch_images
 
     @property
     def block_name(self) -> str:
-        """The setting that says how many these are."""
+        """Name of the setting that `block_images` comes from."""
         return "source.block_images" if self.source else "sampler.micro_batch_images"
 
     @model_validator(mode="before")
     @classmethod
     def _one_origin(cls, values: Any) -> Any:
-        # An unknown key may be a misspelt denoiser: that has a better message of its own.
+        # An unknown key may be a misspelled `denoiser`; the error for unknown keys says so.
         if not isinstance(values, dict) or not set(values) <= set(cls.model_fields):
             return values
         if values.get("source") is None and values.get("denoiser") is None:
@@ -172,7 +171,7 @@ class DistillConfig(RunConfig):
 
     @property
     def teachers(self) -> dict[str, TeachingConfig]:
-        """All of them, by the name of their section."""
+        """All teachers by the name of their section."""
         more = {f"more_teachers.{i}": teacher for i, teacher in enumerate(self.more_teachers)}
         return {"teacher": self.teacher, **more}
 

@@ -1,7 +1,7 @@
-"""Typed, frozen, strict settings from YAML files and overrides.
+"""Load settings from YAML files and overrides; settings are typed, frozen and strictly checked.
 
-`load` reads a file and applies `section.field=value` overrides; every mistake
-becomes one `ConfigError` line that says where, what was got, what was expected and what to change.
+`load_config` reads a file and applies `section.field=value` overrides. Every mistake becomes one
+`ConfigError` line that names the setting, the value found, what was expected, and the fix.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _REPR.maxlevel = 3
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one line of at most 1,000 characters."""
+    """An unusable setting, with a message of one line of at most 1,000 characters."""
 
     def __init__(self, message: str) -> None:
         super().__init__(_shortened(" ".join(message.split()), 1000))
 
 
 class Section(BaseModel):
-    """Base of all settings: frozen, unknown keys refused, defaults checked, nothing converted.
+    """Base class of all settings: frozen, without unknown keys, with checked defaults.
 
-    A number is not read from a string or from true. Lists stand for tuples, and 1.0e6 for the
-    whole number 1000000.
+    Values are not converted: a string or `true` is not accepted as a number. There are two
+    exceptions: a list becomes a tuple, and a float such as 1.0e6 the whole number 1000000.
     """
 
     model_config = ConfigDict(
@@ -100,9 +100,9 @@ def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = N
     """Read a YAML file as `kind` and apply overrides.
 
     Args:
-        kind: The settings class the file mirrors.
-        path: YAML file.
-        overrides: `section.field=value` strings; values are parsed as YAML.
+        kind: Settings class that the file mirrors.
+        path: Path of the YAML file.
+        overrides: Changes as `section.field=value`; values are parsed as YAML.
 
     Raises:
         ConfigError: The file is missing or not YAML, a key is unknown, a value has the wrong type
@@ -113,7 +113,7 @@ def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = N
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn errors of loading what the settings name into ConfigError: one line, no traceback."""
+    """Turn a ValueError or OSError into a ConfigError, which is printed without traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -121,12 +121,16 @@ def user_errors() -> Iterator[None]:
 
 
 def dump_config(config: Section) -> str:
-    """All settings as YAML that `load` reads back unchanged."""
+    """Return all settings as YAML that `load_config` reads back unchanged."""
     return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Set `section.field=value` entries in nested dictionaries."""
+    """Apply `section.field=value` overrides to nested dictionaries in place.
+
+    Raises:
+        ConfigError: An override has another form, its section is a value, or its value is not YAML.
+    """
     for text in overrides:
         key, equals, raw = text.partition("=")
         *sections, field = key.split(".")
@@ -152,7 +156,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut to about 100 characters."""
+    """Format a value for a message, cut to about 100 characters."""
     try:
         return _shortened(_REPR.repr(list(value) if isinstance(value, tuple) else value), 200)
     except ValueError:  # an integer of more digits than Python prints
@@ -160,7 +164,7 @@ def shown(value: Any) -> str:
 
 
 def _shortened(text: str, length: int) -> str:
-    """The text without its middle where it is longer; the advice at the end stays."""
+    """Cut out the middle of a text over `length`; the advice at the end stays."""
     if len(text) <= length:
         return text
     return f"{text[: length // 2]} ... {text[-(length // 2 - 5) :]}"
@@ -168,7 +172,7 @@ def _shortened(text: str, length: int) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for a writer
+        if not stat.S_ISREG(path.stat().st_mode):  # Opening a named pipe would block.
             what = "a directory" if path.is_dir() else "no regular file"
             raise ConfigError(f"config {path}: got {what}, expected a YAML file (see configs/)")
         with path.open("rb") as file:
@@ -204,7 +208,7 @@ def _validate(kind: type[C], values: dict[str, Any], where: str) -> C:
 
 
 def _explain(kind: type[Section], problem: Any) -> str:
-    """One line for one pydantic error."""
+    """Describe one pydantic error in one line."""
     location = [_shortened(str(part), 100) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
@@ -235,14 +239,14 @@ _EXPECTED = {
 
 
 def _fields_at(kind: type[Section], location: list[str]) -> list[str]:
-    """Field names of the section at `location`."""
+    """Return the field names of the section at `location`."""
     section: Any = kind
     for name in location:
-        if name.isdigit():  # a place in a list of sections
+        if name.isdigit():  # An index into a list of sections.
             section = next(iter(get_args(section)), None)
             continue
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field is not None else None
-        if get_origin(section) in (Union, UnionType):  # a section that may be missing
+        if get_origin(section) in (Union, UnionType):  # An optional section.
             section = get_args(section)[0]
     return list(getattr(section, "model_fields", {}))

@@ -1,4 +1,4 @@
-"""The settings that name models: the denoiser, teachers and students."""
+"""Settings that name networks: the denoiser, teachers and the student."""
 
 from __future__ import annotations
 

@@ -37,17 +37,17 @@ class Setting(NamedTuple):
     """One setting, or a section of settings."""
 
     name: str
-    """Dotted, as in an override; `[]` stands for any entry of a list of sections."""
+    """Dotted name, as in an override; `[]` stands for any entry of a list of sections."""
     type: str
     default: str
-    """As in YAML; "required" if there is none; empty for a section."""
+    """Default as in YAML; "required" if there is none; empty for a section."""
     range: str
-    """Empty where the type says all."""
+    """Allowed range; empty if the type is the only limit."""
     text: str
 
     @property
     def is_section(self) -> bool:
-        """Whether this is a section, whose settings follow."""
+        """Whether this is a section; its settings follow it in the list."""
         return self.type.startswith(("section", "list of sections"))
 
     def __str__(self) -> str:
@@ -126,7 +126,7 @@ def _walk(root: dict[str, Any]) -> Iterator[Setting]:
 
 
 def _reference(value: dict[str, Any]) -> str | None:
-    """The name of the section that a field holds, if it holds one."""
+    """Return the name of the section that a field holds, if any."""
     for part in (value, value.get("items", {}), *value.get("anyOf", ()), *value.get("allOf", ())):
         if "$ref" in part:
             return str(part["$ref"]).rpartition("/")[2]
@@ -199,7 +199,7 @@ def _yaml(value: Any) -> str:
 
 @cache
 def _texts(kind: type[Section]) -> dict[str, str]:
-    """The docstring below each field of a class and of its bases."""
+    """Return the docstring below each field of a class and of its bases."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not issubclass(base, Section) or base is Section:

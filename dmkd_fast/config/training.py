@@ -1,4 +1,4 @@
-"""The settings of a training: loss, mixing, optimizer, length and rhythm."""
+"""Settings of the training: loss, mixing, optimizer, length and intervals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MixConfig(Section):
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is mixed."""
+        """Whether views are mixed at all."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 

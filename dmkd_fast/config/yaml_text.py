@@ -1,7 +1,7 @@
-"""YAML text as plain values, within fixed limits, with one kind of error.
+"""Read and write YAML as plain values, within fixed limits and with one kind of error.
 
-PyYAML keeps the last of two equal keys, shares aliased values, expands aliases
-without limit, and raises errors of many kinds; `parse` does none of this.
+PyYAML keeps the last of two equal keys, shares aliased values, expands aliases without limit, and
+raises errors of many kinds. `parse` does none of this.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 10_000, 32
-# Everything that PyYAML raises for text that it cannot read: odd numbers, tags and keys.
+# PyYAML raises all of these for text that it cannot read, such as odd numbers, tags and keys.
 _PARSER_ERRORS = (
     yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
     RecursionError,
@@ -22,15 +22,15 @@ _PLAIN = tuple(_TAG + kind for kind in ("null", "bool", "int", "float", "str", "
 
 
 class YamlError(ValueError):
-    """Text that is not YAML, or YAML that no settings file needs; the message is one line."""
+    """Text that is not YAML, or exceeds the limits of a settings file; a one-line message."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Plain values only: a date is a string, `!!binary` and other tags are errors."""
+    """A loader of plain values: a date stays a string, `!!binary` and other tags are errors."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would read as numbers."""
+    """A dumper that quotes the strings that `_Loader` would read as numbers."""
 
 
 _Loader.yaml_constructors = {
@@ -76,12 +76,12 @@ def parse(text: str) -> Any:
 
 
 def dump(values: Any) -> str:
-    """Values as text that `parse` reads back unchanged."""
+    """Write values as text that `parse` reads back unchanged."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def _check_limits(text: str) -> None:
-    """Count values and levels, aliases expanded, before anything is built."""
+    """Refuse too many values or levels, aliases expanded, before anything is built."""
     total = 0
     known: dict[str, tuple[int, int]] = {}  # anchor -> its values, its levels
     opened: list[list[Any]] = []  # anchor, total before it, levels below it
@@ -113,7 +113,7 @@ def _check_limits(text: str) -> None:
 
 
 def _check_keys(root: yaml.Node) -> None:
-    """Refuse a mapping that names a key twice; `<<` may override what it merges."""
+    """Refuse a mapping that names a key twice; a key merged by `<<` may be overridden."""
     waiting, seen = [root], set()
     while waiting:
         node = waiting.pop()
@@ -134,7 +134,7 @@ def _check_keys(root: yaml.Node) -> None:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which aliased lists and dictionaries are separate."""
+    """Copy a value so that aliased lists and dictionaries become separate."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     if isinstance(value, list):

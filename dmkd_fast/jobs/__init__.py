@@ -1,1 +1,1 @@
-"""What each verb of the command line does: a config comes in, files come out."""
+"""The jobs behind the verbs of the command line: a config comes in, files come out."""

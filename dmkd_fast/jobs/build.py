@@ -21,11 +21,11 @@ from dmkd_fast.views.mixing import Mixer
 def build(
     config: DistillConfig, parts: Parts, *, show: bool = True, ranks: Ranks = ALONE
 ) -> Distiller:
-    """Assemble a resolved config and its parts."""
+    """Assemble a `Distiller` from a resolved config and its loaded parts."""
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
     part = share(config, ranks).ring
     if ranks.world_size > 1:
-        # Each rank has dropout of its own, and the same one after a restart.
+        # Each rank draws its own dropout masks, and draws the same ones after a restart.
         torch.manual_seed(ranks.seed(config.seed))
     with user_errors():
         ring = RingBuffer(

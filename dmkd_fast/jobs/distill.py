@@ -25,23 +25,25 @@ from dmkd_fast.training.distiller import Distiller
 def run(
     config: DistillConfig, *, resume: bool = False, show: bool = True, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """The whole job; leaves student, pictures, statistics and a model card in the run directory.
+    """Run a whole distillation job and leave its results in the run directory.
+
+    The results are the student, pictures, statistics and a model card.
 
     Args:
-        config: Resolved or not.
-        resume: Go on from the newest checkpoint of `config.run_dir`; ranks that torchrun starts
-            anew do so by themselves.
+        config: Settings of the job, resolved or not.
+        resume: Whether to continue from the newest checkpoint of `config.run_dir`. Ranks that
+            torchrun has restarted continue in any case.
         show: Whether to print progress.
-        ranks: This process among those that run the job together.
+        ranks: This process and the number of processes that run the job together.
 
     Returns:
-        The summary that the command line prints as its last line; on other ranks than the first,
-        nothing.
+        The summary that the command line prints as its last line; empty on all ranks but the
+        first.
 
     Raises:
-        ConfigError: Something about the settings or files is wrong, and nothing was written; or
-            training cannot go on, after a checkpoint.
-        KeyboardInterrupt: After a checkpoint has been written.
+        ConfigError: A setting or a file is wrong, and nothing was written; or training cannot
+            continue, and a checkpoint has been saved.
+        KeyboardInterrupt: Training was interrupted; a checkpoint has been saved.
     """
     clock, show = Clock(), show and ranks.is_first
     config, resume = _place(config, resume, ranks)
@@ -61,7 +63,7 @@ def _run(
     distiller.clock = clock  # Loading counts as part of the run.
     folder = Path(config.run_dir)
     with ranks.agreed(ConfigError), user_errors():
-        if not resume:  # Before anything is written.
+        if not resume:  # Refuse the folder before anything is written to it.
             distiller.check_folder()
     with run_dir.locked(folder, ranks=ranks):
         if resume and run_dir.has_checkpoint(folder):
@@ -84,7 +86,7 @@ def _run(
 
 
 def _fit(distiller: Distiller, folder: Path, ranks: Ranks) -> None:
-    """Train; after a stop, print how to go on."""
+    """Train, and print the command that resumes the run if training stops early."""
     try:
         distiller.fit()
     except BaseException as stop:
@@ -102,7 +104,7 @@ def _fit(distiller: Distiller, folder: Path, ranks: Ranks) -> None:
 def _place(
     config: DistillConfig, resume: bool, ranks: Ranks
 ) -> tuple[DistillConfig, bool]:  # fmt: skip
-    """Which run directory it is, and whether its run goes on: what the first rank says."""
+    """Return the config with its run directory, and whether to resume, as rank 0 decides."""
     answer = ""
     with ranks.agreed(ConfigError):
         if ranks.world_size > ranks.local_world_size and config.run_dir == "auto":

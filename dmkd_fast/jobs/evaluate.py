@@ -1,7 +1,7 @@
-"""What `dmkd evaluate` does: a run's student, or any trained classifier, on any labelled set.
+"""Evaluate a run's student, or any trained classifier, on labeled images: `dmkd evaluate`.
 
-In float32 and from the saved files, so that a run's own figures and those of a
-later evaluation are the same digits.
+Networks are loaded from the saved files and run in float32, so that a run's own scores and those of
+a later evaluation agree in every digit.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _LESS_MEMORY = "evaluate fewer or smaller images (--data) or a smaller classifie
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     scores: dict[str, float]
-    """See `evaluate.Scores.result`."""
+    """Scores by name; see `Scores.result` in `training/scoring.py`."""
     classes: dict[str, dict[str, Any]]
-    """By class name: images, top1, top5 (None for a class without images)."""
+    """For each class name: images, top1, top5 (both None for a class without images)."""
     num_images: int
     num_not_finite: int
-    """Images whose logits were NaN or infinite; they count as wrong."""
+    """Number of images whose logits are NaN or infinite; they count as wrong."""
     spec: ClassifierSpec
-    """Of the classifier."""
+    """Spec of the classifier."""
 
     def summary(self) -> dict[str, Any]:
-        """The scores, numbers of images, the input they were cut to, and top-1 by class."""
+        """Return the scores, numbers of images, size and crop of the input, and top-1 by class."""
         by_class = {name: row["top1"] for name, row in self.classes.items()}
         return {
             **self.scores, "num_images": self.num_images, "num_not_finite": self.num_not_finite,
@@ -53,7 +53,7 @@ class Evaluation:
         }  # fmt: skip
 
     def describe_input(self) -> str:
-        """The size that images were cut to, in one line."""
+        """Describe in one line how images were resized and cropped."""
         spec, size = self.spec, self.spec.input_size
         text = f"input {size} x {size}, crop_pct {spec.crop_pct:g}, {spec.interpolation}"
         if spec.test_input_size not in (None, size):
@@ -67,15 +67,15 @@ class Evaluation:
 def evaluate_run(
     folder: Path, *, data: Path | None = None, classes: Path | None = None
 ) -> Evaluation:
-    """A run's saved student beside its teachers.
+    """Evaluate a run's saved student and compare it with the run's teachers.
 
     Args:
-        folder: Of a finished run.
-        data: Another set than the run's own test set.
-        classes: Class names of that set; see `open_set`.
+        folder: Run directory of a finished run.
+        data: Labeled images in place of the run's own test set; see `open_set`.
+        classes: File with the class names of `data`; see `open_set`.
 
     Raises:
-        ConfigError: The folder is not a finished run, its files are damaged, or the set does not
+        ConfigError: The folder is not a finished run, its files are damaged, or the images do not
             fit the student.
     """
     if not (folder / run_dir.CONFIG).is_file():
@@ -104,15 +104,15 @@ def evaluate_run(
 
 
 def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -> Evaluation:
-    """Any trained classifier.
+    """Evaluate any trained classifier.
 
     Args:
-        name: See `classifiers.load_trained`.
-        data: Labelled images; see `open_set`.
-        classes: Their class names.
+        name: Name or folder of the classifier; see `load_trained` in `jobs/networks.py`.
+        data: Labeled images; see `open_set`.
+        classes: File with the class names of `data`; see `open_set`.
 
     Raises:
-        ConfigError: Classifier or set cannot be had, or do not fit each other.
+        ConfigError: The classifier or the images cannot be loaded, or do not fit each other.
     """
     set_num_threads(0)
     with user_errors(), memory.named(_LESS_MEMORY):
@@ -128,10 +128,17 @@ def open_test_set(
     settings: EvalConfig | None, data: Path | None, classes: Path | None,
     device: torch.device, num_classes: int,
 ) -> ImageSet | EncodedSet:  # fmt: skip
-    """The set that the settings name, or that of `data`, for networks of so many classes.
+    """Open the test set of `settings`, or the one at `data` if `settings` is None.
+
+    Args:
+        settings: Section `eval`, which names a test set and its class names.
+        data: Folder of labeled images.
+        classes: File with the class names of `data`; see `open_set`.
+        device: Device for the batches.
+        num_classes: Number of classes that the networks have and the set must have.
 
     Raises:
-        ValueError: There is none, it is damaged, or it has other classes.
+        ValueError: There is no such set, it is damaged, or its number of classes differs.
     """
     if settings is not None:
         data = assets.resolve(settings.path)

@@ -1,8 +1,8 @@
-"""Makes a directory of generated images: shard after shard, safe to kill, by any number of jobs.
+"""Generate a directory of images in shards, by any number of jobs: `dmkd generate`.
 
-Image ids, classes and noise are those of online generation with the same
-settings. A job makes the whole shards whose number is i modulo n and that are not there yet; which
-job makes a shard, and how often jobs are killed, changes nothing in the result.
+Image ids, classes and noise are those of online generation with the same settings. Part i of n
+makes the missing ones among the shards i, i + n, i + 2 n, and so on. A job may be killed at any
+time. The result depends neither on which job makes a shard nor on how often jobs are killed.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
 
-# Per image: headers and padding in the tar with a row of the manifest, and the PNG's share of the
-# pixels' bytes (embedded denoiser, 28 x 28 x 1: 0.73; the released 256 x 256 x 3 sets: about 0.5).
+# Estimates for the check of free space. Per image: bytes of tar headers, padding and manifest row;
+# per byte of raw pixels: bytes of PNG.
 BYTES_BESIDE, BYTES_PER_PIXEL = 2000, 0.6
 USUAL_SHARD = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Maker:
-    """What turns ids into images and rows of the manifest."""
+    """Makes images and rows of the manifest from image ids."""
 
     sampler: DiffusionSampler
     labels: LabelStream
     teachers: Teachers
     image_shape: tuple[int, int, int]
     row: dict[str, Any]
-    """Columns that are the same for all images."""
+    """Columns of the manifest that are the same for all images."""
     pool: ThreadPoolExecutor
 
     def make(self, ids: range) -> Iterator[tuple[int, int, bytes, dict[str, Any]]]:
-        """Id, class, PNG and row of each image of one micro-batch."""
+        """Make one micro-batch; yield id, class, PNG and manifest row of each image."""
         device = self.sampler.device
         numbers = torch.arange(ids.start, ids.stop, device=device)
         labels = self.labels.labels_of(numbers)
@@ -88,24 +88,26 @@ def run(
     part: tuple[int, int] | None = None,
     images_per_shard: int | None = None, command: str = "the same call", show: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Make this job's part of a directory of images; what is finished already is only checked.
+    """Make this job's part of a directory of images; finished shards are only checked.
 
     Args:
-        config: Denoiser, sampler, seed, device, teacher and test set (for class names) are used.
-        folder: The directory; made if need be.
-        num_images: Images of the complete directory, ids 0 to num_images - 1.
-        part: (i, n): make the shards i, i + n, i + 2 n, ...; None: all, or this rank's under
-            torchrun.
-        images_per_shard: A multiple of sampler.micro_batch_images; None: about 1,024.
-        command: Said after an interrupt as the way to go on.
+        config: Settings, of which the denoiser, sampler, seed, dtype, device, teachers and test set
+            (for class names) are used.
+        folder: Directory of the images; created if it does not exist.
+        num_images: Number of images of the complete directory, ids 0 to num_images - 1.
+        part: Pair (i, n): make the shards i, i + n, i + 2 n, ...; None: all shards, or this rank's
+            part under torchrun.
+        images_per_shard: Images in a shard, a multiple of sampler.micro_batch_images; None: about
+            1,024.
+        command: Command that continues the job, printed after an interrupt.
         show: Whether to print progress.
 
     Returns:
         The summary that the command line prints as its last line.
 
     Raises:
-        ConfigError: Something about the settings, the directory or the machine is wrong.
-        KeyboardInterrupt: After Ctrl-C or SIGTERM; the directory is consistent.
+        ConfigError: A setting, the directory or the machine does not allow this job.
+        KeyboardInterrupt: Ctrl-C or SIGTERM arrived; the directory is consistent.
     """
     started, me = time.monotonic(), distributed.read()
     part = (me.rank, me.world_size) if part is None else part
@@ -144,7 +146,7 @@ def _prepare(
     config: DistillConfig, num_images: int, images_per_shard: int | None,
     pool: ThreadPoolExecutor,
 ) -> tuple[Maker, shards.Plan]:  # fmt: skip
-    """Load what makes images, and write down all that they depend on."""
+    """Load all networks, and build the plan, which lists everything that images depend on."""
     if config.source is not None:
         raise ValueError("source: got it, expected a denoiser to make images with; change config")
     if config.sampler.phases:
@@ -222,7 +224,7 @@ def _make_shard(
 
 
 def _missing(folder: Path, plan: shards.Plan, part: tuple[int, int], show: bool) -> list[int]:
-    """This part's shards that are still to be made; finished ones are read once and checked."""
+    """Return the missing shards of this part; finished shards are read once and checked."""
     done = set(shards.finished(folder))
     mine = range(part[0], plan.num_shards, part[1])
     for number in done & set(mine):
@@ -241,7 +243,7 @@ def _missing(folder: Path, plan: shards.Plan, part: tuple[int, int], show: bool)
 
 
 def _check_space(folder: Path, plan: shards.Plan, part: tuple[int, int]) -> None:
-    """About how much this part will still take must be free, before anything is written."""
+    """Refuse to start if the disk has less space than this part is estimated to need."""
     mine = sum(1 for number in shards.finished(folder) if number % part[1] == part[0])
     images = (-(-plan.num_shards // part[1]) - mine) * plan.images_per_shard
     images = min(images, plan.num_images)
@@ -261,7 +263,7 @@ def _out_of_space(folder: Path, error: OSError, command: str) -> str:
 
 
 def to_png(pixels: np.ndarray) -> bytes:
-    """(c, H, W) uint8 -> a lossless PNG."""
+    """Encode pixels (c, H, W) uint8 as a lossless PNG."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -275,7 +277,7 @@ def _weights_sha256(denoiser: Denoiser) -> str:
 
 
 def _sha256(*modules: nn.Module) -> str:
-    """Of all weights, so that other ones under the same path are noticed."""
+    """Hash all weights, so that different weights under the same path are noticed."""
     digest = hashlib.sha256()
     for module in modules:
         for name, value in sorted(module.state_dict().items()):
@@ -289,7 +291,7 @@ def _bytes(value: Tensor) -> np.ndarray:
 
 
 class _Progress:
-    """Images made, rate and time left, every few seconds on stderr."""
+    """Prints the number of images, rate and time left on stderr every few seconds."""
 
     def __init__(self, total: int, show: bool) -> None:
         self.total, self._show = total, show
@@ -297,7 +299,7 @@ class _Progress:
         self._start = self._told = time.monotonic()
 
     def add(self, count: int) -> None:
-        """Count images as made."""
+        """Count `count` more images as made."""
         self._done += count
         now = time.monotonic()
         if self._show and (now - self._told > 2 or self._done == self.total):
@@ -310,5 +312,5 @@ class _Progress:
             self._told = now
 
     def rate(self) -> float:
-        """Images per second so far."""
+        """Return the images per second so far."""
         return self._done / max(time.monotonic() - self._start, 1e-9)

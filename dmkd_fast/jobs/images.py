@@ -1,4 +1,4 @@
-"""Where a run's images come from: a diffusion model that the settings name, or a directory."""
+"""Open the images of a run: a diffusion model, or a directory of images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dmkd_fast.sampling.sampler import DiffusionSampler
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSource:
-    """A directory of images, checked, with the facts that a Denoiser has too."""
+    """A checked directory of images, with the facts that a `Denoiser` states too."""
 
     source: sources.Source
     kind: sources.Kind
@@ -42,7 +42,7 @@ class OpenSource:
 
 
 def open_denoiser(settings: DenoiserConfig | None, device: torch.device) -> Denoiser:
-    """The diffusion model that the settings name; fetched first if it is on the Hub."""
+    """Load the diffusion model that the settings name; one on the Hub is downloaded first."""
     assert settings is not None  # DistillConfig has a denoiser or a source.
     loaded = load_denoiser_(
         resolve_path(settings.path, settings.revision), device, prompts=settings.prompts,
@@ -55,10 +55,10 @@ def open_denoiser(settings: DenoiserConfig | None, device: torch.device) -> Deno
 
 
 def resolve_sampler(config: DistillConfig, denoiser: Denoiser) -> DistillConfig:
-    """The settings without any "auto" that depends on the denoiser.
+    """Replace every "auto" of the sampler that depends on the denoiser.
 
     Raises:
-        ValueError: The solver or kind of attention does not suit the denoiser.
+        ValueError: The solver or the kind of attention does not work with the denoiser.
     """
     solver, name = (
         choose_solver(denoiser.scheduler, config.sampler.solver),
@@ -82,7 +82,7 @@ def resolve_sampler(config: DistillConfig, denoiser: Denoiser) -> DistillConfig:
 def make_sampler(
     config: DistillConfig, denoiser: Denoiser, phase: PhaseConfig | None = None
 ) -> DiffusionSampler:
-    """The sampler of a resolved config, as it begins or in one of its later phases."""
+    """Build the sampler of a resolved config, for the start of the run or for a later phase."""
     sampling = config.sampler
     which = sampling if phase is None else phase
     return DiffusionSampler(
@@ -105,13 +105,13 @@ def open_source(
     """Open the directory that the settings name.
 
     Args:
-        settings: The section.
-        num_classes: Classes of the teacher.
-        channels: Channels that single files are decoded to.
-        class_names: Names of the test set's classes.
+        settings: Section `source` of the config.
+        num_classes: Number of classes of the teacher.
+        channels: Number of channels that single files are decoded to.
+        class_names: Class names of the test set.
 
     Raises:
-        ValueError: There are no images, they are incomplete, or their classes are not the
+        ValueError: There are no images, the set is incomplete, or its classes are not the
             teacher's.
     """
     stored.check_dali()
@@ -146,10 +146,11 @@ def open_source(
 
 
 def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
-    """The settings without `kind: auto`.
+    """Replace `source.kind: auto`, and check the ring's settings against the number of images.
 
     Raises:
-        ValueError: There are fewer images than the ring needs to begin.
+        ValueError: There are fewer images than the ring needs to start or than one block, or
+            ring.max_uses is set for a set that fits into the ring.
     """
     assert config.source is not None
     count = opened.source.num_images
@@ -176,7 +177,7 @@ def make_origin(
     config: DistillConfig, images: Denoiser | OpenSource, ring_images: int, *,
     show: bool, ranks: Ranks = ALONE,
 ) -> tuple[DiffusionSampler | ImageReader, LabelStream | ImageReader]:  # fmt: skip
-    """What fills the ring, and what says with which classes: one reader for both, if from disk."""
+    """Build the producers of images and of labels; for images on disk, one reader is both."""
     device = resolve_device(config.device)
     if isinstance(images, OpenSource):
         assert config.source is not None
@@ -197,14 +198,14 @@ def make_origin(
 def later_samplers(
     config: DistillConfig, images: Denoiser | OpenSource
 ) -> list[tuple[float, DiffusionSampler]]:
-    """The samplers of later phases, with the share of the run at which each begins."""
+    """Build the samplers of later phases, each with the progress at which it starts."""
     if isinstance(images, OpenSource):
         return []
     return [(phase.start, make_sampler(config, images, phase)) for phase in config.sampler.phases]
 
 
 def num_weights(images: Denoiser | OpenSource) -> int:
-    """Parameters that making images keeps on the device."""
+    """Count the parameters that are kept on the device to generate images."""
     if isinstance(images, OpenSource):
         return 0
     parts = [images.module] + ([] if images.decoder is None else [images.decoder])
@@ -212,7 +213,7 @@ def num_weights(images: Denoiser | OpenSource) -> int:
 
 
 def describe_images(config: DistillConfig, images: Denoiser | OpenSource) -> str:
-    """A line for the log: what is used, under which licence."""
+    """Describe the images and their license in one line for the log."""
     if isinstance(images, OpenSource):
         path = config.source.path if config.source else ""
         text = f"{path}: {images.source.num_images:,} images ({images.kind})"
@@ -223,7 +224,7 @@ def describe_images(config: DistillConfig, images: Denoiser | OpenSource) -> str
 
 
 def card_sentence(config: DistillConfig) -> str:
-    """For the model card: which images, and what they say about real ones."""
+    """Describe the images for the model card, and whether the student saw real ones."""
     no_real = (
         "The student saw no real training image; the images' generator was trained on real ones."
     )
@@ -235,7 +236,7 @@ def card_sentence(config: DistillConfig) -> str:
 
 
 def _steps(sampling: SamplerConfig) -> str:
-    """Steps and guidance, of every phase."""
+    """Describe steps and guidance of every phase."""
     text = f"{sampling.num_steps} steps, guidance {sampling.guidance_scale:g}"
     for phase in sampling.phases:
         text += f"; from {phase.start:.0%} of the run {phase.num_steps}, {phase.guidance_scale:g}"
@@ -245,7 +246,7 @@ def _steps(sampling: SamplerConfig) -> str:
 
 
 def _wait_for_plan(folder: Path, wait_s: float) -> None:
-    """The generators may be started together with the trainer and write the plan a little later."""
+    """Wait for the plan, since generators started with the trainer write it a little later."""
     end = time.monotonic() + wait_s
     if not (folder / PLAN).is_file():
         print(f"waiting for {folder / PLAN}", file=sys.stderr, flush=True)
@@ -256,7 +257,7 @@ def _wait_for_plan(folder: Path, wait_s: float) -> None:
 
 
 def _check_names(folder: Path, made: tuple[str, ...], tested: tuple[str, ...]) -> None:
-    """Named classes must be in the same order; names that are only numbers say nothing."""
+    """Refuse classes in another order; names that are only numbers are not compared."""
     if all(n.isdigit() for n in made) or all(n.isdigit() for n in tested):
         return
     for label, (mine, other) in enumerate(zip(made, tested, strict=False)):

@@ -1,4 +1,4 @@
-"""What a run keeps in memory, by part, and whether it fits: known before the ring is allocated."""
+"""Plan the memory of a run by part, and check that it fits before the ring is allocated."""
 
 from __future__ import annotations
 
@@ -35,12 +35,15 @@ _WHAT_HELPS = {
 
 
 def plan(config: DistillConfig, parts: Parts) -> dict[str, int]:
-    """Bytes that a run takes on its device, by part; activations of frozen models come on top."""
+    """Estimate the bytes that each part of a run takes on its device.
+
+    Activations of frozen models are not counted.
+    """
     compute = getattr(torch, config.dtype)
     weights = sum(p.numel() for p in parts.student.parameters())
     moments = 2 if config.optim.name == "adamw" else 1
     ring = capacity_plan(config.ring.capacity_images, **_ring_shape(config, parts))
-    pixel = 4 if config.source is None else 1  # made as float32, read as uint8
+    pixel = 4 if config.source is None else 1  # Generated as float32, read from disk as uint8.
     channels, batch = parts.student_spec.in_chans, config.train.batch_size
     sizes = dict.fromkeys([parts.student_spec.input, *parts.teachers.together.inputs])
     return {f"ring {name}": count for name, count in ring.items()} | {
@@ -59,16 +62,17 @@ def batch_plan(
     model: nn.Module, batch_size: int, accumulate: int, channels: int, sizes: list[int], *,
     dtype: torch.dtype, compiled: bool,
 ) -> dict[str, int]:  # fmt: skip
-    """Bytes of one batch: its float32 views, and what autograd keeps for the backward pass.
+    """Estimate the bytes of one batch: its views, and what autograd saves for the backward pass.
 
     Args:
-        model: What is trained.
+        model: Model that is trained.
         batch_size: Views per step.
-        accumulate: Parts of a batch that are learned from one after the other.
-        channels: Of the views.
-        sizes: Of the views, in pixels; the first is the model's.
-        dtype: Of the forward pass.
-        compiled: torch.compile decides what it keeps: not counted.
+        accumulate: Number of micro-batches that a batch is split into.
+        channels: Number of channels of the views.
+        sizes: Sides of the views in pixels, which are kept as float32; the first is the model's.
+        dtype: Compute dtype of the forward pass.
+        compiled: Whether torch.compile compiles the model. It then decides what is saved, which
+            counts as 0 here.
     """
     shape = (batch_size // accumulate, channels, sizes[0], sizes[0])
     saved = 0 if compiled else _saved_bytes(model, shape) * dtype.itemsize // 4
@@ -79,7 +83,7 @@ def batch_plan(
 
 
 def _saved_bytes(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """What autograd keeps of a float32 forward pass, counted on tensors without memory."""
+    """Count the bytes that autograd saves in a float32 forward pass, run on the meta device."""
     named = itertools.chain(model.named_parameters(), model.named_buffers())
     weights = {
         name: value.detach().to("meta").requires_grad_(value.requires_grad)
@@ -95,28 +99,32 @@ def _saved_bytes(model: nn.Module, shape: tuple[int, ...]) -> int:
         return value
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value)
-    # A model whose control flow depends on values cannot run like this; it counts as 0.
+    # A model whose control flow depends on values cannot run on the meta device; it counts as 0.
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), hooks:
         torch.func.functional_call(model, weights, (torch.empty(shape, device="meta"),))
     return sum(storage.nbytes() for storage in kept.values())
 
 
 def check(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
-    """The largest ring.capacity_images that fits beside the other parts of a run.
+    """Check that a run fits into memory; return the largest ring.capacity_images that fits.
 
     Args:
-        config: Of this rank; see `job.share`.
-        parts: Loaded.
-        ranks: Those of one machine share a CPU's memory; each has a GPU of its own.
+        config: Settings of this rank; see `share` in `jobs/resolve.py`.
+        parts: Loaded networks and data of the run.
+        ranks: This process and the number of processes. Ranks on one machine share the memory of
+            the CPU; each has its own GPU.
+
+    Returns:
+        The largest ring.capacity_images of the whole run that fits beside its other parts.
 
     Raises:
-        ConfigError: The one asked for does not.
+        ConfigError: The ring or the other parts do not fit.
     """
     parts_plan = plan(config, parts)
     have = available_bytes(resolve_device(config.device))
     if config.device == "cpu":
         have //= ranks.local_world_size
-    # Models and test images are loaded by now; what is still to come has to fit.
+    # Test images are loaded by now, so they are not part of what still has to fit.
     ring = {name: count for name, count in parts_plan.items() if name.startswith("ring ")}
     others = {name: n for name, n in parts_plan.items() if name not in (*ring, "test images")}
     rest = sum(others.values())
@@ -133,10 +141,10 @@ def check(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
 
 
 def check_fits(parts: dict[str, int], have: int) -> None:
-    """Refuse parts that together take more bytes than there are.
+    """Refuse parts that together take more than `have` bytes.
 
     Raises:
-        ConfigError: They do; says which is the largest and what to lower.
+        ConfigError: The parts do not fit. The message names the largest one and what to lower.
     """
     need, most = sum(parts.values()), max(parts, key=lambda name: parts[name])
     if need > have:
@@ -149,14 +157,14 @@ def check_fits(parts: dict[str, int], have: int) -> None:
 
 @contextmanager
 def named(advice: str, device: torch.device | None = None) -> Iterator[None]:
-    """Turn running out of memory into one line.
+    """Turn an out-of-memory error into one line with advice.
 
     Args:
-        advice: What to lower.
-        device: Whose memory is reported; None: the host's.
+        advice: Which setting to change, as the end of the message.
+        device: Device whose available memory is reported; None: the host.
 
     Raises:
-        ConfigError: Memory of the device or the host is used up.
+        ConfigError: The memory of the device or of the host is exhausted.
     """
     have = available_bytes(device or torch.device("cpu"))
     try:
@@ -172,14 +180,16 @@ def named(advice: str, device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def explained(config: DistillConfig, parts: Parts | None = None) -> Iterator[None]:
-    """Running out of memory becomes one line: what a run keeps, what there was, what to lower.
+    """Turn an out-of-memory error of a run into one line that says which settings to lower.
+
+    The line also lists what the run keeps, by part, and how much memory was available.
 
     Args:
-        config: Resolved.
-        parts: None: while they are being loaded.
+        config: Resolved settings.
+        parts: Networks and data of the run; None while they are being loaded.
 
     Raises:
-        ConfigError: The device's or the host's memory is used up.
+        ConfigError: The memory of the device or of the host is exhausted.
     """
     have = available_bytes(resolve_device(config.device))
     try:

@@ -1,4 +1,4 @@
-"""From settings to the teachers and the student of a job, checked."""
+"""Load the teachers and the student of a job, and check that they fit its views and classes."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ from dmkd_fast.views.spec import InputSpec, check_logits
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedTeachers:
-    """The teachers of a job and what must be known about them."""
+    """The teachers of a job, with their specs, classes and license."""
 
     together: Teachers
     specs: dict[str, ClassifierSpec]
-    """By the name of their section."""
+    """Spec of each teacher, by the name of its section of the config."""
     num_classes: dict[str, int]
-    """Classes each has an output for, after its class_map."""
+    """Number of classes of each teacher, after its class_map."""
     class_names: dict[str, tuple[str, ...] | None]
-    """Names of those classes, where the teacher's file states them."""
+    """Names of those classes, or None where the teacher's file states none."""
     licence: str
-    """Of the weights, as their cards or configs state it."""
+    """License of the weights, as their cards or configs state it."""
 
 
 def load_trained(name: str, device: torch.device) -> tuple[nn.Module, ClassifierSpec, str]:
-    """Any trained classifier by its name.
+    """Load any trained classifier by its name.
 
     Args:
         name: A folder, `embedded:NAME`, `hf-hub:OWNER/NAME@COMMIT`, `torchvision:NAME` or a timm
             name; the last two mean their published weights.
-        device: Where to put it.
+        device: Device to load the model to.
 
     Returns:
-        The model in eval mode, its spec, and the licence or identity of its weights.
+        The model in eval mode, its spec, and the license or identity of its weights.
 
     Raises:
-        ValueError: There is no such classifier, or its weights cannot be had.
+        ValueError: There is no such classifier, or its weights cannot be loaded.
     """
     if name.startswith(TORCHVISION):
         return load_torchvision(name, device)
@@ -74,7 +74,7 @@ def load_trained(name: str, device: torch.device) -> tuple[nn.Module, Classifier
 
 
 def pinned(settings: TeachingConfig) -> TeachingConfig:
-    """timm's published weights become a Hub path with today's commit; others stay as they are."""
+    """Pin timm's published weights to the newest commit on the Hub; leave others unchanged."""
     if not settings.pretrained or (settings.arch or "").startswith(TORCHVISION):
         return settings
     repository = hub_repository(settings.arch or "")
@@ -86,10 +86,17 @@ def pinned(settings: TeachingConfig) -> TeachingConfig:
 def load_teachers(
     sections: dict[str, TeachingConfig], *, temperature: float, device: torch.device
 ) -> LoadedTeachers:
-    """All teachers of a job; those with `pretrained` must be pinned or torchvision's.
+    """Load all teachers of a job.
+
+    Args:
+        sections: Settings of each teacher by the name of its section. Those with `pretrained` must
+            be pinned (see `pinned`) or torchvision's.
+        temperature: Softmax temperature.
+        device: Device to load the teachers to.
 
     Raises:
-        ValueError: Weights are missing or do not fit, or classes and times leave a gap.
+        ValueError: Weights are missing or do not fit, or some class has no teacher at some point of
+            the run.
     """
     members, specs, counts, names, licences = [], {}, {}, {}, []
     for section, settings in sections.items():
@@ -137,10 +144,10 @@ def load_student(
     settings: ClassifierConfig, teachers: LoadedTeachers, *, view_size: int,
     device: torch.device, seed: int,
 ) -> tuple[nn.Module, ClassifierSpec]:  # fmt: skip
-    """A new student, normalised like the first teacher, or a saved one to go on with.
+    """Build a new student, normalized like the first teacher, or load a saved one.
 
     Raises:
-        ValueError: It cannot be built or loaded, or does not take the views.
+        ValueError: The student cannot be built or loaded, or does not accept the views.
     """
     first, num_classes = teachers.specs["teacher"], teachers.num_classes["teacher"]
     if settings.path is not None:
@@ -194,13 +201,14 @@ def check_names(
     Names that are only numbers are not compared; case and punctuation are ignored.
 
     Args:
-        where: The classifier, for the message.
-        names: Those of its file, in the order of its outputs; None if it has none.
-        tested: Those of the test set.
-        fix: The setting or option that sets the order of the test set's classes.
+        where: Name of the classifier for the message.
+        names: Class names in the classifier's file, in the order of its outputs; None if it states
+            none.
+        tested: Class names of the test set.
+        fix: Setting or option that sets the order of the test set's classes.
 
     Raises:
-        ValueError: A class has another name.
+        ValueError: A class has different names.
     """
     if names is None or any(all(n.isdigit() for n in some) for some in (names, tested)):
         return
@@ -229,13 +237,13 @@ def _load_saved(
 def _check_takes(
     name: str, model: nn.Module, input: InputSpec, num_classes: int, device: torch.device
 ) -> None:
-    """One forward pass on zeros, so that a network that cannot take the views fails here."""
+    """Run one forward pass on zeros to refuse a network that cannot take the views."""
     size = input.size
     was_training = model.training
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, input.num_channels, size, size, device=device))
-    except Exception as error:  # Networks raise what they like when a shape does not fit.
+    except Exception as error:  # Networks raise any kind of error for a wrong shape.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"{name}: cannot take {input.num_channels} x {size} x {size} views ({reason}); use "

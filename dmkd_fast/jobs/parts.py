@@ -27,10 +27,10 @@ from dmkd_fast.runtime.distributed import ALONE, Ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Models and data of a run, loaded and checked against each other."""
+    """Networks and data of a run, loaded and checked against each other."""
 
     origin: Denoiser | OpenSource
-    """Where images come from: a diffusion model, or files."""
+    """Producer of the images: a diffusion model, or files."""
     teachers: networks.LoadedTeachers
     student: nn.Module
     student_spec: ClassifierSpec
@@ -38,7 +38,7 @@ class Parts:
 
 
 def load_parts(config: DistillConfig) -> Parts:
-    """Load everything a resolved config names; nothing is written.
+    """Load everything that a resolved config names, without writing anything.
 
     Raises:
         ConfigError: A file is missing or damaged, or parts do not fit together.
@@ -71,10 +71,10 @@ def load_parts(config: DistillConfig) -> Parts:
 
 
 def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[DistillConfig, Parts]:
-    """Settings without any "auto" left, and what they name; nothing is written.
+    """Replace every "auto" of a config and load what it names, without writing anything.
 
     Raises:
-        ConfigError: Something about the settings, files or machine is wrong.
+        ConfigError: A setting or a file is wrong, or the machine cannot run the job.
     """
     config = resolve(config, ranks)
     with memory.explained(config):
@@ -89,7 +89,11 @@ def check_fit(
     config: DistillConfig, images: Denoiser | OpenSource,
     teachers: networks.LoadedTeachers, test_set: ImageSet | EncodedSet,
 ) -> None:  # fmt: skip
-    """Classes and channels must agree."""
+    """Check that images, teachers and test set have the same classes and channels.
+
+    Raises:
+        ValueError: Numbers of classes, class names or numbers of channels differ.
+    """
     whose = "denoiser.path" if config.source is None else "source.path"
     for section, spec in teachers.specs.items():
         facts = (

@@ -1,6 +1,6 @@
-"""Sample grids and curves as PNG files.
+"""Draw sample grids and training curves as PNG files.
 
-matplotlib draws off screen and is imported on first use.
+matplotlib draws without a display and is imported on first use.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from dmkd_fast.runtime import files
 
 
 def grid(images: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """One row per class with its name.
+    """Draw a grid of images, one row per class with its name.
 
     Args:
-        images: (C * n, c, H, W) uint8, n of each class in class order; c is 1 or 3.
-        class_names: C names.
+        images: Images (C * n, c, H, W) uint8, n of each class in class order; c is 1 or 3.
+        class_names: Names of the C classes.
         path: PNG file to write.
     """
     _sheet(images, class_names, path, width_inches=len(images) // len(class_names) * 0.55 + 1.2)
 
 
 def pairs(images: Tensor, others: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """Images of each class with another image to the right of each; a thin gap between pairs.
+    """Draw a grid of pairs of images, one row per class, with a thin gap between pairs.
 
     Args:
-        images, others: (C * n, c, H, W) uint8, n of each class in class order.
-        class_names: C names.
+        images, others: Left and right images (C * n, c, H, W) uint8, n of each class in class
+            order.
+        class_names: Names of the C classes.
         path: PNG file to write.
     """
     gap = images.new_full((*images.shape[:-1], 3), 255)
@@ -44,7 +45,13 @@ def pairs(images: Tensor, others: Tensor, class_names: Sequence[str], path: Path
 
 
 def curves(stats: Path, path: Path, *, teacher_top1: float) -> None:
-    """Accuracy and loss against views and seconds, from a run's stats.jsonl."""
+    """Plot accuracy and loss over views and over seconds, from a run's stats.jsonl.
+
+    Args:
+        stats: The file stats.jsonl of a run.
+        path: PNG file to write.
+        teacher_top1: Top-1 accuracy of the teacher, drawn as a dotted line.
+    """
     rows = [json.loads(line) for line in stats.read_text(encoding="utf-8").splitlines()]
     figure, axes = _figure(2, width=10, height=3.8)
     for axis, key, label in ((axes[0], "views", "views"), (axes[1], "wall_s", "seconds")):

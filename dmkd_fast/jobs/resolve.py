@@ -1,4 +1,4 @@
-"""Replace every "auto" of a config by what this machine offers; split it among ranks."""
+"""Replace every "auto" of a config by a value for this machine, and divide it among ranks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dmkd_fast.runtime.distributed import ALONE, Ranks, use_device
 
 
 def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> DistillConfig:
-    """Replace every "auto" by what this machine gives; the result is saved with the run.
+    """Replace every "auto" that depends on the machine; the result is saved with the run.
 
     Raises:
-        ConfigError: The machine does not have what was asked for.
+        ConfigError: The machine does not have what the config asks for.
     """
     with user_errors():
         use_device(ranks, config.device)
@@ -31,8 +31,8 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> DistillConfig:
                 "false; set ring.overlap=false"
             )
     sampler, train = config.sampler.compile, config.train.compile
-    # Measured on a CPU: compiling the sampler takes 22 s and gives 3 % more images, as the denoiser
-    # runs fused kernels already; the student 38 s, and 11 % more views: for long runs, by hand.
+    # On a CPU compilation gains little, since the denoiser runs fused kernels already. It pays off
+    # for the student in long runs only, where it is switched on by hand (docs/notebook.md).
     able = device.type == "cuda" and can_compile(device.type)
     sampler = able if sampler == "auto" else sampler
     train = able if train == "auto" else train
@@ -52,10 +52,10 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> DistillConfig:
 
 
 def share(config: DistillConfig, ranks: Ranks) -> DistillConfig:
-    """The part of a run that one rank has: of batch and ring, so that reuse is that of the run.
+    """Return the settings of one rank: its part of the batch and the ring, with the same reuse.
 
     Raises:
-        ConfigError: They do not divide, or the ranks would not read the same.
+        ConfigError: Batch or ring cannot be divided evenly, or ranks could read different images.
     """
     block, ring, train = config.block_images, config.ring, config.train
     if ranks.world_size == 1:
@@ -69,7 +69,7 @@ def share(config: DistillConfig, ranks: Ranks) -> DistillConfig:
         slots = slots_for(ring.capacity_images, block)
         sizes: dict[str, Any] = {
             "capacity_images": ranks.share("ring.capacity_images", slots, unit=block),
-            # Only when training begins depends on it: no reason to refuse 19 blocks for two ranks.
+            # Only the start of training depends on it, so it is rounded down and never refused.
             "min_fill_images": max(1, ring.min_fill_images // (ranks.world_size * block)) * block,
         }
         if ring.error_buffer is not None:

@@ -1,7 +1,7 @@
-"""Writes what a finished distillation leaves in its run directory.
+"""Write the results of a finished distillation into its run directory.
 
-Each file and folder gets its name once all of it is on disk, so an interrupted job leaves whole
-files only; a resumed one writes them again.
+Each file and folder gets its name only once it is complete on disk. An interrupted job therefore
+leaves only complete files, and a resumed job writes them again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ SUMMARY = "summary.json"
 
 
 def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str, Any]:
-    """Write student, pictures, summary and model card; returns the summary.
+    """Write student, pictures, summary and model card; return the summary.
 
     Raises:
-        ConfigError: A file cannot be written; the last checkpoint holds the trained student.
+        ConfigError: A file cannot be written. The last checkpoint holds the trained student.
     """
     folder = Path(config.run_dir)
     try:
@@ -66,7 +66,7 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
 
 
 def _draw(distiller: Distiller, parts: Parts, folder: Path, teacher_top1: float) -> None:
-    """samples.png from the ring and curves.png from the statistics."""
+    """Draw samples.png from the ring, and curves.png from the statistics."""
     ring, names = distiller.ring, parts.test_set.class_names
     filled = ring.labels[: ring.num_filled]
     chosen = [(filled == label).nonzero()[:10, 0] for label in range(len(names))]
@@ -76,7 +76,7 @@ def _draw(distiller: Distiller, parts: Parts, folder: Path, teacher_top1: float)
 
 
 def _write_card(folder: Path, config: DistillConfig, parts: Parts, summary: dict[str, Any]) -> None:
-    """README.md beside the student's weights."""
+    """Write the model card, README.md, beside the student's weights."""
     spec = parts.student_spec
     judges = ", ".join(f"`{t.path or t.arch}`" for t in config.teachers.values())
     rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items())

@@ -1,9 +1,9 @@
-"""Run directories: a new one for each job, found again to resume.
+"""Create, find and lock run directories; each job has its own.
 
-It holds `config.yaml`, the resolved settings, from its first moment; so a run that was killed
-before its first checkpoint can be resumed too, from its beginning. `.launch` says which torchrun
-made it, so that processes restarted by that torchrun find it. One process at a time uses a run
-directory: it holds a lock on `.lock`.
+A run directory holds the resolved settings, `config.yaml`, from the start. A run that was killed
+before its first checkpoint can therefore be resumed too, from its beginning. `.launch` names the
+torchrun that created the directory, so that processes restarted by that torchrun find it. Only one
+process at a time uses a run directory; it holds a lock on `.lock`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dmkd_fast.runtime.distributed import ALONE, Ranks
 
 C = TypeVar("C", bound=RunConfig)
 CONFIG, CHECKPOINTS, LAUNCH, LOCK = "config.yaml", "checkpoints", ".launch", ".lock"
-# torchrun starts ranks again once their predecessors have been told to end, on other machines
-# perhaps before they have.
+# torchrun restarts ranks after it has asked their predecessors to end; on another machine a
+# predecessor may still run and hold the lock.
 RESTART_WAIT_S = 30
 
 
 def name_new(config: C) -> C:
-    """Settings with `run_dir: auto` replaced by runs/NAME-DATE-TIME."""
+    """Replace `run_dir: auto` by runs/NAME-DATE-TIME."""
     if config.run_dir == "auto":
-        # Microseconds: runs that are started together get directories of their own.
+        # Microseconds keep the names of runs that are started together apart.
         name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         config = config.model_copy(update={"run_dir": f"runs/{name}"})
     return config
@@ -39,7 +39,7 @@ def check_new(config: RunConfig) -> None:
     """Refuse the directory of another run, before anything is loaded or written.
 
     Raises:
-        ConfigError: It holds a run, or cannot be looked into.
+        ConfigError: The directory holds a run, or cannot be accessed.
     """
     folder = _folder(config)
     if _exists(folder / CONFIG):
@@ -50,12 +50,12 @@ def check_new(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Make a run directory if need be, and keep other processes out of it.
+    """Create a run directory if it does not exist, and lock it against other processes.
 
-    Rank 0 holds the lock; all ranks have to call this.
+    Rank 0 holds the lock; all ranks must call this function.
 
     Raises:
-        ConfigError: Another process uses the directory, or it cannot be written to.
+        ConfigError: Another process uses the directory, or the directory cannot be written to.
     """
     with contextlib.ExitStack() as stack:
         with ranks.agreed(ConfigError), _writing(folder):
@@ -72,7 +72,7 @@ def locked(folder: Path, *, ranks: Ranks = ALONE) -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(config: RunConfig, *, resume: bool) -> Iterator[Path]:
-    """The locked directory of a run of one process, new unless it is resumed.
+    """Lock the directory of a run of one process; create it unless the run is resumed.
 
     Raises:
         ConfigError: See `locked` and `claim`.
@@ -85,14 +85,15 @@ def opened(config: RunConfig, *, resume: bool) -> Iterator[Path]:
 
 
 def claim(config: RunConfig, *, launch: str = "") -> Path:
-    """Save the settings of a new run in its directory, made if need be.
+    """Save the settings of a new run in its directory, which is created if it does not exist.
 
     Args:
-        config: Resolved.
-        launch: See `find_launched`.
+        config: Resolved settings.
+        launch: Identity of this torchrun (`Ranks.launch`), which `find_launched` compares; empty
+            without torchrun.
 
     Raises:
-        ConfigError: It holds a run already, or cannot be written to.
+        ConfigError: The directory holds a run already, or cannot be written to.
     """
     check_new(config)
     folder = _folder(config)
@@ -105,7 +106,7 @@ def claim(config: RunConfig, *, launch: str = "") -> Path:
 
 
 def find(config: C) -> C:
-    """The saved settings of the run to resume: of `run_dir`, or of the newest run of this name.
+    """Load the saved settings of the run to resume: in `run_dir`, or the newest of this name.
 
     Raises:
         ConfigError: There is no such run.
@@ -124,13 +125,13 @@ def find(config: C) -> C:
                 f"--resume: got no run in runs/{config.name}-*, expected one; start without "
                 "--resume or set run_dir"
             )
-        # Two may be written within one tick of the clock: then the later name.
+        # Two runs may have equal times of writing; the later name is then the newer run.
         folder = max((path.parent for path in found), key=lambda p: (_last_written(p), p.name))
     return load_config(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})
 
 
 def find_launched(config: C, launch: str) -> C | None:
-    """The settings as they are to be found by `find`, if this launch has a run of this name."""
+    """Return the config with the run directory that belongs to this launch; None without one."""
     folders = [Path(config.run_dir)]
     if config.run_dir == "auto":
         folders = [path.parent for path in Path("runs").glob(f"{config.name}-[0-9]*/{LAUNCH}")]
@@ -142,7 +143,7 @@ def find_launched(config: C, launch: str) -> C | None:
 
 
 def mark(folder: Path, launch: str) -> None:
-    """Record which launch a run belongs to, if any.
+    """Record the launch that a run belongs to; does nothing if `launch` is empty.
 
     Raises:
         ConfigError: The directory cannot be written to.
@@ -153,13 +154,13 @@ def mark(folder: Path, launch: str) -> None:
 
 
 def resume_command(folder: Path, ranks: Ranks = ALONE) -> str:
-    """The command that continues a distillation."""
+    """Return the command that resumes a distillation."""
     before = "torchrun (as before) " if ranks.world_size > 1 else ""
     return f"{before}dmkd distill {folder / CONFIG} --resume"
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run, or any of its ranks, has one, whole or not."""
+    """Whether the run, or any of its ranks, has a checkpoint, complete or not."""
     return any(any((folder / CHECKPOINTS).glob(names)) for names in ("step-*", "rank-*/step-*"))
 
 
@@ -169,7 +170,7 @@ def _last_written(folder: Path) -> float:
 
 
 def _folder(config: RunConfig) -> Path:
-    """The run directory that the settings name."""
+    """Return the run directory that the settings name."""
     if not config.run_dir.strip() or "\0" in config.run_dir:
         raise ConfigError(
             f"run_dir: got {config.run_dir!r}, expected the path of a directory; set run_dir=DIR, "
@@ -186,7 +187,7 @@ def _exists(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turn an OSError into one line about the run directory."""
+    """Turn an OSError into a one-line ConfigError about the run directory."""
     try:
         yield
     except OSError as error:

@@ -1,12 +1,10 @@
-"""Builds Triton kernels for GPUs that are not there, and reads what came out.
+"""Compile the loss's Triton kernels for GPUs that are absent, and inspect the machine code.
 
-The launches are those that kd_loss_triton and (aot_views.py) views_triton plan; only the launching
-is left out. Registers, spills
-and memory accesses are read from the machine code. Write the golden file anew with
+The launches are those that `loss/triton_launch.py` plans (`aot_views.py`: `views/triton.py`); only
+the launching is left out. Registers, spills and memory accesses are read from the machine code.
+After a deliberate change of a kernel or of Triton's version, write the golden file again with
 
-    python -m tests.aot
-
-after a deliberate change of a kernel or of Triton's version.
+    python tests/helpers/aot.py
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ BATCH = 256
 
 
 def all_cases() -> list[tuple[int, int, str, str]]:
-    """Architecture, classes, dtype, kind."""
+    """List all cases: (architecture, classes, dtype, kind)."""
     return [(a, c, d, k) for a in ARCHITECTURES for c in CLASSES for d in DTYPES for k in KINDS]
 
 
@@ -48,7 +46,7 @@ def key(case: tuple[int, int, str, str]) -> str:
 
 
 def plan(classes: int, dtype: str, kind: str) -> triton_launch.Launch:
-    """The launch for a batch of that kind."""
+    """Plan the launch of the kernel of this kind for a batch."""
     student = torch.empty(BATCH, classes, dtype=DTYPES[dtype])
     target = torch.zeros(BATCH, dtype=torch.int64) if kind == "one_pass_target" else None
     weight = torch.empty(BATCH) if target is not None else None
@@ -65,13 +63,13 @@ def plan(classes: int, dtype: str, kind: str) -> triton_launch.Launch:
 
 
 def build(case: tuple[int, int, str, str]) -> dict[str, Any]:
-    """Registers, spill bytes, shared memory, and global accesses by width in bits."""
+    """Compile one case; return registers, spills, shared memory, and accesses by bit width."""
     architecture, *rest = case
     return inspect(plan(*rest), architecture)
 
 
 def inspect(launch: triton_launch.Launch, architecture: int) -> dict[str, Any]:
-    """What `build` returns, of any launch."""
+    """Compile any launch; return the same facts as `build`."""
     compiled = triton.compile(
         _source(launch), target=GPUTarget("cuda", architecture, 32),
         options=launch.options,
@@ -94,13 +92,13 @@ def inspect(launch: triton_launch.Launch, architecture: int) -> dict[str, Any]:
 
 
 def expected_accesses(case: tuple[int, int, str, str]) -> dict[str, tuple[int, int]]:
-    """For loads and stores of logits: width in bits, and how many a thread needs at that width."""
+    """Return, for loads and stores of logits, their width in bits and number per thread."""
     _, classes, dtype, kind = case
     launch = plan(classes, dtype, kind)
     constants = launch.constants
     size = DTYPES[dtype].itemsize
     per_thread = constants.get("ROWS", 1) * constants["BLOCK"] // (32 * launch.num_warps)
-    # A thread holds at most what the tile gives it.
+    # A vector is never longer than the part of the tile that a thread holds.
     vector = min(constants["VEC"], per_thread)
     reads = 4 if launch.kernel is triton_launch.kernels.two_pass else 2
     accesses = {"LDG": (8 * size * vector, reads * per_thread // vector)}
@@ -110,7 +108,7 @@ def expected_accesses(case: tuple[int, int, str, str]) -> dict[str, tuple[int, i
 
 
 def _source(launch: triton_launch.Launch) -> ASTSource:
-    """The kernel with what Triton's launcher would specialise on: sizes and addresses by 16."""
+    """Describe a kernel, specialized on divisibility by 16 as Triton's launcher does it."""
     signature, constants, attributes = {}, dict(launch.constants), {}
     for index, (name, value) in enumerate(
         zip(launch.kernel.arg_names, launch.arguments, strict=False)
@@ -135,7 +133,7 @@ def _widths(code: str, instruction: str) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", code):
         parts = modifiers.split(".")
-        if "STRONG" in parts:  # the reduction's, not the logits'
+        if "STRONG" in parts:  # of the reduction, not of the logits
             continue
         width = next((p for p in parts if p in ("128", "64", "U16", "U8", "S16")), "32")
         counts[width.strip("US")] += 1
@@ -152,7 +150,7 @@ def main() -> None:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """A golden file: a line for each build."""
+    """Write a golden file with one line for each build."""
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in results.items()]
     head = f'"triton": {json.dumps(triton.__version__)}'
     path.write_text("{\n" + ",\n".join([head, *lines]) + "\n}\n", encoding="utf-8")

@@ -1,13 +1,15 @@
-"""Builds the views' Triton kernels for GPUs that are not there. Write the golden file anew with
+"""Compile the views' Triton kernels for GPUs that are absent, and inspect the machine code.
 
-python -m tests.aot_views
+After a deliberate change of a kernel or of Triton's version, write the golden file again with
+
+    python tests/helpers/aot_views.py
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-try:  # by pytest, which puts this folder on the path, or as a module of the checkout
+try:  # pytest and a run as a script both have this folder on the path
     import aot
 except ImportError:
     from tests import aot
@@ -17,7 +19,7 @@ from dmkd_fast.loss import triton_launch
 from dmkd_fast.views import triton
 
 GOLDEN = aot.GOLDEN.with_name("views_kernels.json")
-# Name: channels, side of the images, side of the views.
+# (channels, side of the images, side of the views) by name.
 SHAPES = {"rgb 256 to 224": (3, 256, 224), "rgb 32": (3, 32, 32), "grey 28": (1, 28, 28),
           "rgb 64 to 33": (3, 64, 33)}  # fmt: skip
 BATCH = 128
@@ -25,7 +27,7 @@ CAPACITY = 200_000
 
 
 def all_cases() -> list[tuple[int, str, str]]:
-    """Architecture, shape or "boxes", dtype."""
+    """List all cases: (architecture, name of a shape or "boxes", dtype)."""
     shapes = [(shape, dtype) for shape in SHAPES for dtype in aot.DTYPES]
     return [(a, *rest) for a in aot.ARCHITECTURES for rest in [*shapes, ("boxes", "int32")]]
 
@@ -35,7 +37,7 @@ def key(case: tuple[int, str, str]) -> str:
 
 
 def plan(shape: str, dtype: str) -> triton_launch.Launch:
-    """The launch for a batch from a ring of 200,000 images, which takes more than 2^31 bytes."""
+    """Plan the launch for a batch from a ring of 200,000 images, more than 2^31 bytes."""
     indices = torch.zeros(BATCH, dtype=torch.int64)
     boxes = torch.zeros(BATCH, 4, dtype=torch.int32)
     flips = torch.zeros(BATCH, dtype=torch.bool)
@@ -43,7 +45,7 @@ def plan(shape: str, dtype: str) -> triton_launch.Launch:
         recipe = (256, 256, 0, 1342177, 2**24, -3481732, 3481732, 256, 256, 10, 0.5)
         return triton.plan_boxes(boxes, flips, 2**40, indices, indices, *recipe)
     channels, side, size = SHAPES[shape]
-    # One slot's memory stands for all of them.
+    # All slots share the memory of one, since nothing is launched.
     slots = torch.zeros(1, channels, side, side, dtype=torch.uint8).expand(CAPACITY, -1, -1, -1)
     out = torch.empty(BATCH, channels, size, size, dtype=aot.DTYPES[dtype])
     mean = torch.zeros(channels)
@@ -54,18 +56,18 @@ def plan(shape: str, dtype: str) -> triton_launch.Launch:
 
 
 def build(case: tuple[int, str, str]) -> dict[str, Any]:
-    """Registers, spill bytes, shared memory, and global accesses by width in bits."""
+    """Compile one case; return registers, spills, shared memory, and accesses by bit width."""
     architecture, *rest = case
     return aot.inspect(plan(*rest), architecture)
 
 
 def expected_stores(case: tuple[int, str, str]) -> tuple[int, int]:
-    """Width in bits of the stores of a view, and how many a thread needs at that width."""
+    """Return the width in bits of the stores of a view, and their number per thread."""
     _, shape, dtype = case
     channels, _, size = SHAPES[shape]
     launch, bits = plan(shape, dtype), 8 * aot.DTYPES[dtype].itemsize
     per_thread = launch.constants["BLOCK"] // (32 * launch.num_warps)
-    # A view begins where the one before it ends.
+    # Views follow one another without gaps, so their size limits the alignment.
     vector = min(128 // bits, per_thread, (numbers := channels * size**2) & -numbers)
     return bits * vector, per_thread // vector
 

@@ -1,4 +1,4 @@
-"""Small classifier folders, and changes to them."""
+"""Build small classifier folders and change their files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def spec(architecture: str = "cifar_resnet8", **changes: Any) -> ClassifierSpec:
 
 
 def saved(folder: Path, changes: dict[str, Any] | None = None, **fields: Any) -> Path:
-    """A small ResNet as `save_classifier` writes it, with changes to its config.json."""
+    """Save a small ResNet with `save_classifier`, then change its config.json."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     made = spec("resnet18", model_args=RESNET, **fields)
@@ -50,7 +50,7 @@ def edit(folder: Path, changes: dict[str, Any]) -> None:
 
 
 def trap(path: Path, canary: Path) -> Path:
-    """A pickle that makes a folder when it is read."""
+    """Write a pickle that creates the folder `canary` when it is loaded."""
 
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Random sizes and tensors in random memory, and how results are compared."""
+"""Draw random sizes and tensors with random memory layouts, and compare results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MOST = 2**16
 
 
 class Draw(random.Random):
-    """Random sizes, tensors and choices."""
+    """A random generator of sizes, tensors and choices."""
 
-    room = MOST  # numbers in a tensor
+    room = MOST  # most elements in a tensor
     fills_room = False  # whether tensors are nearly that large, or mostly small
 
     def sizes(self, count: int, low: int = 0) -> list[int]:
-        """Sizes whose product is at most `room`; about every 20th is 0 where that is allowed."""
+        """Draw sizes whose product is at most `room`; about every 20th is 0 if `low` allows it."""
         sizes, room = [], float(self.room)
         for _ in range(count):
             most = max(1, int(room))
@@ -34,7 +34,7 @@ class Draw(random.Random):
         return sizes
 
     def place(self, values: Tensor, *, dense: bool = False) -> Tensor:
-        """The same values in memory of their own, with random strides unless `dense`."""
+        """Copy values to memory of their own, with random strides unless `dense`."""
         order = list(range(values.ndim))
         step = 1
         if not dense:
@@ -57,7 +57,7 @@ class Draw(random.Random):
         memory = torch.full((numel,), 77, dtype=values.dtype)
         placed = memory.as_strided(values.shape, strides, offset)
         if values.numel():
-            # Through any repeated dimension once.
+            # Write the elements of a repeated dimension once.
             once = tuple(slice(0, 1) if s == 0 and n > 1 else slice(None)
                          for n, s in zip(values.shape, strides, strict=True))  # fmt: skip
             placed[once].copy_(values[once])

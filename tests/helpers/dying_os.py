@@ -1,4 +1,4 @@
-"""Stands in for `os` in `dmkd_fast.runtime.files`: dies, fails or loses power at the i-th call."""
+"""Replacements of `os` for `runtime/files.py` that die, fail or lose power at the i-th call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CHANGES = {"open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir"}
 
 
 class CountingOs:
-    """Passes everything on and counts what touches the disk."""
+    """Forwards every call to `os` and records the calls that change the disk."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -31,7 +31,7 @@ class CountingOs:
 
 
 class FailingOs(CountingOs):
-    """The disk is full: from the i-th call on, nothing new can be written; deleting works."""
+    """Simulates a full disk: from the i-th call on, writing fails and deleting works."""
 
     def __init__(self, at: int, error: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class FailingOs(CountingOs):
 
 
 class DyingOs(CountingOs):
-    """The process ends before its i-th call; what the kernel has been told stays."""
+    """Ends the process before its i-th call; all earlier calls have taken effect."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class DyingOs(CountingOs):
 
 
 class PowerlessOs(DyingOs):
-    """The machine loses power: bytes and names that were not flushed are gone.
+    """Simulates a power loss: bytes and names that were not flushed are lost.
 
     Args:
-        at: Calls before it happens.
-        attic: Empty folder on the same disk, for what may have to come back.
+        at: Number of calls before the power loss.
+        attic: Empty folder on the same disk, for files that may have to be restored.
     """
 
     def __init__(self, at: int, attic: Path) -> None:

@@ -1,7 +1,7 @@
-"""A farm of `generate` jobs, each killed at random moments; run as a script by tests.
+"""Run many `generate` jobs that are killed at random moments; tests start this as a script.
 
-The parent imports everything and forks one child per job, so that a start costs no imports; it runs
-no tensor operation itself. Prints one JSON line.
+The parent imports everything and forks one child per job, so that a start costs no imports. The
+parent itself runs no tensor operation. The script prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS = [
 
 
 def start(out: Path, num_images: int, part: tuple[int, int]) -> int:
-    """Fork a job; returns its process id."""
+    """Fork a job and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -45,7 +45,7 @@ def start(out: Path, num_images: int, part: tuple[int, int]) -> int:
 
 
 def farm(out: Path, num_images: int, parts: int, kills: int, seed: int) -> dict[str, float]:
-    """Run all parts side by side until each has been killed `kills` times and has then ended."""
+    """Run all parts in parallel until each has been killed `kills` times and has finished."""
     chance = random.Random(seed)
     running: dict[int, tuple[int, float]] = {}
     killed, early = [0] * parts, 0
@@ -64,7 +64,7 @@ def farm(out: Path, num_images: int, parts: int, kills: int, seed: int) -> dict[
                 del running[pid]
                 if os.waitstatus_to_exitcode(status):
                     raise SystemExit(f"part {part} failed")
-                if killed[part] < kills:  # It ended before its moment: let one look again.
+                if killed[part] < kills:  # It ended before its kill; run the part once more.
                     early += 1
                     killed[part] += 1
                     launch(part)

@@ -1,9 +1,9 @@
-"""kd_loss's Triton kernels on CPU tensors, by Triton's interpreter. Run by test_kd_loss_triton.py.
+"""Tests of the loss's Triton kernels on CPU tensors, by Triton's interpreter.
 
-Not collected by itself: TRITON_INTERPRET=1 must be set before Triton is imported. Two things the
-interpreter does otherwise than a GPU: it truncates float32 to bfloat16, so gradients are taken in
-float32 here, before rounding; and it does not notice reads out of bounds, so all inputs lie in
-memory full of NaN, which would spread.
+`tests/loss/test_kd_loss_triton.py` runs this file in a process of its own, since TRITON_INTERPRET=1
+must be set before Triton is imported. The interpreter differs from a GPU in two ways. It truncates
+float32 to bfloat16, so gradients are compared in float32, before rounding. It does not notice reads
+out of bounds, so all inputs lie in memory full of NaN, which would spread to the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LONG = triton_launch.MAX_TILE + 809  # two passes, three blocks
 
 
 def surrounded(rows: Tensor) -> Tensor:
-    """The same rows, strided, with NaN around them."""
+    """Copy rows into memory with NaN around each of them."""
     count, classes = rows.shape
     memory = torch.full((count + 2, classes + 24), float("nan"), dtype=rows.dtype)
     memory[1:-1, 8 : 8 + classes] = rows
@@ -48,7 +48,7 @@ def make(
 
 
 def run(problem: tuple, scale: float = 1.0) -> tuple[Tensor, ...]:
-    """Loss, KD and CE parts, gradient of the one-pass and of the recomputing form, in float32."""
+    """Run the kernels: loss, KD and CE parts, gradients of the one-pass and backward kernels."""
     student, *_ = problem
     rows, classes = student.shape
     memory = torch.full((rows, classes + 16), 7.0)
@@ -108,7 +108,7 @@ def test_kernels_agree_over_shapes_temperatures_and_spreads(
     loss64, _, _, grad64 = exact(problem)
     size = 1 + 10 * spread / temperature  # Rounding of logits / T is multiplied by their size.
     assert abs(loss.double() - loss64) <= 2e-6 * (1 + abs(loss64)) * size
-    # q - p cannot be had better than the rounding of the two sums, 1e-7 of p, lets it.
+    # The rounding of the two sums, 1e-7 of p, limits the accuracy of q - p.
     allowed = 1e-6 * size * (grad64.norm() + 16 / temperature)
     assert (grad.double() - grad64).norm() <= allowed
 
@@ -135,7 +135,7 @@ def test_loss_and_gradient_stay_exact_as_the_student_meets_the_teacher() -> None
         loss64, _, _, grad64 = exact(problem)
         torch.testing.assert_close(loss.double(), loss64, rtol=2e-5, atol=0)
         for value in (grad, again):
-            # Long rows add up their two sums block by block, which leaves them more rounding.
+            # Long rows add up their two sums block by block, which rounds more often.
             error = (value.double() - grad64).norm() / grad64.norm()
             assert error < (5e-6 if classes == 1000 else 1e-4)
 
@@ -150,7 +150,7 @@ def test_the_last_program_adds_what_all_have_written() -> None:
         partials = launch.arguments[-2]
         assert len(partials) > 1
         each = triton_launch.forward(*problem, True)[0]
-        for _ in range(2):  # The ticket is back at zero for the second.
+        for _ in range(2):  # The ticket is zero again before the second launch.
             partials.fill_(float("nan"))
             launch.run()
             torch.testing.assert_close(outputs[0], each.sum(), rtol=2e-6, atol=0)
@@ -203,7 +203,7 @@ def test_no_rows_and_no_counting_rows() -> None:
 
 @pytest.mark.slow
 def test_offsets_beyond_32_bits() -> None:
-    """Four rows 700 million elements apart: memory is reserved, only what is used is touched."""
+    """Four rows lie 700 million elements apart; only the memory in use is touched."""
     for classes in (1000, LONG):
         step = 700_000_000
         student, teacher, grad = (

@@ -1,8 +1,9 @@
-"""The views' Triton kernels on CPU tensors, by Triton's interpreter. Run by test_views_triton.py.
+"""Tests of the views' Triton kernels on CPU tensors, by Triton's interpreter.
 
-Not collected by itself: TRITON_INTERPRET=1 must be set before Triton is imported. The interpreter
-truncates float32 to bfloat16 where a GPU rounds, and does not notice reads out of bounds: slots lie
-in memory whose other bytes are 255, and boxes that show them would differ.
+`tests/views/test_views_triton.py` runs this file in a process of its own, since TRITON_INTERPRET=1
+must be set before Triton is imported. The interpreter truncates float32 to bfloat16 where a GPU
+rounds. It does not notice reads out of bounds, so slots lie in memory whose other bytes are 255,
+which would show in the views.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dmkd_fast.views.reference import reference_boxes, reference_views
 
 
 def surrounded(slots: torch.Tensor) -> torch.Tensor:
-    """The same slots with bytes of 255 before, between and after them."""
+    """Copy slots into memory with bytes of 255 before, between and after them."""
     count, *shape = slots.shape
     numbers = math.prod(shape)
     memory = torch.full((count + 2, 2 * numbers), 255, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Random calls of the loss operators, and the eager definition in float64."""
+"""Make random calls of the loss operators; compare them with the eager float64 definition."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def kd_arguments(draw: Draw) -> tuple[tuple, dict]:
 
 
 def kd_expected(tensors: tuple, named: dict) -> tuple[list, tuple]:
-    """Losses by the eager definition in float64, and its problem."""
+    """Compute the losses by the eager definition in float64; return its arguments too."""
     defaults = {"alpha": None, "t_squared": True, "mask": None, "row_weight": None,
                 "ignore_index": -100, "label_smoothing": 0.0, "num_items": None}  # fmt: skip
     order = ("temperature", "alpha", "reduction", "t_squared", "mask", "row_weight",
@@ -58,14 +58,17 @@ def kd_expected(tensors: tuple, named: dict) -> tuple[list, tuple]:
 
 def kd_tolerance(tensors: tuple) -> float:
     base = 1e-11 if F64 in (tensors[0].dtype, tensors[1].dtype) else 1e-5
-    # Sanitized builds add up without vectors, term by term.
+    # Sanitized builds sum without vectors, term by term, so errors grow with the classes.
     return base * max(1.0, tensors[0].shape[-1] / 2000)
 
 
 def check_gradient(
     got: Tensor, expected: Tensor, tensors: tuple, problem: tuple, upstream: Tensor
 ) -> None:
-    """Relative to the factors on softmaxes, whose differences may be as small as one likes."""
+    """Check a gradient relative to the factors of the softmaxes.
+
+    The difference of two softmaxes can be arbitrarily small, so it is no measure of the error.
+    """
     weight, temperature, alpha, kd_scale, ce_scale = problem[3:8]
     factor = max(alpha * kd_scale / temperature, (1 - alpha) * ce_scale)
     factor *= upstream.abs().max().item() * (1 if weight is None else weight.abs().max().item())

@@ -1,12 +1,12 @@
-"""Kills training runs at random moments and checks that they end as if nothing had happened.
+"""Kill training runs at random moments and check that their results do not change.
 
     python tests/helpers/kill_server.py FOLDER SIGNAL COUNT SEED
 
-The parent imports everything once and runs no tensor operation, so that forking it is safe; each
-child is one process of a run, which resumes if there is anything to resume. Runs are killed until
-COUNT signals have hit. With SIGNAL = MIXED the kind of each signal is random, and a second process
-is started on the same run each time, at a random moment. The last line is JSON: cases, failures,
-the longest wait for an exit.
+The parent imports everything once and runs no tensor operation, so that forking it is safe. Each
+child is one process of a run and resumes from a checkpoint if there is one. Runs are killed until
+COUNT signals have hit. With SIGNAL = MIXED the kind of each signal is random, and each time a
+second process is started on the same run at a random moment. The last line is JSON: cases,
+failures, the longest wait for an exit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy
 import torch
-import torch._dynamo  # Optimizers import it, and metrics the next: no child has to.
+import torch._dynamo  # Optimizers import it, metrics the next; so no child has to.
 import torch.utils.tensorboard
 from run_state import fingerprint, rows
 from small_jobs import build_distiller
@@ -31,13 +31,13 @@ from small_jobs import build_distiller
 from dmkd_fast.config.loading import ConfigError
 from dmkd_fast.jobs import run_dir
 
-# Dropout, so that torch's generator matters; every step starts a checkpoint if none is in flight.
+# Dropout makes torch's generator matter; every step starts a checkpoint if none is in flight.
 SETTINGS = {"dropout": 0.3, "checkpoint_every_s": 0.0, "log_every_steps": 7, "ema_decay": 0.9}
 STOPPED, REFUSED = 130, 2
 
 
 def child(run: Path, seed: int, ready: int) -> int:
-    """One process of a run; leaves the digests of its end."""
+    """Run one process of a run, which leaves the digests of its final state."""
     torch.set_num_threads(1)
     try:
         with run_dir.locked(run):
@@ -66,7 +66,7 @@ def train(run: Path, seed: int, ready: int) -> int:
 
 
 def set_seeds(seed: int) -> None:
-    """Python reseeds its generator in every forked child."""
+    """Seed all generators, since Python reseeds its own in every forked child."""
     torch.manual_seed(seed)
     numpy.random.seed(seed)
     random.seed(seed)
@@ -97,7 +97,7 @@ def start(run: Path, seed: int, count: int = 1) -> list[int]:
 
 
 def start_two(run: Path, seed: int) -> int:
-    """Two starters at once: one of them is refused; returns the process of the other."""
+    """Start two processes at once; check that one is refused, and return the other's id."""
     pids = start(run, seed, 2)
     while True:
         for loser, winner in (pids, pids[::-1]):
@@ -109,7 +109,7 @@ def start_two(run: Path, seed: int) -> int:
 
 
 def is_refused(run: Path, seed: int, first: int) -> bool:
-    """Start another process beside the first, which may end meanwhile; then it may run."""
+    """Start a second process; return whether it was refused. It may run if the first ended."""
     code = os.waitstatus_to_exitcode(os.waitpid(start(run, seed)[0], 0)[1])
     if code == 0:
         info = os.waitid(os.P_PID, first, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -120,7 +120,7 @@ def is_refused(run: Path, seed: int, first: int) -> bool:
 
 
 def main(folder: Path, name: str, count: int, seed: int) -> dict[str, object]:
-    """Kill until `count` signals have hit; returns what the last line says."""
+    """Kill runs until `count` signals have hit; return the values of the last line."""
     chance = random.Random(seed)
     whole = folder / "whole"
     pid = start(whole, seed)[0]
@@ -152,7 +152,7 @@ def main(folder: Path, name: str, count: int, seed: int) -> dict[str, object]:
             asked = time.monotonic()
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             took = time.monotonic() - asked
-            if code == 0:  # It had ended by itself, or was not to be killed.
+            if code == 0:  # The run finished before the signal, or got none.
                 length *= 0.9 if hits < count else 1
                 break
             if code == STOPPED:
@@ -168,7 +168,7 @@ def main(folder: Path, name: str, count: int, seed: int) -> dict[str, object]:
             elif code not in (
                 -signal.SIGTERM,
                 -signal.SIGHUP,
-            ):  # Before or after training a signal just ends it.
+            ):  # Outside training, a signal just ends the process.
                 return {"cases": hits, "failures": [*failures, f"{run.name}: exit code {code}"]}
         end = json.loads((run / "end.json").read_text(encoding="utf-8"))
         if end != expected:

@@ -1,4 +1,4 @@
-"""A dispatch mode that refuses host reads."""
+"""A dispatch mode that refuses operators whose result the host has to read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OnDevice(TorchDispatchMode):
-    """Raises on every operator whose result the host has to read from the device."""
+    """Raises an error for every operator whose result the host has to read from the device."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select",
              "bincount", "item")  # fmt: skip
@@ -23,7 +23,7 @@ class OnDevice(TorchDispatchMode):
             name = func.__name__.split(".")[0]
             assert torch.Tag.data_dependent_output not in func.tags, name
             assert not any(name == b or name.startswith(f"{b}_") for b in self.NAMES), name
-            if name.startswith("index"):  # by places, never by a mask
+            if name.startswith("index"):  # by indices, never by a mask
                 places = args[1] if name in ("index", "index_put", "index_put_") else []
                 assert all(i is None or i.dtype != torch.bool for i in places), f"{name} by a mask"
             else:

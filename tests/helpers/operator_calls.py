@@ -1,4 +1,4 @@
-"""Random calls of every C++ operator, and what the eager definitions make of them."""
+"""Make random calls of every C++ operator; compare them with the eager definitions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def view_inputs(draw: Draw) -> tuple[list[Tensor], dict]:
     memory = torch.randint(0, 256, (offset + count * (image + gap) - gap,), dtype=torch.uint8)
     strides = [image + gap, height * width, width, 1]
     for axis, n in enumerate((count, channels, height, width)):
-        if n == 1 and draw.random() < 0.3:  # of one element, any stride is dense
+        if n == 1 and draw.random() < 0.3:  # with one element, any stride is dense
             strides[axis] = draw.choice((1, 5, 1000))
     if draw.random() < 0.1:
         strides[0], count = 0, draw.randint(1, 5)
@@ -150,7 +150,7 @@ def call_residual_norm(draw: Draw) -> Call:
         if not x.numel():
             return
         normed = kernels._eager_norm(total.double(), shift.double(), scale.double(), 1e-5)
-        # Rounding of the mean counts where all columns are about equal.
+        # The rounding of the mean matters where all columns are almost equal.
         size = total.double().abs().amax(-1, keepdim=True)
         deviation = total.double().std(-1, correction=0, keepdim=True)
         noise_of = 4e-7 * size / (deviation**2 + 1e-5).sqrt() * (1 + scale.double()[:, None].abs())
@@ -173,7 +173,7 @@ def call_attention(draw: Draw) -> Call:
     else:
         images, tokens, heads, half = draw.sizes(4)
         tokens, d = min(tokens, 1024), 2 * min(half, 2048)
-        # The definition makes all scores at once: bound them, too.
+        # The eager definition computes all scores at once, so their number is limited too.
         images = min(images, max(1, draw.room // max(1, heads * tokens * (tokens + d))))
         heads = min(heads, max(1, draw.room // max(1, images * tokens * (tokens + d))))
     dtype = draw.choice((F32, BF16) if HAS_BFLOAT16 else (F32,))
@@ -193,7 +193,7 @@ def call_attention(draw: Draw) -> Call:
 
 
 def has_bfloat16() -> bool:
-    """Whether the attention in use takes bfloat16, which a limited instruction set does not."""
+    """Whether attention accepts bfloat16, which a limited instruction set does not."""
     try:
         OPS.short_attention(torch.zeros(1, 1, 3, 1, 2, dtype=BF16), None)
     except RuntimeError:

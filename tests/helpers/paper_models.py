@@ -1,4 +1,4 @@
-"""The paper's models in their true sizes with random weights, saved as they are published."""
+"""Build the paper's models at full size with random weights, saved in the published layout."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ TEXT = {
     "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
     "bos_token_id": 52, "eos_token_id": 53,
 }  # fmt: skip
-# Parameters of the published weights, in millions; DiT's embedder is stored once per block.
+# Parameters of the published weights in millions; DiT's embedder is stored once per block.
 MILLIONS = {"dit": 750, "vae": 84, "unet": 860}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def dit_xl_2(folder: Path) -> Path:
-    """What configs/paper/imagenet.yaml says how to make."""
+    """Build the DiT folder that configs/paper/imagenet.yaml describes."""
     _save(diffusers.DiTTransformer2DModel, DIT, folder / "transformer", MILLIONS["dit"])
     _save(diffusers.AutoencoderKL, VAE, folder / "vae", MILLIONS["vae"])
     diffusers.DDPMScheduler(
@@ -54,7 +54,7 @@ def dit_xl_2(folder: Path) -> Path:
 
 
 def stable_diffusion_1_5(folder: Path) -> Path:
-    """Its layout and sizes; the tokenizer knows single letters only."""
+    """Build a model of its layout and sizes; the tokenizer knows single letters only."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     _save(diffusers.UNet2DConditionModel, UNET, folder / "unet", MILLIONS["unet"])
@@ -70,7 +70,7 @@ def stable_diffusion_1_5(folder: Path) -> Path:
 
 
 def classifier(folder: Path, architecture: str, *, num_classes: int, stem: str = "own") -> Path:
-    """A random teacher: torchvision's for 224 pixels, others for 32."""
+    """Build a random teacher, for 224 pixels from torchvision, for 32 pixels otherwise."""
     size, crop = (224, 0.875) if architecture.startswith("torchvision:") else (32, 1.0)
     spec = ClassifierSpec(
         architecture=architecture, num_classes=num_classes, in_chans=3, input_size=size,
@@ -82,7 +82,7 @@ def classifier(folder: Path, architecture: str, *, num_classes: int, stem: str =
 
 
 def test_images(folder: Path, *, num_classes: int, count: int = 4) -> Path:
-    """A shard of so many noise images: every class would need an image in class folders."""
+    """Write a shard of noise images; class folders would need an image of every class."""
     noise = torch.randint(0, 256, (count, 256, 256, 3), dtype=torch.uint8).numpy()
     members = []
     for i in range(count):
@@ -93,7 +93,7 @@ def test_images(folder: Path, *, num_classes: int, count: int = 4) -> Path:
 
 
 def _save(kind: Any, settings: dict[str, Any], folder: Path, millions: int) -> None:
-    """Weights of about 1 / sqrt(fan-in), bfloat16, without making the model twice in memory."""
+    """Save random bfloat16 weights of about 1 / sqrt(fan-in), held in memory only once."""
     with torch.device("meta"):
         model = kind(**settings)
     model.save_config(folder)

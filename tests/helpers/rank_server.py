@@ -1,11 +1,11 @@
-"""Runs of several ranks, forked from one process that has imported everything.
+"""Serve runs of several ranks, forked from one process that has imported everything.
 
     python tests/helpers/rank_server.py
 
-Each line of input is a request in JSON, answered by a line of JSON: how each rank ended, and what
-it left in `end-RANK.json`. The server stands for torchrun: it says to each process who it is, kills
-the others when one has failed, and can kill one or signal all at a moment. It runs no tensor
-operation itself, so that forking is safe.
+Each line of input is a request in JSON. The answer is a line of JSON: how each rank ended, and what
+it left in `end-RANK.json`. The server replaces torchrun: it assigns the ranks, ends the others when
+one has failed, and can kill one rank or signal all at a given time. It runs no tensor operation
+itself, so that forking is safe.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy
 import torch
-import torch._dynamo  # Optimizers import it, and metrics the next: no child has to.
+import torch._dynamo  # Optimizers import it, metrics the next; so no child has to.
 import torch.utils.tensorboard
 from dying_os import FailingOs
 from run_state import fingerprint, rows
@@ -40,13 +40,13 @@ from dmkd_fast.runtime.errors import NotFiniteError
 from dmkd_fast.training import scoring
 from dmkd_fast.training.distiller import Distiller
 
-# Dropout, so that torch's generators matter.
+# Dropout makes torch's generators matter.
 SETTINGS = {"dropout": 0.3, "log_every_steps": 7, "ema_decay": 0.9, "max_grad_norm": 1.0}
-assert distill_job  # Imported for the command line.
+assert distill_job  # Imported here so that no child has to import it for the command line.
 
 
 def child(request: dict[str, Any], rank: int) -> int:
-    """One rank of a run."""
+    """Run one rank of a run and return its exit code."""
     torch.set_num_threads(1)
     if "command" in request:
         return cli.main(request["command"])
@@ -67,7 +67,7 @@ def child(request: dict[str, Any], rank: int) -> int:
             left["reductions"] += 1
             return allreduce_hook(group, bucket)
 
-        reduce.__annotations__.clear()  # DDP wants none or its own, not as text.
+        reduce.__annotations__.clear()  # DDP rejects annotations that are strings.
         network.register_comm_hook(network.process_group, reduce)
     if rank == request.get("broken"):
         weight = next(distiller.sampler._module.parameters())  # type: ignore[union-attr]
@@ -103,7 +103,7 @@ def child(request: dict[str, Any], rank: int) -> int:
 
 
 def watch(distiller: Distiller, request: dict[str, Any], rank: int, images: dict[int, str]) -> None:
-    """Record the images made; stop, die or find the disk full at a step, if asked to."""
+    """Record all images; stop, die or simulate a full disk at the step that is requested."""
     step, commit = distiller.train_step, distiller.ring.commit
     saved = distiller.run_dir / "checkpoints" / (f"rank-{rank}" if rank else "")
 
@@ -115,7 +115,7 @@ def watch(distiller: Distiller, request: dict[str, Any], rank: int, images: dict
             signal.raise_signal(signal.SIGKILL)
         if rank == request.get("full_disk"):
             while distiller.step == 4 and not any(saved.glob("step-*")):
-                time.sleep(0.01)  # One checkpoint comes first, however busy the machine.
+                time.sleep(0.01)  # Wait for one checkpoint, even on a busy machine.
             full = 5 <= distiller.step < 20
             files.os = FailingOs(0, 28) if full else os  # type: ignore[assignment]
         return loss
@@ -130,7 +130,7 @@ def watch(distiller: Distiller, request: dict[str, Any], rank: int, images: dict
 
 
 def random_set() -> ImageSet:
-    """101 images: no number of ranks but 101 divides them."""
+    """Make 101 random images; 101 is prime, so no smaller number of ranks divides it."""
     generator = torch.Generator().manual_seed(1)
     return ImageSet(
         images=torch.randint(0, 256, (101, 1, 8, 8), generator=generator).to(torch.uint8),
@@ -139,14 +139,14 @@ def random_set() -> ImageSet:
 
 
 def set_seeds(seed: int) -> None:
-    """Python reseeds its generator in every forked child."""
+    """Seed all generators, since Python reseeds its own in every forked child."""
     torch.manual_seed(seed)
     numpy.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def start(request: dict[str, Any], world_size: int, restarts: int) -> dict[int, int]:
-    """Fork all ranks; returns rank by process id."""
+    """Fork all ranks and return the rank of each process id."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -177,10 +177,11 @@ def start(request: dict[str, Any], world_size: int, restarts: int) -> dict[int, 
 
 
 def serve(request: dict[str, Any]) -> dict[str, Any]:
-    """Run all ranks to their end.
+    """Run all ranks until they end.
 
-    `kill: [rank, seconds]` kills one so long after all were ready; `term: seconds` signals all;
-    `restarts` says how often all are started again when one has failed.
+    `kill` lists pairs [rank, seconds], one for each start: the rank is killed so many seconds after
+    all ranks were ready. `term` sends SIGTERM to all ranks after so many seconds. `restarts` limits
+    how often all ranks are started again after one has failed.
     """
     run, world_size = Path(request["run"]), request.get("world_size", 2)
     restarts, hits = 0, 0
@@ -210,7 +211,7 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
             if not ready and len(list(run.glob("ready-*"))) == world_size:
                 ready = now
             due = bool(ready and request.get("kill")) and now - ready > request["kill"][0][1]
-            if due and not victims:  # One in each life.
+            if due and not victims:  # Kill one rank per start.
                 victim, _ = request["kill"].pop(0)
                 for pid in [p for p in alive if pids[p] == victim]:
                     os.kill(pid, signal.SIGKILL)
@@ -219,7 +220,7 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
                 asked = now
                 for pid in alive:
                     os.kill(pid, signal.SIGTERM)
-        # One that ended as it was killed was not hit.
+        # A rank that had already ended when it was killed does not count as hit.
         hits += sum(codes[victim] == -signal.SIGKILL for victim in victims)
         if not any(codes.values()) or restarts == request.get("restarts", 0):
             break

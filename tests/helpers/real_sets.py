@@ -1,6 +1,6 @@
-"""Image sets that tests measure classifiers on: JPEG and PNG files in folders and in tars.
+"""Labeled test images as JPEG and PNG files, in class folders and in tars.
 
-`conftest.py` makes the fixtures here those of all tests.
+`conftest.py` loads this module as a plugin, so all tests can use its fixtures.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ NAMES = ("ant", "bee", "cat")
 
 
 def picture(seed: int, height: int, width: int) -> Image.Image:
-    """Smooth random colours, so that resizing has something to average."""
+    """Make an image of smooth random colors, so that resizing has something to average."""
     rough = np.random.default_rng(seed).integers(0, 256, (height // 6 + 2, width // 6 + 2, 3))
     return Image.fromarray(rough.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encoded(seed: int) -> tuple[bytes, str]:
-    """JPEG or PNG, colour or grey, of all shapes; one says in its EXIF that it lies on its side."""
+    """Encode an image: JPEG or PNG, color or gray, of several shapes, one rotated by EXIF."""
     shapes = ((40, 57), (64, 40), (33, 33), (70, 95), (32, 61))
     image, buffer = picture(seed, *shapes[seed % 5]), io.BytesIO()
     if seed % 7 == 3:
@@ -41,7 +41,7 @@ def encoded(seed: int) -> tuple[bytes, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 images in class folders, one folder deep or two."""
+    """Write 23 images to class folders, some of them one folder deeper."""
     root = tmp_path_factory.mktemp("folder")
     for seed in range(23):
         data, kind = encoded(seed)
@@ -62,7 +62,7 @@ def write_shard(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images with the same labels in three tars."""
+    """Write the same images with the same labels to three tars."""
     root = tmp_path_factory.mktemp("shards")
     for shard in range(3):
         members = []

@@ -1,8 +1,8 @@
-"""Random calls of every C++ operator: numbers against the eager definitions, and wrong arguments.
+"""Make random calls of every C++ operator, with right and with wrong arguments.
 
-test_operators.py runs this in a Python whose operators are built with sanitizers. Tensors end
-exactly where their memory ends, with any strides that a view of a tensor can have and an offset of
-up to three elements.
+Results are compared with the eager definitions. `tests/hard/test_operators.py` runs this script in
+a Python whose operators are built with sanitizers. Tensors end exactly where their memory ends.
+They have any strides that a view of a tensor can have, and an offset of up to three elements.
 
     python run_operator_calls.py CALLS LARGE SEED PROGRESS   ->   a line of JSON per operator
 """
@@ -29,7 +29,7 @@ COMPARED, WRONG = 8, 8
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the arguments of the package's operators as these are called."""
+    """Records the calls of the package's operators with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Recorder(TorchDispatchMode):
 
 
 def wrong(draw: Draw, value: Any) -> Any:
-    """A value that the operator did not expect in this place."""
+    """Return a value that the operator does not expect for this argument."""
     if not isinstance(value, Tensor):
         if value is None:
             return torch.randn(draw.randint(0, 5))
@@ -72,7 +72,7 @@ def wrong(draw: Draw, value: Any) -> Any:
 
 
 def call_wrongly(draw: Draw, run: Callable[[], Any]) -> None:
-    """Repeat each operator call of `run` with one argument replaced; any exception is fine."""
+    """Repeat each operator call of `run` with one wrong argument; any exception is fine."""
     recorder = Recorder()
     with recorder:
         run()
@@ -85,7 +85,7 @@ def call_wrongly(draw: Draw, run: Callable[[], Any]) -> None:
 
 
 def main(calls: str, large: str, seed: str, progress: str) -> None:
-    """Make the calls; `progress` names the running one, for the report of a crash."""
+    """Make all calls; the file `progress` names the current one, to report a crash."""
     file = os.open(progress, os.O_WRONLY | os.O_CREAT)
     for name, make in OPERATORS.items():
         start, failures = time.monotonic(), []

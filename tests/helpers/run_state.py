@@ -1,4 +1,4 @@
-"""All state of a run as digests, and its statistics without the wall times."""
+"""Digests of all state of a run, and its statistics without times."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 
 from dmkd_fast import Distiller
 
-# How long things took, and where they lie on the disk.
+# State that depends on durations or on places on the disk.
 APART = {"clock", "metrics/written", "ring/digests"}
 
 
 def fingerprint(distiller: Distiller) -> dict[str, str]:
-    """SHA-256 of every leaf of the state that a checkpoint holds, and of the ring's images."""
+    """Hash every leaf of the state that a checkpoint holds, and the images in the ring."""
     found: dict[str, str] = {}
     for name, item in distiller._state().items():
         _walk(name, item.state_dict(), found)
-    # Only slots that can be drawn: the others are what memory held.
+    # Only slots that can be drawn, since the others are uninitialized memory.
     _walk("images", distiller.ring.images[: distiller.ring.num_filled], found)
     distiller._keeper.writer.close()
     return found
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of stats.jsonl without what depends on the clock."""
+    """Return the rows of stats.jsonl without the values that depend on the clock."""
     lines = (run_dir / "stats.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.endswith("_s")} for line in lines]
 

@@ -1,4 +1,4 @@
-"""Samplers that several tests take."""
+"""Build samplers that several tests share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
 
 
 def dit_sampler(**changes: Any) -> DiffusionSampler:
-    """A small latent-like DiT: 4 x 8 x 8, learned variances, 1000 classes and a null class."""
+    """Build a sampler of a small DiT on 4 x 8 x 8 latents, with learned variances.
+
+    The DiT has 1000 classes and a null class.
+    """
     lean = lean_dit(small_dit())
     assert lean is not None
     settings: dict[str, Any] = {
@@ -44,7 +47,7 @@ def make(sampler: DiffusionSampler, ids: Tensor, classes: int) -> Tensor:
 
 
 class Counts(TorchDispatchMode):
-    """Counts ATen calls; with `ban` set, calls that wait for the device raise."""
+    """Records ATen calls; with `ban`, calls that wait for the device raise an error."""
 
     def __init__(self, *, ban: bool = False) -> None:
         super().__init__()

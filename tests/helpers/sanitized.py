@@ -1,10 +1,10 @@
-"""The C++ operators under address and undefined-behavior sanitizers, in a Python of their own.
+"""Run the C++ operators under address and undefined-behavior sanitizers, in another Python.
 
-`build` compiles csrc/ with both sanitizers; `run` runs a script in a Python whose `dmkd_fast` uses
-that build, limited to one instruction set. Vectors report reads beyond their size, not only beyond
-their capacity, and csrc/scalar_types.h checks masked instructions, which the sanitizer cannot see.
+`build` compiles csrc/ with both sanitizers. `run` runs a script in a Python whose `dmkd_fast` uses
+that build, limited to one instruction set. A std::vector reports reads beyond its size, not only
+beyond its capacity. csrc/scalar_types.h checks masked instructions, which sanitizers cannot see.
 
-    python tests/sanitized.py LIBRARY SCRIPT ARGUMENTS...   (what `run` starts)
+    python tests/helpers/sanitized.py LIBRARY SCRIPT ARGUMENTS...   (started by `run`)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLAGS = [
 
 
 def build(folder: Path, *, csrc: Path = ROOT / "csrc") -> Path:
-    """Compile the operators with sanitizers and return the library: 40 s on one core."""
+    """Compile the operators with sanitizers and return the path of the library."""
     from torch.utils import cpp_extension
 
     includes = [f"-I{path}" for path in (*cpp_extension.include_paths(),
@@ -55,7 +55,7 @@ def run(
     library: Path, script: Path, *arguments: str, instruction_set: str = "avx512_bf16"
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python script with the sanitized operators; a fault ends it with a report."""
-    # Without the C++ library loaded first, the sanitizer does not find how exceptions are thrown.
+    # The sanitizer finds the functions that throw exceptions only if libstdc++ is loaded first.
     preloaded = (subprocess.run(["g++", f"-print-file-name={name}"], check=True, text=True,
                                 capture_output=True).stdout.strip()
                  for name in ("libasan.so", "libstdc++.so.6"))  # fmt: skip
@@ -73,7 +73,7 @@ def run(
 
 
 def instruction_sets() -> Iterator[str]:
-    """Those that this CPU can run, named as `run` takes them."""
+    """Yield the instruction sets that this CPU can run, named as in `run`."""
     flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
     for name, needed in (("scalar", set()), ("avx2", {"avx2", "fma"}), ("avx512", avx512),

@@ -1,4 +1,4 @@
-"""Directories of shards with known images, for tests; run as a script: crash at every disk call."""
+"""Write directories of shards with known images; as a script, crash at every disk call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROW = {"seed": 0, "guidance_scale": 1.0, "num_steps": 1, "solver": "euler", "den
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
-    """(H, W) or (H, W, 3) uint8 -> a file."""
+    """Encode pixels (H, W) or (H, W, 3) uint8 as an image file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()
@@ -39,7 +39,7 @@ def write_shards(
     folder: Path, images: np.ndarray, labels: np.ndarray, per_shard: int,
     numbers: Iterable[int] | None = None,
 ) -> shards.Plan:  # fmt: skip
-    """Images (N, 1 or 3, H, W) as `dmkd generate` writes them; only the shards `numbers`."""
+    """Write images (N, 1 or 3, H, W) as `dmkd generate` does; only the shards `numbers`."""
     plan = make_plan(images, per_shard)
     shards.claim(folder, plan)
     for number in range(plan.num_shards) if numbers is None else numbers:
@@ -58,7 +58,7 @@ def random_images(count: int, shape: tuple[int, ...] = (1, 8, 8)) -> tuple[np.nd
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a directory that is not hidden."""
+    """Read every file of a directory that is not hidden, by its relative path."""
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name[0] != ".")
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
@@ -84,7 +84,7 @@ def _die_at(count: int) -> None:
 
 
 def crash_everywhere(root: Path) -> dict[str, int]:
-    """Crash before every single call, look at what is left, go on, compare with no crash."""
+    """Crash before every single call, check what is left, continue, and compare the results."""
     import pyarrow.parquet  # noqa: F401  before any fork
 
     images, labels = random_images(6)

@@ -1,4 +1,4 @@
-"""Small parts that tests share: an embedded config cut short, and a tiny denoiser."""
+"""Small jobs that tests share: a shortened config, a tiny denoiser, a small Distiller."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHORT = [
 
 
 class TinyDenoiser(nn.Module):
-    """A velocity that depends on latents, time and label: enough for everything but pictures."""
+    """A network whose velocity depends on latents, time and label; it makes no useful images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class TinyDenoiser(nn.Module):
 
 
 def tiny_sampler(**changes: object) -> DiffusionSampler:
-    """Four classes of 8 x 8 images."""
+    """Build a sampler of 8 x 8 images of four classes."""
     settings: dict[str, object] = {
         "scheduler": FLOW, "latent_shape": (1, 8, 8), "null_class": 4, "num_steps": 3,
         "guidance_scale": 2.0, "micro_batch_images": 16,
@@ -52,7 +52,7 @@ def tiny_sampler(**changes: object) -> DiffusionSampler:
 
 
 def small_classifier(*, dropout: float = 0.0) -> nn.Module:
-    """8 x 8 images to four classes, with batch norm and, if wanted, dropout."""
+    """Build a classifier of 8 x 8 images in four classes, with batch norm and optional dropout."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
         nn.Dropout(dropout), nn.Linear(8 * 64, 4),
@@ -65,9 +65,9 @@ def build_distiller(
     dtype: torch.dtype = torch.float32, student: nn.Module | None = None, ranks: Ranks = ALONE,
     test_set: ImageSet | None = None, **changes: object,
 ) -> Distiller:  # fmt: skip
-    """A whole run in small: 8 x 8 images of four classes, 40 steps, a ring of four blocks.
+    """Build a whole run at reduced size: 8 x 8 images, 4 classes, 40 steps, a ring of 4 blocks.
 
-    Of several ranks each has its part of ring and batch.
+    With several ranks, each has its part of the ring, and batch_size is that of each rank.
     """
     sampler = reader or tiny_sampler(seed=seed)
     torch.manual_seed(5)
@@ -97,7 +97,7 @@ def build_distiller(
 
 
 def fit_until(distiller: Distiller, stop_at: int) -> None:
-    """Fit until Ctrl-C right after a step."""
+    """Train until Ctrl-C right after step `stop_at`."""
     step = distiller.train_step
 
     def interrupted() -> Tensor:

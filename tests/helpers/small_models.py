@@ -1,4 +1,4 @@
-"""Small random diffusion models, saved the way their pipelines save them."""
+"""Build small random diffusion models, saved in the layout of their pipelines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNET = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1,
 
 
 def spread(model: torch.nn.Module, seed: int = 0) -> Any:
-    """Random weights large enough that every part of the model shows in its output."""
+    """Set random weights, large enough that every part of the model affects its output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,14 +43,14 @@ def small_dit(*, shared: bool = True, **changes: Any) -> Any:
 
 
 def dit_folder(folder: Path, *, shared: bool = True, scheduler: Any = None, **changes: Any) -> Path:
-    """As facebook/DiT-XL-2-256: transformer/, vae/, scheduler/."""
+    """Save a small DiT in the layout of facebook/DiT-XL-2-256: transformer, vae, scheduler."""
     pipeline = diffusers.DiTPipeline(
         transformer=small_dit(shared=False, **changes),
         vae=spread(diffusers.AutoencoderKL(**VAE), seed=1),
         scheduler=scheduler or diffusers.DDIMScheduler(clip_sample=False),
         id2label={i: f"class {i}" for i in range(1000)},
     )  # fmt: skip
-    if shared:  # every block saves a copy, as in the published weights
+    if shared:  # Every block saves a copy, as in the published weights.
         first = pipeline.transformer.transformer_blocks[0].norm1.emb.state_dict()
         for block in pipeline.transformer.transformer_blocks:
             block.norm1.emb.load_state_dict(first)
@@ -59,7 +59,7 @@ def dit_folder(folder: Path, *, shared: bool = True, scheduler: Any = None, **ch
 
 
 def class_unet_folder(folder: Path, scheduler: Any, **changes: Any) -> Path:
-    """As openai/diffusers-cd_imagenet64_l2: unet/, scheduler/."""
+    """Save a small UNet in the layout of openai/diffusers-cd_imagenet64_l2: unet, scheduler."""
     unet = diffusers.UNet2DModel(
         in_channels=3, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -71,7 +71,7 @@ def class_unet_folder(folder: Path, scheduler: Any, **changes: Any) -> Path:
 
 
 def stable_diffusion(folder: Path, scheduler: Any, **changes: Any) -> Any:
-    """A small StableDiffusionPipeline, saved."""
+    """Build and save a small StableDiffusionPipeline."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     unet = diffusers.UNet2DConditionModel(
@@ -94,7 +94,7 @@ def stable_diffusion(folder: Path, scheduler: Any, **changes: Any) -> Any:
 
 
 def letters_tokenizer(folder: Path, *, max_length: int) -> Any:
-    """A CLIP tokenizer of single letters; begin and end are tokens 52 and 53."""
+    """Build a CLIP tokenizer of single letters; start and end are tokens 52 and 53."""
     from transformers import CLIPTokenizer
 
     letters = [chr(c) for c in range(97, 123)]

@@ -1,4 +1,4 @@
-"""Batches of a test set, and what torchvision makes of an image file."""
+"""Collect the batches of a test set, and preprocess an image file with torchvision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def all_of(images: Any, spec: InputSpec, **part: int) -> tuple[Tensor, Tensor]:
 
 
 def torchvision_of(item: Any, spec: InputSpec) -> Tensor:
-    """Resize, CenterCrop, ToTensor and Normalize of torchvision on what PIL reads."""
+    """Read an image with PIL; apply torchvision's Resize, CenterCrop, ToTensor, Normalize."""
     from torchvision import transforms as t
 
     image = Image.open(io.BytesIO(item.read().tobytes()))

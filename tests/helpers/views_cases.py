@@ -1,11 +1,11 @@
-"""Random problems for the views operator."""
+"""Draw random inputs for the views operator."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Largest error allowed, as a share of the pixel range, and relative to the result's size.
+# Largest error allowed: as a fraction of the pixel range, and relative to the result.
 TOLERANCES = {
     torch.float32: (1e-6, 0),
     torch.float16: (1e-6, 2**-11),
@@ -23,7 +23,7 @@ RECIPES = [  # images and border, area, shape, spare crop, tries
 def problem(
     rows: int, channels: int, height: int, width: int, size: int, pad: int, seed: int = 0
 ) -> tuple[tuple[Tensor, ...], dict]:
-    """Inputs of `views` with boxes of any extent; every third has the view's size, if it can."""
+    """Draw inputs of `views` with random boxes; every third has the view's size if possible."""
     torch.manual_seed(seed)
     slots = torch.randint(0, 256, (4, channels, height, width), dtype=torch.uint8)
     room = torch.tensor([height, width]) + 2 * pad

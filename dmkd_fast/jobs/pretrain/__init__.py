@@ -1,1 +1,1 @@
-"""Train teachers and denoisers."""
+"""Train teachers and denoisers: `dmkd pretrain`."""

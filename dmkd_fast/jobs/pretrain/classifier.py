@@ -31,10 +31,15 @@ from dmkd_fast.views.crops import Views
 
 @less_memory
 def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Train a classifier with cross-entropy; writes `model` into the run directory.
+    """Train a classifier with cross-entropy and save it as `model` in the run directory.
+
+    Args:
+        config: Settings of the job.
+        data: Folder with idx files.
+        resume: Whether to continue from the newest checkpoint.
 
     Returns:
-        held_out_top1, test_top1 and what the run took.
+        held_out_top1, test_top1, and the figures that `loop.train` returns.
     """
     config, device, dtype = prepare(config, resume)
     with user_errors():

@@ -1,11 +1,9 @@
-"""Trains denoisers: one on real images, and from that one another that needs only a few steps.
+"""Train a denoiser on real images: `dmkd pretrain denoiser`.
 
-B batch, c channels, H W pixels, K steps of the few-step denoiser.
+Shapes: batch B, c channels, H x W pixels.
 
 Sources: flow matching (Lipman et al., arXiv 2210.02747) with timesteps from a logit-normal
-distribution (Esser et al., arXiv 2403.03206, section 3.1). Few steps: the average velocity over an
-interval (Geng et al., MeanFlow, arXiv 2505.13447), here read off the trajectories of the guided
-many-step sampler (as in Meng et al., arXiv 2210.03142), so that guidance is folded in.
+distribution (Esser et al., arXiv 2403.03206, section 3.1).
 """
 
 from __future__ import annotations
@@ -48,10 +46,15 @@ FLOW = {
 def pretrain_denoiser(
     config: PretrainDenoiserConfig, data: Path, *, resume: bool = False
 ) -> dict[str, Any]:
-    """Train a class-conditional pixel DiT by flow matching; writes `model` into the run directory.
+    """Train a class-conditional pixel DiT by flow matching; save `model` in the run directory.
+
+    Args:
+        config: Settings of the job.
+        data: Folder with idx files.
+        resume: Whether to continue from the newest checkpoint.
 
     Returns:
-        held_out_loss and what the run took.
+        held_out_loss, and the figures that `loop.train` returns.
     """
     config, device, dtype = prepare(config, resume)
     with user_errors():
@@ -66,7 +69,7 @@ def pretrain_denoiser(
     forward = torch.compile(model) if compiles(config, device) else model
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
-        del uses  # An image is not changed; what differs between uses is noise and timestep.
+        del uses  # Images are not augmented; uses differ in noise and timestep only.
         labels = drop_labels(real.train.labels[indices], num_classes, config.label_dropout)
         return flow_loss(forward, real.train.images[indices], labels, device, dtype)
 
@@ -87,7 +90,7 @@ def pretrain_denoiser(
 
 
 def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
-    """Refuse a transformer that does not divide the images or does not fit into memory."""
+    """Refuse patches that do not divide the images, and a transformer too large for memory."""
     if image_size % config.patch_size:
         raise ConfigError(
             f"patch_size: got {config.patch_size}, expected a divisor of the images' {image_size} "
@@ -106,7 +109,7 @@ def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.d
 
 
 def drop_labels(labels: Tensor, null_class: int, share: float) -> Tensor:
-    """Replace a random `share` of labels (B,) by the null class, one decision per example."""
+    """Replace each of the labels (B,) by the null class with probability `share`."""
     dropped = torch.rand(labels.shape, device=labels.device) < share
     return torch.where(dropped, null_class, labels)
 
@@ -115,12 +118,17 @@ def flow_loss(
     forward: Callable[..., Tensor], images: Tensor, labels: Tensor, device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Mean squared error of the predicted velocity noise - image.
+    """Compute the mean squared error of the predicted velocity, noise - image.
 
     Args:
-        forward: The denoiser.
-        images: (B, c, H, W) uint8.
-        labels: (B,) int64, null class included.
+        forward: Denoiser to train or to measure.
+        images: Images (B, c, H, W) uint8.
+        labels: Classes (B,) int64, null class included.
+        device: Device of the images.
+        dtype: Compute dtype of the forward pass.
+
+    Returns:
+        Scalar loss, float32.
     """
     clean = images.float() / 127.5 - 1
     noise = torch.randn_like(clean)
@@ -132,7 +140,10 @@ def flow_loss(
 
 
 def training_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """With 49 tokens the CPU's flash backward takes half of the whole step; products do not."""
+    """Choose attention by plain matrix products on a CPU; leave the choice to PyTorch elsewhere.
+
+    For short sequences the backward pass of flash attention is slow on a CPU (docs/notebook.md).
+    """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
@@ -148,7 +159,7 @@ def _held_out_loss(
 
 
 def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[float, Tensor]:
-    """Eight images of each class at three guidance scales, 16 steps, from the saved weights."""
+    """Generate 8 images of each class at 3 guidance scales in 16 steps from saved weights."""
     loaded = load_denoiser(folder, device)
     labels = torch.arange(num_classes, device=device).repeat_interleave(8)
     ids = torch.arange(len(labels), device=device)

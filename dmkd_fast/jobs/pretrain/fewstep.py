@@ -1,4 +1,11 @@
-"""Train a denoiser that needs a few steps from one that needs many: `dmkd pretrain fewstep`."""
+"""Train a few-step denoiser from a many-step one: `dmkd pretrain fewstep`.
+
+The few-step denoiser learns the average velocity over an interval (Geng et al., MeanFlow, arXiv
+2505.13447). Its targets are taken from trajectories of the guided many-step sampler (as in Meng et
+al., arXiv 2210.03142), so guidance becomes part of the result.
+
+Shapes: batch B, K steps of the few-step denoiser, c channels, H x W pixels.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +37,25 @@ from dmkd_fast.runtime.device import InFlight, available_bytes
 from dmkd_fast.sampling.noise_levels import flow_sigmas
 from dmkd_fast.sampling.sampler import DiffusionSampler
 
-# Ids of trajectories that are only measured on, apart from those of training.
+# First id of the trajectories that measure the result; training uses lower ids.
 HELD_OUT_ID = 2**40
 
 
 @less_memory
 def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> dict[str, Any]:
-    """Teach a flow denoiser to cross K intervals in one evaluation each; writes `model`.
+    """Train a flow denoiser to cross each of K intervals in one evaluation; save it as `model`.
 
-    No image is needed: what is learned is the denoiser's own guided trajectories from noise.
+    No images are needed: the training data are the given denoiser's own guided trajectories, which
+    start from noise.
+
+    Args:
+        config: Settings of the job.
+        resume: Whether to continue from the newest checkpoint.
 
     Returns:
-        rms_to_teacher: Root mean square difference, in units of [-1, 1] pixels, between images from
-            the same noise; rms_without_training: the same for the teacher's own K guided steps.
+        The figures that `loop.train` returns, and two root mean square differences to the teacher's
+        images from the same noise, in units of [-1, 1] pixels: rms_to_teacher of the trained
+        denoiser, and rms_without_training of the teacher's own K guided steps.
     """
     config, device, dtype = prepare(config, resume)
     with user_errors():
@@ -94,7 +107,7 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
 
 
 class Pool:
-    """Guided trajectories of the teacher at the K + 1 states that the few-step model steps over."""
+    """Guided trajectories of the teacher, kept at the K + 1 noise levels of the few-step model."""
 
     def __init__(
         self, start: Denoiser, config: PretrainFewstepConfig, device: torch.device,
@@ -125,7 +138,7 @@ class Pool:
         self._in_flight = InFlight(device)
 
     def make(self, number: int) -> None:
-        """Fill the pool with the trajectories of pool `number`, unless they are there already."""
+        """Generate the trajectories of pool `number` unless the pool already holds them."""
         if number == self._number:
             return
         self._number = None
@@ -139,11 +152,20 @@ class Pool:
         self._number = number
 
     def trajectories(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """States at the K + 1 noise levels: (B,), (B,) -> (K + 1, B, c, H, W) float32."""
+        """Return the states at the K + 1 noise levels, (K + 1, B, c, H, W) float32.
+
+        Args:
+            ids: Image ids (B,) int64, which fix the noise.
+            labels: Classes (B,) int64.
+        """
         return self.sampler.trajectory(ids, labels)[:: self.stride]
 
     def intervals(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Examples (B,) -> states, timesteps, average velocities over the interval, labels."""
+        """Look up examples: states, timesteps, average velocities over the interval, labels.
+
+        Args:
+            indices: Numbers (B,) of the examples; number i is interval i % K of trajectory i // K.
+        """
         k, place = indices % self.num_steps, indices // self.num_steps
         states, after = self._states[k, place].float(), self._states[k + 1, place].float()
         width = (self.sigmas[k + 1] - self.sigmas[k])[:, None, None, None]
@@ -155,7 +177,7 @@ def _compare(
     folder: Path, pool: Pool, start: Denoiser, config: PretrainFewstepConfig,
     device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
-    """Saved few-step model and teacher from the same new noise: RMS differences and a picture."""
+    """Compare the saved few-step model with its teacher on new noise; draw samples.png."""
     loaded = load_denoiser(folder, device)
     size = pool.sampler.micro_batch_images
     ids = HELD_OUT_ID + torch.arange(size, device=device)

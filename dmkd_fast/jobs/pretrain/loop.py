@@ -1,8 +1,7 @@
-"""Trains a small teacher on real images, and the loop that all pretraining shares.
+"""The training loop that all kinds of `dmkd pretrain` share, and the real images they train on.
 
-The last `HELD_OUT` training images are never trained on; every choice of a
-setting is made on them. The test set is read once, after the last step, and only reported.
-B batch.
+The last `HELD_OUT` training images are never trained on; all settings are chosen by results on
+them. The test set is evaluated once, after the last step, and is only reported. Shapes: batch B.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ less_memory = memory.named("lower train.batch_size, or raise train.accumulate")
 
 @dataclass(kw_only=True)
 class RealData:
-    """Real images on the training device."""
+    """Real images on the training device, in three sets."""
 
     train: test_sets.ImageSet
     held_out: test_sets.ImageSet
@@ -48,7 +47,7 @@ class RealData:
 
 
 def load_real(folder: Path, device: torch.device) -> RealData:
-    """Read an idx folder; the last 5,000 training images are set apart.
+    """Read an idx folder; the last 5,000 training images become the held-out set.
 
     Raises:
         ValueError: A file is missing or damaged, or there are too few images.
@@ -73,10 +72,10 @@ def load_real(folder: Path, device: torch.device) -> RealData:
 
 @contextlib.contextmanager
 def results(folder: Path) -> Iterator[Path]:
-    """The folder `model` of a finished run; it gets its name when all of it is on disk.
+    """Create the folder `model` of a finished run; it gets its name once complete on disk.
 
     Raises:
-        ConfigError: It cannot be written; the last checkpoint holds the trained model.
+        ConfigError: The folder cannot be written. The last checkpoint holds the trained model.
     """
     try:
         with files.new_folder(folder / "model") as partial:
@@ -95,18 +94,27 @@ def train(
     num_examples: int, folder: Path, resume: bool, dtype: torch.dtype,
     before_step: Callable[[Tensor], None] | None = None,
 ) -> tuple[WeightEMA, dict[str, Any]]:  # fmt: skip
-    """The loop that all kinds share: shuffled passes, one seed per step, resumable.
+    """Train a model in shuffled passes over numbered examples; a stopped run can be resumed.
 
     Args:
-        config: Length, batch and optimizer.
-        model: Trained in place.
-        loss_of: (indices (B,), passes (B,)) -> scalar loss.
-        num_examples: In one pass.
-        folder: Of the run.
-        resume: Go on from its newest checkpoint.
-        dtype: What `loss_of` computes in; float16 scales the loss.
-        before_step: Called with the passes (B,) before each step; may take long, as it can be
-            interrupted where a step cannot.
+        config: Settings of the job, of which length, batch, optimizer and seed are used.
+        model: Model that is trained in place.
+        loss_of: Loss function, (indices (B,), passes (B,)) -> scalar loss, mean over the examples.
+            An example's pass tells how often it has been used before.
+        num_examples: Number of examples in one pass.
+        folder: Run directory.
+        resume: Whether to continue from the newest checkpoint.
+        dtype: Compute dtype of `loss_of`; with float16 the loss is scaled.
+        before_step: Function called with the passes (B,) before each step. It may take long, since
+            it can be interrupted, unlike a step.
+
+    Returns:
+        The weight EMA of the model, and the figures views, wall_s, cpu_s, num_threads, parameters.
+
+    Raises:
+        ConfigError: The checkpoint cannot be restored, or the loss or gradients stayed NaN or
+            infinite, and a checkpoint has been saved.
+        KeyboardInterrupt: Training was interrupted; a checkpoint holds all steps taken so far.
     """
     batch, train = config.train.batch_size, config.train
     num_steps = -(-train.num_views // batch)
@@ -142,9 +150,9 @@ def train(
                 ):
                     if before_step is not None:
                         before_step(uses)
-                    # The first step compiles; nothing is lost if it is interrupted.
+                    # The first step may compile for long, and interrupting it loses nothing.
                     with interrupts.held() if step > first else contextlib.nullcontext():
-                        # Seeded per step, a resumed run draws what an uninterrupted one would have.
+                        # One seed per step makes a resumed run draw the same random numbers.
                         torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)
                         learner.start(schedule.lr_at(step))
                         parts = zip(
@@ -194,7 +202,7 @@ def train(
 def _batches(
     num_examples: int, batch: int, first: int, num_steps: int, seed: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Steps from `first` on: (step, indices (B,), uses (B,)), in shuffled passes over the set."""
+    """Yield (step, indices (B,), passes (B,)) from step `first` on, in shuffled passes."""
     orders: dict[int, Tensor] = {}
     for step in range(first, num_steps):
         places = torch.arange(step * batch, (step + 1) * batch)
@@ -211,7 +219,7 @@ def _batches(
 
 
 def prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:
-    """The settings of the run (the saved ones on resume), its device and dtype."""
+    """Return the settings of the run (the saved ones on resume), its device and dtype."""
     config = run_dir.find(config) if resume else run_dir.name_new(config)
     if not resume:
         run_dir.check_new(config)
@@ -223,14 +231,14 @@ def prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:
 
 
 def compiles(config: PretrainConfig, device: torch.device) -> bool:
-    """Whether the model is compiled; "auto" means where the machine can."""
+    """Whether to compile the model; "auto" means yes where the machine can compile."""
     if config.train.compile == "auto":
         return can_compile(device.type)
     return config.train.compile
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Autocast to `dtype`, off for float32."""
+    """Return an autocast context for `dtype`, disabled for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
@@ -239,7 +247,7 @@ def write_card(
     *, source: str = f"the training images less the last {HELD_OUT:,}; the test images decided "
     "nothing",
 ) -> None:  # fmt: skip
-    """README.md beside the weights: command, settings and figures."""
+    """Write README.md beside the weights: command, settings and figures."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     text = (
         f"# {title}\n\nMade by `dmkd {verb}` with the settings below, from {source}. The figures "
