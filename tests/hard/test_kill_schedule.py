@@ -24,7 +24,7 @@ def test_random_signals_and_second_starters_change_no_bit(
     record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
     count = num_cases(100, 15)
-    script = ROOT / "tests" / "kill_server.py"
+    script = ROOT / "tests" / "helpers" / "kill_server.py"
     command = [sys.executable, str(script), str(tmp_path), "MIXED", str(count), "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

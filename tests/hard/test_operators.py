@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sanitized
 
-CALLS = Path(__file__).with_name("run_operator_calls.py")
+CALLS = Path(__file__).parents[1] / "helpers" / "run_operator_calls.py"
 # Of the calls of each operator; what most machines run gets most of them.
 SHARES = {"scalar": 0.15, "avx2": 0.2, "avx512": 0.15, "avx512_bf16": 0.5}
 pytestmark = [

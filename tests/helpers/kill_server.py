@@ -32,7 +32,7 @@ from dmkd_fast.config.loading import ConfigError
 from dmkd_fast.jobs import run_dir
 
 # Dropout, so that torch's generator matters; every step starts a checkpoint if none is in flight.
-SETTINGS = {"dropout": 0.3, "checkpoint_every_s": 0.0, "log_every_steps": 7, "ema_decay": 0.9}
+SETTINGS = {"dropout": 0.3, "checkpoint_every_s": 1e-6, "log_every_steps": 7, "ema_decay": 0.9}
 STOPPED, REFUSED = 130, 2
 
 

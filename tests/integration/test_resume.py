@@ -130,7 +130,7 @@ SIGNALS = {
 def test_runs_killed_at_random_end_like_undisturbed_ones(
     tmp_path: Path, name: str, count: int, record_property: Callable[[str, object], None]
 ) -> None:
-    script = ROOT / "tests" / "kill_server.py"
+    script = ROOT / "tests" / "helpers" / "kill_server.py"
     command = [sys.executable, str(script), str(tmp_path), name, str(count), "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -147,7 +147,7 @@ def test_a_full_disk_during_training_costs_no_step(
 ) -> None:
     whole = make_distiller()
     whole.fit()
-    run, told = make_distiller(checkpoint_every_s=0.0), []
+    run, told = make_distiller(checkpoint_every_s=1e-6), []
     run._keeper._note = told.append
     step = run.train_step
 

@@ -12,8 +12,8 @@ import torch
 from small_jobs import CONFIG, SHORT, small_classifier
 from torch import Tensor, nn
 
-from dmkd_fast import cli
-from dmkd_fast.classifiers.loading import __file__, build_classifier
+from dmkd_fast import assets, cli
+from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import ConfigError, load_config
@@ -125,7 +125,7 @@ def test_out_of_memory_in_evaluate_and_generate_is_one_line(
 
     monkeypatch.setattr(scoring, "measure", fail)
     monkeypatch.setattr(DiffusionSampler, "sample", fail)
-    test = str(Path(__file__).parent / "assets" / "fashion_mnist" / "test")
+    test = str(Path(assets.__file__).parent / "fashion_mnist" / "test")
     assert cli.main(["evaluate", f"{FMNIST}/weak", "--data", test]) == 2
     err = capsys.readouterr().err
     assert "out of memory: " in err and "(--data)" in err and len(err.splitlines()) == 1
