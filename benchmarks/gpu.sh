@@ -70,8 +70,8 @@ CHECK
 fi
 
 pytest=(-m pytest -q -m "$marks" -p no:cacheprovider)
-step kernels "${python[@]}" "${pytest[@]}" --ignore=tests/integration/test_cuda_job.py                # 3 min
-step whole-job "${python[@]}" "${pytest[@]}" tests/integration/test_cuda_job.py                       # 5 min
+step kernels "${python[@]}" "${pytest[@]}" --ignore=tests/integration/test_cuda_job.py    # 3 min
+step whole-job "${python[@]}" "${pytest[@]}" tests/integration/test_cuda_job.py           # 5 min
 step imagenet "${python[@]}" -m benchmarks imagenet "${size[@]}" "${record[@]}"           # 7 min
 step kd-loss "${python[@]}" -m benchmarks kd-loss-gpu "${size[@]}" "${record[@]}"         # 2 min
 step views "${python[@]}" -m benchmarks views --device cuda "${views[@]}" "${record[@]}"  # 1 min

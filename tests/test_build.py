@@ -51,3 +51,5 @@ def test_wheel_is_one_for_all_pythons(tmp_path: Path) -> None:
     weights = "denoiser/transformer/diffusion_pytorch_model.safetensors"
     for name in ("_C.abi3.so", "assets/manifest.json", f"assets/fashion_mnist/{weights}"):
         assert f"dmkd_fast/{name}" in names
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dmkd_fast").rglob("*.py")}
+    assert modules <= set(names)

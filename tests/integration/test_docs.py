@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 import dmkd_fast
 from dmkd_fast import RingBuffer, cli
+from dmkd_fast.config import data, generator, jobs, networks, training
 from dmkd_fast.config import reference as reference_module
 from scripts import reference
 
@@ -19,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FOLDER = DOCS / "reference" / "schema"
 PAGES = sorted(DOCS.rglob("*.md"))
+SECTIONS = {name: value for module in (data, generator, jobs, networks, training)
+            for name, value in vars(module).items()}  # fmt: skip
 
 
 def test_generated_pages_are_current() -> None:
@@ -39,7 +43,7 @@ def names_of(kind: Any, prefix: str = "") -> list[str]:
     for name, field in kind.model_fields.items():
         found.append(prefix + name)
         for inner in re.findall(r"\b(\w+Config)\b", str(field.annotation)):
-            section = getattr(reference_module.cfg, inner)
+            section = SECTIONS[inner]
             many = "[]" if "tuple" in str(field.annotation) else ""
             # The entries of `more_teachers` are described once, as `teacher`.
             if name != "more_teachers":
@@ -168,6 +172,30 @@ def test_notebook_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     book = nbformat.read(DOCS / "notebooks" / f"{name}.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in book.cells), "clear the outputs"
     nbclient.NotebookClient(book, timeout=300, kernel_name="python3").execute()
+
+
+NAMING = [
+    *PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile",
+    "mkdocs.yml", "pyproject.toml", "benchmarks/gpu.sh", ".ci/run")),
+]  # fmt: skip
+FOLDERS = "benchmarks|configs|csrc|dmkd_fast|docs|scripts|tests"
+
+
+@pytest.mark.parametrize("path", NAMING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_modules_that_a_page_names_exist(path: Path) -> None:
+    """Paths from the root of the repository, names of Python files, dotted names of the package."""
+    text = path.read_text(encoding="utf-8")
+    files = re.findall(rf"(?<![\w./-])((?:{FOLDERS})(?:/[\w.-]*\w)+/?)", text)
+    missing = [name for name in files if not (ROOT / name).exists()]
+    known = {path.name for folder in FOLDERS.split("|") for path in (ROOT / folder).rglob("*.py")}
+    known |= {"setup.py"}
+    missing += [name for name in re.findall(r"(?<![\w./-])(\w+\.py)\b", text) if name not in known]
+    for name in re.findall(r"(?<![\w./-])dmkd_fast(?:\.\w+)+", text):
+        try:
+            pkgutil.resolve_name(name)
+        except (AttributeError, ImportError):
+            missing.append(name)
+    assert not missing, f"{path.name}: {sorted(set(missing))}"
 
 
 def test_pages_do_not_name_a_machine() -> None:

@@ -104,13 +104,13 @@ def test_ranks_killed_at_random_end_like_undisturbed_ones(
     record_property("cases", count)
     chance, hits, number = random.Random(count), 0, 0
     begun = time.monotonic()
-    whole = whole_run(serve, tmp_path / "whole", every_s=0.0)
+    whole = whole_run(serve, tmp_path / "whole", every_s=1e-6)
     length = time.monotonic() - begun
     while hits < count:
         number += 1
         run = tmp_path / f"run{number}"
         kill = [[chance.randrange(2), chance.uniform(0, length)] for _ in range(count - hits)]
-        done = serve(run, every_s=0.0, kill=kill, restarts=count)
+        done = serve(run, every_s=1e-6, kill=kill, restarts=count)
         assert done["restarts"] == done["hits"]
         assert_same_end(done, whole)
         hits += done["hits"]
@@ -125,7 +125,7 @@ def test_sigterm_stops_all_ranks_after_the_same_step(
     chance, hits = random.Random(count), 0
     while hits < count:
         run = tmp_path / f"run{hits}"
-        done = serve(run, every_s=0.0, term=chance.uniform(0, 0.5))
+        done = serve(run, every_s=1e-6, term=chance.uniform(0, 0.5))
         if done["codes"] == [0, 0]:  # It had ended.
             shutil.rmtree(run)
             continue
@@ -161,7 +161,7 @@ def test_an_evaluation_counts_each_image_once(serve: Serve, tmp_path: Path) -> N
 def test_a_checkpoint_damaged_on_one_rank_is_used_by_none(serve: Serve, tmp_path: Path) -> None:
     whole = whole_run(serve, tmp_path / "whole")
     run = tmp_path / "run"
-    serve(run, every_s=0.0, stop_at=[20, 0])
+    serve(run, every_s=1e-6, stop_at=[20, 0])
     first, second = (sorted(p.glob("step-*")) for p in checkpoints(run))
     assert [p.name for p in first] == [p.name for p in second] and len(first) == 2
     path = second[-1] / "state.safetensors"
@@ -181,7 +181,7 @@ def test_a_full_disk_on_one_rank_leaves_a_checkpoint_that_all_have(
 ) -> None:
     whole = whole_run(serve, tmp_path / "whole")
     run = tmp_path / "run"
-    assert serve(run, every_s=0.0, full_disk=1, kill_at=[16, 0])["codes"][0] == -signal.SIGKILL
+    assert serve(run, every_s=1e-6, full_disk=1, kill_at=[16, 0])["codes"][0] == -signal.SIGKILL
     newest = max(p.name for p in checkpoints(run)[1].glob("step-*"))
     assert newest <= "step-000000006"
     done = serve(run)
