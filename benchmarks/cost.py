@@ -33,7 +33,7 @@ from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.device import peak_memory_mib, resolve_dtype, set_num_threads
 
 Row = dict[str, Any]
-# Nothing of this listens outside loopback: README.md.
+# Nothing of this listens outside loopback: docs/guides/several-processes.md.
 LOCAL = ("--rdzv-backend=c10d", "--rdzv-conf=store_type=file")
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (32, 64, 128, 256, 512),

@@ -31,7 +31,7 @@ from dmkd_fast.runtime import distributed
 Serve = Callable[..., dict[str, Any]]
 Record = Callable[[str, object], None]
 POINTS = [1, 10, 17, 26, 33, 39]
-# No process of the run listens where others could reach it: see the README.
+# Nothing of this listens outside loopback: docs/guides/several-processes.md.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
             "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]  # fmt: skip
 ENVIRONMENT = os.environ | {

@@ -1,0 +1,106 @@
+"""README.md is short, its links and examples work, and its figures are those of recorded rows."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import render
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+
+
+def example(word: str) -> str:
+    """Return the one Python example that contains `word`."""
+    (found,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in b)
+    return found
+
+
+def cells(name: str) -> list[list[str]]:
+    """Return the rows of a rendered table, found in README or in the docs."""
+    pages = [README, *(p.read_text(encoding="utf-8") for p in (ROOT / "docs").rglob("*.md"))]
+    found = (m[0] for page in pages for m in render.MARKED.finditer(page) if m[2] == name)
+    lines = [line for line in next(found).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def slugs(text: str) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_it_is_short_and_says_the_gpu_status_first() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 160
+    assert any("No line of the CUDA code has run on a GPU" in line for line in lines[:10])
+
+
+def test_relative_links_lead_to_files_and_headings() -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", README):
+        if not link.startswith("https://"):
+            path, _, heading = link.partition("#")
+            page = ROOT / (path or "README.md")
+            assert page.exists(), link
+            assert not heading or heading in slugs(page.read_text(encoding="utf-8")), link
+
+
+def test_figures_of_the_text_are_those_of_the_tables() -> None:
+    text = re.sub(r"\s+", " ", render.MARKED.sub("", README))
+    mean = cells("embedded")[-1]
+    assert f"top-1 of {mean[1]} (mean and standard deviation)" in text
+    assert f"Their teacher reaches {mean[2]}." in text
+    sampler = [float(row[8].split(" / ")[1].rstrip("x")) for row in cells("sampler")]
+    assert f"the sampler makes {min(sampler)} to {max(sampler)} times" in text
+    loss = [float(row[-1].rstrip("x")) for row in cells("kd-loss")]
+    assert f"with its gradient is {min(loss)} to {max(loss)} times as fast" in text
+    is_old = "the loss kernel was changed" in README
+    assert is_old == ("measured before the kernel's last change" in text)
+
+
+def test_commands_and_output_are_those_of_the_first_run() -> None:
+    page = (ROOT / "docs" / "quickstart" / "first-run.md").read_text(encoding="utf-8")
+    (run,) = re.findall(r"```console\n\$ \.venv/bin/(dmkd distill .*?)```", README, re.DOTALL)
+    assert run in page
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^\$ make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}: " in makefile
+
+
+def test_loss_example_is_the_weighted_sum() -> None:
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(6, 4), nn.Linear(6, 4)
+    images, target = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    space = {"torch": torch, "student": student, "teacher": teacher} | {
+        "images": images, "target": target,
+    }  # fmt: skip
+    exec(example("DistillKL"), space)
+    grad = student.weight.grad
+    s, t = student(images), teacher(images).detach()
+    kl = nn.functional.kl_div((s / 4).log_softmax(1), (t / 4).softmax(1), reduction="batchmean")
+    loss = 0.9 * 16 * kl + 0.1 * nn.functional.cross_entropy(s, target)
+    torch.testing.assert_close(grad, torch.autograd.grad(loss, student.weight)[0])
+
+
+def test_example_of_the_parts_trains_a_student(tmp_path: Path) -> None:
+    class Denoiser(nn.Module):
+        def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+            return latents - labels.view(-1, 1, 1, 1) / 10
+
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)) for _ in range(2))
+    before = student[1].weight.detach().clone()
+    code = example("Distiller(").replace("num_views=1_000_000", "num_views=1_280")
+    space = {"denoiser": Denoiser(), "scheduler_config": FLOW} | {
+        "teacher": teacher, "student": student,
+    }  # fmt: skip
+    with contextlib.chdir(tmp_path):
+        exec(code, space)
+    assert not torch.equal(student[1].weight, before)
+    assert space["summary"]["views"] == 1_280  # type: ignore[index]
+    assert (tmp_path / "runs" / "mine" / "stats.jsonl").exists()
