@@ -127,7 +127,7 @@ def test_reading_is_cheap() -> None:
 
 def test_a_real_address_space_limit_is_seen() -> None:
     code = (
-        "import resource; from dmkd_fast import container\n"
+        "import resource; from dmkd_fast.runtime import container\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
         "print(container.available_bytes())"
     )
