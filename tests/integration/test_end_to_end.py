@@ -150,7 +150,8 @@ def few_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kept_memory_is_seen_in_a_process_of_its_own() -> None:
     code = (
-        "from benchmarks.ladder import keeps_freed_memory as kept; from dmkd_fast.runtime import device; "
+        "from benchmarks.ladder import keeps_freed_memory as kept; "
+        "from dmkd_fast.runtime import device; "
         "before = kept(); device.keep_freed_memory(); print(before, kept())"
     )
     command = [sys.executable, "-c", code]
