@@ -44,9 +44,9 @@ class Schedule:
         for name in ("batch_size", "num_views", "accumulate", "max_skipped_steps",
                      "log_every_steps", "num_evaluations"):  # fmt: skip
             checks.whole(name, getattr(self, name), low=1, high=2**53)
-        for name in ("lr", "decay", "checkpoint_every_s"):
+        for name in ("lr", "decay"):
             checks.number(name, getattr(self, name), low=0, above=True)
-        for name in ("weight_decay", "max_grad_norm"):
+        for name in ("weight_decay", "max_grad_norm", "checkpoint_every_s"):
             checks.number(name, getattr(self, name), low=0)
         for name in ("momentum", "warmup", "ema_decay"):
             share = checks.number(name, getattr(self, name), low=0, high=1)
