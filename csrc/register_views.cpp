@@ -180,6 +180,8 @@ std::tuple<Tensor, Tensor> view_boxes(int64_t seed, const Tensor& ids, const Ten
   auto* box = static_cast<int32_t*>(boxes.mutable_data_ptr());
   auto* flipped = static_cast<bool*>(flips.mutable_data_ptr());
   for (int64_t row = 0; row < rows; ++row) {
+    // The counter has 24 bits for the use: larger ones would repeat earlier views.
+    STD_TORCH_CHECK(use[row] >> 24 == 0, "uses: expected 0 to 2**24 - 1");
     view_box(recipe, static_cast<uint64_t>(seed), static_cast<uint64_t>(id[row]),
              static_cast<uint32_t>(use[row]), box + 4 * row, flipped + row);
   }

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from dmkd_fast.runtime import checks
+from dmkd_fast.runtime import checks, native
 from dmkd_fast.views import ops
 from dmkd_fast.views.spec import check_normalization
 
@@ -122,8 +122,7 @@ class Views:
         """
         height, width = _sides(slots)
         if not torch.compiler.is_compiling():
-            checks.rows("indices", indices)
-            checks.rows("ids", ids, count=len(indices), device=slots.device)
+            checks.rows("indices", indices, count=len(ids), device=slots.device)
         boxes, flips = self.parameters(ids, uses, height, width)
         return self.render(slots, indices, boxes, flips, out=out)
 
@@ -148,10 +147,8 @@ class Views:
         if not torch.compiler.is_compiling():
             checks.rows("ids", ids)
             checks.rows("uses", uses, count=len(ids), device=ids.device)
-            checks.within("ids", ids, low=0, high=checks.MAX_SEED)
-            checks.within("uses", uses, low=0, high=MOST_USES - 1)
-            for name, side in (("height", height), ("width", width)):
-                checks.whole(name, side, low=1, high=ops.MAX_SIDE)
+            checks.whole("height", height, low=1, high=ops.MAX_SIDE)
+            checks.whole("width", width, low=1, high=ops.MAX_SIDE)
         keeps_size = self.scale == (1, 1) and self.ratio == (1, 1)
         spare = (height, width)
         if width < self.ratio[0] * height and not keeps_size:
@@ -159,11 +156,19 @@ class Views:
         elif width > self.ratio[1] * height and not keeps_size:
             spare = (height, max(1, round(height * self.ratio[1])))
         fixed = lambda x: round(x * 2**24)  # noqa: E731
-        boxes, flips = torch.ops.dmkd_fast.view_boxes(
-            self.seed, ids, uses, height, width, self.pad, *map(fixed, self.scale),
+        recipe = (
+            height, width, self.pad, *map(fixed, self.scale),
             *(fixed(math.log2(r) / 2) for r in self.ratio), *spare, 0 if keeps_size else 10,
             self.flip,
         )  # fmt: skip
+        if native.INSTRUCTION_SET == "none":
+            checks.within("uses", uses, low=0, high=MOST_USES - 1)
+        try:
+            boxes, flips = torch.ops.dmkd_fast.view_boxes(self.seed, ids, uses, *recipe)
+        except RuntimeError:
+            # The C++ kernel checks them as well, but does not say what it got.
+            checks.within("uses", uses, low=0, high=MOST_USES - 1)
+            raise
         return boxes, flips
 
     def whole(self, slots: Tensor, indices: Tensor, spec: ViewSpec | None = None) -> Tensor:

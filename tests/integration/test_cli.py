@@ -106,7 +106,7 @@ def broken(tmp_path: Path) -> Path:
     cut = tmp_path / "cut_denoiser" / "transformer" / "diffusion_pytorch_model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     (tmp_path / "odd_scheduler" / "scheduler" / "scheduler_config.json").write_text(
-        '{"_class_name": "CogVideoXDDIMScheduler"}'
+        '{"_class_name": "EDMEulerScheduler"}'
     )
     unet = tmp_path / "unet" / "transformer" / "config.json"
     unet.write_text(unet.read_text().replace("DiTTransformer2DModel", "UNet2DModel"))
@@ -190,7 +190,7 @@ MISTAKES = [
     (["teacher.path=embedded:fashion_mnist/best"], ["no such asset", "fashion_mnist/lenet5"]),
     (["denoiser.path={tmp}/nowhere"], ["no such folder", "check denoiser.path"]),
     (["denoiser.path={tmp}/cut_denoiser"], ["safetensors", "damaged"]),
-    (["denoiser.path={tmp}/odd_scheduler"], ["CogVideoXDDIMScheduler"]),
+    (["denoiser.path={tmp}/odd_scheduler"], ["EDMEulerScheduler"]),
     (["denoiser.path={tmp}/unet"], ["num_class_embeds=None", "class-conditional"]),
     (["denoiser.path={tmp}/empty"], ["neither transformer/ nor unet/"]),
     (["denoiser.path=hf-hub:facebook/DiT-XL-2-256"], ["revision", "40 hexadecimal digits"]),
