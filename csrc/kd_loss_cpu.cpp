@@ -6,7 +6,7 @@
 // one set of loops. Rows are independent and each has a fixed order of operations: the result does
 // not depend on the number of threads. With a row's maxima and sums already known (`stats`), the
 // gradient alone takes one sweep and comes out in the same bits.
-// B rows, C classes. Definition: dmkd_fast/ops/reference.py.
+// B rows, C classes. Definition: dmkd_fast/loss/reference.py.
 
 #include "kd_loss_cpu.h"
 

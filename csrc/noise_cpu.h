@@ -1,4 +1,4 @@
-// The noise kernel's interface and the coefficients that it shares with dmkd_fast/ops/noise.py.
+// The noise kernel's interface and the coefficients that it shares with dmkd_fast/rng/philox.py.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// CPU implementations of the operators that dmkd_fast/ops declares, by libtorch's stable ABI.
+// CPU implementations of the operators that dmkd_fast declares, by libtorch's stable ABI.
 //
 // Only torch/csrc/stable and torch/headeronly are used, so one binary serves every torch from the
 // version it targets on. Arguments are checked in Python; what is checked again here is what memory

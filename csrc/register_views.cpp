@@ -21,7 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kElementsPerTask = 16384;
-constexpr int64_t kMaxSide = 8192;  // MAX_SIDE of dmkd_fast/ops/views.py
+constexpr int64_t kMaxSide = 8192;  // MAX_SIDE of dmkd_fast/views/ops.py
 // Results above this size are mapped anew by glibc each time, and every page of them faults.
 constexpr int64_t kMappedBytes = int64_t{32} << 20;
 #ifndef MADV_POPULATE_WRITE  // Linux 5.14

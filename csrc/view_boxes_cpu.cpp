@@ -1,7 +1,7 @@
 // A view's crop and flip from (seed, image id, use): Philox4x32-10, then integers, one square root
 // and products in double, all rounded the same on every device. Words 0 and 1 are the first try, 2
 // to 4 position and flip, 6 and 7 the second try, and so on. Definition:
-// dmkd_fast/ops/reference.py.
+// dmkd_fast/views/reference.py.
 
 #include "view_boxes_cpu.h"
 

@@ -7,7 +7,7 @@
 // are ratios of integers, so positions are exact. A view depends on nothing but its own row and
 // is computed in a fixed order: the number of threads changes no bit.
 // B rows, c channels, H W pixels of a slot, S side of a view. Definition:
-// dmkd_fast/ops/reference.py.
+// dmkd_fast/views/reference.py.
 
 #include "views_cpu.h"
 

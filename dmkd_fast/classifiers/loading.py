@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from dmkd_fast.classifiers import small_nets
 from dmkd_fast.classifiers.spec import STEMS, ClassifierSpec, check_model_args, stated_license
+from dmkd_fast.runtime.device import exact_float32
 from dmkd_fast.runtime.errors import is_out_of_memory
 from dmkd_fast.runtime.model_files import (
     CONFIG,
@@ -248,7 +249,7 @@ def _folded_if_equal(model: nn.Module, views: Tensor) -> nn.Module:
     try:
         folded = fold_batch_norms(copy.deepcopy(model))
         # The error of TF32 alone is larger than the limit below.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        with exact_float32():
             expected = model(views)
             error = (folded(views) - expected).abs().max() / expected.abs().max()
         reason = "" if error <= 1e-4 else f"logits differ by {error.item():.1e} of the largest"

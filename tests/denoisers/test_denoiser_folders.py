@@ -149,7 +149,7 @@ def spoil(folder: Path, how: str) -> Path:
     ("transformers", "a transformers or timm model, .* use a diffusion model"),
     ("pickle", r"diffusion_pytorch_model.bin, a pickle, .* save_pretrained\(FOLDER\)"),
     ("shard gone", "no such file, but diffusion_pytorch_model.safetensors.index.json names it"),
-    ("shard elsewhere", "outside of its folder"),
+    ("shard elsewhere", "expected one without folders"),
     ("normalized latents", "latents_mean: got"),
     ("far too large", "got a config of .* weights, but .* holds"),
 ])  # fmt: skip
@@ -204,7 +204,7 @@ def test_guidance_as_an_input_is_embedded_as_the_pipeline_does(width: int) -> No
 def test_short_attention_is_chosen_up_to_its_longest_sequence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention.transformer, "has_short_attention", lambda *_: True)
+    monkeypatch.setattr(attention.kernels, "has_short_attention", lambda *_: True)
     for amx, most in ((True, 128), (False, 1024)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         kinds = [

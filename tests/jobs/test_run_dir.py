@@ -137,7 +137,7 @@ def test_runs_started_together_get_different_names() -> None:
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize(("name", "words"), [
-    ("''", "expected the path"), ("'  '", "expected the path"),
+    ("''", "expected at least 1 character"), ("'  '", "expected the path"),
     ("{tmp}/" + "x" * 300, "File name too long"), ("{tmp}/file", ""), ("{tmp}/file/run", ""),
     ("{tmp}/closed", "Permission denied"),
 ])  # fmt: skip

@@ -82,13 +82,14 @@ def test_logarithm_sine_and_cosine_are_accurate() -> None:
 
 INTERPRETED = """
 import torch
-from dmkd_fast.ops import noise, noise_triton
+from dmkd_fast.rng import philox
+from dmkd_fast.rng import triton as kernel
 ids = torch.tensor([7, 2**40 + 1, 0, 99])
 for seed in (0, 1, 2**40 + 11):
     for count in (1, 5, 784, 3000):
         for step in (0, 3):
-            got = noise_triton.normal(seed, ids, step, count)
-            assert torch.equal(got, noise.normal_reference(seed, ids, step, count)), (seed, count)
+            got = kernel.normal(seed, ids, step, count)
+            assert torch.equal(got, philox.normal_reference(seed, ids, step, count)), (seed, count)
 print("equal")
 """
 

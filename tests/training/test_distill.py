@@ -225,7 +225,7 @@ def test_a_cpu_never_waits_for_its_blocks(monkeypatch: pytest.MonkeyPatch) -> No
             pass
 
 
-@pytest.mark.parametrize("changes", [["optim.lr=1e30"], ["optim={name: sgd, lr: 1.0e+30}"]])
+@pytest.mark.parametrize("changes", [["optim={name: sgd, lr: 1000}"]])
 def test_the_command_ends_a_diverged_run_in_one_line_with_a_checkpoint(
     changes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

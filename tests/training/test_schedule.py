@@ -66,8 +66,6 @@ def test_bytes_of_a_ring_are_those_of_its_whole_blocks() -> None:
     block = 4 * 141
     for have, most in ((-1, 0), (0, 0), (block - 1, 0), (block, 4), (3 * block - 1, 8)):
         assert largest_capacity(have, image_shape=shape, block_images=4) == most
-    with_logits = capacity_plan(8, image_shape=shape, block_images=4, num_logits=10)
-    assert with_logits["logits"] == 160 and with_logits["has_logits"] == 8
 
 
 def test_ring_sizes_are_accepted_up_to_their_limits() -> None:
