@@ -38,7 +38,7 @@ digits: setup
 # The documentation site, in site/; generated pages must be current and all links must resolve.
 docs: setup
 	$(BIN)/python scripts/reference.py --check
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff check .

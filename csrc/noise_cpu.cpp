@@ -1,8 +1,8 @@
 // Standard normal numbers keyed by (seed, image id, step): Philox4x32-10, then Box-Muller.
 //
-// The bits are those of dmkd_fast/rng/philox.py and of its Triton kernel: logarithm, sine and cosine
-// are polynomials of separately rounded products and sums (-ffp-contract=off in setup.py), so no
-// two machines differ.
+// The bits are those of dmkd_fast/rng/philox.py and of its Triton kernel: logarithm, sine and
+// cosine are polynomials of separately rounded products and sums (-ffp-contract=off in setup.py),
+// so no two machines differ.
 
 #include "noise_cpu.h"
 
