@@ -150,7 +150,7 @@ def _others(rows: Iterable[Row], cell: Callable[[Row], Any]) -> dict[Any, int]:
 
 
 def _words(row: Row) -> list[str]:
-    """A row's arguments as they are typed, without those that are off."""
+    """Return the command-line words of a row's arguments, without switches that are off."""
     words: list[str] = []
     for name, value in row["arguments"].items():
         if value is None or value is False or value == []:

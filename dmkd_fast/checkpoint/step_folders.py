@@ -290,7 +290,7 @@ def _restore(
     counts, all_notes = zip(*(json.loads(text) for text in everywhere), strict=True)
     if ranks.world_size > 1 and max(counts) == 1 and not any(all_notes):
         _set_aside(paths)
-        return Restored(0, [f"checkpoint {p.name}: not on all ranks; begun anew" for p in paths])
+        return Restored(0, [f"checkpoint {p.name}: not on all ranks; started again" for p in paths])
     told = "; ".join(note for notes in all_notes for note in notes)
     if told:
         raise ValueError(

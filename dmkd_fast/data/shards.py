@@ -105,7 +105,7 @@ class Shard:
         if hashlib.sha256(data).hexdigest() != self.hashes[row]:
             raise SourceError(
                 f"{self.path}: the bytes of {image_id:09d}.png are not those of the manifest; "
-                "run the same dmkd generate again, which makes damaged shards anew"
+                "run the same dmkd generate again, which makes damaged shards again"
             )
         return data
 
@@ -127,12 +127,12 @@ def read_plan(folder: Path) -> Plan:
     except ValidationError as error:
         reason = error.errors()[0]
         where = " ".join(f"{'.'.join(map(str, reason['loc']))} {reason['msg']}".split())[:120]
-        raise SourceError(f"{path}: damaged ({where}); make the directory anew") from None
+        raise SourceError(f"{path}: damaged ({where}); make the directory again") from None
     channels, height, width = plan.image_shape
     if channels not in (1, 3) or height * width > MOST_PIXELS:
-        raise SourceError(f"{path}: damaged (image_shape); make the directory anew")
+        raise SourceError(f"{path}: damaged (image_shape); make the directory again")
     if len(plan.class_names) != plan.num_classes:
-        raise SourceError(f"{path}: damaged (class_names); make the directory anew")
+        raise SourceError(f"{path}: damaged (class_names); make the directory again")
     return plan
 
 
