@@ -24,9 +24,10 @@ from dmkd_fast.config.jobs import (
     PretrainFewstepConfig,
     TeacherConfig,
 )
-from dmkd_fast.config.loading import ConfigError, dump_config, load_config
-from dmkd_fast.runtime import distributed, files
+from dmkd_fast.config.loading import dump_config, load_config
+from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.device import keep_freed_memory, make_repeatable
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.streams import GuardedStream, open_closed_streams
 
 OVERRIDES = "Any setting can be changed with section.field=value, for example sampler.num_steps=4."
@@ -59,12 +60,12 @@ def _run(options: argparse.Namespace) -> int:
     result = None
     try:
         if verb in (_evaluate, _pretrain) and (count := distributed.read().world_size) > 1:
-            raise ConfigError(f"torchrun: got {count} ranks, expected one process; run it alone")
+            raise UserError(f"torchrun: got {count} ranks, expected one process; run it alone")
         result = verb(options)
         if result:
             print(json.dumps(result))
         sys.stdout.flush()
-    except (ConfigError, files.SaveError) as error:
+    except (UserError, OSError) as error:
         if tells or not distributed.is_agreed(error):
             print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
         if result:  # Standard output could not be written.
@@ -91,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error in one line and exit with code 2."""
-        self.exit(2, f"dmkd: {ConfigError(f'{message}; see {self.prog} --help')}\n")
+        self.exit(2, f"dmkd: {UserError(f'{message}; see {self.prog} --help')}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -228,7 +229,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
     mine = distributed.join()
-    with mine.agreed(ConfigError):
+    with mine.agreed():
         config = load_config(DistillConfig, options.config, options.overrides)
         _refuse_changes(options)
     from dmkd_fast.jobs import memory
@@ -273,10 +274,10 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     folder = Path(options.what)
     if folder.is_dir() and not (folder / "config.json").is_file():
         if options.classes is not None and options.data is None:
-            raise ConfigError("--classes: got it without --data, expected both; add --data DIR")
+            raise UserError("--classes: got it without --data, expected both; add --data DIR")
         found = evaluate.evaluate_run(folder, data=options.data, classes=options.classes)
     elif options.data is None:
-        raise ConfigError(
+        raise UserError(
             f"--data: got none for {options.what}, which is not the directory of a run; add "
             "--data DIR with labelled images"
         )
@@ -338,7 +339,7 @@ def _refuse_changes(options: argparse.Namespace) -> None:
     """Refuse changed settings with --resume, which uses the saved settings of the run."""
     changed = [text for text in options.overrides if not text.startswith("run_dir=")]
     if options.resume and changed:
-        raise ConfigError(
+        raise UserError(
             f"--resume: got {changed[0]}, expected no setting but run_dir, as the saved ones are "
             "used; remove it, or change config.yaml in the run directory"
         )

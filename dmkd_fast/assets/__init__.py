@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dmkd_fast.runtime.errors import UserError
+
 ROOT = Path(__file__).parent
 PREFIX, HUB = "embedded:", "hf-hub:"
 
@@ -24,7 +26,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
         revision: Commit of a Hub repository.
 
     Raises:
-        ValueError: There is no such asset, one of its files differs from the manifest, or the
+        UserError: There is no such asset, one of its files differs from the manifest, or the
             download failed.
     """
     if path.startswith(HUB):
@@ -34,10 +36,10 @@ def resolve(path: str, revision: str | None = None) -> Path:
     name = path.removeprefix(PREFIX)
     entries: dict[str, Any] = json.loads((ROOT / "manifest.json").read_text(encoding="utf-8"))
     if name not in entries:
-        raise ValueError(f"{path}: no such asset, expected one of {', '.join(sorted(entries))}")
+        raise UserError(f"{path}: no such asset, expected one of {', '.join(sorted(entries))}")
     for file, digest in entries[name]["sha256"].items():
         if file_sha256(ROOT / name / file) != digest:
-            raise ValueError(f"{path}: {file} differs from the manifest; install the package again")
+            raise UserError(f"{path}: {file} differs from the manifest; install the package again")
     return ROOT / name
 
 
@@ -47,7 +49,7 @@ def newest(repository: str) -> tuple[Path, str]:
     The commit has 40 hexadecimal digits.
 
     Raises:
-        ValueError: The download failed.
+        UserError: The download failed.
     """
     folder = _fetch(repository, None)
     return folder, folder.name  # The cache names snapshots by their commits.
@@ -72,7 +74,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         which = revision or "its newest commit"
-        raise ValueError(
+        raise UserError(
             f"{HUB}{repository} at {which}: {reason}; check name, revision, network and log-in"
         ) from None
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from dmkd_fast.checkpoint.state import call_functions, join_state, split_state
 from dmkd_fast.runtime import files, model_files
 from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.runtime.errors import UserError
 
 TENSORS, REST, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
 
@@ -73,7 +74,7 @@ def restore(folder: Path, objects: Mapping[str, Stateful]) -> Restored:
     """Load the newest intact checkpoint of `folder`, and set damaged newer ones aside.
 
     Raises:
-        ValueError: There is no intact checkpoint, or it belongs to objects of other names, kinds
+        UserError: There is no intact checkpoint, or it belongs to objects of other names, kinds
             or shapes.
     """
     return _restore(folder, objects, ALONE, folder, {})
@@ -122,10 +123,10 @@ class Saver:
         """Refuse a folder with the checkpoints of another run.
 
         Raises:
-            ValueError: The folder holds checkpoints that this object neither restored nor wrote.
+            UserError: The folder holds checkpoints that this object neither restored nor wrote.
         """
         if not self._is_ours and _found(self.folder):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: got checkpoints of another run, expected none; restore them "
                 "first, or choose another folder"
             )
@@ -263,13 +264,13 @@ def _restore(
     if strange:
         count = strange.pop()
         how = "without torchrun" if count == 1 else f"with --nproc-per-node {count}"
-        raise ValueError(
+        raise UserError(
             f"{first_folder}: got checkpoints of {count} rank{'s' * (count > 1)}, expected "
             f"{ranks.world_size}, as many as there are now; resume {how}"
         )
     for moment in sorted(set.intersection(*(set(names) for names in theirs)), reverse=True):
         path, problem = folder / mine[moment], ""
-        with ranks.agreed(ValueError):
+        with ranks.agreed():
             try:
                 _load(path, objects)
                 if common:
@@ -293,10 +294,10 @@ def _restore(
         return Restored(0, [f"checkpoint {p.name}: not on all ranks; started again" for p in paths])
     told = "; ".join(note for notes in all_notes for note in notes)
     if told:
-        raise ValueError(
+        raise UserError(
             f"{first_folder}: got no whole checkpoint ({told}), expected one; start a new run"
         )
-    raise ValueError(f"{first_folder}: got no checkpoint, expected step-N folders; start a new run")
+    raise UserError(f"{first_folder}: got no checkpoint, expected step-N folders; start a new run")
 
 
 def _moments(paths: list[Path]) -> tuple[dict[tuple[int, ...], str], dict[Path, str]]:
@@ -371,7 +372,7 @@ def _fill(
     objects: Mapping[str, Stateful],
 ) -> None:  # fmt: skip
     if states.keys() != objects.keys():
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path}: got {sorted(states)}, expected {sorted(objects)}; resume what was "
             "saved"
         )
@@ -382,7 +383,7 @@ def _fill(
             raise
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {path}: {name} does not fit ({reason}); resume with the settings of "
                 "the run"
             ) from None

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.views.spec import InputSpec
 
 
@@ -54,7 +55,7 @@ class Teachers(nn.Module):
         temperature: Softmax temperature T of the loss.
 
     Raises:
-        ValueError: A class has no teacher at some progress of the run, or a setting is out of
+        UserError: A class has no teacher at some progress of the run, or a setting is out of
             range.
     """
 
@@ -64,16 +65,16 @@ class Teachers(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if not members:
-            raise ValueError("teachers: got none, expected at least one")
+            raise UserError("teachers: got none, expected at least one")
         for member in members:
             entries = member.class_map or (0,)
             if len(set(entries)) < len(entries) or min(entries) < 0:
-                raise ValueError(
+                raise UserError(
                     f"class_map: got {len(entries)} entries, {len(set(entries))} of them different "
                     f"and {min(entries)} the lowest, expected different ones from 0 on; correct it"
                 )
             if not 0 <= member.start < member.stop <= 1:
-                raise ValueError(
+                raise UserError(
                     f"start and stop: got {member.start} and {member.stop}, expected 0 <= start < "
                     "stop <= 1, as shares of the run"
                 )
@@ -167,10 +168,10 @@ def _check_all_classes_taught(members: Sequence[Teacher], num_classes: int | Non
         if member.teaches is None:
             continue
         if num_classes is None:
-            raise ValueError("teaches: got classes without num_classes, expected both")
+            raise UserError("teaches: got classes without num_classes, expected both")
         bad = [c for c in member.teaches if not 0 <= c < num_classes]
         if bad or not member.teaches:
-            raise ValueError(
+            raise UserError(
                 f"teaches: got {bad[0] if bad else 'no classes'}, expected classes from 0 to "
                 f"{num_classes - 1}; correct the list"
             )
@@ -178,13 +179,13 @@ def _check_all_classes_taught(members: Sequence[Teacher], num_classes: int | Non
     for share in sorted(shares):
         active = [m for m in members if m.is_active(share)]
         if not active:
-            raise ValueError(f"start and stop: got no teacher from share {share} of the run on; "
+            raise UserError(f"start and stop: got no teacher from share {share} of the run on; "
                              "expected one at any time; change start or stop")  # fmt: skip
         if all(m.teaches is not None for m in active):
             taught = {c for m in active for c in m.teaches or ()}
             missing = sorted(set(range(num_classes or 0)) - taught)
             if missing:
-                raise ValueError(
+                raise UserError(
                     f"teaches: got no teacher for class {missing[0]} from share {share} of the run "
                     "on, expected one; add the class to one of them"
                 )

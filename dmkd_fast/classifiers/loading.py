@@ -20,8 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from dmkd_fast.classifiers import small_nets
 from dmkd_fast.classifiers.spec import STEMS, ClassifierSpec, check_model_args, stated_license
-from dmkd_fast.runtime.device import exact_float32
-from dmkd_fast.runtime.errors import is_out_of_memory
+from dmkd_fast.runtime.device import exact_float32, is_out_of_memory
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.model_files import (
     CONFIG,
     WEIGHTS,
@@ -47,7 +47,7 @@ def build_classifier(spec: ClassifierSpec) -> nn.Module:
     """Build a classifier with random weights.
 
     Raises:
-        ValueError: The architecture does not exist, or it rejects the arguments.
+        UserError: The architecture does not exist, or it rejects the arguments.
     """
     return build(
         spec.architecture, num_classes=spec.num_classes, in_chans=spec.in_chans, stem=spec.stem,
@@ -76,7 +76,7 @@ def build(
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"model_args of {architecture}: {reason}; change or remove") from None
+        raise UserError(f"model_args of {architecture}: {reason}; change or remove") from None
     if stem != "own":
         _use_small_stem(model, architecture, stem, in_chans)
     return model
@@ -92,7 +92,7 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, Clas
     """Load a classifier that `save_classifier` or timm wrote, in float32 and eval mode.
 
     Raises:
-        ValueError: A file is missing or damaged, or does not match the architecture.
+        UserError: A file is missing or damaged, or does not match the architecture.
     """
     check_folder(folder)
     config = read_json(folder / CONFIG)
@@ -102,7 +102,7 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, Clas
             outline = build_classifier(spec)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder / CONFIG}: {reason}") from None
+        raise UserError(f"{folder / CONFIG}: {reason}") from None
     # Compare sizes before memory for the weights is allocated.
     match_weights(outline, folder / WEIGHTS)
     model = build_classifier(spec)
@@ -132,7 +132,7 @@ def hub_repository(architecture: str) -> str:
     """Return the Hub repository (`OWNER/NAME`) with the pretrained weights of a timm name.
 
     Raises:
-        ValueError: timm does not know the name, or has no weights for it on the Hub.
+        UserError: timm does not know the name, or has no weights for it on the Hub.
     """
     import timm
 
@@ -144,7 +144,7 @@ def hub_repository(architecture: str) -> str:
         config = None
     if config is None or not config.hf_hub_id:
         known = timm.list_pretrained(f"{architecture.split('.')[0]}*")[:5]
-        raise ValueError(
+        raise UserError(
             f"arch: got {architecture!r} with pretrained=true, expected a timm name with weights "
             f"on the Hub{' such as ' + ', '.join(known) if known else ''}; set path instead"
         )
@@ -160,7 +160,7 @@ def load_torchvision(
         The model in eval mode, its spec, and the name of the weights.
 
     Raises:
-        ValueError: The model does not exist, or its weights cannot be downloaded or read.
+        UserError: The model does not exist, or its weights cannot be downloaded or read.
     """
     from torchvision.models import get_model_weights
 
@@ -182,7 +182,7 @@ def load_torchvision(
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # No network, or any error from a damaged file.
         reason = str(error).strip().splitlines()[0][:120]
-        raise ValueError(
+        raise UserError(
             f"{architecture}: cannot have {weights.url} ({reason}); check the network and torch's "
             "cache, or set path to weights in safetensors"
         ) from None
@@ -310,7 +310,7 @@ def _torchvision(
     name = architecture.removeprefix(TORCHVISION)
     _check_torchvision_name(name)
     if in_chans != 3:
-        raise ValueError(
+        raise UserError(
             f"{architecture}: got images with {in_chans} channel(s), expected 3, as "
             "torchvision's models take color only; use a timm model"
         )
@@ -328,7 +328,7 @@ def _check_torchvision_name(name: str) -> None:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
-        raise ValueError(
+        raise UserError(
             f"arch: got {TORCHVISION}{name}, expected a classification model of torchvision "
             + (f"such as {', '.join(close)}" if close else "(see torchvision.models.list_models())")
         )
@@ -338,7 +338,7 @@ def _refuse_name(architecture: str) -> None:
     import timm
 
     close = timm.list_models(f"*{architecture}*")[:5]
-    raise ValueError(
+    raise UserError(
         f"arch: got {architecture!r}, expected lenet5, lenet5_half, cifar_..., torchvision:NAME or "
         "a timm model" + (f" such as {', '.join(close)}" if close else "; see timm.list_models()")
     )
@@ -352,7 +352,7 @@ def _use_small_stem(model: Any, architecture: str, stem: str, in_chans: int) -> 
     """
     first = getattr(model, "conv1", None)
     if not isinstance(first, nn.Conv2d) or stem not in STEMS:
-        raise ValueError(
+        raise UserError(
             f"stem: got {stem!r} for {architecture!r}, expected own, or "
             f"{', '.join(STEMS)} for a ResNet with a single first convolution; set stem=own"
         )

@@ -20,6 +20,8 @@ import re
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmkd_fast.runtime.errors import UserError
+
 PREFIXES = ("lenet5", "cifar_")
 """All names in this module start with one of these, and no timm name does."""
 
@@ -34,7 +36,7 @@ def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module | None:
     """Build a network with random weights, or return None for a name outside this module.
 
     Raises:
-        ValueError: The name starts with `cifar_`, but there is no such network.
+        UserError: The name starts with `cifar_`, but there is no such network.
     """
     if name in ("lenet5", "lenet5_half"):
         width = 0.5 if name == "lenet5_half" else 1.0
@@ -50,7 +52,7 @@ def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module | None:
         return WideResNet(depth, width, num_classes=num_classes, in_chans=in_chans)
     if (match := re.fullmatch(r"vgg(\d+)", kind)) and match[1] in _VGG:
         return CifarVGG(_VGG[match[1]], num_classes=num_classes, in_chans=in_chans)
-    raise ValueError(
+    raise UserError(
         f"arch: got {name!r}, expected cifar_resnetD or cifar_resnetDx4 (D = 8, 14, 20, ...), "
         "cifar_wrnD_K (D = 10, 16, ...), cifar_vgg8, cifar_vgg11 or cifar_vgg13"
     )

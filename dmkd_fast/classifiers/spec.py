@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.views.spec import InputSpec
 
 SMALL_STEM = "small_stem_resnet"
@@ -102,7 +103,7 @@ class ClassifierSpec:
         """Build a spec from the content of a `config.json`, written by `to_json` or by timm.
 
         Raises:
-            ValueError: A field is missing, or has an unexpected type or value.
+            UserError: A field is missing, or has an unexpected type or value.
         """
         file = _read(values)
         inputs, extra = file.pretrained_cfg, dict(file.model_args.model_extra or {})
@@ -114,7 +115,7 @@ class ClassifierSpec:
         if in_chans == 1 and len(mean) == len(std) == 3:  # timm writes three for gray images too
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)
         if len(mean) != in_chans:
-            raise ValueError(f"mean: got {len(mean)} numbers, expected one for each of {in_chans} "
+            raise UserError(f"mean: got {len(mean)} numbers, expected one for each of {in_chans} "
                              "channels")  # fmt: skip
         # Default of crop_pct: 0.875 in timm's files, the whole image in files of this package.
         default_crop = 1.0 if "stem" in values else 0.875
@@ -124,7 +125,7 @@ class ClassifierSpec:
             sizes.append(_square("test_input_size", tested))
         names = file.label_names or inputs.label_names
         if names is not None and len(names) != file.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"label_names: got {len(names)}, expected num_classes={file.num_classes}"
             )
         check_model_args(extra)
@@ -149,16 +150,16 @@ def check_model_args(args: dict[str, Any]) -> None:
     """Reject constructor arguments that do more than shape the network.
 
     Raises:
-        ValueError: A name is not on the allow-list, or a value has another type or is too large.
+        UserError: A name is not on the allow-list, or a value has another type or is too large.
     """
     for name, value in args.items():
         if name not in MODEL_ARGS:
-            raise ValueError(
+            raise UserError(
                 f"model_args: got {name[:60]!r}, expected arguments that only shape the network, "
                 "such as img_size, drop_path_rate or global_pool; remove it"
             )
         if not _is_plain(value, MODEL_ARGS[name]):
-            raise ValueError(
+            raise UserError(
                 f"model_args: {name}: got {str(value)[:60]!r}, expected numbers up to "
                 f"{MODEL_ARGS[name]}, true, false, a short name, or a list of those; correct it"
             )
@@ -212,12 +213,12 @@ class _File(_Part):
 
 def _read(values: dict[str, Any]) -> _File:
     if "architecture" not in values and "architectures" in values:
-        raise ValueError(
+        raise UserError(
             "got the config of a transformers model, expected timm's layout; use timm's model of "
             "that kind, or save yours with timm.models.save_for_hf"
         )
     if values.get("num_classes") == 0:
-        raise ValueError(
+        raise UserError(
             "num_classes: got 0 classes, which is a feature extractor, expected a classifier; use "
             "one with a trained head"
         )
@@ -229,16 +230,16 @@ def _read(values: dict[str, Any]) -> _File:
         problem = error.errors(include_input=True, include_url=False)[0]
         name = ".".join(map(str, problem["loc"])).removeprefix("pretrained_cfg.")
         if problem["type"] == "missing":
-            raise ValueError(f"{name}: missing") from None
+            raise UserError(f"{name}: missing") from None
         expected = problem["msg"].removeprefix("Input should be ")
-        raise ValueError(
+        raise UserError(
             f"{name}: got {str(problem['input'])[:60]!r}, expected {expected}"
         ) from None
 
 
 def _square(name: str, shape: tuple[int, int, int]) -> int:
     if shape[1] != shape[2]:
-        raise ValueError(
+        raise UserError(
             f"{name}: got {shape[1]} x {shape[2]}, expected a square, as views are square; use a "
             "model for square images"
         )

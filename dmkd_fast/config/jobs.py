@@ -13,11 +13,9 @@ from dmkd_fast.config.data import SourceConfig as SourceConfig
 from dmkd_fast.config.generator import FIDELITY as FIDELITY
 from dmkd_fast.config.generator import PhaseConfig as PhaseConfig
 from dmkd_fast.config.generator import SamplerConfig as SamplerConfig
-from dmkd_fast.config.loading import ConfigError as ConfigError
 from dmkd_fast.config.loading import Count, PathText, Section
 from dmkd_fast.config.loading import dump_config as dump_config
 from dmkd_fast.config.loading import load_config as load_config
-from dmkd_fast.config.loading import user_errors as user_errors
 from dmkd_fast.config.networks import ClassifierConfig as ClassifierConfig
 from dmkd_fast.config.networks import DenoiserConfig as DenoiserConfig
 from dmkd_fast.config.networks import TeachingConfig as TeachingConfig

@@ -1,7 +1,7 @@
 """Load settings from YAML files and overrides; settings are typed, frozen and strictly checked.
 
 `load_config` reads a file and applies `section.field=value` overrides. Every mistake becomes one
-`ConfigError` line that names the setting, the value found, what was expected, and the fix.
+`UserError` line that names the setting, the value found, what was expected, and the fix.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import difflib
 import re
 import reprlib
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -28,18 +26,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dmkd_fast.config import yaml_text
+from dmkd_fast.runtime.errors import UserError, shortened
 
 MAX_CLASSES = 100_000
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
 _REPR.maxlevel = 3
-
-
-class ConfigError(ValueError):
-    """An unusable setting, with a message of one line of at most 1,000 characters."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(_shortened(" ".join(message.split()), 1000))
 
 
 class Section(BaseModel):
@@ -105,19 +97,10 @@ def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = N
         overrides: Changes as `section.field=value`; values are parsed as YAML.
 
     Raises:
-        ConfigError: The file is missing or not YAML, a key is unknown, a value has the wrong type
+        UserError: The file is missing or not YAML, a key is unknown, a value has the wrong type
             or range, or settings contradict each other.
     """
     return _validate(kind, apply_overrides(_read_yaml(Path(path)), overrides or []), str(path))
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a ValueError or OSError into a ConfigError, which is printed without traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from None
 
 
 def dump_config(config: Section) -> str:
@@ -129,13 +112,13 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     """Apply `section.field=value` overrides to nested dictionaries in place.
 
     Raises:
-        ConfigError: An override has another form, its section is a value, or its value is not YAML.
+        UserError: An override has another form, its section is a value, or its value is not YAML.
     """
     for text in overrides:
         key, equals, raw = text.partition("=")
         *sections, field = key.split(".")
         if not equals or not key or len(sections) >= yaml_text.MAX_DEPTH:
-            raise ConfigError(
+            raise UserError(
                 f"override {shown(text)}: expected section.field=value, for example "
                 "sampler.num_steps=4"
             )
@@ -143,13 +126,13 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         for name in sections:
             target = target.setdefault(name, {})
             if not isinstance(target, dict):
-                raise ConfigError(
+                raise UserError(
                     f"override {shown(text)}: {shown(name)} is a value, not a section"
                 )
         try:
             target[field] = yaml_text.parse(raw)
         except yaml_text.YamlError as error:
-            raise ConfigError(
+            raise UserError(
                 f"override {shown(text)}: {error}; put the value in quotes if it is text"
             ) from None
     return values
@@ -158,44 +141,37 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
 def shown(value: Any) -> str:
     """Format a value for a message, cut to about 100 characters."""
     try:
-        return _shortened(_REPR.repr(list(value) if isinstance(value, tuple) else value), 200)
+        return shortened(_REPR.repr(list(value) if isinstance(value, tuple) else value), 200)
     except ValueError:  # an integer of more digits than Python prints
         return f"a very large {type(value).__name__}"
-
-
-def _shortened(text: str, length: int) -> str:
-    """Cut out the middle of a text over `length`; the advice at the end stays."""
-    if len(text) <= length:
-        return text
-    return f"{text[: length // 2]} ... {text[-(length // 2 - 5) :]}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # Opening a named pipe would block.
             what = "a directory" if path.is_dir() else "no regular file"
-            raise ConfigError(f"config {path}: got {what}, expected a YAML file (see configs/)")
+            raise UserError(f"config {path}: got {what}, expected a YAML file (see configs/)")
         with path.open("rb") as file:
             data = file.read(yaml_text.MAX_BYTES + 1)
         values = yaml_text.parse(data.decode("utf-8-sig"))
-    except ConfigError:
+    except UserError:
         raise
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f"config {path}: {error.strerror or error}; give the path of a YAML file (see configs/)"
         ) from None
     except UnicodeDecodeError:
-        raise ConfigError(
+        raise UserError(
             f"config {path}: not valid YAML (not UTF-8 text); save it as UTF-8"
         ) from None
     except yaml_text.YamlError as error:
-        raise ConfigError(f"config {path}: {error}") from None
+        raise UserError(f"config {path}: {error}") from None
     except ValueError as error:  # a null character
-        raise ConfigError(f"config {shown(str(path))}: {error}; correct the path") from None
+        raise UserError(f"config {shown(str(path))}: {error}; correct the path") from None
     if values is None:
-        raise ConfigError(f"config {path}: got an empty file, expected key: value lines")
+        raise UserError(f"config {path}: got an empty file, expected key: value lines")
     if not isinstance(values, dict):
-        raise ConfigError(f"config {path}: got {type(values).__name__}, expected key: value lines")
+        raise UserError(f"config {path}: got {type(values).__name__}, expected key: value lines")
     return values
 
 
@@ -204,12 +180,12 @@ def _validate(kind: type[C], values: dict[str, Any], where: str) -> C:
         return kind.model_validate(values)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        raise ConfigError(f"{where}: {_explain(kind, problem)}") from None
+        raise UserError(f"{where}: {_explain(kind, problem)}") from None
 
 
 def _explain(kind: type[Section], problem: Any) -> str:
     """Describe one pydantic error in one line."""
-    location = [_shortened(str(part), 100) for part in problem["loc"]]
+    location = [shortened(str(part), 100) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _fields_at(kind, location[:-1])

@@ -22,7 +22,8 @@ from dmkd_fast.config.jobs import (
     PretrainFewstepConfig,
     TeacherConfig,
 )
-from dmkd_fast.config.loading import ConfigError, Section
+from dmkd_fast.config.loading import Section
+from dmkd_fast.runtime.errors import UserError
 
 JOBS: dict[str, type[Section]] = {
     "distill": DistillConfig,
@@ -71,7 +72,7 @@ def describe(job: str = "distill", prefix: str = "") -> list[Setting]:
         prefix: A section or a setting to describe; empty: all settings.
 
     Raises:
-        ConfigError: No setting has this name.
+        UserError: No setting has this name.
     """
     found = list(_walk(schema(job)))
     if not prefix:
@@ -82,7 +83,7 @@ def describe(job: str = "distill", prefix: str = "") -> list[Setting]:
     if not chosen:
         close = difflib.get_close_matches(prefix, names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "run `dmkd config` for all names"
-        raise ConfigError(f"{prefix}: unknown setting; {hint}")
+        raise UserError(f"{prefix}: unknown setting; {hint}")
     return chosen
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.data.listing import MOST_PIXELS, Item, SourceError
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.views.spec import InputSpec
 
 _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -49,13 +50,13 @@ def new_pipeline(
 
     Raises:
         SourceError: DALI is not installed.
-        ValueError: The device is `cuda` without an index; DALI would use GPU 0.
+        UserError: The device is `cuda` without an index; DALI would use GPU 0.
     """
     check_dali()
     from nvidia import dali
 
     if device.type == "cuda" and device.index is None:
-        raise ValueError("device: got cuda without an index, expected for example cuda:0")
+        raise UserError("device: got cuda without an index, expected for example cuda:0")
     return dali.Pipeline(
         batch_size=batch_size, num_threads=num_threads, prefetch_queue_depth=prefetch_queue_depth,
         device_id=device.index if device.type == "cuda" else None,  # None: no driver needed

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dmkd_fast.runtime import distributed
+from dmkd_fast.runtime.errors import UserError
 
 # The list of torchvision's ImageFolder, then further endings of formats that DALI decodes.
 EXTENSIONS = (
@@ -32,7 +33,7 @@ MOST_LINKS = 100
 CLASS_NAMES = "classes.txt"
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """Raised if images cannot be read; the message is one line for the user."""
 
 

@@ -32,6 +32,7 @@ from dmkd_fast.data.listing import MOST_BYTES, MOST_PIXELS
 from dmkd_fast.data.listing import SourceError as SourceError
 from dmkd_fast.data.tar_files import tar_members
 from dmkd_fast.runtime import files
+from dmkd_fast.runtime.errors import UserError
 
 PLAN, MANIFEST = "job.json", "manifest"
 # Ids of later passes continue after those of the first pass and must fit in int64.
@@ -140,7 +141,7 @@ def claim(folder: Path, plan: Plan) -> None:
     """Create a directory for a plan, or check that it was created for the same plan.
 
     Raises:
-        ValueError: The directory cannot be written, holds other files, or belongs to another plan.
+        UserError: The directory cannot be written, holds other files, or belongs to another plan.
         SourceError: The plan in the directory is damaged.
     """
     try:
@@ -150,12 +151,12 @@ def claim(folder: Path, plan: Plan) -> None:
         (folder / MANIFEST).mkdir(exist_ok=True)
         files.sync(folder)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--out: cannot write to {folder} ({error.strerror}); choose another"
         ) from None
     found = read_plan(folder).difference(plan)
     if found:
-        raise ValueError(
+        raise UserError(
             f"--out: {folder} was made with other settings: {found}; choose another directory or "
             "put the setting back"
         )
@@ -172,11 +173,11 @@ def locked(folder: Path, part: str) -> Iterator[None]:
         part: Job slice, as `i-of-n`.
 
     Raises:
-        ValueError: Another job holds the lock.
+        UserError: Another job holds the lock.
     """
     with files.locked(folder / f".{part}.lock") as is_ours:
         if not is_ours:
-            raise ValueError(
+            raise UserError(
                 f"--shard: another job makes part {part} of {folder} now; wait for it or give "
                 "another part"
             )
@@ -298,7 +299,7 @@ def _begin(folder: Path, plan: Plan) -> None:
     ours = (".", PLAN, MANIFEST, "shard-")
     kept = next((p.name for p in folder.iterdir() if not p.name.startswith(ours)), None)
     if kept is not None:
-        raise ValueError(f"--out: {folder} holds other files ({kept}); choose another")
+        raise UserError(f"--out: {folder} holds other files ({kept}); choose another")
     partial = folder / f".{PLAN}.{os.getpid()}.partial"
     try:
         partial.write_bytes(plan.model_dump_json(indent=2).encode() + b"\n")

@@ -29,6 +29,7 @@ from dmkd_fast.data.decode import decode
 from dmkd_fast.data.listing import CLASS_NAMES, MOST_BYTES, Item, list_folder, report
 from dmkd_fast.data.tar_files import list_shards
 from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.views.spec import InputSpec
 
 # Upper bound for the number of classes; a higher label is taken as damaged.
@@ -75,7 +76,7 @@ class ImageSet:
         """Yield each image of this rank once, in order, prepared for every input.
 
         Raises:
-            ValueError: The channels of inputs and images do not agree.
+            UserError: The channels of inputs and images do not agree.
         """
         inputs = check_inputs(inputs, self.num_channels)
         mine = torch.arange(rank, len(self), world_size, device=self.labels.device)
@@ -111,7 +112,7 @@ class EncodedSet:
         """Yield each image of this rank once, in order, prepared for every input.
 
         Raises:
-            ValueError: The channels of the inputs do not agree, DALI is not installed, or an image
+            UserError: The channels of the inputs do not agree, DALI is not installed, or an image
                 cannot be decoded.
         """
         inputs = check_inputs(inputs, None)
@@ -134,17 +135,17 @@ def open_set(
         num_classes: Number of the networks' classes, for shards without a list of classes.
 
     Raises:
-        ValueError: The folder does not exist or has no usable images, an image has no label, or
+        UserError: The folder does not exist or has no usable images, an image has no label, or
             the classes do not match the list.
     """
     if path.is_file():
-        raise ValueError(f"{path}: got a file, expected a folder; give {path.parent}")
+        raise UserError(f"{path}: got a file, expected a folder; give {path.parent}")
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; give one with idx files, class folders or tars")
+        raise UserError(f"{path}: no such folder; give one with idx files, class folders or tars")
     entries = [p for p in path.iterdir() if not p.name.startswith(".")]
     if any("-images-idx3-ubyte" in p.name for p in entries):
         if classes is not None:
-            raise ValueError(f"{classes}: got a list of classes for idx files; remove it")
+            raise UserError(f"{classes}: got a list of classes for idx files; remove it")
         return load_idx(path, "t10k").to(device)
     names = _read_classes(classes or path / CLASS_NAMES, must_exist=classes is not None)
     tars = [p.name for p in entries if p.suffix == ".tar" and p.is_file()]
@@ -156,7 +157,7 @@ def open_set(
     worst = max(items, key=lambda item: item.label)
     most = len(names) or num_classes or MOST_CLASSES
     if worst.label >= most:
-        raise ValueError(
+        raise UserError(
             f"{worst.name}: got class {worst.label}, expected 0 to {most - 1}; correct the labels "
             "or the list of classes"
         )
@@ -169,19 +170,19 @@ def load_idx(folder: Path, split: str) -> ImageSet:
     """Read `SPLIT-images-idx3-ubyte(.gz)` and its labels; `t10k` is the test split.
 
     Raises:
-        ValueError: A file is missing, damaged, or labels and images do not match.
+        UserError: A file is missing, damaged, or labels and images do not match.
     """
     images = _read_idx(folder, f"{split}-images-idx3-ubyte", 3)[:, None]  # (N, 1, H, W)
     labels = _read_idx(folder, f"{split}-labels-idx1-ubyte", 1).long()
     if len(images) != len(labels) or len(labels) == 0:
-        raise ValueError(
+        raise UserError(
             f"{folder}: got {len(images)} images and {len(labels)} labels for {split!r}, "
             "expected equally many, at least one; fetch the files again"
         )
     count = int(labels.max()) + 1
     class_names = _read_classes(folder / "classes.txt", must_exist=False)
     if class_names and len(class_names) < count:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'classes.txt'}: got {len(class_names)} names, expected {count}, one a line"
         )
     class_names = class_names or tuple(str(i) for i in range(count))
@@ -220,18 +221,18 @@ def check_inputs(inputs: Iterable[InputSpec], num_channels: int | None) -> tuple
         num_channels: Number of channels of the images; None if gray and color are possible.
 
     Raises:
-        ValueError: The inputs differ in channels from each other or from the images.
+        UserError: The inputs differ in channels from each other or from the images.
     """
     distinct = tuple(dict.fromkeys(inputs))
     wanted = {spec.num_channels for spec in distinct}
     if len(wanted) != 1 or num_channels not in (None, *wanted):
-        raise ValueError(
+        raise UserError(
             f"channels: got networks for images with {sorted(wanted)} channels"
             + ("" if num_channels is None else f" and images with {num_channels}")
             + ", expected the same number everywhere; use other networks or images"
         )
     if not wanted <= {1, 3} and num_channels is None:
-        raise ValueError(
+        raise UserError(
             f"channels: got a network for {wanted.pop()} channels, expected 1 or 3, which image "
             "files decode to; use another network"
         )
@@ -250,19 +251,19 @@ def _read_classes(path: Path, *, must_exist: bool) -> tuple[str, ...]:
     if not path.is_file():
         if must_exist or path.exists():
             what = "got a folder" if path.is_dir() else "no such file"
-            raise ValueError(f"{path}: {what}; give a text file with one class name a line")
+            raise UserError(f"{path}: {what}; give a text file with one class name a line")
         return ()
     try:
         with path.open("rb") as file:
             text = file.read(MOST_BYTES).decode("utf-8-sig")  # Windows editors write a BOM
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ValueError(
+        raise UserError(
             f"{path}: {reason}, expected one class name a line; save it again"
         ) from None
     names = tuple(line.strip() for line in text.splitlines())
     if not names or not all(names) or len(set(names)) != len(names):
-        raise ValueError(
+        raise UserError(
             f"{path}: got {len(names)} lines, {len(set(names))} of them different and "
             f"{names.count('')} empty, expected one class name a line, each once; correct it"
         )
@@ -276,13 +277,13 @@ def _read_idx(folder: Path, stem: str, num_dims: int) -> Tensor:
     """
     path = next((p for p in (folder / f"{stem}.gz", folder / stem) if p.is_file()), None)
     if path is None:
-        raise ValueError(f"{folder / stem}.gz: no such file; give a folder with idx files")
+        raise UserError(f"{folder / stem}.gz: no such file; give a folder with idx files")
     is_gzip = path.suffix == ".gz"
     try:
         with gzip.open(path) if is_gzip else path.open("rb") as file:
             header = file.read(4 + 4 * num_dims)
             if len(header) < 4 + 4 * num_dims or header[:4] != bytes((0, 0, 8, num_dims)):
-                raise ValueError(
+                raise UserError(
                     f"{path}: got header {header[:4].hex(' ') or 'of 0 bytes'}, expected "
                     f"00 00 08 0{num_dims}; it is not an idx file of bytes"
                 )
@@ -290,13 +291,13 @@ def _read_idx(folder: Path, stem: str, num_dims: int) -> Tensor:
             expected, limit = math.prod(shape), path.stat().st_size
             limit *= _MOST_COMPRESSION if is_gzip else 1
             if min(shape) < 1 or expected > limit:
-                raise ValueError(
+                raise UserError(
                     f"{path}: got a header that announces {' x '.join(map(str, shape))} bytes, "
                     f"expected 1 to {limit}, as many as the file can hold; fetch it again"
                 )
             have = available_bytes(torch.device("cpu"))
             if expected > have:
-                raise ValueError(
+                raise UserError(
                     f"{path}: got {expected} bytes, expected at most the {have} of free memory; "
                     "use image files or shards"
                 )
@@ -306,11 +307,11 @@ def _read_idx(folder: Path, stem: str, num_dims: int) -> Tensor:
                 done += count
             if done < expected or file.read(1):
                 more = "more" if done == expected else done
-                raise ValueError(
+                raise UserError(
                     f"{path}: got {more} bytes, expected {expected} by its header; fetch it again"
                 )
     except (MemoryError, RuntimeError):
-        raise ValueError(f"{path}: memory is used up; use image files or shards") from None
+        raise UserError(f"{path}: memory is used up; use image files or shards") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged ({error}); fetch it again") from None
+        raise UserError(f"{path}: damaged ({error}); fetch it again") from None
     return values.view(shape)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmkd_fast.denoisers import kernels
+from dmkd_fast.runtime.errors import UserError
 
 Attention = Literal["auto", "xformers", "sdpa", "short"]
 # Longest sequence for the kernel of this package, by whether the CPU has AMX. PyTorch's kernel uses
@@ -39,7 +40,7 @@ def resolve(
         head_dim: Width of one head, d.
 
     Raises:
-        ValueError: The named kernel cannot run here.
+        UserError: The named kernel cannot run here.
     """
     xformers = device.type == "cuda" and _xformers_takes(
         device, dtype, num_tokens, num_heads, head_dim
@@ -50,7 +51,7 @@ def resolve(
             return "short"
         return "xformers" if xformers else "sdpa"
     if (name == "xformers" and not xformers) or (name == "short" and not short):
-        raise ValueError(
+        raise UserError(
             f"attention: got {name}, which is not installed or cannot run {num_heads} heads of "
             f"{head_dim} in {dtype} on {device.type}; set attention=auto"
         )

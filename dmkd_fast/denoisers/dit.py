@@ -65,7 +65,7 @@ class LeanDiT(nn.Module):
             dtype: Dtype of the module.
 
         Raises:
-            ValueError: The named kernel cannot run here.
+            UserError: The named kernel cannot run here.
         """
         self.attention = attention.resolve(
             name, device=device, dtype=dtype, num_tokens=self.num_tokens,

@@ -32,6 +32,7 @@ from dmkd_fast.denoisers.prompts import encode_prompts
 from dmkd_fast.denoisers.wrappers import ClassUNet, TextUNet
 from dmkd_fast.denoisers.wrappers import Decoder as Decoder
 from dmkd_fast.denoisers.wrappers import PixelDiT as PixelDiT
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.model_files import CONFIG, check_plain, read_json, read_licence
 
 
@@ -63,13 +64,13 @@ class Denoiser:
         """Return the same model for a job with some of its classes, in job order.
 
         Raises:
-            ValueError: An entry is not a class of the model, or is repeated.
+            UserError: An entry is not a class of the model, or is repeated.
         """
         own = self.class_map or range(self.num_classes)
         repeated = len(set(class_map)) < len(class_map)
         if repeated or not set(class_map) <= set(own):
             without = "" if self.class_map is None else f" without {self.null_class}"
-            raise ValueError(
+            raise UserError(
                 f"denoiser.class_map: got {min(class_map)} to {max(class_map)}"
                 f"{', some twice' if repeated else ''}, expected different classes from "
                 f"{min(own)} to {max(own)}{without}; correct the map"
@@ -93,13 +94,13 @@ def load_denoiser(
         lean: Whether to use `LeanDiT` for DiTs; False keeps diffusers' module, which is trainable.
 
     Raises:
-        ValueError: A part is missing, damaged, or of a kind that is not supported.
+        UserError: A part is missing, damaged, or of a kind that is not supported.
     """
     model_folders.check_is_pipeline(folder)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     part = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), None)
     if part is None:
-        raise ValueError(f"{folder}: got neither transformer/ nor unet/, expected one of them")
+        raise UserError(f"{folder}: got neither transformer/ nor unet/, expected one of them")
     check_plain(folder / part)
     config = read_json(folder / part / CONFIG)
     kind = config.get("_class_name")
@@ -109,13 +110,13 @@ def load_denoiser(
         "UNet2DConditionModel": _load_text_unet,
     }
     if not isinstance(kind, str) or kind not in builders:
-        raise ValueError(
+        raise UserError(
             f"{folder / part / CONFIG}: got _class_name {kind!r:.60}, expected one of "
             f"{', '.join(builders)}; use a class-conditional or text-to-image model"
         )
     if (prompts is not None) != (kind == "UNet2DConditionModel"):
         got = "no prompts" if prompts is None else f"{len(prompts)} prompts"
-        raise ValueError(
+        raise UserError(
             f"prompts: got {got} for a {kind}, expected one per class for text-to-image models "
             "and none for others; change denoiser.prompts"
         )
@@ -126,9 +127,9 @@ def load_denoiser(
     if vae.is_dir():
         denoiser = _with_decoder(denoiser, vae)
     elif decoder is not None:
-        raise ValueError(f"decoder: {decoder}: no such folder; check denoiser.decoder")
+        raise UserError(f"decoder: {decoder}: no such folder; check denoiser.decoder")
     elif denoiser.latent_shape[0] not in (1, 3):
-        raise ValueError(
+        raise UserError(
             f"{folder}: got a model of {denoiser.latent_shape[0]}-channel latents without vae/, "
             "expected an autoencoder there; fetch it, or set denoiser.decoder"
         )
@@ -188,7 +189,7 @@ def _load_dit(
     size, _ = model_folders.sides(path, {"sample_size": 32} | config, "sample_size")
     patch = model_folders.whole(path, {"patch_size": 2} | config, "patch_size")
     if size % patch:
-        raise ValueError(f"{path}: sample_size: got {size}, expected a multiple of the patch "
+        raise UserError(f"{path}: sample_size: got {size}, expected a multiple of the patch "
                          f"size {patch}; fetch it again")  # fmt: skip
     model_class = _diffusers().DiTTransformer2DModel
     channels = _channels(path, {"in_channels": 4} | config)
@@ -217,7 +218,7 @@ def _load_class_unet(
     path = folder / "unet" / CONFIG
     num_classes, kind = config.get("num_class_embeds"), config.get("class_embed_type")
     if not num_classes or kind is not None:
-        raise ValueError(
+        raise UserError(
             f"{path}: got num_class_embeds={num_classes!r:.60}, class_embed_type={kind!r:.60}, "
             "expected a table of classes; use a class-conditional model"
         )
@@ -241,7 +242,7 @@ def _load_text_unet(
     del lean
     path = folder / "unet" / CONFIG
     if not prompts:
-        raise ValueError("prompts: got none, expected one per class; set denoiser.prompts")
+        raise UserError("prompts: got none, expected one per class; set denoiser.prompts")
     shape = (_channels(path, config), *model_folders.sides(path, config, "sample_size"))
     width = model_folders.whole(path, config, "cross_attention_dim")
     guidance = None
@@ -266,7 +267,7 @@ def _channels(path: Path, config: dict[str, Any]) -> int:
     channels = model_folders.whole(path, config, "in_channels")
     made = config.get("out_channels") or channels
     if made not in (channels, 2 * channels):
-        raise ValueError(
+        raise UserError(
             f"{path}: got {channels} input and {made!r:.60} output channels, expected as many or "
             "twice as many; models for inpainting or upscaling are not supported"
         )
@@ -278,13 +279,13 @@ def _with_null_class(denoiser: Denoiser, null_class: int) -> Denoiser:
     if denoiser.null_class is not None:
         if null_class == denoiser.null_class:
             return denoiser
-        raise ValueError(
+        raise UserError(
             f"denoiser.null_class: got {null_class} for a model whose null class is "
             f"{denoiser.null_class}; remove denoiser.null_class"
         )
     count = denoiser.num_classes
     if not 0 <= null_class < count or count < 2:
-        raise ValueError(
+        raise UserError(
             f"denoiser.null_class: got {null_class}, expected 0 to {count - 1}, one of the classes "
             "that the UNet has embeddings for; correct it"
         )
@@ -301,27 +302,27 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
     config = read_json(path)
     name = config.get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise ValueError(
+        raise UserError(
             f"{path}: got _class_name {name!r:.60}, expected AutoencoderKL or "
             "AutoencoderTiny; use another decoder"
         )
     channels, height, width = denoiser.latent_shape
     if config.get("latent_channels", 4) != channels:
-        raise ValueError(
+        raise UserError(
             f"{path}: got {config.get('latent_channels', 4)!r:.60} latent channels, expected "
             f"the denoiser's {channels}; use the autoencoder that belongs to it"
         )
     vae = _pretrained(name, folder, lambda vae: vae.decode(torch.zeros(1, *denoiser.latent_shape)))
     for key in ("latents_mean", "latents_std"):
         if vae.config.get(key) is not None:
-            raise ValueError(f"{path}: {key}: got {vae.config[key]!r:.60}, expected none; latents "
+            raise UserError(f"{path}: {key}: got {vae.config[key]!r:.60}, expected none; latents "
                              "normalized by channel are not supported")  # fmt: skip
     if model_folders.number(path, vae.config, "scaling_factor", 0.0) == 0:
-        raise ValueError(f"{path}: scaling_factor: got 0, expected another number; fetch it again")
+        raise UserError(f"{path}: scaling_factor: got 0, expected another number; fetch it again")
     model_folders.number(path, vae.config, "shift_factor", 0.0)
     made = model_folders.whole(path, vae.config, "out_channels")
     if made not in (1, 3):
-        raise ValueError(f"{path}: out_channels: got {made}, expected 1 or 3; use another decoder")
+        raise UserError(f"{path}: out_channels: got {made}, expected 1 or 3; use another decoder")
     pixels = 2 ** (len(vae.config.block_out_channels) - 1)
     decoder = Decoder(vae).to(memory_format=torch.channels_last)
     return replace(denoiser, decoder=decoder, image_shape=(made, height * pixels, width * pixels))
@@ -341,18 +342,18 @@ def _check_config(
         trial: Function that calls the network once with inputs of its own.
 
     Raises:
-        ValueError: The config does not fit the class or the files, or the trial call fails.
+        UserError: The config does not fit the class or the files, or the trial call fails.
     """
     model_folders.check_values(path, config, model_class)
     try:
         with torch.device("meta"):
             described = model_class.from_config(config).eval()
     except Exception as error:  # diffusers checks little, so errors of many kinds can occur
-        raise ValueError(f"{path}: {one_line(error)}; fetch it again") from None
+        raise UserError(f"{path}: {one_line(error)}; fetch it again") from None
     wanted = sum(p.numel() for p in described.parameters())
     stored = model_folders.num_stored(files)
     if wanted > 2 * stored:
-        raise ValueError(
+        raise UserError(
             f"{path}: got a config of {wanted:,} weights, but {files[0].name} holds {stored:,}; "
             "the file belongs to another architecture"
         )
@@ -360,7 +361,7 @@ def _check_config(
         with torch.device("meta"), torch.no_grad():
             trial(described)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: a trial call failed: {one_line(error)}; fetch it again"
         ) from None
 
@@ -377,11 +378,11 @@ def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
             output_loading_info=True, variant=variant,
         )  # fmt: skip
     except Exception as error:  # diffusers and safetensors raise many kinds of errors
-        raise ValueError(f"{folder}: {one_line(error)}; fetch or save it again") from None
+        raise UserError(f"{folder}: {one_line(error)}; fetch or save it again") from None
     problems = {key: info[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     for what, names in problems.items():
         if names:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {what.replace('_', ' ')} such as {sorted(map(str, names))[0]}; the "
                 "file belongs to another architecture"
             )

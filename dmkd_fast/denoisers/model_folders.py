@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmkd_fast.runtime import checks
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.model_files import CONFIG, read_json
 
 STEM = "diffusion_pytorch_model"
@@ -23,30 +24,30 @@ def check_is_pipeline(folder: Path) -> None:
     """Check that `folder` is a diffusers pipeline.
 
     Raises:
-        ValueError: It is not one; the message says what was found and what to do.
+        UserError: It is not one; the message says what was found and what to do.
     """
     expected = "expected a folder in diffusers format (scheduler/ and transformer/ or unet/)"
     if folder.is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder}: got a file, {expected}; give its folder, or convert a single-file "
             "checkpoint with diffusers' from_single_file(FILE).save_pretrained(FOLDER)"
         )
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder, {expected}; check denoiser.path")
+        raise UserError(f"{folder}: no such folder, {expected}; check denoiser.path")
     if any((folder / name).is_dir() for name in ("scheduler", "transformer", "unet")):
         return
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if "_class_name" in config:
-        raise ValueError(
+        raise UserError(
             f"{folder}: got one part of a model ({config['_class_name']!s:.60}), {expected}; "
             "give the folder above it"
         )
     if "architectures" in config or "architecture" in config:
-        raise ValueError(
+        raise UserError(
             f"{folder}: got the folder of a transformers or timm model, {expected}; use a "
             "diffusion model as denoiser.path"
         )
-    raise ValueError(f"{folder}: got neither transformer/ nor unet/, {expected}; use another model")
+    raise UserError(f"{folder}: got neither transformer/ nor unet/, {expected}; use another model")
 
 
 def weight_files(folder: Path) -> tuple[list[Path], str | None]:
@@ -58,7 +59,7 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
         The files, and diffusers' name for their variant: `fp16`, or None for full precision.
 
     Raises:
-        ValueError: There is no safetensors file, or a shard is missing.
+        UserError: There is no safetensors file, or a shard is missing.
     """
     for variant in (None, "fp16"):
         infix = "" if variant is None else f".{variant}"
@@ -70,14 +71,14 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
             return _shards(index), variant
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
     if pickles:
-        raise ValueError(
+        raise UserError(
             f"{folder}: got no .safetensors file but {pickles[0]}, a pickle, which can run code "
             "when read; fetch the weights as safetensors, or convert them where that is safe: "
             "load the pipeline with diffusers and call save_pretrained(FOLDER)"
         )
     others = sorted(p.name for p in folder.glob("*.safetensors"))
     found = f"only {others[0]}" if others else "no .safetensors file"
-    raise ValueError(
+    raise UserError(
         f"{folder}: no such file: {STEM}.safetensors; got {found}; fetch the model again"
     )
 
@@ -86,7 +87,7 @@ def load_strictly(model: nn.Module, files: list[Path]) -> None:
     """Load weights from safetensors files that together fit `model` exactly.
 
     Raises:
-        ValueError: A file is damaged, a name or shape differs from the model's, or weights are
+        UserError: A file is damaged, a name or shape differs from the model's, or weights are
             quantized.
     """
     weights: dict[str, Tensor] = {}
@@ -100,12 +101,12 @@ def load_strictly(model: nn.Module, files: list[Path]) -> None:
         got = tuple(weights[name].shape) if name in weights else "nothing"
         want = tuple(expected[name].shape) if name in expected else "nothing"
         if got != want:
-            raise ValueError(
+            raise UserError(
                 f"weights {files[0]}: {name}: got {got}, expected {want}; the file belongs to "
                 "another architecture or class count"
             )
         if not weights[name].is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"weights {files[0]}: {name}: got {weights[name].dtype}, expected floating-point "
                 "numbers; fetch weights that are not quantized"
             )
@@ -116,7 +117,7 @@ def num_stored(files: list[Path]) -> int:
     """Count the numbers in safetensors files, by reading only the headers.
 
     Raises:
-        ValueError: A file is damaged.
+        UserError: A file is damaged.
     """
     total = 0
     for path in files:
@@ -144,7 +145,7 @@ def check_values(path: Path, config: Mapping[str, Any], model_class: Any) -> Non
         model_class: Class of diffusers whose parameters the config sets.
 
     Raises:
-        ValueError: A value is wrong; the message names its key.
+        UserError: A value is wrong; the message names its key.
     """
     defaults = {
         key: parameter.default
@@ -153,7 +154,7 @@ def check_values(path: Path, config: Mapping[str, Any], model_class: Any) -> Non
     for key, value in config.items():
         default = defaults.get(key)
         if not _is_like(value, default):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {key}: got {value!r:.60}, expected something like {default!r:.60}; fetch "
                 "the model again"
             )
@@ -169,37 +170,37 @@ def whole(
     """Read an integer in [low, high] from a config.
 
     Raises:
-        ValueError: The value is missing, has another type or is out of range.
+        UserError: The value is missing, has another type or is out of range.
     """
     try:
         return checks.whole(f"{path}: {key}", config.get(key), low=low, high=high)
     except TypeError as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def number(path: Path, config: Mapping[str, Any], key: str, default: float) -> float:
     """Read a finite number from a config; `default` replaces a missing value or null.
 
     Raises:
-        ValueError: The value has another type or is not finite.
+        UserError: The value has another type or is not finite.
     """
     value = config.get(key)
     try:
         return checks.number(f"{path}: {key}", default if value is None else value)
     except TypeError as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def sides(path: Path, config: Mapping[str, Any], key: str) -> tuple[int, int]:
     """Read height and width from a config that has one number or a list of two.
 
     Raises:
-        ValueError: The value is something else, or a side is not an integer from 1 to 2048.
+        UserError: The value is something else, or a side is not an integer from 1 to 2048.
     """
     value = config.get(key)
     both = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(both) != 2:
-        raise ValueError(f"{path}: {key}: got {len(both)} numbers, expected one or two")
+        raise UserError(f"{path}: {key}: got {len(both)} numbers, expected one or two")
     height, width = (whole(path, {key: side}, key, high=2048) for side in both)
     return height, width
 
@@ -230,18 +231,18 @@ def _shards(index: Path) -> list[Path]:
     """Return the files that an index names; all must be in the folder of the index."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-        raise ValueError(f"{index}: weight_map: got no names of files; fetch the model again")
+        raise UserError(f"{index}: weight_map: got no names of files; fetch the model again")
     files = [index.parent / name for name in sorted(set(names.values()))]
     for path in files:
         if path.parent != index.parent or path.suffix != ".safetensors":
-            raise ValueError(
+            raise UserError(
                 f"{index}: weight_map: got {path.name!r:.60} outside of its folder or not "
                 "safetensors, expected files beside it; fetch the model again"
             )
         if not path.is_file():
-            raise ValueError(f"{path}: no such file, but {index.name} names it; fetch it again")
+            raise UserError(f"{path}: no such file, but {index.name} names it; fetch it again")
     if not files:
-        raise ValueError(f"{index}: weight_map: got no file; fetch the model again")
+        raise UserError(f"{index}: weight_map: got no file; fetch the model again")
     return files
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.denoisers.model_folders import one_line
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.model_files import check_plain
 
 
@@ -23,12 +24,12 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
         (N, L, D) float32.
 
     Raises:
-        ValueError: transformers is not installed, or a part of the folder cannot be loaded.
+        UserError: transformers is not installed, or a part of the folder cannot be loaded.
     """
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "prompts: text-to-image models need transformers; pip install 'dmkd_fast[text]'"
         ) from None
     for part in ("tokenizer", "text_encoder"):
@@ -46,4 +47,4 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
         )  # fmt: skip
         return encoder(tokens.input_ids)[0].float()
     except Exception as error:  # transformers raises many kinds of errors for a damaged folder
-        raise ValueError(f"{folder}: text_encoder/ or tokenizer/: {one_line(error)}") from None
+        raise UserError(f"{folder}: text_encoder/ or tokenizer/: {one_line(error)}") from None

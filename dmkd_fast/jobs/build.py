@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import user_errors
 from dmkd_fast.jobs.images import later_samplers, make_origin
 from dmkd_fast.jobs.parts import Parts
 from dmkd_fast.jobs.resolve import share
@@ -27,46 +26,44 @@ def build(
     if ranks.world_size > 1:
         # Each rank draws its own dropout masks, and draws the same ones after a restart.
         torch.manual_seed(ranks.seed(config.seed))
-    with user_errors():
-        ring = RingBuffer(
-            part.capacity_images, image_shape=parts.origin.image_shape,
-            block_images=config.block_images,
-            **part.model_dump(exclude={"capacity_images", "overlap"}),
-            guard_blocks=int(part.overlap), own_stream=part.overlap,
-            num_classes=parts.origin.num_classes, device=device, seed=ranks.seed(config.seed),
-        )  # fmt: skip
-        sampler, labels = make_origin(
-            config, parts.origin, ranks.world_size * ring.capacity, show=show, ranks=ranks
-        )
-        later = later_samplers(config, parts.origin)
+    ring = RingBuffer(
+        part.capacity_images, image_shape=parts.origin.image_shape,
+        block_images=config.block_images,
+        **part.model_dump(exclude={"capacity_images", "overlap"}),
+        guard_blocks=int(part.overlap), own_stream=part.overlap,
+        num_classes=parts.origin.num_classes, device=device, seed=ranks.seed(config.seed),
+    )  # fmt: skip
+    sampler, labels = make_origin(
+        config, parts.origin, ranks.world_size * ring.capacity, show=show, ranks=ranks
+    )
+    later = later_samplers(config, parts.origin)
     spec = parts.student_spec
-    with user_errors():
-        return Distiller(
-            sampler=sampler,
-            ring=ring,
-            labels=labels,
-            views=Views(
-                **config.views.model_dump(),
-                mean=spec.mean,
-                std=spec.std,
-                device=device,
-                seed=config.seed,
-            ),
-            teacher=parts.teachers.together,
-            student=parts.student,
-            schedule=Schedule(
-                **config.optim.model_dump(),
-                **config.train.model_dump(exclude={"compile"}),
-                num_evaluations=config.eval.num_points,
-            ),
-            run_dir=config.run_dir,
-            **config.loss.model_dump(),
-            mixer=Mixer(**config.mix.model_dump(), seed=config.seed) if config.mix.is_on else None,
-            dtype=dtype,
-            compile=config.train.compile is True,
-            test_set=parts.test_set,
-            student_input=spec.input,
-            later_samplers=later,
-            show=show,
-            ranks=ranks,
-        )
+    return Distiller(
+        sampler=sampler,
+        ring=ring,
+        labels=labels,
+        views=Views(
+            **config.views.model_dump(),
+            mean=spec.mean,
+            std=spec.std,
+            device=device,
+            seed=config.seed,
+        ),
+        teacher=parts.teachers.together,
+        student=parts.student,
+        schedule=Schedule(
+            **config.optim.model_dump(),
+            **config.train.model_dump(exclude={"compile"}),
+            num_evaluations=config.eval.num_points,
+        ),
+        run_dir=config.run_dir,
+        **config.loss.model_dump(),
+        mixer=Mixer(**config.mix.model_dump(), seed=config.seed) if config.mix.is_on else None,
+        dtype=dtype,
+        compile=config.train.compile is True,
+        test_set=parts.test_set,
+        student_input=spec.input,
+        later_samplers=later,
+        show=show,
+        ranks=ranks,
+    )

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import ConfigError, user_errors
-from dmkd_fast.data.listing import SourceError
 from dmkd_fast.jobs import memory, results, run_dir
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.images import describe_images
 from dmkd_fast.jobs.parts import Parts, prepare
 from dmkd_fast.jobs.resolve import share
-from dmkd_fast.runtime import files
 from dmkd_fast.runtime.clock import Clock
+from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.errors import NotFiniteError, is_out_of_memory
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.training.distiller import Distiller
 
 
@@ -41,13 +39,13 @@ def run(
         first.
 
     Raises:
-        ConfigError: A setting or a file is wrong, and nothing was written; or training cannot
+        UserError: A setting or a file is wrong, and nothing was written; or training cannot
             continue, and a checkpoint has been saved.
         KeyboardInterrupt: Training was interrupted; a checkpoint has been saved.
     """
     clock, show = Clock(), show and ranks.is_first
     config, resume = _place(config, resume, ranks)
-    with ranks.agreed(ConfigError):
+    with ranks.agreed():
         config, parts = prepare(run_dir.find(config) if resume else config, ranks)
         part = share(config, ranks)
         memory.check(part, parts, ranks)
@@ -62,18 +60,16 @@ def _run(
     distiller = build(config, parts, show=show, ranks=ranks)
     distiller.clock = clock  # Loading counts as part of the run.
     folder = Path(config.run_dir)
-    with ranks.agreed(ConfigError), user_errors():
+    with ranks.agreed():
         if not resume:  # Refuse the folder before anything is written to it.
             distiller.check_folder()
     with run_dir.locked(folder, ranks=ranks):
         if resume and run_dir.has_checkpoint(folder):
-            with user_errors():
-                restored = distiller.restore()
+            restored = distiller.restore()
             for note in restored.notes:
                 print(note, file=sys.stderr)
-        with ranks.agreed(ConfigError):
-            with user_errors():
-                distiller.check_folder()
+        with ranks.agreed():
+            distiller.check_folder()
             if ranks.is_first and resume:
                 run_dir.mark(folder, ranks.launch)
             elif ranks.is_first:
@@ -90,14 +86,9 @@ def _fit(distiller: Distiller, folder: Path, ranks: Ranks) -> None:
     try:
         distiller.fit()
     except BaseException as stop:
-        is_known = isinstance(
-            stop, KeyboardInterrupt | SourceError | NotFiniteError | files.SaveError
-        )
-        is_known |= is_out_of_memory(stop)
+        is_known = isinstance(stop, KeyboardInterrupt | UserError) or is_out_of_memory(stop)
         if is_known and ranks.is_first and run_dir.has_checkpoint(folder):
             print(f"to go on: {run_dir.resume_command(folder, ranks)}", file=sys.stderr)
-        if isinstance(stop, SourceError | NotFiniteError):
-            raise ConfigError(str(stop)) from None
         raise
 
 
@@ -106,9 +97,9 @@ def _place(
 ) -> tuple[DistillConfig, bool]:  # fmt: skip
     """Return the config with its run directory, and whether to resume, as rank 0 decides."""
     answer = ""
-    with ranks.agreed(ConfigError):
+    with ranks.agreed():
         if ranks.world_size > ranks.local_world_size and config.run_dir == "auto":
-            raise ConfigError(
+            raise UserError(
                 "run_dir: got auto on several machines, expected a directory that all of them see"
             )
         if ranks.is_first:

@@ -18,10 +18,11 @@ from dmkd_fast.classifiers.ensemble import Teachers
 from dmkd_fast.classifiers.loading import load_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig, EvalConfig
-from dmkd_fast.config.loading import ConfigError, load_config, user_errors
+from dmkd_fast.config.loading import load_config
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet, open_set
 from dmkd_fast.jobs import memory, networks, run_dir
 from dmkd_fast.runtime.device import resolve_device, set_num_threads
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.model_files import pickle_hint
 from dmkd_fast.training import scoring
 
@@ -75,17 +76,17 @@ def evaluate_run(
         classes: File with the class names of `data`; see `open_set`.
 
     Raises:
-        ConfigError: The folder is not a finished run, its files are damaged, or the images do not
+        UserError: The folder is not a finished run, its files are damaged, or the images do not
             fit the student.
     """
     if not (folder / run_dir.CONFIG).is_file():
-        raise ConfigError(
+        raise UserError(
             f"{folder}: got neither the config.yaml of a run nor the config.json of a classifier"
             f"{pickle_hint(folder)}"
         )
     config = load_config(DistillConfig, folder / run_dir.CONFIG)
     set_num_threads(config.num_threads)
-    with user_errors(), memory.named(_LESS_MEMORY):
+    with memory.named(_LESS_MEMORY):
         device = resolve_device(config.device)
         student, spec = load_classifier(folder / STUDENT, device)
         images = open_test_set(
@@ -112,10 +113,10 @@ def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -
         classes: File with the class names of `data`; see `open_set`.
 
     Raises:
-        ConfigError: The classifier or the images cannot be loaded, or do not fit each other.
+        UserError: The classifier or the images cannot be loaded, or do not fit each other.
     """
     set_num_threads(0)
-    with user_errors(), memory.named(_LESS_MEMORY):
+    with memory.named(_LESS_MEMORY):
         device = resolve_device("auto")
         model, spec, _ = networks.load_trained(name, device)
         images = open_test_set(None, data, classes, device, spec.num_classes)
@@ -138,7 +139,7 @@ def open_test_set(
         num_classes: Number of classes that the networks have and the set must have.
 
     Raises:
-        ValueError: There is no such set, it is damaged, or its number of classes differs.
+        UserError: There is no such set, it is damaged, or its number of classes differs.
     """
     if settings is not None:
         data = assets.resolve(settings.path)
@@ -146,7 +147,7 @@ def open_test_set(
     assert data is not None
     images = open_set(data, device, classes=classes, num_classes=num_classes)
     if len(images.class_names) != num_classes:
-        raise ValueError(
+        raise UserError(
             f"classes: {data} has {len(images.class_names)}, the networks have {num_classes}, "
             "expected the same; use another set, or a classifier for these classes"
         )
@@ -163,7 +164,7 @@ def _measure(
         teacher=None if teachers is None else teachers.predict,
     )  # fmt: skip
     if scores.num_not_finite == scores.num_images:
-        raise ValueError(
+        raise UserError(
             f"{name}: got NaN or infinite logits for all of {scores.num_images} images, expected "
             "finite ones; the weights are damaged or their training diverged, use others"
         )

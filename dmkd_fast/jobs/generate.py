@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from dmkd_fast.classifiers.ensemble import Teachers
 from dmkd_fast.classifiers.loading import for_inference
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import user_errors
 from dmkd_fast.data import shards
 from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.denoisers.loading import Denoiser
@@ -38,7 +37,7 @@ from dmkd_fast.jobs.parts import check_fit
 from dmkd_fast.jobs.resolve import resolve
 from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.device import available_bytes, resolve_device
-from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
@@ -106,13 +105,13 @@ def run(
         The summary that the command line prints as its last line.
 
     Raises:
-        ConfigError: A setting, the directory or the machine does not allow this job.
+        UserError: A setting, the directory or the machine does not allow this job.
         KeyboardInterrupt: Ctrl-C or SIGTERM arrived; the directory is consistent.
     """
     started, me = time.monotonic(), distributed.read()
     part = (me.rank, me.world_size) if part is None else part
     advice = f"lower sampler.micro_batch_images={config.sampler.micro_batch_images}"
-    with ThreadPoolExecutor() as pool, user_errors(), memory.named(advice):
+    with ThreadPoolExecutor() as pool, memory.named(advice):
         maker, plan = _prepare(config, num_images, images_per_shard, pool)
         _check_space(folder, plan, part)
         shards.claim(folder, plan)
@@ -128,10 +127,8 @@ def run(
             except KeyboardInterrupt:
                 print(f"every finished shard is kept; to go on: {command}", file=sys.stderr)
                 raise
-            except NotFiniteError as error:
-                raise ValueError(str(error)) from None
             except OSError as error:
-                raise ValueError(_out_of_space(folder, error, command)) from None
+                raise UserError(_out_of_space(folder, error, command)) from None
     there = sum(len(plan.ids(s)) for s in shards.finished(folder))
     wall_s = time.monotonic() - started
     return {
@@ -148,9 +145,9 @@ def _prepare(
 ) -> tuple[Maker, shards.Plan]:  # fmt: skip
     """Load all networks, and build the plan, which lists everything that images depend on."""
     if config.source is not None:
-        raise ValueError("source: got it, expected a denoiser to make images with; change config")
+        raise UserError("source: got it, expected a denoiser to make images with; change config")
     if config.sampler.phases:
-        raise ValueError(
+        raise UserError(
             "sampler.phases: got some, expected none, as a directory's images are all made alike; "
             "set sampler.phases=[], or make a directory for each phase"
         )
@@ -169,7 +166,7 @@ def _prepare(
     memory.check_fits(made, available_bytes(device))
     images_per_shard = images_per_shard or -(-USUAL_SHARD // batch) * batch
     if images_per_shard % batch:
-        raise ValueError(
+        raise UserError(
             f"--images-per-shard: got {images_per_shard}, expected a multiple of "
             f"sampler.micro_batch_images={batch}; change one of the two"
         )
@@ -251,7 +248,7 @@ def _check_space(folder: Path, plan: shards.Plan, part: tuple[int, int]) -> None
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if need > free:
-        raise ValueError(
+        raise UserError(
             f"--num-images: {images:,} images to make take about {need / 2**30:,.1f} GiB, "
             f"{free / 2**30:,.1f} GiB are free in {there}; lower it or choose another --out"
         )

@@ -25,6 +25,7 @@ from dmkd_fast.denoisers.loading import load_denoiser as load_denoiser_
 from dmkd_fast.ring.limiter import slots_for
 from dmkd_fast.runtime.device import resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.noise_levels import choose_solver
 from dmkd_fast.sampling.sampler import DiffusionSampler
@@ -58,7 +59,7 @@ def resolve_sampler(config: DistillConfig, denoiser: Denoiser) -> DistillConfig:
     """Replace every "auto" of the sampler that depends on the denoiser.
 
     Raises:
-        ValueError: The solver or the kind of attention does not work with the denoiser.
+        UserError: The solver or the kind of attention does not work with the denoiser.
     """
     solver, name = (
         choose_solver(denoiser.scheduler, config.sampler.solver),
@@ -69,7 +70,7 @@ def resolve_sampler(config: DistillConfig, denoiser: Denoiser) -> DistillConfig:
             name, device=resolve_device(config.device), dtype=getattr(torch, config.dtype)
         )
     elif name not in ("auto", "sdpa"):
-        raise ValueError(
+        raise UserError(
             f"sampler.attention: got {name} for a {type(denoiser.module).__name__}, expected "
             "sdpa; set sampler.attention=auto"
         )
@@ -111,7 +112,7 @@ def open_source(
         class_names: Class names of the test set.
 
     Raises:
-        ValueError: There are no images, the set is incomplete, or its classes are not the
+        UserError: There are no images, the set is incomplete, or its classes are not the
             teacher's.
     """
     stored.check_dali()
@@ -124,7 +125,7 @@ def open_source(
         shards = sources.ShardSource(folder)
         plan = shards.plan
         if not (shards.is_complete or settings.follow):
-            raise ValueError(
+            raise UserError(
                 f"source.path: {shards.num_ready:,} of {plan.num_images:,} images are in "
                 f"{folder}; finish it with the same dmkd generate, or set source.follow=true"
             )
@@ -136,7 +137,7 @@ def open_source(
             licence=plan.licence,
         )  # fmt: skip
     if settings.follow:
-        raise ValueError(f"source.follow: got true for {folder}, which is no set of shards")
+        raise UserError(f"source.follow: got true for {folder}, which is no set of shards")
     files = sources.open_files(folder, kind, num_classes=num_classes, class_names=class_names)
     height, width = stored.image_size(files) if size is None else (size, size)
     return OpenSource(
@@ -149,7 +150,7 @@ def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
     """Replace `source.kind: auto`, and check the ring's settings against the number of images.
 
     Raises:
-        ValueError: There are fewer images than the ring needs to start or than one block, or
+        UserError: There are fewer images than the ring needs to start or than one block, or
             ring.max_uses is set for a set that fits into the ring.
     """
     assert config.source is not None
@@ -157,14 +158,14 @@ def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
     for name, least in (("ring.min_fill_images", config.ring.min_fill_images),
                         ("source.block_images", config.source.block_images)):  # fmt: skip
         if least > count:
-            raise ValueError(
+            raise UserError(
                 f"{name}: got {least}, expected at most the {count} images of source.path; lower it"
             )
     most = config.ring.max_uses
     if most is not None and count <= slots_for(
         config.ring.capacity_images, config.source.block_images
     ):
-        raise ValueError(
+        raise UserError(
             f"ring.max_uses: got {most} with a source of {count} images that fits into the ring, "
             "expected none, as its images are drawn until train.num_views; remove it"
         )

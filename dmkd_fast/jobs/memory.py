@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import ConfigError
 from dmkd_fast.jobs.images import num_weights
 from dmkd_fast.ring.plan import capacity_plan, largest_capacity
-from dmkd_fast.runtime.device import available_bytes, resolve_device
+from dmkd_fast.runtime.device import available_bytes, is_out_of_memory, resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.errors import is_out_of_memory
+from dmkd_fast.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from dmkd_fast.jobs.parts import Parts
@@ -118,7 +117,7 @@ def check(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
         The largest ring.capacity_images of the whole run that fits beside its other parts.
 
     Raises:
-        ConfigError: The ring or the other parts do not fit.
+        UserError: The ring or the other parts do not fit.
     """
     parts_plan = plan(config, parts)
     have = available_bytes(resolve_device(config.device))
@@ -131,7 +130,7 @@ def check(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
     check_fits(others, have)
     fits = ranks.world_size * largest_capacity(have - rest, **_ring_shape(config, parts))
     if sum(ring.values()) + rest > have:
-        raise ConfigError(
+        raise UserError(
             f"ring.capacity_images: got {ranks.world_size * config.ring.capacity_images}, which "
             f"needs {_gib(sum(ring.values()))} GiB of {_gib(have)} GiB available"
             f"{' to each rank' * (ranks.world_size > 1)}, of which other parts take {_gib(rest)}; "
@@ -144,12 +143,12 @@ def check_fits(parts: dict[str, int], have: int) -> None:
     """Refuse parts that together take more than `have` bytes.
 
     Raises:
-        ConfigError: The parts do not fit. The message names the largest one and what to lower.
+        UserError: The parts do not fit. The message names the largest one and what to lower.
     """
     need, most = sum(parts.values()), max(parts, key=lambda name: parts[name])
     if need > have:
         helps = _WHAT_HELPS.get(most, "use a smaller model")
-        raise ConfigError(
+        raise UserError(
             f"memory: got {_gib(have)} GiB available, expected at least {_gib(need)} GiB "
             f"({most}: {_gib(parts[most])} GiB); {helps}"
         )
@@ -164,7 +163,7 @@ def named(advice: str, device: torch.device | None = None) -> Iterator[None]:
         device: Device whose available memory is reported; None: the host.
 
     Raises:
-        ConfigError: The memory of the device or of the host is exhausted.
+        UserError: The memory of the device or of the host is exhausted.
     """
     have = available_bytes(device or torch.device("cpu"))
     try:
@@ -173,7 +172,7 @@ def named(advice: str, device: torch.device | None = None) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         where = "cpu" if device is None else device.type
-        raise ConfigError(
+        raise UserError(
             f"out of memory: {_gib(have)} GiB of {where} memory were left at the start; {advice}"
         ) from None
 
@@ -189,7 +188,7 @@ def explained(config: DistillConfig, parts: Parts | None = None) -> Iterator[Non
         parts: Networks and data of the run; None while they are being loaded.
 
     Raises:
-        ConfigError: The memory of the device or of the host is exhausted.
+        UserError: The memory of the device or of the host is exhausted.
     """
     have = available_bytes(resolve_device(config.device))
     try:
@@ -204,7 +203,7 @@ def explained(config: DistillConfig, parts: Parts | None = None) -> Iterator[Non
             rest = {name: n for name, n in counts.items() if not name.startswith("ring ")}
             each = ", ".join(f"{name} {_gib(n)}" for name, n in (ring | rest).items())
             keeps = f"it keeps {_gib(sum(counts.values()))} GiB ({each}) and activations on top"
-        raise ConfigError(
+        raise UserError(
             f"out of memory: the run had {_gib(have)} GiB of {config.device} memory left when "
             f"{'it began' if parts else 'it loaded its parts'}; {keeps}; lower train.batch_size="
             f"{config.train.batch_size}, ring.capacity_images={config.ring.capacity_images} or "

@@ -24,6 +24,7 @@ from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.networks import ClassifierConfig, TeachingConfig
 from dmkd_fast.jobs import memory
 from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.views.spec import InputSpec, check_logits
 
 
@@ -54,14 +55,14 @@ def load_trained(name: str, device: torch.device) -> tuple[nn.Module, Classifier
         The model in eval mode, its spec, and the license or identity of its weights.
 
     Raises:
-        ValueError: There is no such classifier, or its weights cannot be loaded.
+        UserError: There is no such classifier, or its weights cannot be loaded.
     """
     if name.startswith(TORCHVISION):
         return load_torchvision(name, device)
     if name.startswith(assets.HUB):
         path, _, revision = name.partition("@")
         if len(revision) != 40 or set(revision) - set("0123456789abcdef"):
-            raise ValueError(
+            raise UserError(
                 f"{path}: got revision {revision!r}, expected {path}@COMMIT with 40 hexadecimal "
                 "digits, so that the weights never change"
             )
@@ -95,7 +96,7 @@ def load_teachers(
         device: Device to load the teachers to.
 
     Raises:
-        ValueError: Weights are missing or do not fit, or some class has no teacher at some point of
+        UserError: Weights are missing or do not fit, or some class has no teacher at some point of
             the run.
     """
     members, specs, counts, names, licences = [], {}, {}, {}, []
@@ -107,7 +108,7 @@ def load_teachers(
         module, spec, licence = loaded
         highest = max(settings.class_map or (0,))
         if highest >= spec.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"{section}.class_map: got {highest}, expected 0 to {spec.num_classes - 1}, the "
                 "teacher's classes; correct the map"
             )
@@ -130,7 +131,7 @@ def load_teachers(
         licences.append(licence)
     if len(set(counts.values())) > 1:
         given = ", ".join(f"{section} has {count}" for section, count in counts.items())
-        raise ValueError(
+        raise UserError(
             f"classes: {given}, expected the same; set class_map where a teacher has more"
         )
     together = Teachers(members, num_classes=counts["teacher"], temperature=temperature)
@@ -147,24 +148,24 @@ def load_student(
     """Build a new student, normalized like the first teacher, or load a saved one.
 
     Raises:
-        ValueError: The student cannot be built or loaded, or does not accept the views.
+        UserError: The student cannot be built or loaded, or does not accept the views.
     """
     first, num_classes = teachers.specs["teacher"], teachers.num_classes["teacher"]
     if settings.path is not None:
         folder = assets.resolve(settings.path, settings.revision)
         student, spec = load_classifier(folder, device)
         if spec.input_size != view_size:
-            raise ValueError(
+            raise UserError(
                 f"student.path: got a student for {spec.input_size} pixels, expected "
                 f"views.size={view_size}; set views.size={spec.input_size}"
             )
         if spec.in_chans != first.in_chans:
-            raise ValueError(
+            raise UserError(
                 f"student.path: got a student for {spec.in_chans} channels, expected the teacher's "
                 f"{first.in_chans}; use another student"
             )
         if spec.num_classes != num_classes:
-            raise ValueError(
+            raise UserError(
                 f"student.path: got a student of {spec.num_classes} classes, expected the "
                 f"teacher's {num_classes}; use another student or a class_map"
             )
@@ -208,13 +209,13 @@ def check_names(
         fix: Setting or option that sets the order of the test set's classes.
 
     Raises:
-        ValueError: A class has different names.
+        UserError: A class has different names.
     """
     if names is None or any(all(n.isdigit() for n in some) for some in (names, tested)):
         return
     for label, (mine, other) in enumerate(zip(names, tested, strict=True)):
         if _plain(mine) != _plain(other):
-            raise ValueError(
+            raise UserError(
                 f"classes: class {label} is {mine!r} in {where} and {other!r} in the test set, "
                 f"expected the same; set {fix} to a file with the set's class names, one a line, "
                 "in the order of the classifier"
@@ -245,7 +246,7 @@ def _check_takes(
             logits = model.eval()(torch.zeros(2, input.num_channels, size, size, device=device))
     except Exception as error:  # Networks raise any kind of error for a wrong shape.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{name}: cannot take {input.num_channels} x {size} x {size} views ({reason}); use "
             "another architecture, stem or size"
         ) from None
@@ -253,7 +254,7 @@ def _check_takes(
         model.train(was_training)
     check_logits(name, logits, 2, num_classes)
     if not logits.isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"{name}: got NaN or infinite logits for a gray image, expected finite ones; the "
             "weights are damaged or their training diverged, use others"
         )

@@ -8,7 +8,6 @@ from torch import nn
 
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import user_errors
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.denoisers.loading import Denoiser
 from dmkd_fast.jobs import memory, networks
@@ -23,6 +22,7 @@ from dmkd_fast.jobs.images import (
 from dmkd_fast.jobs.resolve import resolve
 from dmkd_fast.runtime.device import resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +41,28 @@ def load_parts(config: DistillConfig) -> Parts:
     """Load everything that a resolved config names, without writing anything.
 
     Raises:
-        ConfigError: A file is missing or damaged, or parts do not fit together.
+        UserError: A file is missing or damaged, or parts do not fit together.
     """
-    with user_errors():
-        device = resolve_device(config.device)
-        teachers = networks.load_teachers(
-            config.teachers, temperature=config.loss.temperature, device=device
-        )
-        first = teachers.specs["teacher"]
-        num_classes = teachers.num_classes["teacher"]
-        images: Denoiser | OpenSource
-        if config.source is None:
-            images = open_denoiser(config.denoiser, device)
-            num_classes = images.num_classes
-        test_set = open_test_set(config.eval, None, None, device, num_classes)
-        if config.source is not None:
-            images = open_source(
-                config.source, num_classes=num_classes, channels=first.in_chans,
-                class_names=test_set.class_names,
-            )  # fmt: skip
-        check_fit(config, images, teachers, test_set)
-        student, student_spec = networks.load_student(
-            config.student, teachers, view_size=config.views.size, device=device, seed=config.seed
-        )
+    device = resolve_device(config.device)
+    teachers = networks.load_teachers(
+        config.teachers, temperature=config.loss.temperature, device=device
+    )
+    first = teachers.specs["teacher"]
+    num_classes = teachers.num_classes["teacher"]
+    images: Denoiser | OpenSource
+    if config.source is None:
+        images = open_denoiser(config.denoiser, device)
+        num_classes = images.num_classes
+    test_set = open_test_set(config.eval, None, None, device, num_classes)
+    if config.source is not None:
+        images = open_source(
+            config.source, num_classes=num_classes, channels=first.in_chans,
+            class_names=test_set.class_names,
+        )  # fmt: skip
+    check_fit(config, images, teachers, test_set)
+    student, student_spec = networks.load_student(
+        config.student, teachers, view_size=config.views.size, device=device, seed=config.seed
+    )
     return Parts(
         origin=images, teachers=teachers, student=student, student_spec=student_spec,
         test_set=test_set,
@@ -74,15 +73,14 @@ def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[DistillConfig,
     """Replace every "auto" of a config and load what it names, without writing anything.
 
     Raises:
-        ConfigError: A setting or a file is wrong, or the machine cannot run the job.
+        UserError: A setting or a file is wrong, or the machine cannot run the job.
     """
     config = resolve(config, ranks)
     with memory.explained(config):
         parts = load_parts(config)
-    with user_errors():
-        if isinstance(parts.origin, OpenSource):
-            return resolve_source(config, parts.origin), parts
-        return resolve_sampler(config, parts.origin), parts
+    if isinstance(parts.origin, OpenSource):
+        return resolve_source(config, parts.origin), parts
+    return resolve_sampler(config, parts.origin), parts
 
 
 def check_fit(
@@ -92,7 +90,7 @@ def check_fit(
     """Check that images, teachers and test set have the same classes and channels.
 
     Raises:
-        ValueError: Numbers of classes, class names or numbers of channels differ.
+        UserError: Numbers of classes, class names or numbers of channels differ.
     """
     whose = "denoiser.path" if config.source is None else "source.path"
     for section, spec in teachers.specs.items():
@@ -103,7 +101,7 @@ def check_fit(
         )  # fmt: skip
         for what, made, judged, tested in facts:
             if made != judged or tested not in (judged, None):
-                raise ValueError(
+                raise UserError(
                     f"{what}: {whose} has {made}, {section}.path has {judged}, eval.path has "
                     f"{tested}, expected the same; change the one that is off"
                 )

@@ -7,29 +7,28 @@ from typing import Any
 from pydantic import ValidationError
 
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import user_errors
 from dmkd_fast.jobs import networks, run_dir
 from dmkd_fast.ring.limiter import slots_for
 from dmkd_fast.runtime.device import can_compile, resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.distributed import ALONE, Ranks, use_device
+from dmkd_fast.runtime.errors import UserError
 
 
 def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> DistillConfig:
     """Replace every "auto" that depends on the machine; the result is saved with the run.
 
     Raises:
-        ConfigError: The machine does not have what the config asks for.
+        UserError: The machine does not have what the config asks for.
     """
-    with user_errors():
-        use_device(ranks, config.device)
-        device = resolve_device(config.device)
-        dtype = resolve_dtype(config.dtype, device)
-        first, *more = (networks.pinned(teacher) for teacher in config.teachers.values())
-        if config.ring.overlap and device.type != "cuda":
-            raise ValueError(
-                f"ring.overlap: got true with device {device.type}, which has one stream, expected "
-                "false; set ring.overlap=false"
-            )
+    use_device(ranks, config.device)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    first, *more = (networks.pinned(teacher) for teacher in config.teachers.values())
+    if config.ring.overlap and device.type != "cuda":
+        raise UserError(
+            f"ring.overlap: got true with device {device.type}, which has one stream, expected "
+            "false; set ring.overlap=false"
+        )
     sampler, train = config.sampler.compile, config.train.compile
     # On a CPU compilation gains little, since the denoiser runs fused kernels already. It pays off
     # for the student in long runs only, where it is switched on by hand (docs/notebook.md).
@@ -55,31 +54,30 @@ def share(config: DistillConfig, ranks: Ranks) -> DistillConfig:
     """Return the settings of one rank: its part of the batch and the ring, with the same reuse.
 
     Raises:
-        ConfigError: Batch or ring cannot be divided evenly, or ranks could read different images.
+        UserError: Batch or ring cannot be divided evenly, or ranks could read different images.
     """
     block, ring, train = config.block_images, config.ring, config.train
     if ranks.world_size == 1:
         return config
-    with user_errors():
-        if config.source is not None and config.source.follow:
-            raise ValueError(
-                f"source.follow: got true with {ranks.world_size} ranks, expected false, as each "
-                "would find new shards at another time; let dmkd generate finish first"
-            )
-        slots = slots_for(ring.capacity_images, block)
-        sizes: dict[str, Any] = {
-            "capacity_images": ranks.share("ring.capacity_images", slots, unit=block),
-            # Only the start of training depends on it, so it is rounded down and never refused.
-            "min_fill_images": max(1, ring.min_fill_images // (ranks.world_size * block)) * block,
-        }
-        if ring.error_buffer is not None:
-            sizes["error_buffer"] = ring.error_buffer / ranks.world_size
-        batch = ranks.share("train.batch_size", train.batch_size)
-        values = config.model_dump()
-        values["ring"] |= sizes
-        values["train"] |= {"batch_size": batch}
-        try:
-            return DistillConfig.model_validate(values)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{reason} (of each of {ranks.world_size} ranks)") from None
+    if config.source is not None and config.source.follow:
+        raise UserError(
+            f"source.follow: got true with {ranks.world_size} ranks, expected false, as each "
+            "would find new shards at another time; let dmkd generate finish first"
+        )
+    slots = slots_for(ring.capacity_images, block)
+    sizes: dict[str, Any] = {
+        "capacity_images": ranks.share("ring.capacity_images", slots, unit=block),
+        # Only the start of training depends on it, so it is rounded down and never refused.
+        "min_fill_images": max(1, ring.min_fill_images // (ranks.world_size * block)) * block,
+    }
+    if ring.error_buffer is not None:
+        sizes["error_buffer"] = ring.error_buffer / ranks.world_size
+    batch = ranks.share("train.batch_size", train.batch_size)
+    values = config.model_dump()
+    values["ring"] |= sizes
+    values["train"] |= {"batch_size": batch}
+    try:
+        return DistillConfig.model_validate(values)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"{reason} (of each of {ranks.world_size} ranks)") from None

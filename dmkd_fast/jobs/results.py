@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 
 from dmkd_fast.classifiers.loading import save_classifier, timm_lines
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import ConfigError
 from dmkd_fast.data.stored import ImageReader
 from dmkd_fast.jobs import report, run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, evaluate_run
 from dmkd_fast.jobs.images import card_sentence
 from dmkd_fast.runtime import files
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.training.distiller import Distiller
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
     """Write student, pictures, summary and model card; return the summary.
 
     Raises:
-        ConfigError: A file cannot be written. The last checkpoint holds the trained student.
+        UserError: A file cannot be written. The last checkpoint holds the trained student.
     """
     folder = Path(config.run_dir)
     try:
@@ -58,7 +58,7 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
     except (OSError, SafetensorError) as error:
         path = getattr(error, "filename", None) or folder / STUDENT
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
+        raise UserError(
             f"{path}: cannot write ({reason}); training is finished and saved; free space or fix "
             f"the folder, then: {run_dir.resume_command(folder)}"
         ) from None

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from dmkd_fast.config.jobs import RunConfig
-from dmkd_fast.config.loading import ConfigError, dump_config, load_config
+from dmkd_fast.config.loading import dump_config, load_config
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.runtime.errors import UserError
 
 C = TypeVar("C", bound=RunConfig)
 CONFIG, CHECKPOINTS, LAUNCH, LOCK = "config.yaml", "checkpoints", ".launch", ".lock"
@@ -39,11 +40,11 @@ def check_new(config: RunConfig) -> None:
     """Refuse the directory of another run, before anything is loaded or written.
 
     Raises:
-        ConfigError: The directory holds a run, or cannot be accessed.
+        UserError: The directory holds a run, or cannot be accessed.
     """
     folder = _folder(config)
     if _exists(folder / CONFIG):
-        raise ConfigError(
+        raise UserError(
             f"run_dir: {folder} holds a run already; choose another, or add --resume to go on"
         )
 
@@ -55,15 +56,15 @@ def locked(folder: Path, *, ranks: Ranks = ALONE) -> Iterator[None]:
     Rank 0 holds the lock; all ranks must call this function.
 
     Raises:
-        ConfigError: Another process uses the directory, or the directory cannot be written to.
+        UserError: Another process uses the directory, or the directory cannot be written to.
     """
     with contextlib.ExitStack() as stack:
-        with ranks.agreed(ConfigError), _writing(folder):
+        with ranks.agreed(), _writing(folder):
             if ranks.is_first:
                 files.make_folder(folder)
                 wait_s = RESTART_WAIT_S if ranks.restarts else 0
                 if not stack.enter_context(files.locked(folder / LOCK, wait_s=wait_s)):
-                    raise ConfigError(
+                    raise UserError(
                         f"run_dir: another process uses {folder} now; wait until it has ended, or "
                         "choose another directory"
                     )
@@ -75,7 +76,7 @@ def opened(config: RunConfig, *, resume: bool) -> Iterator[Path]:
     """Lock the directory of a run of one process; create it unless the run is resumed.
 
     Raises:
-        ConfigError: See `locked` and `claim`.
+        UserError: See `locked` and `claim`.
     """
     folder = Path(config.run_dir)
     with locked(folder):
@@ -93,7 +94,7 @@ def claim(config: RunConfig, *, launch: str = "") -> Path:
             without torchrun.
 
     Raises:
-        ConfigError: The directory holds a run already, or cannot be written to.
+        UserError: The directory holds a run already, or cannot be written to.
     """
     check_new(config)
     folder = _folder(config)
@@ -109,19 +110,19 @@ def find(config: C) -> C:
     """Load the saved settings of the run to resume: in `run_dir`, or the newest of this name.
 
     Raises:
-        ConfigError: There is no such run.
+        UserError: There is no such run.
     """
     if config.run_dir != "auto":
         folder = _folder(config)
         if not _exists(folder / CONFIG):
-            raise ConfigError(
+            raise UserError(
                 f"--resume: got no run and no checkpoint in {folder}, expected {CONFIG}; start a "
                 "new run"
             )
     else:
         found = sorted(Path("runs").glob(f"{config.name}-[0-9]*/{CONFIG}"))
         if not found:
-            raise ConfigError(
+            raise UserError(
                 f"--resume: got no run in runs/{config.name}-*, expected one; start without "
                 "--resume or set run_dir"
             )
@@ -146,7 +147,7 @@ def mark(folder: Path, launch: str) -> None:
     """Record the launch that a run belongs to; does nothing if `launch` is empty.
 
     Raises:
-        ConfigError: The directory cannot be written to.
+        UserError: The directory cannot be written to.
     """
     if launch:
         with _writing(folder):
@@ -172,7 +173,7 @@ def _last_written(folder: Path) -> float:
 def _folder(config: RunConfig) -> Path:
     """Return the run directory that the settings name."""
     if not config.run_dir.strip() or "\0" in config.run_dir:
-        raise ConfigError(
+        raise UserError(
             f"run_dir: got {config.run_dir!r}, expected the path of a directory; set run_dir=DIR, "
             "or run_dir=auto"
         )
@@ -187,10 +188,10 @@ def _exists(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turn an OSError into a one-line ConfigError about the run directory."""
+    """Turn an OSError into a one-line UserError about the run directory."""
     try:
         yield
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f"run_dir: cannot write to {folder} ({error.strerror}); set run_dir=DIR to another"
         ) from None

@@ -29,6 +29,7 @@ from dmkd_fast.ring.orders import BlockTable, OrderName, make_order, occurrences
 from dmkd_fast.ring.plan import MOST_USES, check_sizes
 from dmkd_fast.ring.statistics import BINS, Statistics, count_slots, without_strays
 from dmkd_fast.runtime import checks
+from dmkd_fast.runtime.errors import UserError
 
 MOST_PASSES = 1024  # upper bound for the passes over the ring in one draw
 
@@ -76,7 +77,7 @@ class RingBuffer:
         seed: Seed of the draw order.
 
     Raises:
-        TypeError, ValueError: An argument is out of range, sizes do not fit together, or a setting
+        TypeError, UserError: An argument is out of range, sizes do not fit together, or a setting
             would be ignored.
     """
 
@@ -104,7 +105,7 @@ class RingBuffer:
             max_uses=max_uses, num_classes=num_classes,
         )  # fmt: skip
         if own_stream and (device.type != "cuda" or guard_blocks == 0):
-            raise ValueError(
+            raise UserError(
                 f"own_stream: got device {device.type} and guard_blocks={guard_blocks}, expected "
                 "cuda and at least 1; set guard_blocks=1 or own_stream=False"
             )
@@ -159,7 +160,7 @@ class RingBuffer:
         """Refuse settings that would stop a loop that draws `batch_size` views at a time.
 
         Raises:
-            ValueError: The loop would stop; the message says what to change.
+            UserError: The loop would stop; the message says what to change.
         """
         check_loop(
             self._limiter, batch_size=batch_size,
@@ -217,7 +218,7 @@ class RingBuffer:
 
         Raises:
             RuntimeError: The block is not open, or draws have not been released.
-            TypeError, ValueError: Ids or labels have a wrong type, shape, dtype or device, or
+            TypeError, UserError: Ids or labels have a wrong type, shape, dtype or device, or
                 labels on a CPU are not classes.
         """
         if block is not self._open:
@@ -259,7 +260,7 @@ class RingBuffer:
         """Draw `count` images.
 
         Raises:
-            TypeError, ValueError: `count` is not a whole number from 1 to 1,024 times the capacity
+            TypeError, UserError: `count` is not a whole number from 1 to 1,024 times the capacity
                 (at most 2**24).
             RuntimeError: The ring is empty, its images are used up, or, without a guard, a block
                 is open or was aborted over older images.
@@ -320,10 +321,10 @@ class RingBuffer:
             count: Result of `num_faults`, read by the host.
 
         Raises:
-            ValueError: `count` is not 0.
+            UserError: `count` is not 0.
         """
         if count:
-            raise ValueError(
+            raise UserError(
                 f"ring: got {count:,} labels outside of 0 to {(self.num_classes or 0) - 1} or "
                 f"images drawn {MOST_USES:,} times, expected none; correct the labels, or make "
                 "samples_per_insert smaller"
@@ -353,16 +354,16 @@ class RingBuffer:
         """Load the result of `state_dict`; a state without pixels leaves `images` unchanged.
 
         Raises:
-            ValueError: The state belongs to a ring of another shape or with other settings.
+            UserError: The state belongs to a ring of another shape or with other settings.
         """
         for name, mine in self._tensors().items():
             if name in state and state[name].shape != mine.shape:
-                raise ValueError(
+                raise UserError(
                     f"ring: got {name} of shape {tuple(state[name].shape)}, expected "
                     f"{tuple(mine.shape)}; resume with the settings of the run"
                 )
         if state["settings"] != self._settings:
-            raise ValueError(
+            raise UserError(
                 f"ring: got a state of {state['settings']}, expected {self._settings}; resume with "
                 "the settings of the run"
             )

@@ -20,6 +20,7 @@ import math
 from fractions import Fraction
 
 from dmkd_fast.runtime import checks
+from dmkd_fast.runtime.errors import UserError
 
 
 class Limiter:
@@ -34,7 +35,7 @@ class Limiter:
             samples_per_insert * images.
 
     Raises:
-        TypeError, ValueError: A number is not positive or not finite.
+        TypeError, UserError: A number is not positive or not finite.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Limiter:
         ):  # fmt: skip
             checks.number(name, value)
             if value <= 0:
-                raise ValueError(f"{name}: got {value}, expected a positive number; change it")
+                raise UserError(f"{name}: got {value}, expected a positive number; change it")
         self.min_fill_images = slots_for(min_fill_images, block_images)
         self.block_images = block_images
         self._is_default = error_buffer is None
@@ -93,7 +94,7 @@ class Limiter:
             batch_size: Views drawn together.
 
         Raises:
-            ValueError: They would deadlock; the message says what to change.
+            UserError: They would deadlock; the message says what to change.
         """
         step = self.reuse * self.block_images
         grid = _gcd(step, Fraction(batch_size))
@@ -101,7 +102,7 @@ class Limiter:
         if points < (step + batch_size) / grid:
             setting = "samples_per_insert" if self._is_default else "error_buffer"
             got = float(self.reuse if self._is_default else self.buffer)
-            raise ValueError(
+            raise UserError(
                 f"{setting}: got {got:g}, with which blocks of {self.block_images} images and "
                 f"batches of {batch_size} views would wait for each other for ever (reuse may be "
                 f"off by {float(self.buffer):g} views, expected {float((step + batch_size) / 2):g} "
@@ -121,38 +122,38 @@ def check_ring(
     """Refuse ring settings that do not fit together; the arguments are those of `RingBuffer`.
 
     Raises:
-        ValueError: Settings do not fit together; the message says what to change.
+        UserError: Settings do not fit together; the message says what to change.
     """
     if guard_blocks < 0:
-        raise ValueError(f"guard_blocks: got {guard_blocks}, expected 0 or more; raise it")
+        raise UserError(f"guard_blocks: got {guard_blocks}, expected 0 or more; raise it")
     least = (1 + max(1, guard_blocks)) * block_images
     if capacity_images < least:
-        raise ValueError(
+        raise UserError(
             f"capacity_images: got {capacity_images}, expected at least {least} "
             f"({least // block_images} blocks of {block_images}: one to draw from and the others "
             "to write); raise it"
         )
     most = slots_for(capacity_images, block_images) - max(1, guard_blocks) * block_images
     if min_fill_images > most:
-        raise ValueError(
+        raise UserError(
             f"min_fill_images: got {min_fill_images}, expected at most {most} (capacity less "
             f"{max(1, guard_blocks)} block(s) of {block_images}); lower it"
         )
     if order not in ("shuffled", "equal", "uniform", "balanced"):
-        raise ValueError(
+        raise UserError(
             f"order: got {order!r}, expected shuffled, equal, uniform or balanced; choose one"
         )
     if order == "balanced" and num_classes is None:
-        raise ValueError("num_classes: got None with order=balanced, expected their number; set it")
+        raise UserError("num_classes: got None with order=balanced, expected their number; set it")
     if max_uses is None:
         return
     if order not in ("shuffled", "equal"):
-        raise ValueError(
+        raise UserError(
             f"max_uses: got {max_uses} with order={order}, which does not draw in passes; expected "
             "order=shuffled or equal; change one of the two"
         )
     if max_uses < samples_per_insert:
-        raise ValueError(
+        raise UserError(
             f"max_uses: got {max_uses}, expected at least samples_per_insert="
             f"{samples_per_insert:g}, the views per image asked for; raise it"
         )
@@ -172,10 +173,10 @@ def check_loop(limiter: Limiter, *, batch_size: int, most_drawable: int) -> None
         most_drawable: Largest number of images that can be drawn from: capacity less guard.
 
     Raises:
-        ValueError: The loop would stop; the message says what to change.
+        UserError: The loop would stop; the message says what to change.
     """
     if batch_size > most_drawable:
-        raise ValueError(
+        raise UserError(
             f"batch_size: got {batch_size}, expected at most {most_drawable}, the images that can "
             "be drawn from (capacity less guard); lower it or raise capacity_images"
         )

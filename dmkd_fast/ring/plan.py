@@ -12,6 +12,7 @@ import torch
 from dmkd_fast.ring.limiter import slots_for
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.device import available_bytes as free_bytes
+from dmkd_fast.runtime.errors import UserError
 
 # Views have 24 bits for the use count of an image; order "balanced" has 15 bits for its class.
 MOST_USES, MOST_CLASSES = 2**24, 2**15
@@ -28,7 +29,7 @@ def check_sizes(
     operating system ends the process, while other devices raise an error.
 
     Raises:
-        TypeError, ValueError: An argument is wrong; the message is one line that names it.
+        TypeError, UserError: An argument is wrong; the message is one line that names it.
     """
     shape = checks.image_shape(image_shape)
     for name, value, most in (
@@ -44,7 +45,7 @@ def check_sizes(
         capacity_plan(capacity_images, image_shape=shape, block_images=block_images).values()
     )
     if device.type == "cpu" and size > free_bytes(device):
-        raise ValueError(
+        raise UserError(
             f"capacity_images: got {capacity_images}, which takes {size:,} bytes, expected at most "
             f"{free_bytes(device):,}, what is free; lower it"
         )

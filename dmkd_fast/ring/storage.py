@@ -23,6 +23,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from dmkd_fast.runtime import files, model_files
+from dmkd_fast.runtime.errors import UserError
 
 
 class Ring(Protocol):
@@ -114,12 +115,12 @@ class BlockFiles:
         """Load the result of `state_dict`, and the images from the block files.
 
         Raises:
-            ValueError: The state belongs to a ring of another shape.
+            UserError: The state belongs to a ring of another shape.
             Damaged: A file is damaged, and its images cannot be made again.
         """
         expected = [self.ring.block_images, *self.ring.images.shape]
         if state["shape"] != expected:
-            raise ValueError(f"got blocks and ring of shape {state['shape']}, expected {expected}")
+            raise UserError(f"got blocks and ring of shape {state['shape']}, expected {expected}")
         self.ring.load_state_dict(state["ring"])
         self.notes, self._errors, self._digests = [], {}, {}
         self._named = set(range(state["first"], state["last"]))

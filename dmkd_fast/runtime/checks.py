@@ -11,6 +11,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from dmkd_fast.runtime.errors import UserError
+
 MAX_SEED = 2**63 - 1
 
 
@@ -19,7 +21,7 @@ def whole(name: str, value: Any, *, low: int = 0, high: int = 2**31 - 1) -> int:
 
     Raises:
         TypeError: `value` is not an integer, or is a bool or a tensor.
-        ValueError: `value` is out of range.
+        UserError: `value` is out of range.
     """
     try:
         if isinstance(value, bool | Tensor):
@@ -28,7 +30,7 @@ def whole(name: str, value: Any, *, low: int = 0, high: int = 2**31 - 1) -> int:
     except TypeError:
         raise TypeError(f"{name}: got {_shown(value)}, expected a whole number") from None
     if not low <= number <= high:
-        raise ValueError(f"{name}: got {_shown(value)}, expected {low} to {high}; change it")
+        raise UserError(f"{name}: got {_shown(value)}, expected {low} to {high}; change it")
     return number
 
 
@@ -39,7 +41,7 @@ def number(
 
     Raises:
         TypeError: `value` is not a number, or is a bool, a string or a tensor.
-        ValueError: `value` is not finite or is out of range.
+        UserError: `value` is not finite or is out of range.
     """
     try:
         if isinstance(value, bool | str | bytes | Tensor):
@@ -53,7 +55,7 @@ def number(
         bounds = f"more than {low:g}" if above else "" if low == -math.inf else f"at least {low:g}"
         if high != math.inf:
             bounds = f"{bounds} and at most {high:g}" if bounds else f"at most {high:g}"
-        raise ValueError(
+        raise UserError(
             f"{name}: got {_shown(value)}, expected a finite number{' of ' * bool(bounds)}{bounds};"
             " change it"
         )
@@ -73,14 +75,14 @@ def rows(
 
     Raises:
         TypeError: `values` is not a tensor.
-        ValueError: The shape, dtype or device of `values` is wrong.
+        UserError: The shape, dtype or device of `values` is wrong.
     """
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: got {type(values).__name__}, expected a tensor")
     is_wrong = values.ndim != 1 or values.dtype != torch.int64
     if is_wrong or count not in (None, len(values)) or device not in (None, values.device):
         where = "" if device is None else f" on {device}"
-        raise ValueError(
+        raise UserError(
             f"{name}: got {tuple(values.shape)} {values.dtype} on {values.device}, expected "
             f"({'n' if count is None else count},) torch.int64{where}; give one for each image"
         )
@@ -90,7 +92,7 @@ def within(name: str, values: Tensor, *, low: int, high: int) -> None:
     """Check the range of numbers on the CPU; tensors on other devices are not read.
 
     Raises:
-        ValueError: A number is outside [low, high].
+        UserError: A number is outside [low, high].
     """
     if type(values) is not Tensor or not values.is_cpu or torch.compiler.is_compiling():
         return
@@ -102,7 +104,7 @@ def within(name: str, values: Tensor, *, low: int, high: int) -> None:
         return
     least, most = int(numbers.min()), int(numbers.max())
     if least < low or most > high:
-        raise ValueError(
+        raise UserError(
             f"{name}: got {least if least < low else most}, expected {low} to {high}; correct them"
         )
 
@@ -111,10 +113,10 @@ def image_shape(shape: Any, *, name: str = "image_shape") -> tuple[int, int, int
     """Return an image shape as (c, H, W), each 1 or more.
 
     Raises:
-        TypeError, ValueError: `shape` is not three such numbers.
+        TypeError, UserError: `shape` is not three such numbers.
     """
     if not isinstance(shape, tuple | list | torch.Size) or len(shape) != 3:
-        raise ValueError(f"{name}: got {_shown(shape)}, expected (channels, height, width)")
+        raise UserError(f"{name}: got {_shown(shape)}, expected (channels, height, width)")
     channels, height, width = (whole(name, side, low=1, high=2**20) for side in shape)
     return channels, height, width
 
@@ -122,7 +124,7 @@ def image_shape(shape: Any, *, name: str = "image_shape") -> tuple[int, int, int
 def check_accumulate(accumulate: int, *, batch_size: int) -> None:
     """Refuse a number of micro-batches that does not divide the batch size."""
     if accumulate < 1 or batch_size % accumulate:
-        raise ValueError(
+        raise UserError(
             f"accumulate: got {accumulate}, expected a divisor of batch_size={batch_size}; change "
             "one of the two"
         )
@@ -137,12 +139,12 @@ def check_milestones(milestones: Sequence[float], *, warmup: float) -> None:
     """
     points = [number("milestones", point) for point in milestones]
     if points != sorted(set(points)) or not all(0 < point < 1 for point in points):
-        raise ValueError(
+        raise UserError(
             f"milestones: got {points}, expected rising shares of the run between 0 and 1, as "
             "[0.3, 0.6, 0.9]; correct the list"
         )
     if points and points[0] < warmup:
-        raise ValueError(
+        raise UserError(
             f"milestones: got {points[0]} as the first, expected at least warmup={warmup}, as the "
             "rate still rises before; change one of the two"
         )

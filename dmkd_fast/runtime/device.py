@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from dmkd_fast.runtime import container
+from dmkd_fast.runtime.errors import UserError
 
 Device = Literal["auto", "cpu", "cuda"]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -34,13 +35,13 @@ def resolve_device(name: Device) -> torch.device:
     an index as the first device, even if another one is current.
 
     Raises:
-        ValueError: `name` is cuda, and there is no CUDA device.
+        UserError: `name` is cuda, and there is no CUDA device.
     """
     has_cuda = torch.cuda.is_available()
     if name == "cpu" or (name == "auto" and not has_cuda):
         return torch.device("cpu")
     if not has_cuda:
-        raise ValueError("device: got cuda, but no CUDA device is visible; set device=cpu or auto")
+        raise UserError("device: got cuda, but no CUDA device is visible; set device=cpu or auto")
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -50,14 +51,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     On CUDA this is float16. On a CPU with AVX512-BF16 or AMX it is bfloat16, on other CPUs float32.
 
     Raises:
-        ValueError: `name` is float16 on a CPU, where it is many times slower than bfloat16.
+        UserError: `name` is float16 on a CPU, where it is many times slower than bfloat16.
     """
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
         return torch.bfloat16 if cpu_has_bf16() else torch.float32
     if name == "float16" and device.type == "cpu":
-        raise ValueError("dtype: got float16 on a CPU, expected bfloat16 or float32; use auto")
+        raise UserError("dtype: got float16 on a CPU, expected bfloat16 or float32; use auto")
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -194,3 +195,11 @@ class InFlight:
         end = torch.cuda.Event(blocking=True)  # leaves the core to others during the wait
         end.record()
         self._ends.append(end)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the device or the host is out of memory."""
+    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )

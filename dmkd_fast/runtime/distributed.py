@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dmkd_fast.runtime.errors import UserError
+
 LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
 # For a peer that hangs (a dead one closes its connections and is noticed at once). Long enough for
 # the other ranks to wait while one of them compiles.
@@ -75,12 +77,12 @@ class Ranks:
             unit: Number of which each share must be a multiple.
 
         Raises:
-            ValueError: `count` cannot be divided into such shares.
+            UserError: `count` cannot be divided into such shares.
         """
         whole = self.world_size * unit
         if count % whole:
             blocks = f" blocks of {unit}" if unit > 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"{name}: got {count} with {self.world_size} ranks, expected a multiple of {whole}"
                 f", so that all have as many{blocks}; change it or --nproc-per-node"
             )
@@ -103,8 +105,8 @@ class Ranks:
         return [bytes(t[: int(n)].tolist()).rstrip(b"\0").decode() for t, n in pairs]
 
     @contextlib.contextmanager
-    def agreed(self, kind: type[ValueError]) -> Iterator[None]:
-        """Raise an error on every rank if a ValueError was raised inside on any rank.
+    def agreed(self, kind: type[UserError] = UserError) -> Iterator[None]:
+        """Raise an error on every rank if a UserError or OSError was raised inside on any rank.
 
         At the end of the block, all ranks wait for each other.
 
@@ -117,7 +119,7 @@ class Ranks:
         problem = ""
         try:
             yield
-        except ValueError as error:
+        except (UserError, OSError) as error:
             problem = str(error) or type(error).__name__
         problems = self.gather(problem)
         for rank, text in enumerate(problems):
@@ -274,12 +276,12 @@ def use_device(ranks: Ranks, name: str) -> None:
         name: Setting `device`: auto, cpu or cuda.
 
     Raises:
-        ValueError: There are fewer devices than ranks.
+        UserError: There are fewer devices than ranks.
     """
     if name != "cpu" and ranks.local_world_size > 1 and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if ranks.local_world_size > count:
-            raise ValueError(
+            raise UserError(
                 f"--nproc-per-node: got {ranks.local_world_size}, expected at most the {count} "
                 "CUDA devices of this machine; lower it or set device=cpu"
             )

@@ -1,17 +1,38 @@
-"""Errors that end a run with a one-line message, and a test for out-of-memory errors."""
+"""Errors that a person can act on, as opposed to bugs, which keep their traceback."""
 
 from __future__ import annotations
 
-import torch
+MAX_MESSAGE = 1000
 
 
-class NotFiniteError(RuntimeError):
+class UserError(ValueError):
+    """Error that a person can act on, with a message of one line of at most 1,000 characters.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(" ".join(message.split()), MAX_MESSAGE))
+
+
+class NotFiniteError(UserError):
     """Error for a run that cannot continue, because too many of its values are not finite."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the device or the host is out of memory."""
-    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
+def invalid(name: str, got: object, expected: str, fix: str = "") -> UserError:
+    """Return an error that reads `name: got X, expected Y; fix`.
+
+    Args:
+        name: Setting, argument or file that is wrong.
+        got: Value that was found, or a phrase that describes it.
+        expected: Noun phrase for the values that are accepted.
+        fix: Imperative phrase; leave it out where the fix is obvious.
+    """
+    return UserError(f"{name}: got {got}, expected {expected}{f'; {fix}' if fix else ''}")
+
+
+def shortened(text: str, length: int) -> str:
+    """Cut out the middle of a text that is longer than `length`; the end holds the advice."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]} ... {text[-(length // 2 - 5) :]}"

@@ -21,15 +21,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
+from dmkd_fast.runtime.errors import UserError
+
 T = TypeVar("T")
 CHUNK_BYTES = 16 * 2**20
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """Error for a file that is missing or differs from what was written."""
 
 
-class SaveError(ValueError):
+class SaveError(UserError):
     """Error for a failed write; the files that existed before are unchanged."""
 
 

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dmkd_fast.runtime.errors import UserError
+
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 COMPILED = "_orig_mod."
 """Prefix that torch.compile adds to the names inside the module that it wraps."""
@@ -39,7 +41,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load the weights of `model` from a safetensors file, which must hold exactly these weights.
 
     Raises:
-        ValueError: The file is missing or damaged, or its names, shapes or types differ from those
+        UserError: The file is missing or damaged, or its names, shapes or types differ from those
             of the model.
     """
     names = match_weights(model, path)
@@ -63,16 +65,16 @@ def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
         Name in the model for each name in the file.
 
     Raises:
-        ValueError: As in `load_weights`.
+        UserError: As in `load_weights`.
     """
     if not path.is_file():
-        raise ValueError(f"weights {path}: no such file{pickle_hint(path.parent)}")
+        raise UserError(f"weights {path}: no such file{pickle_hint(path.parent)}")
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             given = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"weights {path}: damaged ({_first_line(error)}); fetch or save them again"
         ) from None
     expected = model.state_dict(keep_vars=True)
@@ -81,7 +83,7 @@ def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
         name = theirs.replace(COMPILED, "")
         name = name if name in expected else name.removeprefix("module.")
         if name in names.values():
-            raise ValueError(
+            raise UserError(
                 f"weights {path}: {_shown(name)}: got it twice, once as {_shown(theirs)}; save the "
                 "model again"
             )
@@ -95,12 +97,12 @@ def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
         got = found[name][1] if name in found else "nothing"
         want = tuple(tensor.shape) if tensor is not None else "nothing"
         if got != want or tensor is None:
-            raise ValueError(
+            raise UserError(
                 f"weights {path}: {_shown(name)}: got {got}, expected {want}; "
                 "the file belongs to another architecture or class count"
             )
         if _kind(found[name][0]) != _kind(NAMES.get(tensor.dtype, str(tensor.dtype))):
-            raise ValueError(
+            raise UserError(
                 f"weights {path}: {_shown(name)}: got numbers of type {found[name][0]}, expected "
                 f"{NAMES.get(tensor.dtype, tensor.dtype)}; save the model in float32 or float16"
             )
@@ -143,17 +145,17 @@ def check_folder(folder: Path) -> None:
     """Refuse a path that is not a folder with a config.json.
 
     Raises:
-        ValueError: The path is a file, or there is no config.json; the message says what to do.
+        UserError: The path is a file, or there is no config.json; the message says what to do.
     """
     if folder.is_file():
         what, fix = "a file", "give its folder"
         if _is_pickle(folder):
             what, fix = "a pickle, which can run code when read", CONVERT
-        raise ValueError(
+        raise UserError(
             f"{folder}: got {what}, expected a folder with config.json and model.safetensors; {fix}"
         )
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder / CONFIG}: No such file{pickle_hint(folder)}")
+        raise UserError(f"{folder / CONFIG}: No such file{pickle_hint(folder)}")
 
 
 def pickle_hint(folder: Path) -> str:
@@ -168,16 +170,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        ValueError: The file cannot be read, or does not hold a JSON object.
+        UserError: The file cannot be read, or does not hold a JSON object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}; check the model's folder") from None
+        raise UserError(f"{path}: {error.strerror or error}; check the model's folder") from None
     except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not valid JSON; fetch or save the model again") from None
+        raise UserError(f"{path}: not valid JSON; fetch or save the model again") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: got a JSON {type(values).__name__}, expected an object")
+        raise UserError(f"{path}: got a JSON {type(values).__name__}, expected an object")
     return values
 
 
@@ -185,14 +187,14 @@ def check_plain(folder: Path) -> None:
     """Refuse a component of a diffusers model that names code, or files outside its folder.
 
     Raises:
-        ValueError: The component does so, or it is an adapter of another model.
+        UserError: The component does so, or it is an adapter of another model.
     """
     configs = [p for p in (folder / CONFIG, folder / "tokenizer_config.json") if p.is_file()]
     for path in configs:
         values = read_json(path)
         for key in RUNS_CODE:
             if values.get(key) is not None:
-                raise ValueError(
+                raise UserError(
                     f"{path}: got {key}, which can run code that is not the library's own, "
                     "expected a config without; use a plain model"
                 )
@@ -201,7 +203,7 @@ def check_plain(folder: Path) -> None:
         names = read_json(path).get("weight_map")
         _check_inside(path, [*names.values()] if isinstance(names, dict) else [names])
     if (folder / "adapter_config.json").exists():
-        raise ValueError(
+        raise UserError(
             f"{folder}: got adapter_config.json, which loads another model, expected a whole one; "
             "merge the adapter and save the result"
         )
@@ -213,7 +215,7 @@ def _check_inside(path: Path, names: list[Any]) -> None:
             continue
         # One path component that is not only dots.
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", name):
-            raise ValueError(
+            raise UserError(
                 f"{path}: got the file name {str(name)[:80]!r}, expected one without folders; "
                 "fetch or save the model again"
             )

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dmkd_fast.runtime.errors import UserError
+
 _said: set[str] = set()
 
 
@@ -27,7 +29,7 @@ def check_own_memory(out: Tensor, inputs: dict[str, Tensor | None]) -> None:
         if tensor is not None:
             first, last = _memory(tensor)
             if begin < last and first < end:
-                raise ValueError(f"out: shares memory with {name}, expected a tensor of its own")
+                raise UserError(f"out: shares memory with {name}, expected a tensor of its own")
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dmkd_fast.runtime import checks
+from dmkd_fast.runtime.errors import UserError
 
 
 def check_settings(
@@ -23,10 +24,10 @@ def check_settings(
         guided: Labels that have a guidance scale of their own.
 
     Raises:
-        TypeError, ValueError: An argument is of a wrong type or out of range.
+        TypeError, UserError: An argument is of a wrong type or out of range.
     """
     if math.prod(checks.image_shape(latent_shape, name="latent_shape")) > 2**28:
-        raise ValueError(f"latent_shape: got {latent_shape}, expected at most 2**28 numbers")
+        raise UserError(f"latent_shape: got {latent_shape}, expected at most 2**28 numbers")
     checks.whole("seed", seed, high=checks.MAX_SEED)
     checks.whole("micro_batch_images", micro_batch_images, low=1, high=2**20)
     for name, value in (("null_class", null_class), ("num_classes", num_classes),
@@ -40,18 +41,18 @@ def check_settings(
     if class_map is not None and (
         min(class_map, default=-1) < 0 or num_classes not in (None, len(class_map))
     ):
-        raise ValueError(
+        raise UserError(
             f"class_map: got {len(class_map)} entries from {min(class_map, default=None)}, "
             "expected one class of the model, 0 or higher, for each of num_classes"
         )
     if len(guidance_interval) != 2:
-        raise ValueError(f"guidance_interval: got {guidance_interval}, expected two numbers")
+        raise UserError(f"guidance_interval: got {guidance_interval}, expected two numbers")
     first, last = (checks.number("guidance_interval", share) for share in guidance_interval)
     if not 0 <= first < last <= 1:
-        raise ValueError(f"guidance_interval: got ({first}, {last}), expected 0 <= start < stop "
+        raise UserError(f"guidance_interval: got ({first}, {last}), expected 0 <= start < stop "
                          "<= 1; change it")  # fmt: skip
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
+        raise UserError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
 
 
 def check_guidance(
@@ -66,17 +67,17 @@ def check_guidance(
         takes_guidance: Whether the guidance scale is an input of the model.
 
     Raises:
-        ValueError: The model has guidance folded into its weights, or it has no null class.
+        UserError: The model has guidance folded into its weights, or it has no null class.
     """
     if scale == 1.0:
         return
     if "distilled_guidance_scale" in scheduler:
-        raise ValueError(
+        raise UserError(
             f"guidance_scale: got {scale} for a denoiser that has guidance "
             f"{scheduler['distilled_guidance_scale']} folded in, expected 1; set guidance_scale=1"
         )
     if null_class is None and not takes_guidance:
-        raise ValueError(
+        raise UserError(
             f"guidance_scale: got {scale} for a model without a null class, "
             "expected 1; set guidance_scale=1, or, for a UNet trained with dropped labels, "
             "denoiser.null_class"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.runtime import checks
+from dmkd_fast.runtime.errors import UserError
 
 Solver = Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"]
 Scheduler = dict[str, Any]
@@ -53,7 +54,7 @@ def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
     """Resolve "auto" to the scheduler's own solver, and check any other name.
 
     Raises:
-        ValueError: The scheduler is unknown, or the solver does not fit models with this scheduler.
+        UserError: The scheduler is unknown, or the solver does not fit models with this scheduler.
     """
     name = str(scheduler.get("_class_name"))
     possible: tuple[str, ...]
@@ -65,10 +66,10 @@ def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
         possible, own = ("ddpm", "ddim", "dpm++2m"), VARIANCE_PRESERVING[name] or ""
     else:
         known = ", ".join([FLOW, CONSISTENCY, *VARIANCE_PRESERVING])
-        raise ValueError(f"scheduler: got {name:.60}, expected one of {known}; use another model")
+        raise UserError(f"scheduler: got {name:.60}, expected one of {known}; use another model")
     chosen = own if solver == "auto" else solver
     if chosen not in possible:
-        raise ValueError(
+        raise UserError(
             f"solver: got {solver!r} for a model with {name}, expected one of "
             f"{', '.join(possible)}; change the solver (all: {', '.join(get_args(Solver))})"
         )
@@ -79,12 +80,12 @@ def check_supported(scheduler: Scheduler, chosen: str) -> None:
     """Reject scheduler values for which the table of solver `chosen` would be wrong.
 
     Raises:
-        ValueError: A value is not supported; the message names its key.
+        UserError: A value is not supported; the message names its key.
     """
     name = str(scheduler.get("_class_name"))
     for key, values in SUPPORTED[name if name in SUPPORTED else chosen].items():
         if key in scheduler and scheduler[key] not in values:
-            raise ValueError(
+            raise UserError(
                 f"scheduler: got {key}={scheduler[key]!r:.60}, expected {values[0]!r}; only that "
                 "is supported"
             )
@@ -96,24 +97,24 @@ def number_of(
     """Read a finite number in [low, high] from the scheduler's config.
 
     Raises:
-        ValueError: The value has another type or is out of range.
+        UserError: The value has another type or is out of range.
     """
     try:
         return checks.number(f"scheduler: {key}", scheduler.get(key, default), low=low, high=high)
     except TypeError as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def whole_of(scheduler: Scheduler, key: str, default: int, *, low: int, high: int) -> int:
     """Read an integer in [low, high] from the scheduler's config.
 
     Raises:
-        ValueError: The value has another type or is out of range.
+        UserError: The value has another type or is out of range.
     """
     try:
         return checks.whole(f"scheduler: {key}", scheduler.get(key, default), low=low, high=high)
     except TypeError as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def trained_steps(scheduler: Scheduler) -> int:
@@ -145,7 +146,7 @@ def alpha_bar(scheduler: Scheduler, trained: int) -> Tensor:
     """Return the cumulative products of 1 - beta, (trained,) float64.
 
     Raises:
-        ValueError: The beta schedule is not supported, or its values are wrong.
+        UserError: The beta schedule is not supported, or its values are wrong.
     """
     kind, given = scheduler.get("beta_schedule", "linear"), scheduler.get("trained_betas")
     start = number_of(scheduler, "beta_start", 0.0001, high=1.0)
@@ -153,7 +154,7 @@ def alpha_bar(scheduler: Scheduler, trained: int) -> Tensor:
     if given is not None:
         if not isinstance(given, list | tuple) or len(given) != trained:
             size = f"{len(given)} numbers" if isinstance(given, list | tuple) else f"{given!r:.60}"
-            raise ValueError(
+            raise UserError(
                 f"scheduler: trained_betas: got {size}, expected a list of num_train_timesteps="
                 f"{trained} numbers; fetch the file again"
             )
@@ -170,7 +171,7 @@ def alpha_bar(scheduler: Scheduler, trained: int) -> Tensor:
         bar = ((places + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
     else:
-        raise ValueError(
+        raise UserError(
             f"scheduler: got beta_schedule={kind!r:.60}, expected linear, scaled_linear or "
             "squaredcos_cap_v2"
         )
@@ -194,7 +195,7 @@ def spaced_timesteps(
         (K,) int64; `trailing` may give fewer.
 
     Raises:
-        ValueError: The spacing is unknown, or a timestep lies beyond the trained ones.
+        UserError: The spacing is unknown, or a timestep lies beyond the trained ones.
     """
     spacing = scheduler.get("timestep_spacing", default)
     count = num_steps + extra
@@ -202,7 +203,7 @@ def spaced_timesteps(
         offset = whole_of(scheduler, "steps_offset", 0, low=0, high=trained)
         ascending = torch.arange(count) * (trained // count) + offset
         if int(ascending[-1]) >= trained:
-            raise ValueError(
+            raise UserError(
                 f"num_steps: got {num_steps}, which with steps_offset reaches timestep "
                 f"{int(ascending[-1])} of {trained}; lower it"
             )
@@ -214,6 +215,6 @@ def spaced_timesteps(
         # The step size is rounded, so `arange` may end with one value too many, close to 0.
         count_down = torch.arange(trained, 0, -trained / num_steps, dtype=torch.float64)
         return count_down.round().long()[:num_steps] - 1
-    raise ValueError(
+    raise UserError(
         f"scheduler: got timestep_spacing={spacing!r:.60}, expected leading, linspace or trailing"
     )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dmkd_fast.rng import philox
 from dmkd_fast.runtime import checks
-from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.errors import NotFiniteError, UserError
 from dmkd_fast.sampling.arguments import check_guidance, check_settings
 from dmkd_fast.sampling.noise_levels import Solver
 from dmkd_fast.sampling.solvers import SolverTable, solver_table
@@ -73,7 +73,7 @@ class DiffusionSampler:
 
     Raises:
         TypeError: An argument is of a wrong type.
-        ValueError: Guidance is set for a model without a null class or for an unknown label, or the
+        UserError: Guidance is set for a model without a null class or for an unknown label, or the
             scheduler or a setting is not supported.
 
     Attributes:
@@ -146,19 +146,19 @@ class DiffusionSampler:
             `out`.
 
         Raises:
-            TypeError, ValueError: A tensor has a wrong shape, dtype or device, or, on a CPU, an id
+            TypeError, UserError: A tensor has a wrong shape, dtype or device, or, on a CPU, an id
                 or label is out of range.
         """
         self._check_rows(ids, labels)
         if out.ndim != 4 or len(out) != len(ids) or out.dtype != torch.uint8:
-            raise ValueError(f"out: got {tuple(out.shape)} {out.dtype}, expected ({len(ids)}, c, "
+            raise UserError(f"out: got {tuple(out.shape)} {out.dtype}, expected ({len(ids)}, c, "
                              "H, W) torch.uint8")  # fmt: skip
         size = self.micro_batch_images
         for start in range(0, len(ids), size):
             batch = slice(start, start + size)
             images = self._images(_fill(ids[batch], size), _fill(labels[batch], size))
             if images.shape[1:] != out.shape[1:]:  # `copy_` would broadcast a single channel or row
-                raise ValueError(
+                raise UserError(
                     f"out: got images of {tuple(out.shape[1:])}, expected {tuple(images.shape[1:])}"
                 )
             out[batch].copy_(images[: len(ids[batch])])
@@ -237,12 +237,12 @@ class DiffusionSampler:
         if not self.class_guidance:
             return None
         if self.num_classes is None:
-            raise ValueError("num_classes: got None with class_guidance, expected their number; "
+            raise UserError("num_classes: got None with class_guidance, expected their number; "
                              "set it")  # fmt: skip
         count = self.num_classes
         low, high = min(self.class_guidance), max(self.class_guidance)
         if low < 0 or high >= count:
-            raise ValueError(
+            raise UserError(
                 f"class_guidance: got class {low if low < 0 else high}, expected 0 to {count - 1}, "
                 "the classes of the job; correct it"
             )
@@ -254,7 +254,7 @@ class DiffusionSampler:
     def _check_rows(self, ids: Tensor, labels: Tensor) -> None:
         checks.rows("ids", ids)
         if ids.device.type != self.device.type:
-            raise ValueError(f"ids: got {ids.device}, expected {self.device}, as the sampler")
+            raise UserError(f"ids: got {ids.device}, expected {self.device}, as the sampler")
         checks.rows("labels", labels, count=len(ids), device=ids.device)
         checks.within("ids", ids, low=0, high=checks.MAX_SEED)
         # Labels on CUDA are not read, which would wait; the embedding asserts their range there.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.runtime import checks
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling import noise_levels
 from dmkd_fast.sampling.noise_levels import (
     CONSISTENCY,
@@ -87,7 +88,7 @@ def solver_table(
             (second order at the same cost).
 
     Raises:
-        ValueError: The scheduler, one of its settings or the solver is not supported for this
+        UserError: The scheduler, one of its settings or the solver is not supported for this
             model, or K is larger than the number of trained timesteps.
     """
     name, trained = scheduler.get("_class_name"), noise_levels.trained_steps(scheduler)
@@ -97,7 +98,7 @@ def solver_table(
     distilled = scheduler.get("distilled_steps")
     if distilled is not None and (num_steps, chosen) != (distilled, "euler"):
         expected = f"{distilled!r:.60}"
-        raise ValueError(
+        raise UserError(
             f"num_steps, solver: got {num_steps}, {chosen!r} for a denoiser distilled to "
             f"{expected} steps, expected {expected}, 'euler'; set them so"
         )
@@ -114,7 +115,7 @@ def solver_table(
         rows[:, SolverTable.COLUMNS.index(column)] = values
     rows = rows.float()
     if not (rows.isfinite().all() and math.isfinite(initial_scale)):
-        raise ValueError(
+        raise UserError(
             f"num_steps: got {num_steps}, for which {chosen} on this scheduler's noise levels has "
             "coefficients that are not finite; use fewer steps, or correct the betas in "
             "scheduler_config.json"
@@ -201,7 +202,7 @@ def _ddpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
             "log_variance_high": beta.log() * drawn,
         }
     else:
-        raise ValueError(
+        raise UserError(
             f"scheduler: got variance_type={kind!r:.60}, expected fixed_small, fixed_large or "
             "learned_range: not supported"
         )
@@ -215,13 +216,13 @@ def _dpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bui
     # diffusers spaces K + 1 timesteps and drops the last one.
     timesteps = spaced_timesteps(scheduler, num_steps, trained, default="linspace", extra=1)
     if len(timesteps) != num_steps:
-        raise ValueError(
+        raise UserError(
             f"num_steps: got {num_steps}, for which this scheduler makes {len(timesteps)} steps; "
             "use a divisor of num_train_timesteps"
         )
     final = scheduler.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
-        raise ValueError(
+        raise UserError(
             f"scheduler: got final_sigmas_type={final!r:.60}, expected zero or sigma_min"
         )
     end = torch.ones_like(levels[:1]) if final == "zero" else levels[:1]
@@ -298,7 +299,7 @@ def _estimate(scheduler: Scheduler, alpha: Tensor, sigma: Tensor) -> dict[str, T
         return {"skip": alpha, "out": -sigma}
     if kind == "sample":
         return {"skip": torch.zeros_like(alpha), "out": torch.ones_like(alpha)}
-    raise ValueError(
+    raise UserError(
         f"scheduler: got prediction_type={kind!r:.60}, expected epsilon, v_prediction or sample"
     )
 

@@ -28,9 +28,9 @@ from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.ring.buffer import Block, RingBuffer
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.clock import Clock
-from dmkd_fast.runtime.device import InFlight
+from dmkd_fast.runtime.device import InFlight, is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.errors import NotFiniteError, is_out_of_memory
+from dmkd_fast.runtime.errors import NotFiniteError, UserError
 from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler
@@ -88,7 +88,7 @@ class Distiller:
         self._ranks, self._batch = ranks, ranks.share("batch_size", schedule.batch_size)
         ring.check(self._batch)
         if ring.guard_blocks and isinstance(sampler, ImageReader):
-            raise ValueError(
+            raise UserError(
                 f"guard_blocks: got {ring.guard_blocks} with an ImageReader, expected 0, as blocks "
                 "are not read ahead; make the ring without"
             )
@@ -196,7 +196,7 @@ class Distiller:
             The checkpoint's step, and a line for each damaged file or checkpoint.
 
         Raises:
-            ValueError: No checkpoint is intact, or it is of another student, ring or optimizer.
+            UserError: No checkpoint is intact, or it is of another student, ring or optimizer.
         """
         return self._keeper.restore(self._common_state(), self._own_state())
 
@@ -218,7 +218,7 @@ class Distiller:
                 many test images, or too many images, are not finite; a checkpoint has been written.
             torch.OutOfMemoryError: Memory ran out; a checkpoint has been written if possible.
             SaveError: The last checkpoint could not be written.
-            ValueError: `run_dir` holds checkpoints that were not restored.
+            UserError: `run_dir` holds checkpoints that were not restored.
         """
         self.check_folder()
         files.make_folder(self.run_dir)

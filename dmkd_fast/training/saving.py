@@ -53,10 +53,10 @@ class CheckpointManager:
         """Load the newest checkpoint that is intact on all ranks.
 
         Raises:
-            ValueError: No checkpoint is intact on all ranks, or it belongs to another student,
+            UserError: No checkpoint is intact on all ranks, or it belongs to another student,
                 ring, optimizer or number of ranks.
         """
-        with self._ranks.agreed(ValueError):
+        with self._ranks.agreed():
             step, notes = self.saver.restore(
                 self.state(common, own), common={} if self._ranks.is_first else common
             )

@@ -12,6 +12,7 @@ from typing import Literal
 
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.checks import check_accumulate, check_milestones
+from dmkd_fast.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Schedule:
     `OptimConfig` and `TrainConfig` in `config/training.py` describe the fields.
 
     Raises:
-        TypeError, ValueError: A number is out of range, `accumulate` does not divide the batch
+        TypeError, UserError: A number is out of range, `accumulate` does not divide the batch
             size, or `milestones` are not increasing in (0, 1).
     """
 
@@ -54,9 +55,9 @@ class Schedule:
         for name in ("momentum", "warmup", "ema_decay"):
             share = checks.number(name, getattr(self, name), low=0, high=1)
             if share == 1:
-                raise ValueError(f"{name}: got 1, expected less than 1; lower it")
+                raise UserError(f"{name}: got 1, expected less than 1; lower it")
         if self.name not in ("sgd", "adamw"):
-            raise ValueError(f"name: got {self.name!r:.60}, expected sgd or adamw; choose one")
+            raise UserError(f"name: got {self.name!r:.60}, expected sgd or adamw; choose one")
         check_accumulate(self.accumulate, batch_size=self.batch_size)
         check_milestones(self.milestones, warmup=self.warmup)
 

@@ -50,7 +50,7 @@ class Scores:
             teacher_logits: Logits (B, C) of the teacher, or None.
 
         Raises:
-            ValueError: The logits do not have the shape (B, C).
+            UserError: The logits do not have the shape (B, C).
         """
         for name, given in (("model", logits), ("teacher", teacher_logits)):
             if given is not None:
@@ -127,7 +127,7 @@ def measure(
         teacher: Function from the same views to logits (B, C), for teacher_top1 and agreement.
 
     Raises:
-        ValueError: The logits do not have C classes.
+        UserError: The logits do not have C classes.
     """
     was_training = model.training
     model.eval()

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dmkd_fast.loss.functional import kd_loss_and_grad
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.errors import NotFiniteError, UserError
 from dmkd_fast.training.ema import Buffers, WeightEMA
 from dmkd_fast.training.optim import build_optimizer, set_lr
 from dmkd_fast.training.schedule import Schedule
@@ -43,7 +43,7 @@ class StudentTrainer:
         ranks: This process among those that train the same student, each on its part of the batch.
 
     Raises:
-        ValueError: `alpha` is out of range, the batch does not split into equal micro-batches, or
+        UserError: `alpha` is out of range, the batch does not split into equal micro-batches, or
             no parameter of the student requires a gradient.
 
     Attributes:
@@ -60,7 +60,7 @@ class StudentTrainer:
     ) -> None:  # fmt: skip
         checks.number("temperature", temperature, low=0.01, high=1000)
         if not 0 < alpha <= 1:
-            raise ValueError(
+            raise UserError(
                 f"alpha: got {alpha}, expected a share above 0 and at most 1; with 0 the teacher "
                 "would be ignored"
             )
@@ -70,7 +70,7 @@ class StudentTrainer:
         self.part_size = self._batch // schedule.accumulate
         fast: Any = torch.compile(student, dynamic=False) if compile else student
         if not any(p.requires_grad for p in student.parameters()):
-            raise ValueError(
+            raise UserError(
                 f"student: got a {type(student).__name__} without parameters that require a "
                 "gradient, expected some to train; give another network or unfreeze it"
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dmkd_fast.classifiers.ensemble import Teacher, Teachers
 from dmkd_fast.classifiers.loading import for_inference
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.views.crops import Views, ViewSpec
 from dmkd_fast.views.mixing import Mixed, Mixer
 from dmkd_fast.views.spec import InputSpec, check_logits
@@ -42,7 +43,7 @@ class Targets:
         compile: Whether to use torch.compile on the teachers.
 
     Raises:
-        ValueError: `input` does not match the views, or a mixer is combined with teachers that
+        UserError: `input` does not match the views, or a mixer is combined with teachers that
             teach only some classes.
     """
 
@@ -55,14 +56,14 @@ class Targets:
             size=spec.size, mean=tuple(spec.mean.tolist()), std=tuple(spec.std.tolist())
         )
         if self.input.size != spec.size or len(self.input.mean) != len(spec.mean):
-            raise ValueError(
+            raise UserError(
                 f"student_input: got {self.input.num_channels} channels of {self.input.size} "
                 f"pixels, expected the views' {len(spec.mean)} of {spec.size}; make both agree"
             )
         if not isinstance(teacher, Teachers):
             teacher = Teachers([Teacher(module=teacher, input=self.input)])
         if mixer is not None and any(member.teaches is not None for member in teacher.members):
-            raise ValueError(
+            raise UserError(
                 "mixer: got one with teachers that teach some classes only, expected none, as a "
                 "mixed view is of two classes; leave one of the two out"
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.runtime import checks, native
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.views import ops
 from dmkd_fast.views.spec import check_normalization
 
@@ -31,7 +32,7 @@ class ViewSpec:
         device: Device of the images.
 
     Raises:
-        TypeError, ValueError: The size or dtype is out of range, or `mean` and `std` are out of
+        TypeError, UserError: The size or dtype is out of range, or `mean` and `std` are out of
             range or differ in length.
     """
 
@@ -42,7 +43,7 @@ class ViewSpec:
         checks.whole("size", size, low=1, high=ops.MAX_SIDE)
         check_normalization(mean, std)
         if dtype not in ops.DTYPES:
-            raise ValueError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
+            raise UserError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
         self.size, self.dtype = size, dtype
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(std, dtype=torch.float32, device=device)
@@ -70,7 +71,7 @@ class Views:
         seed: Seed of the views; other seeds give other views.
 
     Raises:
-        TypeError, ValueError: An argument is out of range.
+        TypeError, UserError: An argument is out of range.
     """
 
     def __init__(
@@ -81,20 +82,20 @@ class Views:
     ) -> None:  # fmt: skip
         for name, pair in (("scale", scale), ("ratio", ratio)):
             if len(pair) != 2:
-                raise ValueError(f"{name}: got {tuple(pair)}, expected two numbers")
+                raise UserError(f"{name}: got {tuple(pair)}, expected two numbers")
             for value in pair:
                 checks.number(name, value)
         checks.whole("pad", pad, low=-(2**31))
         checks.number("flip", flip)
         checks.whole("seed", seed, high=checks.MAX_SEED)
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale: got {tuple(scale)}, expected 0 < low <= high <= 1")
+            raise UserError(f"scale: got {tuple(scale)}, expected 0 < low <= high <= 1")
         if not 2.0**-15 <= ratio[0] <= ratio[1] <= 2.0**15:
-            raise ValueError(
+            raise UserError(
                 f"ratio: got {tuple(ratio)}, expected low <= high between 2**-15 and 2**15"
             )
         if not 0 <= pad <= ops.MAX_SIDE or not 0 <= flip <= 1:
-            raise ValueError(
+            raise UserError(
                 f"pad, flip: got {pad} and {flip}, expected 0 <= pad <= {ops.MAX_SIDE}, "
                 "0 <= flip <= 1"
             )
@@ -118,7 +119,7 @@ class Views:
             (B, c, size, size) in `dtype`, normalized, channels_last.
 
         Raises:
-            TypeError, ValueError, IndexError: As `dmkd_fast.views.ops.views`.
+            TypeError, UserError, IndexError: As `dmkd_fast.views.ops.views`.
         """
         height, width = _sides(slots)
         if not torch.compiler.is_compiling():
@@ -140,7 +141,7 @@ class Views:
             Boxes (B, 4) int32 (top, left, height, width), and flips (B,) bool.
 
         Raises:
-            TypeError, ValueError: Ids or uses have a wrong shape, dtype or device, or a side is
+            TypeError, UserError: Ids or uses have a wrong shape, dtype or device, or a side is
                 out of range. On a CPU, also if ids or uses are out of range; uses of 2**24 and
                 more would repeat earlier views.
         """
@@ -199,7 +200,7 @@ class Views:
             (B, c, size, size) in the dtype of the spec, normalized, channels_last.
 
         Raises:
-            TypeError, ValueError, IndexError: As `dmkd_fast.views.ops.views`.
+            TypeError, UserError, IndexError: As `dmkd_fast.views.ops.views`.
         """
         spec = spec or self.spec
         return ops.views(
@@ -211,5 +212,5 @@ class Views:
 def _sides(slots: Tensor) -> tuple[int, int]:
     """Return the height and width of slots (N, c, H, W)."""
     if slots.ndim != 4:
-        raise ValueError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
+        raise UserError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
     return slots.shape[2], slots.shape[3]

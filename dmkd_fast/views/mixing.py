@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dmkd_fast.rng import philox
 from dmkd_fast.runtime import checks
+from dmkd_fast.runtime.errors import UserError
 
 K = TypeVar("K")
 _FOR_PARTNERS, _FOR_NUMBERS = 0, 1  # sub-counters: separate random numbers within a step
@@ -59,7 +60,7 @@ class Mixer:
         seed: Seed of shares, squares and partners.
 
     Raises:
-        TypeError, ValueError: An alpha is negative, not finite or above 10**6, both are 0, or the
+        TypeError, UserError: An alpha is negative, not finite or above 10**6, both are 0, or the
             seed is out of range.
     """
 
@@ -71,7 +72,7 @@ class Mixer:
         checks.number("cutmix_alpha", cutmix_alpha, low=0, high=1e6)
         checks.whole("seed", seed, high=checks.MAX_SEED)
         if mixup_alpha == cutmix_alpha == 0:
-            raise ValueError(
+            raise UserError(
                 "mixup_alpha, cutmix_alpha: got 0 and 0, expected one above 0; leave the mixer out "
                 "to mix nothing"
             )
@@ -103,7 +104,7 @@ class Mixer:
             of different size differ slightly.
         """
         if not views:
-            raise ValueError("views: got none, expected at least one rendering")
+            raise UserError("views: got none, expected at least one rendering")
         first = next(iter(views.values()))
         for batch in views.values():
             _check_views(batch, count=len(first))
@@ -153,7 +154,7 @@ class Mixer:
 
 def _check_views(views: Tensor, count: int | None = None) -> None:
     if views.ndim != 4 or count not in (None, len(views)) or not views.is_floating_point():
-        raise ValueError(
+        raise UserError(
             f"views: got {tuple(views.shape)} {views.dtype}, expected "
             f"({'B' if count is None else count}, c, S, S) of a floating-point dtype"
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.runtime import native
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.operators import check_own_memory, warn_once
 from dmkd_fast.views.reference import reference_boxes, reference_views
 
@@ -62,7 +63,7 @@ def views(
         (B, c, size, size) of `dtype`, channels_last.
 
     Raises:
-        TypeError, ValueError: The dtype, shape, device or layout of a tensor is wrong.
+        TypeError, UserError: The dtype, shape, device or layout of a tensor is wrong.
         IndexError: An index or a box is out of range (a RuntimeError under torch.compile). On CUDA
             an error would mean waiting for the device; such a view reads nothing and is NaN.
     """
@@ -74,12 +75,12 @@ def views(
         return _naming_bad_rows(torch.ops.dmkd_fast.views, *inputs, size, pad, dtype)
     shape = (len(indices), slots.shape[1], size, size)
     if out.shape != shape or out.dtype != dtype or out.device != slots.device:
-        raise ValueError(
+        raise UserError(
             f"out: got {tuple(out.shape)} {out.dtype} on {out.device}, expected {shape} {dtype} on "
             f"{slots.device}"
         )
     if not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError("out: got another layout, expected memory_format=torch.channels_last")
+        raise UserError("out: got another layout, expected memory_format=torch.channels_last")
     names = ("slots", "indices", "boxes", "flips", "mean", "std")
     check_own_memory(out, dict(zip(names, inputs, strict=True)))
     _naming_bad_rows(torch.ops.dmkd_fast.views_out, out, *inputs, pad)
@@ -107,9 +108,9 @@ def _check(
     size: int, pad: int,
 ) -> None:  # fmt: skip
     if slots.ndim != 4 or 0 in slots.shape[1:]:
-        raise ValueError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
+        raise UserError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
     if not slots[0:1].is_contiguous():
-        raise ValueError(
+        raise UserError(
             f"slots: got strides {slots.stride()}, expected dense images; call .contiguous()"
         )
     rows, channels = indices.shape[0] if indices.ndim == 1 else "B", slots.shape[1]
@@ -125,20 +126,20 @@ def _check(
             raise TypeError(f"{name}: got {tensor.dtype}, expected {dtype}")
         if tensor.shape != shape:
             expected = str(tuple(shape)).replace("'", "")
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+            raise UserError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
         if tensor.device != slots.device:
-            raise ValueError(f"{name}: got {tensor.device}, expected {slots.device}, as slots")
+            raise UserError(f"{name}: got {tensor.device}, expected {slots.device}, as slots")
     if not 1 <= size <= MAX_SIDE or size * size * slots.shape[1] >= 2**31:
-        raise ValueError(
+        raise UserError(
             f"size: got {size}, expected 1 to {MAX_SIDE} and less than 2**31 numbers in a view"
         )
     if max(slots.shape[2:]) > MAX_SIDE or slots.shape[1:].numel() >= 2**31:
-        raise ValueError(
+        raise UserError(
             f"slots: got images of {tuple(slots.shape[1:])}, expected sides of at most {MAX_SIDE} "
             "and less than 2**31 bytes"
         )
     if not 0 <= pad <= MAX_SIDE:
-        raise ValueError(f"pad: got {pad}, expected 0 to {MAX_SIDE}")
+        raise UserError(f"pad: got {pad}, expected 0 to {MAX_SIDE}")
 
 
 def _eager_views(

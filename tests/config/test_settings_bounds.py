@@ -25,8 +25,9 @@ from dmkd_fast.config.jobs import (
     PretrainFewstepConfig,
     TeacherConfig,
 )
-from dmkd_fast.config.loading import ConfigError, Section, _read_yaml, dump_config, load_config
+from dmkd_fast.config.loading import Section, _read_yaml, dump_config, load_config
 from dmkd_fast.jobs.resolve import resolve
+from dmkd_fast.runtime.errors import UserError
 
 CONFIGS = Path(CONFIG).parent
 EVERY_SECTION = [
@@ -156,7 +157,7 @@ def test_every_field_takes_its_documented_range_and_refuses_the_rest_in_one_line
                     config = load_config(kind, source, overrides)
                     if isinstance(config, DistillConfig) and config.device != "cuda":
                         resolve(config)
-                except ConfigError as error:
+                except UserError as error:
                     told = str(error)
                     assert len(told) <= 1000 and "\n" not in told, told
                     expects(value, annotation, metadata, told)
@@ -224,7 +225,7 @@ def test_wrong_arguments_are_one_line(
 
 
 def test_did_you_mean_reaches_into_lists() -> None:
-    with pytest.raises(ConfigError, match=r"'more_teachers.0.strat'; did you mean 'start'"):
+    with pytest.raises(UserError, match=r"'more_teachers.0.strat'; did you mean 'start'"):
         load_config(DistillConfig, CONFIG, ["more_teachers=[{path: x, strat: 0.5}]"])
 
 
@@ -239,7 +240,7 @@ def test_did_you_mean_reaches_into_lists() -> None:
     ("sampler.class_guidance={3-5: 2, 5: 4}", "got class 5 twice"),
 ])  # fmt: skip
 def test_wrong_kinds_say_what_is_expected(override: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(UserError, match=words):
         load_config(DistillConfig, CONFIG, [override])
 
 

@@ -11,8 +11,9 @@ from small_jobs import CONFIG
 
 from dmkd_fast.config import yaml_text
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import ConfigError, load_config
+from dmkd_fast.config.loading import load_config
 from dmkd_fast.config.yaml_text import MAX_DEPTH, MAX_VALUES, YamlError, parse
+from dmkd_fast.runtime.errors import UserError
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
@@ -54,7 +55,7 @@ def test_whatever_is_not_plain_yaml_is_one_kind_of_error(text: str, words: str) 
     with pytest.raises(YamlError, match=words):
         parse(text)
     assert time.process_time() - started < 0.1
-    with pytest.raises(ConfigError, match=r"^override .*") as error:
+    with pytest.raises(UserError, match=r"^override .*") as error:
         load_config(DistillConfig, CONFIG, [f"seed={text}"])
     assert len(str(error.value)) <= 1000 and "\n" not in str(error.value)
 
@@ -63,7 +64,7 @@ def test_whatever_is_not_plain_yaml_is_one_kind_of_error(text: str, words: str) 
 def test_a_broken_file_is_one_line(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ConfigError, match=r"^config .*x\.yaml: ") as error:
+    with pytest.raises(UserError, match=r"^config .*x\.yaml: ") as error:
         load_config(DistillConfig, path)
     assert len(str(error.value)) <= 1000 and "\n" not in str(error.value)
 
@@ -132,7 +133,7 @@ def test_files_that_are_none_are_one_line(tmp_path: Path) -> None:
         ("a\0b", "embedded null byte"), ("x" * 5000, "File name too long"),
         ("none", "No such file"), ("empty/x", "Not a directory"),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match=words) as error:
+        with pytest.raises(UserError, match=words) as error:
             load_config(DistillConfig, tmp_path / name)
         assert "\0" not in str(error.value) and len(str(error.value)) <= 1000
 

@@ -21,7 +21,8 @@ from dmkd_fast.config.jobs import (
     PretrainFewstepConfig,
     TeacherConfig,
 )
-from dmkd_fast.config.loading import ConfigError, Section, dump_config, load_config
+from dmkd_fast.config.loading import Section, dump_config, load_config
+from dmkd_fast.runtime.errors import UserError
 
 PRETRAIN = {"denoiser": PretrainDenoiserConfig, "fewstep": PretrainFewstepConfig}
 FILES = {
@@ -169,7 +170,7 @@ def test_random_settings_are_a_config_or_one_line(
         try:
             config = load_config(kind, file, overrides)
             is_good = True
-        except ConfigError as error:
+        except UserError as error:
             told = str(error)
             is_good = "\n" not in told and 10 < len(told) <= 1000
         except Exception as error:

@@ -28,8 +28,8 @@ import torch.utils.tensorboard
 from run_state import fingerprint, rows
 from small_jobs import build_distiller
 
-from dmkd_fast.config.loading import ConfigError
 from dmkd_fast.jobs import run_dir
+from dmkd_fast.runtime.errors import UserError
 
 # Dropout makes torch's generator matter; every step starts a checkpoint if none is in flight.
 SETTINGS = {"dropout": 0.3, "checkpoint_every_s": 0.0, "log_every_steps": 7, "ema_decay": 0.9}
@@ -42,7 +42,7 @@ def child(run: Path, seed: int, ready: int) -> int:
     try:
         with run_dir.locked(run):
             return train(run, seed, ready)
-    except ConfigError:
+    except UserError:
         os.write(ready, b"!")
         return REFUSED
 

@@ -27,13 +27,14 @@ from dmkd_fast import LabelStream, Views, cli
 from dmkd_fast.assets import resolve
 from dmkd_fast.classifiers.loading import load_classifier
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import ConfigError, load_config
+from dmkd_fast.config.loading import load_config
 from dmkd_fast.data import shards
 from dmkd_fast.data.sources import ShardSource
 from dmkd_fast.data.stored import ImageReader
 from dmkd_fast.jobs import generate
 from dmkd_fast.jobs.images import make_sampler, open_denoiser, resolve_sampler
 from dmkd_fast.jobs.resolve import resolve as resolve_
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling import sampler
 
 
@@ -96,7 +97,7 @@ def test_broken_images_are_not_written(tmp_path: Path, monkeypatch: pytest.Monke
         return tuple(state * float("inf") for state in advance(*args, **kwargs))
 
     monkeypatch.setattr(sampler, "_advance", overflowing)
-    with pytest.raises(ConfigError, match=r"16 of 16 images have .* dtype=bfloat16"):
+    with pytest.raises(UserError, match=r"16 of 16 images have .* dtype=bfloat16"):
         make(tmp_path)
     assert not list(tmp_path.rglob("*.tar"))
 
@@ -200,7 +201,7 @@ def test_other_settings_are_refused_and_nothing_changes(
     whole: Path, changes: list[str], options: dict[str, Any], words: str
 ) -> None:
     before = contents(whole)
-    with pytest.raises(ConfigError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         make(whole, *changes, **options)
     assert "\n" not in str(error.value) and contents(whole) == before
 
@@ -213,16 +214,16 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path: Path) -> None:
     weights = load_file(file)
     weights["proj_out_2.bias"] += 0.5
     save_file(weights, file)
-    with pytest.raises(ConfigError, match="denoiser_sha256"):
+    with pytest.raises(UserError, match="denoiser_sha256"):
         make(tmp_path / "set", *settings, num_images=16)
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match=r"holds other files \(thesis\.tex"):
+    with pytest.raises(UserError, match=r"holds other files \(thesis\.tex"):
         make(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(ConfigError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         make(tmp_path / "thesis.tex" / "set")
 
 
@@ -253,7 +254,7 @@ def test_a_shard_under_a_second_name_is_refused_and_nothing_changes(
     part = folder / shards.MANIFEST / "shard-000001.parquet"
     part.rename(part.with_name("shard-0000001.parquet"))
     before = contents(folder)
-    with pytest.raises(ConfigError, match=r"shard-0000001\.parquet: got another name") as error:
+    with pytest.raises(UserError, match=r"shard-0000001\.parquet: got another name") as error:
         make(folder)
     assert "\n" not in str(error.value) and contents(folder) == before
 
@@ -265,7 +266,7 @@ def test_a_full_disk_is_one_line_and_the_job_can_go_on(whole: Path, tmp_path: Pa
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
     try:
-        with pytest.raises(ConfigError, match="every finished shard is kept") as error:
+        with pytest.raises(UserError, match="every finished shard is kept") as error:
             make(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -295,7 +296,7 @@ def test_a_config_that_cannot_generate_ends_in_one_line(
 def test_two_jobs_with_the_same_part_do_not_meet(whole: Path) -> None:
     with (
         shards.locked(whole, "0-of-1"),
-        pytest.raises(ConfigError, match="another job makes part 0-of-1"),
+        pytest.raises(UserError, match="another job makes part 0-of-1"),
     ):
         make(whole)
 

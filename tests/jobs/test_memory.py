@@ -17,10 +17,11 @@ from dmkd_fast.assets import resolve
 from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import ConfigError, load_config
+from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import distill as distill_job
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.parts import prepare
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training import scoring
 
@@ -104,7 +105,7 @@ def test_sizes_beyond_memory_are_one_line_before_anything_is_allocated(
 
 def test_what_fits_exactly_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.check_fits({"a": 3, "b": 5}, 8)
-    with pytest.raises(ConfigError, match=r"memory: got 0.00 GiB .*\(b: 0.00 GiB\)"):
+    with pytest.raises(UserError, match=r"memory: got 0.00 GiB .*\(b: 0.00 GiB\)"):
         memory.check_fits({"a": 3, "b": 5}, 7)
     config, parts = prepare(load_config(DistillConfig, CONFIG, SHORT))
     plan = memory.plan(config, parts)
@@ -112,7 +113,7 @@ def test_what_fits_exactly_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: need)
     assert memory.check(config, parts) == config.ring.capacity_images
     monkeypatch.setattr(memory, "available_bytes", lambda device: need - 1)
-    with pytest.raises(ConfigError, match=r"ring.capacity_images: .* lower it to at most 128"):
+    with pytest.raises(UserError, match=r"ring.capacity_images: .* lower it to at most 128"):
         memory.check(config, parts)
 
 

@@ -19,10 +19,11 @@ from small_jobs import CONFIG, SHORT
 
 from dmkd_fast import Distiller, cli
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import ConfigError, load_config
+from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import report, run_dir
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.distributed import Ranks
+from dmkd_fast.runtime.errors import UserError
 
 BUSY = "another process uses"
 
@@ -51,7 +52,7 @@ def test_a_run_directory_has_one_process_until_that_is_killed(tmp_path: Path) ->
     folder = tmp_path / "run"
     pid = holder(folder)
     try:
-        with pytest.raises(ConfigError, match=BUSY), run_dir.locked(folder):
+        with pytest.raises(UserError, match=BUSY), run_dir.locked(folder):
             pytest.fail("entered beside another process")
     finally:
         end(pid)
@@ -65,7 +66,7 @@ def test_restarted_ranks_wait_for_the_lock_of_their_predecessor(
 ) -> None:
     again, pid = Ranks(restarts=1), holder(tmp_path)
     monkeypatch.setattr(run_dir, "RESTART_WAIT_S", 0.2)
-    with pytest.raises(ConfigError, match=BUSY), run_dir.locked(tmp_path, ranks=again):
+    with pytest.raises(UserError, match=BUSY), run_dir.locked(tmp_path, ranks=again):
         pytest.fail("entered beside another process")
     monkeypatch.setattr(run_dir, "RESTART_WAIT_S", 30)
     if (killer := os.fork()) == 0:
@@ -116,17 +117,17 @@ def test_pretraining_locks_its_directory_too(tmp_path: Path) -> None:
     config = load_config(DistillConfig, CONFIG, [f"run_dir={tmp_path / 'run'}"])
     pid = holder(tmp_path / "run")
     try:
-        with pytest.raises(ConfigError, match=BUSY), run_dir.opened(config, resume=False):
+        with pytest.raises(UserError, match=BUSY), run_dir.opened(config, resume=False):
             pytest.fail("entered beside another process")
     finally:
         end(pid)
     with run_dir.opened(config, resume=False) as folder:
         assert (folder / "config.yaml").is_file()
-        with pytest.raises(ConfigError, match=BUSY), run_dir.opened(config, resume=True):
+        with pytest.raises(UserError, match=BUSY), run_dir.opened(config, resume=True):
             pytest.fail("entered twice")
     # The second refusal is for a run that began between a start and its lock.
     for refuse in (run_dir.check_new, run_dir.claim):
-        with pytest.raises(ConfigError, match="holds a run already"):
+        with pytest.raises(UserError, match="holds a run already"):
             refuse(config)
 
 

@@ -23,10 +23,11 @@ from small_jobs import CONFIG, ROOT, SHORT, build_distiller
 
 from dmkd_fast import LabelStream
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import ConfigError, load_config
+from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import run_dir
 from dmkd_fast.jobs.resolve import share
 from dmkd_fast.runtime import distributed
+from dmkd_fast.runtime.errors import UserError
 
 Serve = Callable[..., dict[str, Any]]
 Record = Callable[[str, object], None]
@@ -350,7 +351,7 @@ def listeners(pid: int) -> list[str]:
 ])  # fmt: skip
 def test_settings_that_do_not_divide_are_refused(changes: list[str], message: str) -> None:
     config = load_config(DistillConfig, CONFIG, [*settings(), *changes])
-    with pytest.raises(ConfigError, match=message) as problem:
+    with pytest.raises(UserError, match=message) as problem:
         share(config, distributed.Ranks(rank=0, world_size=2))
     assert "\n" not in str(problem.value)
 

@@ -13,8 +13,9 @@ from small_jobs import CONFIG, SHORT, small_classifier
 
 from dmkd_fast import Distiller, InputSpec, Mixer, Schedule, Teacher, Teachers, cli, kd_loss
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import ConfigError, load_config
+from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import parts as parts_module
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.training.student import StudentTrainer
 from dmkd_fast.training.targets import Targets
 
@@ -51,13 +52,13 @@ def test_milestones_multiply_the_rate_at_their_shares_of_the_run() -> None:
     ("mix={cutmix_alpha: .inf}", "mix.cutmix_alpha: got inf, expected"),
 ])  # fmt: skip
 def test_settings_that_contradict_or_do_nothing_are_refused(override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         load_config(DistillConfig, CONFIG, [*SHORT, override])
 
 
 def test_mixing_with_teachers_of_some_classes_is_refused(make_distiller: Make) -> None:
     overrides = ["mix={mixup_alpha: 1}", "teacher.teaches=[0, 1]"]
-    with pytest.raises(ConfigError, match=r"teacher\.teaches: got classes with mix, expected"):
+    with pytest.raises(UserError, match=r"teacher\.teaches: got classes with mix, expected"):
         load_config(DistillConfig, CONFIG, overrides)
     distiller = make_distiller()
     spec = distiller._supervision.input

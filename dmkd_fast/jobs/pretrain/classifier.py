@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dmkd_fast.classifiers.loading import build_classifier, save_classifier, to_channels_last
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import TeacherConfig
-from dmkd_fast.config.loading import ConfigError, user_errors
 from dmkd_fast.jobs import memory, run_dir
 from dmkd_fast.jobs.pretrain.loop import (
     autocast,
@@ -24,7 +23,7 @@ from dmkd_fast.jobs.pretrain.loop import (
     write_card,
 )
 from dmkd_fast.runtime.device import available_bytes
-from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.training import scoring
 from dmkd_fast.views.crops import Views
 
@@ -42,10 +41,9 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
         held_out_top1, test_top1, and the figures that `loop.train` returns.
     """
     config, device, dtype = prepare(config, resume)
-    with user_errors():
-        real = load_real(data, device)
-        if config.model.arch is None:
-            raise ValueError("model: got path, expected arch; name the architecture to train")
+    real = load_real(data, device)
+    if config.model.arch is None:
+        raise UserError("model: got path, expected arch; name the architecture to train")
     spec = ClassifierSpec(
         architecture=config.model.arch,
         num_classes=len(real.train.class_names),
@@ -56,8 +54,7 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
         model_args=config.model.model_args,
         stem=config.model.stem,
     )
-    with user_errors():
-        model = to_channels_last(build_classifier(spec).to(device))
+    model = to_channels_last(build_classifier(spec).to(device))
     batch = memory.batch_plan(
         model, config.train.batch_size, config.train.accumulate, spec.in_chans, [spec.input_size],
         dtype=dtype, compiled=compiles(config, device),
@@ -85,10 +82,7 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
             scores = scoring.measure(
                 final, part.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
             )
-            try:
-                scoring.check_trained(scores)
-            except NotFiniteError as error:
-                raise ConfigError(str(error)) from None
+            scoring.check_trained(scores)
             facts[name] = scores.result()["top1"]
         with results(folder) as target:
             save_classifier(final, spec, target)

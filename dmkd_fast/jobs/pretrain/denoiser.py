@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmkd_fast.config.jobs import PretrainDenoiserConfig
-from dmkd_fast.config.loading import ConfigError, user_errors
 from dmkd_fast.data import test_sets
 from dmkd_fast.denoisers.loading import load_denoiser, new_pixel_dit, save_denoiser
 from dmkd_fast.jobs import memory, report, run_dir
@@ -33,6 +32,7 @@ from dmkd_fast.jobs.pretrain.loop import (
     write_card,
 )
 from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.sampler import DiffusionSampler
 
 FLOW = {
@@ -57,8 +57,7 @@ def pretrain_denoiser(
         held_out_loss, and the figures that `loop.train` returns.
     """
     config, device, dtype = prepare(config, resume)
-    with user_errors():
-        real = load_real(data, device)
+    real = load_real(data, device)
     channels, size = real.train.images.shape[1:3]
     num_classes = len(real.train.class_names)
     _check_size(config, size, device)
@@ -92,7 +91,7 @@ def pretrain_denoiser(
 def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
     """Refuse patches that do not divide the images, and a transformer too large for memory."""
     if image_size % config.patch_size:
-        raise ConfigError(
+        raise UserError(
             f"patch_size: got {config.patch_size}, expected a divisor of the images' {image_size} "
             "pixels; change it"
         )

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.config.jobs import PretrainFewstepConfig
-from dmkd_fast.config.loading import user_errors
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.loading import Denoiser, load_denoiser, save_denoiser, share_embedder
 from dmkd_fast.denoisers.wrappers import PixelDiT
@@ -34,6 +33,7 @@ from dmkd_fast.jobs.pretrain.loop import (
     write_card,
 )
 from dmkd_fast.runtime.device import InFlight, available_bytes
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.noise_levels import flow_sigmas
 from dmkd_fast.sampling.sampler import DiffusionSampler
 
@@ -58,20 +58,19 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
         denoiser, and rms_without_training of the teacher's own K guided steps.
     """
     config, device, dtype = prepare(config, resume)
-    with user_errors():
-        given = resolve_path(config.denoiser.path, config.denoiser.revision)
-        start = load_denoiser(given, device, null_class=config.denoiser.null_class)
-        if start.scheduler.get("_class_name") != FLOW["_class_name"]:
-            raise ValueError(
-                f"denoiser.path: got a {start.scheduler.get('_class_name')}, expected a flow model "
-                f"({FLOW['_class_name']}); use one from `dmkd pretrain denoiser`"
-            )
-        if not isinstance(start.module, LeanDiT | PixelDiT) or start.decoder is not None:
-            raise ValueError(
-                f"denoiser.path: got a {type(start.module).__name__}"
-                f"{'' if start.decoder is None else ' on latents'}, expected a pixel DiT; use one "
-                "from `dmkd pretrain denoiser`"
-            )
+    given = resolve_path(config.denoiser.path, config.denoiser.revision)
+    start = load_denoiser(given, device, null_class=config.denoiser.null_class)
+    if start.scheduler.get("_class_name") != FLOW["_class_name"]:
+        raise UserError(
+            f"denoiser.path: got a {start.scheduler.get('_class_name')}, expected a flow model "
+            f"({FLOW['_class_name']}); use one from `dmkd pretrain denoiser`"
+        )
+    if not isinstance(start.module, LeanDiT | PixelDiT) or start.decoder is not None:
+        raise UserError(
+            f"denoiser.path: got a {type(start.module).__name__}"
+            f"{'' if start.decoder is None else ' on latents'}, expected a pixel DiT; use one "
+            "from `dmkd pretrain denoiser`"
+        )
     pool = Pool(start, config, device, dtype)
     model: Any = load_denoiser(given, device, lean=False).module
     share_embedder(model.dit)
@@ -118,14 +117,13 @@ class Pool:
         self.stride = config.sampler.num_steps // config.num_steps
         shape = start.latent_shape
         compiled = config.sampler.compile
-        with user_errors():
-            self.sampler = DiffusionSampler(
-                start.module, scheduler=start.scheduler, latent_shape=shape,
-                null_class=start.null_class, num_steps=config.sampler.num_steps,
-                solver=config.sampler.solver, guidance_scale=config.sampler.guidance_scale,
-                micro_batch_images=config.sampler.micro_batch_images, dtype=dtype, device=device,
-                seed=config.seed, compile=compiles(config, device) and compiled is not False,
-            )  # fmt: skip
+        self.sampler = DiffusionSampler(
+            start.module, scheduler=start.scheduler, latent_shape=shape,
+            null_class=start.null_class, num_steps=config.sampler.num_steps,
+            solver=config.sampler.solver, guidance_scale=config.sampler.guidance_scale,
+            micro_batch_images=config.sampler.micro_batch_images, dtype=dtype, device=device,
+            seed=config.seed, compile=compiles(config, device) and compiled is not False,
+        )  # fmt: skip
         states = {"pool_images": 2 * (config.num_steps + 1) * self.size * math.prod(shape)}
         memory.check_fits(states, available_bytes(device))
         shift = float(start.scheduler.get("shift", 1.0))

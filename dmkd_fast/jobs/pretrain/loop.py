@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from dmkd_fast.checkpoint import step_folders
 from dmkd_fast.config.jobs import PretrainConfig
-from dmkd_fast.config.loading import ConfigError, dump_config, user_errors
+from dmkd_fast.config.loading import dump_config
 from dmkd_fast.data import test_sets
 from dmkd_fast.jobs import memory, run_dir
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import can_compile, resolve_device, resolve_dtype, set_num_threads
-from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.errors import NotFiniteError, UserError
 from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.training.ema import WeightEMA
 from dmkd_fast.training.metrics import Metrics
@@ -50,11 +50,11 @@ def load_real(folder: Path, device: torch.device) -> RealData:
     """Read an idx folder; the last 5,000 training images become the held-out set.
 
     Raises:
-        ValueError: A file is missing or damaged, or there are too few images.
+        UserError: A file is missing or damaged, or there are too few images.
     """
     full = test_sets.load_idx(folder, "train").to(device)
     if len(full.labels) <= HELD_OUT:
-        raise ValueError(
+        raise UserError(
             f"{folder}: got {len(full.labels)} training images, expected more than the {HELD_OUT} "
             "that are held out; use a larger set"
         )
@@ -75,7 +75,7 @@ def results(folder: Path) -> Iterator[Path]:
     """Create the folder `model` of a finished run; it gets its name once complete on disk.
 
     Raises:
-        ConfigError: The folder cannot be written. The last checkpoint holds the trained model.
+        UserError: The folder cannot be written. The last checkpoint holds the trained model.
     """
     try:
         with files.new_folder(folder / "model") as partial:
@@ -83,7 +83,7 @@ def results(folder: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         path = getattr(error, "filename", None) or folder / "model"
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
+        raise UserError(
             f"{path}: cannot write ({reason}); training is finished and saved; free space or fix "
             "the folder, then run it again with --resume"
         ) from None
@@ -112,7 +112,7 @@ def train(
         The weight EMA of the model, and the figures views, wall_s, cpu_s, num_threads, parameters.
 
     Raises:
-        ConfigError: The checkpoint cannot be restored, or the loss or gradients stayed NaN or
+        UserError: The checkpoint cannot be restored, or the loss or gradients stayed NaN or
             infinite, and a checkpoint has been saved.
         KeyboardInterrupt: Training was interrupted; a checkpoint holds all steps taken so far.
     """
@@ -133,8 +133,7 @@ def train(
     }
     checkpoints, first = folder / run_dir.CHECKPOINTS, 0
     if resume and run_dir.has_checkpoint(folder):
-        with user_errors():
-            first, notes = step_folders.restore(checkpoints, saved)
+        first, notes = step_folders.restore(checkpoints, saved)
         for note in notes:
             metrics.note(note)
     metrics.begin(views=first * batch, wall_s_before=clock.wall_s())
@@ -186,7 +185,7 @@ def train(
                 raise
             except NotFiniteError as error:
                 path = step_folders.save(checkpoints, done, saved)
-                raise ConfigError(f"{error}; saved {path}") from None
+                raise UserError(f"{error}; saved {path}") from None
     finally:
         metrics.close()
     facts = {
@@ -225,9 +224,8 @@ def prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:
         run_dir.check_new(config)
     set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
-    with user_errors():
-        device = resolve_device(config.device)
-        return config, device, resolve_dtype(config.dtype, device)
+    device = resolve_device(config.device)
+    return config, device, resolve_dtype(config.dtype, device)
 
 
 def compiles(config: PretrainConfig, device: torch.device) -> bool:
