@@ -16,25 +16,40 @@ from setuptools import setup
 SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
 # Reductions marked `omp simd` may be reordered; nothing else about floating point is relaxed, and
 # multiply-adds are fused only where the source says so.
-FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno",
-         "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
-         # Messages name csrc/FILE, not where it was built.
-         f"-fmacro-prefix-map={Path(__file__).resolve().parent}/=",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030b0000"]  # fmt: skip
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fopenmp-simd",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    # Messages name csrc/FILE, not where it was built.
+    f"-fmacro-prefix-map={Path(__file__).resolve().parent}/=",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DPy_LIMITED_API=0x030b0000",
+]
 
 
 def extension() -> dict[str, object]:
     """Arguments for setup() that build the extension, or none with a line on why not."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler.split()[0]) is None:
-        print(f"dmkd_fast: no C++ compiler ({compiler}): installing without the CPU kernels and "
-              "without torch.compile on the CPU", file=sys.stderr)  # fmt: skip
+        print(
+            f"dmkd_fast: no C++ compiler ({compiler}): installing without the CPU kernels and "
+            "without torch.compile on the CPU",
+            file=sys.stderr,
+        )
         return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        print("dmkd_fast: torch is not installed: installing without the CPU kernels",
-              file=sys.stderr)  # fmt: skip
+        print(
+            "dmkd_fast: torch is not installed: installing without the CPU kernels", file=sys.stderr
+        )
         return {}
     module = CppExtension("dmkd_fast._C", SOURCES, extra_compile_args=FLAGS, py_limited_api=True)
     module.optional = True  # A failed build is reported and left out.

@@ -115,11 +115,14 @@ class Study:
         drawn = -(-self.num_views // batch) * batch
         # All images before the first view, and none later.
         return path, [
-            *overrides, f"train.num_views={self.num_views}", f"eval.num_points={self.num_points}",
-            f"sampler.micro_batch_images={block}", f"ring.min_fill_images={self.num_images}",
+            *overrides,
+            f"train.num_views={self.num_views}",
+            f"eval.num_points={self.num_points}",
+            f"sampler.micro_batch_images={block}",
+            f"ring.min_fill_images={self.num_images}",
             f"ring.capacity_images={self.num_images + block}",
             f"ring.samples_per_insert={math.ceil(1e3 * drawn / self.num_images) / 1e3}",
-        ]  # fmt: skip
+        ]
 
     def load(self, arm: str) -> DistillConfig:
         """The same, read."""
@@ -129,9 +132,12 @@ class Study:
     def facts(self) -> dict[str, Any]:
         """What a part's figures depend on."""
         return {
-            "images": self.num_images, "views": self.num_views, "points": self.num_points,
-            "seed": self.seed, "overrides": list(self.overrides),
-        }  # fmt: skip
+            "images": self.num_images,
+            "views": self.num_views,
+            "points": self.num_points,
+            "seed": self.seed,
+            "overrides": list(self.overrides),
+        }
 
 
 def run_part(study: Study, name: str, work: Path) -> None:
@@ -172,9 +178,12 @@ def make_images(study: Study, name: str, work: Path) -> dict[str, Any]:
         baseline.write_pngs(images, labels, folder / "pngs")
         times["pngs"] = before.state_dict()
     return {
-        **times, "num_images": len(images), "proof": proof,
-        "disk_mib": _mib(folder / "pngs"), "peak_memory_mib": peak_memory_mib(),
-    }  # fmt: skip
+        **times,
+        "num_images": len(images),
+        "proof": proof,
+        "disk_mib": _mib(folder / "pngs"),
+        "peak_memory_mib": peak_memory_mib(),
+    }
 
 
 def run_arm(study: Study, name: str, work: Path) -> dict[str, Any]:
@@ -186,9 +195,12 @@ def run_arm(study: Study, name: str, work: Path) -> dict[str, Any]:
     made = work / f"images-{slug(arm.images)}"
     tensors = load_file(made / "images.safetensors")
     return ladder.train(
-        arm.recipe, study.load(EQUAL), images=tensors["images"], labels=tensors["labels"],
+        arm.recipe,
+        study.load(EQUAL),
+        images=tensors["images"],
+        labels=tensors["labels"],
         pngs=None if arm.recipe.ring else made / "pngs",
-    )  # fmt: skip
+    )
 
 
 def run_job(study: Study, name: str) -> dict[str, Any]:
@@ -246,22 +258,30 @@ def run_job(study: Study, name: str) -> dict[str, Any]:
     graphs = seen.pop("compiled_graphs")  # No more than the sampler is compiled on a CPU.
     proof = {
         **seen,
-        "sampler": type(distiller.sampler).__name__, "attention": config.sampler.attention,
-        "sampler_compiled_graphs": graphs, "sampler_dtype": config.dtype,
-        "ring_draws": distiller.ring.num_sampled, "png_files": 0,
-    }  # fmt: skip
+        "sampler": type(distiller.sampler).__name__,
+        "attention": config.sampler.attention,
+        "sampler_compiled_graphs": graphs,
+        "sampler_dtype": config.dtype,
+        "ring_draws": distiller.ring.num_sampled,
+        "png_files": 0,
+    }
     ops = seen["ops"]
     if (ops[ladder.FUSED_VIEWS], ops[ladder.FUSED_LOSS], ops[ladder.EAGER_LOSS]) != (1, 1, 0):
         raise RuntimeError(f"{name}: not the job's own operators ({proof}); mend the arm")
     return {
-        "wall_s": summary["wall_s"], "cpu_s": summary["cpu_s"], "views": summary["views"],
-        "num_images": summary["generated_images"], "generation_s": watch["generation"],
-        "training_s": watch["training"], "evaluation_s": watch["evaluation"],
+        "wall_s": summary["wall_s"],
+        "cpu_s": summary["cpu_s"],
+        "views": summary["views"],
+        "num_images": summary["generated_images"],
+        "generation_s": watch["generation"],
+        "training_s": watch["training"],
+        "evaluation_s": watch["evaluation"],
         # One evaluation more comes after the last row: that of the saved student.
         "curve": [(*point, s) for point, s in zip(curve_of(stats), evaluated, strict=False)],
         "disk_mib": disk_mib,
-        "peak_memory_mib": peak_memory_mib(), "proof": proof,
-    }  # fmt: skip
+        "peak_memory_mib": peak_memory_mib(),
+        "proof": proof,
+    }
 
 
 def slug(name: str) -> str:
@@ -287,9 +307,11 @@ def _theirs(study: Study, name: str, clock: Clock) -> Made:
     noise = torch.randn(study.num_images, channels, side, side, generator=generator)
     labels = torch.arange(study.num_images) % module.config.num_embeds_ada_norm
     make = partial(
-        baseline.make_images, module, num_steps=config.sampler.num_steps,
+        baseline.make_images,
+        module,
+        num_steps=config.sampler.num_steps,
         guidance_scale=config.sampler.guidance_scale,
-    )  # fmt: skip
+    )
     setup: dict[str, Any] = clock.state_dict()
     most = min(study.num_images, max(baseline.BATCHES))
     batch = baseline.fastest(
@@ -299,11 +321,12 @@ def _theirs(study: Study, name: str, clock: Clock) -> Made:
     before = Clock()
     images = make(noise, labels, batch=batch)
     proof = {
-        "sampler": f"diffusers {type(module).__name__}", "sampler_batch": batch,
+        "sampler": f"diffusers {type(module).__name__}",
+        "sampler_batch": batch,
         "attention": type(module.transformer_blocks[0].attn1.processor).__name__,
         "sampler_compiled_graphs": ladder.compiled_graphs(),
         "sampler_dtype": str(module.dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
     return images, labels, {"setup": setup, "images": before.state_dict()}, proof
 
 
@@ -329,11 +352,12 @@ def _ours(study: Study, name: str, clock: Clock) -> Made:
     sampling.sample(ids, labels, out=images)
     module = denoiser.module
     proof: dict[str, Any] = {
-        "sampler": f"{type(sampling).__name__} on {type(module).__name__}", "sampler_batch": size,
+        "sampler": f"{type(sampling).__name__} on {type(module).__name__}",
+        "sampler_batch": size,
         "attention": module.attention if isinstance(module, LeanDiT) else "sdpa",
         "sampler_compiled_graphs": ladder.compiled_graphs(),
         "sampler_dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
     if (proof["sampler_compiled_graphs"] > 0) != (config.sampler.compile is True):
         raise RuntimeError(f"{name}: the sampler was not compiled ({proof}); mend the arm")
     return images, labels, {"setup": setup, "images": before.state_dict()}, proof

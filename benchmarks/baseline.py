@@ -72,12 +72,14 @@ def transform(views: ViewsConfig, input: InputSpec, convert: Callable[..., Tenso
         input: What the networks take.
         convert: From what comes in to float32 in [0, 1].
     """
-    return transforms.Compose([
-        transforms.RandomCrop(views.size, padding=views.pad),
-        *([transforms.RandomHorizontalFlip(views.flip)] if views.flip else []),
-        convert,
-        transforms.Normalize(input.mean, input.std),
-    ])  # fmt: skip
+    return transforms.Compose(
+        [
+            transforms.RandomCrop(views.size, padding=views.pad),
+            *([transforms.RandomHorizontalFlip(views.flip)] if views.flip else []),
+            convert,
+            transforms.Normalize(input.mean, input.std),
+        ]
+    )
 
 
 def png_batches(
@@ -86,9 +88,13 @@ def png_batches(
     """Views (B, c, S, S) and labels (B,) of shuffled epochs, without end."""
     loader: DataLoader[Any] = DataLoader(
         ImageFolder(str(folder), transform(views, input, transforms.ToTensor()), loader=_open_grey),
-        batch_size=batch, shuffle=True, drop_last=True, num_workers=workers,
-        persistent_workers=workers > 0, generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+        batch_size=batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        generator=torch.Generator().manual_seed(seed),
+    )
     while True:
         yield from loader
 

@@ -76,9 +76,12 @@ def main(argv: list[str]) -> None:
                     "-m",
                 ]
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=True,
+                command,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
                 env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-            )  # fmt: skip
+            )
             row = {"axis": axis, "value": value, **json.loads(done.stdout.splitlines()[-1])}
             report.rows.append(row)
             print(row, file=sys.stderr)
@@ -98,9 +101,12 @@ def capacity(images: int, n: int) -> Row:
     """A draw and its views, from a ring of so many images; its memory."""
     set_num_threads(0)
     ring = RingBuffer(
-        images, image_shape=(1, 28, 28), block_images=512, samples_per_insert=1e6,
+        images,
+        image_shape=(1, 28, 28),
+        block_images=512,
+        samples_per_insert=1e6,
         min_fill_images=images - 512,
-    )  # fmt: skip
+    )
     views = Views(size=28, pad=2, flip=0.0, mean=(0.286,), std=(0.353,))
     while ring.must_insert(64):
         block = ring.reserve()
@@ -165,14 +171,21 @@ def _distiller(folder: Path, batch: int, here: distributed.Ranks = distributed.A
         sampler=_sampler(512, num_steps=1),
         labels=LabelStream(10, rank=here.rank, world_size=here.world_size),
         ring=RingBuffer(
-            2048, image_shape=(1, 28, 28), block_images=512, min_fill_images=1024,
+            2048,
+            image_shape=(1, 28, 28),
+            block_images=512,
+            min_fill_images=1024,
             samples_per_insert=1e6,
         ),
         views=Views(size=28, pad=2, flip=0.0, mean=spec.mean, std=spec.std),
-        teacher=teacher, student=student.to(memory_format=torch.channels_last), run_dir=folder,
+        teacher=teacher,
+        student=student.to(memory_format=torch.channels_last),
+        run_dir=folder,
         schedule=Schedule(batch_size=batch, num_views=10**6, lr=1e-4, ema_decay=0.99),
-        dtype=resolve_dtype("auto", torch.device("cpu")), show=False, ranks=here,
-    )  # fmt: skip
+        dtype=resolve_dtype("auto", torch.device("cpu")),
+        show=False,
+        ranks=here,
+    )
 
 
 def _sampler(count: int, *, num_steps: int = 8) -> DiffusionSampler:
@@ -180,11 +193,19 @@ def _sampler(count: int, *, num_steps: int = 8) -> DiffusionSampler:
     path = "embedded:fashion_mnist/denoiser"
     denoiser: Denoiser = open_denoiser(DenoiserConfig(path=path), device)
     return DiffusionSampler(
-        denoiser.module, scheduler=denoiser.scheduler, latent_shape=denoiser.latent_shape,
-        decoder=denoiser.decoder, null_class=denoiser.null_class, num_classes=10,
-        num_steps=num_steps, solver="dpm++2m", guidance_scale=1.5, micro_batch_images=count,
-        dtype=resolve_dtype("auto", device), device=device,
-    )  # fmt: skip
+        denoiser.module,
+        scheduler=denoiser.scheduler,
+        latent_shape=denoiser.latent_shape,
+        decoder=denoiser.decoder,
+        null_class=denoiser.null_class,
+        num_classes=10,
+        num_steps=num_steps,
+        solver="dpm++2m",
+        guidance_scale=1.5,
+        micro_batch_images=count,
+        dtype=resolve_dtype("auto", device),
+        device=device,
+    )
 
 
 def _timed(call: Any, n: int) -> Row:

@@ -65,10 +65,17 @@ def _row(
     lean.choose_attention(attention, device=device, dtype=half)
     # Latents as four-channel images: the decoder's cost is measured by itself.
     sampler = DiffusionSampler(
-        lean, scheduler=DDIM, latent_shape=(4, side, side), null_class=settings.num_classes,
-        num_steps=STEPS, guidance_scale=settings.guidance_scale, micro_batch_images=batch,
-        dtype=half, device=device, compile=True,
-    )  # fmt: skip
+        lean,
+        scheduler=DDIM,
+        latent_shape=(4, side, side),
+        null_class=settings.num_classes,
+        num_steps=STEPS,
+        guidance_scale=settings.guidance_scale,
+        micro_batch_images=batch,
+        dtype=half,
+        device=device,
+        compile=True,
+    )
     out = torch.empty(batch, 4, side, side, dtype=torch.uint8, device=device)
     ids = torch.arange(batch, device=device)
     call = lambda: sampler.sample(ids, ids % settings.num_classes, out=out)  # noqa: E731
@@ -84,7 +91,14 @@ def _row(
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_stats(device)["allocation.all.allocated"] - before
     return {
-        "model": "DiT-XL/2 latents", "decoder": "none", "steps": STEPS, "arm": attention,
-        "batch": batch, "images_per_s": round(1e3 * batch / timing["median_ms"], 2), **timing,
-        "host_ms_per_batch": round(host_ms, 3), "syncs": 0, "allocations_per_batch": allocated,
-    }  # fmt: skip
+        "model": "DiT-XL/2 latents",
+        "decoder": "none",
+        "steps": STEPS,
+        "arm": attention,
+        "batch": batch,
+        "images_per_s": round(1e3 * batch / timing["median_ms"], 2),
+        **timing,
+        "host_ms_per_batch": round(host_ms, 3),
+        "syncs": 0,
+        "allocations_per_batch": allocated,
+    }

@@ -25,9 +25,17 @@ from dmkd_fast import DiffusionSampler, Views, kd_loss_and_grad, load_denoiser
 from dmkd_fast.assets import resolve
 
 ROOT = Path(__file__).parent.parent
-JOB = ["configs/fashion_mnist.yaml", "num_threads=1", "sampler.micro_batch_images=128",
-       "ring.capacity_images=1024", "ring.min_fill_images=256", "ring.samples_per_insert=6",
-       "train.num_views=4096", "train.log_every_steps=8", "eval.num_points=1"]  # fmt: skip
+JOB = [
+    "configs/fashion_mnist.yaml",
+    "num_threads=1",
+    "sampler.micro_batch_images=128",
+    "ring.capacity_images=1024",
+    "ring.min_fill_images=256",
+    "ring.samples_per_insert=6",
+    "train.num_views=4096",
+    "train.log_every_steps=8",
+    "eval.num_points=1",
+]
 # Columns of stats.jsonl that say what a run did. Other columns may come and go.
 COLUMNS = ("views", "images", "lr", "loss", "top1", "ring_uses", "ring_age_blocks")
 
@@ -81,9 +89,12 @@ def _hash_loss() -> str:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             for alpha in (1.0, 0.9):
                 loss, grad = kd_loss_and_grad(
-                    student.to(dtype), teacher.to(dtype), None if alpha == 1 else target,
-                    temperature=4.0, alpha=None if alpha == 1 else alpha,
-                )  # fmt: skip
+                    student.to(dtype),
+                    teacher.to(dtype),
+                    None if alpha == 1 else target,
+                    temperature=4.0,
+                    alpha=None if alpha == 1 else alpha,
+                )
                 digest.update(_bytes(loss) + _bytes(grad))
     return digest.hexdigest()
 
@@ -101,9 +112,13 @@ def _hash_views() -> str:
 def _hash_images() -> str:
     denoiser = load_denoiser(resolve("embedded:fashion_mnist/fewstep"), torch.device("cpu"))
     sampler = DiffusionSampler(
-        denoiser.module, scheduler=denoiser.scheduler, latent_shape=denoiser.latent_shape,
-        null_class=denoiser.null_class, num_steps=4, micro_batch_images=64,
-    )  # fmt: skip
+        denoiser.module,
+        scheduler=denoiser.scheduler,
+        latent_shape=denoiser.latent_shape,
+        null_class=denoiser.null_class,
+        num_steps=4,
+        micro_batch_images=64,
+    )
     ids = torch.arange(64)
     out = torch.empty((64, *denoiser.image_shape), dtype=torch.uint8)
     return hashlib.sha256(_bytes(sampler.sample(ids, ids % 10, out=out))).hexdigest()

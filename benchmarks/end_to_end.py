@@ -46,7 +46,7 @@ from benchmarks.arms import (
     Study,
     part_file,
     run_part,
-)  # fmt: skip
+)
 from benchmarks.fewstep import time_to
 from benchmarks.harness import Report, arguments, recorded
 
@@ -69,9 +69,11 @@ PARTS = {
     "whole": Part(arms=_WHOLE, images=10_240, views=200_000, points=20),
     "ladder": Part(
         arms=(TARGET, *(arm for arm in ARMS if arm not in _WHOLE or arm in (BF16, CHANNELS_LAST))),
-        images=1_024, views=20_480, points=2,
+        images=1_024,
+        views=20_480,
+        points=2,
     ),
-}  # fmt: skip
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -98,9 +100,11 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     part = PARTS[options.part]
     study = Study(
-        num_images=options.images, num_views=options.views, num_points=options.points,
+        num_images=options.images,
+        num_views=options.views,
+        num_points=options.points,
         overrides=tuple(options.overrides),
-    )  # fmt: skip
+    )
     work = options.work / options.part
     if options.one is not None:
         seed, name = options.one
@@ -143,10 +147,16 @@ def rows_of(study: Study, work: Path, arms: Sequence[str]) -> list[dict[str, Any
             offset = row.pop("before_s")
         curve = [(offset + wall, top1, spent) for wall, top1, spent in found["curve"]]
         rows[name] = {
-            "arm": name, "after": arm.after, "seed": study.seed, "images_from": arm.images,
+            "arm": name,
+            "after": arm.after,
+            "seed": study.seed,
+            "images_from": arm.images,
             "generation_carried_over": arm.images is not None and arm.images in used,
-            "commit": found["commit"], **row, "top1": round(curve[-1][1], 4), "curve": curve,
-        }  # fmt: skip
+            "commit": found["commit"],
+            **row,
+            "top1": round(curve[-1][1], 4),
+            "curve": curve,
+        }
         used.add(arm.images)
     target = rows[TARGET]["top1"] - BELOW
     for row in rows.values():
@@ -154,10 +164,11 @@ def rows_of(study: Study, work: Path, arms: Sequence[str]) -> list[dict[str, Any
         bare = [(wall - spent, top1) for wall, top1, spent in row.pop("curve")]
         gaps = [b[0] - a[0] for a, b in itertools.pairwise(points)] or [points[0][0]]
         row |= {
-            "target": round(target, 4), "s_to_target": time_to(points, target),
+            "target": round(target, 4),
+            "s_to_target": time_to(points, target),
             "s_to_target_without_evaluations": time_to(bare, target),
             "resolution_s": round(statistics.mean(gaps), 1),
-        }  # fmt: skip
+        }
     for row in rows.values():
         for label, other in (("fp32", TARGET), ("bf16", CHANNELS_LAST)):
             mine, theirs = row["s_to_target"], rows.get(other, {}).get("s_to_target")
@@ -174,14 +185,20 @@ def _row_on(found: dict[str, Any], made: dict[str, Any], *, uses_pngs: bool) -> 
     peak = max(found["peak_memory_mib"], made["peak_memory_mib"])
     return {
         "before_s": spent,
-        **_figures(found | {
-            "wall_s": spent + found["wall_s"], "cpu_s": cpu + found["cpu_s"],
-            "generation_s": generation_s, "num_images": made["num_images"],
-            "disk_mib": made["disk_mib"] if uses_pngs else 0.0, "peak_memory_mib": peak,
-        }),
+        **_figures(
+            found
+            | {
+                "wall_s": spent + found["wall_s"],
+                "cpu_s": cpu + found["cpu_s"],
+                "generation_s": generation_s,
+                "num_images": made["num_images"],
+                "disk_mib": made["disk_mib"] if uses_pngs else 0.0,
+                "peak_memory_mib": peak,
+            }
+        ),
         "png_s": round(made["pngs"]["wall_s"] if uses_pngs else 0.0, 1),
         "proof": made["proof"] | found["proof"],
-    }  # fmt: skip
+    }
 
 
 def _own_row(found: dict[str, Any]) -> dict[str, Any]:
@@ -192,14 +209,24 @@ def _own_row(found: dict[str, Any]) -> dict[str, Any]:
 def _figures(found: dict[str, Any]) -> dict[str, Any]:
     parts = [found[f"{part}_s"] for part in ("generation", "training", "evaluation")]
     return {
-        **{name: round(found[name], 1) for name in ("wall_s", "cpu_s", "generation_s", "training_s",
-                                                    "evaluation_s", "disk_mib")},
+        **{
+            name: round(found[name], 1)
+            for name in (
+                "wall_s",
+                "cpu_s",
+                "generation_s",
+                "training_s",
+                "evaluation_s",
+                "disk_mib",
+            )
+        },
         "other_s": round(found["wall_s"] - sum(parts), 1),
-        "images": found["num_images"], "views": found["views"],
+        "images": found["num_images"],
+        "views": found["views"],
         "images_per_s": round(found["num_images"] / found["generation_s"], 1),
         "views_per_s": round(found["views"] / found["training_s"], 1),
         "peak_memory_mib": round(found["peak_memory_mib"]),
-    }  # fmt: skip
+    }
 
 
 def _in_a_process(argv: list[str], work: Path, seed: int, name: str) -> None:

@@ -48,8 +48,11 @@ def main(argv: list[str]) -> None:
     if None in times:
         print("a few-step run never reached the target", file=sys.stderr)
     else:
-        report.at_least("many-step wall time / few-step time to its accuracy",
-                        spent / statistics.mean(times), 3.0)  # fmt: skip
+        report.at_least(
+            "many-step wall time / few-step time to its accuracy",
+            spent / statistics.mean(times),
+            3.0,
+        )
     report.finish(record=options.record)
 
 

@@ -46,8 +46,12 @@ def main(argv: list[str]) -> None:
     report = Report(bench="fidelity", arguments=recorded(options))
     for name, (file, overrides) in SETTINGS.items():
         row = {"fidelity": name, **quality(CONFIGS / file, overrides)}
-        shared = [f"train.num_views={options.views}", "ring.min_fill_images=6144",
-                  "ring.capacity_images=10240", "ring.samples_per_insert=24"]  # fmt: skip
+        shared = [
+            f"train.num_views={options.views}",
+            "ring.min_fill_images=6144",
+            "ring.capacity_images=10240",
+            "ring.samples_per_insert=24",
+        ]
         runs = [
             run_job(CONFIGS / file, [*overrides, *shared, f"seed={seed}"])[0]
             for seed in range(options.seeds)
@@ -76,12 +80,13 @@ def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
     assert isinstance(parts.test_set, ImageSet)
     real = features(distiller, parts.test_set.images)
     return {
-        "num_steps": config.sampler.num_steps, "solver": config.sampler.solver,
+        "num_steps": config.sampler.num_steps,
+        "solver": config.sampler.solver,
         "guidance_scale": config.sampler.guidance_scale,
         "forwards_per_image": sampler.forwards_per_image,
         "images_per_s": round(NUM_IMAGES / spent, 1),
         "frechet": round(frechet(features(distiller, images), real), 4),
-    }  # fmt: skip
+    }
 
 
 @torch.inference_mode()

@@ -47,10 +47,18 @@ def main(argv: list[str]) -> None:
             cell = {"arm": arm, "seed": seed, "views": options.views}
             if not cells.has(**cell):
                 images = arm_images(arm, options.data)
-                cells.add(cell, study.train_student(
-                    images, teacher="lenet5", student="lenet5_half", num_views=options.views,
-                    seed=seed, test=test, **study.LENET,
-                ))  # fmt: skip
+                cells.add(
+                    cell,
+                    study.train_student(
+                        images,
+                        teacher="lenet5",
+                        student="lenet5_half",
+                        num_views=options.views,
+                        seed=seed,
+                        test=test,
+                        **study.LENET,
+                    ),
+                )
     cells.finish()
 
 
@@ -75,9 +83,9 @@ def crops_of_a_photo(count: int) -> Tensor:
         pixels = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, 1, 512, 512)
     views = Views(size=28, scale=(0.01, 0.3), flip=0.5, mean=(0.0,), std=(1.0,), seed=1)
     first, ids = torch.zeros(count, dtype=torch.int64), torch.arange(count)
-    crops = torch.cat([
-        views(pixels, first[part], ids[part], first[part]).float() for part in ids.split(1024)
-    ])  # fmt: skip
+    crops = torch.cat(
+        [views(pixels, first[part], ids[part], first[part]).float() for part in ids.split(1024)]
+    )
     return crops.mul(255).round().clamp(0, 255).to(torch.uint8).contiguous()
 
 

@@ -35,9 +35,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = arguments("finding-2", __doc__ or "", selects=["seeds", "parts"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--parts", nargs="+", choices=("grid", "compute", "corners"),
+        "--parts",
+        nargs="+",
+        choices=("grid", "compute", "corners"),
         default=["grid", "compute", "corners"],
-    )  # fmt: skip
+    )
     parser.add_argument("--threads", type=int, default=1, help="0: all cores")
     return parser.parse_args(argv)
 
@@ -50,11 +52,9 @@ def main(argv: list[str]) -> None:
     resnet: dict[str, Any] = {"teacher": "strong", "student": "resnet", **study.RESNET_OPTIM}
     parts = {
         "grid": ([(s, k, COUNT) for k in STEPS for s in GUIDANCE], VIEWS, lenet),
-        "compute": (
-            [(s, k, FORWARDS // forwards(s, k)) for s, k in EQUAL_COMPUTE], VIEWS, lenet,
-        ),
+        "compute": ([(s, k, FORWARDS // forwards(s, k)) for s, k in EQUAL_COMPUTE], VIEWS, lenet),
         "corners": ([(s, k, COUNT) for s, k in CORNERS], 38_400, resnet),
-    }  # fmt: skip
+    }
     for part in options.parts:
         wanted, num_views, settings = parts[part]
         for guidance, steps, count in wanted:
@@ -63,10 +63,16 @@ def main(argv: list[str]) -> None:
                 cells.add({**cell, "seed": "quality"}, quality(cell_images(guidance, steps, count)))
             for seed in study.student_seeds(options.seeds):
                 if not cells.has(**cell, seed=seed):
-                    cells.add({**cell, "seed": seed}, study.train_student(
-                        cell_images(guidance, steps, count), num_views=num_views, seed=seed,
-                        test=test, **settings,
-                    ))  # fmt: skip
+                    cells.add(
+                        {**cell, "seed": seed},
+                        study.train_student(
+                            cell_images(guidance, steps, count),
+                            num_views=num_views,
+                            seed=seed,
+                            test=test,
+                            **settings,
+                        ),
+                    )
     cells.finish()
 
 
@@ -95,10 +101,8 @@ def quality(images: study.FixedSet) -> dict[str, Any]:
         "precision": round(covered(made, real), 4),
         "recall": round(covered(real, made), 4),
         "confidence": round(shares.amax(dim=1).mean().item(), 4),
-        "class_agreement": round(
-            (shares.argmax(dim=1) == images.labels).double().mean().item(), 4
-        ),
-    }  # fmt: skip
+        "class_agreement": round((shares.argmax(dim=1) == images.labels).double().mean().item(), 4),
+    }
 
 
 def features(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,24 @@ def main(argv: list[str]) -> None:
         for seed in study.student_seeds(options.seeds):
             for teacher in TEACHERS:
                 for temperature in TEMPERATURES:
-                    cell = {"student": student, "teacher": teacher, "temperature": temperature,
-                            "seed": seed}  # fmt: skip
+                    cell = {
+                        "student": student,
+                        "teacher": teacher,
+                        "temperature": temperature,
+                        "seed": seed,
+                    }
                     if not cells.has(**cell):
-                        cells.add(cell, study.train_student(
-                            images, teacher=teacher, student=student, seed=seed, test=test,
-                            temperature=temperature, num_views=128_000 if small else 38_400,
-                            **(study.LENET if small else study.RESNET_OPTIM),
-                        ))  # fmt: skip
+                        cells.add(
+                            cell,
+                            study.train_student(
+                                images,
+                                teacher=teacher,
+                                student=student,
+                                seed=seed,
+                                test=test,
+                                temperature=temperature,
+                                num_views=128_000 if small else 38_400,
+                                **(study.LENET if small else study.RESNET_OPTIM),
+                            ),
+                        )
     cells.finish()

@@ -89,29 +89,48 @@ class Settings:
     def dit(self) -> dict[str, Any]:
         """Of a `DiTTransformer2DModel`."""
         return {
-            "num_attention_heads": self.heads, "attention_head_dim": self.head_dim,
-            "num_layers": self.layers, "in_channels": 4, "out_channels": 8,
-            "sample_size": self.latent_side, "patch_size": 2,
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.head_dim,
+            "num_layers": self.layers,
+            "in_channels": 4,
+            "out_channels": 8,
+            "sample_size": self.latent_side,
+            "patch_size": 2,
             "num_embeds_ada_norm": self.num_classes,
-        }  # fmt: skip
+        }
 
     @property
     def vae(self) -> dict[str, Any]:
         """Of an `AutoencoderKL`."""
         count = len(self.vae_channels)
         return {
-            "block_out_channels": self.vae_channels, "layers_per_block": 2, "latent_channels": 4,
-            "down_block_types": ("DownEncoderBlock2D",) * count, "sample_size": self.image_side,
-            "up_block_types": ("UpDecoderBlock2D",) * count, "norm_num_groups": self.vae_groups,
-        }  # fmt: skip
+            "block_out_channels": self.vae_channels,
+            "layers_per_block": 2,
+            "latent_channels": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * count,
+            "sample_size": self.image_side,
+            "up_block_types": ("UpDecoderBlock2D",) * count,
+            "norm_num_groups": self.vae_groups,
+        }
 
 
 # The same lines in seconds on a CPU.
 TINY = Settings(
-    heads=2, head_dim=8, layers=1, latent_side=8, vae_channels=(8, 16), vae_groups=4,
-    steps=(1, 2), sampler_batch=4, n_sampler=1, view_size=32, batch=4,
-    students=("resnet18",), capacity=16, n_training=1,
-)  # fmt: skip
+    heads=2,
+    head_dim=8,
+    layers=1,
+    latent_side=8,
+    vae_channels=(8, 16),
+    vae_groups=4,
+    steps=(1, 2),
+    sampler_batch=4,
+    n_sampler=1,
+    view_size=32,
+    batch=4,
+    students=("resnet18",),
+    capacity=16,
+    n_training=1,
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -167,12 +186,20 @@ class Bench:
             for arm, timing in timings.items():
                 per_s = 1e3 * s.sampler_batch / timing["median_ms"]
                 self.found["sampler", arm, str(steps)] = per_s
-                self.report.rows.append({
-                    "part": "sampler", "model": "DiT-XL/2 + SD-VAE", "side": s.image_side,
-                    "steps": steps, "guidance_scale": s.guidance_scale, "batch": s.sampler_batch,
-                    "arm": arm, "images_per_s": round(per_s, 3), **timing,
-                    "peak_mib": peaks[arm],
-                })  # fmt: skip
+                self.report.rows.append(
+                    {
+                        "part": "sampler",
+                        "model": "DiT-XL/2 + SD-VAE",
+                        "side": s.image_side,
+                        "steps": steps,
+                        "guidance_scale": s.guidance_scale,
+                        "batch": s.sampler_batch,
+                        "arm": arm,
+                        "images_per_s": round(per_s, 3),
+                        **timing,
+                        "peak_mib": peaks[arm],
+                    }
+                )
 
     def training(self) -> None:
         """Views/s of teacher -> student."""
@@ -189,18 +216,30 @@ class Bench:
             for arm, timing in timings.items():
                 per_s = 1e3 * s.batch / timing["median_ms"]
                 self.found["training", arm, student] = per_s
-                self.report.rows.append({
-                    "part": "training", "teacher": s.teacher, "student": student, "batch": s.batch,
-                    "pixels": s.view_size, "arm": arm, "views_per_s": round(per_s, 1), **timing,
-                    "peak_mib": peaks[arm],
-                })  # fmt: skip
+                self.report.rows.append(
+                    {
+                        "part": "training",
+                        "teacher": s.teacher,
+                        "student": student,
+                        "batch": s.batch,
+                        "pixels": s.view_size,
+                        "arm": arm,
+                        "views_per_s": round(per_s, 1),
+                        **timing,
+                        "peak_mib": peaks[arm],
+                    }
+                )
             if {"ours", "ours, networks alone"} <= timings.keys():
                 networks = timings["ours, networks alone"]["median_ms"]
                 share = 1 - networks / timings["ours"]["median_ms"]
-                self.report.rows.append({
-                    "part": "outside", "teacher": s.teacher, "student": student,
-                    "share_outside_networks": round(share, 4),
-                })  # fmt: skip
+                self.report.rows.append(
+                    {
+                        "part": "outside",
+                        "teacher": s.teacher,
+                        "student": student,
+                        "share_outside_networks": round(share, 4),
+                    }
+                )
                 self.report.at_most(f"{student}: share of a step outside the networks", share, 0.1)
 
     def job(self) -> None:
@@ -218,12 +257,20 @@ class Bench:
                 per_image = 1 / fast + (s.job_steps - few) * per_step
                 hours = s.job_images * per_image / 3600
                 train = s.job_images * s.job_reuse / views_per_s / 3600
-                self.report.rows.append({
-                    "part": "job, by arithmetic", "images": s.job_images, "steps": s.job_steps,
-                    "reuse": s.job_reuse, "student": student, "arm": training,
-                    "images_by": making, "generation_h": round(hours, 2),
-                    "training_h": round(train, 2), "hours": round(hours + train, 2),
-                })  # fmt: skip
+                self.report.rows.append(
+                    {
+                        "part": "job, by arithmetic",
+                        "images": s.job_images,
+                        "steps": s.job_steps,
+                        "reuse": s.job_reuse,
+                        "student": student,
+                        "arm": training,
+                        "images_by": making,
+                        "generation_h": round(hours, 2),
+                        "training_h": round(train, 2),
+                        "hours": round(hours + train, 2),
+                    }
+                )
 
     def _measure(
         self, makers: Mapping[str, Callable[[], Callable[[], object]]], n: int
@@ -269,12 +316,18 @@ class Bench:
         del dit
         lean.choose_attention("auto", device=self.device, dtype=self.half)
         sampler = DiffusionSampler(
-            lean, scheduler=DDIM, latent_shape=(4, s.latent_side, s.latent_side),
+            lean,
+            scheduler=DDIM,
+            latent_shape=(4, s.latent_side, s.latent_side),
             decoder=Decoder(vae).to(memory_format=torch.channels_last),
-            null_class=s.num_classes, num_steps=steps, guidance_scale=s.guidance_scale,
-            micro_batch_images=s.sampler_batch, dtype=self.half, device=self.device,
+            null_class=s.num_classes,
+            num_steps=steps,
+            guidance_scale=s.guidance_scale,
+            micro_batch_images=s.sampler_batch,
+            dtype=self.half,
+            device=self.device,
             compile=self.device.type == "cuda",
-        )  # fmt: skip
+        )
         out = torch.empty(
             s.sampler_batch, 3, s.image_side, s.image_side, dtype=torch.uint8, device=self.device
         )
@@ -286,10 +339,14 @@ class Bench:
         """A filled ring and the networks; images are random, and none are made."""
         s = self.settings
         ring = RingBuffer(
-            s.capacity, image_shape=(3, s.image_side, s.image_side), block_images=s.capacity // 4,
-            samples_per_insert=1e6, min_fill_images=s.capacity // 4, num_classes=s.num_classes,
+            s.capacity,
+            image_shape=(3, s.image_side, s.image_side),
+            block_images=s.capacity // 4,
+            samples_per_insert=1e6,
+            min_fill_images=s.capacity // 4,
+            num_classes=s.num_classes,
             device=self.device,
-        )  # fmt: skip
+        )
         labels = LabelStream(s.num_classes, device=self.device)
         for _ in range(4):
             block = ring.reserve()
@@ -298,22 +355,35 @@ class Bench:
             ring.commit(block, ids=ids, labels=classes)
             labels.advance(len(ids))
         unused = DiffusionSampler(
-            nn.Identity(), scheduler=DDIM, latent_shape=(3, s.image_side, s.image_side),
-            num_steps=1, device=self.device,
-        )  # fmt: skip
+            nn.Identity(),
+            scheduler=DDIM,
+            latent_shape=(3, s.image_side, s.image_side),
+            num_steps=1,
+            device=self.device,
+        )
         return Distiller(
-            sampler=unused, ring=ring, labels=labels, teacher=self._network(s.teacher),
+            sampler=unused,
+            ring=ring,
+            labels=labels,
+            teacher=self._network(s.teacher),
             student=self._network(student).to(memory_format=torch.channels_last),
             views=Views(
-                size=s.view_size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), mean=MEAN, std=STD,
+                size=s.view_size,
+                scale=(0.08, 1.0),
+                ratio=(3 / 4, 4 / 3),
+                mean=MEAN,
+                std=STD,
                 device=self.device,
             ),
             schedule=Schedule(
                 batch_size=s.batch, num_views=s.batch * 10**6, lr=1e-4, name="sgd", ema_decay=0.999
             ),
-            run_dir=folder / student, temperature=TEMPERATURE, dtype=self.half,
-            compile=self.device.type == "cuda", show=False,
-        )  # fmt: skip
+            run_dir=folder / student,
+            temperature=TEMPERATURE,
+            dtype=self.half,
+            compile=self.device.type == "cuda",
+            show=False,
+        )
 
     def _train(self, student: str, folder: Path) -> Callable[[], object]:
         return partial(_as_dmkd_runs_it, self._distiller(student, folder).train_step)

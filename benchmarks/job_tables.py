@@ -19,13 +19,28 @@ same arm differed by more (`drift`)."""
 
 def embedded(rows: list[Row]) -> str:
     """Accuracy and time of the embedded job by seed, and their mean and deviation."""
-    names = {"top1": ".4f", "teacher_top1": ".4f", "agreement": ".4f", "generated_images": ",",
-             "views": ",", "wall_s": ".0f", "cpu_s": ".0f"}  # fmt: skip
+    names = {
+        "top1": ".4f",
+        "teacher_top1": ".4f",
+        "agreement": ".4f",
+        "generated_images": ",",
+        "views": ",",
+        "wall_s": ".0f",
+        "cpu_s": ".0f",
+    }
     body = [[str(r["seed"]), *(format(r[n], form) for n, form in names.items())] for r in rows]
     if len(rows) > 1:
         body.append(["mean ± std", *(_spread(rows, n, form) for n, form in names.items())])
-    header = ["seed", "student top-1", "teacher top-1", "agreement", "generated images", "views",
-              "wall s", "CPU s"]  # fmt: skip
+    header = [
+        "seed",
+        "student top-1",
+        "teacher top-1",
+        "agreement",
+        "generated images",
+        "views",
+        "wall s",
+        "CPU s",
+    ]
     note = "Last step, 10,000 real test images; std between seeds"
     if points := rows[0]["arguments"].get("points"):
         note += f"; {points} evaluations on the way, which count in the times"
@@ -39,35 +54,65 @@ def fewstep(rows: list[Row]) -> str:
     for job in jobs:
         shown = [r for r in rows if r["job"] == job]
         body += [
-            [job, str(r["seed"]), f"{r['top1']:.4f}", f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}",
-             _seconds(r["s_to_target"]), f"{r['target']:.4f}"]
+            [
+                job,
+                str(r["seed"]),
+                f"{r['top1']:.4f}",
+                f"{r['wall_s']:.0f}",
+                f"{r['cpu_s']:.0f}",
+                _seconds(r["s_to_target"]),
+                f"{r['target']:.4f}",
+            ]
             for r in shown
-        ]  # fmt: skip
+        ]
         names = {"top1": ".4f", "wall_s": ".0f", "cpu_s": ".0f"}
         cells = [_spread(shown, n, form) for n, form in names.items()]
         reached = sum(r["s_to_target"] is not None for r in shown)
         body.append([job, "mean ± std", *cells, f"{reached} of {len(shown)} reach it", ""])
-    many, few = (
-        statistics.mean(r["cpu_s"] for r in rows if r["job"] == job) for job in jobs
-    )  # fmt: skip
+    many, few = (statistics.mean(r["cpu_s"] for r in rows if r["job"] == job) for job in jobs)
     note = f"Target: mean top-1 of the many-step job. {break_even([many - few])} {where(rows)}."
     return table(header, body, note)
 
 
 def end_to_end(rows: list[Row]) -> str:
     """Whole jobs beside the baselines."""
-    header = ["run", "way of working", "seed", "top-1", "images/s", "views/s", "generate s",
-              "train s", "evaluate s", "whole, s", "CPU s", "disk MiB", "memory MiB",
-              "s to target", "vs fp32 / bf16 channels-last"]  # fmt: skip
+    header = [
+        "run",
+        "way of working",
+        "seed",
+        "top-1",
+        "images/s",
+        "views/s",
+        "generate s",
+        "train s",
+        "evaluate s",
+        "whole, s",
+        "CPU s",
+        "disk MiB",
+        "memory MiB",
+        "s to target",
+        "vs fp32 / bf16 channels-last",
+    ]
     body = [
-        [r["environment"]["date"], r["arm"], str(r["seed"]), f"{r['top1']:.4f}",
-         f"{r['images_per_s']:.0f}", f"{r['views_per_s']:,.0f}", f"{r['generation_s']:.0f}",
-         f"{r['training_s']:.0f}", f"{r['evaluation_s']:.0f}", f"{r['wall_s']:.0f}",
-         f"{r['cpu_s']:.0f}", f"{r['disk_mib']:.0f}", f"{r['peak_memory_mib']:,}",
-         _seconds(r["s_to_target"]),
-         f"{_times(r['times_faster_than_fp32'])} / {_times(r['times_faster_than_bf16'])}"]
+        [
+            r["environment"]["date"],
+            r["arm"],
+            str(r["seed"]),
+            f"{r['top1']:.4f}",
+            f"{r['images_per_s']:.0f}",
+            f"{r['views_per_s']:,.0f}",
+            f"{r['generation_s']:.0f}",
+            f"{r['training_s']:.0f}",
+            f"{r['evaluation_s']:.0f}",
+            f"{r['wall_s']:.0f}",
+            f"{r['cpu_s']:.0f}",
+            f"{r['disk_mib']:.0f}",
+            f"{r['peak_memory_mib']:,}",
+            _seconds(r["s_to_target"]),
+            f"{_times(r['times_faster_than_fp32'])} / {_times(r['times_faster_than_bf16'])}",
+        ]
         for r in rows
-    ]  # fmt: skip
+    ]
     targets = ", ".join(f"{t:.4f}" for t in dict.fromkeys(r["target"] for r in rows))
     gaps = [r["resolution_s"] for r in rows]
     cpu = {(r["environment"]["date"], r["seed"], r["arm"]): r["cpu_s"] for r in rows}
@@ -126,18 +171,36 @@ def asset_figure(asset: str, name: str) -> float:
 
 def ladder(rows: list[Row]) -> str:
     """From the baseline to ours, one change at a time."""
-    header = ["after", "this change", "seed", "top-1", "images/s", "views/s", "whole, s", "gain",
-              "s to target", "seen in the run"]  # fmt: skip
+    header = [
+        "after",
+        "this change",
+        "seed",
+        "top-1",
+        "images/s",
+        "views/s",
+        "whole, s",
+        "gain",
+        "s to target",
+        "seen in the run",
+    ]
     wall = {(r["arm"], r["seed"]): r["wall_s"] for r in rows}
     once = len({r["seed"] for r in rows}) == 1
     noise = f"; a factor within {DRIFT:g} of 1 is noise, since each rung ran once" if once else ""
     body = [
-        [r["after"] or "-", r["arm"], str(r["seed"]), f"{r['top1']:.4f}",
-         f"{r['images_per_s']:.0f}", f"{r['views_per_s']:,.0f}", f"{r['wall_s']:.0f}",
-         _gain(wall[r["after"], r["seed"]] / r["wall_s"], once) if r["after"] else "-",
-         _seconds(r["s_to_target"]), _seen(r["proof"])]
+        [
+            r["after"] or "-",
+            r["arm"],
+            str(r["seed"]),
+            f"{r['top1']:.4f}",
+            f"{r['images_per_s']:.0f}",
+            f"{r['views_per_s']:,.0f}",
+            f"{r['wall_s']:.0f}",
+            _gain(wall[r["after"], r["seed"]] / r["wall_s"], once) if r["after"] else "-",
+            _seconds(r["s_to_target"]),
+            _seen(r["proof"]),
+        ]
         for r in rows
-    ]  # fmt: skip
+    ]
     note = (
         f"Gain: seconds of the whole job before the change over those after it{noise}. Images made "
         "alike were made once, and their time is part of each row. The compiled student is not "
@@ -149,10 +212,14 @@ def ladder(rows: list[Row]) -> str:
 def step(rows: list[Row]) -> str:
     """A training step alone, one change at a time."""
     body = [
-        [r["arm"], f"{r['median_ms']:.1f}", f"{r['p20_ms']:.1f} to {r['p80_ms']:.1f}",
-         f"{r['times_faster_than_published']:.2f}x"]
+        [
+            r["arm"],
+            f"{r['median_ms']:.1f}",
+            f"{r['p20_ms']:.1f} to {r['p80_ms']:.1f}",
+            f"{r['times_faster_than_published']:.2f}x",
+        ]
         for r in rows
-    ]  # fmt: skip
+    ]
     header = ["step", "ms", "20 % to 80 %", "vs as published"]
     note = f"Each row adds one change. Medians of {rows[0]['n']}, interleaved. {where(rows)}."
     return table(header, body, note)
@@ -160,14 +227,29 @@ def step(rows: list[Row]) -> str:
 
 def fidelity(rows: list[Row]) -> str:
     """What each preset costs and teaches."""
-    header = ["fidelity", "steps", "solver", "guidance", "forwards", "images/s",
-              "Frechet distance", "student top-1"]  # fmt: skip
+    header = [
+        "fidelity",
+        "steps",
+        "solver",
+        "guidance",
+        "forwards",
+        "images/s",
+        "Frechet distance",
+        "student top-1",
+    ]
     body = [
-        [r["fidelity"], str(r["num_steps"]), r["solver"], f"{r['guidance_scale']:g}",
-         str(r["forwards_per_image"]), f"{r['images_per_s']:.0f}", f"{r['frechet']:.3f}",
-         f"{r['top1']:.4f}"]
+        [
+            r["fidelity"],
+            str(r["num_steps"]),
+            r["solver"],
+            f"{r['guidance_scale']:g}",
+            str(r["forwards_per_image"]),
+            f"{r['images_per_s']:.0f}",
+            f"{r['frechet']:.3f}",
+            f"{r['top1']:.4f}",
+        ]
         for r in rows
-    ]  # fmt: skip
+    ]
     seeds = rows[0]["seeds"]
     counted = "one seed, so an observation without an interval" if seeds == 1 else f"{seeds} seeds"
     note = (
@@ -206,8 +288,11 @@ def _seen(proof: Row) -> str:
     """What a run was seen to do, in short."""
     parts = [proof["sampler"], proof["attention"], proof["sampler_dtype"]]
     parts.append(f"{proof['png_files']:,} PNG files" if proof["png_files"] else "ring")
-    parts += [name.removeprefix("aten::") for name, calls in proof["ops"].items()
-              if calls and "scalar" not in name]  # fmt: skip
+    parts += [
+        name.removeprefix("aten::")
+        for name, calls in proof["ops"].items()
+        if calls and "scalar" not in name
+    ]
     parts.append(f"{proof['teacher_batch_norms']} teacher norms")
     parts.append(f"{proof['page_faults_per_step']:,} page faults a step")
     if proof.get("channels_last"):

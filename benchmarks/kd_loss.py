@@ -62,8 +62,15 @@ def main(argv: list[str]) -> None:
                     _judge(report, shape, dtype, medians)
     for arm in ("ours", "ours, one pass", "eager"):
         peak = _memory(arm, MEMORY_SHAPE)
-        report.rows.append({"shape": MEMORY_SHAPE, "dtype": "float32", "arm": arm, "set": "memory",
-                            "peak_gradients": peak})  # fmt: skip
+        report.rows.append(
+            {
+                "shape": MEMORY_SHAPE,
+                "dtype": "float32",
+                "arm": arm,
+                "set": "memory",
+                "peak_gradients": peak,
+            }
+        )
         if arm != "eager":
             report.at_most(f"{arm}: peak memory in gradients", peak, 1.1)
     report.finish(record=options.record)

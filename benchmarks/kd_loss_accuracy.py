@@ -52,11 +52,16 @@ def _errors(temperature: int, noise: float, dtype: torch.dtype) -> list[dict[str
     if dtype != torch.float32:
         arms["autocast"] = _chain(student, teacher, temperature, torch.float32)
     return [
-        {"temperature": temperature, "noise": noise, "dtype": str(dtype).removeprefix("torch."),
-         "arm": name, "loss_error": (abs(a - loss) / loss).item(),
-         "gradient_error": ((b.double() - grad).norm() / grad.norm()).item()}
+        {
+            "temperature": temperature,
+            "noise": noise,
+            "dtype": str(dtype).removeprefix("torch."),
+            "arm": name,
+            "loss_error": (abs(a - loss) / loss).item(),
+            "gradient_error": ((b.double() - grad).norm() / grad.norm()).item(),
+        }
         for name, (a, b) in arms.items()
-    ]  # fmt: skip
+    ]
 
 
 def _chain(

@@ -81,8 +81,11 @@ def _measure(report: Report, shape: tuple[int, int], dtype: torch.dtype, n: int)
             }
         )
         if name == "ours, one pass" and shape[1] >= 4096:
-            report.at_least(f"{shape[0]}x{shape[1]} {dtype} share of copy",
-                            report.rows[-1]["share_of_copy"], 0.85)  # fmt: skip
+            report.at_least(
+                f"{shape[0]}x{shape[1]} {dtype} share of copy",
+                report.rows[-1]["share_of_copy"],
+                0.85,
+            )
 
 
 def _repeat(arm: Callable[[], object]) -> Callable[[], None]:

@@ -83,9 +83,15 @@ class Trainer:
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, recipe: Recipe, *, schedule: Schedule,
-        temperature: float, input: InputSpec,
-    ) -> None:  # fmt: skip
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        recipe: Recipe,
+        *,
+        schedule: Schedule,
+        temperature: float,
+        input: InputSpec,
+    ) -> None:
         self.recipe, self.schedule, self.temperature = recipe, schedule, temperature
         dtype = getattr(torch, recipe.dtype)
         self.student = student.train()
@@ -98,9 +104,13 @@ class Trainer:
             self._forward = torch.compile(student, dynamic=False)
         self.autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
         self.optimizer = build_optimizer(
-            student, name=schedule.name, lr=schedule.lr, momentum=schedule.momentum,
-            nesterov=schedule.nesterov, weight_decay=schedule.weight_decay,
-        )  # fmt: skip
+            student,
+            name=schedule.name,
+            lr=schedule.lr,
+            momentum=schedule.momentum,
+            nesterov=schedule.nesterov,
+            weight_decay=schedule.weight_decay,
+        )
         self.average = WeightEMA(student, decay=schedule.ema_decay)
         self.num_steps, self.steps = schedule.num_steps, 0
 
@@ -118,8 +128,9 @@ class Trainer:
                 student_logits, teacher_logits, temperature=self.temperature
             )
         else:
-            loss = baseline.kd_loss(student_logits.float(), teacher_logits.float(),
-                                    self.temperature)  # fmt: skip
+            loss = baseline.kd_loss(
+                student_logits.float(), teacher_logits.float(), self.temperature
+            )
         if recipe.reads_each_step:
             baseline.read_figures(loss, student_logits, labels)
         elif (self.steps + 1) % schedule.log_every_steps == 0:
@@ -170,8 +181,10 @@ def train(
     test_set = open_test_set(config.eval, None, None, CPU, spec.num_classes)
     schedule = schedule_of(config)
     settings: dict[str, Any] = {
-        "schedule": schedule, "temperature": config.loss.temperature, "input": spec.input,
-    }  # fmt: skip
+        "schedule": schedule,
+        "temperature": config.loss.temperature,
+        "input": spec.input,
+    }
     ring, workers = None, None
     if recipe.ring:
         ring = _filled_ring(config, images, labels)
@@ -179,9 +192,13 @@ def train(
     else:
         assert pngs is not None
         read = partial(
-            baseline.png_batches, pngs, config.views, spec.input, batch=schedule.batch_size,
+            baseline.png_batches,
+            pngs,
+            config.views,
+            spec.input,
+            batch=schedule.batch_size,
             seed=config.seed,
-        )  # fmt: skip
+        )
         choosing = Clock()
         workers = baseline.fastest(
             baseline.WORKERS,
@@ -218,9 +235,12 @@ def train(
     if wrong := contradictions(recipe, proof, num_images=len(images)):
         raise RuntimeError(f"recipe: {'; '.join(wrong)}; mend the arm")
     return {
-        **times, **loop, "views": trainer.num_steps * schedule.batch_size,
-        "peak_memory_mib": peak_memory_mib(), "proof": proof,
-    }  # fmt: skip
+        **times,
+        **loop,
+        "views": trainer.num_steps * schedule.batch_size,
+        "peak_memory_mib": peak_memory_mib(),
+        "proof": proof,
+    }
 
 
 def contradictions(recipe: Recipe, proof: dict[str, Any], *, num_images: int) -> list[str]:
@@ -255,12 +275,13 @@ def seen_in(step: Callable[[], object], student: nn.Module) -> dict[str, Any]:
     last = seen[-1] if seen else None  # A compiled student runs no hooks.
     return {
         "forward_dtype": None if last is None else str(last.dtype).removeprefix("torch."),
-        "channels_last": None if last is None
+        "channels_last": None
+        if last is None
         else last.is_contiguous(memory_format=torch.channels_last),
         "ops": {name: calls.get(name, 0) for name in SEEN},
         "compiled_graphs": compiled_graphs(),
         "keeps_freed_memory": keeps_freed_memory(),
-    }  # fmt: skip
+    }
 
 
 def compiled_graphs() -> int:
@@ -286,10 +307,12 @@ def page_faults() -> int:
 def schedule_of(config: DistillConfig) -> Schedule:
     """The job's schedule."""
     return Schedule(
-        **config.optim.model_dump(), batch_size=config.train.batch_size,
-        num_views=config.train.num_views, log_every_steps=config.train.log_every_steps,
+        **config.optim.model_dump(),
+        batch_size=config.train.batch_size,
+        num_views=config.train.num_views,
+        log_every_steps=config.train.log_every_steps,
         num_evaluations=config.eval.num_points,
-    )  # fmt: skip
+    )
 
 
 def networks(recipe: Recipe, config: DistillConfig) -> tuple[nn.Module, nn.Module, ClassifierSpec]:
@@ -312,9 +335,8 @@ def _try(trainer: Trainer, source: Batches) -> None:
 
 
 def _fit(
-    trainer: Trainer, source: Batches, clock: Clock, test: Callable[[], Any],
-    spec: ClassifierSpec,
-) -> dict[str, Any]:  # fmt: skip
+    trainer: Trainer, source: Batches, clock: Clock, test: Callable[[], Any], spec: ClassifierSpec
+) -> dict[str, Any]:
     """All steps, with an evaluation at equal distances."""
     started, faults, evaluation_s, curve = time.perf_counter(), page_faults(), 0.0, []
     count = trainer.schedule.num_evaluations
@@ -331,19 +353,24 @@ def _fit(
             faults += page_faults() - before  # They are not the training's.
             curve.append((clock.wall_s(), scores.result()["top1"], evaluation_s))
     return {
-        "training_s": time.perf_counter() - started - evaluation_s, "evaluation_s": evaluation_s,
-        "curve": curve, "page_faults": page_faults() - faults,
-    }  # fmt: skip
+        "training_s": time.perf_counter() - started - evaluation_s,
+        "evaluation_s": evaluation_s,
+        "curve": curve,
+        "page_faults": page_faults() - faults,
+    }
 
 
 def _filled_ring(config: DistillConfig, images: Tensor, labels: Tensor) -> RingBuffer:
     """The job's ring with all images."""
     size, (channels, height, width) = config.block_images, images.shape[1:]
     ring = RingBuffer(
-        config.ring.capacity_images, image_shape=(channels, height, width), block_images=size,
-        **config.ring.model_dump(exclude={"capacity_images", "overlap"}), device=CPU,
+        config.ring.capacity_images,
+        image_shape=(channels, height, width),
+        block_images=size,
+        **config.ring.model_dump(exclude={"capacity_images", "overlap"}),
+        device=CPU,
         seed=config.seed,
-    )  # fmt: skip
+    )
     ids = torch.arange(len(images))
     for places in ids.split(size):
         block = ring.reserve()

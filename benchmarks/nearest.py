@@ -53,9 +53,11 @@ def main(argv: list[str]) -> None:
     classes = len(real.train.class_names)
     first = torch.cat([(labels == c).nonzero()[:5, 0] for c in range(classes)])
     pairs(
-        made[first], real.train.images[made_index[first]], real.train.class_names,
+        made[first],
+        real.train.images[made_index[first]],
+        real.train.class_names,
         ROOT / "docs" / "images" / "nearest.png",
-    )  # fmt: skip
+    )
     report.finish(record=options.record)
 
 

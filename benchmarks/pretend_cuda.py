@@ -32,8 +32,9 @@ from torch.utils._pytree import tree_leaves
 NAME = "no GPU: rehearsal"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 _IS_ON_CUDA: dict[Any, Any] = {
-    Tensor.device.__get__: CUDA, Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
-}  # fmt: skip
+    Tensor.device.__get__: CUDA,
+    Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
+}
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "nonzero")
 
 
@@ -183,14 +184,24 @@ def _answers(mode: _Cuda) -> dict[str, Callable[..., Any]]:
         mode.waits_are_errors = debug_mode == "error"
 
     constants: dict[str, Any] = {
-        "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
-        "get_device_name": NAME, "get_device_capability": (8, 0), "synchronize": None,
-        "empty_cache": None, "reset_peak_memory_stats": None, "memory_allocated": 2**20,
-        "max_memory_allocated": 2**21, "memory_reserved": 2**22, "current_stream": _Stream(),
-        "mem_get_info": (2**34, 2**35), "memory_stats": defaultdict(int),
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_name": NAME,
+        "get_device_capability": (8, 0),
+        "synchronize": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 2**20,
+        "max_memory_allocated": 2**21,
+        "memory_reserved": 2**22,
+        "current_stream": _Stream(),
+        "mem_get_info": (2**34, 2**35),
+        "memory_stats": defaultdict(int),
         "is_current_stream_capturing": False,
         "get_device_properties": SimpleNamespace(major=8, minor=0, total_memory=2**35),
-    }  # fmt: skip
+    }
     return {name: lambda value=value, **_: value for name, value in constants.items()} | {
         "set_sync_debug_mode": sync_debug,
         "get_rng_state": lambda **_: torch.get_rng_state(),

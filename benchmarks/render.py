@@ -48,10 +48,7 @@ class Source:
 # Tables whose rows are not simply all of the measurement that they are named after. Of several
 # sources the first one counts that has rows which are not superseded.
 SOURCES = {
-    "embedded": (
-        Source(bench="embedded"),
-        Source(bench="fewstep", only={"job": "few steps"}),
-    ),
+    "embedded": (Source(bench="embedded"), Source(bench="fewstep", only={"job": "few steps"})),
     "end-to-end": (
         # Single runs, far apart: one of them alone would hide how much they differ.
         Source(
@@ -163,16 +160,27 @@ def _is_gpu(row: Row) -> bool:
 def _kd_loss(rows: list[Row]) -> str:
     arms = ["eager", "compile", "ours", "ours, one pass", "copy"]
     threads = rows[-1]["environment"]["threads"]
-    rows = [r for r in rows if r.get("set", "allocated") == "allocated"
-            and r.get("threads", threads) == threads]  # fmt: skip
+    rows = [
+        r
+        for r in rows
+        if r.get("set", "allocated") == "allocated" and r.get("threads", threads) == threads
+    ]
     found = {(r["shape"], r["dtype"], r["arm"]): r for r in rows}
     body = []
     for shape, dtype in dict.fromkeys((r["shape"], r["dtype"]) for r in rows):
         cells = [f"{found[shape, dtype, arm]['median_ms']:.3f}" for arm in arms]
         gain = found[shape, dtype, "ours"]["times_faster_than_eager"]
         body.append([shape, dtype, *cells, f"{gain:.1f}x"])
-    header = ["B x C", "dtype", "eager", "torch.compile", "`kd_loss`", "`kd_loss_and_grad`",
-              "copy of the bytes", "`kd_loss` vs eager"]  # fmt: skip
+    header = [
+        "B x C",
+        "dtype",
+        "eager",
+        "torch.compile",
+        "`kd_loss`",
+        "`kd_loss_and_grad`",
+        "copy of the bytes",
+        "`kd_loss` vs eager",
+    ]
     note = f"Loss and gradient, median ms of {rows[0]['n']}, interleaved. {where(rows)}."
     return table(header, body, note)
 
@@ -194,14 +202,30 @@ def _sampler(rows: list[Row]) -> str:
     for key in dict.fromkeys((r["model"], r["decoder"], r["steps"]) for r in timed):
         per_s = [found[(*key, arm)]["images_per_s"] for arm in arms]
         ours = found[(*key, "ours")]
-        body.append([
-            key[0], key[1], str(key[2]), str(ours["batch"]), *(f"{x:.3g}" for x in per_s),
-            f"{per_s[3] / per_s[0]:.1f}x / {per_s[3] / per_s[1]:.1f}x",
-            f"{ours['share_of_ceiling']:.0%}",
-        ])  # fmt: skip
+        body.append(
+            [
+                key[0],
+                key[1],
+                str(key[2]),
+                str(ours["batch"]),
+                *(f"{x:.3g}" for x in per_s),
+                f"{per_s[3] / per_s[0]:.1f}x / {per_s[3] / per_s[1]:.1f}x",
+                f"{ours['share_of_ceiling']:.0%}",
+            ]
+        )
     half = "fp16" if _is_gpu(rows[0]) else "bf16"
-    header = ["model", "decoder", "steps", "batch", "diffusers fp32", f"diffusers {half}",
-              "ours, not compiled", "ours", "gain", "of GEMM ceiling"]  # fmt: skip
+    header = [
+        "model",
+        "decoder",
+        "steps",
+        "batch",
+        "diffusers fp32",
+        f"diffusers {half}",
+        "ours, not compiled",
+        "ours",
+        "gain",
+        "of GEMM ceiling",
+    ]
     forward = [r for r in rows if r["model"] == "DiT-S/2 forward"]
     best = max(forward, key=lambda r: r["share_of_ceiling"])
     note = (
@@ -220,12 +244,25 @@ def _views(rows: list[Row]) -> str:
         cells = [found.get((*key, arm, "fresh")) for arm in arms]
         gains = [r["ours_is_times_faster"] if r else None for r in cells[1:3]]
         reused = found[(*key, "ours", "reused")]["images_per_s"]
-        body.append([
-            *key, *(f"{r['images_per_s']:,}" if r else "" for r in cells), f"{reused:,}",
-            " / ".join(f"{g:.1f}x" if g else "-" for g in gains),
-        ])  # fmt: skip
-    header = ["pixels", "dtype", "`Views`", "DALI, CPU", "torchvision per image", "eager",
-              "strided copy", "`Views`, memory reused", "vs DALI / torchvision"]  # fmt: skip
+        body.append(
+            [
+                *key,
+                *(f"{r['images_per_s']:,}" if r else "" for r in cells),
+                f"{reused:,}",
+                " / ".join(f"{g:.1f}x" if g else "-" for g in gains),
+            ]
+        )
+    header = [
+        "pixels",
+        "dtype",
+        "`Views`",
+        "DALI, CPU",
+        "torchvision per image",
+        "eager",
+        "strided copy",
+        "`Views`, memory reused",
+        "vs DALI / torchvision",
+    ]
     note = (
         f"Images/s at batch {rows[0]['batch']}, a new result each time except in one column, "
         f"medians of {rows[0]['n']}, interleaved. {where(rows)}."
@@ -258,10 +295,16 @@ def _kd_loss_gpu(rows: list[Row]) -> str:
     body = []
     for shape, dtype in dict.fromkeys((r["shape"], r["dtype"]) for r in rows):
         cells = [found.get((shape, dtype, arm)) for arm in [*arms, "copy"]]
-        body.append([
-            shape, dtype,
-            *(f"{r['us_per_step']:,.1f} ({r['share_of_copy']:.0%})" if r else "" for r in cells),
-        ])  # fmt: skip
+        body.append(
+            [
+                shape,
+                dtype,
+                *(
+                    f"{r['us_per_step']:,.1f} ({r['share_of_copy']:.0%})" if r else ""
+                    for r in cells
+                ),
+            ]
+        )
     note = (
         f"Loss and gradient, microseconds, and share of the copy's speed; medians of "
         f"{rows[0]['n']}, interleaved. {where(rows)}."
@@ -272,10 +315,16 @@ def _kd_loss_gpu(rows: list[Row]) -> str:
 def _cuda_facts(rows: list[Row]) -> str:
     header = ["attention", "batch", "images/s", "host ms a batch", "waits", "allocations"]
     body = [
-        [r["arm"], str(r["batch"]), f"{r['images_per_s']:.1f}", f"{r['host_ms_per_batch']:.2f}",
-         str(r["syncs"]), str(r["allocations_per_batch"])]
+        [
+            r["arm"],
+            str(r["batch"]),
+            f"{r['images_per_s']:.1f}",
+            f"{r['host_ms_per_batch']:.2f}",
+            str(r["syncs"]),
+            str(r["allocations_per_batch"]),
+        ]
         for r in rows
-    ]  # fmt: skip
+    ]
     note = f"DiT-XL/2, 256 x 256, latents only, {rows[0]['steps']} guided steps. {where(rows)}."
     return table(header, body, note)
 

@@ -34,8 +34,17 @@ def main(argv: list[str]) -> None:
                 cell = {"how": how, "held_images": size, "seed": seed}
                 if not cells.has(**cell):
                     shown = images.first(size) if how == "frozen" else images
-                    cells.add(cell, study.train_student(
-                        shown, teacher="lenet5", student="lenet5_half", num_views=VIEWS, seed=seed,
-                        capacity=size if how == "ring" else None, **study.LENET, test=test,
-                    ))  # fmt: skip
+                    cells.add(
+                        cell,
+                        study.train_student(
+                            shown,
+                            teacher="lenet5",
+                            student="lenet5_half",
+                            num_views=VIEWS,
+                            seed=seed,
+                            capacity=size if how == "ring" else None,
+                            **study.LENET,
+                            test=test,
+                        ),
+                    )
     cells.finish()

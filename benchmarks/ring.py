@@ -65,18 +65,28 @@ def operations(capacity: int, device: torch.device, *, n: int) -> list[dict[str,
     arms["limiter"] = repeat(lambda: ring.must_insert(BATCH))
     timings = time_interleaved(arms, n=n, warmup=1)
     return [
-        {"operation": name, "capacity": capacity,
-         "us": round(1e3 * timing["median_ms"] / CALLS, 2), "n": timing["n"]}
+        {
+            "operation": name,
+            "capacity": capacity,
+            "us": round(1e3 * timing["median_ms"] / CALLS, 2),
+            "n": timing["n"],
+        }
         for name, timing in timings.items()
-    ]  # fmt: skip
+    ]
 
 
 def filled(capacity: int, order: Any, device: torch.device) -> RingBuffer:
     """A full ring of small images in ten classes."""
     ring = RingBuffer(
-        capacity, image_shape=(1, 28, 28), block_images=BLOCK, samples_per_insert=1e6,
-        min_fill_images=BLOCK, order=order, num_classes=10, device=device,
-    )  # fmt: skip
+        capacity,
+        image_shape=(1, 28, 28),
+        block_images=BLOCK,
+        samples_per_insert=1e6,
+        min_fill_images=BLOCK,
+        order=order,
+        num_classes=10,
+        device=device,
+    )
     for start in range(0, ring.capacity, BLOCK):
         ids = torch.arange(start, start + BLOCK, device=device)
         ring.commit(ring.reserve(), ids=ids, labels=ids % 10)

@@ -53,8 +53,11 @@ class Sizes:
     latent_batch: int = 4
     sweep: tuple[int, ...] = (4, 8, 16, 32)
     products: tuple[tuple[int, int, int], ...] = (
-        (4096, 1152, 4608), (4096, 4608, 1152), (8192, 768, 768), (2048, 2048, 2048)
-    )  # fmt: skip
+        (4096, 1152, 4608),
+        (4096, 4608, 1152),
+        (8192, 768, 768),
+        (2048, 2048, 2048),
+    )
     heads: int = 6
     layers: int = 12
     latent_side: int = 32
@@ -63,9 +66,15 @@ class Sizes:
 
 # A rehearsal of the same lines.
 TINY = Sizes(
-    flow_steps=((1, 4),), latent_steps=(1,), sweep=(4,), products=((64, 64, 64), (64, 32, 64)),
-    heads=1, layers=1, latent_side=8, vae_channels=(32, 32),
-)  # fmt: skip
+    flow_steps=((1, 4),),
+    latent_steps=(1,),
+    sweep=(4,),
+    products=((64, 64, 64), (64, 32, 64)),
+    heads=1,
+    layers=1,
+    latent_side=8,
+    vae_channels=(32, 32),
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -118,9 +127,13 @@ class Bench:
                 arms[name] = partial(_as_users_run_it, loop)
             for name, compiled in (("lean eager", False), ("ours", True)):
                 sampler = self._sampler(
-                    load_denoiser(folder, self.device), steps, batch, compiled,
-                    guidance_scale=1.5, solver="euler",
-                )  # fmt: skip
+                    load_denoiser(folder, self.device),
+                    steps,
+                    batch,
+                    compiled,
+                    guidance_scale=1.5,
+                    solver="euler",
+                )
                 arms[name] = self._call(sampler, labels, (1, 28, 28))
             flops = 2 * steps * forward_flops(load_denoiser(folder, self.device), self.device)
             medians = self._time(arms, "embedded DiT", "none", steps, batch, flops)
@@ -163,11 +176,17 @@ class Bench:
         timing, ceiling = timings["ours"], self._ceiling(timings)
         per_s = 1e3 * batch / timing["median_ms"]
         share = per_s * dit_flops(dit_s2_config(self.sizes)) / ceiling
-        self.report.rows.append({
-            "model": "DiT-S/2 forward", "arm": "ours", "batch": batch, **timing,
-            "forwards_per_s": round(per_s, 2), "share_of_ceiling": round(share, 3),
-            "ceiling_tflop_per_s": round(ceiling / 1e12, 3),
-        })  # fmt: skip
+        self.report.rows.append(
+            {
+                "model": "DiT-S/2 forward",
+                "arm": "ours",
+                "batch": batch,
+                **timing,
+                "forwards_per_s": round(per_s, 2),
+                "share_of_ceiling": round(share, 3),
+                "ceiling_tflop_per_s": round(ceiling / 1e12, 3),
+            }
+        )
         return share
 
     def _latent_arms(
@@ -192,10 +211,14 @@ class Bench:
             lean = lean_dit(copy.deepcopy(dit))
             assert lean is not None
             loaded = Denoiser(
-                module=lean, scheduler=scheduler, num_classes=1000, null_class=1000,
-                latent_shape=(4, size, size), image_shape=(3, pixels, pixels),
+                module=lean,
+                scheduler=scheduler,
+                num_classes=1000,
+                null_class=1000,
+                latent_shape=(4, size, size),
+                image_shape=(3, pixels, pixels),
                 decoder=Decoder(copy.deepcopy(vae)).to(memory_format=torch.channels_last),
-            )  # fmt: skip
+            )
             sampler = self._sampler(loaded, steps, batch, compiled, guidance_scale=4.0)
             arms[name] = self._call(sampler, labels, loaded.image_shape)
         flops = 2 * steps * dit_flops(dict(dit.config)) + decoder_flops(vae, size)
@@ -207,11 +230,18 @@ class Bench:
         if isinstance(loaded.module, LeanDiT):
             loaded.module.choose_attention("auto", device=self.device, dtype=self.half)
         return DiffusionSampler(
-            loaded.module, scheduler=loaded.scheduler, latent_shape=loaded.latent_shape,
-            decoder=loaded.decoder, null_class=loaded.null_class, num_steps=steps,
-            micro_batch_images=batch, dtype=self.half, device=self.device, compile=compiled,
+            loaded.module,
+            scheduler=loaded.scheduler,
+            latent_shape=loaded.latent_shape,
+            decoder=loaded.decoder,
+            null_class=loaded.null_class,
+            num_steps=steps,
+            micro_batch_images=batch,
+            dtype=self.half,
+            device=self.device,
+            compile=compiled,
             **settings,
-        )  # fmt: skip
+        )
 
     def _call(
         self, sampler: DiffusionSampler, labels: Tensor, shape: tuple[int, int, int]
@@ -226,20 +256,32 @@ class Bench:
         return call
 
     def _time(
-        self, arms: dict[str, Callable[[], object]], model: str, decoder: str, steps: int,
-        batch: int, flops: float,
-    ) -> dict[str, float]:  # fmt: skip
+        self,
+        arms: dict[str, Callable[[], object]],
+        model: str,
+        decoder: str,
+        steps: int,
+        batch: int,
+        flops: float,
+    ) -> dict[str, float]:
         timings = time_interleaved(arms | {"product": self._product}, n=self.n, warmup=1)
         ceiling = self._ceiling(timings)
         for arm in arms:
             timing = timings[arm]
             per_s = 1e3 * batch / timing["median_ms"]
-            self.report.rows.append({
-                "model": model, "decoder": decoder, "steps": steps, "batch": batch, "arm": arm,
-                "images_per_s": round(per_s, 3), **timing,
-                "share_of_ceiling": round(per_s * flops / ceiling, 3),
-                "ceiling_tflop_per_s": round(ceiling / 1e12, 3),
-            })  # fmt: skip
+            self.report.rows.append(
+                {
+                    "model": model,
+                    "decoder": decoder,
+                    "steps": steps,
+                    "batch": batch,
+                    "arm": arm,
+                    "images_per_s": round(per_s, 3),
+                    **timing,
+                    "share_of_ceiling": round(per_s * flops / ceiling, 3),
+                    "ceiling_tflop_per_s": round(ceiling / 1e12, 3),
+                }
+            )
         return {arm: timing["median_ms"] for arm, timing in timings.items()}
 
     def _ceiling(self, timings: dict[str, dict[str, float]]) -> float:
@@ -306,10 +348,15 @@ def fastest_product(
 def dit_s2_config(sizes: Sizes) -> dict[str, Any]:
     """DiT-S/2 for 256 x 256 images (latents 4 x 32 x 32)."""
     return {
-        "num_attention_heads": sizes.heads, "attention_head_dim": 64, "num_layers": sizes.layers,
-        "in_channels": 4, "out_channels": 8, "sample_size": sizes.latent_side, "patch_size": 2,
+        "num_attention_heads": sizes.heads,
+        "attention_head_dim": 64,
+        "num_layers": sizes.layers,
+        "in_channels": 4,
+        "out_channels": 8,
+        "sample_size": sizes.latent_side,
+        "patch_size": 2,
         "num_embeds_ada_norm": 1000,
-    }  # fmt: skip
+    }
 
 
 def dit_s2(sizes: Sizes) -> Any:
@@ -323,10 +370,13 @@ def sd_vae(sizes: Sizes) -> Any:
     torch.manual_seed(0)
     count = len(sizes.vae_channels)
     return diffusers.AutoencoderKL(
-        block_out_channels=sizes.vae_channels, layers_per_block=2, latent_channels=4,
+        block_out_channels=sizes.vae_channels,
+        layers_per_block=2,
+        latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * count,
-        up_block_types=("UpDecoderBlock2D",) * count, sample_size=256,
-    ).eval()  # fmt: skip
+        up_block_types=("UpDecoderBlock2D",) * count,
+        sample_size=256,
+    ).eval()
 
 
 def taesd(sizes: Sizes) -> Any:

@@ -53,9 +53,14 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
     images, threads = pictures(shape, count), torch.get_num_threads()
     pool = ThreadPoolExecutor(threads)
     plan = shards.Plan(
-        num_images=count, images_per_shard=1024, image_shape=shape, num_classes=2,
-        class_names=("0", "1"), licence="none", settings={},
-    )  # fmt: skip
+        num_images=count,
+        images_per_shard=1024,
+        image_shape=shape,
+        num_classes=2,
+        class_names=("0", "1"),
+        licence="none",
+        settings={},
+    )
     shards.claim(folder / "set", plan)
 
     def write() -> None:
@@ -70,7 +75,7 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
     def read(source: Source) -> None:
         reader = ImageReader(
             source, image_shape=shape, ring_images=1, num_threads=threads, show=False
-        )  # fmt: skip
+        )
         out = torch.empty((BATCH, *shape), dtype=torch.uint8)
         for _ in range(count // BATCH):
             ids, labels = reader.peek(BATCH)
@@ -87,9 +92,11 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
     files = open_files(folder / "files", "imagefolder", num_classes=2, class_names=("0", "1"))
     steps = [PILToTensor()] if shape[0] == 3 else [PILToTensor(), Grayscale()]
     loader: torch.utils.data.DataLoader[object] = torch.utils.data.DataLoader(
-        ImageFolder(str(folder / "files"), Compose(steps)), batch_size=BATCH, shuffle=True,
+        ImageFolder(str(folder / "files"), Compose(steps)),
+        batch_size=BATCH,
+        shuffle=True,
         num_workers=threads,
-    )  # fmt: skip
+    )
     arms = {
         "write shards": write,
         "read shards": lambda: read(source),
@@ -99,12 +106,15 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
     timings = time_interleaved(arms, n=5, warmup=1)
     return [
         {
-            "image": "x".join(map(str, shape)), "arm": arm, "count": count, **timing,
+            "image": "x".join(map(str, shape)),
+            "arm": arm,
+            "count": count,
+            **timing,
             "images_per_s": round(1e3 * count / timing["median_ms"], 1),
             "png_kib": round(png_kib, 2),
         }
         for arm, timing in timings.items()
-    ]  # fmt: skip
+    ]
 
 
 def pictures(shape: tuple[int, int, int], count: int) -> np.ndarray:

@@ -18,8 +18,15 @@ from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.ladder import Trainer, networks, schedule_of
 from dmkd_fast.runtime.device import keep_freed_memory, set_num_threads
 
-CHANGES = (PUBLISHED, TARGET, BF16, CHANNELS_LAST, "fused loss", "folded teacher",
-           "no reads per step")  # fmt: skip
+CHANGES = (
+    PUBLISHED,
+    TARGET,
+    BF16,
+    CHANNELS_LAST,
+    "fused loss",
+    "folded teacher",
+    "no reads per step",
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -62,9 +69,13 @@ def arms(overrides: tuple[str, ...] = ()) -> dict[str, Callable[[], object]]:
         assert recipe is not None
         student, teacher, spec = networks(recipe, config)
         trainer = Trainer(
-            student, teacher, recipe, schedule=schedule_of(config),
-            temperature=config.loss.temperature, input=spec.input,
-        )  # fmt: skip
+            student,
+            teacher,
+            recipe,
+            schedule=schedule_of(config),
+            temperature=config.loss.temperature,
+            input=spec.input,
+        )
         views = fused if recipe.channels_last else planar
         return lambda: trainer.step(views, labels)
 

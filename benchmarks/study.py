@@ -51,9 +51,10 @@ CACHE = ROOT / "runs" / "studies"
 BLOCK = 512
 Row = dict[str, Any]
 RESNET: Row = {
-    "architecture": "resnet18", "stem": "conv3_stride2",
+    "architecture": "resnet18",
+    "stem": "conv3_stride2",
     "model_args": {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 128]},
-}  # fmt: skip
+}
 STUDENTS: dict[str, Row] = {"lenet5_half": {"architecture": "lenet5_half"}, "resnet": RESNET}
 """LeNet-5-half is that of zero-shot distillation; the other is configs/fashion_mnist.yaml's."""
 # AdamW, chosen on the 5,000 held-out images: docs/notebook.md.
@@ -193,9 +194,18 @@ def new_student(name: str, seed: int, like: ClassifierSpec) -> tuple[nn.Module, 
 
 
 def train_student(
-    images: FixedSet, *, teacher: str, student: str, num_views: int, seed: int, lr: float,
-    batch_size: int, test: ImageSet, temperature: float = 4.0, capacity: int | None = None,
-) -> Row:  # fmt: skip
+    images: FixedSet,
+    *,
+    teacher: str,
+    student: str,
+    num_views: int,
+    seed: int,
+    lr: float,
+    batch_size: int,
+    test: ImageSet,
+    temperature: float = 4.0,
+    capacity: int | None = None,
+) -> Row:
     """One student, from its random weights to its scores on `test`.
 
     Args:
@@ -222,32 +232,53 @@ def train_student(
     began, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         distiller = Distiller(
-            sampler=cast(Any, source), labels=cast(Any, source),
+            sampler=cast(Any, source),
+            labels=cast(Any, source),
             ring=RingBuffer(
-                slots, image_shape=(1, 28, 28), block_images=BLOCK, min_fill_images=slots - BLOCK,
+                slots,
+                image_shape=(1, 28, 28),
+                block_images=BLOCK,
+                min_fill_images=slots - BLOCK,
                 # The last block of a stream enters after three quarters of the run.
-                samples_per_insert=0.75 * num_views / count, seed=seed,
+                samples_per_insert=0.75 * num_views / count,
+                seed=seed,
             ),
             views=Views(size=28, pad=2, flip=0.0, mean=spec.mean, std=spec.std, seed=seed),
-            teacher=judge, student=network, run_dir=folder, temperature=temperature, show=False,
+            teacher=judge,
+            student=network,
+            run_dir=folder,
+            temperature=temperature,
+            show=False,
             schedule=Schedule(
-                batch_size=batch_size, num_views=num_views, lr=lr, weight_decay=0.05,
-                ema_decay=0.99, log_every_steps=10**9, num_evaluations=1,
+                batch_size=batch_size,
+                num_views=num_views,
+                lr=lr,
+                weight_decay=0.05,
+                ema_decay=0.99,
+                log_every_steps=10**9,
+                num_evaluations=1,
             ),
             dtype=resolve_dtype("auto", torch.device("cpu")),
-        )  # fmt: skip
+        )
         distiller.fit()
     input, scored = spec.input, judge_spec.input
     scores = measure(
-        distiller.average.module, test.batches([input, scored]), input=input, num_classes=10,
+        distiller.average.module,
+        test.batches([input, scored]),
+        input=input,
+        num_classes=10,
         teacher=lambda views: judge(views[scored]),
-    ).result()  # fmt: skip
+    ).result()
     return {
-        "top1": round(scores["top1"], 4), "agreement": round(scores["agreement"], 4),
-        "images": count, "views": num_views, "batch": batch_size, "lr": lr,
+        "top1": round(scores["top1"], 4),
+        "agreement": round(scores["agreement"], 4),
+        "images": count,
+        "views": num_views,
+        "batch": batch_size,
+        "lr": lr,
         "wall_s": round(time.perf_counter() - began, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
-    }  # fmt: skip
+    }
 
 
 class Cells:

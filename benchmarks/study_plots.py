@@ -52,9 +52,13 @@ def _finding_2(rows: list[Row]) -> Any:
             for x, number in enumerate(line):
                 if number is not None:
                     axis.text(
-                        x, y, format(number, form), ha="center", va="center",
+                        x,
+                        y,
+                        format(number, form),
+                        ha="center",
+                        va="center",
                         bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.5},
-                    )  # fmt: skip
+                    )
         axis.set_xticks(range(len(steps)), [str(k) for k in steps])
         axis.set_yticks(range(len(scales)), [f"{s:g}" for s in scales])
         axis.set(title=title, xlabel="steps", ylabel="guidance scale")

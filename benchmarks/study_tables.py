@@ -19,17 +19,21 @@ Row = dict[str, Any]
 # 97.5 % quantiles of Student's t by degrees of freedom, from 1.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 ARMS = {
-    "real": "real training images (55,000)", "diffusion": "diffusion images (30,720)",
-    "one image": "crops of one photograph", "noise": "uniform noise",
-}  # fmt: skip
+    "real": "real training images (55,000)",
+    "diffusion": "diffusion images (30,720)",
+    "one image": "crops of one photograph",
+    "noise": "uniform noise",
+}
 
 
 # What a mean over seeds is taken over. A cell's figures of the images themselves have no seed.
 CELLS = {
-    "finding-1": ("arm",), "finding-2": ("part", "guidance_scale", "num_steps"),
-    "finding-3": ("student", "teacher", "temperature"), "reuse": ("how", "held_images"),
+    "finding-1": ("arm",),
+    "finding-2": ("part", "guidance_scale", "num_steps"),
+    "finding-3": ("student", "teacher", "temperature"),
+    "reuse": ("how", "held_images"),
     "cost": ("axis", "value"),
-}  # fmt: skip
+}
 
 
 def cell_of(study: str) -> Callable[[Row], Any]:
@@ -144,8 +148,15 @@ def finding_2_quality(rows: list[Row]) -> str:
         [f"{r['guidance_scale']:g}", str(r["num_steps"]), *(f"{r[n]:.3f}" for n in names)]
         for r in sorted(shown, key=lambda r: (r["guidance_scale"], r["num_steps"]))
     ]
-    header = ["guidance", "steps", "Frechet distance", "precision", "recall",
-              "teacher confidence", "class agreement"]  # fmt: skip
+    header = [
+        "guidance",
+        "steps",
+        "Frechet distance",
+        "precision",
+        "recall",
+        "teacher confidence",
+        "class agreement",
+    ]
     note = (
         f"{shown[0]['images']:,} generated and real test images, in the features of the embedded "
         "strong classifier (not Inception); confidence and agreement are that classifier's."
@@ -220,8 +231,14 @@ def reuse(rows: list[Row]) -> str:
         less = "" if (how, size) == all_at_once else grid.difference([(how, size)], [all_at_once])
         uses = f"{views / (total if how == 'ring' else size):.0f}"
         body.append([name, *cells, uses, grid.text((how, size)), less])
-    header = ["student sees", "images in memory", "MiB", "views an image", "top-1, %",
-              f"less all {total:,} at once"]  # fmt: skip
+    header = [
+        "student sees",
+        "images in memory",
+        "MiB",
+        "views an image",
+        "top-1, %",
+        f"less all {total:,} at once",
+    ]
     note = (
         f"{views:,} views, {grid.seeds} seeds a cell, ± 95 % interval (deviation pooled; "
         "differences paired by seed). "
@@ -236,10 +253,12 @@ def images_in_memory(row: Row) -> int:
 
 
 COST = {
-    "batch": "training step, views a step", "capacity": "draw and views of 64, images in the ring",
-    "pixels": "64 views, pixels an image", "sampled images": "sampler, images a call",
+    "batch": "training step, views a step",
+    "capacity": "draw and views of 64, images in the ring",
+    "pixels": "64 views, pixels an image",
+    "sampled images": "sampler, images a call",
     "ranks": "training step of 64 views, ranks",
-}  # fmt: skip
+}
 
 
 def cost(rows: list[Row]) -> str:

@@ -36,9 +36,11 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
 }
 # Times faster than an arm, by dtype; for "256 -> 224", all threads, fresh results.
 GOALS = {
-    ("DALI", torch.float32): 1.5, ("DALI", torch.float16): 1.5,
-    ("torchvision", torch.float32): 3.0, ("torchvision", torch.bfloat16): 3.0,
-}  # fmt: skip
+    ("DALI", torch.float32): 1.5,
+    ("DALI", torch.float16): 1.5,
+    ("torchvision", torch.float32): 3.0,
+    ("torchvision", torch.bfloat16): 3.0,
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -73,13 +75,19 @@ def _measure(
     medians = {arm: timing["median_ms"] for arm, timing in timings.items()}
     for arm, timing in timings.items():
         ours = medians["ours, reused" if arm.endswith(", reused") else "ours"]
-        report.rows.append({
-            "case": name, "dtype": _short(dtype), "device": device.type, "batch": BATCH,
-            "arm": arm.removesuffix(", reused"),
-            "set": "reused" if arm.endswith(", reused") else "fresh",
-            "images_per_s": round(1e3 * BATCH / timing["median_ms"]), **timing,
-            "ours_is_times_faster": round(timing["median_ms"] / ours, 2),
-        })  # fmt: skip
+        report.rows.append(
+            {
+                "case": name,
+                "dtype": _short(dtype),
+                "device": device.type,
+                "batch": BATCH,
+                "arm": arm.removesuffix(", reused"),
+                "set": "reused" if arm.endswith(", reused") else "fresh",
+                "images_per_s": round(1e3 * BATCH / timing["median_ms"]),
+                **timing,
+                "ours_is_times_faster": round(timing["median_ms"] / ours, 2),
+            }
+        )
     return medians
 
 
@@ -104,9 +112,16 @@ def arms(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Calla
         indices, uses = next(batches)
         boxes, flips = views.parameters(indices, uses, side, side)
         return reference_views(
-            slots, indices, boxes, flips, size=size, pad=views.pad, mean=views.spec.mean,
-            std=views.spec.std, dtype=dtype,
-        )  # fmt: skip
+            slots,
+            indices,
+            boxes,
+            flips,
+            size=size,
+            pad=views.pad,
+            mean=views.spec.mean,
+            std=views.spec.std,
+            dtype=dtype,
+        )
 
     timed: dict[str, Callable[[], object]] = {
         "ours": ours,
@@ -134,9 +149,13 @@ def _batches(count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]
 
 
 def _torchvision(
-    slots: Tensor, batches: Iterator[tuple[Tensor, Tensor]], size: int, crops: dict[str, Any],
-    dtype: torch.dtype, out: Tensor | None = None,
-) -> Callable[[], object]:  # fmt: skip
+    slots: Tensor,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    size: int,
+    crops: dict[str, Any],
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Callable[[], object]:
     """v2 transforms on one image at a time: on a batch they would crop all images alike."""
     from torchvision.transforms import v2
 
@@ -145,10 +164,14 @@ def _torchvision(
         if "pad" in crops
         else v2.RandomResizedCrop(size, crops["scale"], crops["ratio"], antialias=False)
     )
-    transform = v2.Compose([
-        crop, v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(MEAN, STD),
-    ])  # fmt: skip
+    transform = v2.Compose(
+        [
+            crop,
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
 
     def call() -> Tensor:
         shape = (BATCH, 3, size, size)
@@ -187,21 +210,33 @@ def _dali(
         views = fn.external_source(source=feed, device="cpu", no_copy=True, layout="HWC")
         if not pad:
             views = fn.random_resized_crop(
-                views, size=size, random_area=crops["scale"], random_aspect_ratio=crops["ratio"],
-                interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=False,
-            )  # fmt: skip
+                views,
+                size=size,
+                random_area=crops["scale"],
+                random_aspect_ratio=crops["ratio"],
+                interp_type=types.DALIInterpType.INTERP_LINEAR,
+                antialias=False,
+            )
         places = {f"crop_pos_{axis}": fn.random.uniform(range=[0.0, 1.0]) for axis in "xy"}
         return fn.crop_mirror_normalize(
-            views, mirror=fn.random.coin_flip(), output_layout="HWC",
+            views,
+            mirror=fn.random.coin_flip(),
+            output_layout="HWC",
             dtype=types.FLOAT16 if dtype == torch.float16 else types.FLOAT,
-            mean=[255 * m for m in MEAN], std=[255 * s for s in STD],
+            mean=[255 * m for m in MEAN],
+            std=[255 * s for s in STD],
             **({"crop": (size, size)} | places if pad else {}),
-        )  # fmt: skip
+        )
 
     built = pipeline(
-        batch_size=BATCH, num_threads=torch.get_num_threads(), device_id=None, seed=1,
-        prefetch_queue_depth=1, exec_async=False, exec_pipelined=False,
-    )  # fmt: skip
+        batch_size=BATCH,
+        num_threads=torch.get_num_threads(),
+        device_id=None,
+        seed=1,
+        prefetch_queue_depth=1,
+        exec_async=False,
+        exec_pipelined=False,
+    )
     built.build()
     return built.run
 

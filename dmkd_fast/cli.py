@@ -102,73 +102,90 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     distill = verbs.add_parser(
-        "distill", help="train a student from generated images", epilog=OVERRIDES,
+        "distill",
+        help="train a student from generated images",
+        epilog=OVERRIDES,
         description="Generate images, distill a student from a teacher on them, evaluate it on "
         "real test images. Results go to a run directory; the last line of output is JSON.",
-    )  # fmt: skip
+    )
     _config_arguments(distill)
     either = distill.add_mutually_exclusive_group()
     either.add_argument(
-        "--resume", action="store_true",
+        "--resume",
+        action="store_true",
         help="go on, with the saved settings, from the newest checkpoint of run_dir (or of the "
         "newest run of this name)",
-    )  # fmt: skip
+    )
     either.add_argument(
-        "--dry-run", action="store_true",
+        "--dry-run",
+        action="store_true",
         help="print the resolved settings and the memory plan, and do nothing",
-    )  # fmt: skip
+    )
     distill.set_defaults(verb=_distill)
 
     generate = verbs.add_parser(
-        "generate", help="make images for later, as shards on disk", epilog=OVERRIDES,
+        "generate",
+        help="make images for later, as shards on disk",
+        epilog=OVERRIDES,
         description="Make the images that `distill` with the same settings would make, and write "
         "them as WebDataset shards with a parquet manifest. Run the same command again after a "
         "stop: finished shards are kept. Several jobs fill one directory with --shard.",
-    )  # fmt: skip
+    )
     _config_arguments(generate)
     generate.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory")
     generate.add_argument(
         "--num-images", type=_count, required=True, metavar="N", help="images in all, of all jobs"
     )
     generate.add_argument(
-        "--shard", type=_part, metavar="i/n",
+        "--shard",
+        type=_part,
+        metavar="i/n",
         help="make part i of n, counted from 0; the result does not depend on n (default: all, or "
         "rank/ranks under torchrun)",
-    )  # fmt: skip
+    )
     generate.add_argument(
-        "--images-per-shard", type=_count, metavar="N",
+        "--images-per-shard",
+        type=_count,
+        metavar="N",
         help="images per tar file, a multiple of sampler.micro_batch_images (about 1,024)",
-    )  # fmt: skip
+    )
     generate.set_defaults(verb=_generate)
 
     evaluation_parser = verbs.add_parser(
-        "evaluate", help="accuracy of a student or any classifier on real images",
+        "evaluate",
+        help="accuracy of a student or any classifier on real images",
         description="Measure the student that a run saved, or any trained classifier, on labelled "
         "images: top-1, top-5, calibration error, agreement with the run's teachers, and a table "
         "by class. The last line of output is JSON.",
-    )  # fmt: skip
+    )
     evaluation_parser.add_argument(
-        "what", metavar="RUN_DIR|CLASSIFIER",
+        "what",
+        metavar="RUN_DIR|CLASSIFIER",
         help="directory of a run; or a classifier: a folder with config.json, embedded:NAME, "
         "hf-hub:OWNER/NAME@COMMIT, or torchvision:NAME or a timm name for published weights",
-    )  # fmt: skip
+    )
     evaluation_parser.add_argument(
-        "--data", type=Path, metavar="DIR",
+        "--data",
+        type=Path,
+        metavar="DIR",
         help="folder with idx files, one folder per class, or WebDataset shards (default: the "
         "run's own test set)",
-    )  # fmt: skip
+    )
     evaluation_parser.add_argument(
-        "--classes", type=Path, metavar="FILE",
+        "--classes",
+        type=Path,
+        metavar="FILE",
         help="class names, one a line, in the order of the classifier's outputs (default: "
         "DIR/classes.txt, else the sorted class folders)",
-    )  # fmt: skip
+    )
     evaluation_parser.set_defaults(verb=_evaluate)
 
     pretraining = verbs.add_parser(
-        "pretrain", help="train a small teacher or denoiser",
+        "pretrain",
+        help="train a small teacher or denoiser",
         description="Make what `distill` starts from: a teacher or a denoiser from real images, or "
         "a few-step denoiser from a many-step one.",
-    )  # fmt: skip
+    )
     kinds = pretraining.add_subparsers(required=True, metavar="KIND")
     for kind, text in (
         ("teacher", "a classifier on real images"),
@@ -187,18 +204,24 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=_pretrain, kind=kind)
 
     config = verbs.add_parser(
-        "config", help="describe the settings",
+        "config",
+        help="describe the settings",
         description="Print type, default, range and meaning of every setting, or of one section "
         "or field.",
-    )  # fmt: skip
+    )
     config.add_argument(
-        "name", nargs="?", default="", metavar="SECTION[.FIELD]",
+        "name",
+        nargs="?",
+        default="",
+        metavar="SECTION[.FIELD]",
         help="what to describe (default: all settings)",
-    )  # fmt: skip
+    )
     config.add_argument(
-        "--job", choices=("distill", "teacher", "denoiser", "fewstep"), default="distill",
+        "--job",
+        choices=("distill", "teacher", "denoiser", "fewstep"),
+        default="distill",
         help="whose settings: `distill` (also `generate`), or a kind of `pretrain`",
-    )  # fmt: skip
+    )
     config.add_argument(
         "--schema", action="store_true", help="print the JSON schema of the whole file instead"
     )
@@ -263,9 +286,13 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
     if options.images_per_shard is not None:
         words += ["--images-per-shard", str(options.images_per_shard)]
     return generate.run(
-        config, options.out, options.num_images, part=options.shard,
-        images_per_shard=options.images_per_shard, command=shlex.join(words),
-    )  # fmt: skip
+        config,
+        options.out,
+        options.num_images,
+        part=options.shard,
+        images_per_shard=options.images_per_shard,
+        command=shlex.join(words),
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -96,11 +96,29 @@ def test_folders_are_small() -> None:
 
 def test_public_names_are_stable_and_importable() -> None:
     assert dmkd_fast.__all__ == [
-        "DiffusionSampler", "DistillKL", "Distiller", "EncodedSet", "ImageSet", "InputSpec",
-        "LabelStream", "Mixer", "RingBuffer", "Schedule", "Teacher", "Teachers", "ViewSpec",
-        "Views", "kd_loss", "kd_loss_and_grad", "load_classifier", "load_denoiser", "load_idx",
-        "measure", "open_set", "save_classifier",
-    ]  # fmt: skip
+        "DiffusionSampler",
+        "DistillKL",
+        "Distiller",
+        "EncodedSet",
+        "ImageSet",
+        "InputSpec",
+        "LabelStream",
+        "Mixer",
+        "RingBuffer",
+        "Schedule",
+        "Teacher",
+        "Teachers",
+        "ViewSpec",
+        "Views",
+        "kd_loss",
+        "kd_loss_and_grad",
+        "load_classifier",
+        "load_denoiser",
+        "load_idx",
+        "measure",
+        "open_set",
+        "save_classifier",
+    ]
     for name in dmkd_fast.__all__:
         assert getattr(dmkd_fast, name).__doc__, name
 

@@ -16,9 +16,13 @@ ROOT = Path(__file__).parents[1]
 
 def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "setup.py", "--quiet", *arguments], cwd=ROOT, check=True, text=True,
-        capture_output=True, env=os.environ | environment,
-    )  # fmt: skip
+        [sys.executable, "setup.py", "--quiet", *arguments],
+        cwd=ROOT,
+        check=True,
+        text=True,
+        capture_output=True,
+        env=os.environ | environment,
+    )
 
 
 def test_extension_uses_stable_interfaces_only() -> None:
@@ -42,9 +46,21 @@ def test_without_a_compiler_setup_goes_on_and_says_so() -> None:
 @pytest.mark.slow
 def test_wheel_is_one_for_all_pythons(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation",
-         "--wheel-dir", str(tmp_path)], cwd=ROOT, check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            ".",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.iterdir()
     assert wheel.name == "dmkd_fast-0.1.0-cp311-abi3-linux_x86_64.whl"
     names = zipfile.ZipFile(wheel).namelist()

@@ -93,9 +93,14 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, writer: files.Writer, *, every_s: float, keep: int = 2,
+        self,
+        folder: Path,
+        writer: files.Writer,
+        *,
+        every_s: float,
+        keep: int = 2,
         ranks: Ranks = ALONE,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder = ranks.folder(folder)
         self.writer, self.every_s, self.keep = writer, every_s, keep
         self._ranks, self._first_folder = ranks, folder
@@ -252,9 +257,12 @@ def _withdraw(written: Future[Path]) -> None:
 
 
 def _restore(
-    folder: Path, objects: Mapping[str, Stateful], ranks: Ranks, first_folder: Path,
+    folder: Path,
+    objects: Mapping[str, Stateful],
+    ranks: Ranks,
+    first_folder: Path,
     common: Mapping[str, Stateful],
-) -> Restored:  # fmt: skip
+) -> Restored:
     """Try the checkpoints present on all ranks, newest first, until all ranks can load one."""
     paths = _found(folder)[::-1]
     mine, problems = _moments(paths)
@@ -368,9 +376,11 @@ def _record(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _fill(
-    path: Path, states: Mapping[str, Any], tensors: Mapping[str, Tensor],
+    path: Path,
+    states: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     objects: Mapping[str, Stateful],
-) -> None:  # fmt: skip
+) -> None:
     if states.keys() != objects.keys():
         raise UserError(
             f"checkpoint {path}: got {sorted(states)}, expected {sorted(objects)}; resume what was "

@@ -60,9 +60,12 @@ class Teachers(nn.Module):
     """
 
     def __init__(
-        self, members: Sequence[Teacher], *, num_classes: int | None = None,
+        self,
+        members: Sequence[Teacher],
+        *,
+        num_classes: int | None = None,
         temperature: float = 1.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         if not members:
             raise UserError("teachers: got none, expected at least one")
@@ -137,9 +140,12 @@ class Teachers(nn.Module):
         return self._combine(active, views, None, 1.0)
 
     def _combine(
-        self, active: list[int], views: Mapping[InputSpec, Tensor], labels: Tensor | None,
+        self,
+        active: list[int],
+        views: Mapping[InputSpec, Tensor],
+        labels: Tensor | None,
         temperature: float,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         parts, masks = [], []
         for k in active:
             logits = self.networks[k](views[self.members[k].input])
@@ -179,8 +185,10 @@ def _check_all_classes_taught(members: Sequence[Teacher], num_classes: int | Non
     for share in sorted(shares):
         active = [m for m in members if m.is_active(share)]
         if not active:
-            raise UserError(f"start and stop: got no teacher from share {share} of the run on; "
-                             "expected one at any time; change start or stop")  # fmt: skip
+            raise UserError(
+                f"start and stop: got no teacher from share {share} of the run on; "
+                "expected one at any time; change start or stop"
+            )
         if all(m.teaches is not None for m in active):
             taught = {c for m in active for c in m.teaches or ()}
             missing = sorted(set(range(num_classes or 0)) - taught)

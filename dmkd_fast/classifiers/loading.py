@@ -38,9 +38,11 @@ TORCHVISION = "torchvision:"
 LOG = logging.getLogger("dmkd_fast")
 # Layers that torch can fold with the batch norm that follows.
 FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d,
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
     nn.Linear: nn.BatchNorm1d,
-}  # fmt: skip
+}
 
 
 def build_classifier(spec: ClassifierSpec) -> nn.Module:
@@ -50,9 +52,12 @@ def build_classifier(spec: ClassifierSpec) -> nn.Module:
         UserError: The architecture does not exist, or it rejects the arguments.
     """
     return build(
-        spec.architecture, num_classes=spec.num_classes, in_chans=spec.in_chans, stem=spec.stem,
+        spec.architecture,
+        num_classes=spec.num_classes,
+        in_chans=spec.in_chans,
+        stem=spec.stem,
         **spec.model_args,
-    )  # fmt: skip
+    )
 
 
 def build(
@@ -70,8 +75,13 @@ def build(
         else:
             model = _timm(architecture, num_classes, in_chans, model_args)
     except (
-        TypeError, LookupError, AssertionError, AttributeError, ArithmeticError, RuntimeError,
-    ) as error:  # fmt: skip
+        TypeError,
+        LookupError,
+        AssertionError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         # Constructors raise any of these for wrong types or combinations of arguments.
         if is_out_of_memory(error):
             raise
@@ -169,13 +179,17 @@ def load_torchvision(
     weights = get_model_weights(name).DEFAULT
     recipe = weights.transforms()
     spec = ClassifierSpec(
-        architecture=architecture, num_classes=len(weights.meta["categories"]), in_chans=3,
-        input_size=recipe.crop_size[0], mean=tuple(recipe.mean), std=tuple(recipe.std),
+        architecture=architecture,
+        num_classes=len(weights.meta["categories"]),
+        in_chans=3,
+        input_size=recipe.crop_size[0],
+        mean=tuple(recipe.mean),
+        std=tuple(recipe.std),
         crop_pct=min(1.0, recipe.crop_size[0] / recipe.resize_size[0]),
         interpolation=recipe.interpolation.value,
         # These two were trained with another normalization; this argument makes them convert.
         model_args={"transform_input": True} if name in ("googlenet", "inception_v3") else {},
-    )  # fmt: skip
+    )
     model = build_classifier(spec)
     try:
         # The file is a pickle; with weights_only nothing but tensors is read from it.

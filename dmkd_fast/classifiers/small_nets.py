@@ -69,10 +69,15 @@ class LeNet5(nn.Module):
         super().__init__()
         c1, c2, c3, hidden = (int(n * width) for n in (6, 16, 120, 84))
         self.features = nn.Sequential(
-            nn.Conv2d(in_chans, c1, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(c1, c2, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(c2, c3, 5), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(in_chans, c1, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(c1, c2, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(c2, c3, 5),
+            nn.ReLU(),
+        )
         self.classifier = nn.Sequential(
             nn.Linear(c3, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
         )

@@ -74,10 +74,13 @@ class ClassifierSpec:
     def input(self) -> InputSpec:
         """The images that the classifier expects."""
         return InputSpec(
-            size=self.input_size, mean=self.mean, std=self.std, crop_pct=self.crop_pct,
+            size=self.input_size,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
             interpolation=self.interpolation,  # type: ignore[arg-type]  # InputSpec checks both
             crop_mode=self.crop_mode,  # type: ignore[arg-type]
-        )  # fmt: skip
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec in timm's hub layout, for `timm.create_model("local-dir:FOLDER")`."""
@@ -86,17 +89,24 @@ class ClassifierSpec:
             name, args = SMALL_STEM, args | {"base": self.architecture, "stem": self.stem}
         inputs: dict[str, Any] = {
             "input_size": [self.in_chans, self.input_size, self.input_size],
-            "mean": list(self.mean), "std": list(self.std), "num_classes": self.num_classes,
-            "interpolation": self.interpolation, "crop_pct": self.crop_pct,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "num_classes": self.num_classes,
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
             "crop_mode": self.crop_mode,
-        }  # fmt: skip
+        }
         if self.test_input_size is not None:
             inputs["test_input_size"] = [self.in_chans, *[self.test_input_size] * 2]
         names = {} if self.label_names is None else {"label_names": list(self.label_names)}
         return {
-            "architecture": name, "num_classes": self.num_classes, "model_args": args,
-            "stem": self.stem, **names, "pretrained_cfg": inputs,
-        }  # fmt: skip
+            "architecture": name,
+            "num_classes": self.num_classes,
+            "model_args": args,
+            "stem": self.stem,
+            **names,
+            "pretrained_cfg": inputs,
+        }
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> ClassifierSpec:
@@ -115,8 +125,9 @@ class ClassifierSpec:
         if in_chans == 1 and len(mean) == len(std) == 3:  # timm writes three for gray images too
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)
         if len(mean) != in_chans:
-            raise UserError(f"mean: got {len(mean)} numbers, expected one for each of {in_chans} "
-                             "channels")  # fmt: skip
+            raise UserError(
+                f"mean: got {len(mean)} numbers, expected one for each of {in_chans} channels"
+            )
         # Default of crop_pct: 0.875 in timm's files, the whole image in files of this package.
         default_crop = 1.0 if "stem" in values else 0.875
         tested = inputs.test_input_size
@@ -130,13 +141,20 @@ class ClassifierSpec:
             )
         check_model_args(extra)
         spec = ClassifierSpec(
-            architecture=name, num_classes=file.num_classes, in_chans=in_chans,
-            input_size=sizes[0], mean=mean, std=std,
+            architecture=name,
+            num_classes=file.num_classes,
+            in_chans=in_chans,
+            input_size=sizes[0],
+            mean=mean,
+            std=std,
             crop_pct=default_crop if inputs.crop_pct is None else inputs.crop_pct,
             interpolation=inputs.interpolation or "bilinear",
-            crop_mode=inputs.crop_mode or "center", model_args=extra, stem=stem,
-            test_input_size=sizes[1] if len(sizes) > 1 else None, label_names=names,
-        )  # fmt: skip
+            crop_mode=inputs.crop_mode or "center",
+            model_args=extra,
+            stem=stem,
+            test_input_size=sizes[1] if len(sizes) > 1 else None,
+            label_names=names,
+        )
         spec.input  # noqa: B018  # checks the ranges
         return spec
 
@@ -167,9 +185,11 @@ def check_model_args(args: dict[str, Any]) -> None:
 
 def _is_plain(value: Any, largest: float, depth: int = 2) -> bool:
     if isinstance(value, list | tuple):
-        return depth > 0 and len(value) <= 256 and all(
-            _is_plain(each, largest, depth - 1) for each in value
-        )  # fmt: skip
+        return (
+            depth > 0
+            and len(value) <= 256
+            and all(_is_plain(each, largest, depth - 1) for each in value)
+        )
     if isinstance(value, str):
         return re.fullmatch(r"\w{0,32}", value, re.ASCII) is not None
     if isinstance(value, int | float):

@@ -207,18 +207,26 @@ class DistillConfig(RunConfig):
         try:
             guard = int(ring.overlap)
             limiter = Limiter(
-                ring.samples_per_insert, min_fill_images=ring.min_fill_images, block_images=block,
+                ring.samples_per_insert,
+                min_fill_images=ring.min_fill_images,
+                block_images=block,
                 error_buffer=ring.error_buffer,
-            )  # fmt: skip
+            )
             check_loop(
-                limiter, batch_size=self.train.batch_size,
+                limiter,
+                batch_size=self.train.batch_size,
                 most_drawable=slots_for(ring.capacity_images, block) - guard * block,
-            )  # fmt: skip
+            )
             check_ring(
-                ring.capacity_images, block_images=block, min_fill_images=ring.min_fill_images,
-                guard_blocks=guard, samples_per_insert=ring.samples_per_insert, order=ring.order,
-                max_uses=ring.max_uses, num_classes=0,
-            )  # fmt: skip
+                ring.capacity_images,
+                block_images=block,
+                min_fill_images=ring.min_fill_images,
+                guard_blocks=guard,
+                samples_per_insert=ring.samples_per_insert,
+                order=ring.order,
+                max_uses=ring.max_uses,
+                num_classes=0,
+            )
         except ValueError as error:
             text = str(error).replace("or raise capacity", "or raise ring.capacity")
             raise ValueError(f"{'train' if text[:5] == 'batch' else 'ring'}.{text}") from None
@@ -276,9 +284,13 @@ class PretrainFewstepConfig(PretrainConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainFewstepConfig:
-        for section, names in (("denoiser", ("prompts", "decoder", "class_map")),
-                               ("sampler", ("phases", "class_guidance", "guidance_interval",
-                                            "guidance_channels", "attention"))):  # fmt: skip
+        for section, names in (
+            ("denoiser", ("prompts", "decoder", "class_map")),
+            (
+                "sampler",
+                ("phases", "class_guidance", "guidance_interval", "guidance_channels", "attention"),
+            ),
+        ):
             given = getattr(self, section)
             for name in names:
                 if getattr(given, name) != type(given).model_fields[name].default:

@@ -42,9 +42,13 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=True,
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        strict=True,
         ser_json_inf_nan="constants",
-    )  # fmt: skip
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -126,9 +130,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         for name in sections:
             target = target.setdefault(name, {})
             if not isinstance(target, dict):
-                raise UserError(
-                    f"override {shown(text)}: {shown(name)} is a value, not a section"
-                )
+                raise UserError(f"override {shown(text)}: {shown(name)} is a value, not a section")
         try:
             target[field] = yaml_text.parse(raw)
         except yaml_text.YamlError as error:

@@ -94,11 +94,13 @@ class TeachingConfig(ClassifierConfig):
                 "with pretrained=true; a teacher needs trained weights"
             )
         if self.pretrained and (self.model_args or self.stem != "own"):
-            raise ValueError("got model_args or stem with pretrained=true, expected neither; "
-                             "remove them")  # fmt: skip
+            raise ValueError(
+                "got model_args or stem with pretrained=true, expected neither; remove them"
+            )
         if self.start >= self.stop:
-            raise ValueError(f"got start={self.start} and stop={self.stop}, expected start < stop; "
-                             "change one")  # fmt: skip
+            raise ValueError(
+                f"got start={self.start} and stop={self.stop}, expected start < stop; change one"
+            )
         return self
 
 

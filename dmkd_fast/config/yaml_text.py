@@ -14,9 +14,14 @@ import yaml
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 10_000, 32
 # PyYAML raises all of these for text that it cannot read, such as odd numbers, tags and keys.
 _PARSER_ERRORS = (
-    yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+    yaml.YAMLError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
     RecursionError,
-)  # fmt: skip
+)
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = tuple(_TAG + kind for kind in ("null", "bool", "int", "float", "str", "seq", "map"))
 

@@ -58,9 +58,11 @@ def new_pipeline(
     if device.type == "cuda" and device.index is None:
         raise UserError("device: got cuda without an index, expected for example cuda:0")
     return dali.Pipeline(
-        batch_size=batch_size, num_threads=num_threads, prefetch_queue_depth=prefetch_queue_depth,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        prefetch_queue_depth=prefetch_queue_depth,
         device_id=device.index if device.type == "cuda" else None,  # None: no driver needed
-    )  # fmt: skip
+    )
 
 
 def decoded(encoded: Any, device: torch.device, num_channels: int) -> Any:
@@ -78,11 +80,12 @@ def decoded(encoded: Any, device: torch.device, num_channels: int) -> Any:
     fn: Any = dali.fn  # DALI generates its functions at import, so they have no static types
     types: Any = dali.types
     return fn.decoders.image(
-        encoded, device="mixed" if device.type == "cuda" else "cpu",
+        encoded,
+        device="mixed" if device.type == "cuda" else "cpu",
         output_type=types.GRAY if num_channels == 1 else types.RGB,
         adjust_orientation=False,  # published accuracies ignore EXIF
         jpeg_fancy_upsampling=True,  # interpolate chroma on the GPU as on the CPU
-    )  # fmt: skip
+    )
 
 
 def image_size(name: str, data: Any, *, short_side: int = 1) -> tuple[int, int]:
@@ -161,9 +164,11 @@ def _pipeline(
 ) -> Any:
     """Build a DALI pipeline that returns one HWC float tensor per input."""
     pipeline = new_pipeline(
-        batch_size=batch_size, num_threads=torch.get_num_threads(), device=device,
+        batch_size=batch_size,
+        num_threads=torch.get_num_threads(),
+        device=device,
         prefetch_queue_depth=2,
-    )  # fmt: skip
+    )
     from nvidia import dali
 
     fn: Any = dali.fn
@@ -181,20 +186,27 @@ def _pipeline(
             squash = spec.crop_mode == "squash"
             size = [(spec.short_side * side) // (side if squash else short) for side in sides]
             resized = fn.resize(
-                images, size=fn.stack(*(fn.cast(s, dtype=types.FLOAT) for s in size)),
-                interp_type=filters[spec.interpolation], antialias=True,
-            )  # fmt: skip
+                images,
+                size=fn.stack(*(fn.cast(s, dtype=types.FLOAT) for s in size)),
+                interp_type=filters[spec.interpolation],
+                antialias=True,
+            )
             slack = [s - spec.size for s in size]
             start = [s // 2 + (s % 2) * ((s // 2) % 2) for s in slack]  # halves to even
             # By keyword: a positional shape becomes a tensor, on the GPU if the image is there.
             cut = fn.slice(
                 resized, start=fn.stack(*start), shape=[spec.size, spec.size], axes=[0, 1]
             )
-            outputs.append(fn.crop_mirror_normalize(
-                cut, device="gpu" if device.type == "cuda" else "cpu", dtype=types.FLOAT,
-                output_layout="HWC",
-                mean=[255 * m for m in spec.mean], std=[255 * s for s in spec.std],
-            ))  # fmt: skip
+            outputs.append(
+                fn.crop_mirror_normalize(
+                    cut,
+                    device="gpu" if device.type == "cuda" else "cpu",
+                    dtype=types.FLOAT,
+                    output_layout="HWC",
+                    mean=[255 * m for m in spec.mean],
+                    std=[255 * s for s in spec.std],
+                )
+            )
         pipeline.set_outputs(*outputs)
     pipeline.build()
     return pipeline

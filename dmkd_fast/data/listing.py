@@ -22,9 +22,21 @@ from dmkd_fast.runtime.errors import UserError
 
 # The list of torchvision's ImageFolder, then further endings of formats that DALI decodes.
 EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
-    ".jpe", ".jfif", ".pbm", ".pnm", ".jp2",
-)  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".jpe",
+    ".jfif",
+    ".pbm",
+    ".pnm",
+    ".jp2",
+)
 # Upper bound for one image; larger files and tar members are rejected.
 MOST_BYTES = 64 * 2**20
 MOST_PIXELS = 2**26

@@ -287,10 +287,13 @@ def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}; make it again with dmkd generate") from None
     return Shard(
-        path=path, first_id=ids.start, labels=labels, hashes=hashes,
+        path=path,
+        first_id=ids.start,
+        labels=labels,
+        hashes=hashes,
         offsets=np.array([m[1] for m in members[::2]], dtype=np.int64),
         sizes=np.array([m[2] for m in members[::2]], dtype=np.int64),
-    )  # fmt: skip
+    )
 
 
 def _begin(folder: Path, plan: Plan) -> None:
@@ -348,12 +351,22 @@ def _read_rows(path: Path, ids: range, num_classes: int) -> tuple[np.ndarray, li
 def _schema() -> Any:
     import pyarrow as pa
 
-    return pa.schema([
-        ("id", pa.int64()), ("class", pa.int32()), ("seed", pa.int64()),
-        ("guidance_scale", pa.float32()), ("num_steps", pa.int32()), ("solver", pa.string()),
-        ("denoiser", pa.string()), ("revision", pa.string()), ("teacher_class", pa.int32()),
-        ("teacher_probability", pa.float32()), ("shard", pa.string()), ("sha256", pa.string()),
-    ])  # fmt: skip
+    return pa.schema(
+        [
+            ("id", pa.int64()),
+            ("class", pa.int32()),
+            ("seed", pa.int64()),
+            ("guidance_scale", pa.float32()),
+            ("num_steps", pa.int32()),
+            ("solver", pa.string()),
+            ("denoiser", pa.string()),
+            ("revision", pa.string()),
+            ("teacher_class", pa.int32()),
+            ("teacher_probability", pa.float32()),
+            ("shard", pa.string()),
+            ("sha256", pa.string()),
+        ]
+    )
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -58,10 +58,20 @@ class ImageReader:
     """
 
     def __init__(
-        self, source: Source, *, image_shape: tuple[int, int, int], resize: bool = False,
-        ring_images: int, device: torch.device | str = "cpu", num_threads: int = 1, seed: int = 0,
-        wait_s: float = 600.0, show: bool = True, rank: int = 0, world_size: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        *,
+        image_shape: tuple[int, int, int],
+        resize: bool = False,
+        ring_images: int,
+        device: torch.device | str = "cpu",
+        num_threads: int = 1,
+        seed: int = 0,
+        wait_s: float = 600.0,
+        show: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         check_dali()
         self.source, self.image_shape, self.resize = source, image_shape, resize
         self.ring_images, self.device = ring_images, torch.device(device)
@@ -240,9 +250,11 @@ class ImageReader:
         """Build the DALI pipeline: decode, resize and crop if wanted, channels first."""
         channels, height, width = self.image_shape
         pipeline = decode.new_pipeline(
-            batch_size=batch_size, num_threads=self.num_threads, device=self.device,
+            batch_size=batch_size,
+            num_threads=self.num_threads,
+            device=self.device,
             prefetch_queue_depth=1,
-        )  # fmt: skip
+        )
         from nvidia import dali
 
         fn: Any = dali.fn
@@ -252,9 +264,12 @@ class ImageReader:
             images = decode.decoded(data, self.device, channels)  # each (h, w, c)
             if self.resize:
                 images = fn.resize(
-                    images, mode="not_smaller", size=[height, width], antialias=True,
+                    images,
+                    mode="not_smaller",
+                    size=[height, width],
+                    antialias=True,
                     interp_type=types.INTERP_LINEAR,
-                )  # fmt: skip
+                )
                 images = fn.crop(images, crop=(height, width))
             pipeline.set_outputs(fn.transpose(images, perm=[2, 0, 1]))
         pipeline.build()

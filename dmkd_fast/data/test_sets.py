@@ -66,9 +66,10 @@ class ImageSet:
     def to(self, device: torch.device) -> ImageSet:
         """Return the same set on a device."""
         return ImageSet(
-            images=self.images.to(device), labels=self.labels.to(device),
+            images=self.images.to(device),
+            labels=self.labels.to(device),
             class_names=self.class_names,
-        )  # fmt: skip
+        )
 
     def batches(
         self, inputs: Iterable[InputSpec], *, rank: int = 0, world_size: int = 1

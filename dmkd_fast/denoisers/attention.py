@@ -26,9 +26,14 @@ MOST_SHORT_TOKENS = {True: 128, False: 1024}
 
 
 def resolve(
-    name: Attention, *, device: torch.device, dtype: torch.dtype, num_tokens: int, num_heads: int,
+    name: Attention,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_tokens: int,
+    num_heads: int,
     head_dim: int,
-) -> Attention:  # fmt: skip
+) -> Attention:
     """Resolve "auto" to a kernel that can run here, and check any other name.
 
     Args:

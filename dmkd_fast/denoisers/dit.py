@@ -68,9 +68,13 @@ class LeanDiT(nn.Module):
             UserError: The named kernel cannot run here.
         """
         self.attention = attention.resolve(
-            name, device=device, dtype=dtype, num_tokens=self.num_tokens,
-            num_heads=self.num_heads, head_dim=self.head_dim,
-        )  # fmt: skip
+            name,
+            device=device,
+            dtype=dtype,
+            num_tokens=self.num_tokens,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+        )
         return self.attention
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
@@ -106,9 +110,8 @@ class LeanDiT(nn.Module):
         return self.time_out(F.silu(self.time_in(waves))) + self.labels(labels)
 
     def _block(
-        self, block: Any, x: Tensor, normed: Tensor, modulation: Tensor,
-        end: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, block: Any, x: Tensor, normed: Tensor, modulation: Tensor, end: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Run one transformer block.
 
         Args:

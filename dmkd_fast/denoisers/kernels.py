@@ -57,9 +57,15 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Te
 
 
 def residual_norm(
-    x: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor, scale: Tensor, *,
+    x: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
     eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Compute a residual sum and its modulated norm in one pass.
 
     Args:
@@ -111,9 +117,14 @@ def _eager_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def _eager_residual_norm(
-    x: Tensor, branch: Tensor | None, bias: Tensor | None, gate: Tensor | None, shift: Tensor,
-    scale: Tensor, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    branch: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     if branch is None or gate is None:
         return x.new_empty(0), _eager_norm(x, shift, scale, eps)
     x = x + gate[:, None] * (branch if bias is None else branch + bias)

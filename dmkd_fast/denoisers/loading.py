@@ -79,9 +79,14 @@ class Denoiser:
 
 
 def load_denoiser(
-    folder: Path, device: torch.device, *, prompts: Sequence[str] | None = None,
-    decoder: Path | None = None, null_class: int | None = None, lean: bool = True,
-) -> Denoiser:  # fmt: skip
+    folder: Path,
+    device: torch.device,
+    *,
+    prompts: Sequence[str] | None = None,
+    decoder: Path | None = None,
+    null_class: int | None = None,
+    lean: bool = True,
+) -> Denoiser:
     """Load a diffusion model in diffusers format, float32 and frozen.
 
     Args:
@@ -140,9 +145,15 @@ def load_denoiser(
 
 
 def new_pixel_dit(
-    *, num_classes: int, channels: int, image_size: int, patch_size: int,
-    num_layers: int, num_heads: int, head_dim: int,
-) -> PixelDiT:  # fmt: skip
+    *,
+    num_classes: int,
+    channels: int,
+    image_size: int,
+    patch_size: int,
+    num_layers: int,
+    num_heads: int,
+    head_dim: int,
+) -> PixelDiT:
     """Build a class-conditional `DiTTransformer2DModel` for pixels.
 
     In diffusers, every block has its own timestep and label embedder, and each drops labels
@@ -150,10 +161,16 @@ def new_pixel_dit(
     caller drops a label once per example by passing class `num_classes`.
     """
     dit = _diffusers().DiTTransformer2DModel(
-        num_attention_heads=num_heads, attention_head_dim=head_dim, num_layers=num_layers,
-        in_channels=channels, out_channels=channels, sample_size=image_size,
-        patch_size=patch_size, num_embeds_ada_norm=num_classes, dropout=0.0,
-    )  # fmt: skip
+        num_attention_heads=num_heads,
+        attention_head_dim=head_dim,
+        num_layers=num_layers,
+        in_channels=channels,
+        out_channels=channels,
+        sample_size=image_size,
+        patch_size=patch_size,
+        num_embeds_ada_norm=num_classes,
+        dropout=0.0,
+    )
     share_embedder(dit)
     return PixelDiT(dit)
 
@@ -189,15 +206,20 @@ def _load_dit(
     size, _ = model_folders.sides(path, {"sample_size": 32} | config, "sample_size")
     patch = model_folders.whole(path, {"patch_size": 2} | config, "patch_size")
     if size % patch:
-        raise UserError(f"{path}: sample_size: got {size}, expected a multiple of the patch "
-                         f"size {patch}; fetch it again")  # fmt: skip
+        raise UserError(
+            f"{path}: sample_size: got {size}, expected a multiple of the patch "
+            f"size {patch}; fetch it again"
+        )
     model_class = _diffusers().DiTTransformer2DModel
     channels = _channels(path, {"in_channels": 4} | config)
     inputs = (1, channels, size, size)
     _check_config(
-        model_class, path, config, files,
+        model_class,
+        path,
+        config,
+        files,
         lambda dit: dit(torch.zeros(inputs), torch.zeros(1), torch.zeros(1, dtype=torch.int64)),
-    )  # fmt: skip
+    )
     dit = model_class.from_config(config)
     model_folders.number(path, dit.config, "norm_eps", 1e-5)
     model_folders.load_strictly(dit, files)
@@ -205,10 +227,13 @@ def _load_dit(
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     num_classes = model_folders.whole(path, dit.config, "num_embeds_ada_norm")
     return Denoiser(
-        module=(lean_dit(dit) if lean else None) or PixelDiT(dit), scheduler=scheduler,
-        num_classes=num_classes, null_class=num_classes, latent_shape=(channels, size, size),
+        module=(lean_dit(dit) if lean else None) or PixelDiT(dit),
+        scheduler=scheduler,
+        num_classes=num_classes,
+        null_class=num_classes,
+        latent_shape=(channels, size, size),
         image_shape=(channels, size, size),
-    )  # fmt: skip
+    )
 
 
 def _load_class_unet(
@@ -225,15 +250,20 @@ def _load_class_unet(
     num_classes = model_folders.whole(path, config, "num_class_embeds")
     shape = (_channels(path, config), *model_folders.sides(path, config, "sample_size"))
     unet = _pretrained(
-        "UNet2DModel", folder / "unet",
+        "UNet2DModel",
+        folder / "unet",
         lambda unet: unet(
             torch.zeros(1, *shape), torch.zeros(1), class_labels=torch.zeros(1, dtype=torch.int64)
         ),
-    )  # fmt: skip
+    )
     return Denoiser(
-        module=ClassUNet(unet), scheduler=scheduler, num_classes=num_classes,
-        null_class=None, latent_shape=shape, image_shape=shape,
-    )  # fmt: skip
+        module=ClassUNet(unet),
+        scheduler=scheduler,
+        num_classes=num_classes,
+        null_class=None,
+        latent_shape=shape,
+        image_shape=shape,
+    )
 
 
 def _load_text_unet(
@@ -249,17 +279,25 @@ def _load_text_unet(
     if config.get("time_cond_proj_dim") is not None:
         guidance = model_folders.whole(path, config, "time_cond_proj_dim")
     unet = _pretrained(
-        "UNet2DConditionModel", folder / "unet",
+        "UNet2DConditionModel",
+        folder / "unet",
         lambda unet: unet(
-            torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, 8, width),
+            torch.zeros(1, *shape),
+            torch.zeros(1),
+            torch.zeros(1, 8, width),
             timestep_cond=None if guidance is None else torch.zeros(1, guidance),
         ),
-    )  # fmt: skip
+    )
     module = TextUNet(unet, encode_prompts(folder, [*prompts, ""]))
     return Denoiser(
-        module=module, scheduler=scheduler, num_classes=len(prompts), null_class=len(prompts),
-        latent_shape=shape, image_shape=shape, takes_guidance=module.guidance_width > 0,
-    )  # fmt: skip
+        module=module,
+        scheduler=scheduler,
+        num_classes=len(prompts),
+        null_class=len(prompts),
+        latent_shape=shape,
+        image_shape=shape,
+        takes_guidance=module.guidance_width > 0,
+    )
 
 
 def _channels(path: Path, config: dict[str, Any]) -> int:
@@ -291,9 +329,11 @@ def _with_null_class(denoiser: Denoiser, null_class: int) -> Denoiser:
         )
     others = tuple(label for label in range(count) if label != null_class)
     return replace(
-        denoiser, num_classes=count - 1, null_class=null_class,
+        denoiser,
+        num_classes=count - 1,
+        null_class=null_class,
         class_map=None if null_class == count - 1 else others,
-    )  # fmt: skip
+    )
 
 
 def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
@@ -315,8 +355,10 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
     vae = _pretrained(name, folder, lambda vae: vae.decode(torch.zeros(1, *denoiser.latent_shape)))
     for key in ("latents_mean", "latents_std"):
         if vae.config.get(key) is not None:
-            raise UserError(f"{path}: {key}: got {vae.config[key]!r:.60}, expected none; latents "
-                             "normalized by channel are not supported")  # fmt: skip
+            raise UserError(
+                f"{path}: {key}: got {vae.config[key]!r:.60}, expected none; latents "
+                "normalized by channel are not supported"
+            )
     if model_folders.number(path, vae.config, "scaling_factor", 0.0) == 0:
         raise UserError(f"{path}: scaling_factor: got 0, expected another number; fetch it again")
     model_folders.number(path, vae.config, "shift_factor", 0.0)
@@ -329,9 +371,12 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
 
 
 def _check_config(
-    model_class: Any, path: Path, config: dict[str, Any], files: list[Path],
+    model_class: Any,
+    path: Path,
+    config: dict[str, Any],
+    files: list[Path],
     trial: Callable[[Any], object],
-) -> None:  # fmt: skip
+) -> None:
     """Build and call a network on the meta device, without memory or arithmetic.
 
     Args:
@@ -361,9 +406,7 @@ def _check_config(
         with torch.device("meta"), torch.no_grad():
             trial(described)
     except Exception as error:
-        raise UserError(
-            f"{path}: a trial call failed: {one_line(error)}; fetch it again"
-        ) from None
+        raise UserError(f"{path}: a trial call failed: {one_line(error)}; fetch it again") from None
 
 
 def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
@@ -374,9 +417,13 @@ def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
     _check_config(model_class, folder / CONFIG, read_json(folder / CONFIG), files, trial)
     try:
         model, info = model_class.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
-            output_loading_info=True, variant=variant,
-        )  # fmt: skip
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            variant=variant,
+        )
     except Exception as error:  # diffusers and safetensors raise many kinds of errors
         raise UserError(f"{folder}: {one_line(error)}; fetch or save it again") from None
     problems = {key: info[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys")}

@@ -42,9 +42,8 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
         # A tokenizer whose files state no length reports 10**30.
         longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         tokens = tokenizer(
-            prompts, padding="max_length", max_length=longest, truncation=True,
-            return_tensors="pt",
-        )  # fmt: skip
+            prompts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
+        )
         return encoder(tokens.input_ids)[0].float()
     except Exception as error:  # transformers raises many kinds of errors for a damaged folder
         raise UserError(f"{folder}: text_encoder/ or tokenizer/: {one_line(error)}") from None

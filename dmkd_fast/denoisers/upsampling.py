@@ -40,12 +40,17 @@ class UpsampleConv(nn.Module):
         """Double and convolve images: (B, I, h, w) -> (B, O, 2h, 2w)."""
         (height, width), channels = x.shape[2:], len(self.weight) // 4
         phases = F.conv2d(x, self.weight, self.bias, padding=1)  # (B, 4 O, h + 1, w + 1)
-        layout = torch.channels_last if phases.is_contiguous(memory_format=torch.channels_last) \
-            else torch.contiguous_format  # fmt: skip
+        layout = (
+            torch.channels_last
+            if phases.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
         out = torch.empty(
-            (len(x), channels, 2 * height, 2 * width), dtype=x.dtype, device=x.device,
+            (len(x), channels, 2 * height, 2 * width),
+            dtype=x.dtype,
+            device=x.device,
             memory_format=layout,
-        )  # fmt: skip
+        )
         for index, phase in enumerate(phases.chunk(4, dim=1)):
             a, b = divmod(index, 2)
             out[:, :, a::2, b::2] = phase[:, :, a : a + height, b : b + width]
@@ -79,9 +84,9 @@ def _phases(weight: Tensor, dim: int) -> Tensor:
         (2, ...): (w0, w1 + w2) and (w0 + w1, w2).
     """
     first, second, third = weight.unbind(dim)
-    return torch.stack((
-        torch.stack((first, second + third), dim), torch.stack((first + second, third), dim),
-    ))  # fmt: skip
+    return torch.stack(
+        (torch.stack((first, second + third), dim), torch.stack((first + second, third), dim))
+    )
 
 
 def _doubles(upsample: nn.Upsample) -> bool:

@@ -84,9 +84,8 @@ class TextUNet(nn.Module):
         if guidance is not None:
             condition = _guidance_waves(guidance - 1, self.guidance_width).to(latents.dtype)
         return unet(
-            latents, timesteps, encoder_hidden_states=self.prompts[labels],
-            timestep_cond=condition,
-        ).sample  # fmt: skip
+            latents, timesteps, encoder_hidden_states=self.prompts[labels], timestep_cond=condition
+        ).sample
 
 
 class Decoder(nn.Module):

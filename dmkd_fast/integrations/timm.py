@@ -25,11 +25,15 @@ from dmkd_fast.classifiers.loading import build as build_
 from dmkd_fast.classifiers.spec import SMALL_STEM
 
 SMALL_NETS = (
-    "lenet5", "lenet5_half", "cifar_vgg8", "cifar_vgg11", "cifar_vgg13",
+    "lenet5",
+    "lenet5_half",
+    "cifar_vgg8",
+    "cifar_vgg11",
+    "cifar_vgg13",
     *(f"cifar_resnet{depth}" for depth in range(8, 111, 6)),
     *(f"cifar_resnet{depth}x4" for depth in range(8, 57, 6)),
     *(f"cifar_wrn{depth}_{width}" for depth in range(10, 41, 6) for width in range(1, 11)),
-)  # fmt: skip
+)
 
 
 def _register(name: str) -> None:

@@ -27,12 +27,16 @@ def build(
         # Each rank draws its own dropout masks, and draws the same ones after a restart.
         torch.manual_seed(ranks.seed(config.seed))
     ring = RingBuffer(
-        part.capacity_images, image_shape=parts.origin.image_shape,
+        part.capacity_images,
+        image_shape=parts.origin.image_shape,
         block_images=config.block_images,
         **part.model_dump(exclude={"capacity_images", "overlap"}),
-        guard_blocks=int(part.overlap), own_stream=part.overlap,
-        num_classes=parts.origin.num_classes, device=device, seed=ranks.seed(config.seed),
-    )  # fmt: skip
+        guard_blocks=int(part.overlap),
+        own_stream=part.overlap,
+        num_classes=parts.origin.num_classes,
+        device=device,
+        seed=ranks.seed(config.seed),
+    )
     sampler, labels = make_origin(
         config, parts.origin, ranks.world_size * ring.capacity, show=show, ranks=ranks
     )

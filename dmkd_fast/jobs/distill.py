@@ -54,9 +54,8 @@ def run(
 
 
 def _run(
-    config: DistillConfig, parts: Parts, clock: Clock, *, resume: bool, show: bool,
-    ranks: Ranks,
-) -> dict[str, Any]:  # fmt: skip
+    config: DistillConfig, parts: Parts, clock: Clock, *, resume: bool, show: bool, ranks: Ranks
+) -> dict[str, Any]:
     distiller = build(config, parts, show=show, ranks=ranks)
     distiller.clock = clock  # Loading counts as part of the run.
     folder = Path(config.run_dir)
@@ -92,9 +91,7 @@ def _fit(distiller: Distiller, folder: Path, ranks: Ranks) -> None:
         raise
 
 
-def _place(
-    config: DistillConfig, resume: bool, ranks: Ranks
-) -> tuple[DistillConfig, bool]:  # fmt: skip
+def _place(config: DistillConfig, resume: bool, ranks: Ranks) -> tuple[DistillConfig, bool]:
     """Return the config with its run directory, and whether to resume, as rank 0 decides."""
     answer = ""
     with ranks.agreed():

@@ -48,10 +48,14 @@ class Evaluation:
         """Return the scores, numbers of images, size and crop of the input, and top-1 by class."""
         by_class = {name: row["top1"] for name, row in self.classes.items()}
         return {
-            **self.scores, "num_images": self.num_images, "num_not_finite": self.num_not_finite,
-            "input_size": self.spec.input_size, "crop_pct": self.spec.crop_pct,
-            "crop_mode": self.spec.crop_mode, "class_top1": by_class,
-        }  # fmt: skip
+            **self.scores,
+            "num_images": self.num_images,
+            "num_not_finite": self.num_not_finite,
+            "input_size": self.spec.input_size,
+            "crop_pct": self.spec.crop_pct,
+            "crop_mode": self.spec.crop_mode,
+            "class_top1": by_class,
+        }
 
     def describe_input(self) -> str:
         """Describe in one line how images were resized and cropped."""
@@ -126,9 +130,12 @@ def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -
 
 
 def open_test_set(
-    settings: EvalConfig | None, data: Path | None, classes: Path | None,
-    device: torch.device, num_classes: int,
-) -> ImageSet | EncodedSet:  # fmt: skip
+    settings: EvalConfig | None,
+    data: Path | None,
+    classes: Path | None,
+    device: torch.device,
+    num_classes: int,
+) -> ImageSet | EncodedSet:
     """Open the test set of `settings`, or the one at `data` if `settings` is None.
 
     Args:
@@ -155,14 +162,21 @@ def open_test_set(
 
 
 def _measure(
-    model: nn.Module, spec: ClassifierSpec, images: ImageSet | EncodedSet,
-    teachers: Teachers | None, *, name: str,
-) -> Evaluation:  # fmt: skip
+    model: nn.Module,
+    spec: ClassifierSpec,
+    images: ImageSet | EncodedSet,
+    teachers: Teachers | None,
+    *,
+    name: str,
+) -> Evaluation:
     inputs = [spec.input, *([] if teachers is None else teachers.inputs_at(1.0))]
     scores = scoring.measure(
-        model, images.batches(inputs), input=spec.input, num_classes=len(images.class_names),
+        model,
+        images.batches(inputs),
+        input=spec.input,
+        num_classes=len(images.class_names),
         teacher=None if teachers is None else teachers.predict,
-    )  # fmt: skip
+    )
     if scores.num_not_finite == scores.num_images:
         raise UserError(
             f"{name}: got NaN or infinite logits for all of {scores.num_images} images, expected "

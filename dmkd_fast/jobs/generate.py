@@ -76,17 +76,20 @@ class Maker:
         columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
         for image_id, label, png, guess, share in zip(*columns, strict=True):
             scale = self.sampler.class_guidance.get(label, self.sampler.guidance_scale)
-            row = {
-                "guidance_scale": scale, "teacher_class": guess, "teacher_probability": share,
-            }  # fmt: skip
+            row = {"guidance_scale": scale, "teacher_class": guess, "teacher_probability": share}
             yield image_id, label, png, self.row | row
 
 
 def run(
-    config: DistillConfig, folder: Path, num_images: int, *,
+    config: DistillConfig,
+    folder: Path,
+    num_images: int,
+    *,
     part: tuple[int, int] | None = None,
-    images_per_shard: int | None = None, command: str = "the same call", show: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    images_per_shard: int | None = None,
+    command: str = "the same call",
+    show: bool = True,
+) -> dict[str, Any]:
     """Make this job's part of a directory of images; finished shards are only checked.
 
     Args:
@@ -132,17 +135,21 @@ def run(
     there = sum(len(plan.ids(s)) for s in shards.finished(folder))
     wall_s = time.monotonic() - started
     return {
-        "part": "{}/{}".format(*part), "made_images": progress.total, "images": there,
-        "num_images": num_images, "is_complete": there == num_images,
-        "images_per_s": round(progress.rate(), 1), "wall_s": round(wall_s, 1),
-        "denoiser_licence": plan.licence, "out": str(folder),
-    }  # fmt: skip
+        "part": "{}/{}".format(*part),
+        "made_images": progress.total,
+        "images": there,
+        "num_images": num_images,
+        "is_complete": there == num_images,
+        "images_per_s": round(progress.rate(), 1),
+        "wall_s": round(wall_s, 1),
+        "denoiser_licence": plan.licence,
+        "out": str(folder),
+    }
 
 
 def _prepare(
-    config: DistillConfig, num_images: int, images_per_shard: int | None,
-    pool: ThreadPoolExecutor,
-) -> tuple[Maker, shards.Plan]:  # fmt: skip
+    config: DistillConfig, num_images: int, images_per_shard: int | None, pool: ThreadPoolExecutor
+) -> tuple[Maker, shards.Plan]:
     """Load all networks, and build the plan, which lists everything that images depend on."""
     if config.source is not None:
         raise UserError("source: got it, expected a denoiser to make images with; change config")
@@ -183,29 +190,42 @@ def _prepare(
         "teacher_sha256": _sha256(teachers.together),
     }
     plan = shards.Plan(
-        num_images=num_images, images_per_shard=images_per_shard,
-        image_shape=denoiser.image_shape, num_classes=denoiser.num_classes,
-        class_names=test_set.class_names, licence=denoiser.licence, settings=settings,
-    )  # fmt: skip
+        num_images=num_images,
+        images_per_shard=images_per_shard,
+        image_shape=denoiser.image_shape,
+        num_classes=denoiser.num_classes,
+        class_names=test_set.class_names,
+        licence=denoiser.licence,
+        settings=settings,
+    )
     maker = Maker(
-        sampler=make_sampler(config, denoiser), pool=pool,
+        sampler=make_sampler(config, denoiser),
+        pool=pool,
         teachers=teachers.together.mapped(
             lambda module, input: for_inference(module, torch.float32, input)
         ),
         labels=LabelStream(denoiser.num_classes, seed=config.seed, device=device),
         image_shape=denoiser.image_shape,
         row={
-            "seed": config.seed, "num_steps": sampling.num_steps, "solver": sampling.solver,
-            "denoiser": config.denoiser.path, "revision": config.denoiser.revision,
+            "seed": config.seed,
+            "num_steps": sampling.num_steps,
+            "solver": sampling.solver,
+            "denoiser": config.denoiser.path,
+            "revision": config.denoiser.revision,
         },
-    )  # fmt: skip
+    )
     return maker, plan
 
 
 def _make_shard(
-    maker: Maker, plan: shards.Plan, folder: Path, number: int, part: str,
-    interrupts: Interrupts, progress: _Progress,
-) -> None:  # fmt: skip
+    maker: Maker,
+    plan: shards.Plan,
+    folder: Path,
+    number: int,
+    part: str,
+    interrupts: Interrupts,
+    progress: _Progress,
+) -> None:
     ids, size = plan.ids(number), maker.sampler.micro_batch_images
     writer = shards.ShardWriter(folder, number, part)
     try:
@@ -304,8 +324,9 @@ class _Progress:
             print(
                 f"[{100 * self._done / self.total:3.0f}%] {self._done:,}/{self.total:,} images  "
                 f"{self.rate():,.0f} images/s  ETA {left // 60}:{left % 60:02d}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
             self._told = now
 
     def rate(self) -> float:

@@ -46,10 +46,12 @@ def open_denoiser(settings: DenoiserConfig | None, device: torch.device) -> Deno
     """Load the diffusion model that the settings name; one on the Hub is downloaded first."""
     assert settings is not None  # DistillConfig has a denoiser or a source.
     loaded = load_denoiser_(
-        resolve_path(settings.path, settings.revision), device, prompts=settings.prompts,
+        resolve_path(settings.path, settings.revision),
+        device,
+        prompts=settings.prompts,
         decoder=None if settings.decoder is None else resolve_path(settings.decoder),
         null_class=settings.null_class,
-    )  # fmt: skip
+    )
     if settings.class_map is not None:
         loaded = loaded.restricted(settings.class_map)
     return replace(loaded, licence=licence(settings.path) or loaded.licence)
@@ -87,17 +89,26 @@ def make_sampler(
     sampling = config.sampler
     which = sampling if phase is None else phase
     return DiffusionSampler(
-        denoiser.module, scheduler=denoiser.scheduler, latent_shape=denoiser.latent_shape,
-        decoder=denoiser.decoder, null_class=denoiser.null_class,
-        takes_guidance=denoiser.takes_guidance, num_classes=denoiser.num_classes,
-        class_map=denoiser.class_map, num_steps=which.num_steps, solver=sampling.solver,
-        guidance_scale=which.guidance_scale, class_guidance=sampling.guidance_of_classes,
+        denoiser.module,
+        scheduler=denoiser.scheduler,
+        latent_shape=denoiser.latent_shape,
+        decoder=denoiser.decoder,
+        null_class=denoiser.null_class,
+        takes_guidance=denoiser.takes_guidance,
+        num_classes=denoiser.num_classes,
+        class_map=denoiser.class_map,
+        num_steps=which.num_steps,
+        solver=sampling.solver,
+        guidance_scale=which.guidance_scale,
+        class_guidance=sampling.guidance_of_classes,
         guidance_interval=sampling.guidance_interval,
         guidance_channels=sampling.guidance_channels,
-        micro_batch_images=sampling.micro_batch_images, dtype=getattr(torch, config.dtype),
-        device=resolve_device(config.device), seed=config.seed,
+        micro_batch_images=sampling.micro_batch_images,
+        dtype=getattr(torch, config.dtype),
+        device=resolve_device(config.device),
+        seed=config.seed,
         compile=sampling.compile is True,
-    )  # fmt: skip
+    )
 
 
 def open_source(
@@ -133,17 +144,23 @@ def open_source(
             _check_names(folder, plan.class_names, class_names)
         shape = plan.image_shape if size is None else (plan.image_shape[0], size, size)
         return OpenSource(
-            source=shards, kind=kind, image_shape=shape, num_classes=plan.num_classes,
+            source=shards,
+            kind=kind,
+            image_shape=shape,
+            num_classes=plan.num_classes,
             licence=plan.licence,
-        )  # fmt: skip
+        )
     if settings.follow:
         raise UserError(f"source.follow: got true for {folder}, which is no set of shards")
     files = sources.open_files(folder, kind, num_classes=num_classes, class_names=class_names)
     height, width = stored.image_size(files) if size is None else (size, size)
     return OpenSource(
-        source=files, kind=kind, image_shape=(channels, height, width), num_classes=num_classes,
+        source=files,
+        kind=kind,
+        image_shape=(channels, height, width),
+        num_classes=num_classes,
         licence="unknown",
-    )  # fmt: skip
+    )
 
 
 def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
@@ -155,8 +172,10 @@ def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
     """
     assert config.source is not None
     count = opened.source.num_images
-    for name, least in (("ring.min_fill_images", config.ring.min_fill_images),
-                        ("source.block_images", config.source.block_images)):  # fmt: skip
+    for name, least in (
+        ("ring.min_fill_images", config.ring.min_fill_images),
+        ("source.block_images", config.source.block_images),
+    ):
         if least > count:
             raise UserError(
                 f"{name}: got {least}, expected at most the {count} images of source.path; lower it"
@@ -175,24 +194,38 @@ def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
 
 
 def make_origin(
-    config: DistillConfig, images: Denoiser | OpenSource, ring_images: int, *,
-    show: bool, ranks: Ranks = ALONE,
-) -> tuple[DiffusionSampler | ImageReader, LabelStream | ImageReader]:  # fmt: skip
+    config: DistillConfig,
+    images: Denoiser | OpenSource,
+    ring_images: int,
+    *,
+    show: bool,
+    ranks: Ranks = ALONE,
+) -> tuple[DiffusionSampler | ImageReader, LabelStream | ImageReader]:
     """Build the producers of images and of labels; for images on disk, one reader is both."""
     device = resolve_device(config.device)
     if isinstance(images, OpenSource):
         assert config.source is not None
         reader = ImageReader(
-            images.source, image_shape=images.image_shape,
-            resize=config.source.image_size is not None, ring_images=ring_images, device=device,
-            num_threads=config.num_threads, seed=config.seed, wait_s=config.source.wait_s,
-            show=show, rank=ranks.rank, world_size=ranks.world_size,
-        )  # fmt: skip
+            images.source,
+            image_shape=images.image_shape,
+            resize=config.source.image_size is not None,
+            ring_images=ring_images,
+            device=device,
+            num_threads=config.num_threads,
+            seed=config.seed,
+            wait_s=config.source.wait_s,
+            show=show,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
         return reader, reader
     labels = LabelStream(
-        images.num_classes, seed=config.seed, device=device, rank=ranks.rank,
+        images.num_classes,
+        seed=config.seed,
+        device=device,
+        rank=ranks.rank,
         world_size=ranks.world_size,
-    )  # fmt: skip
+    )
     return make_sampler(config, images), labels
 
 

@@ -45,22 +45,37 @@ def plan(config: DistillConfig, parts: Parts) -> dict[str, int]:
     pixel = 4 if config.source is None else 1  # Generated as float32, read from disk as uint8.
     channels, batch = parts.student_spec.in_chans, config.train.batch_size
     sizes = dict.fromkeys([parts.student_spec.input, *parts.teachers.together.inputs])
-    return {f"ring {name}": count for name, count in ring.items()} | {
-        "denoiser": compute.itemsize * num_weights(parts.origin),
-        "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
-        "student, gradients, optimizer, average": 4 * weights * (3 + moments),
-        "test images": parts.test_set.num_bytes,
-        BLOCK: pixel * config.block_images * math.prod(parts.origin.image_shape),
-    } | batch_plan(
-        parts.student, batch, config.train.accumulate, channels, [spec.size for spec in sizes],
-        dtype=compute, compiled=config.train.compile is True,
-    )  # fmt: skip
+    return (
+        {f"ring {name}": count for name, count in ring.items()}
+        | {
+            "denoiser": compute.itemsize * num_weights(parts.origin),
+            "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
+            "student, gradients, optimizer, average": 4 * weights * (3 + moments),
+            "test images": parts.test_set.num_bytes,
+            BLOCK: pixel * config.block_images * math.prod(parts.origin.image_shape),
+        }
+        | batch_plan(
+            parts.student,
+            batch,
+            config.train.accumulate,
+            channels,
+            [spec.size for spec in sizes],
+            dtype=compute,
+            compiled=config.train.compile is True,
+        )
+    )
 
 
 def batch_plan(
-    model: nn.Module, batch_size: int, accumulate: int, channels: int, sizes: list[int], *,
-    dtype: torch.dtype, compiled: bool,
-) -> dict[str, int]:  # fmt: skip
+    model: nn.Module,
+    batch_size: int,
+    accumulate: int,
+    channels: int,
+    sizes: list[int],
+    *,
+    dtype: torch.dtype,
+    compiled: bool,
+) -> dict[str, int]:
     """Estimate the bytes of one batch: its views, and what autograd saves for the backward pass.
 
     Args:
@@ -75,19 +90,15 @@ def batch_plan(
     """
     shape = (batch_size // accumulate, channels, sizes[0], sizes[0])
     saved = 0 if compiled else _saved_bytes(model, shape) * dtype.itemsize // 4
-    return {
-        VIEWS: 4 * batch_size * channels * sum(size**2 for size in sizes),
-        SAVED: saved,
-    }
+    return {VIEWS: 4 * batch_size * channels * sum(size**2 for size in sizes), SAVED: saved}
 
 
 def _saved_bytes(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Count the bytes that autograd saves in a float32 forward pass, run on the meta device."""
     named = itertools.chain(model.named_parameters(), model.named_buffers())
     weights = {
-        name: value.detach().to("meta").requires_grad_(value.requires_grad)
-        for name, value in named
-    }  # fmt: skip
+        name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in named
+    }
     own = {value.untyped_storage()._cdata for value in weights.values()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -217,7 +228,4 @@ def _gib(count: int) -> str:
 
 
 def _ring_shape(config: DistillConfig, parts: Parts) -> dict[str, Any]:
-    return {
-        "image_shape": parts.origin.image_shape,
-        "block_images": config.block_images,
-    }
+    return {"image_shape": parts.origin.image_shape, "block_images": config.block_images}

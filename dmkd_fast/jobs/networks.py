@@ -136,15 +136,22 @@ def load_teachers(
         )
     together = Teachers(members, num_classes=counts["teacher"], temperature=temperature)
     return LoadedTeachers(
-        together=together.to(device), specs=specs, num_classes=counts, class_names=names,
+        together=together.to(device),
+        specs=specs,
+        num_classes=counts,
+        class_names=names,
         licence="; ".join(dict.fromkeys(licences)),
-    )  # fmt: skip
+    )
 
 
 def load_student(
-    settings: ClassifierConfig, teachers: LoadedTeachers, *, view_size: int,
-    device: torch.device, seed: int,
-) -> tuple[nn.Module, ClassifierSpec]:  # fmt: skip
+    settings: ClassifierConfig,
+    teachers: LoadedTeachers,
+    *,
+    view_size: int,
+    device: torch.device,
+    seed: int,
+) -> tuple[nn.Module, ClassifierSpec]:
     """Build a new student, normalized like the first teacher, or load a saved one.
 
     Raises:

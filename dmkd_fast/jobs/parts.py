@@ -56,17 +56,22 @@ def load_parts(config: DistillConfig) -> Parts:
     test_set = open_test_set(config.eval, None, None, device, num_classes)
     if config.source is not None:
         images = open_source(
-            config.source, num_classes=num_classes, channels=first.in_chans,
+            config.source,
+            num_classes=num_classes,
+            channels=first.in_chans,
             class_names=test_set.class_names,
-        )  # fmt: skip
+        )
     check_fit(config, images, teachers, test_set)
     student, student_spec = networks.load_student(
         config.student, teachers, view_size=config.views.size, device=device, seed=config.seed
     )
     return Parts(
-        origin=images, teachers=teachers, student=student, student_spec=student_spec,
+        origin=images,
+        teachers=teachers,
+        student=student,
+        student_spec=student_spec,
         test_set=test_set,
-    )  # fmt: skip
+    )
 
 
 def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[DistillConfig, Parts]:
@@ -84,9 +89,11 @@ def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[DistillConfig,
 
 
 def check_fit(
-    config: DistillConfig, images: Denoiser | OpenSource,
-    teachers: networks.LoadedTeachers, test_set: ImageSet | EncodedSet,
-) -> None:  # fmt: skip
+    config: DistillConfig,
+    images: Denoiser | OpenSource,
+    teachers: networks.LoadedTeachers,
+    test_set: ImageSet | EncodedSet,
+) -> None:
     """Check that images, teachers and test set have the same classes and channels.
 
     Raises:
@@ -95,10 +102,14 @@ def check_fit(
     whose = "denoiser.path" if config.source is None else "source.path"
     for section, spec in teachers.specs.items():
         facts = (
-            ("classes", images.num_classes, teachers.num_classes[section],
-             len(test_set.class_names)),
+            (
+                "classes",
+                images.num_classes,
+                teachers.num_classes[section],
+                len(test_set.class_names),
+            ),
             ("channels", images.image_shape[0], spec.in_chans, test_set.num_channels),
-        )  # fmt: skip
+        )
         for what, made, judged, tested in facts:
             if made != judged or tested not in (judged, None):
                 raise UserError(
@@ -107,6 +118,8 @@ def check_fit(
                 )
         if config.eval.classes is None:
             networks.check_names(
-                f"{section}.path", teachers.class_names[section], test_set.class_names,
+                f"{section}.path",
+                teachers.class_names[section],
+                test_set.class_names,
                 fix="eval.classes",
-            )  # fmt: skip
+            )

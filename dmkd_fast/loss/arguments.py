@@ -27,23 +27,33 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def problem_of(
-    student: Tensor, teacher: Tensor, target: Tensor | None, temperature: float,
-    alpha: float | None, reduction: str, t_squared: bool, mask: Tensor | None,
-    row_weight: Tensor | None, ignore_index: int, label_smoothing: float,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    temperature: float,
+    alpha: float | None,
+    reduction: str,
+    t_squared: bool,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
     num_items: float | Tensor | None,
-) -> tuple[Any, ...]:  # fmt: skip
+) -> tuple[Any, ...]:
     """Check the arguments of `kd_loss` and return those of its operators.
 
     Logits and targets become rows. `kd_scale` contains T^2, and both scales contain the
     denominators that are not part of the row weights.
     """
-    _refuse_transforms(student, teacher, target, row_weight, temperature, alpha, label_smoothing,
-                       num_items)  # fmt: skip
+    _refuse_transforms(
+        student, teacher, target, row_weight, temperature, alpha, label_smoothing, num_items
+    )
     _check_logits(student, teacher)
     temperature = _number("temperature", temperature)
     if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(f"temperature: got {temperature}, expected {MIN_TEMPERATURE:g} to "
-                         f"{MAX_TEMPERATURE:g}")  # fmt: skip
+        raise ValueError(
+            f"temperature: got {temperature}, expected {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+        )
     label_smoothing = _number("label_smoothing", label_smoothing)
     if alpha is not None:
         alpha = _number("alpha", alpha)
@@ -55,8 +65,9 @@ def problem_of(
     rows = student.numel() // classes
     kd_scale = temperature**2 if t_squared else 1.0
     ce_scale = 1.0
-    weight = _row_weights(student, teacher, target, reduction, mask, row_weight, ignore_index,
-                          num_items)  # fmt: skip
+    weight = _row_weights(
+        student, teacher, target, reduction, mask, row_weight, ignore_index, num_items
+    )
     if reduction in ("batchmean", "mean"):
         # A denominator that is counted on the device is part of the row weights.
         counted = mask is not None or (target is not None and target.dtype == torch.int64)
@@ -69,8 +80,17 @@ def problem_of(
     if target is not None:
         target = target.detach()
         target = target.reshape(-1) if target.dtype == torch.int64 else target.reshape(-1, classes)
-    return (student.reshape(-1, classes), teacher.detach().reshape(-1, classes), target, weight,
-            temperature, alpha, kd_scale, ce_scale, label_smoothing)  # fmt: skip
+    return (
+        student.reshape(-1, classes),
+        teacher.detach().reshape(-1, classes),
+        target,
+        weight,
+        temperature,
+        alpha,
+        kd_scale,
+        ce_scale,
+        label_smoothing,
+    )
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
@@ -82,24 +102,34 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
             )
     _like("teacher_logits", teacher, student, student.shape)
     if teacher.requires_grad and torch.is_grad_enabled():
-        warn_once("teacher", "teacher_logits: got a tensor that requires grad; it gets none. "
-                 "Compute it under torch.no_grad() to save the memory of its graph.")  # fmt: skip
+        warn_once(
+            "teacher",
+            "teacher_logits: got a tensor that requires grad; it gets none. "
+            "Compute it under torch.no_grad() to save the memory of its graph.",
+        )
 
 
 def _check_target(
-    student: Tensor, target: Tensor | None, alpha: float | None, ignore_index: int,
+    student: Tensor,
+    target: Tensor | None,
+    alpha: float | None,
+    ignore_index: int,
     label_smoothing: float,
-) -> float:  # fmt: skip
+) -> float:
     """Check the arguments of the hard-label term and return the weight of the KD term."""
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}, expected a number in [0, 1)")
     if target is None:
-        for name, is_set in (("alpha", alpha is not None and alpha != 1),
-                             ("label_smoothing", label_smoothing != 0),
-                             ("ignore_index", ignore_index != -100)):  # fmt: skip
+        for name, is_set in (
+            ("alpha", alpha is not None and alpha != 1),
+            ("label_smoothing", label_smoothing != 0),
+            ("ignore_index", ignore_index != -100),
+        ):
             if is_set:
-                raise ValueError(f"{name}: set without a target, where it would be ignored; pass "
-                                 "target or leave it out")  # fmt: skip
+                raise ValueError(
+                    f"{name}: set without a target, where it would be ignored; pass "
+                    "target or leave it out"
+                )
         return 1.0
     if alpha is None or not 0 <= alpha < 1:
         raise ValueError(
@@ -119,9 +149,15 @@ def _check_target(
 
 
 def _row_weights(
-    student: Tensor, teacher: Tensor, target: Tensor | None, reduction: str, mask: Tensor | None,
-    row_weight: Tensor | None, ignore_index: int, num_items: float | Tensor | None,
-) -> Tensor | None:  # fmt: skip
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    reduction: str,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    num_items: float | Tensor | None,
+) -> Tensor | None:
     """Return the factor of each row (B,), 0 where a row does not count; None if all are 1.
 
     Does not wait for the device.
@@ -201,8 +237,10 @@ def output_rows(out: Tensor, student: Tensor) -> Tensor:
 
 def _like(name: str, tensor: Tensor, student: Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)} to fit "
-                         f"student_logits {tuple(student.shape)}")  # fmt: skip
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)} to fit "
+            f"student_logits {tuple(student.shape)}"
+        )
     _same_device(name, tensor, student)
 
 
@@ -215,15 +253,17 @@ def _single(name: str, tensor: Tensor, student: Tensor) -> None:
 
 def _same_device(name: str, tensor: Tensor, student: Tensor) -> None:
     if tensor.device != student.device:
-        raise ValueError(f"{name}: got device {tensor.device}, expected the student's "
-                         f"{student.device}")  # fmt: skip
+        raise ValueError(
+            f"{name}: got device {tensor.device}, expected the student's {student.device}"
+        )
 
 
 def _floating(name: str, tensor: Tensor, expected: str = "a floating-point tensor") -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name}: got {got}, expected {expected} of float32, float64, float16 or "
-                        "bfloat16")  # fmt: skip
+        raise TypeError(
+            f"{name}: got {got}, expected {expected} of float32, float64, float16 or bfloat16"
+        )
 
 
 def _number(name: str, value: object) -> float:
@@ -232,8 +272,12 @@ def _number(name: str, value: object) -> float:
         return value
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            per_row = ("; for one per row divide both logits by it and pass temperature=1, "
-                       "row_weight=temperature**2" if name == "temperature" else "")  # fmt: skip
+            per_row = (
+                "; for one per row divide both logits by it and pass temperature=1, "
+                "row_weight=temperature**2"
+                if name == "temperature"
+                else ""
+            )
             raise ValueError(
                 f"{name}: got shape {tuple(value.shape)}, expected one number for all rows{per_row}"
             )
@@ -271,9 +315,11 @@ def _refuse_transforms(*arguments: object) -> None:
     """Reject transforms and forward mode: the operators would silently drop a tangent."""
     if torch._C._are_functorch_transforms_active() or (
         forward_ad._current_level >= 0
-        and any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
-                for x in arguments)
-    ):  # fmt: skip
+        and any(
+            isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+            for x in arguments
+        )
+    ):
         raise NotImplementedError(
             "kd_loss: got a forward-mode tangent or a transform of torch.func, expected a plain "
             "call; only reverse mode works: loss.backward() or torch.autograd.grad"

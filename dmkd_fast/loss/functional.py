@@ -41,27 +41,54 @@ class KdLossParts(NamedTuple):
 
 @overload
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *,
-    temperature: float = ..., alpha: float | None = ..., reduction: Reduction = ...,
-    t_squared: bool = ..., mask: Tensor | None = ..., row_weight: Tensor | None = ...,
-    ignore_index: int = ..., label_smoothing: float = ..., num_items: float | Tensor | None = ...,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = ...,
+    alpha: float | None = ...,
+    reduction: Reduction = ...,
+    t_squared: bool = ...,
+    mask: Tensor | None = ...,
+    row_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    num_items: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
-) -> Tensor: ...  # fmt: skip
+) -> Tensor: ...
 @overload
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *,
-    temperature: float = ..., alpha: float | None = ..., reduction: Reduction = ...,
-    t_squared: bool = ..., mask: Tensor | None = ..., row_weight: Tensor | None = ...,
-    ignore_index: int = ..., label_smoothing: float = ..., num_items: float | Tensor | None = ...,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = ...,
+    alpha: float | None = ...,
+    reduction: Reduction = ...,
+    t_squared: bool = ...,
+    mask: Tensor | None = ...,
+    row_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    num_items: float | Tensor | None = ...,
     return_parts: bool,
-) -> Tensor | KdLossParts: ...  # fmt: skip
+) -> Tensor | KdLossParts: ...
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *,
-    temperature: float = 4.0, alpha: float | None = None, reduction: Reduction = "batchmean",
-    t_squared: bool = True, mask: Tensor | None = None, row_weight: Tensor | None = None,
-    ignore_index: int = -100, label_smoothing: float = 0.0,
-    num_items: float | Tensor | None = None, return_parts: bool = False,
-) -> Tensor | KdLossParts:  # fmt: skip
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float | None = None,
+    reduction: Reduction = "batchmean",
+    t_squared: bool = True,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items: float | Tensor | None = None,
+    return_parts: bool = False,
+) -> Tensor | KdLossParts:
     """Compute the distillation loss in one pass over the logits.
 
     The loss equals the following, but stays exact and never becomes negative when the two
@@ -124,9 +151,19 @@ def kd_loss(
             would have to wait for the device.
     """
     problem = problem_of(
-        student_logits, teacher_logits, target, temperature, alpha, reduction, t_squared, mask,
-        row_weight, ignore_index, label_smoothing, num_items,
-    )  # fmt: skip
+        student_logits,
+        teacher_logits,
+        target,
+        temperature,
+        alpha,
+        reduction,
+        t_squared,
+        mask,
+        row_weight,
+        ignore_index,
+        label_smoothing,
+        num_items,
+    )
     per_row = reduction == "none"
     if torch.is_grad_enabled() and student_logits.requires_grad:
         loss, kd, ce = _KdLoss.apply(per_row, *problem)
@@ -139,14 +176,22 @@ def kd_loss(
 
 
 def kd_loss_and_grad(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *,
-    temperature: float = 4.0, alpha: float | None = None,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float | None = None,
     reduction: Literal["batchmean", "mean", "sum"] = "batchmean",
-    t_squared: bool = True, mask: Tensor | None = None, row_weight: Tensor | None = None,
-    ignore_index: int = -100, label_smoothing: float = 0.0,
-    num_items: float | Tensor | None = None, grad_scale: float | Tensor = 1.0,
+    t_squared: bool = True,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items: float | Tensor | None = None,
+    grad_scale: float | Tensor = 1.0,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Compute loss and gradient in one pass, without an autograd graph.
 
     The pass reads both logits once and writes the gradient once. Use it as
@@ -169,9 +214,19 @@ def kd_loss_and_grad(
         TypeError, ValueError, NotImplementedError: For the same reasons as `kd_loss`.
     """
     problem = problem_of(
-        student_logits.detach(), teacher_logits, target, temperature, alpha, reduction, t_squared,
-        mask, row_weight, ignore_index, label_smoothing, num_items,
-    )  # fmt: skip
+        student_logits.detach(),
+        teacher_logits,
+        target,
+        temperature,
+        alpha,
+        reduction,
+        t_squared,
+        mask,
+        row_weight,
+        ignore_index,
+        label_smoothing,
+        num_items,
+    )
     if reduction == "none":
         raise ValueError('reduction: got "none", expected "batchmean", "mean" or "sum"')
     student, teacher = problem[:2]
@@ -181,10 +236,16 @@ def kd_loss_and_grad(
         out = grad.view(student_logits.shape)
     else:
         grad = output_rows(out, student_logits)
-        check_own_memory(grad, {
-            "student_logits": student, "teacher_logits": teacher, "target": problem[2],
-            "row_weight": problem[3], "grad_scale": upstream,
-        })  # fmt: skip
+        check_own_memory(
+            grad,
+            {
+                "student_logits": student,
+                "teacher_logits": teacher,
+                "target": problem[2],
+                "row_weight": problem[3],
+                "grad_scale": upstream,
+            },
+        )
         torch.autograd.graph.increment_version(out)
     loss = ops.forward_backward(grad, upstream, factor, *problem)[0]
     return loss, out
@@ -202,21 +263,32 @@ class DistillKL(nn.Module):
     """
 
     def __init__(
-        self, temperature: float | None = None, *, alpha: float | None = None,
-        reduction: Reduction = "batchmean", t_squared: bool = True, ignore_index: int = -100,
+        self,
+        temperature: float | None = None,
+        *,
+        alpha: float | None = None,
+        reduction: Reduction = "batchmean",
+        t_squared: bool = True,
+        ignore_index: int = -100,
         label_smoothing: float = 0.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
         self.t_squared, self.ignore_index = t_squared, ignore_index
         self.label_smoothing = label_smoothing
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor,
-        target: Tensor | float | None = None, opt: object = None, *,
-        mask: Tensor | None = None, row_weight: Tensor | None = None,
-        num_items: float | Tensor | None = None, return_parts: bool = False,
-    ) -> Tensor | KdLossParts:  # fmt: skip
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | float | None = None,
+        opt: object = None,
+        *,
+        mask: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        return_parts: bool = False,
+    ) -> Tensor | KdLossParts:
         """Compute the loss; see `kd_loss` for the arguments.
 
         A number as third argument is the temperature, as in the published code. A tensor as third
@@ -238,12 +310,20 @@ class DistillKL(nn.Module):
             )
         given = {} if temperature is None else {"temperature": temperature}
         return kd_loss(
-            student_logits, teacher_logits, cast("Tensor | None", target), alpha=self.alpha,
+            student_logits,
+            teacher_logits,
+            cast("Tensor | None", target),
+            alpha=self.alpha,
             reduction=self.reduction,
-            t_squared=self.t_squared, mask=mask, row_weight=row_weight,
-            ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
-            num_items=num_items, return_parts=return_parts, **given,
-        )  # fmt: skip
+            t_squared=self.t_squared,
+            mask=mask,
+            row_weight=row_weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            num_items=num_items,
+            return_parts=return_parts,
+            **given,
+        )
 
     def extra_repr(self) -> str:
         """Return the settings that print() shows."""

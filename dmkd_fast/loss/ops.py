@@ -64,10 +64,17 @@ def accumulated_type(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 
 def _eager_forward(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
-    temperature: float, alpha: float, kd_scale: float, ce_scale: float, label_smoothing: float,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    alpha: float,
+    kd_scale: float,
+    ce_scale: float,
+    label_smoothing: float,
     per_row: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _say_eager(student)
     dtype = accumulated_type(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
@@ -88,10 +95,18 @@ def _eager_forward(
 
 
 def _eager_backward(
-    upstream: Tensor, stats: Tensor, student: Tensor, teacher: Tensor, target: Tensor | None,
-    weight: Tensor | None, temperature: float, alpha: float, kd_scale: float, ce_scale: float,
+    upstream: Tensor,
+    stats: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    alpha: float,
+    kd_scale: float,
+    ce_scale: float,
     label_smoothing: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     dtype = accumulated_type(student, teacher)
     wide, teacher = student.to(dtype), teacher.to(dtype)
     grad = reference_grad(wide, teacher, temperature=temperature) / temperature**2
@@ -107,12 +122,30 @@ def _eager_backward(
 
 
 def _eager_forward_backward(
-    grad: Tensor, upstream: Tensor | None, grad_scale: float,
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
-    temperature: float, alpha: float, kd_scale: float, ce_scale: float, label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = (student, teacher, target, weight, temperature, alpha, kd_scale, ce_scale,
-               label_smoothing)  # fmt: skip
+    grad: Tensor,
+    upstream: Tensor | None,
+    grad_scale: float,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    alpha: float,
+    kd_scale: float,
+    ce_scale: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = (
+        student,
+        teacher,
+        target,
+        weight,
+        temperature,
+        alpha,
+        kd_scale,
+        ce_scale,
+        label_smoothing,
+    )
     losses = _eager_forward(*problem, False)
     scale = losses[0].new_tensor(grad_scale) if upstream is None else upstream * grad_scale
     grad.copy_(_eager_backward(scale, losses[3], *problem))
@@ -128,16 +161,26 @@ def _valid(target: Tensor, weight: Tensor | None) -> Tensor:
 
 def _say_eager(logits: Tensor) -> None:
     if logits.device.type == "cpu" and native.INSTRUCTION_SET == "none":
-        warn_once("cpu", f"dmkd_fast has no compiled CPU kernels ({native.WHY_MISSING}); kd_loss "
-                 "uses its eager definition, several times slower. Install again where there is a "
-                 "C++ compiler; torch.compile on the CPU needs one too.")  # fmt: skip
+        warn_once(
+            "cpu",
+            f"dmkd_fast has no compiled CPU kernels ({native.WHY_MISSING}); kd_loss "
+            "uses its eager definition, several times slower. Install again where there is a "
+            "C++ compiler; torch.compile on the CPU needs one too.",
+        )
 
 
 def _fake_forward(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
-    temperature: float, alpha: float, kd_scale: float, ce_scale: float, label_smoothing: float,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    alpha: float,
+    kd_scale: float,
+    ce_scale: float,
+    label_smoothing: float,
     per_row: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulated_type(student, teacher)
     shape = student.shape[:1] if per_row else ()
     loss, kd, ce = (student.new_empty(shape, dtype=dtype) for _ in range(3))
@@ -149,9 +192,13 @@ def _fake_backward(upstream: Tensor, stats: Tensor, student: Tensor, *_: object)
 
 
 def _fake_forward_backward(
-    grad: Tensor, upstream: Tensor | None, grad_scale: float, student: Tensor, teacher: Tensor,
+    grad: Tensor,
+    upstream: Tensor | None,
+    grad_scale: float,
+    student: Tensor,
+    teacher: Tensor,
     *_: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _fake_forward(student, teacher, None, None, 1.0, 1.0, 1.0, 1.0, 0.0, False)
 
 
@@ -164,8 +211,11 @@ def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
         try:
             triton = importlib.import_module("dmkd_fast.loss.triton_launch")
         except ImportError as error:
-            warn_once("cuda", f"dmkd_fast has no CUDA kernels ({error}); kd_loss uses its eager "
-                     "definition, several times slower. Install triton.")  # fmt: skip
+            warn_once(
+                "cuda",
+                f"dmkd_fast has no CUDA kernels ({error}); kd_loss uses its eager "
+                "definition, several times slower. Install triton.",
+            )
             return eager(*arguments)
         return getattr(triton, name)(*arguments)
 

@@ -54,9 +54,7 @@ def _log1p(x):
 
 
 @triton.jit
-def _finish(
-    kd, ce, partials, ticket, loss_out, kd_out, ce_out, alpha, kd_scale, ce_scale,
-):  # fmt: skip
+def _finish(kd, ce, partials, ticket, loss_out, kd_out, ce_out, alpha, kd_scale, ce_scale):
     """Store the sums of this program; the last program to do so adds up all of them, in order."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -89,14 +87,42 @@ def _mix(kd, ce, alpha):
 
 @triton.jit
 def tile(
-    student, teacher, target, weight, upstream, grad,
-    num_rows, classes_by_vec, student_by_vec, teacher_by_vec, target_stride, grad_by_vec,
-    weight_stride, upstream_stride, inverse_temperature, alpha, kd_scale, ce_scale, smoothing,
-    grad_scale, loss_out, kd_out, ce_out, stats, partials, ticket,
-    WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, PER_ROW: tl.constexpr, TARGET: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_UPSTREAM: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
+    student,
+    teacher,
+    target,
+    weight,
+    upstream,
+    grad,
+    num_rows,
+    classes_by_vec,
+    student_by_vec,
+    teacher_by_vec,
+    target_stride,
+    grad_by_vec,
+    weight_stride,
+    upstream_stride,
+    inverse_temperature,
+    alpha,
+    kd_scale,
+    ce_scale,
+    smoothing,
+    grad_scale,
+    loss_out,
+    kd_out,
+    ce_out,
+    stats,
+    partials,
+    ticket,
+    WITH_LOSS: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    TARGET: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Process whole rows in registers, each read once.
 
     TARGET: 0 none, 1 class ids, 2 probabilities. Sizes and strides named `..._by_vec` are divided
@@ -128,8 +154,11 @@ def tile(
     offset = (s_max - t_max) * inverse_temperature + _log1p(ratio)
     q = s_exp * (1 / s_sum)[:, None]
     p = t_exp * (1 / t_sum)[:, None]
-    d = tl.fma(t - s, tl.full(s.shape, inverse_temperature, tl.float32),
-               tl.broadcast_to(offset[:, None], s.shape))  # fmt: skip
+    d = tl.fma(
+        t - s,
+        tl.full(s.shape, inverse_temperature, tl.float32),
+        tl.broadcast_to(offset[:, None], s.shape),
+    )
     terms, differences = _divergence(p, q, d, offset[:, None])
 
     up = factor * grad_scale
@@ -177,19 +206,57 @@ def tile(
             tl.store(kd_out + rows64, kd * kd_scale, rows < num_rows)
             tl.store(ce_out + rows64, ce * ce_scale, rows < num_rows)
         else:
-            _finish(tl.sum(kd, 0), tl.sum(ce, 0), partials, ticket, loss_out, kd_out, ce_out,
-                    alpha, kd_scale, ce_scale)  # fmt: skip
+            _finish(
+                tl.sum(kd, 0),
+                tl.sum(ce, 0),
+                partials,
+                ticket,
+                loss_out,
+                kd_out,
+                ce_out,
+                alpha,
+                kd_scale,
+                ce_scale,
+            )
 
 
 @triton.jit
 def two_pass(
-    student, teacher, target, weight, upstream, grad,
-    num_rows, classes_by_vec, student_by_vec, teacher_by_vec, target_stride, grad_by_vec,
-    weight_stride, upstream_stride, inverse_temperature, alpha, kd_scale, ce_scale, smoothing,
-    grad_scale, loss_out, kd_out, ce_out, stats, partials, ticket,
-    WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, PER_ROW: tl.constexpr, TARGET: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_UPSTREAM: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    target,
+    weight,
+    upstream,
+    grad,
+    num_rows,
+    classes_by_vec,
+    student_by_vec,
+    teacher_by_vec,
+    target_stride,
+    grad_by_vec,
+    weight_stride,
+    upstream_stride,
+    inverse_temperature,
+    alpha,
+    kd_scale,
+    ce_scale,
+    smoothing,
+    grad_scale,
+    loss_out,
+    kd_out,
+    ce_out,
+    stats,
+    partials,
+    ticket,
+    WITH_LOSS: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    TARGET: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Process one long row per program: first maxima and sums, then loss and gradient.
 
     The second pass runs backward, because the blocks read last are still in the cache.
@@ -274,8 +341,11 @@ def two_pass(
         t = t.to(tl.float32)
         q = tl.exp2((s - s_max) * scale2) * s_inverse
         p = tl.exp2((t - t_max) * scale2) * t_inverse
-        d = tl.fma(t - s, tl.full(s.shape, inverse_temperature, tl.float32),
-                   tl.full(s.shape, offset, tl.float32))  # fmt: skip
+        d = tl.fma(
+            t - s,
+            tl.full(s.shape, inverse_temperature, tl.float32),
+            tl.full(s.shape, offset, tl.float32),
+        )
         terms, differences = _divergence(p, q, d, offset)
         kd_lanes += tl.where(inside, terms, 0.0)
         out = differences * kl_factor
@@ -307,13 +377,33 @@ def two_pass(
 
 @triton.jit
 def columns(
-    student, teacher, target, weight, upstream, grad,
-    num_rows, classes_by_vec, student_by_vec, teacher_by_vec, target_stride, grad_by_vec,
-    weight_stride, upstream_stride, inverse_temperature, alpha, kd_scale, ce_scale, smoothing,
-    grad_scale, stats,
-    TARGET: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_UPSTREAM: tl.constexpr, VEC: tl.constexpr,
+    student,
+    teacher,
+    target,
+    weight,
+    upstream,
+    grad,
+    num_rows,
+    classes_by_vec,
+    student_by_vec,
+    teacher_by_vec,
+    target_stride,
+    grad_by_vec,
+    weight_stride,
+    upstream_stride,
+    inverse_temperature,
+    alpha,
+    kd_scale,
+    ce_scale,
+    smoothing,
+    grad_scale,
+    stats,
+    TARGET: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Compute the gradient of one block of columns of one row from the `stats` of `two_pass`."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -337,8 +427,11 @@ def columns(
     scale2 = inverse_temperature * LOG2E
     q = tl.exp2((s - s_max) * scale2) * (1 / s_sum)
     p = tl.exp2((t - t_max) * scale2) * (1 / t_sum)
-    d = tl.fma(t - s, tl.full(s.shape, inverse_temperature, tl.float32),
-               tl.full(s.shape, offset, tl.float32))  # fmt: skip
+    d = tl.fma(
+        t - s,
+        tl.full(s.shape, inverse_temperature, tl.float32),
+        tl.full(s.shape, offset, tl.float32),
+    )
     _, differences = _divergence(p, q, d, offset)
     up = factor * grad_scale
     if HAS_UPSTREAM:

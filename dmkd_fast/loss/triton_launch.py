@@ -50,9 +50,15 @@ def forward_backward(
 
 
 def plan_losses(
-    problem: Problem, grad: Tensor | None, upstream: Tensor | None, grad_scale: float,
-    outputs: list[Tensor], stats: Tensor, ticket: Tensor, per_row: bool,
-) -> Launch:  # fmt: skip
+    problem: Problem,
+    grad: Tensor | None,
+    upstream: Tensor | None,
+    grad_scale: float,
+    outputs: list[Tensor],
+    stats: Tensor,
+    ticket: Tensor,
+    per_row: bool,
+) -> Launch:
     """Plan the launch that writes loss, KD and CE parts to `outputs`.
 
     It also writes `stats` for long rows, and the gradient if `grad` is given.
@@ -97,8 +103,9 @@ def _losses(
     outputs = [student.new_empty(shape, dtype=torch.float32) for _ in range(3)]
     stats = student.new_empty((num_rows, NUM_STATS), dtype=torch.float32)
     if num_rows:
-        plan_losses(problem, grad, upstream, grad_scale, outputs, stats, _ticket(student.device),
-                    per_row).run()  # fmt: skip
+        plan_losses(
+            problem, grad, upstream, grad_scale, outputs, stats, _ticket(student.device), per_row
+        ).run()
     else:
         for output in outputs:
             output.fill_(problem[6] * 0)  # nan for the means, whose factor is nan without rows
@@ -121,18 +128,34 @@ def _shared(
     third = student if target is None else target
     vec = _vector(num_classes, [student, teacher, output, *([third] if kind == 2 else [])])
     arguments = (
-        student, teacher, third, student if weight is None else weight,
-        student if upstream is None else upstream, output,
-        num_rows, num_classes // vec, student.stride(0) // vec, teacher.stride(0) // vec,
-        third.stride(0) if kind == 1 else third.stride(0) // vec, output.stride(0) // vec,
+        student,
+        teacher,
+        third,
+        student if weight is None else weight,
+        student if upstream is None else upstream,
+        output,
+        num_rows,
+        num_classes // vec,
+        student.stride(0) // vec,
+        teacher.stride(0) // vec,
+        third.stride(0) if kind == 1 else third.stride(0) // vec,
+        output.stride(0) // vec,
         0 if weight is None else weight.stride(0),
         0 if upstream is None or upstream.ndim == 0 else upstream.stride(0),
-        1 / temperature, alpha, kd_scale, ce_scale, smoothing, grad_scale,
-    )  # fmt: skip
+        1 / temperature,
+        alpha,
+        kd_scale,
+        ce_scale,
+        smoothing,
+        grad_scale,
+    )
     constants = {
-        "WITH_GRAD": grad is not None, "TARGET": kind, "HAS_WEIGHT": weight is not None,
-        "HAS_UPSTREAM": upstream is not None, "VEC": vec,
-    }  # fmt: skip
+        "WITH_GRAD": grad is not None,
+        "TARGET": kind,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_UPSTREAM": upstream is not None,
+        "VEC": vec,
+    }
     return arguments, constants
 
 

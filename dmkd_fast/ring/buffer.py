@@ -82,37 +82,61 @@ class RingBuffer:
     """
 
     def __init__(
-        self, capacity_images: int, *, image_shape: tuple[int, int, int], block_images: int,
-        samples_per_insert: float, min_fill_images: int, error_buffer: float | None = None,
-        order: OrderName = "shuffled", max_uses: int | None = None, guard_blocks: int = 0,
-        own_stream: bool = False, num_classes: int | None = None,
-        device: torch.device | str = "cpu", seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        capacity_images: int,
+        *,
+        image_shape: tuple[int, int, int],
+        block_images: int,
+        samples_per_insert: float,
+        min_fill_images: int,
+        error_buffer: float | None = None,
+        order: OrderName = "shuffled",
+        max_uses: int | None = None,
+        guard_blocks: int = 0,
+        own_stream: bool = False,
+        num_classes: int | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
         device = torch.device(device)
         check_sizes(
-            capacity_images, image_shape=image_shape, block_images=block_images, device=device,
-            min_fill_images=min_fill_images, guard_blocks=guard_blocks, max_uses=max_uses,
-            num_classes=num_classes, samples_per_insert=samples_per_insert,
-        )  # fmt: skip
+            capacity_images,
+            image_shape=image_shape,
+            block_images=block_images,
+            device=device,
+            min_fill_images=min_fill_images,
+            guard_blocks=guard_blocks,
+            max_uses=max_uses,
+            num_classes=num_classes,
+            samples_per_insert=samples_per_insert,
+        )
         checks.whole("seed", seed, high=checks.MAX_SEED)
         self._limiter = Limiter(
-            samples_per_insert, min_fill_images=min_fill_images, block_images=block_images,
+            samples_per_insert,
+            min_fill_images=min_fill_images,
+            block_images=block_images,
             error_buffer=error_buffer,
-        )  # fmt: skip
+        )
         check_ring(
-            capacity_images, block_images=block_images, min_fill_images=min_fill_images,
-            guard_blocks=guard_blocks, samples_per_insert=samples_per_insert, order=order,
-            max_uses=max_uses, num_classes=num_classes,
-        )  # fmt: skip
+            capacity_images,
+            block_images=block_images,
+            min_fill_images=min_fill_images,
+            guard_blocks=guard_blocks,
+            samples_per_insert=samples_per_insert,
+            order=order,
+            max_uses=max_uses,
+            num_classes=num_classes,
+        )
         if own_stream and (device.type != "cuda" or guard_blocks == 0):
             raise UserError(
                 f"own_stream: got device {device.type} and guard_blocks={guard_blocks}, expected "
                 "cuda and at least 1; set guard_blocks=1 or own_stream=False"
             )
         self._blocks = BlockTable(
-            -(-capacity_images // block_images), block_images=block_images,
+            -(-capacity_images // block_images),
+            block_images=block_images,
             guard_blocks=guard_blocks,
-        )  # fmt: skip
+        )
         self.capacity, self.block_images = self._blocks.capacity, block_images
         self.max_uses, self.num_classes = max_uses, num_classes
         slots = self.capacity
@@ -125,16 +149,24 @@ class RingBuffer:
         self._num_strays = torch.zeros((), dtype=torch.int64, device=device)
         self._retired = torch.zeros(BINS, dtype=torch.int64, device=device)
         self._settings = {
-            "block_images": block_images, "guard_blocks": guard_blocks, "order": order,
-            "max_uses": max_uses, "seed": seed,
-        }  # fmt: skip
+            "block_images": block_images,
+            "guard_blocks": guard_blocks,
+            "order": order,
+            "max_uses": max_uses,
+            "seed": seed,
+        }
         self._open: Block | None = None
         self._is_torn = False
         self._fences = Fences(device, guard_blocks=guard_blocks) if own_stream else Turns()
         self._order = make_order(
-            order, self._blocks, labels=self.labels, uses=self.uses, num_classes=num_classes,
-            max_uses=max_uses, seed=seed,
-        )  # fmt: skip
+            order,
+            self._blocks,
+            labels=self.labels,
+            uses=self.uses,
+            num_classes=num_classes,
+            max_uses=max_uses,
+            seed=seed,
+        )
 
     @property
     def num_inserted(self) -> int:
@@ -163,9 +195,10 @@ class RingBuffer:
             UserError: The loop would stop; the message says what to change.
         """
         check_loop(
-            self._limiter, batch_size=batch_size,
+            self._limiter,
+            batch_size=batch_size,
             most_drawable=self.capacity - self.guard_blocks * self.block_images,
-        )  # fmt: skip
+        )
 
     def must_insert(self, count: int) -> bool:
         """Return whether a block must be committed before `count` more views can be drawn.
@@ -295,16 +328,25 @@ class RingBuffer:
         """Count images, uses and ages on the device; read the result when a log line is due."""
         waits = self._fences.waits_s()
         uses, class_counts, ages = count_slots(
-            self.stamps, self.uses, self.labels, committed=self._blocks.committed,
+            self.stamps,
+            self.uses,
+            self.labels,
+            committed=self._blocks.committed,
             num_classes=self.num_classes,
-        )  # fmt: skip
+        )
         return Statistics(
-            uses=uses, total_uses=self.uses.sum(), retired_uses=self._retired.clone(),
-            class_counts=class_counts, ages=ages,
-            fill=self.num_filled / self.capacity, error=self._limiter.error,
-            inserted=self.num_inserted, sampled=self.num_sampled,
-            producer_wait_s=waits["producer"], consumer_wait_s=waits["consumer"],
-        )  # fmt: skip
+            uses=uses,
+            total_uses=self.uses.sum(),
+            retired_uses=self._retired.clone(),
+            class_counts=class_counts,
+            ages=ages,
+            fill=self.num_filled / self.capacity,
+            error=self._limiter.error,
+            inserted=self.num_inserted,
+            sampled=self.num_sampled,
+            producer_wait_s=waits["producer"],
+            consumer_wait_s=waits["consumer"],
+        )
 
     def num_faults(self) -> Tensor:
         """Count the labels and use counts out of range, () int64 on the device.

@@ -39,14 +39,19 @@ class Limiter:
     """
 
     def __init__(
-        self, samples_per_insert: float, *, min_fill_images: int, block_images: int,
+        self,
+        samples_per_insert: float,
+        *,
+        min_fill_images: int,
+        block_images: int,
         error_buffer: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         for name, value in (
-            ("samples_per_insert", samples_per_insert), ("min_fill_images", min_fill_images),
+            ("samples_per_insert", samples_per_insert),
+            ("min_fill_images", min_fill_images),
             ("block_images", block_images),
             ("error_buffer", 1 if error_buffer is None else error_buffer),
-        ):  # fmt: skip
+        ):
             checks.number(name, value)
             if value <= 0:
                 raise UserError(f"{name}: got {value}, expected a positive number; change it")
@@ -116,9 +121,16 @@ class Limiter:
 
 
 def check_ring(
-    capacity_images: int, *, block_images: int, min_fill_images: int, guard_blocks: int,
-    samples_per_insert: float, order: str, max_uses: int | None, num_classes: int | None,
-) -> None:  # fmt: skip
+    capacity_images: int,
+    *,
+    block_images: int,
+    min_fill_images: int,
+    guard_blocks: int,
+    samples_per_insert: float,
+    order: str,
+    max_uses: int | None,
+    num_classes: int | None,
+) -> None:
     """Refuse ring settings that do not fit together; the arguments are those of `RingBuffer`.
 
     Raises:

@@ -352,9 +352,15 @@ class Balanced:
 
 
 def make_order(
-    name: OrderName, blocks: BlockTable, *, labels: Tensor, uses: Tensor, num_classes: int | None,
-    max_uses: int | None, seed: int,
-) -> Order:  # fmt: skip
+    name: OrderName,
+    blocks: BlockTable,
+    *,
+    labels: Tensor,
+    uses: Tensor,
+    num_classes: int | None,
+    max_uses: int | None,
+    seed: int,
+) -> Order:
     """Create the order with the given name.
 
     Args:

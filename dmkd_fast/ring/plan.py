@@ -19,10 +19,17 @@ MOST_USES, MOST_CLASSES = 2**24, 2**15
 
 
 def check_sizes(
-    capacity_images: int, *, image_shape: tuple[int, int, int], block_images: int,
-    min_fill_images: int, guard_blocks: int, samples_per_insert: float, max_uses: int | None,
-    num_classes: int | None, device: torch.device,
-) -> None:  # fmt: skip
+    capacity_images: int,
+    *,
+    image_shape: tuple[int, int, int],
+    block_images: int,
+    min_fill_images: int,
+    guard_blocks: int,
+    samples_per_insert: float,
+    max_uses: int | None,
+    num_classes: int | None,
+    device: torch.device,
+) -> None:
     """Refuse numbers out of range, and a ring that does not fit into the memory of the host.
 
     The arguments are those of `RingBuffer`. Only host memory is checked: if it runs out, the
@@ -33,10 +40,12 @@ def check_sizes(
     """
     shape = checks.image_shape(image_shape)
     for name, value, most in (
-        ("capacity_images", capacity_images, 2**40), ("block_images", block_images, 2**31),
-        ("min_fill_images", min_fill_images, 2**40), ("max_uses", max_uses, MOST_USES),
+        ("capacity_images", capacity_images, 2**40),
+        ("block_images", block_images, 2**31),
+        ("min_fill_images", min_fill_images, 2**40),
+        ("max_uses", max_uses, MOST_USES),
         ("num_classes", num_classes, MOST_CLASSES),
-    ):  # fmt: skip
+    ):
         if value is not None or name not in ("max_uses", "num_classes"):
             checks.whole(name, value, low=1, high=most)
     checks.whole("guard_blocks", guard_blocks)
@@ -67,9 +76,12 @@ def capacity_plan(
     slots = slots_for(capacity_images, block_images)
     return {
         "images": slots * math.prod(image_shape),
-        "labels": slots * 8, "ids": slots * 8, "uses": slots * 8, "stamps": slots * 4,
+        "labels": slots * 8,
+        "ids": slots * 8,
+        "uses": slots * 8,
+        "stamps": slots * 4,
         "order": slots * 8,
-    }  # fmt: skip
+    }
 
 
 def largest_capacity(

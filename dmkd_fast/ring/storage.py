@@ -66,9 +66,13 @@ class BlockFiles:
     """
 
     def __init__(
-        self, ring: Ring, folder: Path, writer: files.Writer, *,
+        self,
+        ring: Ring,
+        folder: Path,
+        writer: files.Writer,
+        *,
         remakes: Sequence[Callable[..., object]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.ring, self.folder, self.writer, self.remakes = ring, folder, writer, remakes
         self.notes: list[str] = []
         """One line for each damaged file whose images `load_state_dict` made again."""

@@ -23,10 +23,16 @@ STREAM_ORDER = 16  # order of the passes over images on disk
 # Coefficients fitted at Chebyshev points, as float32; lowest degree first.
 # log(1 + f) = f + f^2 * LOG(f); sin(2 pi r) = r * SIN(r^2); cos(2 pi r) = COS(r^2).
 LOG = (
-    -0.4999999701976776, 0.3333333134651184, -0.2500078082084656, 0.20001234114170074,
-    -0.16626645624637604, 0.14204855263233185, -0.13127556443214417, 0.12722674012184143,
+    -0.4999999701976776,
+    0.3333333134651184,
+    -0.2500078082084656,
+    0.20001234114170074,
+    -0.16626645624637604,
+    0.14204855263233185,
+    -0.13127556443214417,
+    0.12722674012184143,
     -0.07673642784357071,
-)  # fmt: skip
+)
 SIN = (6.2831854820251465, -41.3416633605957, 81.59254455566406, -75.401611328125)
 COS = (1.0, -19.739208221435547, 64.93931579589844, -85.4428482055664, 59.22016906738281)
 LN2 = 0.6931471805599453
@@ -65,8 +71,12 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> list[Te
     for _ in range(10):
         # int64 products wrap modulo 2**64, which keeps all bits of the two 32-bit halves.
         p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, \
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK  # fmt: skip
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return [c0, c1, c2, c3]
 

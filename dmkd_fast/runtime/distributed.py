@@ -238,10 +238,13 @@ def read() -> Ranks:
     world_size = int(env["WORLD_SIZE"])
     local = int(env.get("LOCAL_WORLD_SIZE", "1"))
     return Ranks(
-        rank=int(env["RANK"]), world_size=world_size, local_rank=int(env.get("LOCAL_RANK", "0")),
-        local_world_size=local, restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        rank=int(env["RANK"]),
+        world_size=world_size,
+        local_rank=int(env.get("LOCAL_RANK", "0")),
+        local_world_size=local,
+        restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
         launch=_parent() if local == world_size else "run " + env.get("TORCHELASTIC_RUN_ID", ""),
-    )  # fmt: skip
+    )
 
 
 def join() -> Ranks:

@@ -60,8 +60,10 @@ def _lock(handle: int, path: Path) -> bool:
     except OSError as error:
         logging.getLogger("dmkd_fast").warning(
             "%s: this file system cannot lock files (%s); start only one process on %s",
-            path, error.strerror, path.parent,
-        )  # fmt: skip
+            path,
+            error.strerror,
+            path.parent,
+        )
     return True
 
 

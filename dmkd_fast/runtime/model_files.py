@@ -20,9 +20,14 @@ COMPILED = "_orig_mod."
 """Prefix that torch.compile adds to the names inside the module that it wraps."""
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar")
 RUNS_CODE = (
-    "auto_map", "trust_remote_code", "quantization_config", "attn_implementation",
-    "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
-)  # fmt: skip
+    "auto_map",
+    "trust_remote_code",
+    "quantization_config",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+)
 """Keys of a config that make diffusers or transformers import third-party code."""
 FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file")
 CONVERT = (
@@ -31,10 +36,17 @@ CONVERT = (
     "model.safetensors"
 )
 NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -248,8 +260,10 @@ def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
             )
         place += value.numel() * value.dtype.itemsize
         header[name] = {
-            "dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, place],
-        }  # fmt: skip
+            "dtype": NAMES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [start, place],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text

@@ -12,11 +12,19 @@ from dmkd_fast.runtime.errors import UserError
 
 
 def check_settings(
-    *, latent_shape: tuple[int, int, int], null_class: int | None, num_classes: int | None,
-    class_map: tuple[int, ...] | None, guidance_interval: tuple[float, float],
-    dtype: torch.dtype, seed: int, guidance_channels: int | None, micro_batch_images: int,
-    scales: list[float], guided: list[int],
-) -> None:  # fmt: skip
+    *,
+    latent_shape: tuple[int, int, int],
+    null_class: int | None,
+    num_classes: int | None,
+    class_map: tuple[int, ...] | None,
+    guidance_interval: tuple[float, float],
+    dtype: torch.dtype,
+    seed: int,
+    guidance_channels: int | None,
+    micro_batch_images: int,
+    scales: list[float],
+    guided: list[int],
+) -> None:
     """Reject arguments of a wrong type or range.
 
     Args are those of `DiffusionSampler`, and:
@@ -30,8 +38,11 @@ def check_settings(
         raise UserError(f"latent_shape: got {latent_shape}, expected at most 2**28 numbers")
     checks.whole("seed", seed, high=checks.MAX_SEED)
     checks.whole("micro_batch_images", micro_batch_images, low=1, high=2**20)
-    for name, value in (("null_class", null_class), ("num_classes", num_classes),
-                        ("guidance_channels", guidance_channels)):  # fmt: skip
+    for name, value in (
+        ("null_class", null_class),
+        ("num_classes", num_classes),
+        ("guidance_channels", guidance_channels),
+    ):
         if value is not None:
             checks.whole(name, value, low=int(name != "null_class"))
     for scale in scales:
@@ -49,8 +60,9 @@ def check_settings(
         raise UserError(f"guidance_interval: got {guidance_interval}, expected two numbers")
     first, last = (checks.number("guidance_interval", share) for share in guidance_interval)
     if not 0 <= first < last <= 1:
-        raise UserError(f"guidance_interval: got ({first}, {last}), expected 0 <= start < stop "
-                         "<= 1; change it")  # fmt: skip
+        raise UserError(
+            f"guidance_interval: got ({first}, {last}), expected 0 <= start < stop <= 1; change it"
+        )
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise UserError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
 

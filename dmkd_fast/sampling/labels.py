@@ -30,9 +30,14 @@ class LabelStream:
     """
 
     def __init__(
-        self, num_classes: int, *, seed: int = 0, device: torch.device | str = "cpu",
-        rank: int = 0, world_size: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        num_classes: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         checks.whole("num_classes", num_classes, low=1, high=2**20)
         checks.whole("seed", seed, high=checks.MAX_SEED)
         checks.whole("world_size", world_size, low=1, high=2**20)

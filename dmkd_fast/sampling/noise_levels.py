@@ -23,11 +23,18 @@ FLOW, CONSISTENCY = "FlowMatchEulerDiscreteScheduler", "CMStochasticIterativeSch
 # Schedulers that share DDPM's noise levels, and the solver that "auto" chooses. With None, a solver
 # must be named.
 VARIANCE_PRESERVING = {
-    "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm++2m",
-    "PNDMScheduler": None, "EulerDiscreteScheduler": None, "EulerAncestralDiscreteScheduler": None,
-    "UniPCMultistepScheduler": None, "LMSDiscreteScheduler": None, "DEISMultistepScheduler": None,
-    "DPMSolverSinglestepScheduler": None, "HeunDiscreteScheduler": None,
-}  # fmt: skip
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "PNDMScheduler": None,
+    "EulerDiscreteScheduler": None,
+    "EulerAncestralDiscreteScheduler": None,
+    "UniPCMultistepScheduler": None,
+    "LMSDiscreteScheduler": None,
+    "DEISMultistepScheduler": None,
+    "DPMSolverSinglestepScheduler": None,
+    "HeunDiscreteScheduler": None,
+}
 # Values for which the tables are correct, by solver or scheduler class. Keys that diffusers'
 # scheduler of that name ignores are not listed.
 OFF = (False, None)
@@ -38,8 +45,11 @@ SPACINGS = dict.fromkeys(
 SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "ddpm": ANCESTRAL,
     "ddim": ANCESTRAL,
-    "dpm++2m": ANCESTRAL | SPACINGS | {
-        "use_lu_lambdas": OFF, "use_flow_sigmas": OFF,
+    "dpm++2m": ANCESTRAL
+    | SPACINGS
+    | {
+        "use_lu_lambdas": OFF,
+        "use_flow_sigmas": OFF,
         "algorithm_type": ("dpmsolver++",),
         # DPMSolverMultistepScheduler treats the values of UniPC and DEIS as "midpoint".
         "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
@@ -47,7 +57,7 @@ SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     FLOW: SPACINGS | {"stochastic_sampling": OFF, "invert_sigmas": OFF, "shift_terminal": OFF},
     CONSISTENCY: {},
-}  # fmt: skip
+}
 
 
 def choose_solver(scheduler: Scheduler, solver: Solver) -> str:

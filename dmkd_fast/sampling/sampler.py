@@ -82,24 +82,43 @@ class DiffusionSampler:
     """
 
     def __init__(
-        self, module: nn.Module, *, scheduler: dict[str, Any], latent_shape: tuple[int, int, int],
-        decoder: nn.Module | None = None, null_class: int | None = None,
-        takes_guidance: bool = False, num_classes: int | None = None,
-        class_map: tuple[int, ...] | None = None, num_steps: int = 8,
-        solver: Solver = "auto", guidance_scale: float = 1.0,
+        self,
+        module: nn.Module,
+        *,
+        scheduler: dict[str, Any],
+        latent_shape: tuple[int, int, int],
+        decoder: nn.Module | None = None,
+        null_class: int | None = None,
+        takes_guidance: bool = False,
+        num_classes: int | None = None,
+        class_map: tuple[int, ...] | None = None,
+        num_steps: int = 8,
+        solver: Solver = "auto",
+        guidance_scale: float = 1.0,
         class_guidance: Mapping[int, float] | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0), guidance_channels: int | None = None,
-        micro_batch_images: int = 64, dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu", seed: int = 0, compile: bool = False,
-    ) -> None:  # fmt: skip
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+        micro_batch_images: int = 64,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
         self.device, self.dtype, self.seed = torch.device(device), dtype, seed
         self.class_guidance = dict(class_guidance or {})
         check_settings(
-            latent_shape=latent_shape, null_class=null_class, num_classes=num_classes,
-            class_map=class_map, guidance_interval=guidance_interval, dtype=dtype, seed=seed,
-            guidance_channels=guidance_channels, micro_batch_images=micro_batch_images,
-            scales=[guidance_scale, *self.class_guidance.values()], guided=[*self.class_guidance],
-        )  # fmt: skip
+            latent_shape=latent_shape,
+            null_class=null_class,
+            num_classes=num_classes,
+            class_map=class_map,
+            guidance_interval=guidance_interval,
+            dtype=dtype,
+            seed=seed,
+            guidance_channels=guidance_channels,
+            micro_batch_images=micro_batch_images,
+            scales=[guidance_scale, *self.class_guidance.values()],
+            guided=[*self.class_guidance],
+        )
         scales = {guidance_scale, *self.class_guidance.values()}
         for scale in sorted(scales):
             check_guidance(scheduler, scale, null_class, takes_guidance)
@@ -151,8 +170,10 @@ class DiffusionSampler:
         """
         self._check_rows(ids, labels)
         if out.ndim != 4 or len(out) != len(ids) or out.dtype != torch.uint8:
-            raise UserError(f"out: got {tuple(out.shape)} {out.dtype}, expected ({len(ids)}, c, "
-                             "H, W) torch.uint8")  # fmt: skip
+            raise UserError(
+                f"out: got {tuple(out.shape)} {out.dtype}, expected ({len(ids)}, c, "
+                "H, W) torch.uint8"
+            )
         size = self.micro_batch_images
         for start in range(0, len(ids), size):
             batch = slice(start, start + size)
@@ -220,11 +241,20 @@ class DiffusionSampler:
             # another graph for such a step.
             fresh = self._noise(ids, step=k + 1) if self._is_noisy else None
             x, before = self._advance(
-                self._module, x, before, table.rows[k], both if guided else labels, fresh,
-                guided=guided, scale=scale, channels=self.guidance_channels,
-                takes_guidance=self.takes_guidance, clip=table.clip,
-                learned_variance=table.learned_variance, dtype=self.dtype,
-            )  # fmt: skip
+                self._module,
+                x,
+                before,
+                table.rows[k],
+                both if guided else labels,
+                fresh,
+                guided=guided,
+                scale=scale,
+                channels=self.guidance_channels,
+                takes_guidance=self.takes_guidance,
+                clip=table.clip,
+                learned_variance=table.learned_variance,
+                dtype=self.dtype,
+            )
             yield x
 
     def _noise(self, ids: Tensor, step: int) -> Tensor:
@@ -237,8 +267,9 @@ class DiffusionSampler:
         if not self.class_guidance:
             return None
         if self.num_classes is None:
-            raise UserError("num_classes: got None with class_guidance, expected their number; "
-                             "set it")  # fmt: skip
+            raise UserError(
+                "num_classes: got None with class_guidance, expected their number; set it"
+            )
         count = self.num_classes
         low, high = min(self.class_guidance), max(self.class_guidance)
         if low < 0 or high >= count:
@@ -281,10 +312,21 @@ def check_broken(broken: int, made: int) -> None:
 
 
 def _advance(
-    module: nn.Module, x: Tensor, before: Tensor, row: Tensor, labels: Tensor,
-    fresh: Tensor | None, *, guided: bool, scale: float | Tensor, channels: int | None,
-    takes_guidance: bool, clip: float | None, learned_variance: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    module: nn.Module,
+    x: Tensor,
+    before: Tensor,
+    row: Tensor,
+    labels: Tensor,
+    fresh: Tensor | None,
+    *,
+    guided: bool,
+    scale: float | Tensor,
+    channels: int | None,
+    takes_guidance: bool,
+    clip: float | None,
+    learned_variance: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """Take one step of any solver.
 
     Args:

@@ -46,8 +46,19 @@ _logged: set[str] = set()
 class SolverTable:
     """The coefficients of all steps of a solver; see the top of this file."""
 
-    COLUMNS = ("timestep", "input_scale", "skip", "out", "a", "b0", "b1", "u", "n",
-               "log_variance_low", "log_variance_high")  # fmt: skip
+    COLUMNS = (
+        "timestep",
+        "input_scale",
+        "skip",
+        "out",
+        "a",
+        "b0",
+        "b1",
+        "u",
+        "n",
+        "log_variance_low",
+        "log_variance_high",
+    )
 
     rows: Tensor
     """Coefficients, one row per step: (K, len(COLUMNS)) float32."""
@@ -158,8 +169,9 @@ def _ddim(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
         _log_once(
             "ddim: with timestep_spacing=%s and %d steps a step ends at another noise level than "
             "the next one begins at, as in diffusers' DDIMScheduler; dpm++2m has no such gap",
-            scheduler.get("timestep_spacing"), num_steps,
-        )  # fmt: skip
+            scheduler.get("timestep_spacing"),
+            num_steps,
+        )
     after = torch.where(before >= 0, levels[before.clamp(min=0)], final)
     alpha, sigma = levels[timesteps].sqrt(), (1 - levels[timesteps]).sqrt()
     next_alpha, next_sigma = after.sqrt(), (1 - after).sqrt()

@@ -72,14 +72,27 @@ class Distiller:
     """
 
     def __init__(
-        self, *, sampler: DiffusionSampler | ImageReader, ring: RingBuffer,
-        labels: LabelStream | ImageReader, views: Views, teacher: nn.Module | Teachers,
-        student: nn.Module, schedule: Schedule, run_dir: Path | str, temperature: float = 4.0,
-        alpha: float = 1.0, mixer: Mixer | None = None, dtype: torch.dtype = torch.float32,
-        compile: bool = False, test_set: ImageSet | EncodedSet | None = None,
-        student_input: InputSpec | None = None, show: bool = True, ranks: Ranks = ALONE,
+        self,
+        *,
+        sampler: DiffusionSampler | ImageReader,
+        ring: RingBuffer,
+        labels: LabelStream | ImageReader,
+        views: Views,
+        teacher: nn.Module | Teachers,
+        student: nn.Module,
+        schedule: Schedule,
+        run_dir: Path | str,
+        temperature: float = 4.0,
+        alpha: float = 1.0,
+        mixer: Mixer | None = None,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        test_set: ImageSet | EncodedSet | None = None,
+        student_input: InputSpec | None = None,
+        show: bool = True,
+        ranks: Ranks = ALONE,
         later_samplers: Sequence[tuple[float, DiffusionSampler]] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.sampler, self.ring, self.labels, self.views = sampler, ring, labels, views
         self._phases = SamplerSchedule(sampler, later_samplers, ranks)
         self.teacher, self.student = freeze(teacher), student
@@ -99,9 +112,14 @@ class Distiller:
         self._cpu_elsewhere_s = 0.0
         self.dtype, self.num_steps, self.step = dtype, schedule.num_steps, 0
         self.learner = StudentTrainer(
-            student, schedule=schedule, temperature=temperature, alpha=alpha, dtype=dtype,
-            compile=compile, ranks=ranks,
-        )  # fmt: skip
+            student,
+            schedule=schedule,
+            temperature=temperature,
+            alpha=alpha,
+            dtype=dtype,
+            compile=compile,
+            ranks=ranks,
+        )
         self.average = self.learner.average
         self._supervision = Targets(
             teacher, views, mixer, input=student_input, dtype=dtype, compile=compile
@@ -112,10 +130,14 @@ class Distiller:
         total = self.num_steps * schedule.batch_size
         self._metrics = Metrics(self.run_dir, total, show=show, ranks=ranks)
         self._keeper = CheckpointManager(
-            self.run_dir, ring, remakes=self._phases.samples,
-            every_s=schedule.checkpoint_every_s, ranks=ranks, interrupts=self._interrupts,
+            self.run_dir,
+            ring,
+            remakes=self._phases.samples,
+            every_s=schedule.checkpoint_every_s,
+            ranks=ranks,
+            interrupts=self._interrupts,
             note=self._metrics.note,
-        )  # fmt: skip
+        )
 
     def refill(self, metrics: Metrics | None = None) -> None:
         """Insert blocks until the limiter lets the next batch be drawn.
@@ -305,9 +327,13 @@ class Distiller:
             counts = self.learner.counts() | self._phases.counts(self.device)
             faults = self.ring.num_faults().float() * self._ranks.world_size
             row = metrics.flush(
-                views=self.num_views, images=self.num_images, lr=self.lr(), **scores,
-                **statistics.figures(), counts=counts | {"ring_faults": faults},
-            )  # fmt: skip
+                views=self.num_views,
+                images=self.num_images,
+                lr=self.lr(),
+                **scores,
+                **statistics.figures(),
+                counts=counts | {"ring_faults": faults},
+            )
             self.learner.check(row["skipped_in_a_row"])
             self._phases.check(row["broken_images"])
             self.ring.check_faults(row["ring_faults"])

@@ -204,9 +204,12 @@ class Metrics:
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = Progress(
-                    TextColumn("{task.percentage:3.0f}%"), BarColumn(), TimeRemainingColumn(),
-                    TextColumn("{task.description}"), console=Console(stderr=True),
-                )  # fmt: skip
+                    TextColumn("{task.percentage:3.0f}%"),
+                    BarColumn(),
+                    TimeRemainingColumn(),
+                    TextColumn("{task.description}"),
+                    console=Console(stderr=True),
+                )
                 self._task = self._bar.add_task(text, total=self._total, completed=views)
                 self._bar.start()
             self._bar.update(self._task, completed=views, description=text)

@@ -9,9 +9,14 @@ from torch import nn
 
 
 def build_optimizer(
-    model: nn.Module, *, name: Literal["sgd", "adamw"], lr: float, momentum: float,
-    weight_decay: float, nesterov: bool = True,
-) -> torch.optim.Optimizer:  # fmt: skip
+    model: nn.Module,
+    *,
+    name: Literal["sgd", "adamw"],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool = True,
+) -> torch.optim.Optimizer:
     """Build a fused SGD or AdamW without weight decay on vectors (biases, normalization).
 
     `momentum` is beta1 of AdamW. The optimizer's state is allocated here, as zeros: if the first
@@ -28,8 +33,9 @@ def build_optimizer(
         for p in parameters:
             adamw.state[p] = {
                 "step": torch.zeros((), device=p.device),
-                "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
-            }  # fmt: skip
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
         return adamw
     sgd = torch.optim.SGD(
         groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True

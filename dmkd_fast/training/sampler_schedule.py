@@ -23,9 +23,11 @@ class SamplerSchedule:
     """
 
     def __init__(
-        self, first: DiffusionSampler | ImageReader,
-        later: Sequence[tuple[float, DiffusionSampler]] = (), ranks: Ranks = ALONE,
-    ) -> None:  # fmt: skip
+        self,
+        first: DiffusionSampler | ImageReader,
+        later: Sequence[tuple[float, DiffusionSampler]] = (),
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._phases = [(0.0, first), *later]
         all_ = [sampler for _, sampler in self._phases]
         self._makers = [sampler for sampler in all_ if isinstance(sampler, DiffusionSampler)]

@@ -28,9 +28,16 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, run_dir: Path, ring: RingBuffer, *, remakes: Sequence[Callable[..., object]],
-        every_s: float, ranks: Ranks, interrupts: Interrupts, note: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self,
+        run_dir: Path,
+        ring: RingBuffer,
+        *,
+        remakes: Sequence[Callable[..., object]],
+        every_s: float,
+        ranks: Ranks,
+        interrupts: Interrupts,
+        note: Callable[[str], None],
+    ) -> None:
         self._ring, self._ranks, self._interrupts, self._note = ring, ranks, interrupts, note
         self._turns = Turns(ranks)
         self.writer = files.Writer()
@@ -73,9 +80,11 @@ class CheckpointManager:
         if problem := self.saver.problem():
             self._note(problem)
         now = self._turns.next(
-            due=self.saver.is_due(), busy=self.saver.is_busy, failed=problem is not None,
+            due=self.saver.is_due(),
+            busy=self.saver.is_busy,
+            failed=problem is not None,
             stop=self._interrupts.is_pending,
-        )  # fmt: skip
+        )
         if now.failed and problem is None:
             self.saver.withdraw()
         if now.save:

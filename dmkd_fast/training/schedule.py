@@ -45,8 +45,14 @@ class Schedule:
     num_evaluations: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_views", "accumulate", "max_skipped_steps",
-                     "log_every_steps", "num_evaluations"):  # fmt: skip
+        for name in (
+            "batch_size",
+            "num_views",
+            "accumulate",
+            "max_skipped_steps",
+            "log_every_steps",
+            "num_evaluations",
+        ):
             checks.whole(name, getattr(self, name), low=1, high=2**53)
         for name in ("lr", "decay"):
             checks.number(name, getattr(self, name), low=0, above=True)
@@ -79,15 +85,24 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step."""
         return lr_at(
-            step, num_steps=self.num_steps, peak=self.lr, warmup=self.warmup,
-            milestones=self.milestones, decay=self.decay,
-        )  # fmt: skip
+            step,
+            num_steps=self.num_steps,
+            peak=self.lr,
+            warmup=self.warmup,
+            milestones=self.milestones,
+            decay=self.decay,
+        )
 
 
 def lr_at(
-    step: int, *, num_steps: int, peak: float, warmup: float, milestones: Sequence[float] = (),
+    step: int,
+    *,
+    num_steps: int,
+    peak: float,
+    warmup: float,
+    milestones: Sequence[float] = (),
     decay: float = 0.1,
-) -> float:  # fmt: skip
+) -> float:
     """Return the learning rate of a step.
 
     It rises linearly to `peak` over the first `warmup * num_steps` steps. Then it follows a cosine

@@ -114,9 +114,13 @@ class Scores:
 @exact_float32()
 @torch.inference_mode()
 def measure(
-    model: nn.Module, batches: Iterable[tuple[Views, Tensor]], *, input: InputSpec,
-    num_classes: int, teacher: Callable[[Views], Tensor] | None = None,
-) -> Scores:  # fmt: skip
+    model: nn.Module,
+    batches: Iterable[tuple[Views, Tensor]],
+    *,
+    input: InputSpec,
+    num_classes: int,
+    teacher: Callable[[Views], Tensor] | None = None,
+) -> Scores:
     """Count a classifier's correct predictions in eval mode, then restore the model's mode.
 
     Args:

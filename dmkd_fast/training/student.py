@@ -54,10 +54,16 @@ class StudentTrainer:
     """
 
     def __init__(
-        self, student: nn.Module, *, schedule: Schedule, temperature: float = 4.0,
-        alpha: float = 1.0, dtype: torch.dtype = torch.float32, compile: bool = False,
+        self,
+        student: nn.Module,
+        *,
+        schedule: Schedule,
+        temperature: float = 4.0,
+        alpha: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
         ranks: Ranks = ALONE,
-    ) -> None:  # fmt: skip
+    ) -> None:
         checks.number("temperature", temperature, low=0.01, high=1000)
         if not 0 < alpha <= 1:
             raise UserError(
@@ -77,9 +83,13 @@ class StudentTrainer:
         device = next(student.parameters()).device
         self.network = ranks.parallel(fast, device)  # This copies rank 0's weights to all ranks.
         self.optimizer = build_optimizer(
-            student, name=schedule.name, lr=schedule.lr, momentum=schedule.momentum,
-            nesterov=schedule.nesterov, weight_decay=schedule.weight_decay,
-        )  # fmt: skip
+            student,
+            name=schedule.name,
+            lr=schedule.lr,
+            momentum=schedule.momentum,
+            nesterov=schedule.nesterov,
+            weight_decay=schedule.weight_decay,
+        )
         self.average = WeightEMA(student, decay=schedule.ema_decay)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -123,10 +133,14 @@ class StudentTrainer:
             student_logits = self.network(views)  # (B, C)
         hard = self._alpha < 1
         loss, grad = kd_loss_and_grad(
-            student_logits, teacher_logits, target if hard else None,
-            alpha=self._alpha if hard else None, temperature=self._temperature,
-            num_items=self._batch, grad_scale=self._scale if self._scales else 1.0,
-        )  # fmt: skip
+            student_logits,
+            teacher_logits,
+            target if hard else None,
+            alpha=self._alpha if hard else None,
+            temperature=self._temperature,
+            num_items=self._batch,
+            grad_scale=self._scale if self._scales else 1.0,
+        )
         # loss * 0 is NaN if the loss is not finite; its gradient alone could still be finite.
         student_logits.backward(grad.add_(loss * 0))
         return loss

@@ -48,9 +48,15 @@ class Targets:
     """
 
     def __init__(
-        self, teacher: nn.Module | Teachers, views: Views, mixer: Mixer | None = None, *,
-        input: InputSpec | None, dtype: torch.dtype, compile: bool,
-    ) -> None:  # fmt: skip
+        self,
+        teacher: nn.Module | Teachers,
+        views: Views,
+        mixer: Mixer | None = None,
+        *,
+        input: InputSpec | None,
+        dtype: torch.dtype,
+        compile: bool,
+    ) -> None:
         spec = views.spec
         self.input = input or InputSpec(
             size=spec.size, mean=tuple(spec.mean.tolist()), std=tuple(spec.std.tolist())
@@ -76,11 +82,14 @@ class Targets:
         self._teachers, self._views, self._dtype = teacher.mapped(fast), views, dtype
         self._renderings = {
             wanted: ViewSpec(
-                size=wanted.size, mean=wanted.mean, std=wanted.std, dtype=spec.dtype,
+                size=wanted.size,
+                mean=wanted.mean,
+                std=wanted.std,
+                dtype=spec.dtype,
                 device=spec.mean.device,
             )
             for wanted in teacher.inputs
-        } | {self.input: spec}  # fmt: skip
+        } | {self.input: spec}
 
     def views(
         self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor, *, share: float
@@ -119,9 +128,14 @@ class Targets:
         return {spec: each.views for spec, each in mixed.items()}, mixed[self.input]
 
     def parts(
-        self, views: dict[InputSpec, Tensor], labels: Tensor, mixed: Mixed | None, *,
-        share: float, size: int,
-    ) -> Iterator[Part]:  # fmt: skip
+        self,
+        views: dict[InputSpec, Tensor],
+        labels: Tensor,
+        mixed: Mixed | None,
+        *,
+        share: float,
+        size: int,
+    ) -> Iterator[Part]:
         """Yield the batch in micro-batches of `size` views, each with its targets.
 
         The teachers run on a micro-batch only when the iterator reaches it.

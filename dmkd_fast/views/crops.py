@@ -37,9 +37,14 @@ class ViewSpec:
     """
 
     def __init__(
-        self, *, size: int, mean: tuple[float, ...], std: tuple[float, ...],
-        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         checks.whole("size", size, low=1, high=ops.MAX_SIDE)
         check_normalization(mean, std)
         if dtype not in ops.DTYPES:
@@ -75,11 +80,19 @@ class Views:
     """
 
     def __init__(
-        self, *, size: int, scale: tuple[float, float] = (1.0, 1.0),
-        ratio: tuple[float, float] = (1.0, 1.0), pad: int = 0, flip: float = 0.5,
-        mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu", seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        size: int,
+        scale: tuple[float, float] = (1.0, 1.0),
+        ratio: tuple[float, float] = (1.0, 1.0),
+        pad: int = 0,
+        flip: float = 0.5,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
         for name, pair in (("scale", scale), ("ratio", ratio)):
             if len(pair) != 2:
                 raise UserError(f"{name}: got {tuple(pair)}, expected two numbers")
@@ -103,9 +116,14 @@ class Views:
         self.scale, self.ratio, self.pad, self.flip, self.seed = scale, ratio, pad, flip, seed
 
     def __call__(
-        self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor, *,
+        self,
+        slots: Tensor,
+        indices: Tensor,
+        ids: Tensor,
+        uses: Tensor,
+        *,
         out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Render one view per index.
 
         Args:
@@ -158,10 +176,15 @@ class Views:
             spare = (height, max(1, round(height * self.ratio[1])))
         fixed = lambda x: round(x * 2**24)  # noqa: E731
         recipe = (
-            height, width, self.pad, *map(fixed, self.scale),
-            *(fixed(math.log2(r) / 2) for r in self.ratio), *spare, 0 if keeps_size else 10,
+            height,
+            width,
+            self.pad,
+            *map(fixed, self.scale),
+            *(fixed(math.log2(r) / 2) for r in self.ratio),
+            *spare,
+            0 if keeps_size else 10,
             self.flip,
-        )  # fmt: skip
+        )
         if native.INSTRUCTION_SET == "none":
             checks.within("uses", uses, low=0, high=MOST_USES - 1)
         try:
@@ -183,9 +206,15 @@ class Views:
         return self.render(slots, indices, boxes, flips, spec)
 
     def render(
-        self, slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor,
-        spec: ViewSpec | None = None, *, out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        slots: Tensor,
+        indices: Tensor,
+        boxes: Tensor,
+        flips: Tensor,
+        spec: ViewSpec | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Render the views with the given boxes and flips.
 
         Args:
@@ -204,9 +233,17 @@ class Views:
         """
         spec = spec or self.spec
         return ops.views(
-            slots, indices, boxes, flips, size=spec.size, pad=self.pad, mean=spec.mean,
-            std=spec.std, dtype=spec.dtype, out=out,
-        )  # fmt: skip
+            slots,
+            indices,
+            boxes,
+            flips,
+            size=spec.size,
+            pad=self.pad,
+            mean=spec.mean,
+            std=spec.std,
+            dtype=spec.dtype,
+            out=out,
+        )
 
 
 def _sides(slots: Tensor) -> tuple[int, int]:

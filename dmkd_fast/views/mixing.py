@@ -134,10 +134,12 @@ class Mixer:
             return _beta(self.mixup_alpha, numbers), None
         half = 0.5 * math.sqrt(1 - _beta(self.cutmix_alpha, numbers))
         sides = [
-            (max(0, int(place * side) - int(half * side)),
-             min(side, int(place * side) + int(half * side)))
+            (
+                max(0, int(place * side) - int(half * side)),
+                min(side, int(place * side) + int(half * side)),
+            )
             for place, side in ((down, height), (right, width))
-        ]  # fmt: skip
+        ]
         (top, bottom), (first, last) = sides
         share = 1 - (bottom - top) * (last - first) / (height * width)
         return share, (top, bottom, first, last)

@@ -37,10 +37,18 @@ _LIBRARY.define(
 
 
 def views(
-    slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, *,
-    size: int, pad: int, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32,
+    slots: Tensor,
+    indices: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    *,
+    size: int,
+    pad: int,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Gather, crop, resize (bilinear, antialiased), flip, normalize and cast in one pass.
 
     Equals `reference_views`: crop, then torchvision's `resize`. Each axis is antialiased only where
@@ -104,9 +112,15 @@ def _naming_bad_rows(operator: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _check(
-    slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor,
-    size: int, pad: int,
-) -> None:  # fmt: skip
+    slots: Tensor,
+    indices: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    size: int,
+    pad: int,
+) -> None:
     if slots.ndim != 4 or 0 in slots.shape[1:]:
         raise UserError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
     if not slots[0:1].is_contiguous():
@@ -143,9 +157,16 @@ def _check(
 
 
 def _eager_views(
-    slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor,
-    size: int, pad: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    slots: Tensor,
+    indices: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    size: int,
+    pad: int,
+    dtype: torch.dtype,
+) -> Tensor:
     _say_eager(slots)
     if slots.device.type == "cpu":
         raise_for_bad_rows(slots, indices, boxes, pad)
@@ -176,28 +197,46 @@ def raise_for_bad_rows(slots: Tensor, indices: Tensor, boxes: Tensor, pad: int) 
 
 
 def _eager_views_out(
-    out: Tensor, slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor,
-    std: Tensor, pad: int,
-) -> None:  # fmt: skip
+    out: Tensor,
+    slots: Tensor,
+    indices: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    pad: int,
+) -> None:
     size, dtype = out.shape[-1], out.dtype
     out.copy_(_eager_views(slots, indices, boxes, flips, mean, std, size, pad, dtype))
 
 
 def _say_eager(slots: Tensor) -> None:
     if slots.device.type == "cpu" and native.INSTRUCTION_SET == "none":
-        warn_once("cpu views", f"dmkd_fast has no compiled CPU kernels ({native.WHY_MISSING}); "
-                 "views use their eager definition, many times slower. Install again where there "
-                 "is a C++ compiler.")  # fmt: skip
+        warn_once(
+            "cpu views",
+            f"dmkd_fast has no compiled CPU kernels ({native.WHY_MISSING}); "
+            "views use their eager definition, many times slower. Install again where there "
+            "is a C++ compiler.",
+        )
 
 
 def _fake_views(
-    slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor,
-    size: int, pad: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    slots: Tensor,
+    indices: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    size: int,
+    pad: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return torch.empty(
-        (indices.shape[0], slots.shape[1], size, size), dtype=dtype, device=slots.device,
+        (indices.shape[0], slots.shape[1], size, size),
+        dtype=dtype,
+        device=slots.device,
         memory_format=torch.channels_last,
-    )  # fmt: skip
+    )
 
 
 def _fake_view_boxes(seed: int, ids: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -212,8 +251,11 @@ def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
         try:
             triton = importlib.import_module("dmkd_fast.views.triton")
         except ImportError as error:
-            warn_once("cuda views", f"dmkd_fast has no CUDA kernels ({error}); views use their "
-                     "eager definition, many times slower. Install triton.")  # fmt: skip
+            warn_once(
+                "cuda views",
+                f"dmkd_fast has no CUDA kernels ({error}); views use their "
+                "eager definition, many times slower. Install triton.",
+            )
             return eager(*arguments)
         return getattr(triton, name)(*arguments)
 

@@ -9,9 +9,17 @@ from dmkd_fast.rng import philox
 
 
 def reference_views(
-    slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, *,
-    size: int, pad: int, mean: Tensor, std: Tensor, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    slots: Tensor,
+    indices: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    *,
+    size: int,
+    pad: int,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
     """Gather, crop, resize (bilinear, antialiased), flip, normalize and cast: one view per row.
 
     Resampling is separable: rows and columns are weighted by triangle filters over the pixels whose
@@ -63,10 +71,21 @@ def _filter(start: Tensor, length: Tensor, source: int, size: int, pad: int) -> 
 
 
 def reference_boxes(
-    seed: int, ids: Tensor, uses: Tensor, height: int, width: int, pad: int,
-    area_low: int, area_high: int, shape_low: int, shape_high: int,
-    spare_height: int, spare_width: int, tries: int, flip: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    seed: int,
+    ids: Tensor,
+    uses: Tensor,
+    height: int,
+    width: int,
+    pad: int,
+    area_low: int,
+    area_high: int,
+    shape_low: int,
+    shape_high: int,
+    spare_height: int,
+    spare_width: int,
+    tries: int,
+    flip: float,
+) -> tuple[Tensor, Tensor]:
     """Draw the crop and flip of each view from (seed, image id, use) and nothing else.
 
     The first of `tries` crops that fits into the image is taken, anywhere in the image and its

@@ -45,9 +45,22 @@ def _share(pixel, place, length, support, SIZE: tl.constexpr):  # type: ignore[n
 
 @triton.jit
 def render_kernel(  # type: ignore[no-untyped-def]
-    out, slots, indices, boxes, flips, mean, std, num_slots, slot_stride, height, width, pad,
-    SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out,
+    slots,
+    indices,
+    boxes,
+    flips,
+    mean,
+    std,
+    num_slots,
+    slot_stride,
+    height,
+    width,
+    pad,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Render BLOCK numbers of one view per program. Grid: (B, ceil(S * S * c / BLOCK))."""
     row = tl.program_id(0).to(tl.int64)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -131,9 +144,25 @@ def _position(uniform, room, anywhere):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def boxes_kernel(  # type: ignore[no-untyped-def]
-    boxes, flips, ids, uses, count, seed, height, width, pad, area_low, area_high, shape_low,
-    shape_high, spare_height, spare_width, tries, flip, ROWS: tl.constexpr,
-):  # fmt: skip
+    boxes,
+    flips,
+    ids,
+    uses,
+    count,
+    seed,
+    height,
+    width,
+    pad,
+    area_low,
+    area_high,
+    shape_low,
+    shape_high,
+    spare_height,
+    spare_width,
+    tries,
+    flip,
+    ROWS: tl.constexpr,
+):
     """Draw the crops and flips of ROWS views per program. Grid: (ceil(B / ROWS),)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < count
@@ -170,14 +199,23 @@ def boxes_kernel(  # type: ignore[no-untyped-def]
 
 
 def views(
-    slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor,
-    size: int, pad: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    slots: Tensor,
+    indices: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    size: int,
+    pad: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """Run the operator `views`; arguments as in `views/ops.py`."""
     out = torch.empty(
-        (len(indices), slots.shape[1], size, size), dtype=dtype, device=slots.device,
+        (len(indices), slots.shape[1], size, size),
+        dtype=dtype,
+        device=slots.device,
         memory_format=torch.channels_last,
-    )  # fmt: skip
+    )
     views_out(out, slots, indices, boxes, flips, mean, std, pad)
     return out
 
@@ -198,18 +236,34 @@ def view_boxes(seed: int, ids: Tensor, uses: Tensor, *recipe: Any) -> tuple[Tens
 
 
 def plan_views(
-    out: Tensor, slots: Tensor, indices: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor,
-    std: Tensor, pad: int,
-) -> Launch:  # fmt: skip
+    out: Tensor,
+    slots: Tensor,
+    indices: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    pad: int,
+) -> Launch:
     """Prepare the kernel launch that renders views into `out`."""
     count, channels, size, _ = out.shape
     height, width = slots.shape[2:]
     numbers = channels * size * size
     block = 32 * NUM_WARPS * BYTES // out.element_size()
     arguments = (
-        out, slots, indices.contiguous(), boxes.contiguous(), flips.contiguous().view(torch.uint8),
-        mean.contiguous(), std.contiguous(), len(slots), slots.stride(0), height, width, pad,
-    )  # fmt: skip
+        out,
+        slots,
+        indices.contiguous(),
+        boxes.contiguous(),
+        flips.contiguous().view(torch.uint8),
+        mean.contiguous(),
+        std.contiguous(),
+        len(slots),
+        slots.stride(0),
+        height,
+        width,
+        pad,
+    )
     constants = {"SIZE": size, "CHANNELS": channels, "BLOCK": block}
     return Launch(
         render_kernel, arguments, constants, (count, triton.cdiv(numbers, block)), NUM_WARPS
@@ -221,7 +275,12 @@ def plan_boxes(
 ) -> Launch:
     """Prepare the kernel launch that draws crops and flips into `boxes` and `flips`."""
     arguments = (
-        boxes, flips.view(torch.uint8), ids.contiguous(), uses.contiguous(), len(ids), seed,
+        boxes,
+        flips.view(torch.uint8),
+        ids.contiguous(),
+        uses.contiguous(),
+        len(ids),
+        seed,
         *recipe,
-    )  # fmt: skip
+    )
     return Launch(boxes_kernel, arguments, {"ROWS": ROWS}, (triton.cdiv(len(ids), ROWS),), 4)

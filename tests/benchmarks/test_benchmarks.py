@@ -71,9 +71,16 @@ def test_superseded_rows_give_way_to_as_many_as_an_interval_needs() -> None:
 
 
 def test_a_table_says_the_command_that_made_its_rows() -> None:
-    row = {"environment": {"commit": "abc"}, "arguments": {
-        "model": None, "tiny": False, "num_points": 3, "arms": ["a, b"], "overrides": ["seed=1"],
-    }}  # fmt: skip
+    row = {
+        "environment": {"commit": "abc"},
+        "arguments": {
+            "model": None,
+            "tiny": False,
+            "num_points": 3,
+            "arms": ["a, b"],
+            "overrides": ["seed=1"],
+        },
+    }
     assert provenance.made_by("thing", [row, row], ("--data", "DIR")) == (
         "Made by `python -m benchmarks thing --data DIR --num-points 3 --arms 'a, b' seed=1` "
         "at abc."
@@ -107,8 +114,16 @@ def test_runs_that_differ_are_said_to() -> None:
 
 
 def test_gains_that_one_run_cannot_tell_are_called_noise() -> None:
-    proof = {"sampler": "s", "attention": "a", "sampler_dtype": "d", "png_files": 0, "ops": {},
-             "teacher_batch_norms": 0, "page_faults_per_step": 0, "compiled_graphs": 0}  # fmt: skip
+    proof = {
+        "sampler": "s",
+        "attention": "a",
+        "sampler_dtype": "d",
+        "png_files": 0,
+        "ops": {},
+        "teacher_batch_norms": 0,
+        "page_faults_per_step": 0,
+        "compiled_graphs": 0,
+    }
     same = {
         "seed": 0,
         "top1": 0.5,
@@ -121,7 +136,7 @@ def test_gains_that_one_run_cannot_tell_are_called_noise() -> None:
     rows = [
         {"arm": arm, "after": after, "wall_s": wall, **same}
         for arm, after, wall in (("a", None, 100.0), ("b", "a", 90.0), ("c", "b", 60.0))
-    ]  # fmt: skip
+    ]
     text = job_tables.ladder(rows)
     assert "| 1.11x (noise) |" in text and "| 1.50x |" in text
 
@@ -159,9 +174,7 @@ def test_arms_take_turns_and_medians_are_right() -> None:
     timings = harness.time_interleaved(arms, n=3, warmup=1)
     assert order == ["slow", "fast"] * 4
     assert 20 <= timings["slow"]["median_ms"] < 60 > timings["fast"]["median_ms"]
-    assert harness.summary([5, 1, 4, 2, 3]) == {
-        "median_ms": 3, "p20_ms": 2, "p80_ms": 4, "n": 5,
-    }  # fmt: skip
+    assert harness.summary([5, 1, 4, 2, 3]) == {"median_ms": 3, "p20_ms": 2, "p80_ms": 4, "n": 5}
 
 
 def test_missed_goal_is_reported_and_rows_are_recorded(
@@ -205,8 +218,14 @@ def test_views_benchmark_ends_with_one_json_line() -> None:
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["bench"] == "views" and not line["goals"]  # those are of the large images
     timed = {(row["arm"], row["set"]) for row in line["rows"] if row["device"] == "cpu"}
-    assert timed >= {("ours", "fresh"), ("ours", "reused"), ("eager", "fresh"), ("copy", "fresh"),
-                     ("torchvision", "fresh"), ("torchvision", "reused")}  # fmt: skip
+    assert timed >= {
+        ("ours", "fresh"),
+        ("ours", "reused"),
+        ("eager", "fresh"),
+        ("copy", "fresh"),
+        ("torchvision", "fresh"),
+        ("torchvision", "reused"),
+    }
     assert all(row["images_per_s"] > 0 for row in line["rows"])
     timing = next(r for r in line["rows"] if r["arm"] == "ours" and r["set"] == "fresh")
     for row in line["rows"]:

@@ -35,9 +35,14 @@ def test_a_student_sees_exactly_the_set_it_is_given(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(study.FixedSet, "sample", watched)
     torch.set_num_threads(1)
     row = study.train_student(
-        small_set(2_100), teacher="lenet5", student="lenet5_half", num_views=12_800, seed=0,
-        test=study.test_images(), **study.LENET,
-    )  # fmt: skip
+        small_set(2_100),
+        teacher="lenet5",
+        student="lenet5_half",
+        num_views=12_800,
+        seed=0,
+        test=study.test_images(),
+        **study.LENET,
+    )
     assert row["images"] == 2_048 and seen == set(range(512, 2_048))
     assert 0.5 < row["top1"] < 0.85 and row["views"] == 12_800
 
@@ -56,9 +61,15 @@ def test_a_ring_of_n_holds_n_images_and_lets_the_whole_stream_pass(
     )
     torch.set_num_threads(1)
     study.train_student(
-        small_set(4_096), teacher="lenet5", student="lenet5_half", num_views=6_400, seed=0,
-        test=study.test_images(), capacity=1_024, **study.LENET,
-    )  # fmt: skip
+        small_set(4_096),
+        teacher="lenet5",
+        student="lenet5_half",
+        num_views=6_400,
+        seed=0,
+        test=study.test_images(),
+        capacity=1_024,
+        **study.LENET,
+    )
     assert sum(given) == 4_096
     assert [ring.num_filled for ring in rings] == [1_024]
 
@@ -86,8 +97,13 @@ def test_generated_sets_grow_without_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study, "CACHE", tmp_path)
-    settings = ["sampler.num_steps=1", "sampler.guidance_scale=1", "sampler.compile=false",
-                "sampler.micro_batch_images=16", "num_threads=1"]  # fmt: skip
+    settings = [
+        "sampler.num_steps=1",
+        "sampler.guidance_scale=1",
+        "sampler.compile=false",
+        "sampler.micro_batch_images=16",
+        "num_threads=1",
+    ]
     whole = study.generated(48, settings)
     next(tmp_path.iterdir()).unlink()
     study.generated(16, settings)
@@ -147,8 +163,9 @@ def test_differences_are_paired_by_the_seeds_that_both_have() -> None:
     top1 = {"a": (60, 75, 90), "b": (61, 77, 93), "c": (50, 50)}
     rows = [
         {"cell": c, "seed": seed, "top1": value / 100}
-        for c, values in top1.items() for seed, value in enumerate(values)
-    ]  # fmt: skip
+        for c, values in top1.items()
+        for seed, value in enumerate(values)
+    ]
     grid = study_tables.Grid(rows, lambda r: r["cell"])
     assert grid.difference(["b"], ["a"]) == f"+2.00 ± {4.303 / 3**0.5:.2f} (3 seeds)"
     # Means over cells are taken seed by seed; the third seed is not in all cells.
@@ -166,10 +183,20 @@ def test_guidance_and_steps_are_compared_over_the_other_axis() -> None:
     """Accuracy 80 - guidance + steps / 10, and half a point by seed where guidance is 4."""
     stamp = {"device": "CPU", "date": "2026-01-01"}
     rows = [
-        {"part": "grid", "guidance_scale": s, "num_steps": k, "seed": seed, "images": 1, "views": 1,
-         "top1": (80 - s + k / 10 + 0.5 * seed * (s == 4)) / 100, "environment": stamp}
-        for s in (1.0, 2.0, 4.0) for k in (4, 50) for seed in (1, 2)
-    ]  # fmt: skip
+        {
+            "part": "grid",
+            "guidance_scale": s,
+            "num_steps": k,
+            "seed": seed,
+            "images": 1,
+            "views": 1,
+            "top1": (80 - s + k / 10 + 0.5 * seed * (s == 4)) / 100,
+            "environment": stamp,
+        }
+        for s in (1.0, 2.0, 4.0)
+        for k in (4, 50)
+        for seed in (1, 2)
+    ]
     text = study_tables.finding_2(rows)
     # Gaps of seeds 1 and 2: 2 - 0.5 and 2 - 1; 3 - 0.5 and 3 - 1; twice 4.6.
     half = 12.706 * 0.5 / 2
@@ -180,8 +207,16 @@ def test_guidance_and_steps_are_compared_over_the_other_axis() -> None:
 
 def test_a_ring_that_held_a_block_more_is_shown_with_it() -> None:
     stamp = {"device": "CPU", "date": "2026-01-01"}
-    old = {"how": "ring", "held_images": 1024, "images": 4096, "views": 8192, "seed": 0,
-           "top1": 0.8, "superseded": "ring of N + 512", "environment": stamp}  # fmt: skip
+    old = {
+        "how": "ring",
+        "held_images": 1024,
+        "images": 4096,
+        "views": 8192,
+        "seed": 0,
+        "top1": 0.8,
+        "superseded": "ring of N + 512",
+        "environment": stamp,
+    }
     new = {**old, "how": "frozen", "held_images": 4096, "top1": 0.9}
     del new["superseded"]
     text = study_tables.reuse([old, new])
@@ -193,9 +228,10 @@ def likeness(one: torch.nn.Module, other: torch.nn.Module) -> float:
     """Largest cosine between weights of two networks, in standard deviations of unrelated ones."""
     pairs = [
         (a.flatten()[:n], b.flatten()[:n])
-        for a in one.parameters() for b in other.parameters()
+        for a in one.parameters()
+        for b in other.parameters()
         if (n := min(a.numel(), b.numel())) >= 64 and a.std() > 0 and b.std() > 0
-    ]  # fmt: skip
+    ]
     return max(float(cosine_similarity(a, b, dim=0).abs()) * len(a) ** 0.5 for a, b in pairs)
 
 
@@ -218,8 +254,17 @@ def test_tables_render_with_whatever_rows_exist() -> None:
     assert "| real training images (55,000) | 90.00 |  | 1 | 95.00 |" in study_tables.finding_1(
         [one]
     )
-    cell = {"part": "grid", "guidance_scale": 1.0, "num_steps": 4, "seed": 0, "top1": 0.8,
-            "images": 10, "views": 100, "cpu_s": 3600.0, "environment": stamp}  # fmt: skip
+    cell = {
+        "part": "grid",
+        "guidance_scale": 1.0,
+        "num_steps": 4,
+        "seed": 0,
+        "top1": 0.8,
+        "images": 10,
+        "views": 100,
+        "cpu_s": 3600.0,
+        "environment": stamp,
+    }
     text = study_tables.finding_2([cell])
     assert "| 1 | 80.00 |" in text and "1.00 CPU hours" in text
 
@@ -227,10 +272,19 @@ def test_tables_render_with_whatever_rows_exist() -> None:
 def test_teachers_are_compared_over_all_temperatures() -> None:
     stamp = {"device": "CPU", "date": "2026-01-01"}
     rows = [
-        {"student": "s", "teacher": t, "temperature": k, "seed": seed, "top1": (m + seed) / 100,
-         "views": 10, "environment": stamp}
-        for t, m in (("weak", 80), ("strong", 70)) for k in (1.0, 4.0) for seed in (0, 1)
-    ]  # fmt: skip
+        {
+            "student": "s",
+            "teacher": t,
+            "temperature": k,
+            "seed": seed,
+            "top1": (m + seed) / 100,
+            "views": 10,
+            "environment": stamp,
+        }
+        for t, m in (("weak", 80), ("strong", 70))
+        for k in (1.0, 4.0)
+        for seed in (0, 1)
+    ]
     rows[-1]["top1"] += 0.04  # strong, T = 4, seed 1: by seed the gaps are 10 and 8
     text = study_tables.finding_3(rows)
     assert f"weak less strong teacher +9.00 ± {12.706:.2f} (2 seeds)." in text

@@ -102,11 +102,7 @@ def two_checkpoints(folder: Path) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 def test_files_are_plain_safetensors_and_sums(tmp_path: Path) -> None:
     tensors = {
         str(dtype): torch.arange(6).to(dtype).reshape(2, 3) for dtype in model_files.NAMES
-    } | {
-        "empty": torch.zeros(0, 3),
-        "scalar": torch.tensor(2.5),
-        "odd": torch.ones(3).bool(),
-    }
+    } | {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5), "odd": torch.ones(3).bool()}
     files.write(tmp_path / "all.safetensors", model_files.file_parts(tensors))
     loaded = load_file(tmp_path / "all.safetensors")
     assert loaded.keys() == tensors.keys()
@@ -119,9 +115,11 @@ def test_files_are_plain_safetensors_and_sums(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("power", [True, False], ids=["unflushed lost", "unflushed kept"])
 def test_a_crash_at_any_call_leaves_the_old_state_or_the_new_one(
-    tmp_path: Path, power: bool, record_property: Callable[[str, object], None],
+    tmp_path: Path,
+    power: bool,
+    record_property: Callable[[str, object], None],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     record_property("claim", "crash at every I/O call of a save: old or new state, never a mix")
     old, new = two_checkpoints(tmp_path / "counted")
     seen, at, code = [], 0, 9
@@ -228,8 +226,10 @@ def test_every_damaged_file_is_noticed_and_the_checkpoint_before_is_used(
         kind = chance.choice([flip_bit, truncate, zero_page, None, "gone"])
         data = bytearray(before)
         if kind is None:  # An older file in its place.
-            older = {"checkpoints": path.parent.parent / "step-000000001" / path.name,
-                     "blocks": path.parent / "block-000000001.safetensors"}  # fmt: skip
+            older = {
+                "checkpoints": path.parent.parent / "step-000000001" / path.name,
+                "blocks": path.parent / "block-000000001.safetensors",
+            }
             data = bytearray(older[path.relative_to(folder).parts[0]].read_bytes())
         elif kind == "gone":
             data = bytearray()

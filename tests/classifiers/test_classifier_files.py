@@ -41,11 +41,12 @@ def parts_compiled(model: nn.Module) -> nn.Module:
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "compiled": compiled, "data parallel": nn.DataParallel,
+    "compiled": compiled,
+    "data parallel": nn.DataParallel,
     "both": lambda model: compiled(nn.DataParallel(model)),
     "both, the other way round": lambda model: nn.DataParallel(compiled(model)),
     "compiled parts": parts_compiled,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -101,8 +102,10 @@ def test_tied_weights_are_written_once_and_read_into_both(tmp_path: Path) -> Non
 
 def rewritten(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> Path:
     path = folder / "model.safetensors"
-    save_file({k: v for name, value in load_file(path).items()
-               for k, v in change(name, value).items()}, path)  # fmt: skip
+    save_file(
+        {k: v for name, value in load_file(path).items() for k, v in change(name, value).items()},
+        path,
+    )
     return folder
 
 
@@ -114,16 +117,19 @@ def test_counters_of_batch_norms_may_be_missing(tmp_path: Path) -> None:
     assert torch.equal(load_classifier(folder, CPU)[0](images), before(images))
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda k, v: {} if k == "fc.bias" else {k: v}, "fc.bias: got nothing, expected (4,)"),
-    (lambda k, v: {k: v, "extra": v.clone()}, "extra: got"),
-    (lambda k, v: {k: v, f"module.{k}": v.clone()}, "got it twice"),
-    (lambda k, v: {k: v.to(torch.int8) if k == "fc.weight" else v}, "type I8, expected F32"),
-    (lambda k, v: {k: v.to(torch.complex64) if k == "fc.weight" else v}, "type C64"),
-    (lambda k, v: {k: v.to(torch.bool) if k == "fc.bias" else v}, "type BOOL"),
-    (lambda k, v: {k: v.to(torch.float8_e4m3fn) if k == "fc.weight" else v}, "type F8_E4M3"),
-    (lambda k, v: {k: v.float() if "num_batches" in k else v}, "expected I64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda k, v: {} if k == "fc.bias" else {k: v}, "fc.bias: got nothing, expected (4,)"),
+        (lambda k, v: {k: v, "extra": v.clone()}, "extra: got"),
+        (lambda k, v: {k: v, f"module.{k}": v.clone()}, "got it twice"),
+        (lambda k, v: {k: v.to(torch.int8) if k == "fc.weight" else v}, "type I8, expected F32"),
+        (lambda k, v: {k: v.to(torch.complex64) if k == "fc.weight" else v}, "type C64"),
+        (lambda k, v: {k: v.to(torch.bool) if k == "fc.bias" else v}, "type BOOL"),
+        (lambda k, v: {k: v.to(torch.float8_e4m3fn) if k == "fc.weight" else v}, "type F8_E4M3"),
+        (lambda k, v: {k: v.float() if "num_batches" in k else v}, "expected I64"),
+    ],
+)
 def test_weights_of_other_names_or_types_are_refused(
     change: Callable[[str, Tensor], dict[str, Tensor]], words: str, tmp_path: Path
 ) -> None:
@@ -142,16 +148,25 @@ STUDENTS = {
     "small stem": ("resnet18", "conv3_stride2", RESNET),
     "pooled stem": ("resnet18", "conv3_pool", {}),
     "timm's own": ("resnet18", "own", RESNET),
-    **{name: (name, "own", {}) for name in ("lenet5", "lenet5_half", "cifar_resnet8x4",
-                                           "cifar_wrn16_2", "cifar_vgg8")},
-}  # fmt: skip
+    **{
+        name: (name, "own", {})
+        for name in ("lenet5", "lenet5_half", "cifar_resnet8x4", "cifar_wrn16_2", "cifar_vgg8")
+    },
+}
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_timm_loads_students_with_the_same_bits(name: str, tmp_path: Path) -> None:
     architecture, stem, args = STUDENTS[name]
-    made = spec(architecture, stem=stem, model_args=args, in_chans=1, mean=(0.3,), std=(0.4,),
-                label_names=("a", "b", "c", "d"))  # fmt: skip
+    made = spec(
+        architecture,
+        stem=stem,
+        model_args=args,
+        in_chans=1,
+        mean=(0.3,),
+        std=(0.4,),
+        label_names=("a", "b", "c", "d"),
+    )
     torch.manual_seed(0)
     model = build_classifier(made).eval()
     save_classifier(model, made, tmp_path)
@@ -163,8 +178,12 @@ def test_timm_loads_students_with_the_same_bits(name: str, tmp_path: Path) -> No
     cfg = loaded.pretrained_cfg
     assert cfg["input_size"] == (1, 32, 32) and tuple(cfg["mean"]) == (0.3,)
     # What timm saves again is read here again.
-    save_for_hf(loaded, tmp_path / "again", safe_serialization=True,
-                model_args=getattr(loaded, "_model_args", None))  # fmt: skip
+    save_for_hf(
+        loaded,
+        tmp_path / "again",
+        safe_serialization=True,
+        model_args=getattr(loaded, "_model_args", None),
+    )
     assert torch.equal(load_classifier(tmp_path / "again", CPU)[0](images), model(images))
 
 
@@ -177,10 +196,17 @@ def test_the_lines_of_the_model_card_load_the_student(tmp_path: Path) -> None:
         code = timm_lines(made).split("```python\n")[1].split("```")[0]
         assert ("dmkd_fast" in code) == (folder == "small")
         done = subprocess.run(
-            [sys.executable, "-c", code + "print(model.num_classes if hasattr(model, "
-             "'num_classes') else 4)"], cwd=tmp_path / folder, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, check=False,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                code + "print(model.num_classes if hasattr(model, 'num_classes') else 4)",
+            ],
+            cwd=tmp_path / folder,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            check=False,
+        )
         assert done.returncode == 0 and done.stdout.strip() == "4", done.stderr
     assert timm_lines(spec("torchvision:resnet18")) == ""
 
@@ -200,18 +226,28 @@ class Wrong(nn.Module):
     def forward(self, x: Tensor) -> Any:
         logits = self.head(x.flatten(1))
         return {
-            "tuple": (logits, x), "dict": {"logits": logits}, "none": None,
-            "classes first": logits.T, "pixels": logits[:, :, None, None],
-            "too few": logits[:, :3], "nan": logits * float("nan"),
-        }[self.kind]  # fmt: skip
+            "tuple": (logits, x),
+            "dict": {"logits": logits},
+            "none": None,
+            "classes first": logits.T,
+            "pixels": logits[:, :, None, None],
+            "too few": logits[:, :3],
+            "nan": logits * float("nan"),
+        }[self.kind]
 
 
-@pytest.mark.parametrize(("kind", "words"), [
-    ("tuple", "a tuple from forward"), ("dict", "a dict from forward"), ("none", "a NoneType"),
-    ("classes first", "(4, 2) for 2 images, expected (2, 4 classes), classes last"),
-    ("pixels", "(2, 4, 1, 1) for 2 images"), ("too few", "(2, 3) for 2 images"),
-    ("nan", "got NaN or infinite logits"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("tuple", "a tuple from forward"),
+        ("dict", "a dict from forward"),
+        ("none", "a NoneType"),
+        ("classes first", "(4, 2) for 2 images, expected (2, 4 classes), classes last"),
+        ("pixels", "(2, 4, 1, 1) for 2 images"),
+        ("too few", "(2, 3) for 2 images"),
+        ("nan", "got NaN or infinite logits"),
+    ],
+)
 def test_networks_that_return_something_else_are_one_line(
     kind: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,15 +59,22 @@ def test_the_fast_teacher_gives_the_teachers_logits(dtype: torch.dtype, toleranc
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["embedded:fashion_mnist/strong", "cifar_resnet20", "cifar_vgg8",
-                                  "cifar_wrn16_2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["embedded:fashion_mnist/strong", "cifar_resnet20", "cifar_vgg8", "cifar_wrn16_2"]
+)
 def test_the_fold_has_the_bits_of_torchs_own(name: str) -> None:
     """The figures of earlier runs were made with `torch.fx.experimental.optimization.fuse`."""
     if name.startswith("embedded"):
         teacher, _ = load_classifier(resolve(name), CPU)
     else:
-        spec = ClassifierSpec(architecture=name, num_classes=10, in_chans=3, input_size=32,
-                              mean=(0.5,) * 3, std=(0.5,) * 3)  # fmt: skip
+        spec = ClassifierSpec(
+            architecture=name,
+            num_classes=10,
+            in_chans=3,
+            input_size=32,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+        )
         teacher = shaken(build_classifier(spec))
     expected = optimization.fuse(freeze(teacher)).state_dict()
     got = fold_batch_norms(teacher).state_dict()
@@ -135,19 +142,45 @@ def reworked(change: Callable[[nn.Module], object]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [
-    Twice, Optional, Branching, Switch,
-    lambda: hooked(0, "after"), lambda: hooked(1, "after"), lambda: hooked(1, "pre"),
-    lambda: hooked(0, "pre"), lambda: hooked(2, "after"),
-    lambda: reworked(weight_norm), lambda: reworked(spectral_norm),
-    lambda: reworked(parametrizations.weight_norm),
-    lambda: reworked(parametrizations.spectral_norm),
-    lambda: reworked(lambda conv: prune.random_unstructured(conv, "weight", 0.5)),
-    lambda: nn.Sequential(nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4, track_running_stats=False),
-                          nn.Flatten()),
-], ids=["twice", "optional", "branching", "switch", "conv hook", "norm hook", "norm pre-hook",
-        "conv pre-hook", "later hook", "weight_norm", "spectral_norm", "parametrized weight_norm",
-        "parametrized spectral_norm", "prune", "no statistics"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        Twice,
+        Optional,
+        Branching,
+        Switch,
+        lambda: hooked(0, "after"),
+        lambda: hooked(1, "after"),
+        lambda: hooked(1, "pre"),
+        lambda: hooked(0, "pre"),
+        lambda: hooked(2, "after"),
+        lambda: reworked(weight_norm),
+        lambda: reworked(spectral_norm),
+        lambda: reworked(parametrizations.weight_norm),
+        lambda: reworked(parametrizations.spectral_norm),
+        lambda: reworked(lambda conv: prune.random_unstructured(conv, "weight", 0.5)),
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()
+        ),
+    ],
+    ids=[
+        "twice",
+        "optional",
+        "branching",
+        "switch",
+        "conv hook",
+        "norm hook",
+        "norm pre-hook",
+        "conv pre-hook",
+        "later hook",
+        "weight_norm",
+        "spectral_norm",
+        "parametrized weight_norm",
+        "parametrized spectral_norm",
+        "prune",
+        "no statistics",
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_teacher_that_folding_would_change_is_used_as_it_is(
     make: Callable[[], nn.Module],
@@ -161,10 +194,16 @@ def test_a_teacher_that_folding_would_change_is_used_as_it_is(
     assert not got.requires_grad and got.std() > 0
 
 
-@pytest.mark.parametrize(("make", "unfolded"), [
-    (Twice, 2), (lambda: hooked(0, "after"), 1), (lambda: hooked(1, "after"), 1),
-    (lambda: hooked(1, "pre"), 1), (lambda: hooked(2, "after"), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "unfolded"),
+    [
+        (Twice, 2),
+        (lambda: hooked(0, "after"), 1),
+        (lambda: hooked(1, "after"), 1),
+        (lambda: hooked(1, "pre"), 1),
+        (lambda: hooked(2, "after"), 0),
+    ],
+)
 def test_only_a_layer_with_one_use_and_no_hook_is_folded(
     make: Callable[[], nn.Module], unfolded: int
 ) -> None:
@@ -232,8 +271,14 @@ def test_every_family_of_timm_can_teach(name: str, tmp_path: Path) -> None:
     """Saved, loaded as a job loads it, folded if possible: the logits of timm's own model."""
     given = timm.get_pretrained_cfg(name)
     size = given.input_size[-1]
-    spec = ClassifierSpec(architecture=name, num_classes=7, in_chans=3, input_size=size,
-                          mean=(0.5,) * 3, std=(0.5,) * 3)  # fmt: skip
+    spec = ClassifierSpec(
+        architecture=name,
+        num_classes=7,
+        in_chans=3,
+        input_size=size,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7).eval()
     for weight in model.parameters():  # some heads begin at 0

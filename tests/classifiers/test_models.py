@@ -28,17 +28,32 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # Trainable parameters for CIFAR-100, as the distillation literature prints them (Tian et al. 2020
 # and code that follows it; ResNet-18 and -34: the pair of Li et al. 2023, 11.2 M and 21.3 M).
 PUBLISHED = {
-    "cifar_resnet8x4": 1_233_540, "cifar_resnet32x4": 7_433_860, "cifar_resnet20": 278_324,
-    "cifar_resnet56": 861_620, "cifar_resnet110": 1_736_564, "cifar_wrn16_2": 703_284,
-    "cifar_wrn40_1": 569_780, "cifar_wrn40_2": 2_255_156, "cifar_vgg8": 3_965_028,
-    "cifar_vgg13": 9_462_180, "cifar_vgg11": 9_277_284, "cifar_wrn16_1": 180_916,
-    "resnet18": 11_220_132, "resnet34": 21_328_292,
-}  # fmt: skip
+    "cifar_resnet8x4": 1_233_540,
+    "cifar_resnet32x4": 7_433_860,
+    "cifar_resnet20": 278_324,
+    "cifar_resnet56": 861_620,
+    "cifar_resnet110": 1_736_564,
+    "cifar_wrn16_2": 703_284,
+    "cifar_wrn40_1": 569_780,
+    "cifar_wrn40_2": 2_255_156,
+    "cifar_vgg8": 3_965_028,
+    "cifar_vgg13": 9_462_180,
+    "cifar_vgg11": 9_277_284,
+    "cifar_wrn16_1": 180_916,
+    "resnet18": 11_220_132,
+    "resnet34": 21_328_292,
+}
 
 
 def spec(architecture: str, **changes: object) -> ClassifierSpec:
-    base = {"architecture": architecture, "num_classes": 100, "in_chans": 3, "input_size": 32,
-            "mean": (0.5, 0.5, 0.4), "std": (0.3, 0.3, 0.3)}  # fmt: skip
+    base = {
+        "architecture": architecture,
+        "num_classes": 100,
+        "in_chans": 3,
+        "input_size": 32,
+        "mean": (0.5, 0.5, 0.4),
+        "std": (0.3, 0.3, 0.3),
+    }
     return ClassifierSpec(**(base | changes))  # type: ignore[arg-type]
 
 
@@ -77,8 +92,10 @@ def test_a_residual_network_of_zero_branches_passes_its_stem_through() -> None:
         torch.testing.assert_close(model(images), expected)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet21", "cifar_wrn17_2", "cifar_vgg9", "cifar_x",
-                                  "cifar_resnet2", "cifar_wrn16_0"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["cifar_resnet21", "cifar_wrn17_2", "cifar_vgg9", "cifar_x", "cifar_resnet2", "cifar_wrn16_0"],
+)
 def test_depths_that_do_not_exist_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"got '{name}', expected cifar_resnetD"):
         build_classifier(spec(name))
@@ -93,23 +110,31 @@ def test_torchvision_models_are_saved_and_loaded(name: str, tmp_path: Path) -> N
     save_classifier(made, spec(name, num_classes=7, input_size=64), tmp_path)
     loaded, read = load_classifier(tmp_path, CPU)
     theirs = torchvision.models.get_model(
-        name.removeprefix("torchvision:"), weights=None, num_classes=7,
+        name.removeprefix("torchvision:"),
+        weights=None,
+        num_classes=7,
         **({"aux_logits": False, "init_weights": False} if "goog" in name else {}),
-    )  # fmt: skip
+    )
     theirs.load_state_dict(made.state_dict())
     images = torch.randn(2, 3, 64, 64)
     assert read.architecture == name and torch.equal(loaded(images), theirs.eval()(images))
     assert made.train()(images).shape == (2, 7)  # a tensor, not logits with auxiliary ones
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"architecture": "torchvision:resnet81"}, "torchvision:resnet81.*resnet18"),
-    ({"architecture": "torchvision:resnet18", "in_chans": 1}, "1 channel.*expected 3"),
-    ({"architecture": "torchvision:resnet18", "model_args": {"wings": 2}}, "model_args.*wings"),
-    ({"architecture": "cifar_vgg8", "model_args": {"drop_rate": 0.1}}, "takes none, got drop_rate"),
-    ({"architecture": "cifar_vgg8", "stem": "conv3"}, "stem.*cifar_vgg8"),
-    ({"architecture": "resnet1800"}, "resnet1800.*timm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architecture": "torchvision:resnet81"}, "torchvision:resnet81.*resnet18"),
+        ({"architecture": "torchvision:resnet18", "in_chans": 1}, "1 channel.*expected 3"),
+        ({"architecture": "torchvision:resnet18", "model_args": {"wings": 2}}, "model_args.*wings"),
+        (
+            {"architecture": "cifar_vgg8", "model_args": {"drop_rate": 0.1}},
+            "takes none, got drop_rate",
+        ),
+        ({"architecture": "cifar_vgg8", "stem": "conv3"}, "stem.*cifar_vgg8"),
+        ({"architecture": "resnet1800"}, "resnet1800.*timm"),
+    ],
+)
 def test_wrong_architectures_end_in_one_clear_line(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build_classifier(spec(**changes))
@@ -138,9 +163,12 @@ def test_what_timm_puts_on_the_hub_is_read(tmp_path: Path) -> None:
     assert torch.equal(loaded(images), model(images))
     cfg = model.pretrained_cfg
     assert read.input == InputSpec(
-        size=224, mean=cfg["mean"], std=cfg["std"], crop_pct=cfg["crop_pct"],
+        size=224,
+        mean=cfg["mean"],
+        std=cfg["std"],
+        crop_pct=cfg["crop_pct"],
         interpolation=cfg["interpolation"],
-    )  # fmt: skip
+    )
 
 
 def test_hub_classifiers_are_fetched_by_commit_and_never_unpickled(tmp_path: Path) -> None:
@@ -163,10 +191,14 @@ def test_hub_classifiers_are_fetched_by_commit_and_never_unpickled(tmp_path: Pat
 
     def load(name: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", script, name], capture_output=True, text=True, check=False,
+            [sys.executable, "-c", script, name],
+            capture_output=True,
+            text=True,
+            check=False,
             env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
-            cwd=Path(__file__).parents[2], timeout=120,
-        )  # fmt: skip
+            cwd=Path(__file__).parents[2],
+            timeout=120,
+        )
 
     done = load(f"hf-hub:acme/tiny@{COMMIT}")
     assert done.returncode == 0, done.stderr
@@ -191,14 +223,17 @@ def test_hub_classifiers_are_fetched_by_commit_and_never_unpickled(tmp_path: Pat
     assert "ValueError: hf-hub:timm/resnet18.a1_in1k" in done.stderr and "network" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("hf-hub:acme/tiny", "revision '', expected hf-hub:acme/tiny@COMMIT"),
-    ("hf-hub:acme/tiny@main", "revision 'main'"),
-    ("resnet1800", "resnet1800.*timm"),
-    ("resnet18.nobody", "resnet18.nobody.*resnet18.a1_in1k"),
-    ("torchvision:resnet81", "torchvision:resnet81"),
-    ("some/folder", "config.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hf-hub:acme/tiny", "revision '', expected hf-hub:acme/tiny@COMMIT"),
+        ("hf-hub:acme/tiny@main", "revision 'main'"),
+        ("resnet1800", "resnet1800.*timm"),
+        ("resnet18.nobody", "resnet18.nobody.*resnet18.a1_in1k"),
+        ("torchvision:resnet81", "torchvision:resnet81"),
+        ("some/folder", "config.json"),
+    ],
+)
 def test_wrong_names_end_in_one_clear_line(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         networks.load_trained(name, CPU)
@@ -246,9 +281,10 @@ def test_published_torchvision_weights_give_torchvisions_logits(
     assert read.input.mean == (0.485, 0.456, 0.406)
 
 
-@pytest.mark.parametrize(("values", "expected"), [
-    ({"stem": "own"}, 1.0), ({}, 0.875), ({"pretrained_cfg": {"crop_pct": 0.95}}, 0.95),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [({"stem": "own"}, 1.0), ({}, 0.875), ({"pretrained_cfg": {"crop_pct": 0.95}}, 0.95)],
+)
 def test_the_crop_of_an_old_config_is_what_its_writer_meant(values: dict, expected: float) -> None:
     inputs = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
     config = {"architecture": "cifar_vgg8", "num_classes": 4, **values}
@@ -258,10 +294,16 @@ def test_the_crop_of_an_old_config_is_what_its_writer_meant(values: dict, expect
     assert again == spec("cifar_vgg8")
 
 
-@pytest.mark.parametrize("changes", [
-    {"std": (0.3, 0.0, 0.3)}, {"mean": (0.5,)}, {"size": 0}, {"crop_pct": 1.5},
-    {"interpolation": "nearest"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"std": (0.3, 0.0, 0.3)},
+        {"mean": (0.5,)},
+        {"size": 0},
+        {"crop_pct": 1.5},
+        {"interpolation": "nearest"},
+    ],
+)
 def test_impossible_inputs_are_refused(changes: dict) -> None:
     good = {"size": 32, "mean": (0.5,) * 3, "std": (0.3,) * 3}
     with pytest.raises(ValueError, match=r"got .*expected"):

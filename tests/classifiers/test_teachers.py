@@ -92,7 +92,7 @@ def test_a_class_that_two_of_three_teach_gets_the_mean_of_the_two() -> None:
     several = Teachers(
         [Teacher(module=n, input=SMALL, teaches=t) for n, t in zip(nets, taught, strict=True)],
         num_classes=4,
-    )  # fmt: skip
+    )
     got = several(views(), LABELS, 0.2).softmax(1)
     parts = [logits(n, SMALL).softmax(1) for n in nets]
     for row, label in enumerate(LABELS.tolist()):
@@ -105,8 +105,12 @@ def test_scheduled_teachers_run_in_their_time_and_not_outside_of_it() -> None:
     weak, strong = Pooled(seed=1), Pooled(seed=2)
     first = Teacher(module=weak, input=SMALL, stop=0.25)
     schedule = Teachers([first, Teacher(module=strong, input=LARGE, start=0.25)])
-    for share, module, spec in ((0.0, weak, SMALL), (0.2499, weak, SMALL), (0.25, strong, LARGE),
-                                (1.0, strong, LARGE)):  # fmt: skip
+    for share, module, spec in (
+        (0.0, weak, SMALL),
+        (0.2499, weak, SMALL),
+        (0.25, strong, LARGE),
+        (1.0, strong, LARGE),
+    ):
         assert schedule.inputs_at(share) == (spec,)
         only = {spec: views()[spec]}  # the other rendering is not even there
         assert torch.equal(schedule(only, LABELS, share), logits(module, spec))
@@ -119,19 +123,22 @@ def test_a_class_map_orders_and_restricts_the_teachers_logits() -> None:
     assert torch.equal(mapped(views(), LABELS, 0.0), logits(wide, SMALL)[:, [7, 0, 8, 2]])
 
 
-@pytest.mark.parametrize(("members", "words"), [
-    ([], "got none"),
-    ([{"teaches": (0, 1)}], "no teacher for class 2 from share 0"),
-    ([{"teaches": (0, 1)}, {"teaches": (2, 3), "start": 0.5}], "no teacher for class 2"),
-    ([{"stop": 0.5}], "no teacher from share 0.5"),
-    ([{"start": 0.5}], "no teacher from share 0.0"),
-    ([{"stop": 0.4}, {"start": 0.5}], "no teacher from share 0.4"),
-    ([{"start": 0.5, "stop": 0.5}], "start < stop"),
-    ([{"teaches": (0, 1, 2, 3, 4)}], "got 4, expected classes from 0 to 3"),
-    ([{"teaches": ()}], "got no classes"),
-    ([{"class_map": (1, 1)}], "2 entries, 1 of them different"),
-    ([{"class_map": (-1, 1)}], "-1 the lowest"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([], "got none"),
+        ([{"teaches": (0, 1)}], "no teacher for class 2 from share 0"),
+        ([{"teaches": (0, 1)}, {"teaches": (2, 3), "start": 0.5}], "no teacher for class 2"),
+        ([{"stop": 0.5}], "no teacher from share 0.5"),
+        ([{"start": 0.5}], "no teacher from share 0.0"),
+        ([{"stop": 0.4}, {"start": 0.5}], "no teacher from share 0.4"),
+        ([{"start": 0.5, "stop": 0.5}], "start < stop"),
+        ([{"teaches": (0, 1, 2, 3, 4)}], "got 4, expected classes from 0 to 3"),
+        ([{"teaches": ()}], "got no classes"),
+        ([{"class_map": (1, 1)}], "2 entries, 1 of them different"),
+        ([{"class_map": (-1, 1)}], "-1 the lowest"),
+    ],
+)
 def test_gaps_and_impossible_settings_are_refused(members: list[dict], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Teachers([Teacher(module=Pooled(), input=SMALL, **m) for m in members], num_classes=4)
@@ -148,9 +155,7 @@ def digest(*modules: nn.Module) -> str:
 
 def test_teachers_stay_as_they_are_whatever_happens_to_them(make_distiller: Make) -> None:
     a, b = small_classifier(), Pooled(seed=2)
-    teachers = Teachers([
-        Teacher(module=a, input=SMALL), Teacher(module=b, input=LARGE, start=0.5)
-    ])  # fmt: skip
+    teachers = Teachers([Teacher(module=a, input=SMALL), Teacher(module=b, input=LARGE, start=0.5)])
     before = digest(a, b)
     distiller = with_teacher(make_distiller(num_views=640), teachers)
     parent = nn.ModuleList([teachers, distiller.student])
@@ -185,10 +190,15 @@ def test_training_mode_of_the_callers_own_module_does_not_reach_the_run(
 def with_teacher(distiller: Distiller, teachers: nn.Module, **changes: Any) -> Distiller:
     """The same run with other teachers."""
     settings: dict[str, Any] = {
-        "sampler": distiller.sampler, "ring": distiller.ring, "labels": distiller.labels,
-        "views": distiller.views, "student": distiller.student, "schedule": distiller.schedule,
-        "run_dir": distiller.run_dir, "show": False,
-    }  # fmt: skip
+        "sampler": distiller.sampler,
+        "ring": distiller.ring,
+        "labels": distiller.labels,
+        "views": distiller.views,
+        "student": distiller.student,
+        "schedule": distiller.schedule,
+        "run_dir": distiller.run_dir,
+        "show": False,
+    }
     return Distiller(**(settings | changes), teacher=teachers)
 
 
@@ -226,9 +236,16 @@ def test_every_teacher_sees_the_students_crop_in_its_own_size_and_scale(
     distiller.train_step()
     for name, spec in (("large", LARGE), ("small", SMALL)):
         expected = reference_views(
-            ring.images, plan["indices"], plan["boxes"], plan["flips"], size=spec.size, pad=1,
-            mean=torch.tensor(spec.mean), std=torch.tensor(spec.std), dtype=torch.float32,
-        )  # fmt: skip
+            ring.images,
+            plan["indices"],
+            plan["boxes"],
+            plan["flips"],
+            size=spec.size,
+            pad=1,
+            mean=torch.tensor(spec.mean),
+            std=torch.tensor(spec.std),
+            dtype=torch.float32,
+        )
         torch.testing.assert_close(seen[name], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -254,10 +271,12 @@ def test_a_weak_then_strong_run_resumes_in_the_right_phase(make_distiller: Make)
     """Share of the run decides, so a run that was cut in two ends like a whole one."""
 
     def scheduled(run_dir: Path | None = None) -> Distiller:
-        teachers = Teachers([
-            Teacher(module=Pooled(seed=1), input=LARGE, stop=0.5),
-            Teacher(module=Pooled(seed=2), input=SMALL, start=0.5),
-        ])  # fmt: skip
+        teachers = Teachers(
+            [
+                Teacher(module=Pooled(seed=1), input=LARGE, stop=0.5),
+                Teacher(module=Pooled(seed=2), input=SMALL, start=0.5),
+            ]
+        )
         distiller = make_distiller(run_dir=run_dir)
         later = [(0.5, tiny_sampler(num_steps=1, guidance_scale=1.0))]
         return with_teacher(distiller, teachers, later_samplers=later)
@@ -322,10 +341,13 @@ def test_distilling_some_of_a_teachers_classes_from_some_of_a_generators(
     teachers = Teachers([Teacher(module=wide, input=SMALL, class_map=(3, 1))])
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     distiller = with_teacher(
-        base, teachers, student=student, labels=LabelStream(2),
+        base,
+        teachers,
+        student=student,
+        labels=LabelStream(2),
         sampler=tiny_sampler(num_classes=2, class_map=(3, 1)),
         schedule=Schedule(batch_size=16, num_views=3200, lr=1e-2),
-    )  # fmt: skip
+    )
     distiller.refill()
     before = distiller.train_step().item()
     distiller.fit()

@@ -31,10 +31,14 @@ from dmkd_fast.runtime.errors import UserError
 
 CONFIGS = Path(CONFIG).parent
 EVERY_SECTION = [
-    "sampler.class_guidance={3: 2}", "mix={mixup_alpha: 0.5}", "denoiser.class_map=[1, 2]",
-    "sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 2}]", "optim.milestones=[0.5]",
-    "more_teachers=[{path: x, class_map: [1, 2]}]", "denoiser.prompts=[a, b]",
-]  # fmt: skip
+    "sampler.class_guidance={3: 2}",
+    "mix={mixup_alpha: 0.5}",
+    "denoiser.class_map=[1, 2]",
+    "sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 2}]",
+    "optim.milestones=[0.5]",
+    "more_teachers=[{path: x, class_map: [1, 2]}]",
+    "denoiser.prompts=[a, b]",
+]
 BASES: dict[str, tuple[type[Section], str, list[str]]] = {
     "distill": (DistillConfig, CONFIG, EVERY_SECTION),
     "disk": (DistillConfig, str(CONFIGS / "from_disk.yaml"), []),
@@ -43,9 +47,26 @@ BASES: dict[str, tuple[type[Section], str, list[str]]] = {
     "fewstep": (PretrainFewstepConfig, str(CONFIGS / "pretrain" / "fewstep.yaml"), []),
 }
 VALUES = [
-    "0", "-1", "1", "2.5", "1e30", "-1e30", ".nan", ".inf", "-.inf", "1" + "0" * 400, "x", "'5'",
-    "null", "true", "[[1], [2]]", "{a: {b: [1]}}", "[]", "'" + "x" * 5000 + "'", '"a\\0b"',
-]  # fmt: skip
+    "0",
+    "-1",
+    "1",
+    "2.5",
+    "1e30",
+    "-1e30",
+    ".nan",
+    ".inf",
+    "-.inf",
+    "1" + "0" * 400,
+    "x",
+    "'5'",
+    "null",
+    "true",
+    "[[1], [2]]",
+    "{a: {b: [1]}}",
+    "[]",
+    "'" + "x" * 5000 + "'",
+    '"a\\0b"',
+]
 
 
 def fields(kind: Any, values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -186,21 +207,45 @@ def expects(value: str, annotation: Any, metadata: Any, told: str) -> None:
         assert is_valid != ("change it or pass" in told), told
 
 
-@pytest.mark.parametrize("arguments", [
-    ["sampler.class_guidance={0-99999999: 2}"], ["eval.num_points=1e9"], ["num_threads=100000"],
-    ["views.pad=100000"], ["seed=1" + "0" * 400], ["loss.temperature=1e300"],
-    ["loss.temperature=1e-30"], ["mix.mixup_alpha=1e300"], ["mix.cutmix_alpha=1e300"],
-    ["optim.lr=1e30"], ["train.batch_size=1e30"], ["ring.samples_per_insert=1e-300"],
-    ["ring.error_buffer=1e300"], ["train.num_views=1e18"], ["views.scale=[1e-30, 1]"],
-    ["train.num_views=true"], ["train.batch_size='64'"], ["sampler.fidelity=[low]"],
-    ["train.compile=1"], ["train=[1, 2]"], ["seed=2020-13-45"], ["seed=!!binary x"],
-    ["seed=" + "[" * 5000], ["name=" + "x" * 10**6], ["x" * 10**6], ["teacher.path=\"a\\0b\""],
-    ["eval.path=''"], ["more_teachers=[{path: x, strat: 0.5}]"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sampler.class_guidance={0-99999999: 2}"],
+        ["eval.num_points=1e9"],
+        ["num_threads=100000"],
+        ["views.pad=100000"],
+        ["seed=1" + "0" * 400],
+        ["loss.temperature=1e300"],
+        ["loss.temperature=1e-30"],
+        ["mix.mixup_alpha=1e300"],
+        ["mix.cutmix_alpha=1e300"],
+        ["optim.lr=1e30"],
+        ["train.batch_size=1e30"],
+        ["ring.samples_per_insert=1e-300"],
+        ["ring.error_buffer=1e300"],
+        ["train.num_views=1e18"],
+        ["views.scale=[1e-30, 1]"],
+        ["train.num_views=true"],
+        ["train.batch_size='64'"],
+        ["sampler.fidelity=[low]"],
+        ["train.compile=1"],
+        ["train=[1, 2]"],
+        ["seed=2020-13-45"],
+        ["seed=!!binary x"],
+        ["seed=" + "[" * 5000],
+        ["name=" + "x" * 10**6],
+        ["x" * 10**6],
+        ['teacher.path="a\\0b"'],
+        ["eval.path=''"],
+        ["more_teachers=[{path: x, strat: 0.5}]"],
+    ],
+)
 def test_the_command_refuses_in_one_line_and_writes_nothing(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["distill", CONFIG, *arguments]) == 2
     captured = capsys.readouterr()
@@ -209,11 +254,16 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
     assert len(lines[0]) < 1100 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [
-    ["generate", CONFIG, "--out", "x", "--num-images", "9" * 5000],
-    ["generate", CONFIG, "--out", "x", "--num-images", "1", "--shard", "1" * 5000],
-    ["distill", CONFIG, "--" + "x" * 10**6], ["x" * 10**6], [],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", CONFIG, "--out", "x", "--num-images", "9" * 5000],
+        ["generate", CONFIG, "--out", "x", "--num-images", "1", "--shard", "1" * 5000],
+        ["distill", CONFIG, "--" + "x" * 10**6],
+        ["x" * 10**6],
+        [],
+    ],
+)
 def test_wrong_arguments_are_one_line(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,16 +279,19 @@ def test_did_you_mean_reaches_into_lists() -> None:
         load_config(DistillConfig, CONFIG, ["more_teachers=[{path: x, strat: 0.5}]"])
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("train.compile=maybe", "train.compile: got 'maybe', expected true, false or auto;"),
-    ("train=[1, 2]", r"train: got \[1, 2\], expected a section of key: value lines;"),
-    ("views.scale=0.5", "views.scale: got 0.5, expected a list;"),
-    ("more_teachers={a: 1}", r"more_teachers: got \{'a': 1\}, expected a list;"),
-    ("name=1", r"name: got 1, expected a valid string \(in quotes"),
-    ("mix={1: 2}", "mix.1: got .*, expected keys that are strings"),
-    ("sampler.class_guidance={3: 2, '3': 4}", "got a class twice, as 3 and '3'"),
-    ("sampler.class_guidance={3-5: 2, 5: 4}", "got class 5 twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.compile=maybe", "train.compile: got 'maybe', expected true, false or auto;"),
+        ("train=[1, 2]", r"train: got \[1, 2\], expected a section of key: value lines;"),
+        ("views.scale=0.5", "views.scale: got 0.5, expected a list;"),
+        ("more_teachers={a: 1}", r"more_teachers: got \{'a': 1\}, expected a list;"),
+        ("name=1", r"name: got 1, expected a valid string \(in quotes"),
+        ("mix={1: 2}", "mix.1: got .*, expected keys that are strings"),
+        ("sampler.class_guidance={3: 2, '3': 4}", "got a class twice, as 3 and '3'"),
+        ("sampler.class_guidance={3-5: 2, 5: 4}", "got class 5 twice"),
+    ],
+)
 def test_wrong_kinds_say_what_is_expected(override: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_config(DistillConfig, CONFIG, [override])

@@ -46,7 +46,7 @@ BROKEN = {
     "alias bomb": (BOMB, "got more than 10,000 values, aliases expanded"),
     "million entries": ("[" + "1," * 10**6 + "]", "characters, expected at most 1,048,576"),
     "many entries": ("[" + "1," * 10**5 + "]", "got more than 10,000 values"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "words"), BROKEN.values(), ids=BROKEN)
@@ -95,15 +95,26 @@ def test_limits_are_exact() -> None:
 def test_values_are_plain() -> None:
     found = parse("[1e-3, 1.5e3, .5, 1_000, 2020-01-01, 1e5x, ~, yes, '1e-3', 010, .inf]")
     assert found == [
-        0.001, 1500.0, 0.5, 1000, "2020-01-01", "1e5x", None, True, "1e-3", 8, float("inf"),
-    ]  # fmt: skip
+        0.001,
+        1500.0,
+        0.5,
+        1000,
+        "2020-01-01",
+        "1e5x",
+        None,
+        True,
+        "1e-3",
+        8,
+        float("inf"),
+    ]
     assert parse("") is None and parse("# only a comment") is None
 
 
 def test_merge_keys_may_be_overridden() -> None:
     assert parse("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}") == {
-        "a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3},
-    }  # fmt: skip
+        "a": {"x": 1, "y": 2},
+        "b": {"x": 1, "y": 3},
+    }
 
 
 @pytest.mark.parametrize(
@@ -128,11 +139,16 @@ def test_files_that_are_none_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes("name: Å".encode("latin-1"))
     (tmp_path / "utf16").write_text("name: x", encoding="utf-16")
     for name, words in (
-        ("", "got a directory, expected a YAML file"), ("pipe", "got no regular file"),
-        ("empty", "got an empty file"), ("latin", "not UTF-8"), ("utf16", "not UTF-8"),
-        ("a\0b", "embedded null byte"), ("x" * 5000, "File name too long"),
-        ("none", "No such file"), ("empty/x", "Not a directory"),
-    ):  # fmt: skip
+        ("", "got a directory, expected a YAML file"),
+        ("pipe", "got no regular file"),
+        ("empty", "got an empty file"),
+        ("latin", "not UTF-8"),
+        ("utf16", "not UTF-8"),
+        ("a\0b", "embedded null byte"),
+        ("x" * 5000, "File name too long"),
+        ("none", "No such file"),
+        ("empty/x", "Not a directory"),
+    ):
         with pytest.raises(UserError, match=words) as error:
             load_config(DistillConfig, tmp_path / name)
         assert "\0" not in str(error.value) and len(str(error.value)) <= 1000

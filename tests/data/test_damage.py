@@ -132,9 +132,11 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 24), dtype=np.uint8)
 
 
 def idx(
-    change: Callable[[bytes], bytes] = bytes, after: Callable[[bytes], bytes] = bytes,
-    labels: int = 20, is_gzip: bool = True,
-) -> Damage:  # fmt: skip
+    change: Callable[[bytes], bytes] = bytes,
+    after: Callable[[bytes], bytes] = bytes,
+    labels: int = 20,
+    is_gzip: bool = True,
+) -> Damage:
     """Change the images' bytes, or those of the file after compression."""
 
     def write(root: Path) -> None:

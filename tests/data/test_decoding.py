@@ -39,9 +39,10 @@ def build(folder: Path, device: str) -> None:
     ImageReader(source, image_shape=(3, 8, 8), ring_images=9, device=device, show=False)._build(4)
 
 
-@pytest.mark.parametrize(("device", "index", "kind"), [
-    ("cuda:0", 0, "mixed"), ("cuda:1", 1, "mixed"), ("cpu", None, "cpu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "index", "kind"),
+    [("cuda:0", 0, "mixed"), ("cuda:1", 1, "mixed"), ("cpu", None, "cpu")],
+)
 def test_dali_gets_the_index_of_the_device_and_interpolates_chroma(
     dali: MagicMock, tmp_path: Path, device: str, index: int | None, kind: str
 ) -> None:
@@ -80,9 +81,11 @@ def test_jpegs_with_halved_chroma_are_decoded_as_pillow_decodes_them(
     mode = "L" if channels == 1 else "RGB"
     expected = np.asarray(Image.open(path).convert(mode)).reshape(48, 48, channels).astype(int)
     reader = ImageReader(
-        FileSource(tmp_path, ["a.jpg"], [0]), image_shape=(channels, 48, 48), ring_images=9,
+        FileSource(tmp_path, ["a.jpg"], [0]),
+        image_shape=(channels, 48, 48),
+        ring_images=9,
         show=False,
-    )  # fmt: skip
+    )
     ids, out = torch.zeros(1, dtype=torch.int64), torch.empty(1, channels, 48, 48).byte()
     read = reader.sample(ids, ids, out=out)[0].permute(1, 2, 0).numpy()
     spec = InputSpec(size=48, mean=(0.0,) * channels, std=(1.0,) * channels)
@@ -99,11 +102,20 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n\0\0\0\r" + body + struct.pack(">I", zlib.crc32(body))
 
 
-@pytest.mark.parametrize(("width", "height", "short_side", "fits"), [
-    (8192, 8192, 1, True), (8193, 8192, 1, False), (8192, 8193, 1, False), (0, 5, 1, False),
-    (5, 0, 1, False), (MOST_PIXELS, 1, 1, True), (4000, 3, 128, True), (4000, 3, 500, False),
-    (3, 4000, 500, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "height", "short_side", "fits"),
+    [
+        (8192, 8192, 1, True),
+        (8193, 8192, 1, False),
+        (8192, 8193, 1, False),
+        (0, 5, 1, False),
+        (5, 0, 1, False),
+        (MOST_PIXELS, 1, 1, True),
+        (4000, 3, 128, True),
+        (4000, 3, 500, False),
+        (3, 4000, 500, False),
+    ],
+)
 def test_sizes_are_checked_before_anything_is_decoded(
     width: int, height: int, short_side: int, fits: bool
 ) -> None:
@@ -120,9 +132,11 @@ def test_test_sets_refuse_an_image_that_would_fill_the_memory(tmp_path: Path) ->
     for data in (png_header(65536, 65536), encode(np.zeros((2, 60_000), dtype=np.uint8))):
         (tmp_path / "a" / "0.png").write_bytes(data)
         with pytest.raises(SourceError, match=r"a/0\.png: got 6[05]\d+ x \d+ pixels"):
-            list(test_sets.open_set(tmp_path, torch.device("cpu")).batches([
-                InputSpec(size=224, mean=(0.5,), std=(0.5,))
-            ]))  # fmt: skip
+            list(
+                test_sets.open_set(tmp_path, torch.device("cpu")).batches(
+                    [InputSpec(size=224, mean=(0.5,), std=(0.5,))]
+                )
+            )
 
 
 def test_files_larger_than_any_image_are_not_read(tmp_path: Path) -> None:
@@ -167,9 +181,10 @@ def test_ranks_read_disjoint_blocks_that_together_are_one_reader_s(
         assert torch.equal(torch.cat([labels for _, labels in found]), classes)
 
 
-@pytest.mark.parametrize(("ring_images", "position", "expected"), [
-    (25, 25, True), (24, 25, False), (25, 24, False), (26, 50, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ring_images", "position", "expected"),
+    [(25, 25, True), (24, 25, False), (25, 24, False), (26, 50, True)],
+)
 def test_a_set_is_used_up_when_all_of_it_is_in_the_ring(
     tmp_path: Path, ring_images: int, position: int, expected: bool
 ) -> None:

@@ -26,10 +26,16 @@ from dmkd_fast.training import scoring
 GREY = InputSpec(size=16, mean=(0.4,), std=(0.3,), interpolation="bicubic")
 
 
-@pytest.mark.parametrize("spec", [
-    COLOUR, GREY, InputSpec(size=17, mean=(0.5,) * 3, std=(0.5,) * 3),
-    InputSpec(size=48, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=0.9, interpolation="bicubic"),
-], ids=lambda s: f"{s.size}-{s.interpolation}")  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        COLOUR,
+        GREY,
+        InputSpec(size=17, mean=(0.5,) * 3, std=(0.5,) * 3),
+        InputSpec(size=48, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=0.9, interpolation="bicubic"),
+    ],
+    ids=lambda s: f"{s.size}-{s.interpolation}",
+)
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_images_are_prepared_as_torchvision_prepares_them(
     spec: InputSpec, kind: str, request: pytest.FixtureRequest
@@ -160,9 +166,10 @@ def test_idx_images_are_cut_as_image_files_are(tmp_path: Path) -> None:
     assert torch.equal(all_of(open_set(tmp_path, CPU), same)[0], expected)
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [
-    (31, 33, 28), (33, 31, 28), (30, 35, 29), (31, 40, 31), (29, 29, 28), (32, 47, 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(31, 33, 28), (33, 31, 28), (30, 35, 29), (31, 40, 31), (29, 29, 28), (32, 47, 32)],
+)
 def test_the_center_is_cut_where_torchvision_cuts_it(height: int, width: int, size: int) -> None:
     from torchvision.transforms.functional import center_crop
 
@@ -196,9 +203,10 @@ def test_ranks_share_a_set_in_memory_without_overlap(
     monkeypatch.setattr(test_sets, "batch_images", lambda inputs: 4)
     values = torch.arange(23)
     images = test_sets.ImageSet(
-        images=values.byte()[:, None, None, None].expand(-1, 1, 4, 4), labels=values * 3,
+        images=values.byte()[:, None, None, None].expand(-1, 1, 4, 4),
+        labels=values * 3,
         class_names=(),
-    )  # fmt: skip
+    )
     spec, seen = InputSpec(size=4, mean=(0.0,), std=(1.0,)), []
     for rank in range(world_size):
         views, labels = all_of(images, spec, rank=rank, world_size=world_size)
@@ -230,8 +238,13 @@ def test_idx_files_beyond_the_memory_are_one_line(
 
 
 def test_batches_are_500_small_images_or_as_many_as_fit() -> None:
-    for channels, size, count in ((1, 28, 500), (3, 224, 111), (3, 105, 500), (3, 106, 497),
-                                  (3, 5000, 1)):  # fmt: skip
+    for channels, size, count in (
+        (1, 28, 500),
+        (3, 224, 111),
+        (3, 105, 500),
+        (3, 106, 497),
+        (3, 5000, 1),
+    ):
         spec = InputSpec(size=size, mean=(0.5,) * channels, std=(0.5,) * channels)
         assert test_sets.batch_images([GREY, spec]) == count
 
@@ -286,24 +299,27 @@ def mistakes(root: Path, what: str) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize(("what", "words"), [
-    ("file", "no such folder"),
-    ("nothing", "got no idx files, class folders or .tar shards"),
-    ("loose", "1.jpg: got an image without a label"),
-    ("empty class", "a: got no images"),
-    ("classes missing", "no folder for class 'c', which the list of 3 classes has"),
-    ("classes extra", "folder 'b', which the list of 1 classes does not have"),
-    ("classes twice", "got 2 lines, 1 of them different"),
-    ("classes empty", "got 0 lines"),
-    ("classes none", "none.txt: no such file"),
-    ("no label", "0.tar: 1: got an image without label"),
-    ("no image", "0.tar: 1: got a label without image"),
-    ("odd label", "got b'ant', expected a class number"),
-    ("high label", "0.cls|got class 9, expected 0 to 2"),
-    ("link", "0.jpg: a link or cut short"),
-    ("cut tar", "link or cut short|damaged"),
-    ("no tar", "0.tar: damaged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("file", "no such folder"),
+        ("nothing", "got no idx files, class folders or .tar shards"),
+        ("loose", "1.jpg: got an image without a label"),
+        ("empty class", "a: got no images"),
+        ("classes missing", "no folder for class 'c', which the list of 3 classes has"),
+        ("classes extra", "folder 'b', which the list of 1 classes does not have"),
+        ("classes twice", "got 2 lines, 1 of them different"),
+        ("classes empty", "got 0 lines"),
+        ("classes none", "none.txt: no such file"),
+        ("no label", "0.tar: 1: got an image without label"),
+        ("no image", "0.tar: 1: got a label without image"),
+        ("odd label", "got b'ant', expected a class number"),
+        ("high label", "0.cls|got class 9, expected 0 to 2"),
+        ("link", "0.jpg: a link or cut short"),
+        ("cut tar", "link or cut short|damaged"),
+        ("no tar", "0.tar: damaged"),
+    ],
+)
 def test_a_broken_set_ends_in_one_clear_line(what: str, words: str, tmp_path: Path) -> None:
     root = tmp_path / "set"
     root.mkdir()
@@ -317,8 +333,12 @@ def test_a_broken_set_ends_in_one_clear_line(what: str, words: str, tmp_path: Pa
 def test_the_damaged_image_is_named(damage: str, folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "set"
     shutil.copytree(folder, root)
-    data = {"cut jpeg": encoded(0)[0][:400], "garbage": b"no image" * 50,
-            "cut png": encoded(1)[0][:300], "empty": b""}[damage]  # fmt: skip
+    data = {
+        "cut jpeg": encoded(0)[0][:400],
+        "garbage": b"no image" * 50,
+        "cut png": encoded(1)[0][:300],
+        "empty": b"",
+    }[damage]
     (root / "bee" / "010.jpg").write_bytes(data)
     with pytest.raises(ValueError, match=r"bee/010\.jpg: (damaged|not an image|got 0 bytes)"):
         list(open_set(root, CPU).batches([COLOUR]))
@@ -328,9 +348,10 @@ def test_networks_and_images_must_agree_on_channels(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"channels: got networks for images with \[1, 3\]"):
         list(open_set(folder, CPU).batches([COLOUR, GREY]))
     flat = test_sets.ImageSet(
-        images=torch.zeros(2, 1, 8, 8, dtype=torch.uint8), labels=torch.zeros(2, dtype=torch.int64),
+        images=torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+        labels=torch.zeros(2, dtype=torch.int64),
         class_names=("a",),
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match=r"images with \[3\] channels and images with 1"):
         list(flat.batches([COLOUR]))
     five = InputSpec(size=8, mean=(0.5,) * 5, std=(0.5,) * 5)

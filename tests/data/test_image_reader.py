@@ -41,8 +41,10 @@ def generated(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def weights(distiller: Distiller) -> list[torch.Tensor]:
-    return [*distiller.student.state_dict().values(),
-            *distiller.average.module.state_dict().values()]  # fmt: skip
+    return [
+        *distiller.student.state_dict().values(),
+        *distiller.average.module.state_dict().values(),
+    ]
 
 
 def same(a: Distiller, b: Distiller) -> bool:
@@ -332,10 +334,15 @@ def test_a_bad_file_is_named_and_the_reader_goes_on(tmp_path: Path) -> None:
     flipped[len(flipped) // 2] ^= 255
     bomb = bytearray(good[2])
     bomb[16:24] = b"\0\1\0\0\0\1\0\0"
-    cases = [(bytes(flipped), "cannot be decoded"), (good[2][:60], "cannot be decoded"),
-             (good[2][:20], "expected 1 to"), (bytes(bomb), "65536 x 65536"),
-             (b"", "got 0 bytes"), (b"no picture" * 9, "not an image"),
-             (encode(images[0][:9]), "16 x 9 pixels, expected 16 x 16")]  # fmt: skip
+    cases = [
+        (bytes(flipped), "cannot be decoded"),
+        (good[2][:60], "cannot be decoded"),
+        (good[2][:20], "expected 1 to"),
+        (bytes(bomb), "65536 x 65536"),
+        (b"", "got 0 bytes"),
+        (b"no picture" * 9, "not an image"),
+        (encode(images[0][:9]), "16 x 9 pixels, expected 16 x 16"),
+    ]
     for data, words in cases:
         for path, whole in zip(paths, good, strict=True):
             save(path, whole)
@@ -351,17 +358,20 @@ def test_a_bad_file_is_named_and_the_reader_goes_on(tmp_path: Path) -> None:
         assert np.array_equal(out[:, 0].numpy(), images)
 
 
-@pytest.mark.parametrize(("names", "classes", "class_names", "words"), [
-    (["0/a.png", "1/a.png"], 3, "", "got 2 class sub-folders, expected 3"),
-    (["1/a.png", "2/a.png"], 2, "", "expected the numbers 0 to 1"),
-    (["cat/a.png", "dog/a.png"], 2, "cat bird", "'dog', expected the test .*'bird' is missing"),
-    (["cat/a.png", "dog/a.txt"], 1, "", "dog: got no images in a class folder"),
-    (["a.png", "b.png"], 2, "", "neither job.json nor"),
-    (["class_1_seed_0_num_0.png"], 1, "", "got class 1, expected 0 to 0"),
-    (["class_1_seed_0_num_0.png", "other.png"], 9, "", "other.png: expected a file named"),
-    (["readme.txt"], 2, "", "neither job.json nor"),
-    ([], 2, "", "no such directory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "classes", "class_names", "words"),
+    [
+        (["0/a.png", "1/a.png"], 3, "", "got 2 class sub-folders, expected 3"),
+        (["1/a.png", "2/a.png"], 2, "", "expected the numbers 0 to 1"),
+        (["cat/a.png", "dog/a.png"], 2, "cat bird", "'dog', expected the test .*'bird' is missing"),
+        (["cat/a.png", "dog/a.txt"], 1, "", "dog: got no images in a class folder"),
+        (["a.png", "b.png"], 2, "", "neither job.json nor"),
+        (["class_1_seed_0_num_0.png"], 1, "", "got class 1, expected 0 to 0"),
+        (["class_1_seed_0_num_0.png", "other.png"], 9, "", "other.png: expected a file named"),
+        (["readme.txt"], 2, "", "neither job.json nor"),
+        ([], 2, "", "no such directory"),
+    ],
+)
 def test_classes_that_do_not_fit_are_one_clear_line(
     tmp_path: Path, names: list[str], classes: int, class_names: str, words: str
 ) -> None:

@@ -59,8 +59,11 @@ def test_links_are_followed_at_every_depth(tmp_path: Path) -> None:
     (tmp_path / "set" / "bee" / "linked").symlink_to(tmp_path / "all" / "more")
     (tmp_path / "set" / "bee" / "3.jpg").symlink_to(tmp_path / "all" / "ant" / "0.jpg")
     assert images_of(tmp_path / "set", ("ant", "bee")) == {
-        "ant/0.jpg": 0, "bee/2.jpg": 1, "bee/3.jpg": 1, "bee/linked/deep/1.jpg": 1,
-    }  # fmt: skip
+        "ant/0.jpg": 0,
+        "bee/2.jpg": 1,
+        "bee/3.jpg": 1,
+        "bee/linked/deep/1.jpg": 1,
+    }
 
 
 @pytest.mark.parametrize("target", ["set", "set/a", "set/a/inner", "."])
@@ -107,9 +110,22 @@ def test_hidden_files_are_skipped_and_what_is_left_out_is_counted(
     ]
 
 
-FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "png": "PNG",
-           "ppm": "PPM", "pgm": "PPM", "pbm": "PPM", "pnm": "PPM", "bmp": "BMP", "tif": "TIFF",
-           "tiff": "TIFF", "webp": "WEBP", "jp2": "JPEG2000"}  # fmt: skip
+FORMATS = {
+    "jpg": "JPEG",
+    "jpeg": "JPEG",
+    "jpe": "JPEG",
+    "jfif": "JPEG",
+    "png": "PNG",
+    "ppm": "PPM",
+    "pgm": "PPM",
+    "pbm": "PPM",
+    "pnm": "PPM",
+    "bmp": "BMP",
+    "tif": "TIFF",
+    "tiff": "TIFF",
+    "webp": "WEBP",
+    "jp2": "JPEG2000",
+}
 
 
 def test_every_format_in_the_list_is_decoded_to_what_pillow_reads(tmp_path: Path) -> None:
@@ -125,10 +141,12 @@ def test_every_format_in_the_list_is_decoded_to_what_pillow_reads(tmp_path: Path
         place(tmp_path / "a" / f"{number:02d}.{ending.upper()}", buffer.getvalue())
     same = InputSpec(size=24, mean=(0.0,) * 3, std=(1.0,) * 3)
     views, _ = all_of(open_set(tmp_path, CPU), same)
-    expected = torch.stack([
-        torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-        for path in sorted((tmp_path / "a").iterdir())
-    ])  # fmt: skip
+    expected = torch.stack(
+        [
+            torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+            for path in sorted((tmp_path / "a").iterdir())
+        ]
+    )
     assert torch.equal((views * 255).round(), expected.float())
 
 
@@ -147,11 +165,16 @@ def test_numbered_folders_log_where_torchvision_has_another_order(
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("\ufeffant\nbee\n".encode(), ""), (b"ant\r\nbee\r\n", ""),
-    ("ant\nbee".encode("utf-16"), "not UTF-8"), (b"ant\nb\xe9e\n", "not UTF-8"),
-    (None, "got a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\ufeffant\nbee\n".encode(), ""),
+        (b"ant\r\nbee\r\n", ""),
+        ("ant\nbee".encode("utf-16"), "not UTF-8"),
+        (b"ant\nb\xe9e\n", "not UTF-8"),
+        (None, "got a folder"),
+    ],
+)
 def test_class_lists_of_other_editors_are_read_or_named(
     tmp_path: Path, text: bytes | None, words: str
 ) -> None:

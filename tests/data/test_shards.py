@@ -62,9 +62,19 @@ def test_manifest_is_one_table_for_parquet_readers(folder: Path) -> None:
     assert table["class"].to_pylist() == LABELS.tolist()
     assert table["shard"].to_pylist() == [f"shard-{i // 4:06d}" for i in range(10)]
     assert table.column_names == [
-        "id", "class", "seed", "guidance_scale", "num_steps", "solver", "denoiser", "revision",
-        "teacher_class", "teacher_probability", "shard", "sha256",
-    ]  # fmt: skip
+        "id",
+        "class",
+        "seed",
+        "guidance_scale",
+        "num_steps",
+        "solver",
+        "denoiser",
+        "revision",
+        "teacher_class",
+        "teacher_probability",
+        "shard",
+        "sha256",
+    ]
 
 
 def test_same_images_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -126,7 +136,7 @@ HOSTILE = {
     "empty": b"",
     "zeros": bytes(10240),
     "no tar": b"GIF89a" * 1000,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -208,9 +218,9 @@ def test_damaged_manifests_are_refused(folder: Path, name: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", [
-    "", "{", "[]", "{}", '{"num_images": 0}', json.dumps({"num_images": "many"}), "\x00",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"num_images": 0}', json.dumps({"num_images": "many"}), "\x00"]
+)
 def test_a_damaged_plan_is_one_clear_line(folder: Path, text: str) -> None:
     (folder / shards.PLAN).write_text(text)
     with pytest.raises(shards.SourceError, match=r"job\.json") as error:
@@ -225,9 +235,13 @@ def test_a_crash_before_any_disk_call_leaves_only_whole_shards(tmp_path: Path) -
         str(tmp_path),
     ]
     done = subprocess.run(
-        script, capture_output=True, text=True, check=False, timeout=120,
+        script,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
     assert counts["crashes"] > 40 and counts["torn"] == counts["differing"] == 0, counts

@@ -48,11 +48,19 @@ def parts(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     unet = class_unet_folder(folder / "unet", diffusers.DDPMScheduler())
     stable_diffusion(folder / "sd", diffusers.DDIMScheduler())
     loaders = {
-        "dit": lambda: load_denoiser(dit, CPU), "unet": lambda: load_denoiser(unet, CPU),
+        "dit": lambda: load_denoiser(dit, CPU),
+        "unet": lambda: load_denoiser(unet, CPU),
         "sd": lambda: load_denoiser(folder / "sd", CPU, prompts=["a"]),
-    }  # fmt: skip
-    places = ("dit/transformer", "dit/vae", "unet/unet", "sd/unet", "sd/vae", "sd/text_encoder",
-              "sd/tokenizer")  # fmt: skip
+    }
+    places = (
+        "dit/transformer",
+        "dit/vae",
+        "unet/unet",
+        "sd/unet",
+        "sd/vae",
+        "sd/text_encoder",
+        "sd/tokenizer",
+    )
     return {place: (folder / place, loaders[place.split("/")[0]]) for place in places}
 
 

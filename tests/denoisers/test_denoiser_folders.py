@@ -27,10 +27,16 @@ STEM = "diffusion_pytorch_model"
 
 def trajectory(loaded: Denoiser, labels: Tensor, **changes: Any) -> Tensor:
     sampler = DiffusionSampler(
-        loaded.module, scheduler=loaded.scheduler, latent_shape=loaded.latent_shape,
-        null_class=loaded.null_class, num_classes=loaded.num_classes, class_map=loaded.class_map,
-        num_steps=3, micro_batch_images=4, **changes,
-    )  # fmt: skip
+        loaded.module,
+        scheduler=loaded.scheduler,
+        latent_shape=loaded.latent_shape,
+        null_class=loaded.null_class,
+        num_classes=loaded.num_classes,
+        class_map=loaded.class_map,
+        num_steps=3,
+        micro_batch_images=4,
+        **changes,
+    )
     return sampler.trajectory(torch.arange(4), labels)[-1]
 
 
@@ -44,9 +50,14 @@ def test_a_unet_with_a_null_class_is_guided_by_it(tmp_path: Path, null_class: in
     plain = load_denoiser(folder, CPU)
     own = torch.tensor([c for c in range(11) if c != null_class])[labels]
     sampler = DiffusionSampler(
-        plain.module, scheduler=plain.scheduler, latent_shape=(3, 8, 8), null_class=null_class,
-        num_steps=3, micro_batch_images=4, guidance_scale=2.0,
-    )  # fmt: skip
+        plain.module,
+        scheduler=plain.scheduler,
+        latent_shape=(3, 8, 8),
+        null_class=null_class,
+        num_steps=3,
+        micro_batch_images=4,
+        guidance_scale=2.0,
+    )
     assert torch.equal(got, sampler.trajectory(torch.arange(4), own)[-1])
 
 
@@ -142,17 +153,20 @@ def spoil(folder: Path, how: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("how, words", [
-    ("part", r"one part of a model \(DiTTransformer2DModel\), .*; give the folder above it"),
-    ("file", "got a file, .*; give its folder, or convert .* from_single_file"),
-    ("absent", "no such folder, .*; check denoiser.path"),
-    ("transformers", "a transformers or timm model, .* use a diffusion model"),
-    ("pickle", r"diffusion_pytorch_model.bin, a pickle, .* save_pretrained\(FOLDER\)"),
-    ("shard gone", "no such file, but diffusion_pytorch_model.safetensors.index.json names it"),
-    ("shard elsewhere", "expected one without folders"),
-    ("normalized latents", "latents_mean: got"),
-    ("far too large", "got a config of .* weights, but .* holds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("part", r"one part of a model \(DiTTransformer2DModel\), .*; give the folder above it"),
+        ("file", "got a file, .*; give its folder, or convert .* from_single_file"),
+        ("absent", "no such folder, .*; check denoiser.path"),
+        ("transformers", "a transformers or timm model, .* use a diffusion model"),
+        ("pickle", r"diffusion_pytorch_model.bin, a pickle, .* save_pretrained\(FOLDER\)"),
+        ("shard gone", "no such file, but diffusion_pytorch_model.safetensors.index.json names it"),
+        ("shard elsewhere", "expected one without folders"),
+        ("normalized latents", "latents_mean: got"),
+        ("far too large", "got a config of .* weights, but .* holds"),
+    ],
+)
 def test_a_wrong_path_or_part_is_one_line_that_helps(tmp_path: Path, how: str, words: str) -> None:
     path = spoil(dit_folder(tmp_path), how)
     with pytest.raises(ValueError, match=words) as error:
@@ -196,8 +210,9 @@ def test_guidance_as_an_input_is_embedded_as_the_pipeline_does(width: int) -> No
     scales = torch.tensor([1.0, 3.5, 7.5])
     theirs = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(
         None,  # type: ignore[arg-type]
-        scales - 1, embedding_dim=width,
-    )  # fmt: skip
+        scales - 1,
+        embedding_dim=width,
+    )
     torch.testing.assert_close(_guidance_waves(scales - 1, width), theirs, rtol=1e-4, atol=1e-4)
 
 

@@ -31,11 +31,14 @@ IDS = torch.arange(4)
 
 def sampler_of(loaded: Denoiser, **changes: Any) -> DiffusionSampler:
     settings: dict[str, Any] = {
-        "scheduler": loaded.scheduler, "latent_shape": loaded.latent_shape,
-        "decoder": loaded.decoder, "null_class": loaded.null_class,
-        "takes_guidance": loaded.takes_guidance, "num_classes": loaded.num_classes,
+        "scheduler": loaded.scheduler,
+        "latent_shape": loaded.latent_shape,
+        "decoder": loaded.decoder,
+        "null_class": loaded.null_class,
+        "takes_guidance": loaded.takes_guidance,
+        "num_classes": loaded.num_classes,
         "micro_batch_images": 4,
-    }  # fmt: skip
+    }
     return DiffusionSampler(loaded.module, **(settings | changes))
 
 
@@ -60,8 +63,12 @@ def same_pixels(got: Tensor, pipeline_images: Any, *, levels: int = 1) -> None:
 def patch_noise(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
     """Pipelines draw what the sampler draws: step 0 first, then one per solver step."""
     drawn = (noise_of(step, shape) for step in range(10_000))
-    for module in (pipeline_dit, pipeline_consistency_models, scheduling_ddpm,
-                   scheduling_consistency_models):  # fmt: skip
+    for module in (
+        pipeline_dit,
+        pipeline_consistency_models,
+        scheduling_ddpm,
+        scheduling_consistency_models,
+    ):
         # The DiT pipeline steps guided batches at double size and keeps the first half.
         monkeypatch.setattr(
             module, "randn_tensor", lambda shape, **_: next(drawn).repeat(shape[0] // 4, 1, 1, 1)
@@ -70,10 +77,15 @@ def patch_noise(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("scheduler", [
-    diffusers.DDIMScheduler(clip_sample=False), diffusers.DDPMScheduler(clip_sample=False),
-    diffusers.DPMSolverMultistepScheduler(),
-], ids=["ddim", "ddpm", "dpm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDIMScheduler(clip_sample=False),
+        diffusers.DDPMScheduler(clip_sample=False),
+        diffusers.DPMSolverMultistepScheduler(),
+    ],
+    ids=["ddim", "ddpm", "dpm"],
+)
 def test_dit_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: Any, guidance: float, shared: bool
 ) -> None:
@@ -150,18 +162,25 @@ def test_stable_diffusion_pipeline(tmp_path: Path, solver: str, changes: dict[st
     pipeline.scheduler = kind[solver].from_config(saved)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
-        [prompts[i] for i in labels], guidance_scale=3.0, num_inference_steps=5, output_type="np",
+        [prompts[i] for i in labels],
+        guidance_scale=3.0,
+        num_inference_steps=5,
+        output_type="np",
         latents=noise_of(0, (4, 8, 8)),
-    ).images  # fmt: skip
+    ).images
     same_pixels(got, theirs, levels=2)
 
 
 def test_tiny_decoder_in_place_of_the_models_own(tmp_path: Path) -> None:
     folder = dit_folder(tmp_path / "dit")
-    tiny = spread(diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
-    ))  # fmt: skip
+    tiny = spread(
+        diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        )
+    )
     tiny.save_pretrained(tmp_path / "tiny")
     loaded = load_denoiser(folder, CPU, decoder=tmp_path / "tiny")
     assert loaded.decoder is not None
@@ -178,9 +197,11 @@ def test_tiny_decoder_in_place_of_the_models_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.06)])
 @pytest.mark.parametrize("kind", ["sdpa", "short"])
-@pytest.mark.parametrize("changes", [
-    {}, {"patch_size": 4, "num_layers": 3}, {"attention_bias": False}, {"out_channels": None},
-], ids=lambda c: "-".join(c) or "plain")  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"patch_size": 4, "num_layers": 3}, {"attention_bias": False}, {"out_channels": None}],
+    ids=lambda c: "-".join(c) or "plain",
+)
 def test_lean_dit_equals_diffusers(
     changes: dict[str, Any], kind: attention.Attention, dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -239,13 +260,11 @@ def breakages(folder: Path) -> dict[str, Any]:
         ),
         "other vae": (lambda: edit(vae / "config.json", latent_channels=16), "latent channels"),
         "video vae": (lambda: edit(vae / "config.json", _class_name=video), "AutoencoderTiny"),
-        "cut vae": (
-            lambda: next(vae.glob("*.safetensors")).write_bytes(b"x" * 99), "vae",
-        ),
+        "cut vae": (lambda: next(vae.glob("*.safetensors")).write_bytes(b"x" * 99), "vae"),
         "text model": (lambda: edit(transformer / "config.json", _class_name=flux), flux),
         "other size": (lambda: edit(transformer / "config.json", num_layers=3), "blocks.2"),
         "bad json": (lambda: (transformer / "config.json").write_text("{"), "not valid JSON"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", sorted(breakages(Path())))
@@ -287,10 +306,14 @@ def test_classes_and_guidance_are_checked(tmp_path: Path) -> None:
         sampler_of(loaded, guidance_scale=2.0)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("---\nlicense: cc-by-nc-4.0\ntags: [a]\n---\n# Card", "cc-by-nc-4.0"),
-    ("---\ntags: [a]\n---\nlicense: no header\n", "unknown"), ("# Card\n", "unknown"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("---\nlicense: cc-by-nc-4.0\ntags: [a]\n---\n# Card", "cc-by-nc-4.0"),
+        ("---\ntags: [a]\n---\nlicense: no header\n", "unknown"),
+        ("# Card\n", "unknown"),
+    ],
+)
 def test_licence_is_read_from_the_cards_header(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "README.md").write_text(text)
     assert read_licence(tmp_path) == expected
@@ -304,24 +327,39 @@ def test_dit_xl_2_with_its_autoencoder_makes_256_pixel_images() -> None:
 
     torch.manual_seed(0)
     dit = diffusers.DiTTransformer2DModel(
-        num_attention_heads=16, attention_head_dim=72, num_layers=28, in_channels=4,
-        out_channels=8, sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
-    )  # fmt: skip
+        num_attention_heads=16,
+        attention_head_dim=72,
+        num_layers=28,
+        in_channels=4,
+        out_channels=8,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
     share_embedder(dit)
     lean = lean_dit(dit)
     assert lean is not None
     assert 670e6 < sum(p.numel() for p in lean.parameters()) < 680e6
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         sample_size=256,
-    )  # fmt: skip
+    )
     sampler = DiffusionSampler(
-        lean, scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
-        latent_shape=(4, 32, 32), decoder=Decoder(vae).to(memory_format=torch.channels_last),
-        null_class=1000, num_classes=1000, num_steps=2, guidance_scale=4.0, micro_batch_images=2,
+        lean,
+        scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
+        latent_shape=(4, 32, 32),
+        decoder=Decoder(vae).to(memory_format=torch.channels_last),
+        null_class=1000,
+        num_classes=1000,
+        num_steps=2,
+        guidance_scale=4.0,
+        micro_batch_images=2,
         dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     out = torch.zeros(2, 3, 256, 256, dtype=torch.uint8)
     sampler.sample(torch.tensor([5, 6]), torch.tensor([207, 360]), out=out)
     assert out.float().std() > 1 and not torch.equal(out[0], out[1])

@@ -58,10 +58,24 @@ def plain_attention(qkv: Tensor, bias: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [
-    (2, 49, 6, 32), (1, 1, 1, 8), (1, 5, 1, 2), (3, 6, 2, 4), (2, 7, 3, 72), (1, 16, 2, 16),
-    (2, 17, 1, 18), (1, 63, 1, 64), (1, 64, 2, 80), (1, 65, 2, 40), (1, 256, 1, 128), (0, 4, 2, 8),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 49, 6, 32),
+        (1, 1, 1, 8),
+        (1, 5, 1, 2),
+        (3, 6, 2, 4),
+        (2, 7, 3, 72),
+        (1, 16, 2, 16),
+        (2, 17, 1, 18),
+        (1, 63, 1, 64),
+        (1, 64, 2, 80),
+        (1, 65, 2, 40),
+        (1, 256, 1, 128),
+        (0, 4, 2, 8),
+    ],
+    ids=str,
+)
 def test_attention_is_as_accurate_as_pytorchs(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     qkv, bias = attention_inputs(dtype, shape)
     expected = plain_attention(qkv.double(), bias.double())
@@ -130,9 +144,12 @@ def test_residual_norm_is_as_accurate_as_pytorchs(dtype: torch.dtype, columns: i
     alone = modulated_norm(x, shift, scale, eps=1e-5)
     expected = kernels._eager_norm(x.double(), wide[3], wide[4], 1e-5)
     torch.testing.assert_close(
-        alone.double(), expected, **({"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32
-                                     else {"atol": 0.02, "rtol": 0.01})
-    )  # fmt: skip
+        alone.double(),
+        expected,
+        **(
+            {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.01}
+        ),
+    )
 
 
 def test_strided_inputs_and_other_thread_counts_give_the_same_bits() -> None:
@@ -144,10 +161,13 @@ def test_strided_inputs_and_other_thread_counts_give_the_same_bits() -> None:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append((
-                gelu_tanh(x, bias), short_attention(qkv, None),
-                *residual_norm(y[0], y[1], None, *rows.unbind(1), eps=1e-5),
-            ))  # fmt: skip
+            results.append(
+                (
+                    gelu_tanh(x, bias),
+                    short_attention(qkv, None),
+                    *residual_norm(y[0], y[1], None, *rows.unbind(1), eps=1e-5),
+                )
+            )
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -170,14 +190,16 @@ OPCHECKED: dict[str, list[tuple[object, ...]]] = {
         (torch.randn(4, 5), torch.randn(5)),
         (torch.randn(2, 3).bfloat16(), torch.randn(3).bfloat16()),
     ],
-    "short_attention": [(torch.randn(2, 5, 3, 2, 4), None), (torch.randn(1, 3, 3, 1, 2),
-                                                             torch.randn(6))],
+    "short_attention": [
+        (torch.randn(2, 5, 3, 2, 4), None),
+        (torch.randn(1, 3, 3, 1, 2), torch.randn(6)),
+    ],
     "residual_norm": [
         (torch.randn(2, 3, 4), None, None, None, torch.randn(2, 4), torch.randn(2, 4), 1e-5),
         (torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(4), *torch.randn(3, 2, 4), 1e-5),
     ],
     "normal": [(3, torch.arange(4), 0, 10), (0, torch.arange(1), 5, 1)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", sorted(OPCHECKED))
@@ -186,12 +208,16 @@ def test_operators_pass_opcheck(name: str) -> None:
         torch.library.opcheck(getattr(torch.ops.dmkd_fast, name).default, arguments)
 
 
-@pytest.mark.parametrize("wrong", [
-    (torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), None, torch.zeros(2, 4)),
-    (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(5), torch.zeros(2, 4)),
-    (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), None, torch.zeros(1, 4)),
-    (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4).bfloat16(), None, torch.zeros(2, 4)),
-], ids=["branch", "bias", "gate", "dtype"])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), None, torch.zeros(2, 4)),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(5), torch.zeros(2, 4)),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), None, torch.zeros(1, 4)),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4).bfloat16(), None, torch.zeros(2, 4)),
+    ],
+    ids=["branch", "bias", "gate", "dtype"],
+)
 def test_wrong_shapes_are_refused(wrong: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> None:
     row = torch.zeros(2, 4)
     if native.INSTRUCTION_SET == "none":

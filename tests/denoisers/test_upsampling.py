@@ -31,9 +31,12 @@ def test_phases_equal_convolving_the_doubled_image(shape: tuple[int, ...], bias:
 def test_a_decoder_keeps_its_images(dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     kl = diffusers.AutoencoderKL(
-        block_out_channels=(32, 64), layers_per_block=1, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    ).eval()  # fmt: skip
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()
     for vae in (kl, diffusers.AutoencoderTiny().eval()):
         fast = copy.deepcopy(vae)
         before = sum(isinstance(m, nn.Upsample | Upsample2D) for m in fast.decoder.modules())
@@ -52,11 +55,15 @@ def test_a_decoder_keeps_its_images(dtype: torch.dtype) -> None:
 
 def test_what_does_not_fit_is_left_alone() -> None:
     net = nn.Sequential(
-        nn.Upsample(scale_factor=2), nn.Conv2d(3, 3, 1), nn.Upsample(scale_factor=3),
-        nn.Conv2d(3, 3, 3, padding=1), nn.Upsample(scale_factor=2, mode="bilinear"),
-        nn.Conv2d(3, 3, 3, padding=1), nn.Upsample(scale_factor=2),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(3, 3, 1),
+        nn.Upsample(scale_factor=3),
+        nn.Conv2d(3, 3, 3, padding=1),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Conv2d(3, 3, 3, padding=1),
+        nn.Upsample(scale_factor=2),
         nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"),
-    )  # fmt: skip
+    )
     double_by_phases(net, Upsample2D)
     assert not any(isinstance(m, UpsampleConv) for m in net.modules())
 

@@ -30,13 +30,44 @@ from dmkd_fast import (
 from dmkd_fast.jobs.pretrain.denoiser import FLOW
 
 NUMBERS: list[Any] = [
-    0, 1, -1, 2, 3, 7, 2**15, 2**24, 2**31, 2**40, 2**63, 10**400, 0.5, 1.0, -0.5, 1e-300, 1e30,
-    float("nan"), float("inf"), -float("inf"), True, False, None, "a",
-]  # fmt: skip
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    2**15,
+    2**24,
+    2**31,
+    2**40,
+    2**63,
+    10**400,
+    0.5,
+    1.0,
+    -0.5,
+    1e-300,
+    1e30,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    True,
+    False,
+    None,
+    "a",
+]
 PAIRS: list[Any] = [(a, b) for a in (0, 0.1, 1, -1, 2.5, float("nan"), 1e30) for b in (0, 0.5, 3)]
 PAIRS += [(), (1,), (0.1, 0.2, 0.3)]
-SHAPES: list[Any] = [(1, 8, 8), (), (1, 8), (0, 8, 8), (1, -8, 8), (2**31, 1, 1), (1, 8.0, 8), None,
-                     (1, 2**19, 2**19)]  # fmt: skip
+SHAPES: list[Any] = [
+    (1, 8, 8),
+    (),
+    (1, 8),
+    (0, 8, 8),
+    (1, -8, 8),
+    (2**31, 1, 1),
+    (1, 8.0, 8),
+    None,
+    (1, 2**19, 2**19),
+]
 CHANNELS: list[Any] = [(0.5,), (), (0.5, 0.5), (float("nan"),), (0.0,), (300.0,), (-1.0,), ("a",)]
 DTYPES: list[Any] = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
 
@@ -78,23 +109,70 @@ def at_most(seconds: int) -> Any:
         signal.signal(signal.SIGALRM, previous)
 
 
-RING = {"capacity_images": 12, "image_shape": (1, 8, 8), "block_images": 4, "num_classes": 4,
-        "samples_per_insert": 4, "min_fill_images": 4, "seed": 0, "guard_blocks": 0,
-        "error_buffer": None, "max_uses": None, "order": "shuffled"}  # fmt: skip
-VIEWS = {"size": 8, "scale": (0.5, 1.0), "ratio": (0.75, 1.25), "pad": 1, "flip": 0.5,
-         "mean": (0.5,), "std": (0.5,), "dtype": torch.float32, "seed": 0}  # fmt: skip
-SAMPLER = {"latent_shape": (1, 8, 8), "null_class": 4, "num_classes": 4, "num_steps": 2,
-           "guidance_scale": 2.0, "guidance_interval": (0.0, 1.0), "guidance_channels": None,
-           "micro_batch_images": 4, "dtype": torch.float32, "seed": 0}  # fmt: skip
-SCHEDULE = {"batch_size": 16, "num_views": 640, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0,
-            "warmup": 0.05, "milestones": (0.5, 0.7), "decay": 0.1, "ema_decay": 0.5,
-            "max_grad_norm": 1.0, "accumulate": 2, "max_skipped_steps": 3, "log_every_steps": 5,
-            "checkpoint_every_s": 60.0, "num_evaluations": 2}  # fmt: skip
+RING = {
+    "capacity_images": 12,
+    "image_shape": (1, 8, 8),
+    "block_images": 4,
+    "num_classes": 4,
+    "samples_per_insert": 4,
+    "min_fill_images": 4,
+    "seed": 0,
+    "guard_blocks": 0,
+    "error_buffer": None,
+    "max_uses": None,
+    "order": "shuffled",
+}
+VIEWS = {
+    "size": 8,
+    "scale": (0.5, 1.0),
+    "ratio": (0.75, 1.25),
+    "pad": 1,
+    "flip": 0.5,
+    "mean": (0.5,),
+    "std": (0.5,),
+    "dtype": torch.float32,
+    "seed": 0,
+}
+SAMPLER = {
+    "latent_shape": (1, 8, 8),
+    "null_class": 4,
+    "num_classes": 4,
+    "num_steps": 2,
+    "guidance_scale": 2.0,
+    "guidance_interval": (0.0, 1.0),
+    "guidance_channels": None,
+    "micro_batch_images": 4,
+    "dtype": torch.float32,
+    "seed": 0,
+}
+SCHEDULE = {
+    "batch_size": 16,
+    "num_views": 640,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "warmup": 0.05,
+    "milestones": (0.5, 0.7),
+    "decay": 0.1,
+    "ema_decay": 0.5,
+    "max_grad_norm": 1.0,
+    "accumulate": 2,
+    "max_skipped_steps": 3,
+    "log_every_steps": 5,
+    "checkpoint_every_s": 60.0,
+    "num_evaluations": 2,
+}
 
 
 def filled_ring() -> RingBuffer:
-    ring = RingBuffer(12, image_shape=(1, 8, 8), block_images=4, samples_per_insert=4,
-                      min_fill_images=4, num_classes=4)  # fmt: skip
+    ring = RingBuffer(
+        12,
+        image_shape=(1, 8, 8),
+        block_images=4,
+        samples_per_insert=4,
+        min_fill_images=4,
+        num_classes=4,
+    )
     for _ in range(2):
         ids = torch.arange(4)
         ring.commit(ring.reserve(), ids=ids, labels=ids)
@@ -105,8 +183,12 @@ def values_for(name: str, good: Any, pick: random.Random) -> Any:
     """Another value of roughly the same kind, or of none."""
     if isinstance(good, Tensor):
         return tensors(pick, good)
-    for kinds, pool in ((("_shape",), SHAPES), (("mean", "std"), CHANNELS), (("dtype",), DTYPES),
-                        (("scale", "ratio", "interval"), PAIRS)):  # fmt: skip
+    for kinds, pool in (
+        (("_shape",), SHAPES),
+        (("mean", "std"), CHANNELS),
+        (("dtype",), DTYPES),
+        (("scale", "ratio", "interval"), PAIRS),
+    ):
         if name.endswith(kinds) and name != "guidance_scale":
             return pick.choice(pool)
     if name == "null_class":  # How many embeddings a network has is not known.
@@ -158,18 +240,24 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "RingBuffer.commit": (commit, {"ids": ids, "labels": labels}),
         "Views": (views, VIEWS),
         "Views.parameters": (
-            Views(**VIEWS).parameters, {"ids": ids, "uses": ids, "height": 8, "width": 8}
+            Views(**VIEWS).parameters,
+            {"ids": ids, "uses": ids, "height": 8, "width": 8},
         ),
         "Views.__call__": (
-            Views(**VIEWS), {"slots": slots, "indices": ids, "ids": ids, "uses": ids}
+            Views(**VIEWS),
+            {"slots": slots, "indices": ids, "ids": ids, "uses": ids},
         ),
         "Views.whole": (Views(**VIEWS).whole, {"slots": slots, "indices": ids}),
         "ViewSpec": (ViewSpec, {"size": 8, "mean": (0.5,), "std": (0.5,)}),
         "InputSpec": (InputSpec, {"size": 8, "mean": (0.5,), "std": (0.5,), "crop_pct": 0.9}),
-        "Mixer": (mix, {"mixup_alpha": 0.5, "cutmix_alpha": 0.5, "seed": 0, "step": 3,
-                        "views": batch}),
-        "LabelStream": (label, {"num_classes": 4, "seed": 0, "rank": 0, "world_size": 2,
-                                "count": 8}),
+        "Mixer": (
+            mix,
+            {"mixup_alpha": 0.5, "cutmix_alpha": 0.5, "seed": 0, "step": 3, "views": batch},
+        ),
+        "LabelStream": (
+            label,
+            {"num_classes": 4, "seed": 0, "rank": 0, "world_size": 2, "count": 8},
+        ),
         "LabelStream.labels_of": (LabelStream(4).labels_of, {"ids": ids}),
         "DiffusionSampler": (sample, SAMPLER),
         "DiffusionSampler.sample": (
@@ -181,7 +269,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             {"ids": torch.arange(16), "labels": torch.arange(16) % 4},
         ),
         "Schedule": (rates, SCHEDULE),
-    }  # fmt: skip
+    }
 
 
 def problem(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
@@ -217,8 +305,9 @@ def test_every_call_works_or_names_an_argument_in_one_line(
         arguments = good | {key: values_for(key, good[key], pick) for key in changed}
         found = problem(function, arguments)
         if found:
-            given = ", ".join(f"{key}={' '.join(repr(arguments[key]).split())[:80]}"
-                              for key in changed)  # fmt: skip
+            given = ", ".join(
+                f"{key}={' '.join(repr(arguments[key]).split())[:80]}" for key in changed
+            )
             failures.append(f"{case}: {name}({given}): {found}")
     print("\n".join(failures))
     record_property("claim", "Python API: works, or names an argument in one line")
@@ -236,28 +325,43 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
     options: dict[str, list[Any]] = {
         "alpha": [0.5, 1.0, 0.0, -1.0, float("nan"), 2.0],
         "temperature": [4.0, 0.0, -1.0, float("nan"), 1e30, 1e-30],
-        "sampler": [lambda: tiny_sampler(num_classes=4), lambda: tiny_sampler(num_classes=3),
-                    lambda: tiny_sampler(num_classes=4, micro_batch_images=7)],
+        "sampler": [
+            lambda: tiny_sampler(num_classes=4),
+            lambda: tiny_sampler(num_classes=3),
+            lambda: tiny_sampler(num_classes=4, micro_batch_images=7),
+        ],
         "labels": [lambda: LabelStream(4), lambda: LabelStream(9), lambda: LabelStream(1)],
-        "views": [lambda: Views(size=8, mean=(0.5,), std=(0.5,)),
-                  lambda: Views(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)],
+        "views": [
+            lambda: Views(size=8, mean=(0.5,), std=(0.5,)),
+            lambda: Views(size=8, mean=(0.5,) * 3, std=(0.5,) * 3),
+        ],
         "teacher": [small_classifier, lambda: torch.nn.Flatten()],
         "student": [small_classifier, lambda: torch.nn.Flatten(), torch.nn.Identity],
         "batch_size": [16, 1, 40, 64, 10**6],
-    }  # fmt: skip
+    }
     for case in range(cases):
-        chosen = {key: pick.choice(pick.choice([values, values[:1]]))
-                  for key, values in options.items()}  # fmt: skip
+        chosen = {
+            key: pick.choice(pick.choice([values, values[:1]])) for key, values in options.items()
+        }
         made = {k: v() if callable(v) else v for k, v in chosen.items()}
         try:
             with at_most(20):
-                ring = RingBuffer(64, image_shape=(1, 8, 8), block_images=16, num_classes=4,
-                                  samples_per_insert=4, min_fill_images=32)  # fmt: skip
+                ring = RingBuffer(
+                    64,
+                    image_shape=(1, 8, 8),
+                    block_images=16,
+                    num_classes=4,
+                    samples_per_insert=4,
+                    min_fill_images=32,
+                )
                 batch = made.pop("batch_size")
                 distiller = Distiller(
-                    ring=ring, run_dir=tmp_path / str(case), show=False,
-                    schedule=Schedule(batch_size=batch, num_views=2 * batch, lr=1e-3), **made,
-                )  # fmt: skip
+                    ring=ring,
+                    run_dir=tmp_path / str(case),
+                    show=False,
+                    schedule=Schedule(batch_size=batch, num_views=2 * batch, lr=1e-3),
+                    **made,
+                )
                 distiller.fit()
         except (ValueError, TypeError) as error:
             if "\n" in str(error):

@@ -23,18 +23,62 @@ from dmkd_fast.classifiers.spec import MODEL_ARGS, ClassifierSpec
 pytestmark = pytest.mark.hard
 CPU = torch.device("cpu")
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 7, 10**6, 10**9, 2**63, 10**400, 0.0, -0.5, 1e-300, 1e30,
-    float("nan"), float("inf"), "", "a", "0", "10", "../../etc/passwd", "/etc/passwd", "x" * 5000,
-    "\ud800", "\x00", "resnet18", "lenet5", "avg", "gelu", [], [1], ["a"], [[1]], [None], [3, 8, 8],
-    [3, 2**40, 8], [0.5, 0.5, 0.5], {}, {"a": 1}, {"input_size": [3, 8, 8]}, [[]] * 50,
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    10**6,
+    10**9,
+    2**63,
+    10**400,
+    0.0,
+    -0.5,
+    1e-300,
+    1e30,
+    float("nan"),
+    float("inf"),
+    "",
+    "a",
+    "0",
+    "10",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "x" * 5000,
+    "\ud800",
+    "\x00",
+    "resnet18",
+    "lenet5",
+    "avg",
+    "gelu",
+    [],
+    [1],
+    ["a"],
+    [[1]],
+    [None],
+    [3, 8, 8],
+    [3, 2**40, 8],
+    [0.5, 0.5, 0.5],
+    {},
+    {"a": 1},
+    {"input_size": [3, 8, 8]},
+    [[]] * 50,
+]
 SMALL = {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]}
 
 
 def specs() -> list[ClassifierSpec]:
     """One network of each library, small."""
-    base: dict[str, Any] = {"num_classes": 3, "in_chans": 3, "input_size": 32, "mean": (0.5,) * 3,
-                            "std": (0.5,) * 3}  # fmt: skip
+    base: dict[str, Any] = {
+        "num_classes": 3,
+        "in_chans": 3,
+        "input_size": 32,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+    }
     vit = {"embed_dim": 12, "depth": 1, "num_heads": 2, "img_size": 32, "patch_size": 8}
     return [
         ClassifierSpec(architecture="resnet18", model_args=SMALL, stem="conv3", **base),
@@ -70,8 +114,19 @@ def mutated(values: dict[str, Any], chance: random.Random) -> dict[str, Any]:
             del container[key]
         else:
             target = chance.choice([values, values.get("model_args"), values.get("pretrained_cfg")])
-            names = [*MODEL_ARGS, "checkpoint_path", "crop_mode", "test_input_size", "label_names",
-                     "labels", "base", "stem", "license", "in_chans", "num_classes"]  # fmt: skip
+            names = [
+                *MODEL_ARGS,
+                "checkpoint_path",
+                "crop_mode",
+                "test_input_size",
+                "label_names",
+                "labels",
+                "base",
+                "stem",
+                "license",
+                "in_chans",
+                "num_classes",
+            ]
             if isinstance(target, dict):
                 target[chance.choice(names)] = copy.deepcopy(chance.choice(VALUES))
     return values
@@ -99,9 +154,10 @@ def folders(root: Path) -> list[Path]:
 
 
 def test_a_changed_config_loads_or_is_one_line(
-    num_cases: Callable[[int, int], int], record_property: Callable[[str, Any], None],
+    num_cases: Callable[[int, int], int],
+    record_property: Callable[[str, Any], None],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     count, chance, failed, loaded = num_cases(3000, 400), random.Random(1), [], 0
     made = folders(tmp_path)
     originals = [json.loads((folder / "config.json").read_text()) for folder in made]
@@ -129,9 +185,10 @@ def test_a_changed_config_loads_or_is_one_line(
 
 
 def test_changed_weights_load_or_are_one_line(
-    num_cases: Callable[[int, int], int], record_property: Callable[[str, Any], None],
+    num_cases: Callable[[int, int], int],
+    record_property: Callable[[str, Any], None],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Header fields, flipped bytes, and files cut or prolonged."""
     count, chance, failed = num_cases(3000, 400), random.Random(2), []
     made = folders(tmp_path)

@@ -17,10 +17,36 @@ from small_models import class_unet_folder, dit_folder, stable_diffusion
 from dmkd_fast import DiffusionSampler, load_denoiser
 
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 10**9, 10**400, 1.5, -0.5, 1e30, float("nan"),
-    float("inf"), "", "a", "4", "../x", [], [1], [1, 2, 3], ["a"], [None], {}, {"a": 1}, [[]],
-    [10**9], [2.0, 2.0],
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    10**9,
+    10**400,
+    1.5,
+    -0.5,
+    1e30,
+    float("nan"),
+    float("inf"),
+    "",
+    "a",
+    "4",
+    "../x",
+    [],
+    [1],
+    [1, 2, 3],
+    ["a"],
+    [None],
+    {},
+    {"a": 1},
+    [[]],
+    [10**9],
+    [2.0, 2.0],
+]
 FILES = ("config.json", "scheduler_config.json", "model_index.json")
 CPU = torch.device("cpu")
 
@@ -54,10 +80,16 @@ def use(folder: Path, arguments: dict[str, Any]) -> None:
     """Load a denoiser and make one micro-batch."""
     loaded = load_denoiser(folder, CPU, **arguments)
     sampler = DiffusionSampler(
-        loaded.module, scheduler=loaded.scheduler, latent_shape=loaded.latent_shape,
-        decoder=loaded.decoder, null_class=loaded.null_class, num_classes=loaded.num_classes,
-        takes_guidance=loaded.takes_guidance, num_steps=2, micro_batch_images=4,
-    )  # fmt: skip
+        loaded.module,
+        scheduler=loaded.scheduler,
+        latent_shape=loaded.latent_shape,
+        decoder=loaded.decoder,
+        null_class=loaded.null_class,
+        num_classes=loaded.num_classes,
+        takes_guidance=loaded.takes_guidance,
+        num_steps=2,
+        micro_batch_images=4,
+    )
     if max(loaded.image_shape) <= 64:
         ids = torch.zeros(4, dtype=torch.int64)
         sampler.sample(ids, ids, out=torch.empty(4, *loaded.image_shape, dtype=torch.uint8))

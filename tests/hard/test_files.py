@@ -69,9 +69,13 @@ def peak_mib() -> float:
 
 
 def attack(
-    root: Path, name: str, read: Callable[[], Any], same: Callable[[Any], bool], count: int,
+    root: Path,
+    name: str,
+    read: Callable[[], Any],
+    same: Callable[[Any], bool],
+    count: int,
     edit: Callable[[bytes, np.random.Generator], bytes] = damaged,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Damage a file many times; returns what went wrong, with the number of the case."""
     path, wrong = root / name, []
     intact = path.read_bytes()
@@ -158,15 +162,17 @@ def test_whole_gzip_files_of_damaged_idx_data(
 
     count = num_cases(200, 40)
     wrong = attack(
-        tmp_path, "t10k-images-idx3-ubyte.gz", lambda: open_set(tmp_path, CPU),
-        lambda found: found.images.shape == IMAGES.shape, count, rezip,
-    )  # fmt: skip
+        tmp_path,
+        "t10k-images-idx3-ubyte.gz",
+        lambda: open_set(tmp_path, CPU),
+        lambda found: found.images.shape == IMAGES.shape,
+        count,
+        rezip,
+    )
     report("idx data behind a valid checksum gives its shape or one line", count, wrong)
 
 
-@pytest.mark.parametrize("name", [
-    "shard-000001.tar", "manifest/shard-000001.parquet", "job.json",
-])  # fmt: skip
+@pytest.mark.parametrize("name", ["shard-000001.tar", "manifest/shard-000001.parquet", "job.json"])
 def test_generated_shards(
     name: str, tmp_path: Path, num_cases: Callable[[int, int], int], report: Any
 ) -> None:
@@ -239,7 +245,10 @@ def test_class_lists(tmp_path: Path, num_cases: Callable[[int, int], int], repor
     (tmp_path / "classes.txt").write_text("bee\nfünf\nant\n", encoding="utf-8")
     count = num_cases(1000, 200)
     wrong = attack(
-        tmp_path, "classes.txt", lambda: open_set(tmp_path, CPU).class_names,
-        lambda found: sorted(found) == ["ant", "bee", "fünf"], count,
-    )  # fmt: skip
+        tmp_path,
+        "classes.txt",
+        lambda: open_set(tmp_path, CPU).class_names,
+        lambda found: sorted(found) == ["ant", "bee", "fünf"],
+        count,
+    )
     report("a damaged list of classes is a whole list or one line", count, wrong)

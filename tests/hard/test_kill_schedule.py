@@ -20,9 +20,10 @@ CLAIM = (
 
 
 def test_random_signals_and_second_starters_change_no_bit(
-    tmp_path: Path, num_cases: Callable[[int, int], int],
+    tmp_path: Path,
+    num_cases: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
-) -> None:  # fmt: skip
+) -> None:
     count = num_cases(100, 15)
     script = ROOT / "tests" / "helpers" / "kill_server.py"
     command = [sys.executable, str(script), str(tmp_path), "MIXED", str(count), "2"]

@@ -13,10 +13,7 @@ import sanitized
 CALLS = Path(__file__).parents[1] / "helpers" / "run_operator_calls.py"
 # Of the calls of each operator; what most machines run gets most of them.
 SHARES = {"scalar": 0.15, "avx2": 0.2, "avx512": 0.15, "avx512_bf16": 0.5}
-pytestmark = [
-    pytest.mark.hard,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
-]
+pytestmark = [pytest.mark.hard, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +23,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("instruction_set", list(sanitized.instruction_sets()))
 def test_operators_touch_their_own_memory_and_equal_their_definitions(
-    instruction_set: str, library: Path, tmp_path: Path, num_cases: Callable[[int, int], int],
+    instruction_set: str,
+    library: Path,
+    tmp_path: Path,
+    num_cases: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
-) -> None:  # fmt: skip
+) -> None:
     share = SHARES[instruction_set]
     calls, large = round(share * num_cases(20_000, 2_000)), round(share * num_cases(200, 20))
     running = tmp_path / "running"
-    done = sanitized.run(library, CALLS, str(calls), str(large), "0", str(running),
-                         instruction_set=instruction_set)  # fmt: skip
+    done = sanitized.run(
+        library, CALLS, str(calls), str(large), "0", str(running), instruction_set=instruction_set
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     failures = sum(row["failures"] for row in rows) + (done.returncode != 0)
     record_property("claim", "C++ operators: no sanitizer report, values of the eager definition")

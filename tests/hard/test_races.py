@@ -31,9 +31,8 @@ def bits(result: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", list(operator_calls.OPERATORS))
 def test_threads_change_no_bit(
-    name: str, num_cases: Callable[[int, int], int],
-    record_property: Callable[[str, object], None],
-) -> None:  # fmt: skip
+    name: str, num_cases: Callable[[int, int], int], record_property: Callable[[str, object], None]
+) -> None:
     cases, failures = num_cases(1000, 100), []
     for case in range(cases):
         draw = Draw(f"{name} races {case}")

@@ -30,8 +30,14 @@ CLASSES = (100, 1000, 1003, 21841, 32000, 128256)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = ("forward", "one_pass", "backward", "one_pass_target")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-            torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}  # fmt: skip
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 BATCH = 256
 
 
@@ -71,9 +77,8 @@ def build(case: tuple[int, int, str, str]) -> dict[str, Any]:
 def inspect(launch: triton_launch.Launch, architecture: int) -> dict[str, Any]:
     """Compile any launch; return the same facts as `build`."""
     compiled = triton.compile(
-        _source(launch), target=GPUTarget("cuda", architecture, 32),
-        options=launch.options,
-    )  # fmt: skip
+        _source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

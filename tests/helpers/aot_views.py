@@ -20,8 +20,12 @@ from dmkd_fast.views import triton
 
 GOLDEN = aot.GOLDEN.with_name("views_kernels.json")
 # (channels, side of the images, side of the views) by name.
-SHAPES = {"rgb 256 to 224": (3, 256, 224), "rgb 32": (3, 32, 32), "grey 28": (1, 28, 28),
-          "rgb 64 to 33": (3, 64, 33)}  # fmt: skip
+SHAPES = {
+    "rgb 256 to 224": (3, 256, 224),
+    "rgb 32": (3, 32, 32),
+    "grey 28": (1, 28, 28),
+    "rgb 64 to 33": (3, 64, 33),
+}
 BATCH = 128
 CAPACITY = 200_000
 

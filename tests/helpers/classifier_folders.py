@@ -21,9 +21,13 @@ RESNET = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
 
 def spec(architecture: str = "cifar_resnet8", **changes: Any) -> ClassifierSpec:
     base: dict[str, Any] = {
-        "architecture": architecture, "num_classes": 4, "in_chans": 3, "input_size": 32,
-        "mean": (0.5, 0.5, 0.4), "std": (0.3, 0.3, 0.3),
-    }  # fmt: skip
+        "architecture": architecture,
+        "num_classes": 4,
+        "in_chans": 3,
+        "input_size": 32,
+        "mean": (0.5, 0.5, 0.4),
+        "std": (0.3, 0.3, 0.3),
+    }
     return ClassifierSpec(**(base | changes))
 
 

@@ -58,8 +58,10 @@ class Draw(random.Random):
         placed = memory.as_strided(values.shape, strides, offset)
         if values.numel():
             # Write the elements of a repeated dimension once.
-            once = tuple(slice(0, 1) if s == 0 and n > 1 else slice(None)
-                         for n, s in zip(values.shape, strides, strict=True))  # fmt: skip
+            once = tuple(
+                slice(0, 1) if s == 0 and n > 1 else slice(None)
+                for n, s in zip(values.shape, strides, strict=True)
+            )
             placed[once].copy_(values[once])
         return placed
 

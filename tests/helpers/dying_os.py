@@ -89,8 +89,9 @@ class PowerlessOs(DyingOs):
             target = os.fspath(args[1])
             kept = self._keep(target) if os.path.isfile(target) else None
             self.names.append((os.path.dirname(path), "rename", (path, target, kept)))
-            self.unsynced = {target + p.removeprefix(path) if p.startswith(path) else p
-                             for p in self.unsynced}  # fmt: skip
+            self.unsynced = {
+                target + p.removeprefix(path) if p.startswith(path) else p for p in self.unsynced
+            }
         elif name == "mkdir":
             self.names.append((os.path.dirname(path), "mkdir", (path,)))
         elif name == "unlink":

@@ -24,10 +24,15 @@ from dmkd_fast.data import shards
 from dmkd_fast.jobs import generate
 
 SETTINGS = [
-    "num_threads=1", "device=cpu", "dtype=float32", "sampler.num_steps=1",
-    "sampler.guidance_scale=1", "sampler.compile=false", "sampler.micro_batch_images=16",
+    "num_threads=1",
+    "device=cpu",
+    "dtype=float32",
+    "sampler.num_steps=1",
+    "sampler.guidance_scale=1",
+    "sampler.compile=false",
+    "sampler.micro_batch_images=16",
     "teacher.path=embedded:fashion_mnist/weak",
-]  # fmt: skip
+]
 
 
 def start(out: Path, num_images: int, part: tuple[int, int]) -> int:

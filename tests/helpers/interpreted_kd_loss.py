@@ -71,8 +71,9 @@ def exact(problem: tuple, scale: float = 1.0) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("target", ["none", "ids", "probabilities"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (9, 7), (5, 100), (3, 1000), (2, 1003),
-                                               (2, 3001), (3, LONG)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "classes"), [(1, 1), (9, 7), (5, 100), (3, 1000), (2, 1003), (2, 3001), (3, LONG)]
+)
 def test_kernels_agree_with_float64(
     rows: int, classes: int, dtype: torch.dtype, target: str
 ) -> None:
@@ -99,9 +100,14 @@ def test_kernels_agree_with_float64(
     seed=st.integers(0, 100),
 )
 def test_kernels_agree_over_shapes_temperatures_and_spreads(
-    rows: int, classes: int, dtype: torch.dtype, target: str, temperature: float, spread: float,
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    target: str,
+    temperature: float,
+    spread: float,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     problem = make(rows, classes, dtype, target, spread, seed)
     problem = (*problem[:4], temperature, *problem[5:])
     loss, _, _, grad, _ = run(problem)
@@ -186,8 +192,9 @@ def test_equal_logits_give_exactly_zero() -> None:
     for classes in (100, LONG):
         student, _, _, _, *numbers = make(3, classes, torch.float32, "none")
         grad = torch.empty(3, classes)
-        loss = triton_launch.forward_backward(grad, None, 1.0, student, student, None, None,
-                                               *numbers)[0]  # fmt: skip
+        loss = triton_launch.forward_backward(
+            grad, None, 1.0, student, student, None, None, *numbers
+        )[0]
         assert loss == 0 and (grad == 0).all()
 
 
@@ -215,14 +222,16 @@ def test_offsets_beyond_32_bits() -> None:
         student.copy_(small[0])
         teacher.copy_(small[1])
         numbers = (4.0, 1.0, 4.0, 1.0, 0.0)
-        *_, stats = triton_launch.forward_backward(grad, None, 1.0, student, teacher, None, None,
-                                                    *numbers)  # fmt: skip
+        *_, stats = triton_launch.forward_backward(
+            grad, None, 1.0, student, teacher, None, None, *numbers
+        )
         expected = torch.empty(4, classes, dtype=torch.bfloat16)
         losses = triton_launch.forward_backward(expected, None, 1.0, *small, None, None, *numbers)
         assert torch.equal(grad, expected)
         assert classes <= triton_launch.MAX_TILE or torch.equal(stats, losses[3])
-        again = triton_launch.backward(torch.tensor(1.0), stats, student, teacher, None, None,
-                                        *numbers)  # fmt: skip
+        again = triton_launch.backward(
+            torch.tensor(1.0), stats, student, teacher, None, None, *numbers
+        )
         assert torch.equal(again, expected)
 
 

@@ -34,14 +34,25 @@ def surrounded(slots: torch.Tensor) -> torch.Tensor:
 
 @settings(max_examples=20, deadline=None)
 @given(
-    rows=st.integers(0, 2), channels=st.integers(1, 4), height=st.integers(1, 30),
-    width=st.integers(1, 30), size=st.integers(1, 30), pad=st.integers(0, 4),
-    dtype=st.sampled_from(list(TOLERANCES)), seed=st.integers(0, 1000),
-)  # fmt: skip
+    rows=st.integers(0, 2),
+    channels=st.integers(1, 4),
+    height=st.integers(1, 30),
+    width=st.integers(1, 30),
+    size=st.integers(1, 30),
+    pad=st.integers(0, 4),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    seed=st.integers(0, 1000),
+)
 def test_equals_the_float64_definition(
-    rows: int, channels: int, height: int, width: int, size: int, pad: int, dtype: torch.dtype,
+    rows: int,
+    channels: int,
+    height: int,
+    width: int,
+    size: int,
+    pad: int,
+    dtype: torch.dtype,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     inputs, named = problem(rows, channels, height, width, size, pad, seed)
     exact = reference_views(*inputs, **named, dtype=torch.float64)
     slots, *rest = inputs

@@ -46,13 +46,30 @@ def kd_arguments(draw: Draw) -> tuple[tuple, dict]:
 
 def kd_expected(tensors: tuple, named: dict) -> tuple[list, tuple]:
     """Compute the losses by the eager definition in float64; return its arguments too."""
-    defaults = {"alpha": None, "t_squared": True, "mask": None, "row_weight": None,
-                "ignore_index": -100, "label_smoothing": 0.0, "num_items": None}  # fmt: skip
-    order = ("temperature", "alpha", "reduction", "t_squared", "mask", "row_weight",
-             "ignore_index", "label_smoothing", "num_items")  # fmt: skip
+    defaults = {
+        "alpha": None,
+        "t_squared": True,
+        "mask": None,
+        "row_weight": None,
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "num_items": None,
+    }
+    order = (
+        "temperature",
+        "alpha",
+        "reduction",
+        "t_squared",
+        "mask",
+        "row_weight",
+        "ignore_index",
+        "label_smoothing",
+        "num_items",
+    )
     problem = problem_of(*tensors, *((defaults | named)[name] for name in order))
-    wide = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-                 for x in problem)  # fmt: skip
+    wide = tuple(
+        x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in problem
+    )
     return ops._eager_forward(*wide, named["reduction"] == "none"), wide
 
 
@@ -75,8 +92,12 @@ def check_gradient(
     dtype = tensors[0].dtype
     tiny = 2**-24 if dtype == F16 else 0  # half of the smallest step
     share = kd_tolerance(tensors)
-    check(got.reshape(expected.shape), expected, max(share, ROUNDING[dtype]),
-          share * factor / 10 + tiny)  # fmt: skip
+    check(
+        got.reshape(expected.shape),
+        expected,
+        max(share, ROUNDING[dtype]),
+        share * factor / 10 + tiny,
+    )
 
 
 def kd_forward(draw: Draw) -> Call:
@@ -141,8 +162,9 @@ def kd_one_pass(draw: Draw) -> Call:
         expected = ops._eager_backward(upstream, stats, *problem)
         check_gradient(got[1], expected, tensors, problem, upstream)
         if out is not None:
-            memory = torch.ones(out.untyped_storage().nbytes() // out.element_size(),
-                                dtype=torch.bool)  # fmt: skip
+            memory = torch.ones(
+                out.untyped_storage().nbytes() // out.element_size(), dtype=torch.bool
+            )
             memory.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
             assert (out.as_strided(memory.shape, (1,), 0)[memory] == 7).all(), "wrote beside out"
 

@@ -176,8 +176,14 @@ def main(folder: Path, name: str, count: int, seed: int) -> dict[str, object]:
             parts += ["stats.jsonl"] if end["rows"] != expected["rows"] else []
             failures += [f"{run.name}: {', '.join(parts[:5])}"] * max(1, hits - before)
         shutil.rmtree(run)
-    return {"cases": hits, "failures": failures, "runs": runs, "longest_exit_s": longest,
-            "signals": signals, "refused": refused}  # fmt: skip
+    return {
+        "cases": hits,
+        "failures": failures,
+        "runs": runs,
+        "longest_exit_s": longest,
+        "signals": signals,
+        "refused": refused,
+    }
 
 
 if __name__ == "__main__":

@@ -11,8 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class OnDevice(TorchDispatchMode):
     """Raises an error for every operator whose result the host has to read from the device."""
 
-    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select",
-             "bincount", "item")  # fmt: skip
+    NAMES = (
+        "_local_scalar_dense",
+        "nonzero",
+        "is_nonzero",
+        "equal",
+        "unique",
+        "masked_select",
+        "bincount",
+        "item",
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -49,8 +49,12 @@ def view_inputs(draw: Draw) -> tuple[list[Tensor], dict]:
     boxes = draw.place(torch.cat((start, extent), 1).int())
     if boxes.numel() and not torch.equal(boxes, torch.cat((start, extent), 1).int()):
         boxes = torch.cat((start, extent), 1).int()  # repeated rows may lie outside
-    inputs = [slots, draw.place(torch.randint(0, count, (rows,))), boxes,
-              draw.place(torch.rand(rows) < 0.5)]  # fmt: skip
+    inputs = [
+        slots,
+        draw.place(torch.randint(0, count, (rows,))),
+        boxes,
+        draw.place(torch.rand(rows) < 0.5),
+    ]
     mean, std = draw.place(torch.rand(channels)), draw.place(torch.rand(channels) + 0.2)
     return inputs, {"size": size, "pad": pad, "mean": mean, "std": std}
 
@@ -94,8 +98,19 @@ def call_view_boxes(draw: Draw) -> Call:
     area = sorted(draw.randint(1, 2**24) for _ in range(2))
     shape = sorted(draw.randint(-(2**27), 2**27 - 1) // draw.choice((1, 50)) for _ in range(2))
     spare = draw.randint(1, height), draw.randint(1, width)
-    arguments = (draw.randrange(2**63), ids, uses, height, width, draw.choice((0, 4, 8192)),
-                 *area, *shape, *spare, draw.choice((0, 1, 10)), draw.random())  # fmt: skip
+    arguments = (
+        draw.randrange(2**63),
+        ids,
+        uses,
+        height,
+        width,
+        draw.choice((0, 4, 8192)),
+        *area,
+        *shape,
+        *spare,
+        draw.choice((0, 1, 10)),
+        draw.random(),
+    )
 
     def compare(got: tuple[Tensor, Tensor]) -> None:
         for a, b in zip(got, reference_boxes(*arguments), strict=True):
@@ -186,8 +201,11 @@ def call_attention(draw: Draw) -> Call:
             packed = qkv if bias is None else qkv + bias.view(qkv.shape[2:])  # rounded once
             expected = kernels._eager_attention(packed.double(), None)
             top = packed.double().abs().max().item()
-            check(got, expected, *((1e-5, 1e-5 * max(1, top)) if dtype == F32
-                                   else (2**-6, 2**-6 * max(1, top))))  # fmt: skip
+            check(
+                got,
+                expected,
+                *((1e-5, 1e-5 * max(1, top)) if dtype == F32 else (2**-6, 2**-6 * max(1, top))),
+            )
 
     return lambda: OPS.short_attention(qkv, bias), compare
 

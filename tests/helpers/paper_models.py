@@ -17,26 +17,46 @@ from dmkd_fast.classifiers.loading import build_classifier, save_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 
 DIT = {
-    "num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "in_channels": 4,
-    "out_channels": 8, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000,
-}  # fmt: skip
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 28,
+    "in_channels": 4,
+    "out_channels": 8,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
 VAE = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
     "sample_size": 256,
-}  # fmt: skip
+}
 UNET = {
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768,
-    "attention_head_dim": 8, "norm_num_groups": 32,
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
     "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
     "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-}  # fmt: skip
+}
 TEXT = {
-    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
-    "bos_token_id": 52, "eos_token_id": 53,
-}  # fmt: skip
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 52,
+    "eos_token_id": 53,
+}
 # Parameters of the published weights in millions; DiT's embedder is stored once per block.
 MILLIONS = {"dit": 750, "vae": 84, "unet": 860}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -47,9 +67,12 @@ def dit_xl_2(folder: Path) -> Path:
     _save(diffusers.DiTTransformer2DModel, DIT, folder / "transformer", MILLIONS["dit"])
     _save(diffusers.AutoencoderKL, VAE, folder / "vae", MILLIONS["vae"])
     diffusers.DDPMScheduler(
-        beta_start=1e-4, beta_end=0.02, variance_type="learned_range", clip_sample=False,
+        beta_start=1e-4,
+        beta_end=0.02,
+        variance_type="learned_range",
+        clip_sample=False,
         timestep_spacing="linspace",
-    ).save_pretrained(folder / "scheduler")  # fmt: skip
+    ).save_pretrained(folder / "scheduler")
     return folder
 
 
@@ -60,9 +83,13 @@ def stable_diffusion_1_5(folder: Path) -> Path:
     _save(diffusers.UNet2DConditionModel, UNET, folder / "unet", MILLIONS["unet"])
     _save(diffusers.AutoencoderKL, VAE | {"sample_size": 512}, folder / "vae", MILLIONS["vae"])
     diffusers.PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
-        steps_offset=1, set_alpha_to_one=False,
-    ).save_pretrained(folder / "scheduler")  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        set_alpha_to_one=False,
+    ).save_pretrained(folder / "scheduler")
     tokenizer = letters_tokenizer(folder / "tokenizer", max_length=77)
     tokenizer.save_pretrained(folder / "tokenizer")
     CLIPTextModel(CLIPTextConfig(**TEXT)).save_pretrained(folder / "text_encoder")
@@ -73,9 +100,14 @@ def classifier(folder: Path, architecture: str, *, num_classes: int, stem: str =
     """Build a random teacher, for 224 pixels from torchvision, for 32 pixels otherwise."""
     size, crop = (224, 0.875) if architecture.startswith("torchvision:") else (32, 1.0)
     spec = ClassifierSpec(
-        architecture=architecture, num_classes=num_classes, in_chans=3, input_size=size,
-        crop_pct=crop, stem=stem, **IMAGENET,
-    )  # fmt: skip
+        architecture=architecture,
+        num_classes=num_classes,
+        in_chans=3,
+        input_size=size,
+        crop_pct=crop,
+        stem=stem,
+        **IMAGENET,
+    )
     folder.mkdir(parents=True)
     save_classifier(build_classifier(spec), spec, folder)
     return folder

@@ -54,10 +54,14 @@ def child(request: dict[str, Any], rank: int) -> int:
     mine = distributed.join()
     test_set = random_set() if request.get("tests") else None
     distiller = build_distiller(
-        run, seed=seed, ranks=mine, test_set=test_set,
-        checkpoint_every_s=request.get("every_s", 1e9), accumulate=request.get("accumulate", 1),
+        run,
+        seed=seed,
+        ranks=mine,
+        test_set=test_set,
+        checkpoint_every_s=request.get("every_s", 1e9),
+        accumulate=request.get("accumulate", 1),
         **SETTINGS,
-    )  # fmt: skip
+    )
     set_seeds(mine.seed(seed))
     left: dict[str, Any] = {"images": {}, "reductions": 0}
     network = distiller.learner.network
@@ -94,9 +98,11 @@ def child(request: dict[str, Any], rank: int) -> int:
     left["weights"] = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
     if test_set is not None:
         whole = scoring.measure(
-            distiller.average.module, test_set.batches([distiller._supervision.input]),
-            input=distiller._supervision.input, num_classes=4,
-        )  # fmt: skip
+            distiller.average.module,
+            test_set.batches([distiller._supervision.input]),
+            input=distiller._supervision.input,
+            num_classes=4,
+        )
         left["scores"] = whole.result()
     (run / f"end-{rank}.json").write_text(json.dumps(left), encoding="utf-8")
     return code
@@ -134,8 +140,9 @@ def random_set() -> ImageSet:
     generator = torch.Generator().manual_seed(1)
     return ImageSet(
         images=torch.randint(0, 256, (101, 1, 8, 8), generator=generator).to(torch.uint8),
-        labels=torch.randint(0, 4, (101,), generator=generator), class_names=tuple("abcd"),
-    )  # fmt: skip
+        labels=torch.randint(0, 4, (101,), generator=generator),
+        class_names=tuple("abcd"),
+    )
 
 
 def set_seeds(seed: int) -> None:
@@ -162,8 +169,14 @@ def start(request: dict[str, Any], world_size: int, restarts: int) -> dict[int, 
                 os.dup2(handle, 1)
                 os.dup2(handle, 2)
                 if world_size > 1:
-                    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT",
-                             "TORCHELASTIC_RESTART_COUNT")  # fmt: skip
+                    names = (
+                        "RANK",
+                        "LOCAL_RANK",
+                        "WORLD_SIZE",
+                        "LOCAL_WORLD_SIZE",
+                        "MASTER_PORT",
+                        "TORCHELASTIC_RESTART_COUNT",
+                    )
                     values = (rank, rank, world_size, world_size, port, restarts)
                     os.environ.update(zip(names, map(str, values), strict=True))
                 code = child(request, rank)
@@ -231,8 +244,14 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         path = run / f"end-{rank}.json"
         ends[str(rank)] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     outputs = [path.read_text(encoding="utf-8") for path in sorted(run.glob("output-*"))]
-    return {"codes": [codes[rank] for rank in range(world_size)], "ends": ends, "took": took,
-            "hits": hits, "restarts": restarts, "outputs": outputs}  # fmt: skip
+    return {
+        "codes": [codes[rank] for rank in range(world_size)],
+        "ends": ends,
+        "took": took,
+        "hits": hits,
+        "restarts": restarts,
+        "outputs": outputs,
+    }
 
 
 if __name__ == "__main__":

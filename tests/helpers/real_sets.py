@@ -68,7 +68,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         members = []
         for seed in range(shard, 23, 3):
             data, kind = encoded(seed)
-            members += [(f"part/{seed:03d}.{kind}", data), (f"part/{seed:03d}.json", b"{}"),
-                        (f"part/{seed:03d}.cls", b"%d\n" % (seed % 3))]  # fmt: skip
+            members += [
+                (f"part/{seed:03d}.{kind}", data),
+                (f"part/{seed:03d}.json", b"{}"),
+                (f"part/{seed:03d}.cls", b"%d\n" % (seed % 3)),
+            ]
         write_shard(root / f"{shard:05d}.tar", members)
     return root

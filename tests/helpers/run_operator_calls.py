@@ -51,11 +51,16 @@ def wrong(draw: Draw, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int):
             return value
         return draw.choice((-1, 0, 1, value + 1, value - 1, 2**40, -(2**40), 2**63 - 1, -(2**63)))
-    kinds = [lambda x: x.to(draw.choice((F32, F64, F16, BF16, torch.int64, torch.int32,
-                                         torch.uint8, torch.bool))),
-             lambda x: x.unsqueeze(draw.randint(0, x.ndim)), lambda x: x.new_empty(0),
-             lambda x: x.new_zeros(()), lambda x: None,
-             lambda x: draw.place(x.clone())]  # fmt: skip
+    kinds = [
+        lambda x: x.to(
+            draw.choice((F32, F64, F16, BF16, torch.int64, torch.int32, torch.uint8, torch.bool))
+        ),
+        lambda x: x.unsqueeze(draw.randint(0, x.ndim)),
+        lambda x: x.new_empty(0),
+        lambda x: x.new_zeros(()),
+        lambda x: None,
+        lambda x: draw.place(x.clone()),
+    ]
     if value.ndim:
         axis = draw.randrange(value.ndim)
         length = value.shape[axis]
@@ -106,8 +111,18 @@ def main(calls: str, large: str, seed: str, progress: str) -> None:
             except Exception as error:
                 failures.append(f"{key}: {type(error).__name__}: {error}"[:300])
         seconds = round(time.monotonic() - start, 1)
-        print(json.dumps({"operator": name, "cases": case + 1, "failures": len(failures),
-                          "first": failures[:5], "seconds": seconds}), flush=True)  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "operator": name,
+                    "cases": case + 1,
+                    "failures": len(failures),
+                    "first": failures[:5],
+                    "seconds": seconds,
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

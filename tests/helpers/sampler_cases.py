@@ -24,9 +24,13 @@ def dit_sampler(**changes: Any) -> DiffusionSampler:
     lean = lean_dit(small_dit())
     assert lean is not None
     settings: dict[str, Any] = {
-        "scheduler": DDIM, "latent_shape": (4, 8, 8), "null_class": 1000, "num_steps": 4,
-        "guidance_scale": 2.0, "micro_batch_images": 4,
-    } | changes  # fmt: skip
+        "scheduler": DDIM,
+        "latent_shape": (4, 8, 8),
+        "null_class": 1000,
+        "num_steps": 4,
+        "guidance_scale": 2.0,
+        "micro_batch_images": 4,
+    } | changes
     return DiffusionSampler(lean, **settings)
 
 
@@ -35,9 +39,14 @@ def embedded(**changes: Any) -> DiffusionSampler:
     assert isinstance(loaded.module, LeanDiT)
     loaded.module.attention = "short"
     settings: dict[str, Any] = {
-        "scheduler": loaded.scheduler, "latent_shape": loaded.latent_shape, "null_class": 10,
-        "num_steps": 2, "guidance_scale": 1.5, "micro_batch_images": 8, "solver": "dpm++2m",
-    } | changes  # fmt: skip
+        "scheduler": loaded.scheduler,
+        "latent_shape": loaded.latent_shape,
+        "null_class": 10,
+        "num_steps": 2,
+        "guidance_scale": 1.5,
+        "micro_batch_images": 8,
+        "solver": "dpm++2m",
+    } | changes
     return DiffusionSampler(loaded.module, **settings)
 
 

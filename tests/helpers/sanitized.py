@@ -22,20 +22,32 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
-    "-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-math-errno",
-    "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi", "-D_GLIBCXX_SANITIZE_VECTOR",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030b0000",
-    "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all",
-    "-include", str(Path(__file__).with_name("sanitized_cpu.h")),
-]  # fmt: skip
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-D_GLIBCXX_SANITIZE_VECTOR",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DPy_LIMITED_API=0x030b0000",
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+    "-include",
+    str(Path(__file__).with_name("sanitized_cpu.h")),
+]
 
 
 def build(folder: Path, *, csrc: Path = ROOT / "csrc") -> Path:
     """Compile the operators with sanitizers and return the path of the library."""
     from torch.utils import cpp_extension
 
-    includes = [f"-I{path}" for path in (*cpp_extension.include_paths(),
-                                         sysconfig.get_paths()["include"])]  # fmt: skip
+    includes = [
+        f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])
+    ]
 
     def compile(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
@@ -56,28 +68,39 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python script with the sanitized operators; a fault ends it with a report."""
     # The sanitizer finds the functions that throw exceptions only if libstdc++ is loaded first.
-    preloaded = (subprocess.run(["g++", f"-print-file-name={name}"], check=True, text=True,
-                                capture_output=True).stdout.strip()
-                 for name in ("libasan.so", "libstdc++.so.6"))  # fmt: skip
+    preloaded = (
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], check=True, text=True, capture_output=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    )
     environment = os.environ | {
         "LD_PRELOAD": " ".join(os.path.realpath(path) for path in preloaded),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:malloc_context_size=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "DMKD_INSTRUCTION_SET": instruction_set, "OMP_NUM_THREADS": "1",
+        "DMKD_INSTRUCTION_SET": instruction_set,
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
-    }  # fmt: skip
+    }
     return subprocess.run(
-        [sys.executable, __file__, library, script, *arguments], env=environment, text=True,
-        capture_output=True, check=False,
-    )  # fmt: skip
+        [sys.executable, __file__, library, script, *arguments],
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 def instruction_sets() -> Iterator[str]:
     """Yield the instruction sets that this CPU can run, named as in `run`."""
     flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-    for name, needed in (("scalar", set()), ("avx2", {"avx2", "fma"}), ("avx512", avx512),
-                         ("avx512_bf16", avx512 | {"avx512_bf16"})):  # fmt: skip
+    for name, needed in (
+        ("scalar", set()),
+        ("avx2", {"avx2", "fma"}),
+        ("avx512", avx512),
+        ("avx512_bf16", avx512 | {"avx512_bf16"}),
+    ):
         if needed <= flags:
             yield name
 

@@ -16,8 +16,16 @@ from PIL import Image
 
 from dmkd_fast.data import shards
 
-ROW = {"seed": 0, "guidance_scale": 1.0, "num_steps": 1, "solver": "euler", "denoiser": "tiny",
-       "revision": None, "teacher_class": 0, "teacher_probability": 0.5}  # fmt: skip
+ROW = {
+    "seed": 0,
+    "guidance_scale": 1.0,
+    "num_steps": 1,
+    "solver": "euler",
+    "denoiser": "tiny",
+    "revision": None,
+    "teacher_class": 0,
+    "teacher_probability": 0.5,
+}
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
@@ -29,16 +37,23 @@ def encode(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
 
 def make_plan(images: np.ndarray, per_shard: int, *, num_classes: int = 4) -> shards.Plan:
     return shards.Plan(
-        num_images=len(images), images_per_shard=per_shard, image_shape=images.shape[1:],
-        num_classes=num_classes, class_names=tuple(str(i) for i in range(num_classes)),
-        licence="none", settings={"seed": 0},
-    )  # fmt: skip
+        num_images=len(images),
+        images_per_shard=per_shard,
+        image_shape=images.shape[1:],
+        num_classes=num_classes,
+        class_names=tuple(str(i) for i in range(num_classes)),
+        licence="none",
+        settings={"seed": 0},
+    )
 
 
 def write_shards(
-    folder: Path, images: np.ndarray, labels: np.ndarray, per_shard: int,
+    folder: Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    per_shard: int,
     numbers: Iterable[int] | None = None,
-) -> shards.Plan:  # fmt: skip
+) -> shards.Plan:
     """Write images (N, 1 or 3, H, W) as `dmkd generate` does; only the shards `numbers`."""
     plan = make_plan(images, per_shard)
     shards.claim(folder, plan)
@@ -122,9 +137,7 @@ def crash_everywhere(root: Path) -> dict[str, int]:
             plan = shards.read_plan(folder)
             for number in shards.finished(folder):
                 shard = shards.load_shard(folder, plan, number)
-                torn += sum(
-                    shard.read(i) != encode(images[i][0]) for i in plan.ids(number)
-                )  # fmt: skip
+                torn += sum(shard.read(i) != encode(images[i][0]) for i in plan.ids(number))
         assert job(folder, 0) == 0
         differing += contents(folder) != whole
         hidden = [p.name for p in folder.rglob(".*") if not p.name.endswith(".lock")]

@@ -19,13 +19,22 @@ from dmkd_fast.runtime.distributed import ALONE, Ranks
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "many_steps.yaml")
 SHORT = [
-    "num_threads=1", "dtype=float32", "sampler.num_steps=1", "sampler.guidance_scale=1",
-    "sampler.compile=false", "sampler.micro_batch_images=64", "ring.capacity_images=192",
-    "ring.min_fill_images=64", "ring.samples_per_insert=4",
+    "num_threads=1",
+    "dtype=float32",
+    "sampler.num_steps=1",
+    "sampler.guidance_scale=1",
+    "sampler.compile=false",
+    "sampler.micro_batch_images=64",
+    "ring.capacity_images=192",
+    "ring.min_fill_images=64",
+    "ring.samples_per_insert=4",
     "teacher.path=embedded:fashion_mnist/weak",
-    "train.batch_size=32", "train.num_views=640", "train.log_every_steps=5", "eval.num_points=1",
+    "train.batch_size=32",
+    "train.num_views=640",
+    "train.log_every_steps=5",
+    "eval.num_points=1",
     "student={arch: lenet5_half}",
-]  # fmt: skip
+]
 
 
 class TinyDenoiser(nn.Module):
@@ -45,26 +54,43 @@ class TinyDenoiser(nn.Module):
 def tiny_sampler(**changes: object) -> DiffusionSampler:
     """Build a sampler of 8 x 8 images of four classes."""
     settings: dict[str, object] = {
-        "scheduler": FLOW, "latent_shape": (1, 8, 8), "null_class": 4, "num_steps": 3,
-        "guidance_scale": 2.0, "micro_batch_images": 16,
-    }  # fmt: skip
+        "scheduler": FLOW,
+        "latent_shape": (1, 8, 8),
+        "null_class": 4,
+        "num_steps": 3,
+        "guidance_scale": 2.0,
+        "micro_batch_images": 16,
+    }
     return DiffusionSampler(TinyDenoiser(), **(settings | changes))  # type: ignore[arg-type]
 
 
 def small_classifier(*, dropout: float = 0.0) -> nn.Module:
     """Build a classifier of 8 x 8 images in four classes, with batch norm and optional dropout."""
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
-        nn.Dropout(dropout), nn.Linear(8 * 64, 4),
-    )  # fmt: skip
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(8 * 64, 4),
+    )
 
 
 def build_distiller(
-    run_dir: Path, *, seed: int = 0, dropout: float = 0.0, ring: dict[str, Any] | None = None,
-    reader: ImageReader | None = None, mix: dict[str, float] | None = None, alpha: float = 1.0,
-    dtype: torch.dtype = torch.float32, student: nn.Module | None = None, ranks: Ranks = ALONE,
-    test_set: ImageSet | None = None, **changes: object,
-) -> Distiller:  # fmt: skip
+    run_dir: Path,
+    *,
+    seed: int = 0,
+    dropout: float = 0.0,
+    ring: dict[str, Any] | None = None,
+    reader: ImageReader | None = None,
+    mix: dict[str, float] | None = None,
+    alpha: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    student: nn.Module | None = None,
+    ranks: Ranks = ALONE,
+    test_set: ImageSet | None = None,
+    **changes: object,
+) -> Distiller:
     """Build a whole run at reduced size: 8 x 8 images, 4 classes, 40 steps, a ring of 4 blocks.
 
     With several ranks, each has its part of the ring, and batch_size is that of each rank.
@@ -78,8 +104,13 @@ def build_distiller(
     return Distiller(
         sampler=sampler,
         ring=RingBuffer(
-            64 // ranks.world_size, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4,
-            min_fill_images=32 // ranks.world_size, seed=ranks.seed(seed), **(ring or {}),
+            64 // ranks.world_size,
+            image_shape=(1, 8, 8),
+            block_images=16,
+            samples_per_insert=4,
+            min_fill_images=32 // ranks.world_size,
+            seed=ranks.seed(seed),
+            **(ring or {}),
         ),
         labels=reader or LabelStream(4, seed=seed, rank=ranks.rank, world_size=ranks.world_size),
         views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,), seed=seed),
@@ -93,7 +124,7 @@ def build_distiller(
         test_set=test_set,
         show=False,
         ranks=ranks,
-    )  # fmt: skip
+    )
 
 
 def fit_until(distiller: Distiller, stop_at: int) -> None:

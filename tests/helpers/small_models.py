@@ -11,11 +11,19 @@ import torch
 
 from dmkd_fast.denoisers.loading import share_embedder
 
-VAE = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4,
-       "down_block_types": ("DownEncoderBlock2D",) * 2,
-       "up_block_types": ("UpDecoderBlock2D",) * 2}  # fmt: skip
-UNET = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1,
-        "norm_num_groups": 8}  # fmt: skip
+VAE = {
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
 
 
 def spread(model: torch.nn.Module, seed: int = 0) -> Any:
@@ -31,9 +39,15 @@ def spread(model: torch.nn.Module, seed: int = 0) -> Any:
 
 def small_dit(*, shared: bool = True, **changes: Any) -> Any:
     settings: dict[str, Any] = {
-        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "in_channels": 4,
-        "out_channels": 8, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 1000,
-    } | changes  # fmt: skip
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "in_channels": 4,
+        "out_channels": 8,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+    } | changes
     dit = spread(diffusers.DiTTransformer2DModel(**settings))
     if shared:
         share_embedder(dit)
@@ -49,7 +63,7 @@ def dit_folder(folder: Path, *, shared: bool = True, scheduler: Any = None, **ch
         vae=spread(diffusers.AutoencoderKL(**VAE), seed=1),
         scheduler=scheduler or diffusers.DDIMScheduler(clip_sample=False),
         id2label={i: f"class {i}" for i in range(1000)},
-    )  # fmt: skip
+    )
     if shared:  # Every block saves a copy, as in the published weights.
         first = pipeline.transformer.transformer_blocks[0].norm1.emb.state_dict()
         for block in pipeline.transformer.transformer_blocks:
@@ -61,10 +75,11 @@ def dit_folder(folder: Path, *, shared: bool = True, scheduler: Any = None, **ch
 def class_unet_folder(folder: Path, scheduler: Any, **changes: Any) -> Path:
     """Save a small UNet in the layout of openai/diffusers-cd_imagenet64_l2: unet, scheduler."""
     unet = diffusers.UNet2DModel(
-        in_channels=3, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        in_channels=3,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         **(UNET | {"num_class_embeds": 10, "out_channels": 3} | changes),
-    )  # fmt: skip
+    )
     spread(unet).save_pretrained(folder / "unet")
     scheduler.save_pretrained(folder / "scheduler")
     return folder
@@ -75,20 +90,37 @@ def stable_diffusion(folder: Path, scheduler: Any, **changes: Any) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     unet = diffusers.UNet2DConditionModel(
-        in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=16,
-        attention_head_dim=2, **(UNET | changes),
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        **(UNET | changes),
+    )
     tokenizer = letters_tokenizer(folder, max_length=16)
-    encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16, bos_token_id=52, eos_token_id=53,
-    ))  # fmt: skip
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=52,
+            eos_token_id=53,
+        )
+    )
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=spread(diffusers.AutoencoderKL(**VAE), seed=1), text_encoder=spread(encoder, seed=2),
-        tokenizer=tokenizer, unet=spread(unet, seed=3), scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=spread(diffusers.AutoencoderKL(**VAE), seed=1),
+        text_encoder=spread(encoder, seed=2),
+        tokenizer=tokenizer,
+        unet=spread(unet, seed=3),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.save_pretrained(folder)
     return pipeline
 

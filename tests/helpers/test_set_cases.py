@@ -24,7 +24,11 @@ def torchvision_of(item: Any, spec: InputSpec) -> Tensor:
     from torchvision import transforms as t
 
     image = Image.open(io.BytesIO(item.read().tobytes()))
-    return t.Compose([
-        t.Resize(spec.short_side, interpolation=t.InterpolationMode(spec.interpolation)),
-        t.CenterCrop(spec.size), t.ToTensor(), t.Normalize(spec.mean, spec.std),
-    ])(image.convert("L" if spec.num_channels == 1 else "RGB"))  # fmt: skip
+    return t.Compose(
+        [
+            t.Resize(spec.short_side, interpolation=t.InterpolationMode(spec.interpolation)),
+            t.CenterCrop(spec.size),
+            t.ToTensor(),
+            t.Normalize(spec.mean, spec.std),
+        ]
+    )(image.convert("L" if spec.num_channels == 1 else "RGB"))

@@ -33,10 +33,21 @@ def test_distill_leaves_a_complete_run_that_evaluate_reproduces(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert list(summary) == [
-        "top1", "top5", "teacher_top1", "agreement", "generated_images", "views", "reuse",
-        "images_per_s", "views_per_s", "wall_s", "cpu_s", "denoiser_licence", "teacher_licence",
+        "top1",
+        "top5",
+        "teacher_top1",
+        "agreement",
+        "generated_images",
+        "views",
+        "reuse",
+        "images_per_s",
+        "views_per_s",
+        "wall_s",
+        "cpu_s",
+        "denoiser_licence",
+        "teacher_licence",
         "run_dir",
-    ]  # fmt: skip
+    ]
     assert summary["views"] == 640 and summary["generated_images"] == 192
     assert 0 <= summary["top1"] <= summary["top5"] <= 1
     run = tmp_path / "a"
@@ -110,8 +121,10 @@ def broken(tmp_path: Path) -> Path:
     )
     unet = tmp_path / "unet" / "transformer" / "config.json"
     unet.write_text(unet.read_text().replace("DiTTransformer2DModel", "UNet2DModel"))
-    seven = {k: v[:7] if k.startswith("classifier.2") else v
-             for k, v in load_file(teacher / "model.safetensors").items()}  # fmt: skip
+    seven = {
+        k: v[:7] if k.startswith("classifier.2") else v
+        for k, v in load_file(teacher / "model.safetensors").items()
+    }
     shutil.copytree(tmp_path / "classes", tmp_path / "seven")
     save_file(seven, tmp_path / "seven" / "model.safetensors")
     shutil.copytree(test, tmp_path / "cut_test")
@@ -139,8 +152,13 @@ MISTAKES = [
     (["ring.samples_per_insert=0.001"], ["ring.samples_per_insert", "raise"]),
     (["ring.error_buffer=1"], ["ring.error_buffer: got 1", "for ever", "raise error_buffer"]),
     (["ring.max_uses=3"], ["ring.max_uses: got 3", "samples_per_insert=24", "raise"]),
-    (["ring={order: uniform, max_uses: 30, capacity_images: 9999, min_fill_images: 1024, "
-      "samples_per_insert: 2}"], ["ring.max_uses: got 30 with order=uniform", "change one"]),
+    (
+        [
+            "ring={order: uniform, max_uses: 30, capacity_images: 9999, min_fill_images: 1024, "
+            "samples_per_insert: 2}"
+        ],
+        ["ring.max_uses: got 30 with order=uniform", "change one"],
+    ),
     (["ring.order=random"], ["ring.order", "'random'", "'balanced'"]),
     (["ring.overlap=true"], ["ring.overlap: got true with device cpu", "ring.overlap=false"]),
     (["ring.samples_per_insert=-1"], ["ring.samples_per_insert", "or equal to 0.000001"]),
@@ -153,8 +171,10 @@ MISTAKES = [
     (["views.size=9000"], ["views.size", "9000", "8192"]),
     (["denoiser.pth=x"], ["'denoiser.pth'", "did you mean 'path'"]),
     (["run_dir={tmp}/other"], ["checkpoints of another run", "another folder"]),
-    (["ring.overlap=true", "sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 1}]"],
-     ["ring.overlap", "sampler.phases", "remove one"]),
+    (
+        ["ring.overlap=true", "sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 1}]"],
+        ["ring.overlap", "sampler.phases", "remove one"],
+    ),
     (["device=cuda"], ["cuda", "device=cpu"]),
     (["device=tpu"], ["device", "'tpu'"]),
     (["dtype=float16"], ["float16", "bfloat16"]),
@@ -177,8 +197,13 @@ MISTAKES = [
     (["denoiser.class_map=[0, 10]"], ["denoiser.class_map", "0 to 10", "0 to 9"]),
     (["denoiser.class_map=[3, 1]"], ["classes", "expected the same"]),
     (["sampler.phases=[{start: 0.5, num_steps: 1}]"], ["phases.0.guidance_scale", "missing"]),
-    (["sampler.phases=[{start: 0.6, num_steps: 1, guidance_scale: 1}, "
-      "{start: 0.5, num_steps: 1, guidance_scale: 1}]"], ["phases", "sort"]),
+    (
+        [
+            "sampler.phases=[{start: 0.6, num_steps: 1, guidance_scale: 1}, "
+            "{start: 0.5, num_steps: 1, guidance_scale: 1}]"
+        ],
+        ["phases", "sort"],
+    ),
     (["eval.classes={tmp}/none.txt"], ["list of classes for idx", "remove it"]),
     (["teacher.path={tmp}/nowhere"], ["nowhere", "config.json"]),
     (["teacher.path={tmp}/empty"], ["config.json", "No such file"]),
@@ -204,10 +229,20 @@ MISTAKES = [
     (["sampler.attention=xformers"], ["attention: got xformers", "attention=auto"]),
     (["sampler.guidance_interval=[0.5, 0.2]"], ["guidance_interval", "start < stop"]),
     (["sampler={guidance_scale: 1, guidance_channels: 3}"], ["guidance_channels", "turns"]),
-    (["denoiser.path=embedded:fashion_mnist/fewstep", "sampler={num_steps: 5, guidance_scale: 1}"],
-     ["got 5", "distilled to 4 steps"]),
-    (["denoiser.path=embedded:fashion_mnist/fewstep", "sampler={num_steps: 4, guidance_scale: 2}"],
-     ["guidance_scale", "folded in"]),
+    (
+        [
+            "denoiser.path=embedded:fashion_mnist/fewstep",
+            "sampler={num_steps: 5, guidance_scale: 1}",
+        ],
+        ["got 5", "distilled to 4 steps"],
+    ),
+    (
+        [
+            "denoiser.path=embedded:fashion_mnist/fewstep",
+            "sampler={num_steps: 4, guidance_scale: 2}",
+        ],
+        ["guidance_scale", "folded in"],
+    ),
     (["eval.path={tmp}/empty"], ["empty", "no idx files, class folders or .tar"]),
     (["eval.path={tmp}/nowhere"], ["nowhere", "no such folder"]),
     (["eval.path={tmp}/cut_test"], ["t10k-images", "fetch it again"]),
@@ -220,7 +255,7 @@ MISTAKES = [
     (["run_dir={tmp}/file/run"], ["run_dir", "cannot write", "run_dir=DIR"]),
     (["run_dir={tmp}/taken"], ["run_dir", "holds a run already", "--resume"]),
     (["run_dir={tmp}/empty", "--resume"], ["--resume", "got dtype=float32", "remove it"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda v: str(v[0])[:40])
@@ -236,16 +271,22 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(
     assert {p: p.stat().st_mtime_ns for p in broken.rglob("*")} == before
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["distill", "{tmp}/none.yaml"], ["none.yaml", "No such file", "configs/"]),
-    (["distill", "{tmp}/list.yaml"], ["list.yaml", "got list"]),
-    (["distill", "{tmp}/broken.yaml"], ["broken.yaml", "not valid YAML"]),
-    (["distill", "{tmp}/short.yaml"], ["denoiser", "missing"]),
-    (["distill", CONFIG, "run_dir={tmp}/empty", "--resume"], ["--resume", "no checkpoint"]),
-    (["evaluate", "{tmp}/empty"], ["config.yaml of a run", "config.json of a classifier"]),
-    (["pretrain", "teacher", "{tmp}/short.yaml", "--data", "{tmp}"], ["optim", "missing"]),
-    (["pretrain", "teacher", "{lenet}", "--data", "{tmp}/empty"], ["train-images", "no such file"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["distill", "{tmp}/none.yaml"], ["none.yaml", "No such file", "configs/"]),
+        (["distill", "{tmp}/list.yaml"], ["list.yaml", "got list"]),
+        (["distill", "{tmp}/broken.yaml"], ["broken.yaml", "not valid YAML"]),
+        (["distill", "{tmp}/short.yaml"], ["denoiser", "missing"]),
+        (["distill", CONFIG, "run_dir={tmp}/empty", "--resume"], ["--resume", "no checkpoint"]),
+        (["evaluate", "{tmp}/empty"], ["config.yaml of a run", "config.json of a classifier"]),
+        (["pretrain", "teacher", "{tmp}/short.yaml", "--data", "{tmp}"], ["optim", "missing"]),
+        (
+            ["pretrain", "teacher", "{lenet}", "--data", "{tmp}/empty"],
+            ["train-images", "no such file"],
+        ),
+    ],
+)
 def test_other_verbs_end_in_one_line_too(
     arguments: list[str], words: list[str], broken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,8 +310,16 @@ def _one_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
 )
 def test_interrupt_saves_within_five_seconds_and_resumes(tmp_path: Path, number: int) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "dmkd_fast.cli", "distill", CONFIG, f"run_dir={run}", *SHORT,
-               "train.num_views=64000"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "dmkd_fast.cli",
+        "distill",
+        CONFIG,
+        f"run_dir={run}",
+        *SHORT,
+        "train.num_views=64000",
+    ]
     # A job started in the background of a shell ignores SIGINT unless it is told not to.
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

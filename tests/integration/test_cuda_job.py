@@ -51,10 +51,17 @@ def repeatable() -> None:
 def classifier() -> nn.Module:
     """32 x 32 colour images to ten classes: convolutions, batch norm, dropout."""
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(0.1), nn.Linear(32 * 16, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(32 * 16, 10),
+    )
 
 
 def sampler(seed: int = 0) -> DiffusionSampler:
@@ -67,11 +74,19 @@ def sampler(seed: int = 0) -> DiffusionSampler:
     lean.choose_attention("auto", device=torch.device("cuda"), dtype=torch.float16)
     vae = spread(diffusers.AutoencoderKL(**VAE), seed=1)
     return DiffusionSampler(
-        lean, scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
-        latent_shape=(4, 8, 8), decoder=Decoder(vae).to(memory_format=torch.channels_last),
-        null_class=1000, num_steps=3, guidance_scale=2.0, micro_batch_images=16,
-        dtype=torch.float16, device="cuda", seed=seed, compile=True,
-    )  # fmt: skip
+        lean,
+        scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
+        latent_shape=(4, 8, 8),
+        decoder=Decoder(vae).to(memory_format=torch.channels_last),
+        null_class=1000,
+        num_steps=3,
+        guidance_scale=2.0,
+        micro_batch_images=16,
+        dtype=torch.float16,
+        device="cuda",
+        seed=seed,
+        compile=True,
+    )
 
 
 def job(run_dir: Path, *, ring: dict[str, Any] | None = None, **changes: Any) -> Distiller:
@@ -81,19 +96,35 @@ def job(run_dir: Path, *, ring: dict[str, Any] | None = None, **changes: Any) ->
     teacher = classifier().cuda()
     torch.manual_seed(7)
     student = classifier().cuda().to(memory_format=torch.channels_last)
-    schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10,
-                "ema_decay": 0.9}  # fmt: skip
+    schedule = {
+        "batch_size": 16,
+        "num_views": 640,
+        "lr": 3e-3,
+        "log_every_steps": 10,
+        "ema_decay": 0.9,
+    }
     return Distiller(
         sampler=sampler(),
         ring=RingBuffer(
-            64, image_shape=(3, 16, 16), block_images=16, samples_per_insert=4, device="cuda",
-            min_fill_images=32, num_classes=10, **(GUARDED if ring is None else ring),
+            64,
+            image_shape=(3, 16, 16),
+            block_images=16,
+            samples_per_insert=4,
+            device="cuda",
+            min_fill_images=32,
+            num_classes=10,
+            **(GUARDED if ring is None else ring),
         ),
-        labels=LabelStream(10, device="cuda"), teacher=teacher, student=student,
+        labels=LabelStream(10, device="cuda"),
+        teacher=teacher,
+        student=student,
         views=Views(size=16, pad=1, mean=(0.5,) * 3, std=(0.5,) * 3, device="cuda"),
-        schedule=Schedule(**(schedule | changes)), run_dir=run_dir, dtype=torch.float16,
-        compile=True, show=False,
-    )  # fmt: skip
+        schedule=Schedule(**(schedule | changes)),
+        run_dir=run_dir,
+        dtype=torch.float16,
+        compile=True,
+        show=False,
+    )
 
 
 def stop_after(distiller: Distiller, step: int) -> None:
@@ -204,11 +235,22 @@ def test_the_embedded_job_runs_and_learns_on_a_gpu(
 
     from dmkd_fast import cli
 
-    small = ["sampler.num_steps=4", "sampler.guidance_scale=1.5", "ring.capacity_images=768",
-             "ring.min_fill_images=256", "ring.samples_per_insert=8", "ring.overlap=true",
-             "sampler.micro_batch_images=64", "train.batch_size=64", "train.num_views=3200",
-             "train.log_every_steps=25", "eval.num_points=1", "train.checkpoint_every_s=1",
-             "teacher.path=embedded:fashion_mnist/weak", "student={arch: lenet5_half}"]  # fmt: skip
+    small = [
+        "sampler.num_steps=4",
+        "sampler.guidance_scale=1.5",
+        "ring.capacity_images=768",
+        "ring.min_fill_images=256",
+        "ring.samples_per_insert=8",
+        "ring.overlap=true",
+        "sampler.micro_batch_images=64",
+        "train.batch_size=64",
+        "train.num_views=3200",
+        "train.log_every_steps=25",
+        "eval.num_points=1",
+        "train.checkpoint_every_s=1",
+        "teacher.path=embedded:fashion_mnist/weak",
+        "student={arch: lenet5_half}",
+    ]
     if not HAS_DRIVER:
         small += ["dtype=float32", "sampler.num_steps=2"]  # a CPU takes minutes otherwise
     assert cli.main(["distill", CONFIG, *small, f"run_dir={tmp_path / 'run'}"]) == 0
@@ -283,9 +325,12 @@ def test_images_read_from_disk_on_a_gpu_are_exact(tmp_path: Path) -> None:
     images, classes = random_images(40)
     write_shards(tmp_path, images, classes, 16)
     reader = ImageReader(
-        ShardSource(tmp_path), image_shape=(1, 8, 8), ring_images=64, show=False,
+        ShardSource(tmp_path),
+        image_shape=(1, 8, 8),
+        ring_images=64,
+        show=False,
         device=torch.device("cuda:0"),
-    )  # fmt: skip
+    )
     for start in (0, 16):
         ids, labels = reader.peek(16)
         reader.advance(16)

@@ -21,8 +21,11 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FOLDER = DOCS / "reference" / "schema"
 PAGES = sorted(DOCS.rglob("*.md"))
-SECTIONS = {name: value for module in (data, generator, jobs, networks, training)
-            for name, value in vars(module).items()}  # fmt: skip
+SECTIONS = {
+    name: value
+    for module in (data, generator, jobs, networks, training)
+    for name, value in vars(module).items()
+}
 
 
 def test_generated_pages_are_current() -> None:
@@ -54,8 +57,9 @@ def names_of(kind: Any, prefix: str = "") -> list[str]:
 def test_a_description_has_type_default_range_and_text() -> None:
     (setting,) = reference_module.describe("distill", "sampler.num_steps")
     assert str(setting).splitlines() == [
-        "sampler.num_steps: integer, default 8, 1 to 1,000", "    Denoising steps per image.",
-    ]  # fmt: skip
+        "sampler.num_steps: integer, default 8, 1 to 1,000",
+        "    Denoising steps per image.",
+    ]
 
 
 def test_config_verb_prints_a_section_and_names_the_nearest_setting(
@@ -118,9 +122,13 @@ def test_shipped_configs_name_their_schema() -> None:
 
 def test_example_of_the_limiter_is_what_the_ring_does() -> None:
     ring = RingBuffer(
-        2048, image_shape=(1, 1, 1), block_images=256, min_fill_images=512, samples_per_insert=2,
+        2048,
+        image_shape=(1, 1, 1),
+        block_images=256,
+        min_fill_images=512,
+        samples_per_insert=2,
         error_buffer=384,
-    )  # fmt: skip
+    )
     rows, ids = [], ring.ids.new_zeros(256)
     for _ in range(2):
         while ring.must_insert(64):
@@ -135,9 +143,13 @@ def test_example_of_the_limiter_is_what_the_ring_does() -> None:
     assert shown[:4] == rows
     with pytest.raises(ValueError, match=r"for ever|indefinitely|deadlock"):
         RingBuffer(
-            2048, image_shape=(1, 1, 1), block_images=256, min_fill_images=512,
-            samples_per_insert=2, error_buffer=192,
-        ).check(64)  # fmt: skip
+            2048,
+            image_shape=(1, 1, 1),
+            block_images=256,
+            min_fill_images=512,
+            samples_per_insert=2,
+            error_buffer=192,
+        ).check(64)
 
 
 def test_python_blocks_of_pages_are_valid_python() -> None:
@@ -175,9 +187,21 @@ def test_notebook_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NAMING = [
-    *PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile",
-    "mkdocs.yml", "pyproject.toml", "benchmarks/gpu.sh", ".ci/run")),
-]  # fmt: skip
+    *PAGES,
+    *(
+        ROOT / name
+        for name in (
+            "CHANGELOG.md",
+            "CONTRIBUTING.md",
+            "SECURITY.md",
+            "Makefile",
+            "mkdocs.yml",
+            "pyproject.toml",
+            "benchmarks/gpu.sh",
+            ".ci/run",
+        )
+    ),
+]
 FOLDERS = "benchmarks|configs|csrc|dmkd_fast|docs|scripts|tests"
 
 

@@ -33,23 +33,35 @@ from dmkd_fast.assets import resolve
 
 ROOT = Path(__file__).parents[2]
 DENOISER = "embedded:fashion_mnist/denoiser"
-SMALL = ("sampler.micro_batch_images=64", "ring.capacity_images=192", "ring.min_fill_images=64",
-         "train.num_views=256")  # fmt: skip
+SMALL = (
+    "sampler.micro_batch_images=64",
+    "ring.capacity_images=192",
+    "ring.min_fill_images=64",
+    "train.num_views=256",
+)
 SIZES = ("--images", "64", "--views", "128", "--points", "1", "--seeds", "1")
 STUDY = Study(num_images=64, num_views=128, num_points=1, overrides=SMALL)
 # The sampler's arm trains as the one before it.
-RECIPES = {name: arm.recipe for name, arm in ARMS.items() if arm.recipe is not None
-           and name != "lean sampler"}  # fmt: skip
+RECIPES = {
+    name: arm.recipe
+    for name, arm in ARMS.items()
+    if arm.recipe is not None and name != "lean sampler"
+}
 
 
 def test_diffusers_loop_makes_the_images_of_our_sampler() -> None:
     folder = resolve(DENOISER)
     loaded = load_denoiser(folder, torch.device("cpu"))
     sampler = DiffusionSampler(
-        loaded.module, scheduler=loaded.scheduler, latent_shape=loaded.latent_shape,
-        null_class=loaded.null_class, num_steps=8, solver="dpm++2m", guidance_scale=1.5,
+        loaded.module,
+        scheduler=loaded.scheduler,
+        latent_shape=loaded.latent_shape,
+        null_class=loaded.null_class,
+        num_steps=8,
+        solver="dpm++2m",
+        guidance_scale=1.5,
         micro_batch_images=8,
-    )  # fmt: skip
+    )
     ids = torch.arange(8)
     ours = sampler.sample(ids, ids, out=torch.empty(8, 1, 28, 28, dtype=torch.uint8))
     theirs = baseline.make_images(
@@ -93,18 +105,28 @@ def test_png_files_come_back_as_the_jobs_views(tmp_path: Path) -> None:
 def test_eager_loss_is_kd_loss() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(16, 10, requires_grad=True), 3 * torch.randn(16, 10)
-    losses = [f(student, teacher) for f in (
-        lambda s, t: baseline.kd_loss(s, t, 4.0), lambda s, t: kd_loss(s, t, temperature=4.0),
-    )]  # fmt: skip
+    losses = [
+        f(student, teacher)
+        for f in (
+            lambda s, t: baseline.kd_loss(s, t, 4.0),
+            lambda s, t: kd_loss(s, t, temperature=4.0),
+        )
+    ]
     eager, fused = (torch.autograd.grad(loss, student)[0] for loss in losses)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(eager, fused, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("recipe", [
-    Recipe(), Recipe(teacher_graph=True), Recipe(fused_loss=True, reads_each_step=False),
-    Recipe(fused_loss=True, folded_teacher=True),
-], ids=["plain", "teacher's graph", "fused loss", "folded teacher"])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(teacher_graph=True),
+        Recipe(fused_loss=True, reads_each_step=False),
+        Recipe(fused_loss=True, folded_teacher=True),
+    ],
+    ids=["plain", "teacher's graph", "fused loss", "folded teacher"],
+)
 def test_three_steps_are_those_of_our_trainer(
     make_distiller: Callable[..., Distiller], recipe: Recipe
 ) -> None:
@@ -112,9 +134,13 @@ def test_three_steps_are_those_of_our_trainer(
     settings = {"name": "sgd", "lr": 0.02, "ema_decay": 0.9}
     ours, other = make_distiller(**settings), make_distiller(**settings)
     trainer = Trainer(
-        deepcopy(ours.student), deepcopy(ours.teacher), recipe, schedule=ours.schedule,
-        temperature=4.0, input=InputSpec(size=8, mean=(0.5,), std=(0.5,)),
-    )  # fmt: skip
+        deepcopy(ours.student),
+        deepcopy(ours.teacher),
+        recipe,
+        schedule=ours.schedule,
+        temperature=4.0,
+        input=InputSpec(size=8, mean=(0.5,), std=(0.5,)),
+    )
     for distiller in (ours, other):
         distiller.refill()
     for _ in range(3):
@@ -126,9 +152,11 @@ def test_three_steps_are_those_of_our_trainer(
     pairs = [(trainer.student, ours.student), (trainer.average.module, ours.average.module)]
     for theirs, mine in pairs:
         for a, b, start in zip(
-            theirs.state_dict().values(), mine.state_dict().values(),
-            other.student.state_dict().values(), strict=True,
-        ):  # fmt: skip
+            theirs.state_dict().values(),
+            mine.state_dict().values(),
+            other.student.state_dict().values(),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
             moved = max(moved, float((b - start).abs().max()))
     assert moved > 1e-3
@@ -161,10 +189,14 @@ def test_kept_memory_is_seen_in_a_process_of_its_own() -> None:
 
 # Kept memory cannot be undone in this process, and compiling takes a minute.
 @pytest.mark.usefixtures("few_test_images")
-@pytest.mark.parametrize("name", [
-    pytest.param(n, marks=[] if n in (TARGET, "images in a ring") else pytest.mark.slow)
-    for n, r in RECIPES.items() if not r.keeps_memory
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in (TARGET, "images in a ring") else pytest.mark.slow)
+        for n, r in RECIPES.items()
+        if not r.keeps_memory
+    ],
+)
 def test_a_change_is_seen_in_the_run_that_makes_it(name: str, tmp_path: Path) -> None:
     recipe = RECIPES[name]
     torch.manual_seed(0)
@@ -209,22 +241,37 @@ def made_up(work: Path, study: Study) -> Callable[..., Any]:
         found: dict[str, Any] = {"peak_memory_mib": 100.0, "disk_mib": 2.0, "num_images": 64}
         if name in IMAGES:
             slow = 10.0 if "diffusers" in name else 1.0
-            found |= {part: {k: v * slow for k, v in spent.items()}
-                      for part in ("setup", "images", "pngs")}  # fmt: skip
+            found |= {
+                part: {k: v * slow for k, v in spent.items()}
+                for part in ("setup", "images", "pngs")
+            }
             found["proof"] = {"sampler": name, "attention": "sdpa", "sampler_dtype": "float32"}
         else:
             speed = {TARGET: 1.0, BF16: 1.5, CHANNELS_LAST: 2.0, EQUAL: 4.0, DEFAULT: 8.0}.get(
                 name, 3.0
             )
             top1 = {"fused loss": 0.5}.get(name, 0.8)
-            curve = [(60 / speed, 0.7, 1.0), (120 / speed, top1 - 0.005, 2.0),
-                     (180 / speed, top1, 3.0)]  # fmt: skip
+            curve = [
+                (60 / speed, 0.7, 1.0),
+                (120 / speed, top1 - 0.005, 2.0),
+                (180 / speed, top1, 3.0),
+            ]
             found |= {
-                "wall_s": 200 / speed, "cpu_s": 300.0, "views": 128, "curve": curve,
-                "generation_s": 10.0, "training_s": 5.0, "evaluation_s": 3.0,
-                "proof": {"ops": {"aten::topk": 1}, "png_files": 64, "teacher_batch_norms": 19,
-                          "page_faults_per_step": 7, "compiled_graphs": 0},
-            }  # fmt: skip
+                "wall_s": 200 / speed,
+                "cpu_s": 300.0,
+                "views": 128,
+                "curve": curve,
+                "generation_s": 10.0,
+                "training_s": 5.0,
+                "evaluation_s": 3.0,
+                "proof": {
+                    "ops": {"aten::topk": 1},
+                    "png_files": 64,
+                    "teacher_batch_norms": 19,
+                    "page_faults_per_step": 7,
+                    "compiled_graphs": 0,
+                },
+            }
         part = command[command.index("--part") + 1]
         path = arms.part_file(work / part, study.seed, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,8 +334,18 @@ def test_a_stopped_study_goes_on_and_compares_what_it_found(
 def test_the_whole_comparison_runs_in_miniature(tmp_path: Path) -> None:
     rows: dict[str, Any] = {}
     for part in PARTS:
-        command = [sys.executable, "-m", "benchmarks", "end-to-end", "--part", part, *SIZES,
-                   "--work", str(tmp_path), *SMALL]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "end-to-end",
+            "--part",
+            part,
+            *SIZES,
+            "--work",
+            str(tmp_path),
+            *SMALL,
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         rows |= {row["arm"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
     assert set(rows) == set(ARMS)

@@ -51,9 +51,12 @@ class NoCopies(OnDevice):
 
 def classifier(size: int) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
         nn.Linear(8 * size**2, 10),
-    )  # fmt: skip
+    )
 
 
 def job(run_dir: Path) -> Distiller:
@@ -62,26 +65,43 @@ def job(run_dir: Path) -> Distiller:
     lean = lean_dit(small_dit())
     assert lean is not None
     sampler = DiffusionSampler(
-        lean, scheduler={"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
-        latent_shape=(4, 8, 8), decoder=Decoder(spread(diffusers.AutoencoderKL(**VAE))),
-        null_class=1000, num_steps=3, guidance_scale=2.0, guidance_interval=(0.0, 0.7),
-        guidance_channels=3, micro_batch_images=16, dtype=torch.float16, class_map=tuple(range(10)),
-    )  # fmt: skip
+        lean,
+        scheduler={"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
+        latent_shape=(4, 8, 8),
+        decoder=Decoder(spread(diffusers.AutoencoderKL(**VAE))),
+        null_class=1000,
+        num_steps=3,
+        guidance_scale=2.0,
+        guidance_interval=(0.0, 0.7),
+        guidance_channels=3,
+        micro_batch_images=16,
+        dtype=torch.float16,
+        class_map=tuple(range(10)),
+    )
     spec = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    teachers = Teachers([
-        Teacher(module=classifier(size), input=InputSpec(size=size, **spec)) for size in (16, 20)
-    ])  # fmt: skip
+    teachers = Teachers(
+        [Teacher(module=classifier(size), input=InputSpec(size=size, **spec)) for size in (16, 20)]
+    )
     return Distiller(
         sampler=sampler,
         ring=RingBuffer(
-            64, image_shape=(3, 16, 16), block_images=16, samples_per_insert=4,
-            min_fill_images=32, num_classes=10, guard_blocks=1,
+            64,
+            image_shape=(3, 16, 16),
+            block_images=16,
+            samples_per_insert=4,
+            min_fill_images=32,
+            num_classes=10,
+            guard_blocks=1,
         ),
-        labels=LabelStream(10), teacher=teachers, student=classifier(16),
+        labels=LabelStream(10),
+        teacher=teachers,
+        student=classifier(16),
         views=Views(size=16, scale=(0.3, 1.0), ratio=(0.75, 1.33), **spec),  # type: ignore[arg-type]
         schedule=Schedule(batch_size=16, num_views=1600, lr=1e-3, name="sgd", ema_decay=0.9),
-        run_dir=run_dir, dtype=torch.bfloat16, show=False,
-    )  # fmt: skip
+        run_dir=run_dir,
+        dtype=torch.bfloat16,
+        show=False,
+    )
 
 
 class Moved:
@@ -139,8 +159,17 @@ def test_refill_and_step_of_a_whole_job_stay_on_cuda(
         network.to(torch.float16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         moved = Moved(mode)
-        for part in (sampler, ring, run.labels, run.views, run._supervision, run.student,
-                     run.learner, run.average, run.teacher):  # fmt: skip
+        for part in (
+            sampler,
+            ring,
+            run.labels,
+            run.views,
+            run._supervision,
+            run.student,
+            run.learner,
+            run.average,
+            run.teacher,
+        ):
             moved(part)
         run.device = CUDA
         with monkeypatch.context() as patch:
@@ -170,8 +199,11 @@ def test_what_would_wait_is_noticed() -> None:
     with FakeTensorMode():
         here, there = torch.zeros(3), torch.zeros(3, device=CUDA)
         for wait in (
-            there.cpu, lambda: here.to(CUDA), lambda: there.copy_(here), there.nonzero,
+            there.cpu,
+            lambda: here.to(CUDA),
+            lambda: there.copy_(here),
+            there.nonzero,
             lambda: there[there > 0],
-        ):  # fmt: skip
+        ):
             with pytest.raises(AssertionError), NoCopies():
                 wait()

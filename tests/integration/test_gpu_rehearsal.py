@@ -76,9 +76,10 @@ def test_cost_of_the_job_is_what_the_measured_rates_say() -> None:
     report = imagenet.Report(bench="imagenet")
     bench = imagenet.Bench(report, imagenet.Settings(students=("resnet18",)), torch.device("cpu"))
     bench.found = {
-        ("sampler", "ours", "4"): 32 / 2, ("sampler", "ours", "20"): 32 / 6,
+        ("sampler", "ours", "4"): 32 / 2,
+        ("sampler", "ours", "20"): 32 / 6,
         ("training", "ours", "resnet18"): 5000.0,
-    }  # fmt: skip
+    }
     bench.job()
     (row,) = report.rows
     assert row["generation_h"] == round(200_000 / 32 * (1 + 100 * 0.25) / 3600, 2)
@@ -181,8 +182,9 @@ def test_every_line_of_gpu_sh_runs_without_a_gpu() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-2:] == [
-        "passed: kernels whole-job imagenet kd-loss views ring cuda-facts sampler", "failed: none"
-    ]  # fmt: skip
+        "passed: kernels whole-job imagenet kd-loss views ring cuda-facts sampler",
+        "failed: none",
+    ]
 
 
 def test_gpu_sh_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
@@ -192,14 +194,18 @@ def test_gpu_sh_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     fake.chmod(0o755)
     script = str(ROOT / "benchmarks" / "gpu.sh")
     done = subprocess.run(
-        ["bash", script, "--rehearse"], env=os.environ | {"PYTHON": str(fake)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        ["bash", script, "--rehearse"],
+        env=os.environ | {"PYTHON": str(fake)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert "FAILED (3)" in done.stdout
     assert done.stdout.splitlines()[-2:] == [
-        "passed: kernels whole-job imagenet kd-loss views cuda-facts sampler", "failed: ring"
-    ]  # fmt: skip
+        "passed: kernels whole-job imagenet kd-loss views cuda-facts sampler",
+        "failed: ring",
+    ]
     wrong = ["bash", script, "--recrod"]
     again = subprocess.run(wrong, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "usage" in again.stderr

@@ -77,8 +77,9 @@ def test_loss_example_is_the_weighted_sum() -> None:
     student, teacher = nn.Linear(6, 4), nn.Linear(6, 4)
     images, target = torch.randn(8, 6), torch.randint(0, 4, (8,))
     space = {"torch": torch, "student": student, "teacher": teacher} | {
-        "images": images, "target": target,
-    }  # fmt: skip
+        "images": images,
+        "target": target,
+    }
     exec(example("DistillKL"), space)
     grad = student.weight.grad
     s, t = student(images), teacher(images).detach()
@@ -97,8 +98,9 @@ def test_example_of_the_parts_trains_a_student(tmp_path: Path) -> None:
     before = student[1].weight.detach().clone()
     code = example("Distiller(").replace("num_views=1_000_000", "num_views=1_280")
     space = {"denoiser": Denoiser(), "scheduler_config": FLOW} | {
-        "teacher": teacher, "student": student,
-    }  # fmt: skip
+        "teacher": teacher,
+        "student": student,
+    }
     with contextlib.chdir(tmp_path):
         exec(code, space)
     assert not torch.equal(student[1].weight, before)

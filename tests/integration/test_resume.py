@@ -62,19 +62,29 @@ def resume_at(make: Make, stop_at: int, whole: Distiller, **settings: Any) -> No
     assert rows(again.run_dir) == rows(whole.run_dir)
 
 
-@pytest.mark.parametrize(("seeds", "points"), [
-    ([0], POINTS[:4]), pytest.param([0, 1, 2], POINTS, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seeds", "points"),
+    [([0], POINTS[:4]), pytest.param([0, 1, 2], POINTS, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_resumed_run_ends_bit_equal(
-    make_distiller: Make, name: str, seeds: list[int], points: list[int],
+    make_distiller: Make,
+    name: str,
+    seeds: list[int],
+    points: list[int],
     record_property: Callable[[str, object], None],
-) -> None:  # fmt: skip
+) -> None:
     record_property("claim", "resume at a step: whole state and all rows equal, tolerance 0")
     record_property("cases", len(seeds) * len(points))
     for seed in seeds:
-        settings = {"name": name, "dropout": 0.3, "seed": seed, "ema_decay": 0.9,
-                    "max_grad_norm": 1.0, "log_every_steps": 10}  # fmt: skip
+        settings = {
+            "name": name,
+            "dropout": 0.3,
+            "seed": seed,
+            "ema_decay": 0.9,
+            "max_grad_norm": 1.0,
+            "log_every_steps": 10,
+        }
         whole = make_distiller(**settings)
         torch.manual_seed(0)
         whole.fit()
@@ -83,19 +93,30 @@ def test_resumed_run_ends_bit_equal(
 
 
 RECIPES: list[dict[str, Any]] = [
-    {"accumulate": 4, "mix": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}, "alpha": 0.7,
-     "milestones": (0.3, 0.6, 0.9), "ema_decay": 0.9},
-    {"name": "sgd", "lr": 0.02, "nesterov": False, "accumulate": 2, "alpha": 0.5,
-     "max_grad_norm": 1.0, "mix": {"cutmix_alpha": 1.0}},
+    {
+        "accumulate": 4,
+        "mix": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+        "alpha": 0.7,
+        "milestones": (0.3, 0.6, 0.9),
+        "ema_decay": 0.9,
+    },
+    {
+        "name": "sgd",
+        "lr": 0.02,
+        "nesterov": False,
+        "accumulate": 2,
+        "alpha": 0.5,
+        "max_grad_norm": 1.0,
+        "mix": {"cutmix_alpha": 1.0},
+    },
     {"dtype": torch.float16, "milestones": (0.5,), "ema_decay": 0.9, "max_grad_norm": 1.0},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("settings", RECIPES, ids=["adamw", "sgd", "float16"])
 def test_resumed_run_ends_bit_equal_with_all_of_a_recipe_and_steps_skipped_in_between(
-    make_distiller: Make, settings: dict[str, Any],
-    record_property: Callable[[str, object], None],
-) -> None:  # fmt: skip
+    make_distiller: Make, settings: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
     record_property("claim", "resume of a whole recipe, skipped steps in between, tolerance 0")
     points = [0, 1, 17, 26]  # 17 and 26 lie in rows of skipped steps
     record_property("cases", len(points))
@@ -123,10 +144,15 @@ SIGNALS = {
 }
 
 
-@pytest.mark.parametrize(("name", "count"), [
-    ("KILL", 6), ("TERM", 4), pytest.param("KILL", 100, marks=pytest.mark.slow),
-    pytest.param("TERM", 50, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("KILL", 6),
+        ("TERM", 4),
+        pytest.param("KILL", 100, marks=pytest.mark.slow),
+        pytest.param("TERM", 50, marks=pytest.mark.slow),
+    ],
+)
 def test_runs_killed_at_random_end_like_undisturbed_ones(
     tmp_path: Path, name: str, count: int, record_property: Callable[[str, object], None]
 ) -> None:

@@ -29,9 +29,14 @@ CPU = torch.device("cpu")
 def saved_classifier(folder: Path, **changes: Any) -> Path:
     folder.mkdir()
     base: dict[str, Any] = {
-        "architecture": "cifar_resnet8", "num_classes": 3, "in_chans": 3, "input_size": 24,
-        "mean": COLOUR.mean, "std": COLOUR.std, "crop_pct": 0.75,
-    }  # fmt: skip
+        "architecture": "cifar_resnet8",
+        "num_classes": 3,
+        "in_chans": 3,
+        "input_size": 24,
+        "mean": COLOUR.mean,
+        "std": COLOUR.std,
+        "crop_pct": 0.75,
+    }
     spec = ClassifierSpec(**(base | changes))
     torch.manual_seed(0)
     save_classifier(build_classifier(spec), spec, folder)
@@ -65,21 +70,37 @@ def test_a_run_is_measured_on_its_own_set_or_another(
 ) -> None:
     """A run with two teachers of other sizes, tested on an ImageFolder, then on idx files."""
     big = saved_classifier(
-        tmp_path / "big", architecture="lenet5", num_classes=12, in_chans=1, input_size=32,
-        mean=(0.3,), std=(0.4,), crop_pct=1.0,
-    )  # fmt: skip
+        tmp_path / "big",
+        architecture="lenet5",
+        num_classes=12,
+        in_chans=1,
+        input_size=32,
+        mean=(0.3,),
+        std=(0.4,),
+        crop_pct=1.0,
+    )
     place = tmp_path / "photos"
     for label in range(10):
         (place / str(label)).mkdir(parents=True)
         picture(label, 30, 34).convert("L").save(place / str(label) / "0.png")
     more = f"more_teachers=[{{path: {big}, class_map: [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]}}]"
     run = tmp_path / "run"
-    command = ["distill", CONFIG, *SHORT, f"run_dir={run}", more, f"eval={{path: {place}}}",
-               "train.num_views=64"]  # fmt: skip
+    command = [
+        "distill",
+        CONFIG,
+        *SHORT,
+        f"run_dir={run}",
+        more,
+        f"eval={{path: {place}}}",
+        "train.num_views=64",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "dmkd_fast.cli", *command], capture_output=True, text=True,
-        check=False, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-m", "dmkd_fast.cli", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["teacher_licence"] and str(big) in (run / "student" / "README.md").read_text()
@@ -111,11 +132,17 @@ def test_a_job_of_some_classes_in_another_order(
         for i in (test.labels == original).nonzero()[:40, 0].tolist():
             Image.fromarray(test.images[i, 0].numpy()).save(place / f"{i}.png")
     arguments = [
-        "distill", CONFIG, *SHORT, f"run_dir={tmp_path}/run", f"eval={{path: {tmp_path}/set}}",
-        "denoiser.class_map=[9, 1, 8]", "teacher.class_map=[9, 1, 8]", "train.num_views=1600",
+        "distill",
+        CONFIG,
+        *SHORT,
+        f"run_dir={tmp_path}/run",
+        f"eval={{path: {tmp_path}/set}}",
+        "denoiser.class_map=[9, 1, 8]",
+        "teacher.class_map=[9, 1, 8]",
+        "train.num_views=1600",
         "sampler={num_steps: 2, guidance_scale: 1, compile: false, micro_batch_images: 64, "
         "phases: [{start: 0.5, num_steps: 1, guidance_scale: 1}]}",
-    ]  # fmt: skip
+    ]
     assert cli.main(arguments) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["teacher_top1"] > 0.95  # the teacher's map is in the order of the set
@@ -136,9 +163,15 @@ def test_a_job_of_some_classes_in_another_order(
     line = capsys.readouterr().err
     assert "class 0 is" in line and "in student" in line and "--classes" in line
     teacher = saved_classifier(
-        tmp_path / "teacher", architecture="lenet5", in_chans=1, input_size=28, mean=(0.3,),
-        std=(0.4,), crop_pct=1.0, label_names=(names[1], names[0], names[2]),
-    )  # fmt: skip
+        tmp_path / "teacher",
+        architecture="lenet5",
+        in_chans=1,
+        input_size=28,
+        mean=(0.3,),
+        std=(0.4,),
+        crop_pct=1.0,
+        label_names=(names[1], names[0], names[2]),
+    )
     arguments += [f"teacher.path={teacher}", "--dry-run", f"run_dir={tmp_path}/none"]
     assert cli.main([*arguments, "teacher.class_map=[1, 0, 2]"]) == 0
     capsys.readouterr()
@@ -147,23 +180,29 @@ def test_a_job_of_some_classes_in_another_order(
     assert "in teacher.path" in line and "eval.classes" in line and line.count("\n") == 1
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["{model}"], ["--data", "not the directory of a run"]),
-    (["{model}", "--data", "{tmp}/none"], ["none", "no such folder"]),
-    (["{model}", "--data", "{two}"], ["classes", "has 2", "have 3"]),
-    (["{model}", "--data", "{folder}", "--classes", "{tmp}/none.txt"], ["none.txt", "no such"]),
-    (["{tmp}", "--classes", "{tmp}/x"], ["--classes", "add --data"]),
-    (["{tmp}", "--data", "{folder}"], ["config.yaml of a run", "config.json of a classifier"]),
-    (["embedded:fashion_mnist/weak", "--data", "{folder}"], ["classes", "has 3", "have 10"]),
-    (["embedded:fashion_mnist/best", "--data", "{folder}"], ["no such asset"]),
-    (["resnet1800", "--data", "{folder}"], ["resnet1800", "timm"]),
-    (["hf-hub:acme/tiny", "--data", "{folder}"], ["revision", "40 hexadecimal"]),
-    (["{tmp}/nowhere", "--data", "{folder}"], ["config.json", "No such file"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{model}"], ["--data", "not the directory of a run"]),
+        (["{model}", "--data", "{tmp}/none"], ["none", "no such folder"]),
+        (["{model}", "--data", "{two}"], ["classes", "has 2", "have 3"]),
+        (["{model}", "--data", "{folder}", "--classes", "{tmp}/none.txt"], ["none.txt", "no such"]),
+        (["{tmp}", "--classes", "{tmp}/x"], ["--classes", "add --data"]),
+        (["{tmp}", "--data", "{folder}"], ["config.yaml of a run", "config.json of a classifier"]),
+        (["embedded:fashion_mnist/weak", "--data", "{folder}"], ["classes", "has 3", "have 10"]),
+        (["embedded:fashion_mnist/best", "--data", "{folder}"], ["no such asset"]),
+        (["resnet1800", "--data", "{folder}"], ["resnet1800", "timm"]),
+        (["hf-hub:acme/tiny", "--data", "{folder}"], ["revision", "40 hexadecimal"]),
+        (["{tmp}/nowhere", "--data", "{folder}"], ["config.json", "No such file"]),
+    ],
+)
 def test_mistakes_of_evaluate_end_in_one_line(
-    arguments: list[str], words: list[str], folder: Path, tmp_path: Path,
+    arguments: list[str],
+    words: list[str],
+    folder: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     model, two = saved_classifier(tmp_path / "model"), tmp_path / "two"
     for name in ("a", "b"):
         (two / name).mkdir(parents=True)
@@ -183,14 +222,24 @@ def test_mistakes_of_evaluate_end_in_one_line(
 def test_squashed_images_are_prepared_as_timm_prepares_them(
     interpolation: Any, folder: Path
 ) -> None:
-    spec = InputSpec(size=24, mean=COLOUR.mean, std=COLOUR.std, crop_pct=0.8,
-                     interpolation=interpolation, crop_mode="squash")  # fmt: skip
+    spec = InputSpec(
+        size=24,
+        mean=COLOUR.mean,
+        std=COLOUR.std,
+        crop_pct=0.8,
+        interpolation=interpolation,
+        crop_mode="squash",
+    )
     images = open_set(folder, CPU)
     assert isinstance(images, test_sets.EncodedSet)
     theirs = create_transform(
-        (3, 24, 24), interpolation=interpolation, crop_pct=0.8, crop_mode="squash", mean=spec.mean,
+        (3, 24, 24),
+        interpolation=interpolation,
+        crop_pct=0.8,
+        crop_mode="squash",
+        mean=spec.mean,
         std=spec.std,
-    )  # fmt: skip
+    )
     std = torch.tensor(spec.std)[:, None, None]
     got = torch.cat([views[spec] for views, _ in images.batches([spec])])
     for item, decoded in zip(images.items, got, strict=True):
@@ -229,9 +278,7 @@ def test_classes_in_another_order_than_the_classifiers_are_refused(
     assert cli.main(["evaluate", str(wrong), "--data", str(folder)]) == 2
     line = capsys.readouterr().err
     assert "class 0 is 'bee'" in line and "--classes" in line and line.count("\n") == 1
-    assert cli.main(
-        ["evaluate", str(wrong), "--data", str(folder), "--classes", str(order)]
-    ) == 0  # fmt: skip
+    assert cli.main(["evaluate", str(wrong), "--data", str(folder), "--classes", str(order)]) == 0
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])

@@ -62,9 +62,7 @@ def test_images_and_manifest_are_those_of_online_generation(whole: Path) -> None
     images = torch.empty((200, 1, 28, 28), dtype=torch.uint8)
     sampler.sample(ids, labels, out=images)
 
-    reader = ImageReader(
-        ShardSource(whole), image_shape=(1, 28, 28), ring_images=256, show=False
-    )  # fmt: skip
+    reader = ImageReader(ShardSource(whole), image_shape=(1, 28, 28), ring_images=256, show=False)
     read_ids, read_labels = reader.peek(200)
     assert torch.equal(read_ids, ids) and torch.equal(read_labels, labels)
     assert torch.equal(reader.sample(ids, labels, out=torch.empty_like(images)), images)
@@ -77,8 +75,14 @@ def test_images_and_manifest_are_those_of_online_generation(whole: Path) -> None
     assert table["id"] == ids.tolist() and table["class"] == labels.tolist()
     assert table["teacher_class"] == shares.argmax(dim=1).tolist()
     np.testing.assert_allclose(table["teacher_probability"], shares.amax(dim=1), rtol=1e-5)
-    facts = {"seed": 0, "num_steps": 1, "guidance_scale": 1.0, "solver": "dpm++2m",
-             "denoiser": "embedded:fashion_mnist/denoiser", "revision": None}  # fmt: skip
+    facts = {
+        "seed": 0,
+        "num_steps": 1,
+        "guidance_scale": 1.0,
+        "solver": "dpm++2m",
+        "denoiser": "embedded:fashion_mnist/denoiser",
+        "revision": None,
+    }
     assert all(set(table[name]) == {value} for name, value in facts.items())
 
 
@@ -156,15 +160,16 @@ def test_three_jobs_killed_ten_times_each_feed_a_follower(
         2,
     ]
     farm = subprocess.Popen(
-        [str(a) for a in script], stdout=subprocess.PIPE, text=True,
+        [str(a) for a in script],
+        stdout=subprocess.PIPE,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     while not (out / shards.PLAN).exists():
         time.sleep(0.1)
     reader = ImageReader(
-        ShardSource(out), image_shape=(1, 8, 8), resize=True, ring_images=64, show=True,
-        wait_s=120,
-    )  # fmt: skip
+        ShardSource(out), image_shape=(1, 8, 8), resize=True, ring_images=64, show=True, wait_s=120
+    )
     # The tiny teacher has four classes and the images ten; it only looks at pixels.
     distiller = make_distiller(num_views=4 * count, reader=reader)
     taken: list[int] = []
@@ -186,17 +191,26 @@ def test_three_jobs_killed_ten_times_each_feed_a_follower(
     print(f"kills {result['kills']}, waits {len(reader.waits)}, {sum(reader.waits):.1f} s in all")
 
 
-@pytest.mark.parametrize(("changes", "options", "words"), [
-    (["seed=1"], {}, "seed is 0 there and 1 here"),
-    (["sampler.num_steps=2"], {}, "sampler.num_steps is 1 there and 2 here"),
-    (["teacher.path=embedded:fashion_mnist/lenet5"], {}, "teacher.path is"),
-    (["denoiser.path=embedded:fashion_mnist/fewstep", "sampler={num_steps: 4, solver: euler, "
-      "guidance_scale: 1, micro_batch_images: 16}"], {}, "denoiser.path is"),
-    ([], {"num_images": 201}, "num_images is 200 there and 201 here"),
-    ([], {"images_per_shard": 64}, "images_per_shard is 32 there and 64 here"),
-    ([], {"images_per_shard": 40}, "expected a multiple of sampler.micro_batch_images=16"),
-    ([], {"num_images": 10**13}, "GiB are free"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        (["seed=1"], {}, "seed is 0 there and 1 here"),
+        (["sampler.num_steps=2"], {}, "sampler.num_steps is 1 there and 2 here"),
+        (["teacher.path=embedded:fashion_mnist/lenet5"], {}, "teacher.path is"),
+        (
+            [
+                "denoiser.path=embedded:fashion_mnist/fewstep",
+                "sampler={num_steps: 4, solver: euler, guidance_scale: 1, micro_batch_images: 16}",
+            ],
+            {},
+            "denoiser.path is",
+        ),
+        ([], {"num_images": 201}, "num_images is 200 there and 201 here"),
+        ([], {"images_per_shard": 64}, "images_per_shard is 32 there and 64 here"),
+        ([], {"images_per_shard": 40}, "expected a multiple of sampler.micro_batch_images=16"),
+        ([], {"num_images": 10**13}, "GiB are free"),
+    ],
+)
 def test_other_settings_are_refused_and_nothing_changes(
     whole: Path, changes: list[str], options: dict[str, Any], words: str
 ) -> None:
@@ -276,13 +290,24 @@ def test_a_full_disk_is_one_line_and_the_job_can_go_on(whole: Path, tmp_path: Pa
     assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["teacher={arch: lenet5}"], "teacher: got arch"),
-    (["denoiser=null", "sampler=null", "source={path: x}", "ring.capacity_images=512",
-      "ring.min_fill_images=64"], "source: got it"),
-    (["teacher.path=embedded:fashion_mnist/none"], "no such asset"),
-    (["sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 1}]"], "phases: got some"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["teacher={arch: lenet5}"], "teacher: got arch"),
+        (
+            [
+                "denoiser=null",
+                "sampler=null",
+                "source={path: x}",
+                "ring.capacity_images=512",
+                "ring.min_fill_images=64",
+            ],
+            "source: got it",
+        ),
+        (["teacher.path=embedded:fashion_mnist/none"], "no such asset"),
+        (["sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 1}]"], "phases: got some"),
+    ],
+)
 def test_a_config_that_cannot_generate_ends_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
@@ -301,18 +326,28 @@ def test_two_jobs_with_the_same_part_do_not_meet(whole: Path) -> None:
         make(whole)
 
 
-@pytest.mark.parametrize("number", [
-    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_keeps_finished_shards_and_says_how_to_go_on(
     whole: Path, tmp_path: Path, number: int
 ) -> None:
-    arguments = [CONFIG, *SETTINGS, "--out", str(tmp_path), "--num-images", "200",
-                 "--images-per-shard", "32"]  # fmt: skip
+    arguments = [
+        CONFIG,
+        *SETTINGS,
+        "--out",
+        str(tmp_path),
+        "--num-images",
+        "200",
+        "--images-per-shard",
+        "32",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "dmkd_fast.cli", "generate", *arguments],
-        stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     while not list(tmp_path.glob("*.tar")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
@@ -326,13 +361,16 @@ def test_an_interrupt_keeps_finished_shards_and_says_how_to_go_on(
     assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--num-images", "0"], "expected a positive whole number"),
-    (["--num-images", "many"], "expected a positive whole number"),
-    (["--num-images", "9", "--shard", "3/3"], "expected i/n with 0 <= i < n"),
-    (["--num-images", "9", "--shard", "1"], "expected i/n"),
-    (["--num-images", "9", "--shard", "-1/2"], "expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num-images", "0"], "expected a positive whole number"),
+        (["--num-images", "many"], "expected a positive whole number"),
+        (["--num-images", "9", "--shard", "3/3"], "expected i/n with 0 <= i < n"),
+        (["--num-images", "9", "--shard", "1"], "expected i/n"),
+        (["--num-images", "9", "--shard", "-1/2"], "expected"),
+    ],
+)
 def test_wrong_arguments_are_usage_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
@@ -354,8 +392,17 @@ def test_the_job_from_disk_ends_with_the_student_of_the_online_job(tmp_path: Pat
         "dtype=float32",
         "teacher.path=embedded:fashion_mnist/weak",
     ]
-    made = ["generate", CONFIG, *settings, "--out", str(tmp_path / "set"), "--num-images", "200",
-            "--images-per-shard", "64"]  # fmt: skip
+    made = [
+        "generate",
+        CONFIG,
+        *settings,
+        "--out",
+        str(tmp_path / "set"),
+        "--num-images",
+        "200",
+        "--images-per-shard",
+        "64",
+    ]
     assert cli.main(made) == 0
     assert cli.main(["distill", CONFIG, f"run_dir={tmp_path}/on", *making, *rest]) == 0
     source = f"source.path={tmp_path}/set"
@@ -369,32 +416,53 @@ def test_the_job_from_disk_ends_with_the_student_of_the_online_job(tmp_path: Pat
     assert again.block_images == 64
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["source.path={whole}"], ["denoiser: got it beside source", "denoiser=null"]),
-    (["denoiser=null"], ["denoiser: missing", "source"]),
-    ([*NO_DENOISER, "source.path={tmp}/nowhere"], ["nowhere", "no such directory"]),
-    ([*NO_DENOISER, "source.path={tmp}"], ["neither job.json nor"]),
-    ([*NO_DENOISER, "source.path={whole}", "source.kind=paper"], ["no image file"]),
-    ([*NO_DENOISER, "source.path={whole}", "source.kind=zip"], ["source.kind", "'zip'"]),
-    ([*NO_DENOISER, "source.path={whole}", "source.wait_s=5"], ["wait_s", "follow=true"]),
-    ([*NO_DENOISER, "source={path: x, kind: paper, follow: true}"], ["follow", "kind=shards"]),
-    ([*NO_DENOISER, "source.path={part}"], ["64 of 200 images", "source.follow=true"]),
-    ([*NO_DENOISER, "source.path={part}", "source={path: '{tmp}', follow: true, wait_s: 0.1}"],
-     ["job.json", "not there after 0.1 s"]),
-    ([*NO_DENOISER, "source.path={whole}", "ring.min_fill_images=1000"],
-     ["ring.min_fill_images: got 1000", "200 images"]),
-    ([*NO_DENOISER, "source.path={whole}", "ring.capacity_images=100"],
-     ["source.block_images=64", "raise"]),
-    ([*NO_DENOISER, "source.path={whole}", "ring.capacity_images=10240"], ["ring.min_fill"]),
-    ([*NO_DENOISER, "source.path={whole}", "ring.max_uses=50", "ring.min_fill_images=64"],
-     ["ring.max_uses: got 50 with a source of 200 images that fits"]),
-    ([*NO_DENOISER, "source.path={names}"], ["class 0 is 'Ankle boot'", "'T-shirt/top'"]),
-    ([*NO_DENOISER, "source.path={eleven}"], ["classes: source.path has 11, teacher.path has 10"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["source.path={whole}"], ["denoiser: got it beside source", "denoiser=null"]),
+        (["denoiser=null"], ["denoiser: missing", "source"]),
+        ([*NO_DENOISER, "source.path={tmp}/nowhere"], ["nowhere", "no such directory"]),
+        ([*NO_DENOISER, "source.path={tmp}"], ["neither job.json nor"]),
+        ([*NO_DENOISER, "source.path={whole}", "source.kind=paper"], ["no image file"]),
+        ([*NO_DENOISER, "source.path={whole}", "source.kind=zip"], ["source.kind", "'zip'"]),
+        ([*NO_DENOISER, "source.path={whole}", "source.wait_s=5"], ["wait_s", "follow=true"]),
+        ([*NO_DENOISER, "source={path: x, kind: paper, follow: true}"], ["follow", "kind=shards"]),
+        ([*NO_DENOISER, "source.path={part}"], ["64 of 200 images", "source.follow=true"]),
+        (
+            [
+                *NO_DENOISER,
+                "source.path={part}",
+                "source={path: '{tmp}', follow: true, wait_s: 0.1}",
+            ],
+            ["job.json", "not there after 0.1 s"],
+        ),
+        (
+            [*NO_DENOISER, "source.path={whole}", "ring.min_fill_images=1000"],
+            ["ring.min_fill_images: got 1000", "200 images"],
+        ),
+        (
+            [*NO_DENOISER, "source.path={whole}", "ring.capacity_images=100"],
+            ["source.block_images=64", "raise"],
+        ),
+        ([*NO_DENOISER, "source.path={whole}", "ring.capacity_images=10240"], ["ring.min_fill"]),
+        (
+            [*NO_DENOISER, "source.path={whole}", "ring.max_uses=50", "ring.min_fill_images=64"],
+            ["ring.max_uses: got 50 with a source of 200 images that fits"],
+        ),
+        ([*NO_DENOISER, "source.path={names}"], ["class 0 is 'Ankle boot'", "'T-shirt/top'"]),
+        (
+            [*NO_DENOISER, "source.path={eleven}"],
+            ["classes: source.path has 11, teacher.path has 10"],
+        ),
+    ],
+)
 def test_a_wrong_source_ends_in_one_line(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
     words: list[str],
-) -> None:  # fmt: skip
+) -> None:
     for name in ("part", "names", "eleven"):
         for file, data in contents(whole).items():
             if name == "part" and file.endswith("parquet") and file[-9] not in "01":

@@ -32,10 +32,14 @@ CPU_ERROR = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 
 def resnet() -> nn.Module:
     return build_classifier(
         ClassifierSpec(
-            architecture="cifar_resnet20", num_classes=10, in_chans=3, input_size=32,
-            mean=(0.5,) * 3, std=(0.5,) * 3,
+            architecture="cifar_resnet20",
+            num_classes=10,
+            in_chans=3,
+            input_size=32,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("make", "channels", "size"), [(small_classifier, 1, 8), (resnet, 3, 32)])
@@ -77,26 +81,54 @@ def test_a_model_that_needs_values_counts_as_nothing() -> None:
     assert memory._saved_bytes(Branching(), (2, 1, 4, 4)) == 0
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    (["views.size=8192"], "saved for the backward pass: .* lower train.batch_size or views.size"),
-    (["train.batch_size=8192", "ring.min_fill_images=8192"], "raise train.accumulate"),
-    (["train.batch_size=131072", "train.accumulate=1024", "ring={capacity_images: 262144, "
-      "min_fill_images: 131072, samples_per_insert: 4}"], "views of a batch: .* lower train.batch"),
-    (["ring.capacity_images=1000000000"], "ring.capacity_images: got 1000000000, .* lower it to"),
-    (["sampler.micro_batch_images=60000", "ring={capacity_images: 120000, samples_per_insert: 4, "
-      "min_fill_images: 60000}"], "block being made: .* lower sampler.micro_batch_images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            ["views.size=8192"],
+            "saved for the backward pass: .* lower train.batch_size or views.size",
+        ),
+        (["train.batch_size=8192", "ring.min_fill_images=8192"], "raise train.accumulate"),
+        (
+            [
+                "train.batch_size=131072",
+                "train.accumulate=1024",
+                "ring={capacity_images: 262144, min_fill_images: 131072, samples_per_insert: 4}",
+            ],
+            "views of a batch: .* lower train.batch",
+        ),
+        (
+            ["ring.capacity_images=1000000000"],
+            "ring.capacity_images: got 1000000000, .* lower it to",
+        ),
+        (
+            [
+                "sampler.micro_batch_images=60000",
+                "ring={capacity_images: 120000, samples_per_insert: 4, min_fill_images: 60000}",
+            ],
+            "block being made: .* lower sampler.micro_batch_images",
+        ),
+    ],
+)
 @pytest.mark.parametrize("mode", [["--dry-run"], []], ids=["dry run", "run"])
 def test_sizes_beyond_memory_are_one_line_before_anything_is_allocated(
-    override: list[str], words: str, mode: list[str], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    override: list[str],
+    words: str,
+    mode: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     for module in (memory, networks):
         monkeypatch.setattr(module, "available_bytes", lambda device: 2**27)
     monkeypatch.setattr(distill_job, "build", lambda *_, **__: pytest.fail("allocated"))
-    overrides = [*SHORT[:4], "sampler.compile=false", "teacher.path=embedded:fashion_mnist/weak",
-                 "train.compile=false"]  # fmt: skip
+    overrides = [
+        *SHORT[:4],
+        "sampler.compile=false",
+        "teacher.path=embedded:fashion_mnist/weak",
+        "train.compile=false",
+    ]
     assert cli.main(["distill", CONFIG, *overrides, *override, *mode]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
@@ -119,9 +151,11 @@ def test_what_fits_exactly_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("error", [CPU_ERROR, MemoryError(), torch.OutOfMemoryError("CUDA")])
 def test_out_of_memory_in_evaluate_and_generate_is_one_line(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 

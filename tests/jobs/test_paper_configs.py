@@ -34,31 +34,45 @@ from dmkd_fast.ring.plan import capacity_plan
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 KINDS = {
-    "distill": DistillConfig, "pretrain teacher": TeacherConfig,
+    "distill": DistillConfig,
+    "pretrain teacher": TeacherConfig,
     "pretrain denoiser": PretrainDenoiserConfig,
     "pretrain fewstep": PretrainFewstepConfig,
-}  # fmt: skip
+}
 IMAGES = {"imagenet": 256, "imagenet100": 256, "flowers102": 512, "cifar100": 512}
 CLASSES = {"imagenet": 1000, "imagenet100": 100, "flowers102": 102, "cifar100": 100}
 PUBLISHED = {
-    "imagenet": [61.61, 68.63], "imagenet100": [85.9], "flowers102": [85.4],
+    "imagenet": [61.61, 68.63],
+    "imagenet100": [85.9],
+    "flowers102": [85.4],
     "cifar100": [76.58, 70.83, 56.29, 65.01, 66.89],
-}  # fmt: skip
+}
 # Of the published networks, in units of 10,000; see paper_models.py for the denoisers.
 PARAMETERS = {
-    "imagenet": [1169, 2556], "imagenet100": [2371], "flowers102": [2372],
+    "imagenet": [1169, 2556],
+    "imagenet100": [2371],
+    "flowers102": [2372],
     "cifar100": [1122, 1122, 18, 57, 70],
-}  # fmt: skip
+}
 TEACHERS = {
-    "cifar100_resnet34": ("resnet34", "conv3"), "cifar100_vgg11": ("cifar_vgg11", "own"),
+    "cifar100_resnet34": ("resnet34", "conv3"),
+    "cifar100_vgg11": ("cifar_vgg11", "own"),
     "cifar100_wrn40_2": ("cifar_wrn40_2", "own"),
-}  # fmt: skip
+}
 SMALL = [
-    "device=cpu", "dtype=bfloat16", "num_threads=1", "sampler.num_steps=2",
-    "sampler.micro_batch_images=4", "sampler.compile=false", "ring.capacity_images=8",
-    "ring.min_fill_images=4", "train.batch_size=4", "train.num_views=8", "train.log_every_steps=1",
+    "device=cpu",
+    "dtype=bfloat16",
+    "num_threads=1",
+    "sampler.num_steps=2",
+    "sampler.micro_batch_images=4",
+    "sampler.compile=false",
+    "ring.capacity_images=8",
+    "ring.min_fill_images=4",
+    "train.batch_size=4",
+    "train.num_views=8",
+    "train.log_every_steps=1",
     "eval.num_points=1",
-]  # fmt: skip
+]
 
 
 def comment(path: Path) -> list[str]:
@@ -110,8 +124,9 @@ def test_recipe_is_the_papers(path: Path) -> None:
     assert (optim["name"], optim["lr"], optim["momentum"]) == ("sgd", 0.1, 0.9)
     assert optim["nesterov"] is False and optim["warmup"] == 0
     is_cifar = path.stem == "cifar100"
-    assert optim["milestones"] == ([150 / 240, 180 / 240, 210 / 240] if is_cifar else
-                                   [0.3, 0.6, 0.9])  # fmt: skip
+    assert optim["milestones"] == (
+        [150 / 240, 180 / 240, 210 / 240] if is_cifar else [0.3, 0.6, 0.9]
+    )
     assert optim["weight_decay"] == (5e-4 if is_cifar else 1e-4)
     config = load(path)
     assert config.train.batch_size == (128 if is_cifar else 256)
@@ -194,10 +209,13 @@ def test_a_recipe_in_its_true_sizes_trains_stops_and_goes_on(
     kind = "dit_xl_2" if size == 256 else "stable_diffusion_1_5"
     images = paper_models.test_images(tmp_path / "test", num_classes=classes)
     overrides = [
-        *SMALL, f"denoiser.path={generators[kind]}", "denoiser.revision=null",
-        f"eval.path={images}", f"run_dir={tmp_path / 'run'}",
+        *SMALL,
+        f"denoiser.path={generators[kind]}",
+        "denoiser.revision=null",
+        f"eval.path={images}",
+        f"run_dir={tmp_path / 'run'}",
         *random_teacher(path, load(path), tmp_path),
-    ]  # fmt: skip
+    ]
     config, parts = prepare(load(path, overrides))
     memory.check(config, parts)
     assert parts.origin.image_shape == (3, size, size)

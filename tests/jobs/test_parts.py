@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from small_jobs import TinyDenoiser, small_classifier, tiny_sampler
 
 from dmkd_fast import LabelStream
@@ -48,8 +44,11 @@ def test_flow_table_steps_like_the_scheduler(num_steps: int, shift: float) -> No
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     sigmas = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
     scheduler.set_timesteps(sigmas=sigmas)
-    table = solver_table(dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
-                         num_steps, torch.device("cpu"))  # fmt: skip
+    table = solver_table(
+        dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
+        num_steps,
+        torch.device("cpu"),
+    )
     torch.testing.assert_close(
         table.column("timestep"), scheduler.timesteps.float(), rtol=1e-5, atol=1e-3
     )
@@ -61,8 +60,11 @@ def test_flow_table_steps_like_the_scheduler(num_steps: int, shift: float) -> No
 def test_ddim_table_steps_like_the_scheduler(num_steps: int, schedule: str) -> None:
     scheduler = DDIMScheduler(beta_schedule=schedule, clip_sample=False)
     scheduler.set_timesteps(num_steps)
-    table = solver_table(dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
-                         num_steps, torch.device("cpu"))  # fmt: skip
+    table = solver_table(
+        dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
+        num_steps,
+        torch.device("cpu"),
+    )
     assert table.column("timestep").tolist() == scheduler.timesteps.tolist()
     _same_trajectory(scheduler, table)
 
@@ -71,9 +73,12 @@ def test_ddim_table_steps_like_the_scheduler(num_steps: int, schedule: str) -> N
 def test_second_order_table_steps_like_dpm_solver(num_steps: int) -> None:
     """diffusers' multistep solver on the same noise levels, with a model that predicts velocity."""
     scheduler = DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", solver_order=2,
-        final_sigmas_type="zero", lower_order_final=True,
-    )  # fmt: skip
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        solver_order=2,
+        final_sigmas_type="zero",
+        lower_order_final=True,
+    )
     scheduler.set_timesteps(num_steps)
     table = solver_table(FLOW, num_steps, torch.device("cpu"), solver="dpm++2m")
     torch.manual_seed(0)
@@ -151,9 +156,14 @@ def test_embedded_dit_matches_an_eager_diffusers_loop() -> None:
     folder = resolve("embedded:fashion_mnist/denoiser")
     loaded = load_denoiser(folder, torch.device("cpu"))
     sampler = DiffusionSampler(
-        loaded.module, scheduler=loaded.scheduler, latent_shape=(1, 28, 28), null_class=10,
-        num_steps=4, guidance_scale=1.5, micro_batch_images=10,
-    )  # fmt: skip
+        loaded.module,
+        scheduler=loaded.scheduler,
+        latent_shape=(1, 28, 28),
+        null_class=10,
+        num_steps=4,
+        guidance_scale=1.5,
+        micro_batch_images=10,
+    )
     ids, labels = torch.arange(10), torch.arange(10)
     got = sampler.sample(ids, labels, out=torch.empty(10, 1, 28, 28, dtype=torch.uint8))
 
@@ -215,16 +225,29 @@ def test_saved_denoiser_loads_equal_here_and_in_diffusers(tmp_path: Path) -> Non
 
 
 def spec(**changes: object) -> ClassifierSpec:
-    base = {"architecture": "lenet5", "num_classes": 10, "in_chans": 1, "input_size": 28,
-            "mean": (0.3,), "std": (0.4,)}  # fmt: skip
+    base = {
+        "architecture": "lenet5",
+        "num_classes": 10,
+        "in_chans": 1,
+        "input_size": 28,
+        "mean": (0.3,),
+        "std": (0.4,),
+    }
     return ClassifierSpec(**(base | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"architecture": "lenet5_half"},
-    {"architecture": "resnet18", "stem": "conv3_stride2",
-     "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"architecture": "lenet5_half"},
+        {
+            "architecture": "resnet18",
+            "stem": "conv3_stride2",
+            "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
+        },
+    ],
+)
 def test_saved_classifier_gives_the_same_logits(tmp_path: Path, changes: dict) -> None:
     model = build_classifier(spec(**changes)).eval()
     save_classifier(model, spec(**changes), tmp_path)
@@ -257,9 +280,9 @@ def test_frozen_models_get_no_gradient_and_stay_in_eval_mode() -> None:
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [
-    ("strong", 0.93, 1.0), ("lenet5", 0.903, 0.913), ("weak", 0.85, 0.87),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("strong", 0.93, 1.0), ("lenet5", 0.903, 0.913), ("weak", 0.85, 0.87)]
+)
 def test_embedded_teachers_reach_their_accuracy(name: str, low: float, high: float) -> None:
     device = torch.device("cpu")
     teacher, read = load_classifier(resolve(f"embedded:fashion_mnist/{name}"), device)

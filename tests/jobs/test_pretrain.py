@@ -44,8 +44,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(kind: str, name: str, data: Path, out: Path, *changes: str) -> dict:
-    arguments = [str(CONFIGS / f"{name}.yaml"), f"run_dir={out}", "num_threads=1", "dtype=float32",
-                 "train.compile=false", "train.log_every_steps=10", *changes]  # fmt: skip
+    arguments = [
+        str(CONFIGS / f"{name}.yaml"),
+        f"run_dir={out}",
+        "num_threads=1",
+        "dtype=float32",
+        "train.compile=false",
+        "train.log_every_steps=10",
+        *changes,
+    ]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert cli.main(["pretrain", kind, *arguments, "--data", str(data)]) == 0
@@ -102,8 +109,15 @@ def pretrain_state(data: Path, tmp_path: Path, views: str) -> Path:
 
     WeightEMA.update = interrupted  # type: ignore[method-assign]
     try:
-        arguments = [str(CONFIGS / "lenet5.yaml"), f"run_dir={tmp_path}/half", "num_threads=1",
-                     "dtype=float32", views, "--data", str(data)]  # fmt: skip
+        arguments = [
+            str(CONFIGS / "lenet5.yaml"),
+            f"run_dir={tmp_path}/half",
+            "num_threads=1",
+            "dtype=float32",
+            views,
+            "--data",
+            str(data),
+        ]
         assert cli.main(["pretrain", "teacher", *arguments]) == 130
     finally:
         WeightEMA.update = update  # type: ignore[method-assign]
@@ -116,8 +130,13 @@ def test_a_teacher_that_learns_nothing_stops_and_batches_may_come_in_parts(
     ends = []
     for parts in (1, 4):
         out = tmp_path / f"parts{parts}"
-        changes = ["train.num_views=2560", f"train.accumulate={parts}", "optim.name=sgd",
-                   "optim.milestones=[0.5]", "optim.lr=0.01"]  # fmt: skip
+        changes = [
+            "train.num_views=2560",
+            f"train.accumulate={parts}",
+            "optim.name=sgd",
+            "optim.milestones=[0.5]",
+            "optim.lr=0.01",
+        ]
         run("teacher", "lenet5", data, out, *changes)
         ends.append(load_file(out / "model" / "model.safetensors"))
     for name, value in ends[0].items():
@@ -126,28 +145,46 @@ def test_a_teacher_that_learns_nothing_stops_and_batches_may_come_in_parts(
     monkeypatch.setattr(
         torch.nn.functional, "cross_entropy", lambda *a, **k: entropy(*a, **k) * float("inf")
     )
-    arguments = [str(CONFIGS / "lenet5.yaml"), f"run_dir={tmp_path}/bad", "dtype=float32",
-                 "train.log_every_steps=10", "--data", str(data)]  # fmt: skip
+    arguments = [
+        str(CONFIGS / "lenet5.yaml"),
+        f"run_dir={tmp_path}/bad",
+        "dtype=float32",
+        "train.log_every_steps=10",
+        "--data",
+        str(data),
+    ]
     assert cli.main(["pretrain", "teacher", *arguments]) == 2
     assert "dmkd: 20 steps in a row had a loss or gradient that" in capsys.readouterr().err
 
 
 def test_denoiser_learns_and_its_samples_follow_the_label(data: Path, tmp_path: Path) -> None:
     facts = run(
-        "denoiser", "denoiser", data, tmp_path / "run", "num_layers=2", "num_heads=2",
-        "train.num_views=32000", "train.batch_size=64", "optim.ema_decay=0.98", "optim.lr=4e-3",
+        "denoiser",
+        "denoiser",
+        data,
+        tmp_path / "run",
+        "num_layers=2",
+        "num_heads=2",
+        "train.num_views=32000",
+        "train.batch_size=64",
+        "optim.ema_decay=0.98",
+        "optim.lr=4e-3",
         "patch_size=7",
-    )  # fmt: skip
+    )
     assert facts["held_out_loss"] < 0.35  # predicting zero gives 1 + the images' own variance
     folder = tmp_path / "run" / "model"
     for name in ("README.md", "samples_guidance_1.png", "samples_guidance_2.png"):
         assert (folder / name).stat().st_size > 0
     loaded = load_denoiser(folder, torch.device("cpu"))
     images = _sample_grids(folder, loaded.num_classes, torch.device("cpu"))[2.0]
-    bright = torch.stack([
-        images[:, 0, r : r + 10, c : c + 5].float().mean((1, 2))
-        for r in (0, 14) for c in (0, 5, 10, 15, 20)
-    ], dim=1)  # fmt: skip
+    bright = torch.stack(
+        [
+            images[:, 0, r : r + 10, c : c + 5].float().mean((1, 2))
+            for r in (0, 14)
+            for c in (0, 5, 10, 15, 20)
+        ],
+        dim=1,
+    )
     labels = torch.arange(10).repeat_interleave(8)
     assert (bright.argmax(1) == labels).float().mean() > 0.8
 
@@ -165,10 +202,17 @@ def test_too_few_images_are_refused(data: Path, tmp_path: Path, capsys) -> None:
 
 
 FEWSTEP = [
-    "num_threads=1", "dtype=float32", "train.compile=false", "sampler.compile=false",
+    "num_threads=1",
+    "dtype=float32",
+    "train.compile=false",
+    "sampler.compile=false",
     "sampler={num_steps: 4, solver: dpm++2m, guidance_scale: 1.5, micro_batch_images: 32}",
-    "num_steps=2", "pool_images=64", "reuse=4", "train.batch_size=32", "train.log_every_steps=4",
-]  # fmt: skip
+    "num_steps=2",
+    "pool_images=64",
+    "reuse=4",
+    "train.batch_size=32",
+    "train.log_every_steps=4",
+]
 
 
 def fewstep(out: Path, *changes: str) -> dict:
@@ -185,9 +229,14 @@ def test_fewstep_comes_closer_to_its_teacher_without_any_data(tmp_path: Path) ->
     )
     save_denoiser(spread(model).dit, FLOW, tmp_path / "start")
     facts = fewstep(
-        tmp_path, f"denoiser.path={tmp_path}/start", "train.num_views=65536", "optim.lr=5e-3",
-        "optim.ema_decay=0.9", "pool_images=1024", "train.batch_size=64",
-    )  # fmt: skip
+        tmp_path,
+        f"denoiser.path={tmp_path}/start",
+        "train.num_views=65536",
+        "optim.lr=5e-3",
+        "optim.ema_decay=0.9",
+        "pool_images=1024",
+        "train.batch_size=64",
+    )
     assert facts["rms_to_teacher"] < 0.7 * facts["rms_without_training"]
     loaded = load_denoiser(tmp_path / "model", torch.device("cpu"))
     assert loaded.scheduler["distilled_steps"] == 2
@@ -195,11 +244,14 @@ def test_fewstep_comes_closer_to_its_teacher_without_any_data(tmp_path: Path) ->
     assert (tmp_path / "model" / "samples.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("changes, words", [
-    (["num_steps=3"], "num_steps: got 3, expected a divisor"),
-    (["train.batch_size=100"], "train.batch_size: got 100, expected a divisor"),
-    (["denoiser.path=embedded:fashion_mnist/none"], "no such asset"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["num_steps=3"], "num_steps: got 3, expected a divisor"),
+        (["train.batch_size=100"], "train.batch_size: got 100, expected a divisor"),
+        (["denoiser.path=embedded:fashion_mnist/none"], "no such asset"),
+    ],
+)
 def test_fewstep_refuses_what_does_not_fit(
     changes: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

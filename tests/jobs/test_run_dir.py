@@ -137,15 +137,25 @@ def test_runs_started_together_get_different_names() -> None:
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize(("name", "words"), [
-    ("''", "expected at least 1 character"), ("'  '", "expected the path"),
-    ("{tmp}/" + "x" * 300, "File name too long"), ("{tmp}/file", ""), ("{tmp}/file/run", ""),
-    ("{tmp}/closed", "Permission denied"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("''", "expected at least 1 character"),
+        ("'  '", "expected the path"),
+        ("{tmp}/" + "x" * 300, "File name too long"),
+        ("{tmp}/file", ""),
+        ("{tmp}/file/run", ""),
+        ("{tmp}/closed", "Permission denied"),
+    ],
+)
 def test_a_directory_that_cannot_be_used_is_one_line(
-    name: str, words: str, resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    words: str,
+    resume: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "file").write_text("")
     stat = Path.stat
 
@@ -226,8 +236,10 @@ def test_a_disk_that_fills_after_training_is_one_line_and_a_resume_ends_the_job(
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert sorted(p.name for p in (run / "student").iterdir()) == [
-        "README.md", "config.json", "model.safetensors"
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_a_disk_that_is_full_before_training_is_one_line(

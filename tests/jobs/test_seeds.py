@@ -30,9 +30,10 @@ MIXED = [
 def numbers(seed: int, folder: Path) -> dict[str, Tensor]:
     """What each random part of one config gives with a seed."""
     config = load_config(
-        DistillConfig, CONFIG,
+        DistillConfig,
+        CONFIG,
         [*SHORT, *MIXED, f"seed={seed}", f"run_dir={folder}", "student={arch: lenet5_half}"],
-    )  # fmt: skip
+    )
     torch.manual_seed(99)  # What came before in the process must not matter.
     config, parts = prepare(config)
     distiller = build(config, parts, show=False)

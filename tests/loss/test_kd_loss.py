@@ -56,9 +56,14 @@ def test_equals_the_published_chain_in_float64() -> None:
     seed=st.integers(0, 1000),
 )
 def test_loss_and_gradient_are_those_of_float64(
-    rows: int, classes: int, dtype: torch.dtype, temperature: float, spread: float, strided: bool,
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    temperature: float,
+    spread: float,
+    strided: bool,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     student = logits(rows, classes, dtype, seed, spread)
     teacher = logits(rows, classes, dtype, seed + 1, spread)
     if strided:
@@ -127,9 +132,11 @@ def test_reductions_and_leading_dimensions(reduction: str) -> None:
     student, teacher = logits(6, 10, torch.float32, 0), logits(6, 10, torch.float32, 1)
     rows = reference_loss(student, teacher, temperature=2.0)
     expected = {
-        "batchmean": rows.mean(), "mean": rows.sum() / 60, "sum": rows.sum(),
+        "batchmean": rows.mean(),
+        "mean": rows.sum() / 60,
+        "sum": rows.sum(),
         "none": rows.view(2, 3),
-    }[reduction]  # fmt: skip
+    }[reduction]
     loss = kd_loss(
         student.view(2, 3, 10), teacher.view(2, 3, 10), temperature=2.0, reduction=reduction
     )
@@ -168,8 +175,14 @@ def test_bitwise_equal_for_any_thread_count_batch_and_repetition() -> None:
             results.append(kd_loss(student, teacher, reduction="none"))
     finally:
         torch.set_num_threads(threads)
-    results.append(torch.cat([kd_loss(student[i : i + 1], teacher[i : i + 1], reduction="none")
-                              for i in range(len(student))]))  # fmt: skip
+    results.append(
+        torch.cat(
+            [
+                kd_loss(student[i : i + 1], teacher[i : i + 1], reduction="none")
+                for i in range(len(student))
+            ]
+        )
+    )
     for other in results[1:]:
         assert torch.equal(results[0], other)
 
@@ -184,9 +197,11 @@ def test_compiles_as_a_full_graph() -> None:
     student = logits(8, 10, torch.float32, 0).requires_grad_()
     teacher = logits(8, 10, torch.float32, 1)
     compiled = torch.compile(
-        lambda s, t: kd_loss(s, t, temperature=3.0), fullgraph=True, dynamic=True,
+        lambda s, t: kd_loss(s, t, temperature=3.0),
+        fullgraph=True,
+        dynamic=True,
         backend="aot_eager",
-    )  # fmt: skip
+    )
     loss = compiled(student, teacher)
     loss.backward()
     grad, student.grad = student.grad, None
@@ -214,13 +229,16 @@ def test_inputs_stay_and_teacher_gets_no_gradient() -> None:
     [
         ({"student_logits": torch.zeros(4, 10, dtype=torch.int64)}, TypeError, "floating-point"),
         ({"teacher_logits": torch.zeros(4, 9)}, ValueError, r"\(4, 9\).*\(4, 10\)"),
-        ({"teacher_logits": torch.zeros(4, 0), "student_logits": torch.zeros(4, 0)}, ValueError,
-         "C >= 1"),
+        (
+            {"teacher_logits": torch.zeros(4, 0), "student_logits": torch.zeros(4, 0)},
+            ValueError,
+            "C >= 1",
+        ),
         ({"temperature": 0.0}, ValueError, "temperature: got 0.0"),
         ({"temperature": float("nan")}, ValueError, "temperature: got nan"),
         ({"reduction": "average"}, ValueError, "batchmean"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_raise(change: dict, error: type[Exception], words: str) -> None:
     arguments = {"student_logits": torch.zeros(4, 10), "teacher_logits": torch.zeros(4, 10)}
     arguments |= change

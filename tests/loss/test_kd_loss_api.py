@@ -51,12 +51,17 @@ def test_hard_labels_mix_in_as_two_torch_losses(
     mine, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
     ce = F.cross_entropy(theirs, target, label_smoothing=label_smoothing, reduction="none")
     kd = kd_rows(theirs, teacher) * keep
-    divisors = {"batchmean": (keep.sum(),) * 2, "mean": (10 * keep.sum(), keep.sum()),
-                "sum": (1, 1), "none": (1, 1)}[reduction]  # fmt: skip
+    divisors = {
+        "batchmean": (keep.sum(),) * 2,
+        "mean": (10 * keep.sum(), keep.sum()),
+        "sum": (1, 1),
+        "none": (1, 1),
+    }[reduction]
     kd, ce = (rows if reduction == "none" else rows.sum() for rows in (kd, ce))
     expected = 0.3 * kd / divisors[0] + 0.7 * ce / divisors[1]
-    loss = kd_loss(mine, teacher, target, alpha=0.3, reduction=reduction,
-                   label_smoothing=label_smoothing)  # fmt: skip
+    loss = kd_loss(
+        mine, teacher, target, alpha=0.3, reduction=reduction, label_smoothing=label_smoothing
+    )
     close(loss, expected)
     expected.sum().backward()
     loss.sum().backward()
@@ -84,20 +89,25 @@ def test_denominators_under_mask_and_num_items() -> None:
     for items in (7, torch.tensor(7), torch.tensor([7.0])):
         close(kd_loss(student, teacher, mask=mask, num_items=items), rows.sum() / 7)
         close(kd_loss(student, teacher, num_items=items), kd_rows(student, teacher).sum() / 7)
-        close(kd_loss(student, teacher, num_items=items, reduction="mean"),
-              kd_rows(student, teacher).sum() / 70)  # fmt: skip
+        close(
+            kd_loss(student, teacher, num_items=items, reduction="mean"),
+            kd_rows(student, teacher).sum() / 70,
+        )
     weight = torch.rand(2, 3)
     close(kd_loss(student, teacher, mask=mask, row_weight=weight), (rows * weight).sum() / 4)
-    close(kd_loss(student, teacher, row_weight=weight),
-          (kd_rows(student, teacher) * weight).mean())  # fmt: skip
+    close(kd_loss(student, teacher, row_weight=weight), (kd_rows(student, teacher) * weight).mean())
 
 
 def test_parts_of_a_batch_add_up_with_num_items() -> None:
     student, teacher, target = logits(6, 10, seed=0), logits(6, 10, seed=1), targets("ids")
     whole = kd_loss(student, teacher, target, alpha=0.5)
     count = (target != -100).sum()
-    parts = [kd_loss(student[i : i + 2], teacher[i : i + 2], target[i : i + 2], alpha=0.5,
-                     num_items=count) for i in (0, 2, 4)]  # fmt: skip
+    parts = [
+        kd_loss(
+            student[i : i + 2], teacher[i : i + 2], target[i : i + 2], alpha=0.5, num_items=count
+        )
+        for i in (0, 2, 4)
+    ]
     close(sum(parts), whole)
 
 
@@ -148,8 +158,13 @@ def test_an_infinite_term_with_no_share_is_dropped() -> None:
 
 def test_one_pass_form_takes_the_same_arguments() -> None:
     student, teacher, target = logits(6, 10, seed=0), logits(6, 10, seed=1), targets("ids")
-    shared = {"temperature": 2.0, "alpha": 0.4, "label_smoothing": 0.1, "reduction": "mean",
-              "row_weight": torch.rand(6)}  # fmt: skip
+    shared = {
+        "temperature": 2.0,
+        "alpha": 0.4,
+        "label_smoothing": 0.1,
+        "reduction": "mean",
+        "row_weight": torch.rand(6),
+    }
     leaf = student.clone().requires_grad_()
     loss = kd_loss(leaf, teacher, target, **shared)
     (8 * loss).backward()
@@ -200,10 +215,15 @@ def test_gradient_is_never_written_over_an_input() -> None:
     assert torch.equal(kd_loss_and_grad(**(plain | given), out=rows(0))[1], expected)
 
 
-@pytest.mark.parametrize("out", [
-    torch.empty(1, 5).expand(4, 5), torch.empty(8).as_strided((4, 5), (1, 1)),
-    torch.empty(17).as_strided((4, 5), (4, 1)),
-], ids=["expanded", "one apart", "four apart"])  # fmt: skip
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(1, 5).expand(4, 5),
+        torch.empty(8).as_strided((4, 5), (1, 1)),
+        torch.empty(17).as_strided((4, 5), (4, 1)),
+    ],
+    ids=["expanded", "one apart", "four apart"],
+)
 def test_rows_of_the_gradient_may_not_overlap(out: Tensor) -> None:
     with pytest.raises(ValueError, match=r"out: got strides .* do not overlap"):
         kd_loss_and_grad(torch.zeros(4, 5), torch.ones(4, 5), out=out)
@@ -217,8 +237,10 @@ def test_module_is_the_function_and_takes_the_papers_call() -> None:
     assert torch.equal(DistillKL()(student, teacher), kd_loss(student, teacher))
     settings = {"alpha": 0.3, "reduction": "sum", "label_smoothing": 0.1, "t_squared": False}
     module = DistillKL(2.0, **settings)
-    assert torch.equal(module(student, teacher, target),
-                       kd_loss(student, teacher, target, temperature=2.0, **settings))  # fmt: skip
+    assert torch.equal(
+        module(student, teacher, target),
+        kd_loss(student, teacher, target, temperature=2.0, **settings),
+    )
     with pytest.raises(ValueError, match=r"10.*4\.0"):
         DistillKL(4.0)(student, teacher, 10, None)
     with pytest.raises(ValueError, match="opt"):
@@ -226,8 +248,16 @@ def test_module_is_the_function_and_takes_the_papers_call() -> None:
     assert "temperature=2.0, alpha=0.3" in repr(module)
 
 
-FORMS = [4, 4.0, np.float64(4), np.float32(4), np.int64(4), torch.tensor(4.0), torch.tensor([4.0]),
-         torch.tensor([[4]])]  # fmt: skip
+FORMS = [
+    4,
+    4.0,
+    np.float64(4),
+    np.float32(4),
+    np.int64(4),
+    torch.tensor(4.0),
+    torch.tensor([4.0]),
+    torch.tensor([[4]]),
+]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{type(form).__name__} {form}")
@@ -276,8 +306,9 @@ def test_a_number_that_requires_grad_is_refused(name: str) -> None:
         kd_loss(torch.zeros(4, 10), torch.ones(4, 10), target, **arguments)
     with torch.no_grad():
         kd_loss(torch.zeros(4, 10), torch.ones(4, 10), target, **arguments)
-    assert kd_loss(torch.zeros(4, 10), torch.ones(4, 10), target,
-                   **(arguments | {name: learned.detach()})).isfinite()  # fmt: skip
+    assert kd_loss(
+        torch.zeros(4, 10), torch.ones(4, 10), target, **(arguments | {name: learned.detach()})
+    ).isfinite()
 
 
 def test_teacher_that_requires_grad_is_warned_about_once() -> None:
@@ -337,7 +368,7 @@ SOFT = torch.full((4, 10), 0.1)
         ({"target": IDS, "alpha": "0.5"}, TypeError, "alpha: got str"),
         ({"num_items": torch.ones(2)}, ValueError, "one element"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_say_what_to_change(
     change: dict, error: type[Exception], words: str
 ) -> None:

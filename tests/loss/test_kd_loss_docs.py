@@ -61,8 +61,14 @@ def test_trainers_loss_is_over_the_global_batch(monkeypatch: pytest.MonkeyPatch)
     loss = trainer.compute_loss(  # type: ignore[attr-defined]
         self, model, {"input_ids": ids, "labels": labels}, num_items_in_batch=torch.tensor(20)
     )
-    rows = kd_loss(model(ids).logits[:, :-1], teacher(ids).logits[:, :-1], labels[:, 1:],
-                   temperature=2.0, alpha=0.9, reduction="none")  # fmt: skip
+    rows = kd_loss(
+        model(ids).logits[:, :-1],
+        teacher(ids).logits[:, :-1],
+        labels[:, 1:],
+        temperature=2.0,
+        alpha=0.9,
+        reduction="none",
+    )
     torch.testing.assert_close(loss, rows.sum() / 20)
 
 

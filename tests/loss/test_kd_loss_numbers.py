@@ -64,9 +64,17 @@ def strided(rows: Tensor, how: str) -> Tensor:
     seed=st.integers(0, 1000),
 )
 def test_numbers_hold_the_absolute_bounds(
-    rows: int, classes: int, student_dtype: torch.dtype, teacher_dtype: torch.dtype,
-    temperature: float, spread: float, noise: float, layouts: tuple[str, str], kind: str, seed: int,
-) -> None:  # fmt: skip
+    rows: int,
+    classes: int,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    temperature: float,
+    spread: float,
+    noise: float,
+    layouts: tuple[str, str],
+    kind: str,
+    seed: int,
+) -> None:
     teacher = logits(rows, classes, seed=seed, spread=spread)
     student = (teacher + logits(rows, classes, seed=seed + 1, spread=noise)).to(student_dtype)
     student, teacher = strided(student, layouts[0]), strided(teacher.to(teacher_dtype), layouts[1])
@@ -84,9 +92,19 @@ def test_numbers_hold_the_absolute_bounds(
     leaf = student.double().requires_grad_()
     q = (leaf / temperature).softmax(1)
     p = (teacher.double() / temperature).softmax(1)
-    exact = temperature**2 * (p * ((teacher.double() - leaf) / temperature
-            - (teacher.double() / temperature).logsumexp(1, True)
-            + (leaf / temperature).logsumexp(1, True))).sum(1).mean()  # fmt: skip
+    exact = (
+        temperature**2
+        * (
+            p
+            * (
+                (teacher.double() - leaf) / temperature
+                - (teacher.double() / temperature).logsumexp(1, True)
+                + (leaf / temperature).logsumexp(1, True)
+            )
+        )
+        .sum(1)
+        .mean()
+    )
     if target is not None:
         wide = target.double() if target.is_floating_point() else target
         exact = 0.4 * exact + 0.6 * F.cross_entropy(leaf, wide)

@@ -27,9 +27,17 @@ def raw_problems() -> list[tuple]:
     """Arguments of the raw operators: dense, strided, mixed dtypes, empty, masked, with targets."""
     f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
     numbers = (4.0, 0.5, 16.0, 1.0, 0.1)
-    plain = [(logits(r, c, seed=0, dtype=d), logits(r, c, seed=1, dtype=d), None, None, *numbers)
-             for r, c, d in ((4, 10, f32), (1, 1, f32), (0, 5, f32), (3, 33, bf16), (2, 7, f64),
-                             (2, 7, torch.float16))]  # fmt: skip
+    plain = [
+        (logits(r, c, seed=0, dtype=d), logits(r, c, seed=1, dtype=d), None, None, *numbers)
+        for r, c, d in (
+            (4, 10, f32),
+            (1, 1, f32),
+            (0, 5, f32),
+            (3, 33, bf16),
+            (2, 7, f64),
+            (2, 7, torch.float16),
+        )
+    ]
     student, teacher = logits(4, 10, seed=0), logits(4, 10, seed=1)
     ids, soft = torch.arange(4), teacher.softmax(1)
     return [
@@ -68,14 +76,26 @@ def test_gradcheck(kind: str, reduction: str) -> None:
     f64 = torch.float64
     student = logits(5, 7, seed=0, dtype=f64).requires_grad_()
     teacher = logits(5, 7, seed=1, dtype=f64)
-    target = {"none": None, "ids": torch.tensor([0, 6, -100, 2, 3]),
-              "probabilities": logits(5, 7, seed=2, dtype=f64).softmax(1)}[kind]  # fmt: skip
+    target = {
+        "none": None,
+        "ids": torch.tensor([0, 6, -100, 2, 3]),
+        "probabilities": logits(5, 7, seed=2, dtype=f64).softmax(1),
+    }[kind]
     settings = {} if target is None else {"alpha": 0.3, "label_smoothing": 0.1}
     mask = torch.tensor([True, True, True, False, True])
     torch.autograd.gradcheck(
-        lambda s: kd_loss(s, teacher, target, temperature=2.0, reduction=reduction, mask=mask,
-                          row_weight=torch.arange(1.0, 6), **settings), (student,),
-    )  # fmt: skip
+        lambda s: kd_loss(
+            s,
+            teacher,
+            target,
+            temperature=2.0,
+            reduction=reduction,
+            mask=mask,
+            row_weight=torch.arange(1.0, 6),
+            **settings,
+        ),
+        (student,),
+    )
 
 
 def test_compiles_as_a_full_graph_for_any_batch() -> None:
@@ -104,9 +124,11 @@ def test_compiles_as_a_full_graph_for_any_batch() -> None:
         assert torch.equal(compiled, expected) and torch.equal(mine.grad, theirs.grad)
     assert graphs == 1
     one_pass = torch.compile(
-        lambda s, t: kd_loss_and_grad(s, t, out=torch.empty_like(s)), fullgraph=True, dynamic=True,
+        lambda s, t: kd_loss_and_grad(s, t, out=torch.empty_like(s)),
+        fullgraph=True,
+        dynamic=True,
         backend="aot_eager",
-    )  # fmt: skip
+    )
     for a, b in zip(one_pass(student, teacher), kd_loss_and_grad(student, teacher), strict=True):
         assert torch.equal(a, b)
 
@@ -189,14 +211,18 @@ def test_double_backward_and_function_transforms_say_that_they_are_not_there() -
             call()
     half = torch.tensor(0.5)
     for given in (
-        {"teacher_logits": teacher}, {"student_logits": student}, {"temperature": half},
-        {"row_weight": torch.ones(5)}, {"num_items": half}, {"target": teacher.softmax(1)},
+        {"teacher_logits": teacher},
+        {"student_logits": student},
+        {"temperature": half},
+        {"row_weight": torch.ones(5)},
+        {"num_items": half},
+        {"target": teacher.softmax(1)},
         {"alpha": half},
-    ):  # fmt: skip
+    ):
         plain = {"student_logits": student, "teacher_logits": teacher}
         if "target" in given or "alpha" in given:
             plain |= {"target": student.softmax(1), "alpha": 0.5}
-        (name, value), = given.items()  # fmt: skip
+        ((name, value),) = given.items()
         with forward_ad.dual_level():
             kd_loss(**plain)  # another part of the program may use forward mode
             dual = forward_ad.make_dual(value, torch.ones_like(value))
@@ -235,8 +261,15 @@ os._exit(0)  # gloo's threads, which the wrapped model still holds, may abort an
 def test_two_ranks_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     script = tmp_path / "ddp.py"
     script.write_text(DDP, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "--local-addr=127.0.0.1", str(script)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--local-addr=127.0.0.1",
+        str(script),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -25,8 +25,14 @@ from dmkd_fast.loss import ops
 HERE = Path(__file__).parents[1] / "helpers"
 GOLDEN = json.loads(aot.GOLDEN.read_text(encoding="utf-8"))
 # What every change compiles; the whole matrix is marked slow.
-QUICK = [c for c in aot.all_cases() if c[0] in (80, 100) and c[1] in (1000, 1003, 128256)
-         and c[2] == "bfloat16" and c[3] != "forward"]  # fmt: skip
+QUICK = [
+    c
+    for c in aot.all_cases()
+    if c[0] in (80, 100)
+    and c[1] in (1000, 1003, 128256)
+    and c[2] == "bfloat16"
+    and c[3] != "forward"
+]
 
 
 def interpreted(*arguments: str, file: Path = HERE / "interpreted_kd_loss.py") -> str:

@@ -60,10 +60,16 @@ def test_each_draw_is_the_next_of_its_class_whatever_the_sizes(seed: int) -> Non
         num_classes, block = pick.randint(1, 11), pick.randint(1, 7)
         places, guard = pick.randint(3, 6), pick.randint(0, 1)
         ring = RingBuffer(
-            places * block, image_shape=(1, 1, 1), block_images=block, samples_per_insert=1e6,
-            min_fill_images=1, order="balanced", num_classes=num_classes, guard_blocks=guard,
+            places * block,
+            image_shape=(1, 1, 1),
+            block_images=block,
+            samples_per_insert=1e6,
+            min_fill_images=1,
+            order="balanced",
+            num_classes=num_classes,
+            guard_blocks=guard,
             seed=seed,
-        )  # fmt: skip
+        )
         model = Model(num_classes)
         for committed in range(1, 1 + pick.randint(1, 3) * places):
             labels = [pick.randrange(num_classes) for _ in range(block)]
@@ -85,9 +91,14 @@ def test_each_draw_is_the_next_of_its_class_whatever_the_sizes(seed: int) -> Non
 def test_no_image_is_skipped_where_the_classes_do_not_divide_the_ring() -> None:
     """Three classes, eight images: each sorting begins with another class."""
     ring = RingBuffer(
-        8, image_shape=(1, 1, 1), block_images=4, samples_per_insert=1e6, min_fill_images=4,
-        order="balanced", num_classes=3,
-    )  # fmt: skip
+        8,
+        image_shape=(1, 1, 1),
+        block_images=4,
+        samples_per_insert=1e6,
+        min_fill_images=4,
+        order="balanced",
+        num_classes=3,
+    )
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     for part in labels.split(4):
         ring.commit(ring.reserve(), ids=torch.arange(4), labels=part)

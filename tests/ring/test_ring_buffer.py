@@ -18,9 +18,13 @@ def make(
     capacity: int = 12, block: int = 4, spi: float = 3, fill: int = 4, **more: Any
 ) -> RingBuffer:
     return RingBuffer(
-        capacity, image_shape=(1, 2, 2), block_images=block, samples_per_insert=spi,
-        min_fill_images=fill, **({"seed": 1} | more),
-    )  # fmt: skip
+        capacity,
+        image_shape=(1, 2, 2),
+        block_images=block,
+        samples_per_insert=spi,
+        min_fill_images=fill,
+        **({"seed": 1} | more),
+    )
 
 
 def write(ring: RingBuffer) -> None:
@@ -251,9 +255,13 @@ def test_plan_of_200_000_images_of_256_pixels_is_arithmetic_and_allocates_nothin
         fits = largest_capacity(sum(plan.values()), **shape)
         less = largest_capacity(sum(plan.values()) - 1, **shape)
     assert plan == {
-        "images": 39_321_600_000, "labels": 1_600_000, "ids": 1_600_000, "uses": 1_600_000,
-        "stamps": 800_000, "order": 1_600_000,
-    }  # fmt: skip
+        "images": 39_321_600_000,
+        "labels": 1_600_000,
+        "ids": 1_600_000,
+        "uses": 1_600_000,
+        "stamps": 800_000,
+        "order": 1_600_000,
+    }
     assert (fits, less) == (200_000, 200_000 - 64)
     assert largest_capacity(-5, **shape) == 0
 
@@ -270,9 +278,8 @@ class NoTensors(TorchDispatchMode):
 def test_accepted_settings_with_max_uses_never_stop(order: str, error_buffer: float | None) -> None:
     for capacity, guard, max_uses, batch in itertools.product((12, 20), (0, 1), (3, 4, 9), (1, 6)):
         ring = make(
-            capacity, order=order, max_uses=max_uses, guard_blocks=guard,
-            error_buffer=error_buffer,
-        )  # fmt: skip
+            capacity, order=order, max_uses=max_uses, guard_blocks=guard, error_buffer=error_buffer
+        )
         ring.check(batch)
         for _ in range(120):
             while ring.must_insert(batch):

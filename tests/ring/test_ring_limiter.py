@@ -105,21 +105,33 @@ def test_each_setting_that_would_stop_is_refused_with_what_to_change() -> None:
 
 
 RING = {
-    "block_images": 4, "min_fill_images": 4, "guard_blocks": 1, "samples_per_insert": 3.0,
-    "order": "shuffled", "max_uses": None, "num_classes": None,
-}  # fmt: skip
+    "block_images": 4,
+    "min_fill_images": 4,
+    "guard_blocks": 1,
+    "samples_per_insert": 3.0,
+    "order": "shuffled",
+    "max_uses": None,
+    "num_classes": None,
+}
 
 
-@pytest.mark.parametrize(("capacity", "changes", "words"), [
-    (7, {"guard_blocks": 0}, "capacity_images: got 7, expected at least 8"),
-    (11, {"guard_blocks": 2}, r"capacity_images: got 11, expected at least 12 \(3 blocks of 4"),
-    (12, {"min_fill_images": 9}, "min_fill_images: got 9, expected at most 8"),
-    (12, {"guard_blocks": -1}, "guard_blocks: got -1"),
-    (12, {"order": "random"}, "order: got 'random', expected shuffled, equal, uniform or balanced"),
-    (12, {"order": "balanced"}, "num_classes: got None with order=balanced"),
-    (12, {"max_uses": 2}, "max_uses: got 2, expected at least samples_per_insert=3"),
-    (12, {"max_uses": 9, "order": "uniform"}, "max_uses: got 9 with order=uniform"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("capacity", "changes", "words"),
+    [
+        (7, {"guard_blocks": 0}, "capacity_images: got 7, expected at least 8"),
+        (11, {"guard_blocks": 2}, r"capacity_images: got 11, expected at least 12 \(3 blocks of 4"),
+        (12, {"min_fill_images": 9}, "min_fill_images: got 9, expected at most 8"),
+        (12, {"guard_blocks": -1}, "guard_blocks: got -1"),
+        (
+            12,
+            {"order": "random"},
+            "order: got 'random', expected shuffled, equal, uniform or balanced",
+        ),
+        (12, {"order": "balanced"}, "num_classes: got None with order=balanced"),
+        (12, {"max_uses": 2}, "max_uses: got 2, expected at least samples_per_insert=3"),
+        (12, {"max_uses": 9, "order": "uniform"}, "max_uses: got 9 with order=uniform"),
+    ],
+)
 def test_sizes_and_settings_that_do_not_fit_are_refused(
     capacity: int, changes: dict[str, object], words: str
 ) -> None:

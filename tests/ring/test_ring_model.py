@@ -111,11 +111,14 @@ class Pair:
         places = pick.randint(max(2, guard + 1), 6)
         in_passes = order in ("shuffled", "equal")
         self.settings: dict[str, Any] = {
-            "capacity_images": places * block, "block_images": block, "guard_blocks": guard,
+            "capacity_images": places * block,
+            "block_images": block,
+            "guard_blocks": guard,
             "samples_per_insert": pick.choice([0.5, 2, 2.5]),
-            "min_fill_images": pick.randint(1, places - max(1, guard)) * block, "order": order,
+            "min_fill_images": pick.randint(1, places - max(1, guard)) * block,
+            "order": order,
             "max_uses": pick.choice([None, 3, 5]) if in_passes else None,
-        }  # fmt: skip
+        }
         self.pick, self.model, self.ring = pick, Model(self.settings), self.new_ring()
         self.block: Any = None
         self.next_id, self.classes_drawn = 0, Counter[int]()
@@ -125,9 +128,12 @@ class Pair:
 
     def move(self) -> None:
         pick = self.pick
-        getattr(self, pick.choices(
-            ["reserve", "write", "abort", "draw", "resume", "look"], [20, 25, 4, 40, 6, 5]
-        )[0])()  # fmt: skip
+        getattr(
+            self,
+            pick.choices(
+                ["reserve", "write", "abort", "draw", "resume", "look"], [20, 25, 4, 40, 6, 5]
+            )[0],
+        )()
         self.limiter()
 
     def reserve(self) -> None:

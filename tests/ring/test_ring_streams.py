@@ -67,9 +67,13 @@ class Log:
             if pointer not in self.engine.tensors_accessed.accesses:
                 self.engine._handle_memory_allocation(pointer)
         found = self.engine._handle_kernel_launch(
-            self.current, {number[p] for p in reads - writes}, {number[p] for p in writes}, set(),
-            what, {pointer: [] for pointer in number.values()},
-        )  # fmt: skip
+            self.current,
+            {number[p] for p in reads - writes},
+            {number[p] for p in writes},
+            set(),
+            what,
+            {pointer: [] for pointer in number.values()},
+        )
         self.races += len(found)
 
 
@@ -161,9 +165,16 @@ class Run:
 
     def __init__(self, *, guard: int = 1, blocks: int = 5, order: str = "shuffled") -> None:
         self.ring = RingBuffer(
-            blocks * 3, image_shape=(1, 1, 2), block_images=3, samples_per_insert=2,
-            min_fill_images=3, guard_blocks=guard, order=order, num_classes=4, seed=2,
-        )  # type: ignore[arg-type]  # fmt: skip
+            blocks * 3,
+            image_shape=(1, 1, 2),
+            block_images=3,
+            samples_per_insert=2,
+            min_fill_images=3,
+            guard_blocks=guard,
+            order=order,
+            num_classes=4,
+            seed=2,
+        )  # type: ignore[arg-type]
         self.draws: list[Tensor] = []
         self.log: Log | None = None
         self.next_id = 0
@@ -241,9 +252,10 @@ def random_run(run: Run, seed: int, moves: int) -> None:
 def check_schedules(count: int, patch: pytest.MonkeyPatch) -> None:
     for seed in range(count):
         settings = {
-            "guard": 1 + seed % 3, "blocks": 5,
+            "guard": 1 + seed % 3,
+            "blocks": 5,
             "order": ("shuffled", "equal", "uniform", "balanced")[seed % 4],
-        }  # fmt: skip
+        }
         plain = Run(**settings)  # type: ignore[arg-type]
         random_run(plain, seed, 40)
         log = Log()
@@ -305,10 +317,15 @@ def test_every_wait_and_record_is_needed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert whole.races == 0
     sites = set(whole.calls)
     assert sites == {
-        "record in __init__", "record in producing", "record in after_gather",
-        "record_stream in before_commit", "wait in before_write", "wait in before_commit",
-        "record in _restart", "wait in join",
-    }  # fmt: skip
+        "record in __init__",
+        "record in producing",
+        "record in after_gather",
+        "record_stream in before_commit",
+        "wait in before_write",
+        "wait in before_commit",
+        "record in _restart",
+        "wait in join",
+    }
     for site in sites:
         without = Log(lambda s, n, site=site: s == site)
         dense_run(without, monkeypatch)
@@ -338,9 +355,14 @@ def test_a_gather_that_was_not_told_of_stops_the_commit(monkeypatch: pytest.Monk
 def test_a_stream_of_its_own_needs_cuda_and_a_guard() -> None:
     with pytest.raises(ValueError, match="own_stream: got device cpu"):
         RingBuffer(
-            12, image_shape=(1, 2, 2), block_images=4, samples_per_insert=3, min_fill_images=4,
-            guard_blocks=1, own_stream=True,
-        )  # fmt: skip
+            12,
+            image_shape=(1, 2, 2),
+            block_images=4,
+            samples_per_insert=3,
+            min_fill_images=4,
+            guard_blocks=1,
+            own_stream=True,
+        )
 
 
 @pytest.mark.parametrize("guard", [1, 3])

@@ -97,9 +97,12 @@ print("equal")
 def test_the_triton_kernel_gives_the_bits_of_the_definition() -> None:
     """Under Triton's interpreter, in a process of its own: it is chosen on import."""
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", INTERPRETED],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.strip() == "equal", done.stderr
 
 
@@ -113,10 +116,16 @@ def test_the_triton_kernel_builds_without_fused_products(capability: int) -> Non
 
     source = ASTSource(
         fn=triton.normal_kernel,
-        signature={"out": "*fp32", "ids": "*i64", "count": "i32", "seed": "i64", "step": "i32",
-                   "BLOCKS": "constexpr"},
+        signature={
+            "out": "*fp32",
+            "ids": "*i64",
+            "count": "i32",
+            "seed": "i64",
+            "step": "i32",
+            "BLOCKS": "constexpr",
+        },
         constexprs={(5,): triton.BLOCKS},
-    )  # fmt: skip
+    )
     kernel = compile(
         source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}
     )

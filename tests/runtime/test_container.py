@@ -35,58 +35,119 @@ def tree(root: Path, files: dict[str, object]) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("files", "left_mib"), [
-    (V2, 4096),
-    (V2 | {f"{GROUP}/job/task/memory.max": "max\n"}, 4096),
-    (V2 | {f"{GROUP}/job/task/memory.max": 900 * MIB,
-           f"{GROUP}/job/task/memory.current": 300 * MIB}, 600),
-    (V2 | {f"{GROUP}/job/task/memory.max": 900 * MIB, f"{GROUP}/job/task/memory.high": 500 * MIB,
-           f"{GROUP}/job/task/memory.current": 300 * MIB}, 200),
-    # The parent's limit is smaller; the root's own file is a container's.
-    (V2 | {f"{GROUP}/job/task/memory.max": 900 * MIB, f"{GROUP}/job/memory.max": 700 * MIB,
-           f"{GROUP}/job/memory.current": 600 * MIB}, 100),
-    (V2 | {f"{GROUP}/memory.max": 50 * MIB}, 50),
-    (V2 | {f"{GROUP}/unified/job/memory.max": 60 * MIB}, 60),
-    # Page cache can be dropped; shared memory cannot.
-    (V2 | {f"{GROUP}/job/memory.max": 900 * MIB, f"{GROUP}/job/memory.current": 800 * MIB,
-           f"{GROUP}/job/memory.stat": f"anon 1\nactive_file {100 * MIB}\n"
-                                       f"inactive_file {200 * MIB}\nshmem {99 * MIB}\n"}, 400),
-    (V2 | {f"{GROUP}/job/memory.max": 100 * MIB, f"{GROUP}/job/memory.current": 800 * MIB}, 0),
-    (V1 | {f"{GROUP}/memory/job/task/memory.limit_in_bytes": 9223372036854771712}, 4096),
-    (V1 | {f"{GROUP}/memory/job/memory.limit_in_bytes": 900 * MIB,
-           f"{GROUP}/memory/job/memory.usage_in_bytes": 800 * MIB,
-           f"{GROUP}/memory/job/memory.stat": f"inactive_file 1\ntotal_inactive_file {70 * MIB}\n"
-                                              f"active_file 1\ntotal_active_file 0\n"}, 170),
-    # A container of version 1 sees the host's path, and its own group at the top.
-    (V1 | {f"{GROUP}/memory/memory.limit_in_bytes": 300 * MIB}, 300),
-    ({"proc/self/cgroup": "0::/../..\n", f"{GROUP}/memory.max": 70 * MIB}, 70),
-    ({"proc/self/cgroup": "nonsense\n", f"{GROUP}/memory.max": 70 * MIB}, 4096),
-    (V2 | {f"{GROUP}/job/memory.max": "many"}, 4096),
-    (V2 | {f"{GROUP}/job/memory.max": 70 * MIB, f"{GROUP}/job/memory.stat": "odd line\n"}, 70),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "left_mib"),
+    [
+        (V2, 4096),
+        (V2 | {f"{GROUP}/job/task/memory.max": "max\n"}, 4096),
+        (
+            V2
+            | {
+                f"{GROUP}/job/task/memory.max": 900 * MIB,
+                f"{GROUP}/job/task/memory.current": 300 * MIB,
+            },
+            600,
+        ),
+        (
+            V2
+            | {
+                f"{GROUP}/job/task/memory.max": 900 * MIB,
+                f"{GROUP}/job/task/memory.high": 500 * MIB,
+                f"{GROUP}/job/task/memory.current": 300 * MIB,
+            },
+            200,
+        ),
+        # The parent's limit is smaller; the root's own file is a container's.
+        (
+            V2
+            | {
+                f"{GROUP}/job/task/memory.max": 900 * MIB,
+                f"{GROUP}/job/memory.max": 700 * MIB,
+                f"{GROUP}/job/memory.current": 600 * MIB,
+            },
+            100,
+        ),
+        (V2 | {f"{GROUP}/memory.max": 50 * MIB}, 50),
+        (V2 | {f"{GROUP}/unified/job/memory.max": 60 * MIB}, 60),
+        # Page cache can be dropped; shared memory cannot.
+        (
+            V2
+            | {
+                f"{GROUP}/job/memory.max": 900 * MIB,
+                f"{GROUP}/job/memory.current": 800 * MIB,
+                f"{GROUP}/job/memory.stat": f"anon 1\nactive_file {100 * MIB}\n"
+                f"inactive_file {200 * MIB}\nshmem {99 * MIB}\n",
+            },
+            400,
+        ),
+        (V2 | {f"{GROUP}/job/memory.max": 100 * MIB, f"{GROUP}/job/memory.current": 800 * MIB}, 0),
+        (V1 | {f"{GROUP}/memory/job/task/memory.limit_in_bytes": 9223372036854771712}, 4096),
+        (
+            V1
+            | {
+                f"{GROUP}/memory/job/memory.limit_in_bytes": 900 * MIB,
+                f"{GROUP}/memory/job/memory.usage_in_bytes": 800 * MIB,
+                f"{GROUP}/memory/job/memory.stat": "inactive_file 1\n"
+                f"total_inactive_file {70 * MIB}\nactive_file 1\ntotal_active_file 0\n",
+            },
+            170,
+        ),
+        # A container of version 1 sees the host's path, and its own group at the top.
+        (V1 | {f"{GROUP}/memory/memory.limit_in_bytes": 300 * MIB}, 300),
+        ({"proc/self/cgroup": "0::/../..\n", f"{GROUP}/memory.max": 70 * MIB}, 70),
+        ({"proc/self/cgroup": "nonsense\n", f"{GROUP}/memory.max": 70 * MIB}, 4096),
+        (V2 | {f"{GROUP}/job/memory.max": "many"}, 4096),
+        (V2 | {f"{GROUP}/job/memory.max": 70 * MIB, f"{GROUP}/job/memory.stat": "odd line\n"}, 70),
+    ],
+)
 def test_available_memory_is_the_smallest_limit_on_the_way_to_the_root(
     tmp_path: Path, files: dict[str, object], left_mib: int
 ) -> None:
     assert container.available_bytes(tree(tmp_path, files)) == left_mib * MIB
 
 
-@pytest.mark.parametrize(("files", "count"), [
-    (V2, 8),
-    (V2 | {f"{GROUP}/job/task/cpu.max": "max 100000\n"}, 8),
-    (V2 | {f"{GROUP}/job/task/cpu.max": "300000 100000\n"}, 3),
-    (V2 | {f"{GROUP}/job/task/cpu.max": "390000 100000\n"}, 3),
-    (V2 | {f"{GROUP}/job/task/cpu.max": "50000 100000\n"}, 1),
-    (V2 | {f"{GROUP}/job/task/cpu.max": "900000 100000\n"}, 8),
-    (V2 | {f"{GROUP}/job/task/cpu.max": "400000 100000", f"{GROUP}/job/cpu.max": "80000 40000"}, 2),
-    (V2 | {f"{GROUP}/cpu.max": "5 0"}, 8),
-    (V2 | {f"{GROUP}/cpu.max": "5"}, 8),
-    (V1 | {f"{GROUP}/cpu/job/cpu.cfs_quota_us": "-1",
-           f"{GROUP}/cpu/job/cpu.cfs_period_us": "1"}, 8),
-    (V1 | {f"{GROUP}/cpu/job/cpu.cfs_quota_us": "200000",
-           f"{GROUP}/cpu/job/cpu.cfs_period_us": "100000"}, 2),
-    (V1 | {f"{GROUP}/cpu,cpuacct/cpu.cfs_quota_us": "500000",
-           f"{GROUP}/cpu,cpuacct/cpu.cfs_period_us": "100000"}, 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        (V2, 8),
+        (V2 | {f"{GROUP}/job/task/cpu.max": "max 100000\n"}, 8),
+        (V2 | {f"{GROUP}/job/task/cpu.max": "300000 100000\n"}, 3),
+        (V2 | {f"{GROUP}/job/task/cpu.max": "390000 100000\n"}, 3),
+        (V2 | {f"{GROUP}/job/task/cpu.max": "50000 100000\n"}, 1),
+        (V2 | {f"{GROUP}/job/task/cpu.max": "900000 100000\n"}, 8),
+        (
+            V2
+            | {f"{GROUP}/job/task/cpu.max": "400000 100000", f"{GROUP}/job/cpu.max": "80000 40000"},
+            2,
+        ),
+        (V2 | {f"{GROUP}/cpu.max": "5 0"}, 8),
+        (V2 | {f"{GROUP}/cpu.max": "5"}, 8),
+        (
+            V1
+            | {
+                f"{GROUP}/cpu/job/cpu.cfs_quota_us": "-1",
+                f"{GROUP}/cpu/job/cpu.cfs_period_us": "1",
+            },
+            8,
+        ),
+        (
+            V1
+            | {
+                f"{GROUP}/cpu/job/cpu.cfs_quota_us": "200000",
+                f"{GROUP}/cpu/job/cpu.cfs_period_us": "100000",
+            },
+            2,
+        ),
+        (
+            V1
+            | {
+                f"{GROUP}/cpu,cpuacct/cpu.cfs_quota_us": "500000",
+                f"{GROUP}/cpu,cpuacct/cpu.cfs_period_us": "100000",
+            },
+            5,
+        ),
+    ],
+)
 def test_cpus_are_the_smallest_quota_on_the_way_to_the_root(
     tmp_path: Path, files: dict[str, object], count: int
 ) -> None:

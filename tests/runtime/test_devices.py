@@ -34,14 +34,20 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second process of two on a machine with two GPUs."""
     current = [0]
     for name, answer in (
-        ("is_available", lambda: True), ("device_count", lambda: 2),
+        ("is_available", lambda: True),
+        ("device_count", lambda: 2),
         ("current_device", lambda: current[0]),
         ("set_device", lambda index: current.__setitem__(0, index)),
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(resolve_module, "can_compile", lambda _: False)
-    for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2),
-                        ("TORCHELASTIC_RUN_ID", 1)):  # fmt: skip
+    for name, value in (
+        ("RANK", 1),
+        ("LOCAL_RANK", 1),
+        ("WORLD_SIZE", 2),
+        ("LOCAL_WORLD_SIZE", 2),
+        ("TORCHELASTIC_RUN_ID", 1),
+    ):
         monkeypatch.setenv(name, str(value))
 
 
@@ -77,9 +83,16 @@ def test_nothing_of_a_second_rank_gets_a_device_without_index(
     spec = SimpleNamespace(in_chans=1, mean=(0.5,), std=(0.5,), input=None)
     teachers = SimpleNamespace(specs={"teacher": spec}, num_classes={"teacher": 10}, together=None)
     images = SimpleNamespace(
-        num_classes=10, image_shape=(1, 28, 28), module=None, scheduler={}, latent_shape=(),
-        decoder=None, null_class=10, takes_guidance=False, class_map=None,
-    )  # fmt: skip
+        num_classes=10,
+        image_shape=(1, 28, 28),
+        module=None,
+        scheduler={},
+        latent_shape=(),
+        decoder=None,
+        null_class=10,
+        takes_guidance=False,
+        class_map=None,
+    )
     watch(networks, "load_teachers", **vars(teachers))
     watch(parts_module, "open_denoiser", **vars(images))
     watch(parts_module, "open_test_set", class_names=("a",) * 10)
@@ -93,17 +106,24 @@ def test_nothing_of_a_second_rank_gets_a_device_without_index(
 
     monkeypatch.setattr(networks, "load_student", load_student)
     parts = load_parts(config)
-    for owner, name in ((build_module, "Views"), (images_module, "DiffusionSampler"),
-                        (images_module, "LabelStream"),
-                        (images_module, "ImageReader")):  # fmt: skip
+    for owner, name in (
+        (build_module, "Views"),
+        (images_module, "DiffusionSampler"),
+        (images_module, "LabelStream"),
+        (images_module, "ImageReader"),
+    ):
         watch(owner, name)
     watch(build_module, "RingBuffer", capacity=192)
     monkeypatch.setattr(build_module, "Distiller", lambda **_: None)
     monkeypatch.setattr(build_module, "share", lambda config, _: config)
     if source:
         opened = OpenSource(
-            source=None, kind="shards", image_shape=(1, 28, 28), num_classes=10, licence="",  # type: ignore[arg-type]
-        )  # fmt: skip
+            source=None,
+            kind="shards",
+            image_shape=(1, 28, 28),
+            num_classes=10,
+            licence="",  # type: ignore[arg-type]
+        )
         object.__setattr__(parts, "origin", opened)
         section = SourceConfig(path=str(tmp_path), block_images=64)
         config = config.model_copy(update={"source": section})

@@ -33,11 +33,19 @@ Serve = Callable[..., dict[str, Any]]
 Record = Callable[[str, object], None]
 POINTS = [1, 10, 17, 26, 33, 39]
 # Nothing of this listens outside loopback: docs/guides/several-processes.md.
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-            "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]  # fmt: skip
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node=2",
+    "--rdzv-backend=c10d",
+    "--rdzv-conf=store_type=file",
+]
 ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +83,9 @@ def assert_same_end(done: dict[str, Any], whole: dict[str, Any]) -> None:
         assert mine["rows"] == expected["rows"]
 
 
-@pytest.mark.parametrize(("seeds", "points"), [
-    ([0], [1, 17]), pytest.param([0, 1, 2], POINTS, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seeds", "points"), [([0], [1, 17]), pytest.param([0, 1, 2], POINTS, marks=pytest.mark.slow)]
+)
 def test_resumed_ranks_end_bit_equal(
     serve: Serve, tmp_path: Path, seeds: list[int], points: list[int], record_property: Record
 ) -> None:
@@ -298,8 +306,17 @@ def test_two_ranks_reach_the_accuracy_of_one(tmp_path: Path) -> None:
 
 def test_generate_shares_out_the_shards(serve: Serve, tmp_path: Path) -> None:
     def make(out: Path, world_size: int) -> list[dict[str, Any]]:
-        command = ["generate", CONFIG, *generate_farm.SETTINGS, "--out", str(out),
-                   "--num-images", "160", "--images-per-shard", "32"]  # fmt: skip
+        command = [
+            "generate",
+            CONFIG,
+            *generate_farm.SETTINGS,
+            "--out",
+            str(out),
+            "--num-images",
+            "160",
+            "--images-per-shard",
+            "32",
+        ]
         done = serve(tmp_path / f"server{world_size}", command=command, world_size=world_size)
         assert done["codes"] == [0] * world_size, done["outputs"]
         return [json.loads(output.splitlines()[-1]) for output in done["outputs"]]
@@ -343,12 +360,18 @@ def listeners(pid: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (["train.batch_size=33"], r"train.batch_size: got 33 with 2 ranks, expected a multiple of 2"),
-    (["ring.capacity_images=320"], r"ring.capacity_images: got 320 .*blocks of 64"),
-    (["train.accumulate=32"], r"accumulate: got 32, .*batch_size=16.*of each of 2 ranks"),
-    (["ring.error_buffer=200"], r"error_buffer: got 100, .*of each of 2 ranks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["train.batch_size=33"],
+            r"train.batch_size: got 33 with 2 ranks, expected a multiple of 2",
+        ),
+        (["ring.capacity_images=320"], r"ring.capacity_images: got 320 .*blocks of 64"),
+        (["train.accumulate=32"], r"accumulate: got 32, .*batch_size=16.*of each of 2 ranks"),
+        (["ring.error_buffer=200"], r"error_buffer: got 100, .*of each of 2 ranks"),
+    ],
+)
 def test_settings_that_do_not_divide_are_refused(changes: list[str], message: str) -> None:
     config = load_config(DistillConfig, CONFIG, [*settings(), *changes])
     with pytest.raises(UserError, match=message) as problem:

@@ -112,8 +112,11 @@ def test_nothing_waits_for_the_device() -> None:
 
 def test_compiled_steps_take_a_scale_for_each_image() -> None:
     settings: dict[str, Any] = {
-        "num_steps": 1, "num_classes": 4, "guidance_scale": 1.5, "class_guidance": {2: 4.0},
-    }  # fmt: skip
+        "num_steps": 1,
+        "num_classes": 4,
+        "guidance_scale": 1.5,
+        "class_guidance": {2: 4.0},
+    }
     labels = torch.arange(16) % 4
     eager = tiny_sampler(**settings).trajectory(torch.arange(16), labels)
     compiled = tiny_sampler(**settings, compile=True)
@@ -137,13 +140,16 @@ def test_later_phases_keep_the_scales_of_named_classes() -> None:
     assert "3 for class 3" in card_sentence(config)
 
 
-@pytest.mark.parametrize(("setting", "words"), [
-    ("{3: 0.5}", "class_guidance.3: got 0.5, expected greater than or equal to 1"),
-    ("{3-1: 2}", "class_guidance: got '3-1', expected a class or a range"),
-    ("{cat: 2}", "class_guidance: got 'cat'"),
-    ("{2-5: 2, 4: 3}", "class_guidance: got class 4 twice"),
-    ("{8-10: 2}", "class_guidance: got class 10, expected 0 to 9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("{3: 0.5}", "class_guidance.3: got 0.5, expected greater than or equal to 1"),
+        ("{3-1: 2}", "class_guidance: got '3-1', expected a class or a range"),
+        ("{cat: 2}", "class_guidance: got 'cat'"),
+        ("{2-5: 2, 4: 3}", "class_guidance: got class 4 twice"),
+        ("{8-10: 2}", "class_guidance: got class 10, expected 0 to 9"),
+    ],
+)
 def test_wrong_settings_end_in_one_line(
     setting: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

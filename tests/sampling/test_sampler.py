@@ -158,9 +158,11 @@ def test_seeds_and_ids_make_other_images() -> None:
 
 
 @pytest.mark.parametrize("attention", ["xformers", "sdpa"])
-@pytest.mark.parametrize("scheduler", [
-    DDIM, {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
-], ids=["ddim", "learned"])  # fmt: skip
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIM, {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}],
+    ids=["ddim", "learned"],
+)
 def test_tick_decode_and_slot_write_stay_on_cuda(
     attention: Any, scheduler: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,8 +257,11 @@ def test_noise_is_shared_by_no_two_classes_or_steps() -> None:
 
 
 def test_a_flow_model_distilled_to_few_steps_refuses_others() -> None:
-    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "distilled_steps": 4,
-            "distilled_guidance_scale": 1.5}  # fmt: skip
+    flow = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "distilled_steps": 4,
+        "distilled_guidance_scale": 1.5,
+    }
     with pytest.raises(ValueError, match="distilled to 4 steps"):
         tiny_sampler(scheduler=flow, num_steps=3, guidance_scale=1.0)
     with pytest.raises(ValueError, match=r"guidance 1\.5 folded in"):
@@ -281,9 +286,9 @@ def test_replayed_graph_equals_the_loop_and_never_waits(compile: bool) -> None:
     ids = torch.arange(10, device="cuda")
     out = torch.empty(10, 4, 8, 8, dtype=torch.uint8, device="cuda")
     sampler.sample(ids, ids, out=out)
-    expected = torch.cat([
-        sampler._make(part, part) for part in (ids[:4], ids[4:8], ids[[8, 9, 9, 9]])
-    ])[:10]  # fmt: skip
+    expected = torch.cat(
+        [sampler._make(part, part) for part in (ids[:4], ids[4:8], ids[[8, 9, 9, 9]])]
+    )[:10]
     assert (out.int() - expected.int()).abs().max() <= 1
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.current"]

@@ -11,14 +11,24 @@ from sampler_cases import DDIM, dit_sampler, make
 from dmkd_fast.sampling import sampler as sampling
 
 
-@pytest.mark.parametrize("changes, kinds", [
-    ({"guidance_scale": 1.0}, 1), ({"guidance_interval": (0.2, 0.5)}, 2),
-    ({"class_guidance": {1: 3.0}, "num_classes": 1000, "guidance_interval": (0.0, 0.5)}, 2),
-], ids=["plain", "interval", "by class"])  # fmt: skip
-@pytest.mark.parametrize("scheduler", [
-    DDIM, {"_class_name": "DDPMScheduler"},
-    {"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
-], ids=["ddim", "ddpm", "learned"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, kinds",
+    [
+        ({"guidance_scale": 1.0}, 1),
+        ({"guidance_interval": (0.2, 0.5)}, 2),
+        ({"class_guidance": {1: 3.0}, "num_classes": 1000, "guidance_interval": (0.0, 0.5)}, 2),
+    ],
+    ids=["plain", "interval", "by class"],
+)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIM,
+        {"_class_name": "DDPMScheduler"},
+        {"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
+    ],
+    ids=["ddim", "ddpm", "learned"],
+)
 def test_steps_compile_to_one_graph_with_guidance_and_one_without(
     scheduler: dict[str, Any], changes: dict[str, Any], kinds: int
 ) -> None:
@@ -43,15 +53,22 @@ def test_a_step_without_noise_adds_none_whatever_variance_the_model_predicts() -
     plain = sampler.trajectory(ids, ids)
     last = sampler.table.rows[-1]
     with torch.inference_mode():
-        output = sampler._module(
-            plain[-2], last[:1].expand(4), ids
-        )[:, :4]  # fmt: skip
+        output = sampler._module(plain[-2], last[:1].expand(4), ids)[:, :4]
         x, _ = sampling._advance(
-            lambda *_: torch.cat((output, torch.full_like(output, 1e3)), dim=1), plain[-2],
-            torch.zeros_like(output), last, ids, torch.full_like(output, 1e3), guided=False,
-            scale=1.0, channels=None, takes_guidance=False, clip=sampler.table.clip,
-            learned_variance=True, dtype=torch.float32,
-        )  # type: ignore[arg-type]  # fmt: skip
+            lambda *_: torch.cat((output, torch.full_like(output, 1e3)), dim=1),
+            plain[-2],
+            torch.zeros_like(output),
+            last,
+            ids,
+            torch.full_like(output, 1e3),
+            guided=False,
+            scale=1.0,
+            channels=None,
+            takes_guidance=False,
+            clip=sampler.table.clip,
+            learned_variance=True,
+            dtype=torch.float32,
+        )  # type: ignore[arg-type]
     torch.testing.assert_close(x, plain[-1], rtol=1e-5, atol=1e-5)
 
 

@@ -47,15 +47,24 @@ def config_of(scheduler: Any) -> dict[str, Any]:
 
 
 def ours_and_theirs(
-    monkeypatch: pytest.MonkeyPatch, scheduler: Any, num_steps: int, *, solver: str = "auto",
-    like: Any = None, width: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    scheduler: Any,
+    num_steps: int,
+    *,
+    solver: str = "auto",
+    like: Any = None,
+    width: int = 1,
+) -> tuple[Tensor, Tensor]:
     """Final states from the same noise; `like` is the scheduler whose config ours is built from."""
     model = Wave(width)
     sampler = DiffusionSampler(
-        model, scheduler=config_of(like or scheduler), latent_shape=SHAPE, num_steps=num_steps,
-        solver=solver, micro_batch_images=3,
-    )  # fmt: skip
+        model,
+        scheduler=config_of(like or scheduler),
+        latent_shape=SHAPE,
+        num_steps=num_steps,
+        solver=solver,
+        micro_batch_images=3,
+    )
     ids = torch.arange(3)
     mine = sampler.trajectory(ids, ids)[-1]
 
@@ -74,12 +83,18 @@ def ours_and_theirs(
 
 
 DDIM = [
-    {}, {"clip_sample": False}, {"clip_sample_range": 0.5}, {"beta_schedule": "scaled_linear"},
-    {"beta_schedule": "squaredcos_cap_v2"}, {"set_alpha_to_one": False, "steps_offset": 1},
-    {"prediction_type": "v_prediction"}, {"prediction_type": "sample"},
-    {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"},
+    {},
+    {"clip_sample": False},
+    {"clip_sample_range": 0.5},
+    {"beta_schedule": "scaled_linear"},
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"set_alpha_to_one": False, "steps_offset": 1},
+    {"prediction_type": "v_prediction"},
+    {"prediction_type": "sample"},
+    {"timestep_spacing": "trailing"},
+    {"timestep_spacing": "linspace"},
     {"trained_betas": torch.linspace(1e-4, 0.03, 500).tolist(), "num_train_timesteps": 500},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("settings", DDIM, ids=lambda s: "-".join(s) or "default")
@@ -90,11 +105,19 @@ def test_ddim(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], num_ste
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"variance_type": "fixed_large"}, {"clip_sample": False},
-    {"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "v_prediction"},
-    {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"},
-], ids=lambda s: "-".join(s) or "default")  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"variance_type": "fixed_large"},
+        {"clip_sample": False},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"prediction_type": "v_prediction"},
+        {"timestep_spacing": "trailing"},
+        {"timestep_spacing": "linspace"},
+    ],
+    ids=lambda s: "-".join(s) or "default",
+)
 @pytest.mark.parametrize("num_steps", [1, 10, 100])
 def test_ddpm(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], num_steps: int) -> None:
     scheduler = diffusers.DDPMScheduler(**settings)
@@ -110,12 +133,21 @@ def test_ddpm_with_learned_variance(monkeypatch: pytest.MonkeyPatch, num_steps: 
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=5e-4)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"},
-    {"solver_order": 1}, {"euler_at_final": True}, {"final_sigmas_type": "sigma_min"},
-    {"prediction_type": "v_prediction"}, {"prediction_type": "sample"},
-    {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
-], ids=lambda s: "-".join(s) or "default")  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"timestep_spacing": "leading"},
+        {"timestep_spacing": "trailing"},
+        {"solver_order": 1},
+        {"euler_at_final": True},
+        {"final_sigmas_type": "sigma_min"},
+        {"prediction_type": "v_prediction"},
+        {"prediction_type": "sample"},
+        {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
+    ],
+    ids=lambda s: "-".join(s) or "default",
+)
 @pytest.mark.parametrize("num_steps", [1, 4, 10, 14, 15, 20])  # 15: the last step's order changes
 def test_dpm_solver(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], num_steps: int
@@ -125,26 +157,37 @@ def test_dpm_solver(
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("solver, other", [
-    ("ddpm", "DDPMScheduler"), ("ddim", "DDIMScheduler"),
-    ("dpm++2m", "DPMSolverMultistepScheduler"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "solver, other",
+    [
+        ("ddpm", "DDPMScheduler"),
+        ("ddim", "DDIMScheduler"),
+        ("dpm++2m", "DPMSolverMultistepScheduler"),
+    ],
+)
 def test_a_solver_equals_the_scheduler_made_from_the_models_config(
     monkeypatch: pytest.MonkeyPatch, solver: str, other: str
 ) -> None:
     """Stable Diffusion ships PNDM's config; any solver of that noise schedule can run on it."""
     own = diffusers.PNDMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
-        skip_prk_steps=True, set_alpha_to_one=False,
-    )  # fmt: skip
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        steps_offset=1,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+    )
     # As a saved model has it; the live object also knows which values were defaults.
     config = json.loads(own.to_json_string()) | {"clip_sample": False}
     scheduler = getattr(diffusers, other).from_config(config)
     mine, theirs = ours_and_theirs(monkeypatch, scheduler, 10, solver=solver, like=scheduler)
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
     named = solver_table(
-        config, 10, torch.device("cpu"), solver=solver  # type: ignore[arg-type]
-    )  # fmt: skip
+        config,
+        10,
+        torch.device("cpu"),
+        solver=solver,  # type: ignore[arg-type]
+    )
     direct = solver_table(config_of(scheduler), 10, torch.device("cpu"))
     assert torch.equal(named.rows, direct.rows)
 
@@ -166,18 +209,24 @@ FILES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("solver, other", [
-    ("ddpm", "DDPMScheduler"), ("ddim", "DDIMScheduler"),
-    ("dpm++2m", "DPMSolverMultistepScheduler"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "solver, other",
+    [
+        ("ddpm", "DDPMScheduler"),
+        ("ddim", "DDIMScheduler"),
+        ("dpm++2m", "DPMSolverMultistepScheduler"),
+    ],
+)
 @pytest.mark.parametrize("name", sorted({*VARIANCE_PRESERVING} - {"LMSDiscreteScheduler"}))  # scipy
 def test_any_schedulers_file_is_read_as_from_config_reads_it(
     monkeypatch: pytest.MonkeyPatch, name: str, solver: str, other: str
 ) -> None:
     own = getattr(diffusers, name)(beta_end=0.015, **FILES.get(name, {}))
     config = json.loads(own.to_json_string())
-    refused = {"EulerDiscreteScheduler": "use_karras_sigmas=True",
-               "DEISMultistepScheduler": "algorithm_type='deis'"}  # fmt: skip
+    refused = {
+        "EulerDiscreteScheduler": "use_karras_sigmas=True",
+        "DEISMultistepScheduler": "algorithm_type='deis'",
+    }
     if name in refused and solver == "dpm++2m":
         with pytest.raises(ValueError, match=refused[name]):
             solver_table(config, 10, torch.device("cpu"), solver="dpm++2m")
@@ -233,38 +282,53 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheduler, changes, words", [
-    ({"_class_name": "EDMEulerScheduler"}, {}, "EDMEulerScheduler"),
-    ({"_class_name": "PNDMScheduler"}, {}, "expected one of ddpm, ddim"),
-    ({"_class_name": "DDIMScheduler", "thresholding": True}, {}, "thresholding=True"),
-    ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, {}, "zero_snr"),
-    ({"_class_name": "DDIMScheduler"}, {"num_steps": 1001}, "1 to 1000"),
-    ({"_class_name": "DDIMScheduler"}, {"solver": "euler"}, "ddpm, ddim, dpm"),
-    ({"_class_name": "DDIMScheduler", "prediction_type": "flow"}, {}, "prediction_type='flow'"),
-    ({"_class_name": "DDIMScheduler", "beta_schedule": "sigmoid"}, {}, "beta_schedule"),
-    ({"_class_name": "DDIMScheduler", "timestep_spacing": "odd"}, {}, "timestep_spacing"),
-    ({"_class_name": "DDIMScheduler", "steps_offset": 1}, {"num_steps": 1000}, "lower it"),
-    ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, {}, "variance_type='learned'"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, {}, "karras"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, {},
-     "algorithm_type"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, {}, "solver_order: got 3"),
-    ({"_class_name": "DPMSolverMultistepScheduler"}, {"num_steps": 1000}, "not finite"),
-    ({"_class_name": "DDPMScheduler", "beta_end": 1.0}, {}, "not finite"),
-    ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, {}, "got 2 numbers"),
-    ({"_class_name": "DDIMScheduler", "beta_start": "a"}, {}, "beta_start: got 'a'"),
-    ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1e3}, {}, "got 1000.0"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0}, {}, "shift: got 0"),
-    ({"_class_name": "CMStochasticIterativeScheduler"}, {"solver": "ddim"}, "consistency"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "distilled_steps": 4}, {}, "to 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scheduler, changes, words",
+    [
+        ({"_class_name": "EDMEulerScheduler"}, {}, "EDMEulerScheduler"),
+        ({"_class_name": "PNDMScheduler"}, {}, "expected one of ddpm, ddim"),
+        ({"_class_name": "DDIMScheduler", "thresholding": True}, {}, "thresholding=True"),
+        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, {}, "zero_snr"),
+        ({"_class_name": "DDIMScheduler"}, {"num_steps": 1001}, "1 to 1000"),
+        ({"_class_name": "DDIMScheduler"}, {"solver": "euler"}, "ddpm, ddim, dpm"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "flow"}, {}, "prediction_type='flow'"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "sigmoid"}, {}, "beta_schedule"),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "odd"}, {}, "timestep_spacing"),
+        ({"_class_name": "DDIMScheduler", "steps_offset": 1}, {"num_steps": 1000}, "lower it"),
+        (
+            {"_class_name": "DDPMScheduler", "variance_type": "learned"},
+            {},
+            "variance_type='learned'",
+        ),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, {}, "karras"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+            {},
+            "algorithm_type",
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3},
+            {},
+            "solver_order: got 3",
+        ),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, {"num_steps": 1000}, "not finite"),
+        ({"_class_name": "DDPMScheduler", "beta_end": 1.0}, {}, "not finite"),
+        ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, {}, "got 2 numbers"),
+        ({"_class_name": "DDIMScheduler", "beta_start": "a"}, {}, "beta_start: got 'a'"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1e3}, {}, "got 1000.0"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0}, {}, "shift: got 0"),
+        ({"_class_name": "CMStochasticIterativeScheduler"}, {"solver": "ddim"}, "consistency"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "distilled_steps": 4}, {}, "to 4"),
+    ],
+)
 def test_what_is_not_supported_is_refused_in_one_line(
     scheduler: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
     settings: dict[str, Any] = {"num_steps": 8, "solver": "auto"} | changes
     with pytest.raises(ValueError, match=words.replace("(", r"\(")) as error:
-        solver_table(scheduler, settings["num_steps"], torch.device("cpu"),
-                     solver=settings["solver"])  # fmt: skip
+        solver_table(
+            scheduler, settings["num_steps"], torch.device("cpu"), solver=settings["solver"]
+        )
     assert "\n" not in str(error.value)
 
 

@@ -139,8 +139,9 @@ def noise_set(count: int = 50) -> ImageSet:
     generator = torch.Generator().manual_seed(1)
     return ImageSet(
         images=torch.randint(0, 256, (count, 1, 8, 8), generator=generator).to(torch.uint8),
-        labels=torch.randint(0, 4, (count,), generator=generator), class_names=tuple("abcd"),
-    )  # fmt: skip
+        labels=torch.randint(0, 4, (count,), generator=generator),
+        class_names=tuple("abcd"),
+    )
 
 
 def rows_of(distiller: Distiller) -> list[dict[str, Any]]:

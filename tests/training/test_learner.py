@@ -83,16 +83,24 @@ PLACES = ["teacher", "gradient", "loss", "loss gradient", "views"]
 
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("settings", [
-    {"name": "adamw"}, {"name": "sgd", "lr": 0.02},
-    {"name": "adamw", "ema_decay": 0.9, "max_grad_norm": 0.5},
-    {"name": "sgd", "lr": 0.02, "ema_decay": 0.9, "max_grad_norm": 0.5, "weight_decay": 0.1},
-    {"name": "adamw", "dtype": torch.float16},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "adamw"},
+        {"name": "sgd", "lr": 0.02},
+        {"name": "adamw", "ema_decay": 0.9, "max_grad_norm": 0.5},
+        {"name": "sgd", "lr": 0.02, "ema_decay": 0.9, "max_grad_norm": 0.5, "weight_decay": 0.1},
+        {"name": "adamw", "dtype": torch.float16},
+    ],
+    ids=str,
+)
 def test_a_step_that_is_not_finite_changes_nothing(
-    make_distiller: Make, where: str, accumulate: int, settings: dict[str, Any],
+    make_distiller: Make,
+    where: str,
+    accumulate: int,
+    settings: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     distiller = make_distiller(accumulate=accumulate, **settings)
     poison = Poison(distiller, where, monkeypatch)
     for skipped, step in enumerate((0, 4)):  # the very first one, and a later one
@@ -146,9 +154,15 @@ def test_a_step_equals_eager_pytorch(name: Any, nesterov: bool) -> None:
     twin = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     twin.load_state_dict(net.state_dict())
     schedule = Schedule(
-        batch_size=16, num_views=160, lr=0.1, name=name, nesterov=nesterov, ema_decay=0.6,
-        weight_decay=0.01, max_grad_norm=0.3,
-    )  # fmt: skip
+        batch_size=16,
+        num_views=160,
+        lr=0.1,
+        name=name,
+        nesterov=nesterov,
+        ema_decay=0.6,
+        weight_decay=0.01,
+        max_grad_norm=0.3,
+    )
     one = StudentTrainer(net, schedule=schedule, temperature=3.0, alpha=0.7)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in twin.parameters() if p.ndim == ndim], "weight_decay": decay}
@@ -194,9 +208,15 @@ def test_parts_of_a_batch_add_up_to_its_gradient(
         torch.manual_seed(2)
         net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
         distiller = make_distiller(
-            student=net, accumulate=parts, alpha=alpha, name="sgd", lr=1.0, momentum=0.0,
-            warmup=0.0, mix={"mixup_alpha": 1.0},
-        )  # fmt: skip
+            student=net,
+            accumulate=parts,
+            alpha=alpha,
+            name="sgd",
+            lr=1.0,
+            momentum=0.0,
+            warmup=0.0,
+            mix={"mixup_alpha": 1.0},
+        )
         start = [p.detach().clone() for p in net.parameters()]
         distiller.refill()
         losses.append(distiller.train_step().item())

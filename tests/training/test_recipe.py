@@ -39,18 +39,24 @@ def test_milestones_multiply_the_rate_at_their_shares_of_the_run() -> None:
     assert rates[28] == 0.05 and rates[29] == 0.025 == rates[99]
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("optim.milestones=[0.6,0.3]", r"optim: milestones: got \[0.6, 0.3\], expected rising"),
-    ("optim.milestones=[0.5,1.0]", "milestones.1: got 1, expected less than 1"),
-    ("optim.milestones=[0.03]", "milestones: got 0.03 as the first, expected at least warmup=0.05"),
-    ("optim.decay=0.5", "decay: got 0.5 without milestones"),
-    ("optim.nesterov=false", "nesterov: got false with name=adamw"),
-    ("train.accumulate=3", "accumulate: got 3, expected a divisor of batch_size=32"),
-    ("train.max_skipped_steps=0", "max_skipped_steps: got 0, expected greater"),
-    ("loss.alpha=0", "loss.alpha: got 0, expected greater than 0"),
-    ("mix.mixup_alpha=-1", "mix.mixup_alpha: got -1, expected greater"),
-    ("mix={cutmix_alpha: .inf}", "mix.cutmix_alpha: got inf, expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.milestones=[0.6,0.3]", r"optim: milestones: got \[0.6, 0.3\], expected rising"),
+        ("optim.milestones=[0.5,1.0]", "milestones.1: got 1, expected less than 1"),
+        (
+            "optim.milestones=[0.03]",
+            "milestones: got 0.03 as the first, expected at least warmup=0.05",
+        ),
+        ("optim.decay=0.5", "decay: got 0.5 without milestones"),
+        ("optim.nesterov=false", "nesterov: got false with name=adamw"),
+        ("train.accumulate=3", "accumulate: got 3, expected a divisor of batch_size=32"),
+        ("train.max_skipped_steps=0", "max_skipped_steps: got 0, expected greater"),
+        ("loss.alpha=0", "loss.alpha: got 0, expected greater than 0"),
+        ("mix.mixup_alpha=-1", "mix.mixup_alpha: got -1, expected greater"),
+        ("mix={cutmix_alpha: .inf}", "mix.cutmix_alpha: got inf, expected"),
+    ],
+)
 def test_settings_that_contradict_or_do_nothing_are_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(DistillConfig, CONFIG, [*SHORT, override])
@@ -65,11 +71,16 @@ def test_mixing_with_teachers_of_some_classes_is_refused(make_distiller: Make) -
     halves = [Teacher(module=small_classifier(), input=spec, teaches=t) for t in ((0, 1), (2, 3))]
     with pytest.raises(ValueError, match="mixer: got one with teachers that teach some classes"):
         Distiller(
-            sampler=distiller.sampler, ring=distiller.ring, labels=distiller.labels,
-            views=distiller.views, teacher=Teachers(halves, num_classes=4),
-            student=small_classifier(), schedule=distiller.schedule, run_dir=distiller.run_dir,
+            sampler=distiller.sampler,
+            ring=distiller.ring,
+            labels=distiller.labels,
+            views=distiller.views,
+            teacher=Teachers(halves, num_classes=4),
+            student=small_classifier(),
+            schedule=distiller.schedule,
+            run_dir=distiller.run_dir,
             mixer=Mixer(mixup_alpha=1.0),
-        )  # fmt: skip
+        )
 
 
 def test_every_rendering_is_mixed_with_the_same_partners_at_the_same_place() -> None:
@@ -122,9 +133,13 @@ def test_teachers_and_student_see_the_same_mixed_views_with_mixed_labels(
     torch.manual_seed(8)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 4))
     distiller._supervision = Targets(
-        Teachers([Teacher(module=network, input=large)]), distiller.views,
-        Mixer(mixup_alpha=1.0), input=None, dtype=torch.float32, compile=False,
-    )  # fmt: skip
+        Teachers([Teacher(module=network, input=large)]),
+        distiller.views,
+        Mixer(mixup_alpha=1.0),
+        input=None,
+        dtype=torch.float32,
+        compile=False,
+    )
     parts = []
     learn = StudentTrainer.learn
     monkeypatch.setattr(
@@ -184,14 +199,20 @@ LINE = (
 )
 
 
-@pytest.mark.parametrize(("where", "error"), [
-    *(("learn", error) for error in (OutOfMemory.CUDA, OutOfMemory.CPU, MemoryError())),
-    *((where, OutOfMemory.CUDA) for where in ("finish", "sampler", "build")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        *(("learn", error) for error in (OutOfMemory.CUDA, OutOfMemory.CPU, MemoryError())),
+        *((where, OutOfMemory.CUDA) for where in ("finish", "sampler", "build")),
+    ],
+)
 def test_out_of_memory_is_one_line_and_leaves_a_checkpoint(
-    tmp_path: Path, where: str, error: Exception, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    where: str,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     calls = 0
     from dmkd_fast import DiffusionSampler, RingBuffer
     from dmkd_fast.training.ema import WeightEMA

@@ -25,9 +25,12 @@ from dmkd_fast.training.metrics import Metrics
 
 Make = Callable[..., Distiller]
 ORDERS: list[dict[str, Any]] = [
-    {}, {"guard_blocks": 1}, {"order": "equal", "guard_blocks": 1, "max_uses": 6},
-    {"order": "uniform", "guard_blocks": 2}, {"order": "balanced", "num_classes": 4},
-]  # fmt: skip
+    {},
+    {"guard_blocks": 1},
+    {"order": "equal", "guard_blocks": 1, "max_uses": 6},
+    {"order": "uniform", "guard_blocks": 2},
+    {"order": "balanced", "num_classes": 4},
+]
 
 
 def weights(distiller: Distiller) -> list[Tensor]:
@@ -88,7 +91,7 @@ RECIPES: list[dict[str, Any]] = [
     {"ema_decay": 0.9, "accumulate": 2, "alpha": 0.5},
     {"name": "sgd", "mix": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}, "alpha": 0.5, "lr": 1e-2},
     {"dtype": torch.float16, "milestones": (0.5,), "mix": {"cutmix_alpha": 1.0}},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -205,8 +208,14 @@ def test_dry_run_prints_the_exact_bytes_and_allocates_no_ring(
 
     monkeypatch.setattr(parts_module, "load_parts", large)
     monkeypatch.setattr(buffer.RingBuffer, "__init__", lambda *_: pytest.fail("allocated"))
-    arguments = ["distill", CONFIG, "--dry-run", "ring.capacity_images=200000",
-                 "sampler.micro_batch_images=64", "num_threads=1"]  # fmt: skip
+    arguments = [
+        "distill",
+        CONFIG,
+        "--dry-run",
+        "ring.capacity_images=200000",
+        "sampler.micro_batch_images=64",
+        "num_threads=1",
+    ]
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**11)
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out

@@ -52,8 +52,9 @@ def test_milestones_lie_strictly_inside_the_run_and_not_before_the_warm_up() -> 
             check_milestones(points, warmup=0.2)
     with pytest.raises(ValueError, match="milestones"):
         check_milestones([0.0], warmup=0.0)
-    rates = [lr_at(s, num_steps=5, peak=1.0, warmup=0.0, milestones=[0.5], decay=0.5)
-             for s in range(5)]  # fmt: skip
+    rates = [
+        lr_at(s, num_steps=5, peak=1.0, warmup=0.0, milestones=[0.5], decay=0.5) for s in range(5)
+    ]
     assert rates == [1.0, 1.0, 0.5, 0.5, 0.5]  # round(2.5) is 2
 
 

@@ -148,7 +148,9 @@ def test_squares_reach_as_far_to_every_side() -> None:
 
 def test_another_seed_gives_other_partners() -> None:
     one, other = (
-        torch.stack([Mixer(mixup_alpha=1.0, seed=s).partners(i, 16, torch.device("cpu"))
-                     for i in range(4)]) for s in (0, 1)
-    )  # fmt: skip
+        torch.stack(
+            [Mixer(mixup_alpha=1.0, seed=s).partners(i, 16, torch.device("cpu")) for i in range(4)]
+        )
+        for s in (0, 1)
+    )
     assert not torch.equal(one, other)

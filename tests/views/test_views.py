@@ -23,10 +23,16 @@ def photos(count: int = 3, channels: int = 3, size: int = 40) -> torch.Tensor:
     return fine.clamp(0, 255).to(torch.uint8)
 
 
-@pytest.mark.parametrize(("box", "size"), [
-    ((0, 0, 40, 40), 40), ((3, 5, 30, 28), 30), ((0, 0, 40, 40), 16), ((8, 2, 31, 37), 17),
-    ((10, 10, 12, 9), 28),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((0, 0, 40, 40), 40),
+        ((3, 5, 30, 28), 30),
+        ((0, 0, 40, 40), 16),
+        ((8, 2, 31, 37), 17),
+        ((10, 10, 12, 9), 28),
+    ],
+)
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("views", [reference_views, operator])
 def test_equals_torchvision_with_the_same_crop(
@@ -35,9 +41,16 @@ def test_equals_torchvision_with_the_same_crop(
     """Within 2e-5 of the pixel range: torchvision's own float32 positions are that far off."""
     slots = photos()
     got = views(
-        slots, torch.tensor([1]), torch.tensor([box], dtype=torch.int32), torch.tensor([flip]),
-        size=size, pad=0, mean=torch.zeros(3), std=torch.ones(3), dtype=torch.float32,
-    )  # fmt: skip
+        slots,
+        torch.tensor([1]),
+        torch.tensor([box], dtype=torch.int32),
+        torch.tensor([flip]),
+        size=size,
+        pad=0,
+        mean=torch.zeros(3),
+        std=torch.ones(3),
+        dtype=torch.float32,
+    )
     shrinks = [side / size > 1.15 for side in box[2:]]
     expected = tv.resized_crop(
         slots[1].float() / 255, *box, size=[size, size], antialias=any(shrinks)
@@ -50,10 +63,16 @@ def test_equals_torchvision_with_the_same_crop(
 def test_moved_crop_shows_black_beyond_the_image() -> None:
     slots = torch.full((1, 1, 4, 4), 255, dtype=torch.uint8)
     got = operator(
-        slots, torch.tensor([0]), torch.tensor([[-1, 2, 4, 4]], dtype=torch.int32),
-        torch.tensor([False]), size=4, pad=2, mean=torch.zeros(1), std=torch.ones(1),
+        slots,
+        torch.tensor([0]),
+        torch.tensor([[-1, 2, 4, 4]], dtype=torch.int32),
+        torch.tensor([False]),
+        size=4,
+        pad=2,
+        mean=torch.zeros(1),
+        std=torch.ones(1),
         dtype=torch.float32,
-    )  # fmt: skip
+    )
     expected = torch.zeros(4, 4)
     expected[1:, :2] = 1
     assert torch.equal(got[0, 0], expected)
@@ -123,9 +142,13 @@ def test_crops_are_distributed_as_torchvision_draws_them() -> None:
     for height, width in ((256, 256), (90, 200), (60, 300)):
         image = torch.empty(1, height, width)
         theirs = torch.tensor(
-            [v1.RandomResizedCrop.get_params(image, list(settings["scale"]),
-                                             list(settings["ratio"])) for _ in range(count)]
-        )  # fmt: skip
+            [
+                v1.RandomResizedCrop.get_params(
+                    image, list(settings["scale"]), list(settings["ratio"])
+                )
+                for _ in range(count)
+            ]
+        )
         ids = torch.arange(count)
         views = make(pad=0, size=224, **settings)
         ours, _ = views.parameters(ids, torch.zeros_like(ids), height, width)
@@ -170,11 +193,13 @@ def test_each_network_gets_its_own_size_and_normalisation_of_the_same_crop() -> 
     spec = ViewSpec(size=16, mean=(0.1,) * 3, std=(0.5,) * 3, dtype=torch.bfloat16)
     teacher = views.render(slots, indices, boxes, flips, spec)
     assert teacher.dtype == torch.bfloat16 and teacher.shape == (3, 3, 16, 16)
-    alone = make(size=16, pad=0, scale=(0.3, 1.0), mean=(0.1,) * 3, std=(0.5,) * 3,
-                 dtype=torch.bfloat16)  # fmt: skip
+    alone = make(
+        size=16, pad=0, scale=(0.3, 1.0), mean=(0.1,) * 3, std=(0.5,) * 3, dtype=torch.bfloat16
+    )
     assert torch.equal(teacher, alone(slots, indices, indices, uses))
-    assert torch.equal(views.render(slots, indices, boxes, flips),
-                       views(slots, indices, indices, uses))  # fmt: skip
+    assert torch.equal(
+        views.render(slots, indices, boxes, flips), views(slots, indices, indices, uses)
+    )
     assert torch.equal(views.whole(slots, indices, spec), alone.whole(slots, indices))
 
 
@@ -192,18 +217,31 @@ def test_out_is_written_in_place() -> None:
     assert torch.equal(out, make()(slots, ids, ids, ids))
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"scale": (0.5, 2.0)}, r"scale: got \(0.5, 2.0\)"), ({"scale": (0.5, 0.4)}, "low <= high"),
-    ({"ratio": (0.0, 1.0)}, "ratio: got"), ({"pad": -1}, "pad, flip: got -1"),
-    ({"pad": 8193}, "pad, flip: got 8193"),
-    ({"flip": 1.5}, "pad, flip: got"), ({"size": 0}, "size: got 0"),
-    ({"std": (0.0,)}, "mean, std: got"), ({"mean": (0.1, 0.2)}, "mean, std: got"),
-    ({"mean": (123.675,), "std": (58.395,)}, "divide numbers of pixel values in .0, 255. by 255"),
-    ({"mean": (0.5,), "std": (58.395,)}, "by 255"), ({"mean": (-0.1,)}, "by 255"),
-    ({"mean": (float("nan"),)}, "mean: got nan"), ({"seed": -1}, "seed: got -1"),
-    ({"dtype": torch.int32}, "dtype: got torch.int32"), ({"size": 8193}, "size: got 8193"),
-    ({"scale": (0.5,)}, "scale: got .0.5,., expected two numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scale": (0.5, 2.0)}, r"scale: got \(0.5, 2.0\)"),
+        ({"scale": (0.5, 0.4)}, "low <= high"),
+        ({"ratio": (0.0, 1.0)}, "ratio: got"),
+        ({"pad": -1}, "pad, flip: got -1"),
+        ({"pad": 8193}, "pad, flip: got 8193"),
+        ({"flip": 1.5}, "pad, flip: got"),
+        ({"size": 0}, "size: got 0"),
+        ({"std": (0.0,)}, "mean, std: got"),
+        ({"mean": (0.1, 0.2)}, "mean, std: got"),
+        (
+            {"mean": (123.675,), "std": (58.395,)},
+            "divide numbers of pixel values in .0, 255. by 255",
+        ),
+        ({"mean": (0.5,), "std": (58.395,)}, "by 255"),
+        ({"mean": (-0.1,)}, "by 255"),
+        ({"mean": (float("nan"),)}, "mean: got nan"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"dtype": torch.int32}, "dtype: got torch.int32"),
+        ({"size": 8193}, "size: got 8193"),
+        ({"scale": (0.5,)}, "scale: got .0.5,., expected two numbers"),
+    ],
+)
 def test_settings_out_of_range_are_named(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make(**changes)

@@ -22,14 +22,25 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 @settings(max_examples=150, deadline=None)
 @given(
-    rows=st.integers(0, 7), channels=st.integers(1, 5), height=st.integers(1, 70),
-    width=st.integers(1, 70), size=st.integers(1, 70), pad=st.integers(0, 6),
-    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
-)  # fmt: skip
+    rows=st.integers(0, 7),
+    channels=st.integers(1, 5),
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    size=st.integers(1, 70),
+    pad=st.integers(0, 6),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
 def test_equals_the_float64_definition(
-    rows: int, channels: int, height: int, width: int, size: int, pad: int, dtype: torch.dtype,
+    rows: int,
+    channels: int,
+    height: int,
+    width: int,
+    size: int,
+    pad: int,
+    dtype: torch.dtype,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     inputs, named = problem(rows, channels, height, width, size, pad, seed)
     got = views(*inputs, **named, dtype=dtype)
     exact = reference_views(*inputs, **named, dtype=torch.float64)
@@ -109,8 +120,11 @@ def test_boxes_of_sizes_beyond_the_operators_are_refused() -> None:
     """Their products would overflow 64 bits, and boxes 32."""
     ids = torch.arange(3)
     for height, pad, spare, shape in (
-        (2**40, 0, 28, 0), (28, 2**62, 28, 0), (28, 0, 29, 0), (28, 0, 28, 2**40),
-    ):  # fmt: skip
+        (2**40, 0, 28, 0),
+        (28, 2**62, 28, 0),
+        (28, 0, 29, 0),
+        (28, 0, 28, 2**40),
+    ):
         recipe = (height, 28, pad, 2**23, 2**24, -shape, shape, spare, 28, 10)
         with pytest.raises(RuntimeError, match="out of range"):
             torch.ops.dmkd_fast.view_boxes(0, ids, ids, *recipe, 0.5)
@@ -188,8 +202,9 @@ def test_fake_cuda_tensors_stay_where_they_are() -> None:
         boxes = torch.empty(8, 4, dtype=torch.int32, device="cuda")
         flips = torch.empty(8, dtype=torch.bool, device="cuda")
         mean, std = torch.empty(3, device="cuda"), torch.empty(3, device="cuda")
-        got = views(slots, indices, boxes, flips, size=224, pad=0, mean=mean, std=std,
-                    dtype=torch.float16)  # fmt: skip
+        got = views(
+            slots, indices, boxes, flips, size=224, pad=0, mean=mean, std=std, dtype=torch.float16
+        )
         assert got.device.type == "cuda" and got.shape == (8, 3, 224, 224)
         assert got.is_contiguous(memory_format=torch.channels_last)
 
@@ -218,10 +233,13 @@ CHANGES = {
     "float slots": (0, BYTES.float(), TypeError, "slots: got torch.float32"),
     "one image as slots": (0, BYTES[0], ValueError, r"slots: .* expected \(N, c, H, W\)"),
     "channels-last slots": (
-        0, BYTES.to(memory_format=torch.channels_last), ValueError, "strides.*contiguous",
+        0,
+        BYTES.to(memory_format=torch.channels_last),
+        ValueError,
+        "strides.*contiguous",
     ),
     "no slots": (0, BYTES[:0], IndexError, "indices: got"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)

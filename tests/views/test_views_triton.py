@@ -29,16 +29,21 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 ROOT = Path(__file__).parents[2]
 GOLDEN = json.loads(aot_views.GOLDEN.read_text(encoding="utf-8"))
 # What every change compiles; the whole matrix is marked slow.
-QUICK = [c for c in aot_views.all_cases() if c[0] in (80, 100) and c[1] != "grey 28"
-         and c[2] in ("float16", "int32")]  # fmt: skip
+QUICK = [
+    c
+    for c in aot_views.all_cases()
+    if c[0] in (80, 100) and c[1] != "grey 28" and c[2] in ("float16", "int32")
+]
 
 
 def test_interpreted_kernels_keep_their_promises() -> None:
     done = subprocess.run(
         [sys.executable, str(HELPERS / "interpreted_views.py")],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
     assert "skipped" not in done.stdout
 
@@ -117,8 +122,12 @@ def test_on_a_gpu_slots_beyond_32_bit_offsets_are_read() -> None:
     slots = torch.zeros(12_000, 3, 256, 256, dtype=torch.uint8, device="cuda")
     slots[-1] = torch.randint(0, 256, slots.shape[1:], dtype=torch.uint8)
     box = torch.tensor([[0, 0, 256, 256]], dtype=torch.int32, device="cuda")
-    rest = {"size": 64, "pad": 0, "mean": torch.zeros(3, device="cuda"),
-            "std": torch.ones(3, device="cuda")}  # fmt: skip
+    rest = {
+        "size": 64,
+        "pad": 0,
+        "mean": torch.zeros(3, device="cuda"),
+        "std": torch.ones(3, device="cuda"),
+    }
     flips = torch.tensor([False], device="cuda")
     last, first = (torch.tensor([i], device="cuda") for i in (len(slots) - 1, 0))
     got = views(slots, last, box, flips, **rest)

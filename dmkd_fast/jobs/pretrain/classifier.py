@@ -56,9 +56,14 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
     )
     model = to_channels_last(build_classifier(spec).to(device))
     batch = memory.batch_plan(
-        model, config.train.batch_size, config.train.accumulate, spec.in_chans, [spec.input_size],
-        dtype=dtype, compiled=compiles(config, device),
-    )  # fmt: skip
+        model,
+        config.train.batch_size,
+        config.train.accumulate,
+        spec.in_chans,
+        [spec.input_size],
+        dtype=dtype,
+        compiled=compiles(config, device),
+    )
     memory.check_fits(batch, available_bytes(device))
     forward = torch.compile(model) if compiles(config, device) else model
     views = Views(

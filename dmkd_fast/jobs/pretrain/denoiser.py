@@ -35,11 +35,7 @@ from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.sampler import DiffusionSampler
 
-FLOW = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 
 
 @less_memory
@@ -62,9 +58,14 @@ def pretrain_denoiser(
     num_classes = len(real.train.class_names)
     _check_size(config, size, device)
     model = new_pixel_dit(
-        num_classes=num_classes, channels=channels, image_size=size, patch_size=config.patch_size,
-        num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim,
-    ).to(device)  # fmt: skip
+        num_classes=num_classes,
+        channels=channels,
+        image_size=size,
+        patch_size=config.patch_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+    ).to(device)
     forward = torch.compile(model) if compiles(config, device) else model
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
@@ -114,9 +115,12 @@ def drop_labels(labels: Tensor, null_class: int, share: float) -> Tensor:
 
 
 def flow_loss(
-    forward: Callable[..., Tensor], images: Tensor, labels: Tensor, device: torch.device,
+    forward: Callable[..., Tensor],
+    images: Tensor,
+    labels: Tensor,
+    device: torch.device,
     dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Compute the mean squared error of the predicted velocity, noise - image.
 
     Args:
@@ -166,10 +170,15 @@ def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[
     grids = {}
     for scale in (1.0, 1.5, 2.0):
         sampler = DiffusionSampler(
-            loaded.module, scheduler=loaded.scheduler, latent_shape=shape,
-            null_class=loaded.null_class, num_steps=16, guidance_scale=scale, device=device,
+            loaded.module,
+            scheduler=loaded.scheduler,
+            latent_shape=shape,
+            null_class=loaded.null_class,
+            num_steps=16,
+            guidance_scale=scale,
+            device=device,
             micro_batch_images=len(labels),
-        )  # fmt: skip
+        )
         out = torch.empty((len(labels), *shape), dtype=torch.uint8, device=device)
         grids[scale] = sampler.sample(ids, labels, out=out)
     return grids

@@ -86,9 +86,15 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
 
     with run_dir.opened(config, resume=resume) as folder:
         average, facts = train(
-            config, model, loss_of, config.pool_images * config.num_steps, folder, resume, dtype,
+            config,
+            model,
+            loss_of,
+            config.pool_images * config.num_steps,
+            folder,
+            resume,
+            dtype,
             before_step=lambda uses: pool.make(int(uses[0]) // config.reuse),
-        )  # fmt: skip
+        )
         scheduler = {
             **start.scheduler,
             "distilled_steps": config.num_steps,
@@ -98,10 +104,13 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
             save_denoiser(average.module.dit, scheduler, target)
             facts |= _compare(target, pool, start, config, device)
             write_card(
-                target, f"{config.name}: {config.num_steps}-step pixel DiT",
-                "pretrain fewstep CONFIG", config, facts,
+                target,
+                f"{config.name}: {config.num_steps}-step pixel DiT",
+                "pretrain fewstep CONFIG",
+                config,
+                facts,
                 source=f"trajectories of `{config.denoiser.path}`",
-            )  # fmt: skip
+            )
     return facts
 
 
@@ -109,21 +118,31 @@ class Pool:
     """Guided trajectories of the teacher, kept at the K + 1 noise levels of the few-step model."""
 
     def __init__(
-        self, start: Denoiser, config: PretrainFewstepConfig, device: torch.device,
+        self,
+        start: Denoiser,
+        config: PretrainFewstepConfig,
+        device: torch.device,
         dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.size, self.num_steps, self.device = config.pool_images, config.num_steps, device
         self.num_classes = start.num_classes
         self.stride = config.sampler.num_steps // config.num_steps
         shape = start.latent_shape
         compiled = config.sampler.compile
         self.sampler = DiffusionSampler(
-            start.module, scheduler=start.scheduler, latent_shape=shape,
-            null_class=start.null_class, num_steps=config.sampler.num_steps,
-            solver=config.sampler.solver, guidance_scale=config.sampler.guidance_scale,
-            micro_batch_images=config.sampler.micro_batch_images, dtype=dtype, device=device,
-            seed=config.seed, compile=compiles(config, device) and compiled is not False,
-        )  # fmt: skip
+            start.module,
+            scheduler=start.scheduler,
+            latent_shape=shape,
+            null_class=start.null_class,
+            num_steps=config.sampler.num_steps,
+            solver=config.sampler.solver,
+            guidance_scale=config.sampler.guidance_scale,
+            micro_batch_images=config.sampler.micro_batch_images,
+            dtype=dtype,
+            device=device,
+            seed=config.seed,
+            compile=compiles(config, device) and compiled is not False,
+        )
         states = {"pool_images": 2 * (config.num_steps + 1) * self.size * math.prod(shape)}
         memory.check_fits(states, available_bytes(device))
         shift = float(start.scheduler.get("shift", 1.0))
@@ -172,9 +191,8 @@ class Pool:
 
 @torch.inference_mode()
 def _compare(
-    folder: Path, pool: Pool, start: Denoiser, config: PretrainFewstepConfig,
-    device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path, pool: Pool, start: Denoiser, config: PretrainFewstepConfig, device: torch.device
+) -> dict[str, Any]:
     """Compare the saved few-step model with its teacher on new noise; draw samples.png."""
     loaded = load_denoiser(folder, device)
     size = pool.sampler.micro_batch_images
@@ -182,15 +200,21 @@ def _compare(
     labels = ids % start.num_classes
     wanted = pool.trajectories(ids, labels)[-1]
     shared: dict[str, Any] = {
-        "latent_shape": start.latent_shape, "null_class": start.null_class,
-        "num_steps": config.num_steps, "micro_batch_images": size, "device": device,
+        "latent_shape": start.latent_shape,
+        "null_class": start.null_class,
+        "num_steps": config.num_steps,
+        "micro_batch_images": size,
+        "device": device,
         "seed": config.seed,
-    }  # fmt: skip
+    }
     made = DiffusionSampler(loaded.module, scheduler=loaded.scheduler, **shared)
     untrained = DiffusionSampler(
-        start.module, scheduler=start.scheduler, solver=config.sampler.solver,
-        guidance_scale=config.sampler.guidance_scale, **shared,
-    )  # fmt: skip
+        start.module,
+        scheduler=start.scheduler,
+        solver=config.sampler.solver,
+        guidance_scale=config.sampler.guidance_scale,
+        **shared,
+    )
     facts = {}
     for name, sampler in (("rms_to_teacher", made), ("rms_without_training", untrained)):
         got = sampler.trajectory(ids, labels)[-1].clamp(-1, 1)

@@ -90,10 +90,15 @@ def results(folder: Path) -> Iterator[Path]:
 
 
 def train(
-    config: PretrainConfig, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor],
-    num_examples: int, folder: Path, resume: bool, dtype: torch.dtype,
+    config: PretrainConfig,
+    model: nn.Module,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    num_examples: int,
+    folder: Path,
+    resume: bool,
+    dtype: torch.dtype,
     before_step: Callable[[Tensor], None] | None = None,
-) -> tuple[WeightEMA, dict[str, Any]]:  # fmt: skip
+) -> tuple[WeightEMA, dict[str, Any]]:
     """Train a model in shuffled passes over numbered examples; a stopped run can be resumed.
 
     Args:
@@ -156,8 +161,9 @@ def train(
                         learner.start(schedule.lr_at(step))
                         parts = zip(
                             indices.to(device).split(schedule.micro_batch),
-                            uses.to(device).split(schedule.micro_batch), strict=True,
-                        )  # fmt: skip
+                            uses.to(device).split(schedule.micro_batch),
+                            strict=True,
+                        )
                         losses = [
                             learner.backward(loss_of(*part) / schedule.accumulate) for part in parts
                         ]
@@ -241,10 +247,15 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def write_card(
-    folder: Path, title: str, verb: str, config: PretrainConfig, facts: dict[str, Any],
-    *, source: str = f"the training images less the last {HELD_OUT:,}; the test images decided "
+    folder: Path,
+    title: str,
+    verb: str,
+    config: PretrainConfig,
+    facts: dict[str, Any],
+    *,
+    source: str = f"the training images less the last {HELD_OUT:,}; the test images decided "
     "nothing",
-) -> None:  # fmt: skip
+) -> None:
     """Write README.md beside the weights: command, settings and figures."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     text = (
