@@ -4,7 +4,7 @@ Written anew from what paper and published code do (arXiv 2305.12954): diffusers
 scheduler in fp32 with a doubled batch for guidance, one PNG per image in class folders, an
 ImageFolder with torchvision's transforms, the loss and two accuracies in plain PyTorch, each read
 on every step. What only slows the published code down is left out: features nobody uses, a
-validation set of its own size, workers started anew for each epoch, images opened in colour.
+validation set of its own size, workers started anew for each epoch, images opened in color.
 B batch, C classes, N images.
 """
 

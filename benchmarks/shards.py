@@ -58,7 +58,7 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
         image_shape=shape,
         num_classes=2,
         class_names=("0", "1"),
-        licence="none",
+        license="none",
         settings={},
     )
     shards.claim(folder / "set", plan)
@@ -118,7 +118,7 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
 
 
 def pictures(shape: tuple[int, int, int], count: int) -> np.ndarray:
-    """(count, c, H, W) uint8: coarse random colours, enlarged, with noise of a few levels."""
+    """(count, c, H, W) uint8: coarse random colors, enlarged, with noise of a few levels."""
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     images = np.empty((count, *shape), dtype=np.uint8)

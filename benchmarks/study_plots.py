@@ -44,10 +44,10 @@ def _finding_2(rows: list[Row]) -> Any:
         ),
         ("Frechet distance to real images", "viridis_r", far.get, ".2f"),
     )
-    for axis, (title, colours, value, form) in zip(axes, panels, strict=True):
+    for axis, (title, colors, value, form) in zip(axes, panels, strict=True):
         table = [[value((s, k)) for k in steps] for s in scales]
         numbers = [[float("nan") if v is None else v for v in line] for line in table]
-        axis.imshow(numbers, cmap=colours, aspect="auto")
+        axis.imshow(numbers, cmap=colors, aspect="auto")
         for y, line in enumerate(table):
             for x, number in enumerate(line):
                 if number is not None:

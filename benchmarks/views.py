@@ -1,6 +1,6 @@
 """Views of uint8 images in memory: ours, DALI's CPU pipeline, torchvision per image, eager PyTorch.
 
-Timed: from slot numbers and image ids to a batch of normalised views, crops drawn anew each time,
+Timed: from slot numbers and image ids to a batch of normalized views, crops drawn anew each time,
 bilinear everywhere. "256 -> 224" is a random resized crop (area 0.08 to 1) and flip; no crop there
 shrinks by more than 1.15, so nothing needs antialiasing. "32 -> 32" pads by 4, crops and flips. Two
 sets of rows: every arm allocates its result anew ("fresh"), or writes into memory that is already

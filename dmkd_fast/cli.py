@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation_parser = verbs.add_parser(
         "evaluate",
         help="accuracy of a student or any classifier on real images",
-        description="Measure the student that a run saved, or any trained classifier, on labelled "
+        description="Measure the student that a run saved, or any trained classifier, on labeled "
         "images: top-1, top-5, calibration error, agreement with the run's teachers, and a table "
         "by class. The last line of output is JSON.",
     )
@@ -306,7 +306,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     elif options.data is None:
         raise UserError(
             f"--data: got none for {options.what}, which is not the directory of a run; add "
-            "--data DIR with labelled images"
+            "--data DIR with labeled images"
         )
     else:
         found = evaluate.evaluate_classifier(

@@ -55,12 +55,12 @@ def newest(repository: str) -> tuple[Path, str]:
     return folder, folder.name  # The cache names snapshots by their commits.
 
 
-def licence(path: str) -> str | None:
+def license(path: str) -> str | None:
     """Return the license of an embedded asset; None for other paths."""
     if not path.startswith(PREFIX):
         return None
     entries: dict[str, Any] = json.loads((ROOT / "manifest.json").read_text(encoding="utf-8"))
-    return str(entries[path.removeprefix(PREFIX)]["licence"])
+    return str(entries[path.removeprefix(PREFIX)]["license"])
 
 
 def _fetch(repository: str, revision: str | None) -> Path:
@@ -83,7 +83,7 @@ def write_manifest(entries: dict[str, dict[str, str]]) -> None:
     """Write manifest.json: license and source of each folder, and the SHA-256 of its files.
 
     Args:
-        entries: Values `licence` and `source` of each folder, by its name below this package.
+        entries: Values `license` and `source` of each folder, by its name below this package.
     """
     full = {}
     for name, facts in sorted(entries.items()):

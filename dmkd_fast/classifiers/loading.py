@@ -29,7 +29,7 @@ from dmkd_fast.runtime.model_files import (
     load_weights,
     match_weights,
     read_json,
-    read_licence,
+    read_license,
     save_weights,
 )
 from dmkd_fast.views.spec import InputSpec
@@ -133,9 +133,9 @@ def timm_lines(spec: ClassifierSpec) -> str:
     )
 
 
-def classifier_licence(folder: Path) -> str:
+def classifier_license(folder: Path) -> str:
     """Return the license stated in a classifier's config or model card, or "unknown"."""
-    return stated_license(read_json(folder / CONFIG)) or read_licence(folder)
+    return stated_license(read_json(folder / CONFIG)) or read_license(folder)
 
 
 def hub_repository(architecture: str) -> str:

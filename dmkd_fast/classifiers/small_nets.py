@@ -110,7 +110,7 @@ class CifarResNet(nn.Module):
                 before = width
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(before, num_classes)
-        _initialise(self)
+        _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> logits (B, num_classes)."""
@@ -132,7 +132,7 @@ class WideResNet(nn.Module):
                 before = channels
         self.blocks = nn.Sequential(*blocks, nn.BatchNorm2d(before), nn.ReLU())
         self.classifier = nn.Linear(before, num_classes)
-        _initialise(self)
+        _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> logits (B, num_classes)."""
@@ -156,7 +156,7 @@ class CifarVGG(nn.Module):
                 before = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(before, num_classes)
-        _initialise(self)
+        _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) with H, W >= 16 -> logits (B, num_classes)."""
@@ -205,7 +205,7 @@ def _conv(before: int, width: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
 
 
-def _initialise(model: nn.Module) -> None:
+def _initialize(model: nn.Module) -> None:
     """Initialize convolutions as He et al. (arXiv 1502.01852), fan-out; other layers as PyTorch."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

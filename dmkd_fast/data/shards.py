@@ -52,7 +52,7 @@ class Plan(BaseModel):
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     num_classes: int = Field(ge=1)
     class_names: tuple[str, ...]
-    licence: str
+    license: str
     """License of the denoiser's weights."""
     settings: dict[str, Any]
     """Everything that an image or its row depends on: seed, denoiser, sampler, dtype, teacher."""

@@ -33,7 +33,7 @@ from dmkd_fast.denoisers.wrappers import ClassUNet, TextUNet
 from dmkd_fast.denoisers.wrappers import Decoder as Decoder
 from dmkd_fast.denoisers.wrappers import PixelDiT as PixelDiT
 from dmkd_fast.runtime.errors import UserError
-from dmkd_fast.runtime.model_files import CONFIG, check_plain, read_json, read_licence
+from dmkd_fast.runtime.model_files import CONFIG, check_plain, read_json, read_license
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Denoiser:
     """Latents (B, c, h, w) -> images (B, 3, H, W) in [-1, 1]; None for pixel models."""
     takes_guidance: bool = False
     """Whether guidance is an input: `module(latents, timesteps, labels, guidance (B,))`."""
-    licence: str = "unknown"
+    license: str = "unknown"
     """License of the weights, as their model card states it."""
     class_map: tuple[int, ...] | None = None
     """The module's own index of each of `num_classes` labels; None if both are the same."""
@@ -141,7 +141,7 @@ def load_denoiser(
     for module in (denoiser.module, denoiser.decoder):
         if module is not None:
             module.to(device).eval().requires_grad_(False)
-    return replace(denoiser, licence=read_licence(folder))
+    return replace(denoiser, license=read_license(folder))
 
 
 def new_pixel_dit(

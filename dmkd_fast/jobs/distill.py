@@ -75,7 +75,7 @@ def _run(
                 run_dir.claim(config, launch=ranks.launch)
         if show:
             print(describe_images(config, parts.origin), file=sys.stderr)
-            print(f"teacher: weights under licence {parts.teachers.licence}", file=sys.stderr)
+            print(f"teacher: weights under license {parts.teachers.license}", file=sys.stderr)
         _fit(distiller, folder, ranks)
         return results.write(distiller, config, parts) if ranks.is_first else {}
 

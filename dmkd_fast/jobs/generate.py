@@ -142,7 +142,7 @@ def run(
         "is_complete": there == num_images,
         "images_per_s": round(progress.rate(), 1),
         "wall_s": round(wall_s, 1),
-        "denoiser_licence": plan.licence,
+        "denoiser_license": plan.license,
         "out": str(folder),
     }
 
@@ -195,7 +195,7 @@ def _prepare(
         image_shape=denoiser.image_shape,
         num_classes=denoiser.num_classes,
         class_names=test_set.class_names,
-        licence=denoiser.licence,
+        license=denoiser.license,
         settings=settings,
     )
     maker = Maker(

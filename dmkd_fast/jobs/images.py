@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dmkd_fast.assets import licence
+from dmkd_fast.assets import license
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.config.data import SourceConfig
 from dmkd_fast.config.generator import PhaseConfig, SamplerConfig
@@ -39,7 +39,7 @@ class OpenSource:
     kind: sources.Kind
     image_shape: tuple[int, int, int]
     num_classes: int
-    licence: str
+    license: str
 
 
 def open_denoiser(settings: DenoiserConfig | None, device: torch.device) -> Denoiser:
@@ -54,7 +54,7 @@ def open_denoiser(settings: DenoiserConfig | None, device: torch.device) -> Deno
     )
     if settings.class_map is not None:
         loaded = loaded.restricted(settings.class_map)
-    return replace(loaded, licence=licence(settings.path) or loaded.licence)
+    return replace(loaded, license=license(settings.path) or loaded.license)
 
 
 def resolve_sampler(config: DistillConfig, denoiser: Denoiser) -> DistillConfig:
@@ -148,7 +148,7 @@ def open_source(
             kind=kind,
             image_shape=shape,
             num_classes=plan.num_classes,
-            licence=plan.licence,
+            license=plan.license,
         )
     if settings.follow:
         raise UserError(f"source.follow: got true for {folder}, which is no set of shards")
@@ -159,7 +159,7 @@ def open_source(
         kind=kind,
         image_shape=(channels, height, width),
         num_classes=num_classes,
-        licence="unknown",
+        license="unknown",
     )
 
 
@@ -251,10 +251,10 @@ def describe_images(config: DistillConfig, images: Denoiser | OpenSource) -> str
     if isinstance(images, OpenSource):
         path = config.source.path if config.source else ""
         text = f"{path}: {images.source.num_images:,} images ({images.kind})"
-        made = f", made with weights under licence {images.licence}"
+        made = f", made with weights under license {images.license}"
         return text + made if images.kind == "shards" else text
     path = config.denoiser.path if config.denoiser else ""
-    return f"{path}: weights under licence {images.licence}"
+    return f"{path}: weights under license {images.license}"
 
 
 def card_sentence(config: DistillConfig) -> str:

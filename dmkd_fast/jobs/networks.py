@@ -14,7 +14,7 @@ from dmkd_fast.classifiers.ensemble import Teacher, Teachers
 from dmkd_fast.classifiers.loading import (
     TORCHVISION,
     build_classifier,
-    classifier_licence,
+    classifier_license,
     hub_repository,
     load_classifier,
     load_torchvision,
@@ -39,7 +39,7 @@ class LoadedTeachers:
     """Number of classes of each teacher, after its class_map."""
     class_names: dict[str, tuple[str, ...] | None]
     """Names of those classes, or None where the teacher's file states none."""
-    licence: str
+    license: str
     """License of the weights, as their cards or configs state it."""
 
 
@@ -99,13 +99,13 @@ def load_teachers(
         UserError: Weights are missing or do not fit, or some class has no teacher at some point of
             the run.
     """
-    members, specs, counts, names, licences = [], {}, {}, {}, []
+    members, specs, counts, names, licenses = [], {}, {}, {}, []
     for section, settings in sections.items():
         if settings.path is not None:
             loaded = _load_saved(settings.path, settings.revision, device)
         else:
             loaded = load_trained(settings.arch or "", device)
-        module, spec, licence = loaded
+        module, spec, license = loaded
         highest = max(settings.class_map or (0,))
         if highest >= spec.num_classes:
             raise UserError(
@@ -128,7 +128,7 @@ def load_teachers(
         names[section] = spec.label_names
         if spec.label_names is not None and settings.class_map is not None:
             names[section] = tuple(spec.label_names[k] for k in settings.class_map)
-        licences.append(licence)
+        licenses.append(license)
     if len(set(counts.values())) > 1:
         given = ", ".join(f"{section} has {count}" for section, count in counts.items())
         raise UserError(
@@ -140,7 +140,7 @@ def load_teachers(
         specs=specs,
         num_classes=counts,
         class_names=names,
-        licence="; ".join(dict.fromkeys(licences)),
+        license="; ".join(dict.fromkeys(licenses)),
     )
 
 
@@ -238,8 +238,8 @@ def _load_saved(
 ) -> tuple[nn.Module, ClassifierSpec, str]:
     folder = assets.resolve(path, revision)
     model, spec = load_classifier(folder, device)
-    licence = assets.licence(path) or classifier_licence(folder)
-    return model, spec, licence if revision is None else f"{licence} ({path} at {revision})"
+    license = assets.license(path) or classifier_license(folder)
+    return model, spec, license if revision is None else f"{license} ({path} at {revision})"
 
 
 def _check_takes(

@@ -66,13 +66,13 @@ def share(config: DistillConfig, ranks: Ranks) -> DistillConfig:
         )
     slots = slots_for(ring.capacity_images, block)
     sizes: dict[str, Any] = {
-        "capacity_images": ranks.share("ring.capacity_images", slots, unit=block),
+        "capacity_images": ranks.per_rank("ring.capacity_images", slots, unit=block),
         # Only the start of training depends on it, so it is rounded down and never refused.
         "min_fill_images": max(1, ring.min_fill_images // (ranks.world_size * block)) * block,
     }
     if ring.error_buffer is not None:
         sizes["error_buffer"] = ring.error_buffer / ranks.world_size
-    batch = ranks.share("train.batch_size", train.batch_size)
+    batch = ranks.per_rank("train.batch_size", train.batch_size)
     values = config.model_dump()
     values["ring"] |= sizes
     values["train"] |= {"batch_size": batch}

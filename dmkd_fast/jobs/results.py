@@ -46,8 +46,8 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
         summary = {
             **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
             **distiller.totals(),
-            "denoiser_licence": parts.origin.licence,
-            "teacher_licence": parts.teachers.licence,
+            "denoiser_license": parts.origin.license,
+            "teacher_license": parts.teachers.license,
             "run_dir": str(folder),
         }
         if isinstance(distiller.labels, ImageReader):
@@ -91,6 +91,6 @@ def _write_card(folder: Path, config: DistillConfig, parts: Parts, summary: dict
         'model, spec = load_classifier(Path("."), torch.device("cpu"))\n```\n'
         f"{timm_lines(spec)}"
         f"Inputs: {spec.in_chans} x {spec.input_size} x {spec.input_size}, pixels in [0, 1] "
-        f"normalised with mean {list(spec.mean)} and std {list(spec.std)}.\n"
+        f"normalized with mean {list(spec.mean)} and std {list(spec.std)}.\n"
     )
     files.replace(folder / STUDENT / "README.md", [text.encode()])

@@ -174,8 +174,8 @@ def _row_weights(
         _like("mask", mask, student, leading)
         keep = mask.reshape(-1)
     if target is not None and target.dtype == torch.int64:
-        labelled = target.reshape(-1) != ignore_index
-        keep = labelled if keep is None else keep & labelled
+        labeled = target.reshape(-1) != ignore_index
+        keep = labeled if keep is None else keep & labeled
     weight: Tensor | None = None
     if row_weight is not None:
         _floating("row_weight", row_weight)

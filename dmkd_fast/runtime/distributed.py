@@ -68,7 +68,7 @@ class Ranks:
         """Return the folder for the files of this rank; for rank 0 it is the given folder."""
         return folder if self.is_first else folder / f"rank-{self.rank}"
 
-    def share(self, name: str, count: int, *, unit: int = 1) -> int:
+    def per_rank(self, name: str, count: int, *, unit: int = 1) -> int:
         """Return this rank's equal share of a number.
 
         Args:

@@ -272,7 +272,7 @@ def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
             yield tensors[name].reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_licence(folder: Path) -> str:
+def read_license(folder: Path) -> str:
     """Return the license in the header of a folder's model card, or "unknown"."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

@@ -98,7 +98,7 @@ class Distiller:
         self.teacher, self.student = freeze(teacher), student
         self.schedule, self.test_set = schedule, test_set
         self.run_dir, self.device = Path(run_dir), ring.images.device
-        self._ranks, self._batch = ranks, ranks.share("batch_size", schedule.batch_size)
+        self._ranks, self._batch = ranks, ranks.per_rank("batch_size", schedule.batch_size)
         ring.check(self._batch)
         if ring.guard_blocks and isinstance(sampler, ImageReader):
             raise UserError(

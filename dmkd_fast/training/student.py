@@ -72,7 +72,7 @@ class StudentTrainer:
             )
         self.student, self.schedule = student.train(), schedule
         self._temperature, self._alpha = temperature, alpha
-        self._batch = ranks.share("batch_size", schedule.batch_size, unit=schedule.accumulate)
+        self._batch = ranks.per_rank("batch_size", schedule.batch_size, unit=schedule.accumulate)
         self.part_size = self._batch // schedule.accumulate
         fast: Any = torch.compile(student, dynamic=False) if compile else student
         if not any(p.requires_grad for p in student.parameters()):

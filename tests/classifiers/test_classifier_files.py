@@ -255,7 +255,7 @@ def test_networks_that_return_something_else_are_one_line(
     monkeypatch.setattr(networks, "load_classifier", lambda *_: (Wrong(kind), made))
     section = TeachingConfig(path=str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(networks, "classifier_licence", lambda _: "none")
+    monkeypatch.setattr(networks, "classifier_license", lambda _: "none")
     line = one_line(lambda: load_teachers({"teacher": section}, temperature=1.0, device=CPU))
     assert line.startswith("teacher: ") and words in line
 

@@ -184,8 +184,8 @@ def test_hub_classifiers_are_fetched_by_commit_and_never_unpickled(tmp_path: Pat
     (snapshot / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
     script = (
         "import sys, torch\nfrom dmkd_fast.jobs import networks\n"
-        "model, spec, licence = networks.load_trained(sys.argv[1], torch.device('cpu'))\n"
-        "torch.manual_seed(0)\nprint(licence)\n"
+        "model, spec, license = networks.load_trained(sys.argv[1], torch.device('cpu'))\n"
+        "torch.manual_seed(0)\nprint(license)\n"
         "print(model(torch.randn(1, 3, 64, 64)).double().sum().item())\n"
     )
 
@@ -202,9 +202,9 @@ def test_hub_classifiers_are_fetched_by_commit_and_never_unpickled(tmp_path: Pat
 
     done = load(f"hf-hub:acme/tiny@{COMMIT}")
     assert done.returncode == 0, done.stderr
-    licence, total = done.stdout.splitlines()
-    # timm's config carries the licence of the architecture's published weights before the card's.
-    assert licence.endswith(f"(hf-hub:acme/tiny at {COMMIT})") and "unknown" not in licence
+    license, total = done.stdout.splitlines()
+    # timm's config carries the license of the architecture's published weights before the card's.
+    assert license.endswith(f"(hf-hub:acme/tiny at {COMMIT})") and "unknown" not in license
     torch.manual_seed(0)
     with torch.no_grad():
         expected = model(torch.randn(1, 3, 64, 64)).double().sum().item()

@@ -48,7 +48,7 @@ def test_images_are_prepared_as_torchvision_prepares_them(
     assert labels.tolist() == [item.label for item in images.items]
     expected = torch.stack([torchvision_of(item, spec) for item in images.items])
     levels = (views - expected).abs() * torch.tensor(spec.std)[:, None, None] * 255
-    # DALI repeats the outermost pixels where torchvision renormalises the filter: a few levels in
+    # DALI repeats the outermost pixels where torchvision renormalizes the filter: a few levels in
     # the outermost rows. Elsewhere one level of rounding, a few where bicubic overshoots.
     assert levels.mean() < 0.5
     inner = levels[..., 3:-3, 3:-3]

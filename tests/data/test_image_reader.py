@@ -255,16 +255,16 @@ def files_of(folder: Path, classes: int, names: Sequence[str] = ()) -> FileSourc
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_image_folder_is_pixel_equal_to_pillow(tmp_path: Path, channels: int) -> None:
-    colours, _ = random_images(12, (9, 7, 3))
-    greys = colours[..., 0]
+    colors, _ = random_images(12, (9, 7, 3))
+    greys = colors[..., 0]
     for i in range(11):  # eleven classes: "10" sorts before "2"
-        save(tmp_path / str(i) / "x.png", encode(greys[i] if channels == 1 else colours[i]))
+        save(tmp_path / str(i) / "x.png", encode(greys[i] if channels == 1 else colors[i]))
     save(tmp_path / "3" / "y.PNG", encode(greys[11]))
     if channels == 3:
-        palette, file = Image.fromarray(colours[0]).quantize(7), io.BytesIO()
+        palette, file = Image.fromarray(colors[0]).quantize(7), io.BytesIO()
         palette.save(file, "PNG")
         save(tmp_path / "4" / "z.png", file.getvalue())
-        save(tmp_path / "5" / "z.jpg", encode(colours[1], "JPEG", quality=95))
+        save(tmp_path / "5" / "z.jpg", encode(colors[1], "JPEG", quality=95))
     source = files_of(tmp_path, 11)
     images = read_all(source, (channels, 9, 7))
     for i in range(source.num_images):

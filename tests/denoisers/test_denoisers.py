@@ -23,7 +23,7 @@ from dmkd_fast.denoisers.kernels import has_short_attention
 from dmkd_fast.denoisers.loading import Denoiser
 from dmkd_fast.denoisers.upsampling import UpsampleConv
 from dmkd_fast.rng import philox
-from dmkd_fast.runtime.model_files import read_licence
+from dmkd_fast.runtime.model_files import read_license
 
 CPU = torch.device("cpu")
 IDS = torch.arange(4)
@@ -314,9 +314,9 @@ def test_classes_and_guidance_are_checked(tmp_path: Path) -> None:
         ("# Card\n", "unknown"),
     ],
 )
-def test_licence_is_read_from_the_cards_header(tmp_path: Path, text: str, expected: str) -> None:
+def test_license_is_read_from_the_cards_header(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "README.md").write_text(text)
-    assert read_licence(tmp_path) == expected
+    assert read_license(tmp_path) == expected
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 
 from dmkd_fast.classifiers.loading import (
     build_classifier,
-    classifier_licence,
+    classifier_license,
     load_classifier,
     save_classifier,
 )
@@ -172,7 +172,7 @@ def test_a_changed_config_loads_or_is_one_line(
         def load(folder: Path = folder) -> None:
             nonlocal loaded
             load_classifier(folder, CPU)
-            classifier_licence(folder)
+            classifier_license(folder)
             loaded += 1
 
         if wrong := outcome(load):

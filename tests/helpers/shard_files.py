@@ -42,7 +42,7 @@ def make_plan(images: np.ndarray, per_shard: int, *, num_classes: int = 4) -> sh
         image_shape=images.shape[1:],
         num_classes=num_classes,
         class_names=tuple(str(i) for i in range(num_classes)),
-        licence="none",
+        license="none",
         settings={"seed": 0},
     )
 

@@ -44,8 +44,8 @@ def test_distill_leaves_a_complete_run_that_evaluate_reproduces(tmp_path: Path) 
         "views_per_s",
         "wall_s",
         "cpu_s",
-        "denoiser_licence",
-        "teacher_licence",
+        "denoiser_license",
+        "teacher_license",
         "run_dir",
     ]
     assert summary["views"] == 640 and summary["generated_images"] == 192

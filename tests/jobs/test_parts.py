@@ -304,7 +304,7 @@ def test_assets_are_whole_licensed_and_small() -> None:
     assert listed == on_disk
     assert sum(p.stat().st_size for p in on_disk) <= 25_000_000
     for name, entry in manifest.items():
-        assert entry["licence"] and entry["source"]
+        assert entry["license"] and entry["source"]
         for file, digest in entry["sha256"].items():
             assert file_sha256(ROOT / name / file) == digest
     # The published hashes of the test set.
@@ -319,7 +319,7 @@ def test_changed_asset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "thing").mkdir()
     (tmp_path / "thing" / "file").write_text("as it was")
     monkeypatch.setattr(assets, "ROOT", tmp_path)
-    assets.write_manifest({"thing": {"licence": "MIT", "source": "here"}})
+    assets.write_manifest({"thing": {"license": "MIT", "source": "here"}})
     assert assets.resolve("embedded:thing") == tmp_path / "thing"
     (tmp_path / "thing" / "file").write_text("as it is")
     with pytest.raises(ValueError, match="differs from the manifest"):

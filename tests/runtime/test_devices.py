@@ -122,7 +122,7 @@ def test_nothing_of_a_second_rank_gets_a_device_without_index(
             kind="shards",
             image_shape=(1, 28, 28),
             num_classes=10,
-            licence="",  # type: ignore[arg-type]
+            license="",  # type: ignore[arg-type]
         )
         object.__setattr__(parts, "origin", opened)
         section = SourceConfig(path=str(tmp_path), block_images=64)

@@ -84,9 +84,9 @@ def test_mixing_with_teachers_of_some_classes_is_refused(make_distiller: Make) -
 
 
 def test_every_rendering_is_mixed_with_the_same_partners_at_the_same_place() -> None:
-    """Pictures of one colour each, so that sizes compare: the pasted part says who and where."""
-    colours = torch.arange(1.0, 9.0)[:, None, None, None]
-    sizes = {"small": colours.expand(8, 1, 16, 16), "large": colours.expand(8, 1, 64, 64)}
+    """Pictures of one color each, so that sizes compare: the pasted part says who and where."""
+    colors = torch.arange(1.0, 9.0)[:, None, None, None]
+    sizes = {"small": colors.expand(8, 1, 16, 16), "large": colors.expand(8, 1, 64, 64)}
     for settings in ({"cutmix_alpha": 1.0}, {"mixup_alpha": 1.0}):
         mixer = Mixer(**settings, seed=4)
         for step in range(20):
@@ -108,7 +108,7 @@ def test_every_rendering_is_mixed_with_the_same_partners_at_the_same_place() -> 
             top, bottom, left, right = squares[0]
             if min(bottom - top, right - left) > 4:
                 row, column = (top + bottom) // 2, (left + right) // 2
-                pasted = colours[small.partner, 0, 0, 0]
+                pasted = colors[small.partner, 0, 0, 0]
                 assert torch.equal(small.views[:, 0, row, column], pasted)
                 assert torch.equal(large.views[:, 0, 4 * row, 4 * column], pasted)
 

@@ -124,7 +124,7 @@ def test_random_resized_crops_stay_inside_with_areas_in_range() -> None:
     assert 0.23 <= area.min() < 0.27 and 0.48 < area.max() <= 0.53
 
 
-def test_whole_is_the_normalised_image_in_channels_last() -> None:
+def test_whole_is_the_normalized_image_in_channels_last() -> None:
     slots = photos(2, 3, 28)
     views = make(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     got = views.whole(slots, torch.tensor([1, 0]))
