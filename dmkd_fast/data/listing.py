@@ -6,8 +6,6 @@ are counted by ending and reported in one log line.
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dmkd_fast.runtime import distributed
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, warn_once
 
 # The list of torchvision's ImageFolder, then further endings of formats that DALI decodes.
 EXTENSIONS = (
@@ -232,13 +229,6 @@ def report(folder: Path, left_out: Counter[str]) -> None:
     """Log which kinds of files were left out and how many."""
     if left_out:
         warn_once(f"{folder}: not all files are images in a known format{_left_out(left_out)}")
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """Log a line on rank 0, but only once per process."""
-    if distributed.read().rank == 0:
-        logging.getLogger("dmkd_fast").warning(text)
 
 
 def _left_out(left_out: Counter[str]) -> str:

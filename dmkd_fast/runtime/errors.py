@@ -1,10 +1,14 @@
-"""Errors that a person can act on, as opposed to bugs, which keep their traceback."""
+"""Errors and warnings that a person can act on; bugs keep their traceback instead."""
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Self
 
 MAX_MESSAGE = 1000
+LOGGER = logging.getLogger("dmkd_fast")
+_warned: set[str] = set()
 
 
 class UserError(ValueError):
@@ -39,6 +43,13 @@ def invalid(name: str, got: object, expected: str, fix: str = "") -> UserError:
         fix: Imperative phrase; leave it out where the fix is obvious.
     """
     return UserError(f"{name}: got {got}, expected {expected}{f'; {fix}' if fix else ''}")
+
+
+def warn_once(text: str) -> None:
+    """Log a warning on rank 0, unless this process has logged the same text before."""
+    if text not in _warned and os.environ.get("RANK", "0") == "0":
+        _warned.add(text)
+        LOGGER.warning("%s", text)
 
 
 def shortened(text: str, length: int) -> str:
