@@ -192,7 +192,8 @@ class InFlight:
             self._ends[0].synchronize()
             self._ends.popleft()
         yield
-        end = torch.cuda.Event(blocking=True)  # leaves the core to others during the wait
+        cuda: Any = torch.cuda  # its events have no static types
+        end = cuda.Event(blocking=True)  # leaves the core to others during the wait
         end.record()
         self._ends.append(end)
 

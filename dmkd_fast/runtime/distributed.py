@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from dmkd_fast.runtime.errors import UserError
 
@@ -255,7 +256,7 @@ def join() -> Ranks:
     if ranks.local_world_size == ranks.world_size:
         for library in ("GLOO", "NCCL"):  # by default they use the first active interface
             os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
-        store = dist.PrefixStore(f"dmkd-{ranks.restarts}", _local_store(ranks))
+        store = PrefixStore(f"dmkd-{ranks.restarts}", _local_store(ranks))
         dist.init_process_group(
             "gloo", store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
         )
@@ -301,7 +302,7 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _local_store(ranks: Ranks) -> dist.Store:
+def _local_store(ranks: Ranks) -> TCPStore:
     """Open the store in which the ranks of one machine find each other."""
     port = int(os.environ["MASTER_PORT"])
     fd: int | None = None
@@ -314,7 +315,7 @@ def _local_store(ranks: Ranks) -> dist.Store:
         listener.listen(ranks.world_size)
         fd = listener.detach()
     extra: dict[str, Any] = {} if fd is None else {"master_listen_fd": fd}
-    return dist.TCPStore(
+    return TCPStore(
         LOOPBACK, port, ranks.world_size, fd is not None, TIMEOUT, wait_for_workers=False, **extra
     )
 

@@ -20,6 +20,18 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(shortened(" ".join(message.split()), MAX_MESSAGE))
 
+    @classmethod
+    def invalid(cls, name: object, got: object, expected: str, fix: str = "") -> Self:
+        """Return an error that reads `name: got X, expected Y; fix`.
+
+        Args:
+            name: Setting, argument or file that is wrong.
+            got: Value that was found, or a phrase that describes it.
+            expected: Noun phrase for the values that are accepted.
+            fix: Imperative phrase; leave it out where the fix is obvious.
+        """
+        return cls(f"{name}: got {got}, expected {expected}{f'; {fix}' if fix else ''}")
+
     def within(self, section: str) -> Self:
         """Return the same error with its name put into a section: `size` becomes `ring.size`.
 
@@ -33,16 +45,7 @@ class NotFiniteError(UserError):
     """Error for a run that cannot continue, because too many of its values are not finite."""
 
 
-def invalid(name: str, got: object, expected: str, fix: str = "") -> UserError:
-    """Return an error that reads `name: got X, expected Y; fix`.
-
-    Args:
-        name: Setting, argument or file that is wrong.
-        got: Value that was found, or a phrase that describes it.
-        expected: Noun phrase for the values that are accepted.
-        fix: Imperative phrase; leave it out where the fix is obvious.
-    """
-    return UserError(f"{name}: got {got}, expected {expected}{f'; {fix}' if fix else ''}")
+invalid = UserError.invalid
 
 
 def warn_once(text: str) -> None:

@@ -90,5 +90,6 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Queue the kernel on the current stream."""
-        with torch.cuda.device_of(self.arguments[0]):
+        cuda: Any = torch.cuda  # its functions have no static types
+        with cuda.device_of(self.arguments[0]):
             self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
