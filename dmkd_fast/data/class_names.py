@@ -144,8 +144,8 @@ def compare_class_names(
         if _simplified(mine) != _simplified(other):
             raise UserError(
                 f"classes: class {label} is {mine!r} in {owner} and {other!r} in the test set, "
-                f"expected the same; set {setting} to a file with the test set's class names, one a "
-                f"line, in the order of {owner}"
+                f"expected the same; set {setting} to a file with the test set's class names, one "
+                f"a line, in the order of {owner}"
             )
 
 

@@ -32,7 +32,7 @@ def test_class_names_in_another_order_are_refused() -> None:
     check(("cat", "dog"), ["0", "1"])
     check(("0", "1"), ["cat", "dog"])
     check(("cat", "dog"), ["cat"])  # numbers of classes are compared elsewhere
-    with pytest.raises(UserError, match="class 0 is 'cat' in m and 'dog' in .*set --classes to"):
+    with pytest.raises(UserError, match=r"class 0 is 'cat' in m and 'dog' in .*set --classes to"):
         check(("cat", "dog"), ["dog", "cat"])
 
 
