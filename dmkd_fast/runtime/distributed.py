@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 
 LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
 # For a peer that hangs (a dead one closes its connections and is noticed at once). Long enough for
@@ -83,9 +83,11 @@ class Ranks:
         whole = self.world_size * unit
         if count % whole:
             blocks = f" blocks of {unit}" if unit > 1 else ""
-            raise UserError(
-                f"{name}: got {count} with {self.world_size} ranks, expected a multiple of {whole}"
-                f", so that all have as many{blocks}; change it or --nproc-per-node"
+            raise invalid(
+                name,
+                f"{count} with {self.world_size} ranks",
+                f"a multiple of {whole}, so that all have as many{blocks}",
+                "change it or --nproc-per-node",
             )
         return count // self.world_size
 
@@ -95,7 +97,7 @@ class Ranks:
             return [text]
         data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        with _told():
+        with _lost_peer():
             dist.all_gather(lengths, torch.tensor([len(data)]), group=self.control)
             longest = max(int(length) for length in lengths)
             padded = torch.zeros(longest, dtype=torch.uint8)
@@ -134,7 +136,7 @@ class Ranks:
         values = values.detach().cpu()
         if self.control is not None:
             values = values.clone()
-            with _told():
+            with _lost_peer():
                 dist.all_reduce(values, group=self.control)
         return values
 
@@ -150,7 +152,7 @@ class Ranks:
             return
         for tensor in tensors:
             copy = tensor.detach().cpu().contiguous()
-            with _told():
+            with _lost_peer():
                 dist.broadcast(copy, src=0, group=self.control)
             tensor.copy_(copy)
 
@@ -212,7 +214,7 @@ class Turns:
         save = seen[0] and not (seen[1] or seen[2] or seen[3] or self._has_saved)
         self._has_saved = save
         mine = torch.tensor([due, busy, failed, stop], dtype=torch.uint8)
-        with _told():
+        with _lost_peer():
             work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=control, async_op=True)
         assert work is not None
         self._asked = (mine, work)
@@ -226,7 +228,7 @@ class Turns:
         if self._asked is None:
             return [False] * 4
         (answers, work), self._asked = self._asked, None
-        with _told():
+        with _lost_peer():
             work.wait()
         return [bool(answer) for answer in answers.tolist()]
 
@@ -285,9 +287,11 @@ def use_device(ranks: Ranks, name: str) -> None:
     if name != "cpu" and ranks.local_world_size > 1 and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if ranks.local_world_size > count:
-            raise UserError(
-                f"--nproc-per-node: got {ranks.local_world_size}, expected at most the {count} "
-                "CUDA devices of this machine; lower it or set device=cpu"
+            raise invalid(
+                "--nproc-per-node",
+                ranks.local_world_size,
+                f"at most the {count} CUDA devices of this machine",
+                "lower it or set device=cpu",
             )
         torch.cuda.set_device(ranks.local_rank)
 
@@ -329,7 +333,8 @@ def _parent() -> str:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _lost_peer() -> Iterator[None]:
+    """Turn an error of the process group into one line about the other rank."""
     try:
         yield
     except RuntimeError as error:
