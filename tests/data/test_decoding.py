@@ -152,6 +152,19 @@ def test_files_larger_than_any_image_are_not_read(tmp_path: Path) -> None:
         FileSource(tmp_path, ["a/0.png"], [0]).read(0)
 
 
+def test_a_range_beyond_its_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(b"0123456789")
+    assert Item(str(path), 0, "0.png", 2, 5).read() == b"23456"
+    with pytest.raises(SourceError, match=r"0\.tar: 0\.png: got 8 bytes, expected 9, as when"):
+        Item(str(path), 0, "0.png", 2, 9).read()
+    path.unlink()
+    with pytest.raises(
+        SourceError, match=r"0\.tar: 0\.png: No such file or directory; put it back"
+    ):
+        Item(str(path), 0, "0.png", 2, 5).read()
+
+
 def test_memory_that_is_used_up_is_not_blamed_on_an_image() -> None:
     assert "memory is used up" in decode.reason_of(RuntimeError("x: std::bad_alloc\ny"))
     assert decode.reason_of(RuntimeError("Critical error in pipeline:\n  odd\nfile")) == (
