@@ -28,11 +28,9 @@ def read_class_names(path: Path, *, must_exist: bool) -> tuple[str, ...]:
         raise UserError(f"{path}: {reason}; save it with one class name a line") from None
     names = tuple(line.strip() for line in text.splitlines())
     if not names or not all(names) or len(set(names)) != len(names):
-        raise invalid(
-            path,
-            f"{len(names)} lines, {len(set(names))} of them different and {names.count('')} empty",
-            "one class name a line, each once",
-        )
+        unique, empty = len(set(names)), names.count("")
+        what = f"{len(names)} lines, {unique} of them different and {empty} empty"
+        raise invalid(path, what, "one class name a line, each once")
     return names
 
 
@@ -102,21 +100,13 @@ def teacher_order(
         SourceError: The folders cannot be matched.
     """
     if len(found) != num_classes:
-        raise SourceError.invalid(
-            folder,
-            f"{len(found)} class sub-folders",
-            f"{num_classes}, one for each class of the teacher",
-            "use the teacher of these images",
-        )
+        expected = f"{num_classes}, one for each class of the teacher"
+        raise SourceError.invalid(folder, f"{len(found)} class sub-folders", expected)
     if set(found) == set(class_names):
         return tuple(class_names)
     if all_numbers(found) and sorted(map(int, found)) != list(range(num_classes)):
-        raise SourceError.invalid(
-            folder,
-            f"class sub-folders {', '.join(class_order(found)[:5])} ...",
-            f"the numbers 0 to {num_classes - 1}",
-            "rename them",
-        )
+        what = f"class sub-folders {', '.join(class_order(found)[:5])} ..."
+        raise SourceError.invalid(folder, what, f"the numbers 0 to {num_classes - 1}")
     if all_numbers(found) or all_numbers(class_names):
         return order_folders(folder, found, ())
     return order_folders(folder, found, class_names, owner="the test set")

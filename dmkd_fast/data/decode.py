@@ -112,12 +112,8 @@ def image_size(name: str, data: bytes, *, short_side: int = 1) -> tuple[int, int
         width, height = _size_by_pillow(name, data)
     short, long = sorted((width, height))
     if short < 1 or max(short * long, short_side**2 * long // short) > MOST_PIXELS:
-        raise SourceError.invalid(
-            name,
-            f"{width} x {height} pixels",
-            f"1 to {MOST_PIXELS} in all, also when the short side is resized to {short_side}",
-            "remove it",
-        )
+        expected = f"1 to {MOST_PIXELS} in all, also if the short side is resized to {short_side}"
+        raise SourceError.invalid(name, f"{width} x {height} pixels", expected, "remove it")
     return height, width
 
 

@@ -15,20 +15,8 @@ from dmkd_fast.runtime.errors import UserError, warn_once
 
 # The list of torchvision's ImageFolder, then further endings of formats that DALI decodes.
 EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".ppm",
-    ".bmp",
-    ".pgm",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".jpe",
-    ".jfif",
-    ".pbm",
-    ".pnm",
-    ".jp2",
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".jpe", ".jfif", ".pbm", ".pnm", ".jp2"),
 )
 # Upper bound for one image; larger files and tar members are rejected.
 MOST_BYTES = 64 * 2**20
@@ -114,21 +102,13 @@ class Listing:
         for name in self.images:
             base, slash, _ = name.partition("/")
             if not slash:
-                raise SourceError.invalid(
-                    self.folder / name,
-                    "an image without a label",
-                    "every image in the folder of its class",
-                    "move it into one",
-                )
+                expected = "every image in the folder of its class"
+                raise SourceError.invalid(self.folder / name, "an image without a label", expected)
             found[base].append(name)
         empty = next((name for name, images in found.items() if not images), None)
         if empty is not None:
-            raise SourceError.invalid(
-                self.folder / empty,
-                f"no images in a class folder{left_out_text(self.left_out)}",
-                f"some ({', '.join(EXTENSIONS)})",
-                "remove the folder or fill it",
-            )
+            what = f"no images in a class folder{left_out_text(self.left_out)}"
+            raise SourceError.invalid(self.folder / empty, what, f"some ({', '.join(EXTENSIONS)})")
         report_left_out(self.folder, self.left_out)
         return found
 
@@ -152,12 +132,8 @@ def list_images(folder: Path) -> Listing:
             this = (status.st_dev, status.st_ino)
             visits[this] += 1
             if this in above or visits[this] > MOST_LINKS:
-                raise SourceError.invalid(
-                    place,
-                    "a folder that links lead to again and again",
-                    "no cycle",
-                    "remove the link",
-                )
+                what = "a folder that links lead to again and again"
+                raise SourceError.invalid(place, what, "no cycle", "remove the link")
             with os.scandir(place) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
@@ -170,12 +146,8 @@ def list_images(folder: Path) -> Listing:
                     elif entry.is_file():
                         images.append(base + entry.name)
                     else:
-                        raise SourceError.invalid(
-                            entry.path,
-                            "a broken link or a special file",
-                            "an image",
-                            "replace or remove it",
-                        )
+                        what = "a broken link or a special file"
+                        raise SourceError.invalid(entry.path, what, "an image", "remove it")
         except OSError as error:
             where = error.filename or place
             raise SourceError(f"{where}: {error.strerror}; make it readable or remove it") from None

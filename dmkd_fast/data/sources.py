@@ -69,11 +69,9 @@ class ShardSource:
             raise SourceError(f"{self.folder / shards.MANIFEST}: {error.strerror}") from None
         taken = set(self._order)
         if found and found[-1] >= self.plan.num_shards:
+            expected = f"0 to {self.plan.num_shards - 1} by {shards.PLAN}"
             raise SourceError.invalid(
-                self.folder / shards.MANIFEST,
-                f"shard {found[-1]}",
-                f"0 to {self.plan.num_shards - 1} by {shards.PLAN}",
-                "remove what is of another set",
+                self.folder / shards.MANIFEST, f"shard {found[-1]}", expected, "remove it"
             )
         fresh = [s for s in found if s not in taken]
         self._take(fresh)
@@ -201,12 +199,9 @@ def find_kind(folder: Path) -> Kind:
         return "paper"
     if names and all("/" in name for name in names):
         return "imagefolder"
-    raise SourceError.invalid(
-        folder,
-        f"neither {shards.PLAN} nor image files in class sub-folders nor files named "
-        "class_X_seed_Y_num_Z.png",
-        "one of them",
-        "give another directory",
+    raise SourceError(
+        f"{folder}: got neither {shards.PLAN} nor image files in class sub-folders nor files named "
+        "class_X_seed_Y_num_Z.png; give another directory"
     )
 
 
@@ -244,10 +239,6 @@ def _paper_class(folder: Path, name: str, num_classes: int) -> int:
             "source.kind=imagefolder"
         )
     if int(match[1]) >= num_classes:
-        raise SourceError.invalid(
-            folder / name,
-            f"class {int(match[1])}",
-            f"0 to {num_classes - 1}, the teacher's classes",
-            "use the teacher of these images",
-        )
+        expected = f"0 to {num_classes - 1}, the teacher's classes"
+        raise SourceError.invalid(folder / name, f"class {int(match[1])}", expected)
     return int(match[1])

@@ -16,6 +16,7 @@ from dmkd_fast.data.listing import EXTENSIONS, Item, SourceError
 _BLOCK, _MOST_DIGITS = 512, 32
 # Writers pad a tar with zeros to a multiple of a record; this is the largest record in use.
 _MOST_PADDING = 2**20
+_AGAIN = "fetch or make it again"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
@@ -31,12 +32,8 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         with path.open("rb") as file:
             kind = _COMPRESSED.get(file.read(2))
             if kind is not None:
-                raise SourceError.invalid(
-                    path,
-                    f"a tar compressed with {kind}",
-                    "a plain tar, as images are read from the middle of it",
-                    "decompress it",
-                )
+                expected = "a plain tar, as images are read from the middle of it"
+                raise SourceError.invalid(path, f"a tar compressed with {kind}", expected)
             size = os.fstat(file.fileno()).st_size
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -44,12 +41,12 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
                     where = f"{path}: {member.name}"
                     if member.size < 0 or member.offset_data <= position:
                         # A negative size makes tarfile go back and loop (CVE-2025-8194).
-                        raise SourceError(f"{where}: damaged header; fetch or make it again")
+                        raise SourceError(f"{where}: damaged header; {_AGAIN}")
                     position = member.offset_data
                     if member.isdir():
                         continue
                     if not member.isreg() or member.issparse() or position + member.size > size:
-                        raise SourceError(f"{where}: a link or cut short; fetch or make it again")
+                        raise SourceError(f"{where}: a link or cut short; {_AGAIN}")
                     is_label = member.name.lower().endswith(".cls")
                     length = min(member.size, _MOST_DIGITS + 1) if is_label else 0
                     yield member, os.pread(file.fileno(), length, position)
@@ -58,28 +55,20 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     except SourceError:
         raise
     except OSError as error:
-        raise SourceError(f"{path}: {error.strerror}; fetch or make it again") from None
+        raise SourceError(f"{path}: {error.strerror}; {_AGAIN}") from None
     except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise SourceError(f"{path}: damaged ({reason}); fetch or make it again") from None
+        raise SourceError(f"{path}: damaged ({reason}); {_AGAIN}") from None
 
 
 def _check_end(path: Path, position: int, rest: bytes) -> None:
     """Refuse a tar that does not end with two blocks of zeros and then only zeros."""
     if len(rest) < 2 * _BLOCK:
-        raise SourceError.invalid(
-            f"{path}: cut off at byte {position}",
-            f"{len(rest)} bytes there",
-            "the two blocks of zeros that end a tar",
-            "fetch or make it again",
-        )
+        where, expected = f"{path}: cut off at byte {position}", "two blocks of zeros"
+        raise SourceError.invalid(where, f"{len(rest)} bytes", expected, _AGAIN)
     if len(rest) > _MOST_PADDING or rest.count(0) != len(rest):
-        raise SourceError.invalid(
-            f"{path}: damaged at byte {position}",
-            "more bytes after the last member",
-            "only zeros",
-            "fetch or make it again",
-        )
+        where, what = f"{path}: damaged at byte {position}", "more bytes after the last member"
+        raise SourceError.invalid(where, what, "only zeros", _AGAIN)
 
 
 def list_shards(folder: Path, names: list[str]) -> tuple[list[Item], Counter[str]]:
@@ -129,12 +118,8 @@ def _list_shard(shard: Path, left_out: Counter[str]) -> list[Item]:
             dotted = dotted or (member.name if last in (*EXTENSIONS, ".cls") else "")
     odd = next(iter(images.keys() ^ labels.keys()), None)
     if (odd is not None or not images) and dotted:
-        raise SourceError.invalid(
-            shard,
-            repr(dotted),
-            "KEY.jpg and KEY.cls with no dot in KEY, as WebDataset ends a key at its first dot",
-            "rename the members",
-        )
+        expected = "KEY.jpg and KEY.cls with no dot in KEY, where WebDataset would end it"
+        raise SourceError.invalid(shard, repr(dotted), expected, "rename the members")
     if odd is not None:
         have, lack = ("an image", "label (.cls)") if odd in images else ("a label", "image")
         raise SourceError(

@@ -19,7 +19,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -67,11 +67,7 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         """Return the same set on a device."""
-        return ImageSet(
-            images=self.images.to(device),
-            labels=self.labels.to(device),
-            class_names=self.class_names,
-        )
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def batches(
         self, inputs: Iterable[InputSpec], *, rank: int = 0, world_size: int = 1
@@ -159,12 +155,8 @@ def open_set(
     worst = max(items, key=lambda item: item.label)
     most = len(names) or num_classes or MOST_CLASSES
     if worst.label >= most:
-        raise invalid(
-            worst.name,
-            f"class {worst.label}",
-            f"0 to {most - 1}",
-            "correct the labels or the list of classes",
-        )
+        fix = "correct the labels or the list of classes"
+        raise invalid(worst.name, f"class {worst.label}", f"0 to {most - 1}", fix)
     names = names or tuple(str(i) for i in range(num_classes or worst.label + 1))
     report_left_out(path, left_out)
     return EncodedSet(items=tuple(items), class_names=names, device=device)
@@ -174,12 +166,8 @@ def _open_folder(folder: Path, names: tuple[str, ...], device: torch.device) -> 
     """Open images in class folders, sorted by label and name."""
     listing = list_images(folder)
     if not listing.folders and not listing.images:
-        raise invalid(
-            folder,
-            f"no idx files, class folders or .tar shards{left_out_text(listing.left_out)}",
-            "one of these",
-            "give another folder",
-        )
+        what = f"no idx files, class folders or .tar shards{left_out_text(listing.left_out)}"
+        raise invalid(folder, what, "one of these")
     found = listing.by_class()
     names = order_folders(folder, list(found), names)
     items = [
@@ -199,12 +187,8 @@ def load_idx(folder: Path, split: str) -> ImageSet:
     images = _read_idx(folder, f"{split}-images-idx3-ubyte", 3)[:, None]  # (N, 1, H, W)
     labels = _read_idx(folder, f"{split}-labels-idx1-ubyte", 1).long()
     if len(images) != len(labels) or len(labels) == 0:
-        raise invalid(
-            folder,
-            f"{len(images)} images and {len(labels)} labels for {split!r}",
-            "equally many, at least one",
-            "fetch the files again",
-        )
+        what = f"{len(images)} images and {len(labels)} labels for {split!r}"
+        raise invalid(folder, what, "equally many, at least one", "fetch the files again")
     count = int(labels.max()) + 1
     class_names = read_class_names(folder / CLASS_NAMES, must_exist=False)
     if class_names and len(class_names) < count:
@@ -250,20 +234,12 @@ def check_inputs(inputs: Iterable[InputSpec], num_channels: int | None) -> tuple
     distinct = tuple(dict.fromkeys(inputs))
     wanted = {spec.num_channels for spec in distinct}
     if len(wanted) != 1 or num_channels not in (None, *wanted):
-        raise invalid(
-            "channels",
-            f"networks for images with {sorted(wanted)} channels"
-            + ("" if num_channels is None else f" and images with {num_channels}"),
-            "the same number everywhere",
-            "use other networks or images",
-        )
+        what = f"networks for images with {sorted(wanted)} channels"
+        what += "" if num_channels is None else f" and images with {num_channels}"
+        raise invalid("channels", what, "the same number everywhere")
     if not wanted <= {1, 3} and num_channels is None:
-        raise invalid(
-            "channels",
-            f"a network for {wanted.pop()} channels",
-            "1 or 3, which image files decode to",
-            "use another network",
-        )
+        what = f"a network for {wanted.pop()} channels"
+        raise invalid("channels", what, "1 or 3, which image files decode to")
     return distinct
 
 
@@ -287,30 +263,20 @@ def _read_idx(folder: Path, stem: str, num_dims: int) -> Tensor:
         with gzip.open(path) if is_gzip else path.open("rb") as file:
             header = file.read(4 + 4 * num_dims)
             if len(header) < 4 + 4 * num_dims or header[:4] != bytes((0, 0, 8, num_dims)):
-                raise invalid(
-                    path,
-                    f"header {header[:4].hex(' ') or 'of 0 bytes'}",
-                    f"00 00 08 0{num_dims}",
-                    "it is not an idx file of bytes",
-                )
+                what = f"header {header[:4].hex(' ') or 'of 0 bytes'}"
+                fix = "it is not an idx file of bytes"
+                raise invalid(path, what, f"00 00 08 0{num_dims}", fix)
             shape = struct.unpack(f">{num_dims}I", header[4:])
             expected, limit = math.prod(shape), path.stat().st_size
             limit *= _MOST_COMPRESSION if is_gzip else 1
             if min(shape) < 1 or expected > limit:
-                raise invalid(
-                    path,
-                    f"a header that announces {' x '.join(map(str, shape))} bytes",
-                    f"1 to {limit}, as many as the file can hold",
-                    "fetch it again",
-                )
+                what = f"a header that announces {' x '.join(map(str, shape))} bytes"
+                bound = f"1 to {limit}, as many as the file can hold"
+                raise invalid(path, what, bound, "fetch it again")
             have = available_bytes(torch.device("cpu"))
             if expected > have:
-                raise invalid(
-                    path,
-                    f"{expected} bytes",
-                    f"at most the {have} of free memory",
-                    "use image files or shards",
-                )
+                bound = f"at most the {have} of free memory"
+                raise invalid(path, f"{expected} bytes", bound, "use image files or shards")
             values = torch.empty(expected, dtype=torch.uint8)
             view, done = memoryview(values.numpy().data), 0
             while count := file.readinto(view[done : done + 2**24]):

@@ -74,12 +74,8 @@ def image_shape(shape: Any, *, name: str = "image_shape") -> tuple[int, int, int
 def check_accumulate(accumulate: int, *, batch_size: int) -> None:
     """Refuse a number of micro-batches that does not divide the batch size."""
     if accumulate < 1 or batch_size % accumulate:
-        raise invalid(
-            "accumulate",
-            accumulate,
-            f"a divisor of batch_size={batch_size}",
-            "change one of the two",
-        )
+        expected = f"a divisor of batch_size={batch_size}"
+        raise invalid("accumulate", accumulate, expected, "change one of the two")
 
 
 def check_milestones(milestones: Sequence[float], *, warmup: float) -> None:
@@ -94,12 +90,8 @@ def check_milestones(milestones: Sequence[float], *, warmup: float) -> None:
         expected = "rising values of the progress between 0 and 1, as [0.3, 0.6, 0.9]"
         raise invalid("milestones", points, expected)
     if points and points[0] < warmup:
-        raise invalid(
-            "milestones",
-            f"{points[0]} as the first",
-            f"at least warmup={warmup}, because the learning rate still rises before",
-            "change one of the two",
-        )
+        expected = f"at least warmup={warmup}, because the learning rate still rises before"
+        raise invalid("milestones", f"{points[0]} as the first", expected, "change one of the two")
 
 
 def _is_tensor(value: Any) -> bool:

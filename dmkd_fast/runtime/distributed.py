@@ -83,12 +83,9 @@ class Ranks:
         whole = self.world_size * unit
         if count % whole:
             blocks = f" blocks of {unit}" if unit > 1 else ""
-            raise invalid(
-                name,
-                f"{count} with {self.world_size} ranks",
-                f"a multiple of {whole}, so that all have as many{blocks}",
-                "change it or --nproc-per-node",
-            )
+            what = f"{count} with {self.world_size} ranks"
+            expected = f"a multiple of {whole}, so that all have as many{blocks}"
+            raise invalid(name, what, expected, "change it or --nproc-per-node")
         return count // self.world_size
 
     def gather(self, text: str) -> list[str]:
@@ -287,12 +284,9 @@ def use_device(ranks: Ranks, name: str) -> None:
     if name != "cpu" and ranks.local_world_size > 1 and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if ranks.local_world_size > count:
-            raise invalid(
-                "--nproc-per-node",
-                ranks.local_world_size,
-                f"at most the {count} CUDA devices of this machine",
-                "lower it or set device=cpu",
-            )
+            expected = f"at most the {count} CUDA devices of this machine"
+            fix = "lower it or set device=cpu"
+            raise invalid("--nproc-per-node", ranks.local_world_size, expected, fix)
         torch.cuda.set_device(ranks.local_rank)
 
 

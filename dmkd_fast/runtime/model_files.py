@@ -113,12 +113,8 @@ def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
             raise invalid(f"weights {path}: {_shown(name)}", got, str(want), fix)
         kind, wanted = found[name][0], NAMES.get(tensor.dtype, str(tensor.dtype))
         if _kind(kind) != _kind(wanted):
-            raise invalid(
-                f"weights {path}: {_shown(name)}",
-                f"numbers of type {kind}",
-                wanted,
-                "save the model in float32 or float16",
-            )
+            where, fix = f"weights {path}: {_shown(name)}", "save the model in float32 or float16"
+            raise invalid(where, f"numbers of type {kind}", wanted, fix)
     return names
 
 
@@ -204,23 +200,15 @@ def check_plain(folder: Path) -> None:
         values = read_json(path)
         for key in RUNS_CODE:
             if values.get(key) is not None:
-                raise invalid(
-                    path,
-                    f"{key}, which can run code that is not the library's own",
-                    "a config without",
-                    "use a plain model",
-                )
+                what = f"{key}, which can run code that is not the library's own"
+                raise invalid(path, what, "a config without", "use a plain model")
         _check_inside(path, [values.get(key) for key in FILE_KEYS])
     for path in sorted(folder.glob("*.index.json")):
         names = read_json(path).get("weight_map")
         _check_inside(path, [*names.values()] if isinstance(names, dict) else [names])
     if (folder / "adapter_config.json").exists():
-        raise invalid(
-            folder,
-            "adapter_config.json, which loads another model",
-            "a whole one",
-            "merge the adapter and save the result",
-        )
+        what = "adapter_config.json, which loads another model"
+        raise invalid(folder, what, "a whole one", "merge the adapter and save the result")
 
 
 def _check_inside(path: Path, names: list[Any]) -> None:
@@ -229,12 +217,8 @@ def _check_inside(path: Path, names: list[Any]) -> None:
             continue
         # One path component that is not only dots.
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", name):
-            raise invalid(
-                path,
-                f"the file name {str(name)[:80]!r}",
-                "one without folders",
-                "fetch or save the model again",
-            )
+            what = f"the file name {str(name)[:80]!r}"
+            raise invalid(path, what, "one without folders", "fetch or save the model again")
 
 
 def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

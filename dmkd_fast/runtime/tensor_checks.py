@@ -30,13 +30,10 @@ def rows(
         raise TypeError(f"{name}: got {type(values).__name__}, expected a tensor")
     is_wrong = values.ndim != 1 or values.dtype != torch.int64
     if is_wrong or count not in (None, len(values)) or device not in (None, values.device):
-        raise invalid(
-            name,
-            f"{tuple(values.shape)} {values.dtype} on {values.device}",
-            f"({'n' if count is None else count},) torch.int64"
-            + ("" if device is None else f" on {device}"),
-            "give one number for each image",
-        )
+        what = f"{tuple(values.shape)} {values.dtype} on {values.device}"
+        expected = f"({'n' if count is None else count},) torch.int64"
+        expected += "" if device is None else f" on {device}"
+        raise invalid(name, what, expected, "give one number for each image")
 
 
 def within(name: str, values: Tensor, *, low: int, high: int) -> None:

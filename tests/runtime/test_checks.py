@@ -55,6 +55,7 @@ def test_only_numbers_are_numbers(value: Any) -> None:
         (10**400, {}, "rate: got 1000"),
         (10**5000, {}, "rate: got an integer of 16610 bits, expected a finite number"),
     ],
+    ids=["above", "zero", "below", "nan", "large", "unprintable"],
 )
 def test_bounds_are_named(value: float, bounds: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
