@@ -16,6 +16,7 @@ from dmkd_fast.config.generator import PhaseConfig, SamplerConfig
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.networks import DenoiserConfig
 from dmkd_fast.data import sources, stored
+from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.listing import SourceError
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.data.stored import ImageReader
@@ -141,7 +142,7 @@ def open_source(
                 f"{folder}; finish it with the same dmkd generate, or set source.follow=true"
             )
         if plan.num_classes == num_classes:
-            _check_names(folder, plan.class_names, class_names)
+            compare_class_names(str(folder), plan.class_names, class_names, setting="eval.classes")
         shape = plan.image_shape if size is None else (plan.image_shape[0], size, size)
         return OpenSource(
             source=shards,
@@ -288,15 +289,3 @@ def _wait_for_plan(folder: Path, wait_s: float) -> None:
         if time.monotonic() > end:
             raise SourceError(f"{folder / PLAN}: not there after {wait_s:g} s; start dmkd generate")
         time.sleep(stored.POLL_S)
-
-
-def _check_names(folder: Path, made: tuple[str, ...], tested: tuple[str, ...]) -> None:
-    """Refuse classes in another order; names that are only numbers are not compared."""
-    if all(n.isdigit() for n in made) or all(n.isdigit() for n in tested):
-        return
-    for label, (mine, other) in enumerate(zip(made, tested, strict=False)):
-        if mine != other:
-            raise SourceError(
-                f"source.path: class {label} is {mine!r} in {folder} and {other!r} in eval.path, "
-                "expected the same; use the test set and teacher of these images"
-            )

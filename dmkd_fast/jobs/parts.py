@@ -8,6 +8,7 @@ from torch import nn
 
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.denoisers.loading import Denoiser
 from dmkd_fast.jobs import memory, networks
@@ -117,9 +118,7 @@ def check_fit(
                     f"{tested}, expected the same; change the one that is off"
                 )
         if config.eval.classes is None:
-            networks.check_names(
-                f"{section}.path",
-                teachers.class_names[section],
-                test_set.class_names,
-                fix="eval.classes",
+            names = teachers.class_names[section]
+            compare_class_names(
+                f"{section}.path", names, test_set.class_names, setting="eval.classes"
             )

@@ -28,7 +28,7 @@ from dmkd_fast.ring.limiter import Limiter, check_loop, check_ring
 from dmkd_fast.ring.orders import BlockTable, OrderName, make_order, occurrences
 from dmkd_fast.ring.plan import MOST_USES, check_sizes
 from dmkd_fast.ring.statistics import BINS, Statistics, count_slots, without_strays
-from dmkd_fast.runtime import checks
+from dmkd_fast.runtime import checks, tensor_checks
 from dmkd_fast.runtime.errors import UserError
 
 MOST_PASSES = 1024  # upper bound for the passes over the ring in one draw
@@ -257,9 +257,9 @@ class RingBuffer:
         if block is not self._open:
             raise RuntimeError("commit: got a block that is not reserved; reserve it first")
         for name, values in (("ids", ids), ("labels", labels)):
-            checks.rows(name, values, count=self.block_images, device=self.images.device)
+            tensor_checks.rows(name, values, count=self.block_images, device=self.images.device)
         if self.num_classes is not None:
-            checks.within("labels", labels, low=0, high=self.num_classes - 1)
+            tensor_checks.within("labels", labels, low=0, high=self.num_classes - 1)
         self._fences.before_commit(ids, labels)
         if self.num_classes is not None and labels.device.type != "cpu":
             # Reading labels would wait for the device: clamp and count those out of range, which

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast.rng import philox
-from dmkd_fast.runtime import checks
+from dmkd_fast.runtime import checks, tensor_checks
 from dmkd_fast.runtime.errors import NotFiniteError, UserError
 from dmkd_fast.sampling.arguments import check_guidance, check_settings
 from dmkd_fast.sampling.noise_levels import Solver
@@ -283,14 +283,14 @@ class DiffusionSampler:
         return scales
 
     def _check_rows(self, ids: Tensor, labels: Tensor) -> None:
-        checks.rows("ids", ids)
+        tensor_checks.rows("ids", ids)
         if ids.device.type != self.device.type:
             raise UserError(f"ids: got {ids.device}, expected {self.device}, as the sampler")
-        checks.rows("labels", labels, count=len(ids), device=ids.device)
-        checks.within("ids", ids, low=0, high=checks.MAX_SEED)
+        tensor_checks.rows("labels", labels, count=len(ids), device=ids.device)
+        tensor_checks.within("ids", ids, low=0, high=checks.MAX_SEED)
         # Labels on CUDA are not read, which would wait; the embedding asserts their range there.
         most = checks.MAX_SEED if self.num_classes is None else self.num_classes - 1
-        checks.within("labels", labels, low=0, high=most)
+        tensor_checks.within("labels", labels, low=0, high=most)
 
 
 def check_broken(broken: int, made: int) -> None:

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from dmkd_fast.runtime import checks, native
+from dmkd_fast.runtime import checks, native, tensor_checks
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.views import ops
 from dmkd_fast.views.spec import check_normalization
@@ -141,7 +141,7 @@ class Views:
         """
         height, width = _sides(slots)
         if not torch.compiler.is_compiling():
-            checks.rows("indices", indices, count=len(ids), device=slots.device)
+            tensor_checks.rows("indices", indices, count=len(ids), device=slots.device)
         boxes, flips = self.parameters(ids, uses, height, width)
         return self.render(slots, indices, boxes, flips, out=out)
 
@@ -164,8 +164,8 @@ class Views:
                 more would repeat earlier views.
         """
         if not torch.compiler.is_compiling():
-            checks.rows("ids", ids)
-            checks.rows("uses", uses, count=len(ids), device=ids.device)
+            tensor_checks.rows("ids", ids)
+            tensor_checks.rows("uses", uses, count=len(ids), device=ids.device)
             checks.whole("height", height, low=1, high=ops.MAX_SIDE)
             checks.whole("width", width, low=1, high=ops.MAX_SIDE)
         keeps_size = self.scale == (1, 1) and self.ratio == (1, 1)
@@ -186,19 +186,19 @@ class Views:
             self.flip,
         )
         if native.INSTRUCTION_SET == "none":
-            checks.within("uses", uses, low=0, high=MOST_USES - 1)
+            tensor_checks.within("uses", uses, low=0, high=MOST_USES - 1)
         try:
             boxes, flips = torch.ops.dmkd_fast.view_boxes(self.seed, ids, uses, *recipe)
         except RuntimeError:
             # The C++ kernel checks them as well, but does not say what it got.
-            checks.within("uses", uses, low=0, high=MOST_USES - 1)
+            tensor_checks.within("uses", uses, low=0, high=MOST_USES - 1)
             raise
         return boxes, flips
 
     def whole(self, slots: Tensor, indices: Tensor, spec: ViewSpec | None = None) -> Tensor:
         """Render whole images at view size, normalized, without crop and flip."""
         (height, width) = _sides(slots)
-        checks.rows("indices", indices)
+        tensor_checks.rows("indices", indices)
         count = len(indices)
         boxes = torch.zeros((count, 4), dtype=torch.int32, device=slots.device)
         boxes[:, 2], boxes[:, 3] = height, width

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.rng import philox
-from dmkd_fast.runtime import checks
+from dmkd_fast.runtime import checks, tensor_checks
 from dmkd_fast.runtime.errors import UserError
 
 K = TypeVar("K")
@@ -38,9 +38,9 @@ class Mixed(NamedTuple):
 
     def targets(self, labels: Tensor, num_classes: int) -> Tensor:
         """Mix hard labels (B,) as the views were mixed, to probabilities (B, C), float32."""
-        checks.rows("labels", labels, count=len(self.partner), device=self.partner.device)
+        tensor_checks.rows("labels", labels, count=len(self.partner), device=self.partner.device)
         checks.whole("num_classes", num_classes, low=1)
-        checks.within("labels", labels, low=0, high=num_classes - 1)
+        tensor_checks.within("labels", labels, low=0, high=num_classes - 1)
         targets = labels.new_zeros((len(labels), num_classes), dtype=torch.float32)
         targets.scatter_(1, labels[:, None], self.share)
         rest = torch.full_like(targets[:, :1], 1 - self.share)

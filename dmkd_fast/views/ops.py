@@ -9,7 +9,6 @@ Shapes: N slots, B rows, c channels, H x W pixels of a slot, S side of a view.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmkd_fast.runtime import native
 from dmkd_fast.runtime.errors import UserError
-from dmkd_fast.runtime.operators import check_own_memory, warn_once
+from dmkd_fast.runtime.operators import check_own_memory, cuda_kernel, warn_if_eager
 from dmkd_fast.views.reference import reference_boxes, reference_views
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -167,7 +165,7 @@ def _eager_views(
     pad: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    _say_eager(slots)
+    warn_if_eager(slots)
     if slots.device.type == "cpu":
         raise_for_bad_rows(slots, indices, boxes, pad)
     return reference_views(
@@ -210,16 +208,6 @@ def _eager_views_out(
     out.copy_(_eager_views(slots, indices, boxes, flips, mean, std, size, pad, dtype))
 
 
-def _say_eager(slots: Tensor) -> None:
-    if slots.device.type == "cpu" and native.INSTRUCTION_SET == "none":
-        warn_once(
-            "cpu views",
-            f"dmkd_fast has no compiled CPU kernels ({native.WHY_MISSING}); "
-            "views use their eager definition, many times slower. Install again where there "
-            "is a C++ compiler.",
-        )
-
-
 def _fake_views(
     slots: Tensor,
     indices: Tensor,
@@ -244,29 +232,12 @@ def _fake_view_boxes(seed: int, ids: Tensor, *_: object) -> tuple[Tensor, Tensor
     return boxes, ids.new_empty(ids.shape, dtype=torch.bool)
 
 
-def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the Triton implementation of an operator; it runs `eager` if Triton is missing."""
-
-    def run(*arguments: Any) -> Any:
-        try:
-            triton = importlib.import_module("dmkd_fast.views.triton")
-        except ImportError as error:
-            warn_once(
-                "cuda views",
-                f"dmkd_fast has no CUDA kernels ({error}); views use their "
-                "eager definition, many times slower. Install triton.",
-            )
-            return eager(*arguments)
-        return getattr(triton, name)(*arguments)
-
-    return run
-
-
+_TRITON = "dmkd_fast.views.triton"
 for _name, _eager, _fake in (
     ("views", _eager_views, _fake_views),
     ("views_out", _eager_views_out, lambda out, *_: None),
     ("view_boxes", reference_boxes, _fake_view_boxes),
 ):
     _LIBRARY.impl(_name, _eager, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _cuda(_name, _eager), "CUDA")
+    _LIBRARY.impl(_name, cuda_kernel(_TRITON, _name, _eager), "CUDA")
     torch.library.register_fake(f"dmkd_fast::{_name}", _fake, lib=_LIBRARY)

@@ -57,7 +57,7 @@ def test_dali_gets_the_index_of_the_device_and_interpolates_chroma(
 
 
 def test_no_device_without_an_index_reaches_dali(dali: MagicMock, tmp_path: Path) -> None:
-    item = Item("a.png", "a.png", 0, 1, 0)
+    item = Item("a.png", 0)
     for use in (
         lambda: decode._pipeline(iter([]), [COLOUR], 4, torch.device("cuda")),
         lambda: list(decode.decode([item], [COLOUR], 4, torch.device("cuda"))),
@@ -89,7 +89,7 @@ def test_jpegs_with_halved_chroma_are_decoded_as_pillow_decodes_them(
     ids, out = torch.zeros(1, dtype=torch.int64), torch.empty(1, channels, 48, 48).byte()
     read = reader.sample(ids, ids, out=out)[0].permute(1, 2, 0).numpy()
     spec = InputSpec(size=48, mean=(0.0,) * channels, std=(1.0,) * channels)
-    items = [Item(str(path), "a", 0, path.stat().st_size, 0)]
+    items = [Item(str(path), 0)]
     ((views, _),) = decode.decode(items, [spec], 1, torch.device("cpu"))
     tested = (views[0][0] * 255).round().permute(1, 2, 0).numpy()
     # Pillow makes grey from rounded RGB, DALI takes the stored luma.
@@ -148,8 +148,21 @@ def test_files_larger_than_any_image_are_not_read(tmp_path: Path) -> None:
     assert isinstance(items, test_sets.EncodedSet)
     with pytest.raises(SourceError, match=f"got {MOST_BYTES + 1} bytes"):
         items.items[0].read()
-    with pytest.raises(SourceError, match="got more bytes"):
+    with pytest.raises(SourceError, match=f"got {MOST_BYTES + 1} bytes"):
         FileSource(tmp_path, ["a/0.png"], [0]).read(0)
+
+
+def test_a_range_beyond_its_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(b"0123456789")
+    assert Item(str(path), 0, "0.png", 2, 5).read() == b"23456"
+    with pytest.raises(SourceError, match=r"0\.tar: 0\.png: got 8 bytes, expected 9, as when"):
+        Item(str(path), 0, "0.png", 2, 9).read()
+    path.unlink()
+    with pytest.raises(
+        SourceError, match=r"0\.tar: 0\.png: No such file or directory; put it back"
+    ):
+        Item(str(path), 0, "0.png", 2, 5).read()
 
 
 def test_memory_that_is_used_up_is_not_blamed_on_an_image() -> None:

@@ -298,7 +298,7 @@ def folder(tmp_path: Path) -> Path:
 def decoded(folder: Path, device: str) -> tuple[Tensor, Tensor]:
     spec = InputSpec(size=24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     paths = sorted(folder.rglob("*.*"))
-    items = [Item(str(p), str(p), 0, p.stat().st_size, int(p.parent.name)) for p in paths]
+    items = [Item(str(p), int(p.parent.name)) for p in paths]
     found = list(decode(items, [spec], 4, torch.device(device)))
     assert [len(labels) for _, labels in found] == [4, 2]
     assert all(str(views[0].device) == device for views, _ in found)
