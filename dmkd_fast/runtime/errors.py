@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 MAX_MESSAGE = 1000
 
 
@@ -13,6 +15,14 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(" ".join(message.split()), MAX_MESSAGE))
+
+    def within(self, section: str) -> Self:
+        """Return the same error with its name put into a section: `size` becomes `ring.size`.
+
+        Args:
+            section: Name of the section, as the caller of the failed check calls it.
+        """
+        return type(self)(f"{section}.{self}")
 
 
 class NotFiniteError(UserError):
