@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.ring.block_table import BlockTable
-from dmkd_fast.ring.cuda_sync import ProducerStream, SingleStream
+from dmkd_fast.ring.cuda_sync import streams_for
 from dmkd_fast.ring.limiter import Limiter
 from dmkd_fast.ring.orders import OrderName, check_order, make_order, occurrences
 from dmkd_fast.ring.plan import MOST_USES, RingPlan
@@ -123,11 +123,7 @@ class RingBuffer:
         }
         self._open: Block | None = None
         self._is_torn = False
-        self._streams = (
-            ProducerStream(device, guard_blocks=plan.guard_blocks)
-            if plan.guard_blocks and device.type == "cuda"
-            else SingleStream()
-        )
+        self._streams = streams_for(device, guard_blocks=plan.guard_blocks)
         self._order = make_order(
             order,
             self.blocks,

@@ -160,3 +160,10 @@ class ProducerStream:
     @staticmethod
     def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
         return stream.record_event(torch.cuda.Event(enable_timing=True))
+
+
+def streams_for(device: torch.device, *, guard_blocks: int) -> SingleStream | ProducerStream:
+    """Give the producer a stream of its own if the device has streams and the ring has a guard."""
+    if device.type == "cuda" and guard_blocks:
+        return ProducerStream(device, guard_blocks=guard_blocks)
+    return SingleStream()

@@ -149,8 +149,9 @@ class RingPlan:
             batch_size: Views drawn together.
 
         Raises:
-            UserError: The loop would stop; the message says what to change.
+            TypeError, UserError: The loop would stop; the message says what to change.
         """
+        checks.whole("batch_size", batch_size, low=1)
         if batch_size > self.drawable_images:
             raise invalid(
                 "batch_size",
@@ -169,8 +170,8 @@ class RingPlan:
                 name,
                 f"{getattr(self, name):g}, which lets reuse be off by {float(self.reuse_buffer):g} "
                 "views",
-                f"{float((step + batch_size) / 2):g} views or more, as blocks of "
-                f"{self.block_images} images and batches of {batch_size} views would deadlock",
+                f"{float((step + batch_size) / 2):g} views or more, as inserts of block_images="
+                f"{self.block_images} and draws of batch_size={batch_size} would deadlock",
                 f"raise {name}{' or min_fill_images' if is_default else ''}",
             )
 

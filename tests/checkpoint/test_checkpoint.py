@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from dying_os import CountingOs, DyingOs, FailingOs, PowerlessOs
+from rings import new_ring
 from safetensors.torch import load_file
 
-from dmkd_fast import RingBuffer
 from dmkd_fast.checkpoint import step_folders
 from dmkd_fast.ring.storage import BlockFiles
 from dmkd_fast.runtime import files, model_files
@@ -47,8 +47,8 @@ class SmallRun:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.state, self.writer = folder, State(), files.Writer()
-        self.ring = RingBuffer(
-            16, image_shape=(1, 4, 4), block_images=4, samples_per_insert=4, min_fill_images=4
+        self.ring = new_ring(
+            capacity_images=16, image_shape=(1, 4, 4), block_images=4, min_fill_images=4
         )
         self.blocks = BlockFiles(self.ring, folder / "blocks", self.writer, remakes=[self.make])
         self.saver = step_folders.Saver(folder / "checkpoints", self.writer, every_s=0, keep=2)
