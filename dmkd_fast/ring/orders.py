@@ -35,6 +35,7 @@ class Order(Protocol):
 
     def on_commit(self) -> None:
         """Take in block `blocks.committed - 1`, for which the oldest block may have left."""
+        ...
 
     def draw(self, count: int) -> Iterator[Tensor]:
         """Yield `count` int64 slots in one or more segments.
@@ -181,6 +182,9 @@ class Uniform(Order):
         self._blocks, self._seed, self._device = blocks, seed, device
         self._num_drawn, self._chunk = 0, -1
         self._bits = torch.empty(0, dtype=torch.int64, device=device)
+
+    def on_commit(self) -> None:
+        """Do nothing: each draw looks up which slots can be drawn."""
 
     def draw(self, count: int) -> Iterator[Tensor]:
         """Yield the next `count` slots."""

@@ -80,7 +80,7 @@ def test_blocks_are_made_ahead_of_need_but_none_in_vain(make_distiller: Make) ->
 def test_settings_that_would_stop_the_loop_are_refused_before_it_starts(
     make_distiller: Make,
 ) -> None:
-    with pytest.raises(ValueError, match=r"error_buffer: got 30.*for ever"):
+    with pytest.raises(ValueError, match=r"error_buffer: got 30.*deadlock"):
         make_distiller(ring={"error_buffer": 30.0})
     with pytest.raises(ValueError, match="batch_size: got 128, expected at most 64"):
         make_distiller(batch_size=128)
