@@ -25,6 +25,7 @@ from dmkd_fast import LabelStream
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import memory, run_dir
+from dmkd_fast.jobs.resolve import resolve
 from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.errors import UserError
 
@@ -376,6 +377,14 @@ def test_settings_that_do_not_divide_are_refused(changes: list[str], message: st
     with pytest.raises(UserError, match=message) as problem:
         memory.ring_plan(config, ranks=distributed.Ranks(rank=0, world_size=2))
     assert "\n" not in str(problem.value)
+
+
+def test_several_ranks_do_not_follow_a_directory_that_grows() -> None:
+    rest = [setting for setting in settings() if not setting.startswith("sampler")]
+    source = "source={path: x, kind: shards, follow: true, block_images: 64}"
+    config = load_config(DistillConfig, CONFIG, [*rest, "denoiser=null", "sampler=null", source])
+    with pytest.raises(UserError, match="source.follow: got true with 2 ranks, expected false"):
+        resolve(config, distributed.Ranks(world_size=2, local_world_size=2))
 
 
 def test_a_restarted_job_finds_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
