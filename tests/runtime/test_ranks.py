@@ -383,7 +383,7 @@ def test_several_ranks_do_not_follow_a_directory_that_grows() -> None:
     rest = [setting for setting in settings() if not setting.startswith("sampler")]
     source = "source={path: x, kind: shards, follow: true, block_images: 64}"
     config = load_config(DistillConfig, CONFIG, [*rest, "denoiser=null", "sampler=null", source])
-    with pytest.raises(UserError, match="source.follow: got true with 2 ranks, expected false"):
+    with pytest.raises(UserError, match=r"source.follow: got true with 2 ranks, expected false"):
         resolve(config, distributed.Ranks(world_size=2, local_world_size=2))
 
 
