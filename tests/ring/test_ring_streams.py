@@ -294,11 +294,11 @@ def dense_run(log: Log, patch: pytest.MonkeyPatch) -> range:
         with run.on_streams(log):
             for _ in range(5):
                 run.write()
-                run.read(run.ring._blocks.num_drawable)
+                run.read(run.ring.blocks.num_drawable)
             before = len(log.calls)
             for _ in range(6):
                 run.write()
-                run.read(run.ring._blocks.num_drawable)
+                run.read(run.ring.blocks.num_drawable)
             run.write(then="leave open")
             saved = run.save()
             run.ring.abort()
