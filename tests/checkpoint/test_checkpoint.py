@@ -260,7 +260,7 @@ def test_blocks_that_cannot_be_made_again_send_back_to_a_checkpoint_without_them
     run.blocks.remakes = [lambda ids, labels, *, out: out.fill_(9)]
     notes = run.restore().notes
     assert len(notes) == 1 and "block-000000005.safetensors is missing" in notes[0]
-    assert "made again to the bit" in notes[0] and "step-000000001 is used" in notes[0]
+    assert "made again bit for bit" in notes[0] and "step-000000001 is used" in notes[0]
     assert run.facts() == old
     # Both need block 3: then there is nothing to go back to.
     (tmp_path / "blocks/block-000000003.safetensors").unlink()
