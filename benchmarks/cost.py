@@ -23,7 +23,15 @@ from torch import nn
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.study import RESNET, load_teacher
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Schedule, Views
+from dmkd_fast import (
+    DiffusionSampler,
+    Distiller,
+    LabelStream,
+    RingBuffer,
+    RingPlan,
+    Schedule,
+    Views,
+)
 from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.networks import DenoiserConfig
@@ -100,13 +108,7 @@ def step(batch: int, n: int) -> Row:
 def capacity(images: int, n: int) -> Row:
     """A draw and its views, from a ring of so many images; its memory."""
     set_num_threads(0)
-    ring = RingBuffer(
-        images,
-        image_shape=(1, 28, 28),
-        block_images=512,
-        samples_per_insert=1e6,
-        min_fill_images=images - 512,
-    )
+    ring = _ring(images, min_fill_images=images - 512)
     views = Views(size=28, pad=2, flip=0.0, mean=(0.286,), std=(0.353,))
     while ring.must_insert(64):
         block = ring.reserve()
@@ -170,13 +172,7 @@ def _distiller(folder: Path, batch: int, here: distributed.Ranks = distributed.A
     return Distiller(
         sampler=_sampler(512, num_steps=1),
         labels=LabelStream(10, rank=here.rank, world_size=here.world_size),
-        ring=RingBuffer(
-            2048,
-            image_shape=(1, 28, 28),
-            block_images=512,
-            min_fill_images=1024,
-            samples_per_insert=1e6,
-        ),
+        ring=_ring(2048, min_fill_images=1024),
         views=Views(size=28, pad=2, flip=0.0, mean=spec.mean, std=spec.std),
         teacher=teacher,
         student=student.to(memory_format=torch.channels_last),
@@ -186,6 +182,17 @@ def _distiller(folder: Path, batch: int, here: distributed.Ranks = distributed.A
         show=False,
         ranks=here,
     )
+
+
+def _ring(capacity_images: int, *, min_fill_images: int) -> RingBuffer:
+    plan = RingPlan(
+        capacity_images=capacity_images,
+        image_shape=(1, 28, 28),
+        block_images=512,
+        samples_per_insert=1e6,
+        min_fill_images=min_fill_images,
+    )
+    return RingBuffer(plan)
 
 
 def _sampler(count: int, *, num_steps: int = 8) -> DiffusionSampler:

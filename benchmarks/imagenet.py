@@ -37,6 +37,7 @@ from dmkd_fast import (
     Distiller,
     LabelStream,
     RingBuffer,
+    RingPlan,
     Schedule,
     Views,
     kd_loss_and_grad,
@@ -338,15 +339,14 @@ class Bench:
     def _distiller(self, student: str, folder: Path) -> Distiller:
         """A filled ring and the networks; images are random, and none are made."""
         s = self.settings
-        ring = RingBuffer(
-            s.capacity,
+        plan = RingPlan(
+            capacity_images=s.capacity,
             image_shape=(3, s.image_side, s.image_side),
             block_images=s.capacity // 4,
             samples_per_insert=1e6,
             min_fill_images=s.capacity // 4,
-            num_classes=s.num_classes,
-            device=self.device,
         )
+        ring = RingBuffer(plan, num_classes=s.num_classes, device=self.device)
         labels = LabelStream(s.num_classes, device=self.device)
         for _ in range(4):
             block = ring.reserve()

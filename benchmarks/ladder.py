@@ -26,6 +26,7 @@ from dmkd_fast import RingBuffer, Schedule, Views
 from dmkd_fast.classifiers.loading import for_inference
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.jobs import memory
 from dmkd_fast.jobs import networks as networks_module
 from dmkd_fast.jobs.evaluate import open_test_set
 from dmkd_fast.loss.functional import kd_loss_and_grad
@@ -362,17 +363,11 @@ def _fit(
 
 def _filled_ring(config: DistillConfig, images: Tensor, labels: Tensor) -> RingBuffer:
     """The job's ring with all images."""
-    size, (channels, height, width) = config.block_images, images.shape[1:]
-    ring = RingBuffer(
-        config.ring.capacity_images,
-        image_shape=(channels, height, width),
-        block_images=size,
-        **config.ring.model_dump(exclude={"capacity_images", "overlap"}),
-        device=CPU,
-        seed=config.seed,
-    )
+    channels, height, width = images.shape[1:]
+    plan = memory.ring_plan(config, (channels, height, width))
+    ring = RingBuffer(plan, order=config.ring.order, device=CPU, seed=config.seed)
     ids = torch.arange(len(images))
-    for places in ids.split(size):
+    for places in ids.split(plan.block_images):
         block = ring.reserve()
         block.images.copy_(images[places])
         ring.commit(block, ids=places, labels=labels[places])

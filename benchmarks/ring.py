@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from dmkd_fast import Distiller, RingBuffer
+from dmkd_fast import Distiller, RingBuffer, RingPlan
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs.build import build
@@ -77,16 +77,14 @@ def operations(capacity: int, device: torch.device, *, n: int) -> list[dict[str,
 
 def filled(capacity: int, order: Any, device: torch.device) -> RingBuffer:
     """A full ring of small images in ten classes."""
-    ring = RingBuffer(
-        capacity,
+    plan = RingPlan(
+        capacity_images=capacity,
         image_shape=(1, 28, 28),
         block_images=BLOCK,
         samples_per_insert=1e6,
         min_fill_images=BLOCK,
-        order=order,
-        num_classes=10,
-        device=device,
     )
+    ring = RingBuffer(plan, order=order, num_classes=10, device=device)
     for start in range(0, ring.capacity, BLOCK):
         ids = torch.arange(start, start + BLOCK, device=device)
         ring.commit(ring.reserve(), ids=ids, labels=ids % 10)

@@ -31,6 +31,7 @@ from dmkd_fast import (
     ImageSet,
     LabelStream,
     RingBuffer,
+    RingPlan,
     Schedule,
     Views,
     assets,
@@ -229,20 +230,20 @@ def train_student(
     source = images.first(count)
     # The first view needs one free block. All images at once leave it free for the whole run.
     slots = capacity or count + BLOCK
+    plan = RingPlan(
+        capacity_images=slots,
+        image_shape=(1, 28, 28),
+        block_images=BLOCK,
+        min_fill_images=slots - BLOCK,
+        # The last block of a stream enters after three quarters of the run.
+        samples_per_insert=0.75 * num_views / count,
+    )
     began, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         distiller = Distiller(
             sampler=cast(Any, source),
             labels=cast(Any, source),
-            ring=RingBuffer(
-                slots,
-                image_shape=(1, 28, 28),
-                block_images=BLOCK,
-                min_fill_images=slots - BLOCK,
-                # The last block of a stream enters after three quarters of the run.
-                samples_per_insert=0.75 * num_views / count,
-                seed=seed,
-            ),
+            ring=RingBuffer(plan, seed=seed),
             views=Views(size=28, pad=2, flip=0.0, mean=spec.mean, std=spec.std, seed=seed),
             teacher=judge,
             student=network,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dmkd_fast.denoisers.loading import load_denoiser
     from dmkd_fast.loss.functional import DistillKL, kd_loss, kd_loss_and_grad
     from dmkd_fast.ring.buffer import RingBuffer
+    from dmkd_fast.ring.plan import RingPlan
     from dmkd_fast.sampling.labels import LabelStream
     from dmkd_fast.sampling.sampler import DiffusionSampler
     from dmkd_fast.training.distiller import Distiller
@@ -40,6 +41,7 @@ _HOMES = {
     "LabelStream": "sampling.labels",
     "Mixer": "views.mixing",
     "RingBuffer": "ring.buffer",
+    "RingPlan": "ring.plan",
     "Schedule": "training.schedule",
     "Teacher": "classifiers.ensemble",
     "Teachers": "classifiers.ensemble",
@@ -65,6 +67,7 @@ __all__ = [
     "LabelStream",
     "Mixer",
     "RingBuffer",
+    "RingPlan",
     "Schedule",
     "Teacher",
     "Teachers",

@@ -105,6 +105,7 @@ def test_public_names_are_stable_and_importable() -> None:
         "LabelStream",
         "Mixer",
         "RingBuffer",
+        "RingPlan",
         "Schedule",
         "Teacher",
         "Teachers",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.jobs import memory
 from dmkd_fast.jobs.images import later_samplers, make_origin
 from dmkd_fast.jobs.parts import Parts
-from dmkd_fast.jobs.resolve import share
 from dmkd_fast.ring.buffer import RingBuffer
 from dmkd_fast.runtime.device import resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
@@ -22,17 +22,12 @@ def build(
 ) -> Distiller:
     """Assemble a `Distiller` from a resolved config and its loaded parts."""
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
-    part = share(config, ranks).ring
     if ranks.world_size > 1:
         # Each rank draws its own dropout masks, and draws the same ones after a restart.
         torch.manual_seed(ranks.seed(config.seed))
     ring = RingBuffer(
-        part.capacity_images,
-        image_shape=parts.origin.image_shape,
-        block_images=config.block_images,
-        **part.model_dump(exclude={"capacity_images", "overlap"}),
-        guard_blocks=int(part.overlap),
-        own_stream=part.overlap,
+        memory.ring_plan(config, parts.origin.image_shape, ranks),
+        order=config.ring.order,
         num_classes=parts.origin.num_classes,
         device=device,
         seed=ranks.seed(config.seed),

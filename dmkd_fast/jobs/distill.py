@@ -12,7 +12,6 @@ from dmkd_fast.jobs import memory, results, run_dir
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.images import describe_images
 from dmkd_fast.jobs.parts import Parts, prepare
-from dmkd_fast.jobs.resolve import share
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
@@ -47,9 +46,8 @@ def run(
     config, resume = _place(config, resume, ranks)
     with ranks.agreed():
         config, parts = prepare(run_dir.find(config) if resume else config, ranks)
-        part = share(config, ranks)
-        memory.check(part, parts, ranks)
-    with memory.explained(part, parts):
+        memory.check(config, parts, ranks)
+    with memory.explained(config, parts, ranks):
         return _run(config, parts, clock, resume=resume, show=show, ranks=ranks)
 
 

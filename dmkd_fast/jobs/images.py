@@ -23,7 +23,6 @@ from dmkd_fast.data.stored import ImageReader
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.loading import Denoiser
 from dmkd_fast.denoisers.loading import load_denoiser as load_denoiser_
-from dmkd_fast.ring.limiter import slots_for
 from dmkd_fast.runtime.device import resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
@@ -181,10 +180,8 @@ def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
             raise UserError(
                 f"{name}: got {least}, expected at most the {count} images of source.path; lower it"
             )
-    most = config.ring.max_uses
-    if most is not None and count <= slots_for(
-        config.ring.capacity_images, config.source.block_images
-    ):
+    most, block = config.ring.max_uses, config.source.block_images
+    if most is not None and count <= -(-config.ring.capacity_images // block) * block:
         raise UserError(
             f"ring.max_uses: got {most} with a source of {count} images that fits into the ring, "
             "expected none, as its images are drawn until train.num_views; remove it"
@@ -237,14 +234,6 @@ def later_samplers(
     if isinstance(images, OpenSource):
         return []
     return [(phase.start, make_sampler(config, images, phase)) for phase in config.sampler.phases]
-
-
-def num_weights(images: Denoiser | OpenSource) -> int:
-    """Count the parameters that are kept on the device to generate images."""
-    if isinstance(images, OpenSource):
-        return 0
-    parts = [images.module] + ([] if images.decoder is None else [images.decoder])
-    return sum(p.numel() for part in parts for p in part.parameters())
 
 
 def describe_images(config: DistillConfig, images: Denoiser | OpenSource) -> str:

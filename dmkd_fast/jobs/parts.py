@@ -82,6 +82,7 @@ def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[DistillConfig,
         UserError: A setting or a file is wrong, or the machine cannot run the job.
     """
     config = resolve(config, ranks)
+    memory.ring_plan(config, ranks=ranks)  # refuse bad settings of the ring before anything loads
     with memory.explained(config):
         parts = load_parts(config)
     if isinstance(parts.origin, OpenSource):

@@ -30,7 +30,7 @@ from dmkd_fast.runtime import files
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import InFlight, is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.errors import NotFiniteError, UserError
+from dmkd_fast.runtime.errors import NotFiniteError, invalid
 from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler
@@ -99,11 +99,13 @@ class Distiller:
         self.schedule, self.test_set = schedule, test_set
         self.run_dir, self.device = Path(run_dir), ring.images.device
         self._ranks, self._batch = ranks, ranks.per_rank("batch_size", schedule.batch_size)
-        ring.check(self._batch)
-        if ring.guard_blocks and isinstance(sampler, ImageReader):
-            raise UserError(
-                f"guard_blocks: got {ring.guard_blocks} with an ImageReader, expected 0, as blocks "
-                "are not read ahead; make the ring without"
+        ring.plan.check_batch(self._batch)
+        if ring.plan.guard_blocks and isinstance(sampler, ImageReader):
+            raise invalid(
+                "guard_blocks",
+                f"{ring.plan.guard_blocks} with an ImageReader",
+                "0, as blocks are not read ahead",
+                "make the ring without",
             )
         # An image that one rank cannot read stops all ranks.
         self._readers = ranks if isinstance(sampler, ImageReader) else ALONE
@@ -174,7 +176,7 @@ class Distiller:
         """Tell whether to make a block early: there is a guard, and remaining views need it."""
         to_come = (self.num_steps - self.step) * self._batch
         return (
-            self.ring.guard_blocks > 0
+            self.ring.plan.guard_blocks > 0
             and self.ring.must_insert(to_come)
             and self.ring.may_insert(self._batch)
         )

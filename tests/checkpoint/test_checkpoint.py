@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from dying_os import CountingOs, DyingOs, FailingOs, PowerlessOs
+from rings import new_ring
 from safetensors.torch import load_file
 
-from dmkd_fast import RingBuffer
 from dmkd_fast.checkpoint import step_folders
 from dmkd_fast.ring.storage import BlockFiles
 from dmkd_fast.runtime import files, model_files
@@ -47,8 +47,8 @@ class SmallRun:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.state, self.writer = folder, State(), files.Writer()
-        self.ring = RingBuffer(
-            16, image_shape=(1, 4, 4), block_images=4, samples_per_insert=4, min_fill_images=4
+        self.ring = new_ring(
+            capacity_images=16, image_shape=(1, 4, 4), block_images=4, min_fill_images=4
         )
         self.blocks = BlockFiles(self.ring, folder / "blocks", self.writer, remakes=[self.make])
         self.saver = step_folders.Saver(folder / "checkpoints", self.writer, every_s=0, keep=2)
@@ -260,7 +260,7 @@ def test_blocks_that_cannot_be_made_again_send_back_to_a_checkpoint_without_them
     run.blocks.remakes = [lambda ids, labels, *, out: out.fill_(9)]
     notes = run.restore().notes
     assert len(notes) == 1 and "block-000000005.safetensors is missing" in notes[0]
-    assert "made again to the bit" in notes[0] and "step-000000001 is used" in notes[0]
+    assert "made again bit for bit" in notes[0] and "step-000000001 is used" in notes[0]
     assert run.facts() == old
     # Both need block 3: then there is nothing to go back to.
     (tmp_path / "blocks/block-000000003.safetensors").unlink()

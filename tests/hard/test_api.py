@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rings import new_ring
 from small_jobs import TinyDenoiser, small_classifier, tiny_sampler
 from torch import Tensor
 
@@ -109,7 +110,7 @@ def at_most(seconds: int) -> Any:
         signal.signal(signal.SIGALRM, previous)
 
 
-RING = {
+RING: dict[str, Any] = {
     "capacity_images": 12,
     "image_shape": (1, 8, 8),
     "block_images": 4,
@@ -165,14 +166,7 @@ SCHEDULE = {
 
 
 def filled_ring() -> RingBuffer:
-    ring = RingBuffer(
-        12,
-        image_shape=(1, 8, 8),
-        block_images=4,
-        samples_per_insert=4,
-        min_fill_images=4,
-        num_classes=4,
-    )
+    ring = new_ring(capacity_images=12, block_images=4, min_fill_images=4, num_classes=4)
     for _ in range(2):
         ids = torch.arange(4)
         ring.commit(ring.reserve(), ids=ids, labels=ids)
@@ -235,7 +229,8 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         schedule.lr_at(schedule.num_steps - 1)
 
     return {
-        "RingBuffer": (RingBuffer, RING),
+        "RingBuffer": (new_ring, RING),
+        "RingPlan.check_batch": (filled_ring().plan.check_batch, {"batch_size": 4}),
         "RingBuffer.sample": (draw, {"count": 4}),
         "RingBuffer.commit": (commit, {"ids": ids, "labels": labels}),
         "Views": (views, VIEWS),
@@ -346,14 +341,7 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
         made = {k: v() if callable(v) else v for k, v in chosen.items()}
         try:
             with at_most(20):
-                ring = RingBuffer(
-                    64,
-                    image_shape=(1, 8, 8),
-                    block_images=16,
-                    num_classes=4,
-                    samples_per_insert=4,
-                    min_fill_images=32,
-                )
+                ring = new_ring(num_classes=4)
                 batch = made.pop("batch_size")
                 distiller = Distiller(
                     ring=ring,

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from rings import new_ring
 from torch import Tensor, nn
 
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Mixer, RingBuffer, Schedule, Views
+from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Mixer, Schedule, Views
 from dmkd_fast.data.stored import ImageReader
 from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs.pretrain.denoiser import FLOW
@@ -103,11 +104,8 @@ def build_distiller(
     schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10}
     return Distiller(
         sampler=sampler,
-        ring=RingBuffer(
-            64 // ranks.world_size,
-            image_shape=(1, 8, 8),
-            block_images=16,
-            samples_per_insert=4,
+        ring=new_ring(
+            capacity_images=64 // ranks.world_size,
             min_fill_images=32 // ranks.world_size,
             seed=ranks.seed(seed),
             **(ring or {}),

@@ -147,10 +147,10 @@ MISTAKES = [
     (["sampler.num_steps=1001"], ["num_steps", "1001", "1000"]),
     (["sampler.guidance_scale=0.5"], ["sampler.guidance_scale", "0.5", "or equal to 1"]),
     (["ring.capacity_images=64"], ["ring.capacity_images", "got 64", "raise"]),
-    (["train.batch_size=9999999"], ["train.batch_size: got 9999999", "raise ring.capacity_images"]),
+    (["train.batch_size=9999999"], ["train.batch_size: got 9999999", "raise capacity_images"]),
     (["ring.min_fill_images=100000"], ["ring.min_fill_images", "100000", "lower"]),
     (["ring.samples_per_insert=0.001"], ["ring.samples_per_insert", "raise"]),
-    (["ring.error_buffer=1"], ["ring.error_buffer: got 1", "for ever", "raise error_buffer"]),
+    (["ring.error_buffer=1"], ["ring.error_buffer: got 1", "deadlock", "raise error_buffer"]),
     (["ring.max_uses=3"], ["ring.max_uses: got 3", "samples_per_insert=24", "raise"]),
     (
         [

@@ -14,31 +14,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rings import new_ring
 from run_state import fingerprint, rows
 from safetensors.torch import load_file
 from small_jobs import fit_until
 from small_models import small_dit
 from torch import Tensor, nn
 
-from dmkd_fast import (
-    DiffusionSampler,
-    Distiller,
-    LabelStream,
-    RingBuffer,
-    Schedule,
-    Views,
-    measure,
-    open_set,
-)
+from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Schedule, Views, measure, open_set
 from dmkd_fast.data.decode import decode
 from dmkd_fast.data.listing import Item
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.wrappers import Decoder
+from dmkd_fast.ring.cuda_sync import ProducerStream, SingleStream
 from dmkd_fast.runtime.device import make_repeatable
 from dmkd_fast.views.spec import InputSpec
 
 pytestmark = pytest.mark.cuda
-GUARDED = {"guard_blocks": 1, "own_stream": True}
 HAS_DRIVER = torch._C._cuda_getDeviceCount() > 0
 
 
@@ -89,7 +81,7 @@ def sampler(seed: int = 0) -> DiffusionSampler:
     )
 
 
-def job(run_dir: Path, *, ring: dict[str, Any] | None = None, **changes: Any) -> Distiller:
+def job(run_dir: Path, **changes: Any) -> Distiller:
     """40 steps in float16 with averaged weights; everything compiled."""
     torch._dynamo.reset()  # else it gives up after eight networks of one kind and runs them eagerly
     torch.manual_seed(5)
@@ -105,16 +97,7 @@ def job(run_dir: Path, *, ring: dict[str, Any] | None = None, **changes: Any) ->
     }
     return Distiller(
         sampler=sampler(),
-        ring=RingBuffer(
-            64,
-            image_shape=(3, 16, 16),
-            block_images=16,
-            samples_per_insert=4,
-            device="cuda",
-            min_fill_images=32,
-            num_classes=10,
-            **(GUARDED if ring is None else ring),
-        ),
+        ring=new_ring(image_shape=(3, 16, 16), device="cuda", num_classes=10, guard_blocks=1),
         labels=LabelStream(10, device="cuda"),
         teacher=teacher,
         student=student,
@@ -156,12 +139,12 @@ def test_two_runs_and_a_resumed_one_end_with_the_same_bits(tmp_path: Path) -> No
 
 
 def test_a_stream_of_its_own_changes_no_bit(tmp_path: Path) -> None:
-    both = [
-        fitted(job(tmp_path / name, ring=ring, num_views=1600))
-        for name, ring in (("one", {"guard_blocks": 1}), ("two", GUARDED))
-    ]
-    assert fingerprint(both[0]) == fingerprint(both[1])
-    assert both[1].ring._fences is not None and both[0].ring.num_inserted == 400
+    one = job(tmp_path / "one", num_views=1600)
+    one.ring._streams = SingleStream()
+    expected = fingerprint(fitted(one))
+    two = fitted(job(tmp_path / "two", num_views=1600))
+    assert isinstance(two.ring._streams, ProducerStream) and fingerprint(two) == expected
+    assert one.ring.num_inserted == 400
 
 
 def test_images_of_a_damaged_block_are_made_again_on_the_gpu(tmp_path: Path) -> None:
@@ -176,7 +159,7 @@ def test_images_of_a_damaged_block_are_made_again_on_the_gpu(tmp_path: Path) -> 
     held = again._keeper.blocks._named
     assert len(held) >= 3
     for number in held:
-        slots = again._keeper.blocks._slots(number)
+        slots = again._keeper.blocks.ring.blocks.slots(number)
         assert torch.equal(again.ring.images[slots], images[slots])
 
 
@@ -187,7 +170,7 @@ def test_blocks_and_checkpoints_hold_what_the_gpu_held(tmp_path: Path) -> None:
     for name, value in run.student.state_dict().items():
         assert torch.equal(saved[f"student/{name}"], value.cpu()), name
     for path in (run.run_dir / "blocks").glob("block-*"):
-        slots = run._keeper.blocks._slots(int(path.stem.partition("-")[2]))
+        slots = run._keeper.blocks.ring.blocks.slots(int(path.stem.partition("-")[2]))
         assert torch.equal(load_file(path)["images"], run.ring.images[slots].cpu())
 
 

@@ -15,20 +15,12 @@ from typing import Any
 import pytest
 import torch
 from on_device import OnDevice
+from rings import new_ring
 from small_models import VAE, small_dit, spread
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dmkd_fast import (
-    DiffusionSampler,
-    Distiller,
-    LabelStream,
-    RingBuffer,
-    Schedule,
-    Teacher,
-    Teachers,
-    Views,
-)
+from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Schedule, Teacher, Teachers, Views
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.wrappers import Decoder
 from dmkd_fast.views.spec import InputSpec
@@ -84,15 +76,7 @@ def job(run_dir: Path) -> Distiller:
     )
     return Distiller(
         sampler=sampler,
-        ring=RingBuffer(
-            64,
-            image_shape=(3, 16, 16),
-            block_images=16,
-            samples_per_insert=4,
-            min_fill_images=32,
-            num_classes=10,
-            guard_blocks=1,
-        ),
+        ring=new_ring(image_shape=(3, 16, 16), num_classes=10, guard_blocks=1),
         labels=LabelStream(10),
         teacher=teachers,
         student=classifier(16),

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from dying_os import FailingOs
+from rings import new_ring
 from safetensors.torch import load_file
 from small_jobs import tiny_sampler
 
-from dmkd_fast import LabelStream, RingBuffer
+from dmkd_fast import LabelStream
 from dmkd_fast.checkpoint import step_folders
 from dmkd_fast.ring.storage import BlockFiles
 from dmkd_fast.runtime import files
@@ -22,9 +23,7 @@ class Made:
     """A ring of four blocks of 16, filled by a sampler as a run fills it."""
 
     def __init__(self, folder: Path) -> None:
-        self.ring = RingBuffer(
-            64, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4, min_fill_images=32
-        )
+        self.ring = new_ring()
         self.sampler, self.labels = tiny_sampler(), LabelStream(4)
         self.writer = files.Writer()
         self.blocks = BlockFiles(
@@ -156,9 +155,7 @@ def test_another_ring_is_refused(make: Callable[[], Made]) -> None:
     run.add(2)
     run.save(1)
     other = make()
-    other.ring = RingBuffer(
-        128, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4, min_fill_images=32
-    )
+    other.ring = new_ring(capacity_images=128)
     other.blocks.ring = other.ring
     with pytest.raises(ValueError, match=r"ring does not fit .*\[16, 64, 1, 8, 8\]"):
         other.restore()

@@ -14,13 +14,12 @@ from small_jobs import CONFIG, fit_until
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dmkd_fast import Distiller, cli
+from dmkd_fast import Distiller, RingPlan, cli
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.jobs import memory
 from dmkd_fast.jobs import parts as parts_module
 from dmkd_fast.jobs.parts import Parts, load_parts
 from dmkd_fast.loss.functional import kd_loss_and_grad
-from dmkd_fast.ring.plan import capacity_plan
 from dmkd_fast.training.metrics import Metrics
 
 Make = Callable[..., Distiller]
@@ -81,7 +80,7 @@ def test_blocks_are_made_ahead_of_need_but_none_in_vain(make_distiller: Make) ->
 def test_settings_that_would_stop_the_loop_are_refused_before_it_starts(
     make_distiller: Make,
 ) -> None:
-    with pytest.raises(ValueError, match=r"error_buffer: got 30.*for ever"):
+    with pytest.raises(ValueError, match=r"error_buffer: got 30.*deadlock"):
         make_distiller(ring={"error_buffer": 30.0})
     with pytest.raises(ValueError, match="batch_size: got 128, expected at most 64"):
         make_distiller(batch_size=128)
@@ -219,7 +218,13 @@ def test_dry_run_prints_the_exact_bytes_and_allocates_no_ring(
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**11)
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    plan = capacity_plan(200_000, image_shape=(3, 256, 256), block_images=64)
+    plan = RingPlan(
+        capacity_images=200_000,
+        image_shape=(3, 256, 256),
+        block_images=64,
+        samples_per_insert=1.0,
+        min_fill_images=64,
+    ).num_bytes
     assert plan["images"] == 200_000 * 3 * 256 * 256
     for name, count in plan.items():
         assert f"  ring {name}: {count:,} bytes" in out
