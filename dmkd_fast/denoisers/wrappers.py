@@ -5,13 +5,25 @@ Shapes: B batch, c channels, h x w latent cells, H x W pixels, L tokens of a pro
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmkd_fast.denoisers.upsampling import double_by_phases
+
+
+def import_diffusers() -> Any:
+    """Import diffusers without the warnings of packages that it tries to import."""
+    # An xFormers that was built for another torch logs long warnings about missing kernels.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    import diffusers
+
+    return diffusers
 
 
 class PixelDiT(nn.Module):
@@ -97,10 +109,8 @@ class Decoder(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        from diffusers.models.upsampling import Upsample2D
-
         self.vae = vae
-        double_by_phases(vae.decoder, Upsample2D)
+        double_by_phases(vae.decoder, import_diffusers().models.upsampling.Upsample2D)
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(vae.config.get("shift_factor") or 0.0)
 
