@@ -44,8 +44,8 @@ class PixelDiT(nn.Module):
             timesteps: (B,) in [0, 1000).
             labels: (B,) int64.
         """
-        dit: Any = self.dit
-        return dit(latents, timestep=timesteps, class_labels=labels).sample
+        prediction: Tensor = self.dit(latents, timestep=timesteps, class_labels=labels).sample
+        return prediction
 
 
 class ClassUNet(nn.Module):
@@ -63,8 +63,8 @@ class ClassUNet(nn.Module):
             timesteps: (B,).
             labels: (B,) int64.
         """
-        unet: Any = self.unet
-        return unet(latents, timesteps, class_labels=labels).sample
+        prediction: Tensor = self.unet(latents, timesteps, class_labels=labels).sample
+        return prediction
 
 
 class TextUNet(nn.Module):
@@ -91,13 +91,13 @@ class TextUNet(nn.Module):
             labels: (B,) int64.
             guidance: Guidance scales, (B,), for guidance-distilled models; None for others.
         """
-        unet: Any = self.unet
         condition = None
         if guidance is not None:
             condition = _guidance_waves(guidance - 1, self.guidance_width).to(latents.dtype)
-        return unet(
+        prediction: Tensor = self.unet(
             latents, timesteps, encoder_hidden_states=self.prompts[labels], timestep_cond=condition
         ).sample
+        return prediction
 
 
 class Decoder(nn.Module):
@@ -116,8 +116,8 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode latents (B, c, h, w) to images (B, 3, H, W) in [-1, 1]."""
-        vae: Any = self.vae
-        return vae.decode(latents / self.scale + self.shift).sample
+        images: Tensor = self.vae.decode(latents / self.scale + self.shift).sample
+        return images
 
 
 def _guidance_waves(guidance: Tensor, width: int) -> Tensor:
