@@ -9,7 +9,7 @@ from typing import get_args
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.errors import invalid
-from dmkd_fast.sampling.noise_levels import Solver
+from dmkd_fast.sampling.noise_levels import MOST_TRAINED, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Steps:
     at the same cost)."""
 
     def __post_init__(self) -> None:
-        checks.whole("steps.count", self.count, low=1, high=1_000_000)
+        checks.whole("steps.count", self.count, low=1, high=MOST_TRAINED)
         if self.solver not in get_args(Solver):
             raise invalid(
                 "steps.solver", repr(self.solver), f"one of {', '.join(get_args(Solver))}"
