@@ -26,16 +26,17 @@ from benchmarks.study import RESNET, load_teacher
 from dmkd_fast import (
     DiffusionSampler,
     Distiller,
+    Guidance,
     LabelStream,
     RingBuffer,
     RingPlan,
     Schedule,
+    Steps,
     Views,
 )
 from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.networks import DenoiserConfig
-from dmkd_fast.denoisers.loading import Denoiser
 from dmkd_fast.jobs.images import open_denoiser
 from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.device import peak_memory_mib, resolve_dtype, set_num_threads
@@ -198,17 +199,10 @@ def _ring(capacity_images: int, *, min_fill_images: int) -> RingBuffer:
 def _sampler(count: int, *, num_steps: int = 8) -> DiffusionSampler:
     device = torch.device("cpu")
     path = "embedded:fashion_mnist/denoiser"
-    denoiser: Denoiser = open_denoiser(DenoiserConfig(path=path), device)
     return DiffusionSampler(
-        denoiser.module,
-        scheduler=denoiser.scheduler,
-        latent_shape=denoiser.latent_shape,
-        decoder=denoiser.decoder,
-        null_class=denoiser.null_class,
-        num_classes=10,
-        num_steps=num_steps,
-        solver="dpm++2m",
-        guidance_scale=1.5,
+        open_denoiser(DenoiserConfig(path=path), device),
+        Steps(count=num_steps, solver="dpm++2m"),
+        Guidance(scale=1.5),
         micro_batch_images=count,
         dtype=resolve_dtype("auto", device),
         device=device,

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.imagenet import DDIM, TINY, Settings
-from dmkd_fast import DiffusionSampler
+from dmkd_fast import Denoiser, DiffusionSampler, Guidance, Steps
 from dmkd_fast.denoisers.dit import lean_dit
-from dmkd_fast.denoisers.loading import share_embedder
+from dmkd_fast.denoisers.trainable import share_embedder
 from dmkd_fast.runtime.device import resolve_dtype
 
 STEPS = 10
@@ -65,12 +65,15 @@ def _row(
     lean.choose_attention(attention, device=device, dtype=half)
     # Latents as four-channel images: the decoder's cost is measured by itself.
     sampler = DiffusionSampler(
-        lean,
-        scheduler=DDIM,
-        latent_shape=(4, side, side),
-        null_class=settings.num_classes,
-        num_steps=STEPS,
-        guidance_scale=settings.guidance_scale,
+        Denoiser(
+            module=lean,
+            scheduler=DDIM,
+            latent_shape=(4, side, side),
+            num_classes=settings.num_classes,
+            null_class=settings.num_classes,
+        ),
+        Steps(count=STEPS),
+        Guidance(scale=settings.guidance_scale),
         micro_batch_images=batch,
         dtype=half,
         device=device,

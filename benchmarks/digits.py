@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from dmkd_fast import DiffusionSampler, Views, kd_loss_and_grad, load_denoiser
+from dmkd_fast import DiffusionSampler, Steps, Views, kd_loss_and_grad, load_denoiser
 from dmkd_fast.assets import resolve
 
 ROOT = Path(__file__).parent.parent
@@ -111,14 +111,7 @@ def _hash_views() -> str:
 
 def _hash_images() -> str:
     denoiser = load_denoiser(resolve("embedded:fashion_mnist/fewstep"), torch.device("cpu"))
-    sampler = DiffusionSampler(
-        denoiser.module,
-        scheduler=denoiser.scheduler,
-        latent_shape=denoiser.latent_shape,
-        null_class=denoiser.null_class,
-        num_steps=4,
-        micro_batch_images=64,
-    )
+    sampler = DiffusionSampler(denoiser, Steps(count=4), micro_batch_images=64)
     ids = torch.arange(64)
     out = torch.empty((64, *denoiser.image_shape), dtype=torch.uint8)
     return hashlib.sha256(_bytes(sampler.sample(ids, ids % 10, out=out))).hexdigest()

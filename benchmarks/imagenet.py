@@ -33,17 +33,20 @@ from benchmarks.harness import Report, arguments, peak_mib, recorded, time_inter
 from benchmarks.kd_loss import eager as eager_loss
 from benchmarks.ring import bare_step
 from dmkd_fast import (
+    Denoiser,
     DiffusionSampler,
     Distiller,
+    Guidance,
     LabelStream,
     RingBuffer,
     RingPlan,
     Schedule,
+    Steps,
     Views,
     kd_loss_and_grad,
 )
 from dmkd_fast.denoisers.dit import lean_dit
-from dmkd_fast.denoisers.loading import share_embedder
+from dmkd_fast.denoisers.trainable import share_embedder
 from dmkd_fast.denoisers.wrappers import Decoder
 from dmkd_fast.runtime.device import make_repeatable, resolve_device, resolve_dtype, set_num_threads
 
@@ -317,13 +320,17 @@ class Bench:
         del dit
         lean.choose_attention("auto", device=self.device, dtype=self.half)
         sampler = DiffusionSampler(
-            lean,
-            scheduler=DDIM,
-            latent_shape=(4, s.latent_side, s.latent_side),
-            decoder=Decoder(vae).to(memory_format=torch.channels_last),
-            null_class=s.num_classes,
-            num_steps=steps,
-            guidance_scale=s.guidance_scale,
+            Denoiser(
+                module=lean,
+                scheduler=DDIM,
+                latent_shape=(4, s.latent_side, s.latent_side),
+                image_shape=(3, s.image_side, s.image_side),
+                decoder=Decoder(vae).to(memory_format=torch.channels_last),
+                num_classes=s.num_classes,
+                null_class=s.num_classes,
+            ),
+            Steps(count=steps),
+            Guidance(scale=s.guidance_scale),
             micro_batch_images=s.sampler_batch,
             dtype=self.half,
             device=self.device,
@@ -354,12 +361,9 @@ class Bench:
             ids, classes = labels.peek(ring.block_images)
             ring.commit(block, ids=ids, labels=classes)
             labels.advance(len(ids))
+        shape = 3, s.image_side, s.image_side
         unused = DiffusionSampler(
-            nn.Identity(),
-            scheduler=DDIM,
-            latent_shape=(3, s.image_side, s.image_side),
-            num_steps=1,
-            device=self.device,
+            Denoiser(module=nn.Identity(), scheduler=DDIM, latent_shape=shape), device=self.device
         )
         return Distiller(
             sampler=unused,

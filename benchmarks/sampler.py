@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from dmkd_fast import DiffusionSampler, load_denoiser
+from dmkd_fast import Denoiser, DiffusionSampler, Guidance, Steps, load_denoiser
 from dmkd_fast.assets import resolve
 from dmkd_fast.denoisers.dit import LeanDiT, lean_dit
-from dmkd_fast.denoisers.loading import Denoiser, share_embedder
+from dmkd_fast.denoisers.trainable import share_embedder
 from dmkd_fast.denoisers.wrappers import Decoder
 from dmkd_fast.runtime.device import (
     keep_freed_memory,
@@ -126,14 +126,8 @@ class Bench:
                 loop = partial(flow_loop, module, dtype, labels, steps, 1.5)
                 arms[name] = partial(_as_users_run_it, loop)
             for name, compiled in (("lean eager", False), ("ours", True)):
-                sampler = self._sampler(
-                    load_denoiser(folder, self.device),
-                    steps,
-                    batch,
-                    compiled,
-                    guidance_scale=1.5,
-                    solver="euler",
-                )
+                loaded = load_denoiser(folder, self.device)
+                sampler = self._sampler(loaded, steps, batch, compiled, 1.5)
                 arms[name] = self._call(sampler, labels, (1, 28, 28))
             flops = 2 * steps * forward_flops(load_denoiser(folder, self.device), self.device)
             medians = self._time(arms, "embedded DiT", "none", steps, batch, flops)
@@ -219,28 +213,24 @@ class Bench:
                 image_shape=(3, pixels, pixels),
                 decoder=Decoder(copy.deepcopy(vae)).to(memory_format=torch.channels_last),
             )
-            sampler = self._sampler(loaded, steps, batch, compiled, guidance_scale=4.0)
+            sampler = self._sampler(loaded, steps, batch, compiled, 4.0)
             arms[name] = self._call(sampler, labels, loaded.image_shape)
         flops = 2 * steps * dit_flops(dict(dit.config)) + decoder_flops(vae, size)
         return self._time(arms, model, decoder, steps, batch, flops)
 
     def _sampler(
-        self, loaded: Denoiser, steps: int, batch: int, compiled: bool, **settings: Any
+        self, loaded: Denoiser, steps: int, batch: int, compiled: bool, scale: float
     ) -> DiffusionSampler:
         if isinstance(loaded.module, LeanDiT):
             loaded.module.choose_attention("auto", device=self.device, dtype=self.half)
         return DiffusionSampler(
-            loaded.module,
-            scheduler=loaded.scheduler,
-            latent_shape=loaded.latent_shape,
-            decoder=loaded.decoder,
-            null_class=loaded.null_class,
-            num_steps=steps,
+            loaded,
+            Steps(count=steps),
+            Guidance(scale=scale),
             micro_batch_images=batch,
             dtype=self.half,
             device=self.device,
             compile=compiled,
-            **settings,
         )
 
     def _call(

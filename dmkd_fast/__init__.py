@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from dmkd_fast.classifiers.ensemble import Teacher, Teachers
     from dmkd_fast.classifiers.loading import load_classifier, save_classifier
     from dmkd_fast.data.test_sets import EncodedSet, ImageSet, load_idx, open_set
+    from dmkd_fast.denoisers.denoiser import Denoiser
     from dmkd_fast.denoisers.loading import load_denoiser
     from dmkd_fast.loss.functional import DistillKL, kd_loss, kd_loss_and_grad
     from dmkd_fast.ring.buffer import RingBuffer
     from dmkd_fast.ring.plan import RingPlan
+    from dmkd_fast.sampling.arguments import Guidance, Steps
     from dmkd_fast.sampling.labels import LabelStream
     from dmkd_fast.sampling.sampler import DiffusionSampler
     from dmkd_fast.training.distiller import Distiller
@@ -32,10 +34,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Denoiser": "denoisers.denoiser",
     "DiffusionSampler": "sampling.sampler",
     "DistillKL": "loss.functional",
     "Distiller": "training.distiller",
     "EncodedSet": "data.test_sets",
+    "Guidance": "sampling.arguments",
     "ImageSet": "data.test_sets",
     "InputSpec": "views.spec",
     "LabelStream": "sampling.labels",
@@ -43,6 +47,7 @@ _HOMES = {
     "RingBuffer": "ring.buffer",
     "RingPlan": "ring.plan",
     "Schedule": "training.schedule",
+    "Steps": "sampling.arguments",
     "Teacher": "classifiers.ensemble",
     "Teachers": "classifiers.ensemble",
     "ViewSpec": "views.crops",
@@ -58,10 +63,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "Denoiser",
     "DiffusionSampler",
     "DistillKL",
     "Distiller",
     "EncodedSet",
+    "Guidance",
     "ImageSet",
     "InputSpec",
     "LabelStream",
@@ -69,6 +76,7 @@ __all__ = [
     "RingBuffer",
     "RingPlan",
     "Schedule",
+    "Steps",
     "Teacher",
     "Teachers",
     "ViewSpec",

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dmkd_fast"
 HOMES = {
     "timm": {"classifiers/loading.py"},
     "torchvision": {"classifiers/loading.py"},
-    "diffusers": {"denoisers/loading.py", "denoisers/wrappers.py"},
+    "diffusers": {"denoisers/wrappers.py"},
     "transformers": {"denoisers/prompts.py"},
     "xformers": {"denoisers/attention.py"},
     "huggingface_hub": {"assets/__init__.py"},
@@ -96,10 +96,12 @@ def test_folders_are_small() -> None:
 
 def test_public_names_are_stable_and_importable() -> None:
     assert dmkd_fast.__all__ == [
+        "Denoiser",
         "DiffusionSampler",
         "DistillKL",
         "Distiller",
         "EncodedSet",
+        "Guidance",
         "ImageSet",
         "InputSpec",
         "LabelStream",
@@ -107,6 +109,7 @@ def test_public_names_are_stable_and_importable() -> None:
         "RingBuffer",
         "RingPlan",
         "Schedule",
+        "Steps",
         "Teacher",
         "Teachers",
         "ViewSpec",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,15 +22,24 @@ from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.listing import SourceError
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
-from dmkd_fast.denoisers.loading import Denoiser
 from dmkd_fast.denoisers.loading import load_denoiser as load_denoiser_
 from dmkd_fast.runtime.device import resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.sampling.arguments import Guidance, Steps
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.noise_levels import choose_solver
 from dmkd_fast.sampling.sampler import DiffusionSampler
+
+# Settings of section `sampler`, by the arguments of `DiffusionSampler` that they become.
+SETTINGS = {
+    "steps.count": "num_steps",
+    "steps.solver": "solver",
+    "guidance.scale": "guidance_scale",
+    "guidance.by_class": "class_guidance",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +74,9 @@ def resolve_sampler(config: DistillConfig, denoiser: Denoiser) -> DistillConfig:
     Raises:
         UserError: The solver or the kind of attention does not work with the denoiser.
     """
-    solver, name = (
-        choose_solver(denoiser.scheduler, config.sampler.solver),
-        config.sampler.attention,
-    )
+    with _named_as_settings():
+        solver = choose_solver(denoiser.scheduler, config.sampler.solver)
+    name = config.sampler.attention
     if isinstance(denoiser.module, LeanDiT):
         name = denoiser.module.choose_attention(
             name, device=resolve_device(config.device), dtype=getattr(torch, config.dtype)
@@ -88,27 +98,23 @@ def make_sampler(
     """Build the sampler of a resolved config, for the start of the run or for a later phase."""
     sampling = config.sampler
     which = sampling if phase is None else phase
-    return DiffusionSampler(
-        denoiser.module,
-        scheduler=denoiser.scheduler,
-        latent_shape=denoiser.latent_shape,
-        decoder=denoiser.decoder,
-        null_class=denoiser.null_class,
-        takes_guidance=denoiser.takes_guidance,
-        num_classes=denoiser.num_classes,
-        class_map=denoiser.class_map,
-        num_steps=which.num_steps,
-        solver=sampling.solver,
-        guidance_scale=which.guidance_scale,
-        class_guidance=sampling.guidance_of_classes,
-        guidance_interval=sampling.guidance_interval,
-        guidance_channels=sampling.guidance_channels,
-        micro_batch_images=sampling.micro_batch_images,
-        dtype=getattr(torch, config.dtype),
-        device=resolve_device(config.device),
-        seed=config.seed,
-        compile=sampling.compile is True,
+    guidance = Guidance(
+        scale=which.guidance_scale,
+        by_class=sampling.guidance_of_classes,
+        interval=sampling.guidance_interval,
+        channels=sampling.guidance_channels,
     )
+    with _named_as_settings():
+        return DiffusionSampler(
+            denoiser,
+            Steps(count=which.num_steps, solver=sampling.solver),
+            guidance,
+            micro_batch_images=sampling.micro_batch_images,
+            dtype=getattr(torch, config.dtype),
+            device=resolve_device(config.device),
+            seed=config.seed,
+            compile=sampling.compile is True,
+        )
 
 
 def open_source(
@@ -257,6 +263,18 @@ def card_sentence(config: DistillConfig) -> str:
         return f"{text} {no_real}" if config.source.kind == "shards" else text
     assert config.denoiser is not None
     return f"`{config.denoiser.path}` ({_steps(config.sampler)}). {no_real}"
+
+
+@contextmanager
+def _named_as_settings() -> Iterator[None]:
+    """Name settings of the config in errors about the arguments of a sampler."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for argument, setting in SETTINGS.items():
+            text = text.replace(argument, f"sampler.{setting}")
+        raise UserError(text) from None
 
 
 def _steps(sampling: SamplerConfig) -> str:

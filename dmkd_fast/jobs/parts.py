@@ -10,7 +10,7 @@ from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
-from dmkd_fast.denoisers.loading import Denoiser
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.evaluate import open_test_set
 from dmkd_fast.jobs.images import (

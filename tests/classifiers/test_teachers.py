@@ -278,7 +278,7 @@ def test_a_weak_then_strong_run_resumes_in_the_right_phase(make_distiller: Make)
             ]
         )
         distiller = make_distiller(run_dir=run_dir)
-        later = [(0.5, tiny_sampler(num_steps=1, guidance_scale=1.0))]
+        later = [(0.5, tiny_sampler(count=1, scale=1.0))]
         return with_teacher(distiller, teachers, later_samplers=later)
 
     whole, broken = scheduled(), scheduled()
@@ -302,7 +302,7 @@ def test_a_weak_then_strong_run_resumes_in_the_right_phase(make_distiller: Make)
 
 def test_later_samplers_make_the_images_from_their_share_on(make_distiller: Make) -> None:
     distiller = make_distiller()
-    late = tiny_sampler(num_steps=1, guidance_scale=1.0)
+    late = tiny_sampler(count=1, scale=1.0)
     made: list[tuple[str, float]] = []
     distiller = with_teacher(distiller, distiller.teacher, later_samplers=[(0.5, late)])
     for name, sampler in (("first", distiller.sampler), ("late", late)):

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 from rings import new_ring
-from small_jobs import TinyDenoiser, small_classifier, tiny_sampler
+from small_jobs import TinyDenoiser, sampler_from, small_classifier, tiny_sampler
 from torch import Tensor
 
 from dmkd_fast import (
-    DiffusionSampler,
     Distiller,
     InputSpec,
     LabelStream,
@@ -138,10 +137,10 @@ SAMPLER = {
     "latent_shape": (1, 8, 8),
     "null_class": 4,
     "num_classes": 4,
-    "num_steps": 2,
-    "guidance_scale": 2.0,
-    "guidance_interval": (0.0, 1.0),
-    "guidance_channels": None,
+    "steps.count": 2,
+    "guidance.scale": 2.0,
+    "guidance.interval": (0.0, 1.0),
+    "guidance.channels": None,
     "micro_batch_images": 4,
     "dtype": torch.float32,
     "seed": 0,
@@ -183,7 +182,7 @@ def values_for(name: str, good: Any, pick: random.Random) -> Any:
         (("dtype",), DTYPES),
         (("scale", "ratio", "interval"), PAIRS),
     ):
-        if name.endswith(kinds) and name != "guidance_scale":
+        if name.endswith(kinds) and name != "guidance.scale":
             return pick.choice(pool)
     if name == "null_class":  # How many embeddings a network has is not known.
         return pick.choice([0, 3, -1, 1.5, None, True, 2**63])
@@ -202,7 +201,8 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         Views(**settings)(slots, ids, ids, ids)
 
     def sample(**settings: Any) -> None:
-        sampler = DiffusionSampler(TinyDenoiser(), scheduler=FLOW, **settings)
+        settings = {name.split(".")[-1]: value for name, value in settings.items()}
+        sampler = sampler_from(module=TinyDenoiser(), scheduler=FLOW, **settings)
         if sampler.micro_batch_images <= 64:
             sampler.sample(ids, labels, out=torch.empty_like(slots))
 
@@ -256,11 +256,11 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "LabelStream.labels_of": (LabelStream(4).labels_of, {"ids": ids}),
         "DiffusionSampler": (sample, SAMPLER),
         "DiffusionSampler.sample": (
-            tiny_sampler(num_classes=4).sample,
+            tiny_sampler().sample,
             {"ids": ids, "labels": labels, "out": torch.empty_like(slots)},
         ),
         "DiffusionSampler.trajectory": (
-            tiny_sampler(num_classes=4).trajectory,
+            tiny_sampler().trajectory,
             {"ids": torch.arange(16), "labels": torch.arange(16) % 4},
         ),
         "Schedule": (rates, SCHEDULE),
@@ -321,7 +321,7 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
         "alpha": [0.5, 1.0, 0.0, -1.0, float("nan"), 2.0],
         "temperature": [4.0, 0.0, -1.0, float("nan"), 1e30, 1e-30],
         "sampler": [
-            lambda: tiny_sampler(num_classes=4),
+            lambda: tiny_sampler(),
             lambda: tiny_sampler(num_classes=3),
             lambda: tiny_sampler(num_classes=4, micro_batch_images=7),
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,17 @@ import torch
 from rings import new_ring
 from torch import Tensor, nn
 
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Mixer, Schedule, Views
+from dmkd_fast import (
+    Denoiser,
+    DiffusionSampler,
+    Distiller,
+    Guidance,
+    LabelStream,
+    Mixer,
+    Schedule,
+    Steps,
+    Views,
+)
 from dmkd_fast.data.stored import ImageReader
 from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs.pretrain.denoiser import FLOW
@@ -52,17 +63,28 @@ class TinyDenoiser(nn.Module):
         return self.mix(latents) + shift.to(latents.dtype)
 
 
+def sampler_from(**settings: Any) -> DiffusionSampler:
+    """Build a sampler from the fields of its three parts and its own arguments, in one list."""
+    parts: list[Any] = []
+    for kind in (Denoiser, Steps, Guidance):
+        names = {field.name for field in fields(kind)} & settings.keys()
+        parts.append(kind(**{name: settings.pop(name) for name in names}))
+    return DiffusionSampler(*parts, **settings)
+
+
 def tiny_sampler(**changes: object) -> DiffusionSampler:
     """Build a sampler of 8 x 8 images of four classes."""
     settings: dict[str, object] = {
+        "module": TinyDenoiser(),
         "scheduler": FLOW,
         "latent_shape": (1, 8, 8),
+        "num_classes": 4,
         "null_class": 4,
-        "num_steps": 3,
-        "guidance_scale": 2.0,
+        "count": 3,
+        "scale": 2.0,
         "micro_batch_images": 16,
     }
-    return DiffusionSampler(TinyDenoiser(), **(settings | changes))  # type: ignore[arg-type]
+    return sampler_from(**(settings | changes))
 
 
 def small_classifier(*, dropout: float = 0.0) -> nn.Module:

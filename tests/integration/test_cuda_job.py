@@ -21,7 +21,18 @@ from small_jobs import fit_until
 from small_models import small_dit
 from torch import Tensor, nn
 
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Schedule, Views, measure, open_set
+from dmkd_fast import (
+    Denoiser,
+    DiffusionSampler,
+    Distiller,
+    Guidance,
+    LabelStream,
+    Schedule,
+    Steps,
+    Views,
+    measure,
+    open_set,
+)
 from dmkd_fast.data.decode import decode
 from dmkd_fast.data.listing import Item
 from dmkd_fast.denoisers.dit import lean_dit
@@ -66,13 +77,17 @@ def sampler(seed: int = 0) -> DiffusionSampler:
     lean.choose_attention("auto", device=torch.device("cuda"), dtype=torch.float16)
     vae = spread(diffusers.AutoencoderKL(**VAE), seed=1)
     return DiffusionSampler(
-        lean,
-        scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
-        latent_shape=(4, 8, 8),
-        decoder=Decoder(vae).to(memory_format=torch.channels_last),
-        null_class=1000,
-        num_steps=3,
-        guidance_scale=2.0,
+        Denoiser(
+            module=lean,
+            scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
+            latent_shape=(4, 8, 8),
+            image_shape=(3, 16, 16),
+            decoder=Decoder(vae).to(memory_format=torch.channels_last),
+            num_classes=1000,
+            null_class=1000,
+        ),
+        Steps(count=3),
+        Guidance(scale=2.0),
         micro_batch_images=16,
         dtype=torch.float16,
         device="cuda",

@@ -23,8 +23,10 @@ from benchmarks.sampler import diffusers_dit
 from dmkd_fast import (
     DiffusionSampler,
     Distiller,
+    Guidance,
     ImageSet,
     InputSpec,
+    Steps,
     kd_loss,
     load_denoiser,
     load_idx,
@@ -53,14 +55,7 @@ def test_diffusers_loop_makes_the_images_of_our_sampler() -> None:
     folder = resolve(DENOISER)
     loaded = load_denoiser(folder, torch.device("cpu"))
     sampler = DiffusionSampler(
-        loaded.module,
-        scheduler=loaded.scheduler,
-        latent_shape=loaded.latent_shape,
-        null_class=loaded.null_class,
-        num_steps=8,
-        solver="dpm++2m",
-        guidance_scale=1.5,
-        micro_batch_images=8,
+        loaded, Steps(count=8, solver="dpm++2m"), Guidance(scale=1.5), micro_batch_images=8
     )
     ids = torch.arange(8)
     ours = sampler.sample(ids, ids, out=torch.empty(8, 1, 28, 28, dtype=torch.uint8))

@@ -20,7 +20,18 @@ from small_models import VAE, small_dit, spread
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Schedule, Teacher, Teachers, Views
+from dmkd_fast import (
+    Denoiser,
+    DiffusionSampler,
+    Distiller,
+    Guidance,
+    LabelStream,
+    Schedule,
+    Steps,
+    Teacher,
+    Teachers,
+    Views,
+)
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.wrappers import Decoder
 from dmkd_fast.views.spec import InputSpec
@@ -57,18 +68,20 @@ def job(run_dir: Path) -> Distiller:
     lean = lean_dit(small_dit())
     assert lean is not None
     sampler = DiffusionSampler(
-        lean,
-        scheduler={"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
-        latent_shape=(4, 8, 8),
-        decoder=Decoder(spread(diffusers.AutoencoderKL(**VAE))),
-        null_class=1000,
-        num_steps=3,
-        guidance_scale=2.0,
-        guidance_interval=(0.0, 0.7),
-        guidance_channels=3,
+        Denoiser(
+            module=lean,
+            scheduler={"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
+            latent_shape=(4, 8, 8),
+            image_shape=(3, 16, 16),
+            decoder=Decoder(spread(diffusers.AutoencoderKL(**VAE))),
+            num_classes=10,
+            null_class=1000,
+            class_map=tuple(range(10)),
+        ),
+        Steps(count=3),
+        Guidance(scale=2.0, interval=(0.0, 0.7), channels=3),
         micro_batch_images=16,
         dtype=torch.float16,
-        class_map=tuple(range(10)),
     )
     spec = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     teachers = Teachers(

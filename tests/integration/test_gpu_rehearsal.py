@@ -153,7 +153,7 @@ def test_trial_runs_of_a_captured_sampler_are_not_counted() -> None:
     from sampler_cases import dit_sampler
 
     with pretended(), torch.inference_mode():
-        sampler = dit_sampler(num_steps=1, device="cuda")
+        sampler = dit_sampler(count=1, device="cuda")
         next(sampler._module.parameters()).fill_(float("nan"))
         out = torch.empty(10, 4, 8, 8, dtype=torch.uint8, device="cuda")
         sampler.sample(*2 * [torch.arange(10, device="cuda")], out=out)

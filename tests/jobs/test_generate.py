@@ -95,12 +95,12 @@ def test_the_result_does_not_depend_on_the_number_of_jobs(whole: Path, tmp_path:
 
 
 def test_broken_images_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = sampler._advance
+    advance = sampler.advance
 
     def overflowing(*args: Any, **kwargs: Any) -> Any:
         return tuple(state * float("inf") for state in advance(*args, **kwargs))
 
-    monkeypatch.setattr(sampler, "_advance", overflowing)
+    monkeypatch.setattr(sampler, "advance", overflowing)
     with pytest.raises(UserError, match=r"16 of 16 images have .* dtype=bfloat16"):
         make(tmp_path)
     assert not list(tmp_path.rglob("*.tar"))

@@ -10,13 +10,14 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from small_jobs import TinyDenoiser, small_classifier, tiny_sampler
 
-from dmkd_fast import LabelStream
+from dmkd_fast import DiffusionSampler, Guidance, LabelStream, Steps
 from dmkd_fast.assets import resolve
 from dmkd_fast.checkpoint import step_folders
 from dmkd_fast.classifiers.loading import build_classifier, freeze, load_classifier, save_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.data import test_sets
-from dmkd_fast.denoisers.loading import load_denoiser, new_pixel_dit, save_denoiser
+from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, drop_labels
 from dmkd_fast.sampling.noise_levels import flow_sigmas
 from dmkd_fast.sampling.solvers import solver_table
@@ -46,7 +47,7 @@ def test_flow_table_steps_like_the_scheduler(num_steps: int, shift: float) -> No
     scheduler.set_timesteps(sigmas=sigmas)
     table = solver_table(
         dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
-        num_steps,
+        Steps(count=num_steps),
         torch.device("cpu"),
     )
     torch.testing.assert_close(
@@ -62,7 +63,7 @@ def test_ddim_table_steps_like_the_scheduler(num_steps: int, schedule: str) -> N
     scheduler.set_timesteps(num_steps)
     table = solver_table(
         dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
-        num_steps,
+        Steps(count=num_steps),
         torch.device("cpu"),
     )
     assert table.column("timestep").tolist() == scheduler.timesteps.tolist()
@@ -80,7 +81,7 @@ def test_second_order_table_steps_like_dpm_solver(num_steps: int) -> None:
         lower_order_final=True,
     )
     scheduler.set_timesteps(num_steps)
-    table = solver_table(FLOW, num_steps, torch.device("cpu"), solver="dpm++2m")
+    table = solver_table(FLOW, Steps(count=num_steps, solver="dpm++2m"), torch.device("cpu"))
     torch.manual_seed(0)
     mine = theirs = torch.randn(2, 1, 8, 8)
     sigmas = flow_sigmas(num_steps, 1.0)
@@ -111,9 +112,9 @@ def _same_trajectory(scheduler, table) -> None:
 
 def test_unknown_schedulers_and_too_many_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="EDMEulerScheduler"):
-        solver_table({"_class_name": "EDMEulerScheduler"}, 4, torch.device("cpu"))
+        solver_table({"_class_name": "EDMEulerScheduler"}, Steps(), torch.device("cpu"))
     with pytest.raises(ValueError, match="1 to 1000"):
-        solver_table(FLOW, 1001, torch.device("cpu"))
+        solver_table(FLOW, Steps(count=1001), torch.device("cpu"))
 
 
 def test_an_image_does_not_depend_on_the_others_made_with_it() -> None:
@@ -127,7 +128,7 @@ def test_an_image_does_not_depend_on_the_others_made_with_it() -> None:
 
 
 def test_guidance_is_the_published_formula() -> None:
-    sampler = tiny_sampler(num_steps=1, guidance_scale=3.0)
+    sampler = tiny_sampler(count=1, scale=3.0)
     ids, labels = torch.arange(16), torch.arange(16) % 4
     got = sampler.sample(ids, labels, out=torch.empty(16, 1, 8, 8, dtype=torch.uint8))
     model = TinyDenoiser()
@@ -150,20 +151,11 @@ def test_guidance_without_a_null_class_is_refused() -> None:
 def test_embedded_dit_matches_an_eager_diffusers_loop() -> None:
     from diffusers import DiTTransformer2DModel
 
-    from dmkd_fast import DiffusionSampler
     from dmkd_fast.rng import philox
 
     folder = resolve("embedded:fashion_mnist/denoiser")
     loaded = load_denoiser(folder, torch.device("cpu"))
-    sampler = DiffusionSampler(
-        loaded.module,
-        scheduler=loaded.scheduler,
-        latent_shape=(1, 28, 28),
-        null_class=10,
-        num_steps=4,
-        guidance_scale=1.5,
-        micro_batch_images=10,
-    )
+    sampler = DiffusionSampler(loaded, Steps(count=4), Guidance(scale=1.5), micro_batch_images=10)
     ids, labels = torch.arange(10), torch.arange(10)
     got = sampler.sample(ids, labels, out=torch.empty(10, 1, 28, 28, dtype=torch.uint8))
 

@@ -17,7 +17,8 @@ from small_models import spread
 
 from dmkd_fast import cli
 from dmkd_fast.data import test_sets
-from dmkd_fast.denoisers.loading import load_denoiser, new_pixel_dit, save_denoiser
+from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, _sample_grids
 from dmkd_fast.jobs.pretrain.loop import load_real
 

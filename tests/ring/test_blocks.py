@@ -164,7 +164,7 @@ def test_another_ring_is_refused(make: Callable[[], Made]) -> None:
 def test_a_damaged_block_of_a_later_phase_is_made_again_by_its_sampler(
     tmp_path: Path, make: Callable[[], Made]
 ) -> None:
-    late = tiny_sampler(num_steps=1, guidance_scale=1.0)
+    late = tiny_sampler(count=1, scale=1.0)
     run = make()
     run.add(2)
     run.sampler = late

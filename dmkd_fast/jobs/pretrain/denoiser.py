@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmkd_fast.config.jobs import PretrainDenoiserConfig
 from dmkd_fast.data import test_sets
-from dmkd_fast.denoisers.loading import load_denoiser, new_pixel_dit, save_denoiser
+from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs import memory, report, run_dir
 from dmkd_fast.jobs.pretrain.loop import (
     autocast,
@@ -33,6 +34,7 @@ from dmkd_fast.jobs.pretrain.loop import (
 )
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.sampling.arguments import Guidance, Steps
 from dmkd_fast.sampling.sampler import DiffusionSampler
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
@@ -166,19 +168,15 @@ def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[
     loaded = load_denoiser(folder, device)
     labels = torch.arange(num_classes, device=device).repeat_interleave(8)
     ids = torch.arange(len(labels), device=device)
-    shape = loaded.latent_shape
     grids = {}
     for scale in (1.0, 1.5, 2.0):
         sampler = DiffusionSampler(
-            loaded.module,
-            scheduler=loaded.scheduler,
-            latent_shape=shape,
-            null_class=loaded.null_class,
-            num_steps=16,
-            guidance_scale=scale,
+            loaded,
+            Steps(count=16),
+            Guidance(scale=scale),
             device=device,
             micro_batch_images=len(labels),
         )
-        out = torch.empty((len(labels), *shape), dtype=torch.uint8, device=device)
+        out = torch.empty((len(labels), *loaded.image_shape), dtype=torch.uint8, device=device)
         grids[scale] = sampler.sample(ids, labels, out=out)
     return grids
