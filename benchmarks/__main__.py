@@ -29,6 +29,13 @@ NAMES = {
     "shards": "images/s to and from disk, beside torchvision's ImageFolder",
     "render": "write the tables of README and docs from the recorded rows",
 }
+# Folders of the measurements; those of no folder lie beside this file.
+FOLDERS = {
+    "loss": ("kd-loss", "kd-loss-accuracy", "kd-loss-gpu"),
+    "job": ("embedded", "end-to-end", "fewstep", "fidelity", "imagenet", "step"),
+    "parts": ("cost", "cuda-facts", "ring", "sampler", "shards", "views"),
+    "findings": ("finding-1", "finding-2", "finding-3", "nearest", "reuse"),
+}
 
 
 def main() -> int:
@@ -38,8 +45,14 @@ def main() -> int:
         for name, text in NAMES.items():
             print(f"  {name:16} {text}")
         return 0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else 2
-    module = importlib.import_module(f"benchmarks.{sys.argv[1].replace('-', '_')}")
+    module = importlib.import_module(module_of(sys.argv[1]))
     return int(module.main(sys.argv[2:]) or 0)
+
+
+def module_of(name: str) -> str:
+    """Return the module of a measurement."""
+    folder = next((f"{folder}." for folder, names in FOLDERS.items() if name in names), "")
+    return f"benchmarks.{folder}{name.replace('-', '_')}"
 
 
 if __name__ == "__main__":

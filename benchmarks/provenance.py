@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.__main__ import module_of
 from benchmarks.harness import read_rows, recorded
 
 Row = dict[str, Any]
@@ -110,7 +111,7 @@ def made_by(name: str, rows: Iterable[Row], required: Sequence[str] = ()) -> str
 
 def defaults(name: str, required: Sequence[str] = ()) -> Row:
     """What rows of a measurement record if its command is called without options."""
-    module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+    module = importlib.import_module(module_of(name))
     return recorded(module.parse(list(required)))
 
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from benchmarks import provenance
 from benchmarks.__main__ import NAMES
+from benchmarks.findings.plots import draw
+from benchmarks.findings.tables import STUDY_TABLES, cell_of
 from benchmarks.harness import read_rows
-from benchmarks.job_tables import JOB_TABLES
+from benchmarks.job.tables import JOB_TABLES
 from benchmarks.markdown import table, where
-from benchmarks.study_plots import draw
-from benchmarks.study_tables import STUDY_TABLES, cell_of
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -348,7 +348,7 @@ def _imagenet(rows: list[Row]) -> str:
         parts = f"{r['generation_h']:,.1f} h + {r['training_h']:,.1f} h"
         body.append([what, f"{r['images_by']}, {r['arm']}", parts, ""])
     header = ["what", "arm", "figure", "peak MiB"]
-    return table(header, body, f"Random weights; `benchmarks/imagenet.py`. {where(rows)}.")
+    return table(header, body, f"Random weights; `benchmarks/job/imagenet.py`. {where(rows)}.")
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, job_tables, provenance, render
+from benchmarks import harness, provenance, render
+from benchmarks.job import tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,11 +98,11 @@ def test_arguments_that_change_no_figure_are_not_recorded() -> None:
 
 def test_few_steps_are_charged_with_what_their_denoiser_cost() -> None:
     """Its 2,758.2 CPU s are repaid by 276 jobs that save 10 each, or by 28 that save 100."""
-    text = job_tables.break_even([10.0, 100.0])
+    text = tables.break_even([10.0, 100.0])
     assert (
         "3,240 s on one thread (2,758 CPU s)" in text and "repays that after 28 to 276 jobs" in text
     )
-    assert "repays" not in job_tables.break_even([-1.0])
+    assert "repays" not in tables.break_even([-1.0])
 
 
 def test_runs_that_differ_are_said_to() -> None:
@@ -109,8 +110,8 @@ def test_runs_that_differ_are_said_to() -> None:
         {"arm": arm, "seed": 0, "wall_s": wall}
         for arm, wall in (("a", 100.0), ("b", 50.0), ("a", 150.0), ("b", 25.0), ("c", 1.0))
     ]
-    assert "same arm took 1.5 to 2.0 times as long" in job_tables.drift(rows)
-    assert job_tables.drift(rows[:2]) == ""
+    assert "same arm took 1.5 to 2.0 times as long" in tables.drift(rows)
+    assert tables.drift(rows[:2]) == ""
 
 
 def test_gains_that_one_run_cannot_tell_are_called_noise() -> None:
@@ -137,13 +138,13 @@ def test_gains_that_one_run_cannot_tell_are_called_noise() -> None:
         {"arm": arm, "after": after, "wall_s": wall, **same}
         for arm, after, wall in (("a", None, 100.0), ("b", "a", 90.0), ("c", "b", 60.0))
     ]
-    text = job_tables.ladder(rows)
+    text = tables.ladder(rows)
     assert "| 1.11x (noise) |" in text and "| 1.50x |" in text
 
 
 def test_steps_alone_differ_in_what_their_names_say() -> None:
-    from benchmarks import step
-    from benchmarks.arms import ARMS, BF16, CHANNELS_LAST, PUBLISHED, TARGET
+    from benchmarks.job import step
+    from benchmarks.job.arms import ARMS, BF16, CHANNELS_LAST, PUBLISHED, TARGET
 
     torch.set_num_threads(1)
     for call in step.arms(("train.batch_size=4",)).values():
@@ -237,7 +238,7 @@ def test_views_benchmark_ends_with_one_json_line() -> None:
 
 def test_all_arms_of_the_views_benchmark_make_such_views() -> None:
     """The same shape and range of numbers: black borders and white pixels are in each batch."""
-    from benchmarks import views
+    from benchmarks.parts import views
 
     mean, std = torch.tensor(views.MEAN), torch.tensor(views.STD)
     for arm, call in views.arms("32 -> 32", torch.float32, torch.device("cpu")).items():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from benchmarks import finding_1, finding_2, study, study_tables
+from benchmarks.findings import finding_1, finding_2, study, tables
 from dmkd_fast import RingBuffer
 
 
@@ -150,12 +150,12 @@ def test_intervals_are_those_of_students_t() -> None:
     rows = [
         {"cell": c, "top1": (m + d) / 100} for c, m in (("a", 80), ("b", 90)) for d in (-1, 0, 1)
     ]
-    grid = study_tables.Grid(rows, lambda r: r["cell"])
+    grid = tables.Grid(rows, lambda r: r["cell"])
     assert grid.freedom == 4 and grid.deviation == pytest.approx(1.0)
     assert grid.half("a") == pytest.approx(2.776 / 3**0.5)
-    assert study_tables.t_975(24) == pytest.approx(2.0639, abs=1e-3)
-    assert study_tables.t_975(10) == pytest.approx(2.2281, abs=4e-3)
-    assert math.isnan(study_tables.t_975(0))
+    assert tables.t_975(24) == pytest.approx(2.0639, abs=1e-3)
+    assert tables.t_975(10) == pytest.approx(2.2281, abs=4e-3)
+    assert math.isnan(tables.t_975(0))
 
 
 def test_differences_are_paired_by_the_seeds_that_both_have() -> None:
@@ -166,16 +166,16 @@ def test_differences_are_paired_by_the_seeds_that_both_have() -> None:
         for c, values in top1.items()
         for seed, value in enumerate(values)
     ]
-    grid = study_tables.Grid(rows, lambda r: r["cell"])
+    grid = tables.Grid(rows, lambda r: r["cell"])
     assert grid.difference(["b"], ["a"]) == f"+2.00 ± {4.303 / 3**0.5:.2f} (3 seeds)"
     # Means over cells are taken seed by seed; the third seed is not in all cells.
     gaps = (61 - 55.0, 77 - 62.5)
     half = 12.706 * abs(gaps[1] - gaps[0]) / 2
     mean = sum(gaps) / 2
     assert grid.difference(["b"], ["a", "c"]) == f"{mean:+.2f} ± {half:.2f} (2 seeds)"
-    alone = study_tables.Grid([*rows[:1], *rows[3:4]], lambda r: r["cell"])
+    alone = tables.Grid([*rows[:1], *rows[3:4]], lambda r: r["cell"])
     assert alone.difference(["b"], ["a"]) == "+1.00 (1 seed)"
-    apart = study_tables.Grid([rows[0], rows[4]], lambda r: r["cell"])
+    apart = tables.Grid([rows[0], rows[4]], lambda r: r["cell"])
     assert apart.difference(["b"], ["a"]) == "no seed in common"
 
 
@@ -197,7 +197,7 @@ def test_guidance_and_steps_are_compared_over_the_other_axis() -> None:
         for k in (4, 50)
         for seed in (1, 2)
     ]
-    text = study_tables.finding_2(rows)
+    text = tables.finding_2(rows)
     # Gaps of seeds 1 and 2: 2 - 0.5 and 2 - 1; 3 - 0.5 and 3 - 1; twice 4.6.
     half = 12.706 * 0.5 / 2
     assert f"guidance 2 less 4: +1.25 ± {half:.2f} (2 seeds)" in text
@@ -219,7 +219,7 @@ def test_a_ring_that_held_a_block_more_is_shown_with_it() -> None:
     }
     new = {**old, "how": "frozen", "held_images": 4096, "top1": 0.9}
     del new["superseded"]
-    text = study_tables.reuse([old, new])
+    text = tables.reuse([old, new])
     assert "| ring, 4,096 pass | 1,536 | 1.1 | 2 | 80.00 | -10.00 (1 seed) |" in text
     assert "| frozen set | 4,096 | 3.1 | 2 | 90.00 |  |" in text
 
@@ -251,9 +251,7 @@ def test_no_student_starts_like_a_teacher() -> None:
 def test_tables_render_with_whatever_rows_exist() -> None:
     stamp = {"device": "CPU", "date": "2026-01-01"}
     one = {"arm": "real", "top1": 0.9, "agreement": 0.95, "views": 100, "environment": stamp}
-    assert "| real training images (55,000) | 90.00 |  | 1 | 95.00 |" in study_tables.finding_1(
-        [one]
-    )
+    assert "| real training images (55,000) | 90.00 |  | 1 | 95.00 |" in tables.finding_1([one])
     cell = {
         "part": "grid",
         "guidance_scale": 1.0,
@@ -265,7 +263,7 @@ def test_tables_render_with_whatever_rows_exist() -> None:
         "cpu_s": 3600.0,
         "environment": stamp,
     }
-    text = study_tables.finding_2([cell])
+    text = tables.finding_2([cell])
     assert "| 1 | 80.00 |" in text and "1.00 CPU hours" in text
 
 
@@ -286,11 +284,11 @@ def test_teachers_are_compared_over_all_temperatures() -> None:
         for seed in (0, 1)
     ]
     rows[-1]["top1"] += 0.04  # strong, T = 4, seed 1: by seed the gaps are 10 and 8
-    text = study_tables.finding_3(rows)
+    text = tables.finding_3(rows)
     assert f"weak less strong teacher +9.00 ± {12.706:.2f} (2 seeds)." in text
     # A cell that started as its teacher is left out, and what it would change is said.
     rows[0]["superseded"] = "starts as the teacher"
-    text = study_tables.finding_3(rows)
+    text = tables.finding_3(rows)
     assert "weak less strong teacher +8.00 (1 seed), with the cells left out +9.00" in text
 
 
@@ -304,6 +302,6 @@ def test_photo_crops_and_noise_are_what_they_are_called() -> None:
 
 def test_a_line_is_found_and_a_bend_is_told() -> None:
     xs = [1.0, 2.0, 4.0, 8.0]
-    intercept, slope, worst = study_tables.line(xs, [3 + 2 * x for x in xs])
+    intercept, slope, worst = tables.line(xs, [3 + 2 * x for x in xs])
     assert (intercept, slope) == (pytest.approx(3.0), pytest.approx(2.0)) and worst < 1e-9
-    assert study_tables.line(xs, [x**2 for x in xs])[2] > 0.2
+    assert tables.line(xs, [x**2 for x in xs])[2] > 0.2

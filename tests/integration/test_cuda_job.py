@@ -1,7 +1,7 @@
 """A whole small job on a GPU: streams, graphs, exact resume, no waiting, test images, files.
 
 Marked cuda; benchmarks/gpu.sh runs it. Without a GPU the same lines run under
-benchmarks/pretend_cuda.py (test_gpu_rehearsal.py), so each works on whatever says it is cuda.
+benchmarks/fake_cuda.py (test_gpu_rehearsal.py), so each works on whatever says it is cuda.
 """
 
 from __future__ import annotations

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks import arms, baseline, end_to_end, ladder, render
-from benchmarks.arms import ARMS, BF16, CHANNELS_LAST, DEFAULT, EQUAL, IMAGES, TARGET, Study
-from benchmarks.end_to_end import PARTS
-from benchmarks.ladder import Recipe, Trainer
-from benchmarks.sampler import diffusers_dit
+from benchmarks import render
+from benchmarks.job import arms, baseline, end_to_end, ladder
+from benchmarks.job.arms import ARMS, BF16, CHANNELS_LAST, DEFAULT, EQUAL, IMAGES, TARGET, Study
+from benchmarks.job.end_to_end import PARTS
+from benchmarks.job.ladder import Recipe, Trainer
+from benchmarks.parts.sampler import diffusers_dit
 from dmkd_fast import (
     DiffusionSampler,
     Distiller,
@@ -178,7 +179,7 @@ def few_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kept_memory_is_seen_in_a_process_of_its_own() -> None:
     code = (
-        "from benchmarks.ladder import keeps_freed_memory as kept; "
+        "from benchmarks.job.ladder import keeps_freed_memory as kept; "
         "from dmkd_fast.runtime import device; "
         "before = kept(); device.keep_freed_memory(); print(before, kept())"
     )

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import imagenet, render
-from benchmarks.pretend_cuda import pretended
+from benchmarks import render
+from benchmarks.fake_cuda import pretended
+from benchmarks.job import imagenet
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +34,7 @@ def switches() -> Iterator[None]:
 
 def rehearsed(*arguments: str) -> dict[str, Any]:
     """The JSON line of a measurement."""
-    command = [sys.executable, "-m", "benchmarks.pretend_cuda", "-m", "benchmarks", *arguments]
+    command = [sys.executable, "-m", "benchmarks.fake_cuda", "-m", "benchmarks", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -88,7 +89,7 @@ def test_cost_of_the_job_is_what_the_measured_rates_say() -> None:
 
 
 def test_full_settings_are_those_of_the_published_models() -> None:
-    from benchmarks.sampler import dit_flops
+    from benchmarks.parts.sampler import dit_flops
 
     full = imagenet.Settings()
     assert full.image_side == 256 and full.view_size == 224

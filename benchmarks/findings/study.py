@@ -46,7 +46,7 @@ from dmkd_fast.jobs.images import OpenSource, make_sampler
 from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.runtime.device import keep_freed_memory, resolve_dtype, set_num_threads
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "runs" / "studies"
 BLOCK = 512
 Row = dict[str, Any]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import study
+from benchmarks.findings import study
 from benchmarks.harness import arguments
 
 COUNT = 10_240

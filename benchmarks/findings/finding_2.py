@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import study
-from benchmarks.fidelity import frechet
+from benchmarks.findings import study
 from benchmarks.harness import arguments
+from benchmarks.job.fidelity import frechet
 from dmkd_fast.data.test_sets import prepare
 
 GUIDANCE, STEPS = (1.0, 1.5, 2.0, 4.0), (4, 16, 50)

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Report, arguments, peak_mib, recorded, time_interleaved
-from benchmarks.kd_loss import eager as eager_loss
-from benchmarks.ring import bare_step
+from benchmarks.loss.kd_loss import eager as eager_loss
+from benchmarks.parts.ring import bare_step
 from dmkd_fast import (
     DiffusionSampler,
     Distiller,

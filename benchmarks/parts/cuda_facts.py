@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from benchmarks.imagenet import DDIM, TINY, Settings
+from benchmarks.job.imagenet import DDIM, TINY, Settings
 from dmkd_fast import DiffusionSampler
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.loading import share_embedder

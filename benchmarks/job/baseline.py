@@ -45,7 +45,7 @@ def make_images(
     """
     import diffusers
 
-    from benchmarks.sampler import guided_loop
+    from benchmarks.parts.sampler import guided_loop
 
     kind: Any = diffusers.DPMSolverMultistepScheduler
     scheduler = kind(use_flow_sigmas=True, prediction_type="flow_prediction")

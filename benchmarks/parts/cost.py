@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.findings.study import RESNET, load_teacher
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from benchmarks.study import RESNET, load_teacher
 from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Schedule, Views
 from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec

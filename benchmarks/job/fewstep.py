@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.embedded import run_job
 from benchmarks.harness import Report, arguments, recorded
+from benchmarks.job.embedded import run_job
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 JOBS = {"many steps": "many_steps.yaml", "few steps": "fashion_mnist.yaml"}
 
 

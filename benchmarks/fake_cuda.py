@@ -1,7 +1,7 @@
 """A rehearsal of GPU programs where there is no GPU: the CPU answers to the name of cuda.
 
-    python -m benchmarks.pretend_cuda -m pytest -m cuda
-    python -m benchmarks.pretend_cuda -m benchmarks imagenet --tiny
+    python -m benchmarks.fake_cuda -m pytest -m cuda
+    python -m benchmarks.fake_cuda -m benchmarks imagenet --tiny
 
 Every tensor says that it lies on cuda:0 and is computed on the CPU; streams and events are names;
 a captured graph is the list of its operators, which replay runs again into the same memory; where
@@ -41,7 +41,7 @@ READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "
 def main(argv: list[str]) -> None:
     """Run a module with its arguments as if there were a GPU."""
     if argv[:1] != ["-m"] or len(argv) < 2:
-        raise SystemExit("usage: python -m benchmarks.pretend_cuda -m MODULE ...")
+        raise SystemExit("usage: python -m benchmarks.fake_cuda -m MODULE ...")
     sys.argv = argv[1:]
     with pretended():
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

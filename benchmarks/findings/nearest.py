@@ -20,7 +20,7 @@ from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.jobs.pretrain.loop import load_real
 from dmkd_fast.jobs.report import pairs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 1_000
 
 

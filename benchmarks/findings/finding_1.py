@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import study
+from benchmarks.findings import study
 from benchmarks.harness import arguments
 from dmkd_fast import Views
 

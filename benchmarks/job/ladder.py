@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import transforms
 
-from benchmarks import baseline
+from benchmarks.job import baseline
 from dmkd_fast import RingBuffer, Schedule, Views
 from dmkd_fast.classifiers.loading import for_inference
 from dmkd_fast.classifiers.spec import ClassifierSpec

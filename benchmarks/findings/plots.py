@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.findings.tables import Grid, cell_of, images_in_memory
 from benchmarks.harness import read_rows
 from benchmarks.provenance import counted
-from benchmarks.study_tables import Grid, cell_of, images_in_memory
 
 Row = dict[str, Any]
 

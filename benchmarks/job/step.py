@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.arms import ARMS, BF16, CHANNELS_LAST, EQUAL, PUBLISHED, TARGET, Study
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from benchmarks.ladder import Trainer, networks, schedule_of
+from benchmarks.job.arms import ARMS, BF16, CHANNELS_LAST, EQUAL, PUBLISHED, TARGET, Study
+from benchmarks.job.ladder import Trainer, networks, schedule_of
 from dmkd_fast.runtime.device import keep_freed_memory, set_num_threads
 
 CHANGES = (

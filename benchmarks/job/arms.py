@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks import baseline, ladder
-from benchmarks.fewstep import curve as curve_of
 from benchmarks.harness import environment
-from benchmarks.ladder import Recipe
+from benchmarks.job import baseline, ladder
+from benchmarks.job.fewstep import curve as curve_of
+from benchmarks.job.ladder import Recipe
 from dmkd_fast import Distiller, LabelStream, cli
 from dmkd_fast.assets import resolve
 from dmkd_fast.config.jobs import DistillConfig
@@ -37,7 +37,7 @@ from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import keep_freed_memory, peak_memory_mib, set_num_threads
 from dmkd_fast.training import scoring
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 PUBLISHED, TARGET = "baseline, as published, fp32", "baseline, no_grad, fp32"
 BF16, EQUAL, DEFAULT = "baseline, no_grad, bf16", "ours, equal settings", "ours, default"
 CHANNELS_LAST = "baseline, no_grad, bf16, channels-last"
@@ -298,7 +298,7 @@ def _theirs(study: Study, name: str, clock: Clock) -> Made:
     assert config.denoiser is not None
     if config.sampler.solver != "dpm++2m":
         raise ValueError(f"sampler.solver: got {config.sampler.solver}, expected dpm++2m")
-    from benchmarks.sampler import diffusers_dit
+    from benchmarks.parts.sampler import diffusers_dit
 
     dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
     module = diffusers_dit(resolve(config.denoiser.path)).to(dtype)

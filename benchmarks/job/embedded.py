@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.harness import Report, arguments, recorded
 
-CONFIG = Path(__file__).parent.parent / "configs" / "fashion_mnist.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

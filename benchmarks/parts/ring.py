@@ -27,7 +27,7 @@ from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.loss.functional import kd_loss_and_grad
 from dmkd_fast.runtime.device import resolve_device, set_num_threads
 
-CONFIG = Path(__file__).parent.parent / "configs" / "fashion_mnist.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
 CAPACITIES = (1_024, 10_240, 102_400)
 BLOCK, BATCH = 512, 64
 CALLS = 50  # of the ring per timing, because one takes microseconds

@@ -34,7 +34,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import (
+from benchmarks.harness import Report, arguments, recorded
+from benchmarks.job.arms import (
     ARMS,
     BF16,
     CHANNELS_LAST,
@@ -47,8 +48,7 @@ from benchmarks.arms import (
     part_file,
     run_part,
 )
-from benchmarks.fewstep import time_to
-from benchmarks.harness import Report, arguments, recorded
+from benchmarks.job.fewstep import time_to
 
 BELOW = 0.005  # Accuracy that the target may lie under the baseline's.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import study
+from benchmarks.findings import study
 from benchmarks.harness import arguments
 
 SIZES = (1_024, 3_072, 10_240, 30_720)
