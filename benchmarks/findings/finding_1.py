@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.findings import study
 from benchmarks.harness import arguments
-from dmkd_fast import Views
+from dmkd_fast import Views, ViewSpec
 
 COUNT = 30_720
 ARMS = ("diffusion", "real", "one image", "noise")
@@ -81,7 +81,7 @@ def crops_of_a_photo(count: int) -> Tensor:
     with Image.open(path) as photo:
         grey = photo.convert("L").crop((0, 0, 512, 512))
         pixels = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, 1, 512, 512)
-    views = Views(size=28, scale=(0.01, 0.3), flip=0.5, mean=(0.0,), std=(1.0,), seed=1)
+    views = Views(ViewSpec(size=28, mean=(0.0,), std=(1.0,)), scale=(0.01, 0.3), seed=1)
     first, ids = torch.zeros(count, dtype=torch.int64), torch.arange(count)
     crops = torch.cat(
         [views(pixels, first[part], ids[part], first[part]).float() for part in ids.split(1024)]

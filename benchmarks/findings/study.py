@@ -33,6 +33,7 @@ from dmkd_fast import (
     RingBuffer,
     Schedule,
     Views,
+    ViewSpec,
     assets,
     load_idx,
     measure,
@@ -243,7 +244,9 @@ def train_student(
                 samples_per_insert=0.75 * num_views / count,
                 seed=seed,
             ),
-            views=Views(size=28, pad=2, flip=0.0, mean=spec.mean, std=spec.std, seed=seed),
+            views=Views(
+                ViewSpec(size=28, mean=spec.mean, std=spec.std), pad=2, flip=0.0, seed=seed
+            ),
             teacher=judge,
             student=network,
             run_dir=folder,

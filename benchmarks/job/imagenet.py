@@ -39,6 +39,7 @@ from dmkd_fast import (
     RingBuffer,
     Schedule,
     Views,
+    ViewSpec,
     kd_loss_and_grad,
 )
 from dmkd_fast.denoisers.dit import lean_dit
@@ -368,12 +369,9 @@ class Bench:
             teacher=self._network(s.teacher),
             student=self._network(student).to(memory_format=torch.channels_last),
             views=Views(
-                size=s.view_size,
+                ViewSpec(size=s.view_size, mean=MEAN, std=STD, device=self.device),
                 scale=(0.08, 1.0),
                 ratio=(3 / 4, 4 / 3),
-                mean=MEAN,
-                std=STD,
-                device=self.device,
             ),
             schedule=Schedule(
                 batch_size=s.batch, num_views=s.batch * 10**6, lr=1e-4, name="sgd", ema_decay=0.999

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from benchmarks.job import baseline
-from dmkd_fast import RingBuffer, Schedule, Views
+from dmkd_fast import RingBuffer, Schedule, Views, ViewSpec
 from dmkd_fast.classifiers.loading import for_inference
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
@@ -381,7 +381,11 @@ def _filled_ring(config: DistillConfig, images: Tensor, labels: Tensor) -> RingB
 
 def _drawn(ring: RingBuffer, recipe: Recipe, config: DistillConfig, input: Any) -> Batches:
     """Views and labels from memory, without end."""
-    fused = Views(**config.views.model_dump(), mean=input.mean, std=input.std, seed=config.seed)
+    fused = Views(
+        ViewSpec(size=config.views.size, mean=input.mean, std=input.std),
+        **config.views.model_dump(exclude={"size"}),
+        seed=config.seed,
+    )
     convert = transforms.ConvertImageDtype(torch.float32)
     by_image = baseline.transform(config.views, input, convert)
     while True:

@@ -23,7 +23,15 @@ from torch import nn
 
 from benchmarks.findings.study import RESNET, load_teacher
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Schedule, Views
+from dmkd_fast import (
+    DiffusionSampler,
+    Distiller,
+    LabelStream,
+    RingBuffer,
+    Schedule,
+    Views,
+    ViewSpec,
+)
 from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.networks import DenoiserConfig
@@ -107,7 +115,7 @@ def capacity(images: int, n: int) -> Row:
         samples_per_insert=1e6,
         min_fill_images=images - 512,
     )
-    views = Views(size=28, pad=2, flip=0.0, mean=(0.286,), std=(0.353,))
+    views = Views(ViewSpec(size=28, mean=(0.286,), std=(0.353,)), pad=2, flip=0.0)
     while ring.must_insert(64):
         block = ring.reserve()
         block.images.zero_()
@@ -127,7 +135,7 @@ def pixels(count: int, n: int) -> Row:
     set_num_threads(0)
     side = round(count**0.5)
     images = torch.randint(256, (1024, 3, side, side), dtype=torch.uint8)
-    views = Views(size=side, scale=(0.5, 1.0), mean=(0.5,) * 3, std=(0.5,) * 3)
+    views = Views(ViewSpec(size=side, mean=(0.5,) * 3, std=(0.5,) * 3), scale=(0.5, 1.0))
     places = torch.arange(64)
     return _timed(lambda: views(images, places, places, places), n)
 
@@ -177,7 +185,7 @@ def _distiller(folder: Path, batch: int, here: distributed.Ranks = distributed.A
             min_fill_images=1024,
             samples_per_insert=1e6,
         ),
-        views=Views(size=28, pad=2, flip=0.0, mean=spec.mean, std=spec.std),
+        views=Views(ViewSpec(size=28, mean=spec.mean, std=spec.std), pad=2, flip=0.0),
         teacher=teacher,
         student=student.to(memory_format=torch.channels_last),
         run_dir=folder,

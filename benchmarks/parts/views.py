@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
-from dmkd_fast import Views
+from dmkd_fast import Views, ViewSpec
 from dmkd_fast.runtime.device import resolve_device, set_num_threads
 from dmkd_fast.views.reference import reference_views
 
@@ -97,7 +97,8 @@ def arms(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Calla
     generator = torch.Generator().manual_seed(0)
     slots = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     slots = slots.to(device)
-    views = Views(size=size, mean=MEAN, std=STD, dtype=dtype, device=device, **crops)
+    spec = ViewSpec(size=size, mean=MEAN, std=STD, dtype=dtype, device=device)
+    views = Views(spec, **crops)
     batches = _batches(count, device)
     out = torch.empty(
         (BATCH, 3, size, size), dtype=dtype, device=device, memory_format=torch.channels_last

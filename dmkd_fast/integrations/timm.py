@@ -45,7 +45,8 @@ def _register(name: str) -> None:
         return model
 
     def entry(pretrained: bool = False, **arguments: Any) -> nn.Module:
-        return build_model_with_cfg(build, name, pretrained, **arguments)
+        model: nn.Module = build_model_with_cfg(build, name, pretrained, **arguments)
+        return model
 
     entry.__name__ = name
     register_model(entry)

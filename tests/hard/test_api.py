@@ -198,6 +198,11 @@ def values_for(name: str, good: Any, pick: random.Random) -> Any:
     return pick.choice(NUMBERS)
 
 
+def make_views(**settings: Any) -> Views:
+    form = {name: settings.pop(name) for name in ("size", "mean", "std", "dtype")}
+    return Views(ViewSpec(**form), **settings)
+
+
 def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     """Functions and arguments with which they work."""
     ids, labels = torch.arange(4), torch.arange(4)
@@ -205,7 +210,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     batch = torch.randn(4, 1, 8, 8)
 
     def views(**settings: Any) -> None:
-        Views(**settings)(slots, ids, ids, ids)
+        make_views(**settings)(slots, ids, ids, ids)
 
     def sample(**settings: Any) -> None:
         sampler = DiffusionSampler(TinyDenoiser(), scheduler=FLOW, **settings)
@@ -240,14 +245,14 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "RingBuffer.commit": (commit, {"ids": ids, "labels": labels}),
         "Views": (views, VIEWS),
         "Views.parameters": (
-            Views(**VIEWS).parameters,
+            make_views(**VIEWS).parameters,
             {"ids": ids, "uses": ids, "height": 8, "width": 8},
         ),
         "Views.__call__": (
-            Views(**VIEWS),
+            make_views(**VIEWS),
             {"slots": slots, "indices": ids, "ids": ids, "uses": ids},
         ),
-        "Views.whole": (Views(**VIEWS).whole, {"slots": slots, "indices": ids}),
+        "Views.whole": (make_views(**VIEWS).whole, {"slots": slots, "indices": ids}),
         "ViewSpec": (ViewSpec, {"size": 8, "mean": (0.5,), "std": (0.5,)}),
         "InputSpec": (InputSpec, {"size": 8, "mean": (0.5,), "std": (0.5,), "crop_pct": 0.9}),
         "Mixer": (
@@ -332,8 +337,8 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
         ],
         "labels": [lambda: LabelStream(4), lambda: LabelStream(9), lambda: LabelStream(1)],
         "views": [
-            lambda: Views(size=8, mean=(0.5,), std=(0.5,)),
-            lambda: Views(size=8, mean=(0.5,) * 3, std=(0.5,) * 3),
+            lambda: Views(ViewSpec(size=8, mean=(0.5,), std=(0.5,))),
+            lambda: Views(ViewSpec(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)),
         ],
         "teacher": [small_classifier, lambda: torch.nn.Flatten()],
         "student": [small_classifier, lambda: torch.nn.Flatten(), torch.nn.Identity],

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Mixer, RingBuffer, Schedule, Views
+from dmkd_fast import (
+    DiffusionSampler,
+    Distiller,
+    LabelStream,
+    Mixer,
+    RingBuffer,
+    Schedule,
+    Views,
+    ViewSpec,
+)
 from dmkd_fast.data.stored import ImageReader
 from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs.pretrain.denoiser import FLOW
@@ -113,7 +122,7 @@ def build_distiller(
             **(ring or {}),
         ),
         labels=reader or LabelStream(4, seed=seed, rank=ranks.rank, world_size=ranks.world_size),
-        views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,), seed=seed),
+        views=Views(ViewSpec(size=8, mean=(0.5,), std=(0.5,)), pad=1, seed=seed),
         teacher=teacher,
         student=student,
         schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from dmkd_fast import (
     RingBuffer,
     Schedule,
     Views,
+    ViewSpec,
     measure,
     open_set,
 )
@@ -118,7 +119,7 @@ def job(run_dir: Path, *, ring: dict[str, Any] | None = None, **changes: Any) ->
         labels=LabelStream(10, device="cuda"),
         teacher=teacher,
         student=student,
-        views=Views(size=16, pad=1, mean=(0.5,) * 3, std=(0.5,) * 3, device="cuda"),
+        views=Views(ViewSpec(size=16, mean=(0.5,) * 3, std=(0.5,) * 3, device="cuda"), pad=1),
         schedule=Schedule(**(schedule | changes)),
         run_dir=run_dir,
         dtype=torch.float16,
