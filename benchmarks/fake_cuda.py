@@ -58,11 +58,10 @@ def pretended() -> Iterator[None]:
         for name, kind in (("Stream", _Stream), ("Event", _Event), ("CUDAGraph", _Graph)):
             stack.enter_context(mock.patch.object(torch.cuda, name, kind))
         for name in ("stream", "device"):
-            nothing = lambda what: contextlib.nullcontext()  # noqa: E731
-            stack.enter_context(mock.patch.object(torch.cuda, name, nothing))
+            stack.enter_context(mock.patch.object(torch.cuda, name, contextlib.nullcontext))
         stack.enter_context(mock.patch.object(torch.cuda, "graph", _capture))
         stack.enter_context(
-            mock.patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+            mock.patch.object(torch.accelerator, "current_accelerator", return_value=None)
         )
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         ignored = _with_signature_of(lambda self, stream: None, lambda **_: None)
@@ -119,7 +118,7 @@ class _Graph:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, graph: _Graph) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = graph
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

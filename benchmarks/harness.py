@@ -90,11 +90,11 @@ def time_interleaved(
 def summary(values_ms: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile and number of samples."""
     ordered = sorted(values_ms)
-    pick = lambda share: ordered[round(share * (len(ordered) - 1))]  # noqa: E731
+    low, high = (ordered[round(part * (len(ordered) - 1))] for part in (0.2, 0.8))
     return {
         "median_ms": round(statistics.median(ordered), 5),
-        "p20_ms": round(pick(0.2), 5),
-        "p80_ms": round(pick(0.8), 5),
+        "p20_ms": round(low, 5),
+        "p80_ms": round(high, 5),
         "n": len(ordered),
     }
 

@@ -38,7 +38,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     cells = study.Cells("finding-1", options)
-    test = study.test_images()
     made = study.generated(COUNT, [], file="fashion_mnist.yaml")
     if not cells.has(arm="images"):
         cells.add({"arm": "images"}, {"images": COUNT, "cpu_s": round(made.cpu_s, 1)})
@@ -55,8 +54,6 @@ def main(argv: list[str]) -> None:
                         student="lenet5_half",
                         num_views=options.views,
                         seed=seed,
-                        test=test,
-                        **study.LENET,
                     ),
                 )
     cells.finish()

@@ -47,9 +47,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     cells = study.Cells("finding-2", options)
-    test = study.test_images()
-    lenet: dict[str, Any] = {"teacher": "lenet5", "student": "lenet5_half", **study.LENET}
-    resnet: dict[str, Any] = {"teacher": "strong", "student": "resnet", **study.RESNET_OPTIM}
+    lenet: dict[str, Any] = {"teacher": "lenet5", "student": "lenet5_half"}
+    resnet: dict[str, Any] = {"teacher": "strong", "student": "resnet"}
     parts = {
         "grid": ([(s, k, COUNT) for k in STEPS for s in GUIDANCE], VIEWS, lenet),
         "compute": ([(s, k, FORWARDS // forwards(s, k)) for s, k in EQUAL_COMPUTE], VIEWS, lenet),
@@ -69,7 +68,6 @@ def main(argv: list[str]) -> None:
                             cell_images(guidance, steps, count),
                             num_views=num_views,
                             seed=seed,
-                            test=test,
                             **settings,
                         ),
                     )

@@ -28,7 +28,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     cells = study.Cells("finding-3", options)
-    test = study.test_images()
     images = study.generated(COUNT, [], file="fashion_mnist.yaml")
     for student in options.students:
         small = student == "lenet5_half"
@@ -49,10 +48,8 @@ def main(argv: list[str]) -> None:
                                 teacher=teacher,
                                 student=student,
                                 seed=seed,
-                                test=test,
                                 temperature=temperature,
                                 num_views=128_000 if small else 38_400,
-                                **(study.LENET if small else study.RESNET_OPTIM),
                             ),
                         )
     cells.finish()

@@ -26,7 +26,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     cells = study.Cells("reuse", options)
-    test = study.test_images()
     images = study.generated(SIZES[-1], [], file="fashion_mnist.yaml")
     for seed in study.student_seeds(options.seeds):
         for size in SIZES:
@@ -43,8 +42,6 @@ def main(argv: list[str]) -> None:
                             num_views=VIEWS,
                             seed=seed,
                             capacity=size if how == "ring" else None,
-                            **study.LENET,
-                            test=test,
                         ),
                     )
     cells.finish()

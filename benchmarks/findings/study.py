@@ -11,6 +11,7 @@ N images, c channels, H W pixels.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -59,8 +60,10 @@ RESNET: Row = {
 STUDENTS: dict[str, Row] = {"lenet5_half": {"architecture": "lenet5_half"}, "resnet": RESNET}
 """LeNet-5-half is that of zero-shot distillation; the other is configs/fashion_mnist.yaml's."""
 # AdamW, chosen on the 5,000 held-out images: docs/notebook.md.
-LENET: Row = {"lr": 8e-3, "batch_size": 32}
-RESNET_OPTIM: Row = {"lr": 2e-3, "batch_size": 64}
+OPTIM: dict[str, Row] = {
+    "lenet5_half": {"lr": 8e-3, "batch_size": 32},
+    "resnet": {"lr": 2e-3, "batch_size": 64},
+}
 EMBEDDED_TEACHERS = ("weak", "lenet5", "strong")
 FIRST_SEED = 1
 """Seed of the first student. The embedded teachers have seed 0, and equal seeds mean equal initial
@@ -162,6 +165,7 @@ def real(folder: Path) -> tuple[FixedSet, ImageSet]:
     return FixedSet(images=data.train.images, labels=data.train.labels), data.held_out
 
 
+@functools.cache
 def test_images() -> ImageSet:
     """The 10,000 real test images."""
     return load_idx(assets.resolve("embedded:fashion_mnist/test"), "t10k")
@@ -201,24 +205,18 @@ def train_student(
     student: str,
     num_views: int,
     seed: int,
-    lr: float,
-    batch_size: int,
-    test: ImageSet,
     temperature: float = 4.0,
     capacity: int | None = None,
 ) -> Row:
-    """One student, from its random weights to its scores on `test`.
+    """Train one student from its random weights, and score it on the test images.
 
     Args:
-        images: What it sees; as many as fit whole blocks.
+        images: Images to train on, cut to whole blocks.
         teacher: Name of an embedded classifier.
         student: A key of `STUDENTS`.
-        num_views: Views it sees.
-        seed: Of its weights, of draws and views.
-        lr: Peak learning rate of AdamW.
-        batch_size: Views per step.
-        test: Labelled images.
-        temperature: Of the loss.
+        num_views: Number of views in the whole run.
+        seed: Seed of the student's weights, of draws and views.
+        temperature: Softmax temperature.
         capacity: Images in the ring at a time; None: all of them, from the first step on.
 
     Returns:
@@ -226,6 +224,7 @@ def train_student(
     """
     judge, judge_spec = load_teacher(teacher)
     network, spec = new_student(student, seed, judge_spec)
+    optim = OPTIM[student]
     count = len(images.images) // BLOCK * BLOCK
     source = images.first(count)
     # The first view needs one free block. All images at once leave it free for the whole run.
@@ -253,9 +252,8 @@ def train_student(
             temperature=temperature,
             show=False,
             schedule=Schedule(
-                batch_size=batch_size,
                 num_views=num_views,
-                lr=lr,
+                **optim,
                 weight_decay=0.05,
                 ema_decay=0.99,
                 log_every_steps=10**9,
@@ -267,7 +265,7 @@ def train_student(
     input, scored = spec.input, judge_spec.input
     scores = measure(
         distiller.average.module,
-        test.batches([input, scored]),
+        test_images().batches([input, scored]),
         input=input,
         num_classes=10,
         teacher=lambda views: judge(views[scored]),
@@ -277,8 +275,8 @@ def train_student(
         "agreement": round(scores["agreement"], 4),
         "images": count,
         "views": num_views,
-        "batch": batch_size,
-        "lr": lr,
+        "batch": optim["batch_size"],
+        "lr": optim["lr"],
         "wall_s": round(time.perf_counter() - began, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
     }

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -235,18 +236,17 @@ def run_job(study: Study, name: str) -> dict[str, Any]:
         evaluated.append(watch["evaluation"])
         return scores
 
-    real_measure, real_distiller = scoring.measure, build_module.Distiller
+    real_measure = scoring.measure
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         out = Path(scratch) / "out"
-        try:
-            build_module.Distiller = Watched  # type: ignore[misc]
-            scoring.measure = measured
-            with out.open("w") as file, contextlib.redirect_stdout(file):
-                code = cli.main(["distill", str(path), f"run_dir={run}", *overrides])
-        finally:
-            build_module.Distiller = real_distiller  # type: ignore[misc]
-            scoring.measure = real_measure
+        with (
+            mock.patch.object(build_module, "Distiller", Watched),
+            mock.patch.object(scoring, "measure", measured),
+            out.open("w") as file,
+            contextlib.redirect_stdout(file),
+        ):
+            code = cli.main(["distill", str(path), f"run_dir={run}", *overrides])
         if code:
             raise RuntimeError(f"{name}: dmkd distill ended with {code}; see above")
         summary = json.loads(out.read_text().splitlines()[-1])
@@ -298,7 +298,7 @@ def _theirs(study: Study, name: str, clock: Clock) -> Made:
     assert config.denoiser is not None
     if config.sampler.solver != "dpm++2m":
         raise ValueError(f"sampler.solver: got {config.sampler.solver}, expected dpm++2m")
-    from benchmarks.parts.sampler import diffusers_dit
+    from benchmarks.parts.sampler_models import diffusers_dit
 
     dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
     module = diffusers_dit(resolve(config.denoiser.path)).to(dtype)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -45,7 +45,7 @@ def make_images(
     """
     import diffusers
 
-    from benchmarks.parts.sampler import guided_loop
+    from benchmarks.parts.sampler_models import guided_loop
 
     kind: Any = diffusers.DPMSolverMultistepScheduler
     scheduler = kind(use_flow_sigmas=True, prediction_type="flow_prediction")
@@ -103,7 +103,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over the batch."""
     log_q = F.log_softmax(student_logits / temperature, dim=1)  # (B, C)
     p = F.softmax(teacher_logits / temperature, dim=1)  # (B, C)
-    return nn.KLDivLoss(reduction="batchmean")(log_q, p) * temperature**2
+    return F.kl_div(log_q, p, reduction="batchmean") * temperature**2
 
 
 def read_figures(loss: Tensor, student_logits: Tensor, labels: Tensor) -> tuple[float, ...]:

@@ -110,4 +110,5 @@ def frechet(one: Tensor, other: Tensor) -> float:
 def _root(matrix: Tensor) -> Tensor:
     """Square root of a symmetric positive matrix."""
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    root: Tensor = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    return root

@@ -114,6 +114,7 @@ def _liger() -> Callable[[Tensor, Tensor], Tensor]:
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
         log_q = F.log_softmax(student.float() / TEMPERATURE, dim=1)
         p = F.softmax(teacher.float() / TEMPERATURE, dim=1)
-        return module(log_q, p) * TEMPERATURE**2
+        divergence: Tensor = module(log_q, p)
+        return divergence * TEMPERATURE**2
 
     return loss

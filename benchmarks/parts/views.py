@@ -192,7 +192,7 @@ def _dali(
     """DALI's CPU pipeline, fed from memory without copies.
 
     Not pipelined: batches made ahead would be made while other arms are timed. Small images are
-    padded once, beforehand, so that crop, flip and normalisation are one operator.
+    padded once, beforehand, so that crop, flip and normalization are one operator.
     """
     # Untyped: what its stubs say changes between versions.
     fn, types, dali = (
@@ -206,7 +206,7 @@ def _dali(
     def feed() -> list[Any]:
         return [images[i] for i in generator.integers(0, len(images), BATCH)]
 
-    @dali.pipeline_def
+    @dali.pipeline_def  # type: ignore[untyped-decorator]
     def pipeline() -> Any:
         views = fn.external_source(source=feed, device="cpu", no_copy=True, layout="HWC")
         if not pad:
@@ -239,7 +239,8 @@ def _dali(
         exec_pipelined=False,
     )
     built.build()
-    return built.run
+    run: Callable[[], object] = built.run
+    return run
 
 
 def _short(dtype: torch.dtype) -> str:

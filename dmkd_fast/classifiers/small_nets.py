@@ -196,7 +196,8 @@ class _PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.norm1(x))
         shortcut = x if self.project is None else self.project(active)
-        return shortcut + self.conv2(F.relu(self.norm2(self.conv1(active))))
+        residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return shortcut + residual
 
 
 def _fits(depth: int, offset: int) -> bool:

@@ -35,13 +35,7 @@ def test_a_student_sees_exactly_the_set_it_is_given(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(study.FixedSet, "sample", watched)
     torch.set_num_threads(1)
     row = study.train_student(
-        small_set(2_100),
-        teacher="lenet5",
-        student="lenet5_half",
-        num_views=12_800,
-        seed=0,
-        test=study.test_images(),
-        **study.LENET,
+        small_set(2_100), teacher="lenet5", student="lenet5_half", num_views=12_800, seed=0
     )
     assert row["images"] == 2_048 and seen == set(range(512, 2_048))
     assert 0.5 < row["top1"] < 0.85 and row["views"] == 12_800
@@ -66,9 +60,7 @@ def test_a_ring_of_n_holds_n_images_and_lets_the_whole_stream_pass(
         student="lenet5_half",
         num_views=6_400,
         seed=0,
-        test=study.test_images(),
         capacity=1_024,
-        **study.LENET,
     )
     assert sum(given) == 4_096
     assert [ring.num_filled for ring in rings] == [1_024]

@@ -20,7 +20,7 @@ from benchmarks.job import arms, baseline, end_to_end, ladder
 from benchmarks.job.arms import ARMS, BF16, CHANNELS_LAST, DEFAULT, EQUAL, IMAGES, TARGET, Study
 from benchmarks.job.end_to_end import PARTS
 from benchmarks.job.ladder import Recipe, Trainer
-from benchmarks.parts.sampler import diffusers_dit
+from benchmarks.parts.sampler_models import diffusers_dit
 from dmkd_fast import (
     DiffusionSampler,
     Distiller,

@@ -89,7 +89,7 @@ def test_cost_of_the_job_is_what_the_measured_rates_say() -> None:
 
 
 def test_full_settings_are_those_of_the_published_models() -> None:
-    from benchmarks.parts.sampler import dit_flops
+    from benchmarks.parts.sampler_models import dit_flops
 
     full = imagenet.Settings()
     assert full.image_side == 256 and full.view_size == 224

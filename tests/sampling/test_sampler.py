@@ -301,7 +301,7 @@ def test_replayed_graph_equals_the_loop_and_never_waits(compile: bool) -> None:
 
 
 def test_benchmark_counts_the_arithmetic_of_dits_exactly() -> None:
-    from benchmarks.parts.sampler import dit_flops
+    from benchmarks.parts.sampler_models import dit_flops
 
     dit = small_dit()
     lean: Any = lean_dit(dit)
