@@ -116,7 +116,7 @@ def test_precision_and_recall_of_points_that_are_known() -> None:
     assert finding_2.covered(one, halves) == 1.0 and finding_2.covered(halves, one) == 0.5
 
 
-@pytest.mark.parametrize("k, reach", [(1, -1.0), (2, -3.0), (3, -7.0)])
+@pytest.mark.parametrize(("k", "reach"), [(1, -1.0), (2, -3.0), (3, -7.0)])
 def test_balls_reach_to_the_kth_other_point(k: int, reach: float) -> None:
     """Points 0, 1, 3 and 7 on a line; the farthest place below them that a ball covers."""
     others = torch.tensor([[0.0], [1.0], [3.0], [7.0]])

@@ -340,8 +340,8 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
             lambda: Views(ViewSpec(size=8, mean=(0.5,), std=(0.5,))),
             lambda: Views(ViewSpec(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)),
         ],
-        "teacher": [small_classifier, lambda: torch.nn.Flatten()],
-        "student": [small_classifier, lambda: torch.nn.Flatten(), torch.nn.Identity],
+        "teacher": [small_classifier, torch.nn.Flatten],
+        "student": [small_classifier, torch.nn.Flatten, torch.nn.Identity],
         "batch_size": [16, 1, 40, 64, 10**6],
     }
     for case in range(cases):

@@ -290,11 +290,14 @@ def test_a_stopped_study_goes_on_and_compares_what_it_found(
     monkeypatch.setattr(end_to_end.Report, "finish", lambda self, record: reports.append(self))
     reports: list[Any] = []
     whole, steps = (["--part", part, *SIZES, "--work", str(tmp_path), *SMALL] for part in PARTS)
-    with pytest.raises(KeyboardInterrupt):
+
+    def both() -> None:
         end_to_end.main(whole)
         end_to_end.main(steps)
-    end_to_end.main(whole)
-    end_to_end.main(steps)
+
+    with pytest.raises(KeyboardInterrupt):
+        both()
+    both()
     started = [name for name in run.started if name != "stopped"]  # type: ignore[attr-defined]
     assert started == [*IMAGES[:2], *PARTS["whole"].arms, *IMAGES, *PARTS["ladder"].arms]
 

@@ -35,7 +35,7 @@ def test_flops_per_image_are_those_of_the_forwards() -> None:
     assert round(per_image / 4 / 1e9, 3) == 0.229
 
 
-@pytest.mark.parametrize("guided, expected", [(True, 2), (False, 1)])
+@pytest.mark.parametrize(("guided", "expected"), [(True, 2), (False, 1)])
 def test_rows_that_pass_the_denoiser(guided: bool, expected: int) -> None:
     rows = []
     sampler = dit_sampler(guidance_scale=2.0 if guided else 1.0)
@@ -216,8 +216,8 @@ def test_decoders_trace_as_one_graph_each() -> None:
     import diffusers
 
     vaes = (spread(diffusers.AutoencoderKL(**VAE)), spread(diffusers.AutoencoderTiny()))
-    for decoder in map(Decoder, vaes):
-        decoder = decoder.to(memory_format=torch.channels_last)
+    for vae in vaes:
+        decoder = Decoder(vae).to(memory_format=torch.channels_last)
         decode = torch.compile(
             sampling._copy(sampling._decode), fullgraph=True, dynamic=False, backend="aot_eager"
         )

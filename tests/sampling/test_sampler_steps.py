@@ -12,7 +12,7 @@ from dmkd_fast.sampling import sampler as sampling
 
 
 @pytest.mark.parametrize(
-    "changes, kinds",
+    ("changes", "kinds"),
     [
         ({"guidance_scale": 1.0}, 1),
         ({"guidance_interval": (0.2, 0.5)}, 2),

@@ -158,7 +158,7 @@ def test_dpm_solver(
 
 
 @pytest.mark.parametrize(
-    "solver, other",
+    ("solver", "other"),
     [
         ("ddpm", "DDPMScheduler"),
         ("ddim", "DDIMScheduler"),
@@ -210,7 +210,7 @@ FILES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "solver, other",
+    ("solver", "other"),
     [
         ("ddpm", "DDPMScheduler"),
         ("ddim", "DDIMScheduler"),
@@ -283,7 +283,7 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
 
 
 @pytest.mark.parametrize(
-    "scheduler, changes, words",
+    ("scheduler", "changes", "words"),
     [
         ({"_class_name": "EDMEulerScheduler"}, {}, "EDMEulerScheduler"),
         ({"_class_name": "PNDMScheduler"}, {}, "expected one of ddpm, ddim"),

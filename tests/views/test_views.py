@@ -271,7 +271,9 @@ def test_uses_that_would_repeat_earlier_views_are_refused() -> None:
         views.parameters(ids, torch.zeros(3, dtype=torch.int64), 28, 28)
 
 
-@pytest.mark.parametrize("height, width", [(100, 500), (500, 100), (60, 300), (301, 60), (97, 10)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(100, 500), (500, 100), (60, 300), (301, 60), (97, 10)]
+)
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.5, 1.0), (1.5, 2.0), (0.3, 0.4), (0.05, 0.1)])
 def test_the_spare_crop_is_torchvisions(
     height: int, width: int, ratio: tuple[float, float]
