@@ -32,7 +32,7 @@ from dmkd_fast import (
 )
 from dmkd_fast.assets import resolve
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DENOISER = "embedded:fashion_mnist/denoiser"
 SMALL = (
     "sampler.micro_batch_images=64",
