@@ -103,6 +103,15 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, Clas
 
     Raises:
         UserError: A file is missing or damaged, or does not match the architecture.
+
+    Examples:
+        >>> import torch
+        >>> from dmkd_fast import load_classifier
+        >>> from dmkd_fast.assets import resolve
+        >>> folder = resolve("embedded:fashion_mnist/weak")
+        >>> model, spec = load_classifier(folder, torch.device("cpu"))
+        >>> model(torch.zeros(1, spec.in_chans, spec.input_size, spec.input_size)).shape
+        torch.Size([1, 10])
     """
     check_folder(folder)
     config = read_json(folder / CONFIG)

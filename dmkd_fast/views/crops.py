@@ -75,12 +75,14 @@ class Views:
     Raises:
         TypeError, UserError: An argument is out of range.
 
-    >>> spec = ViewSpec(size=16, mean=(0.5,), std=(0.25,))
-    >>> views = Views(spec, scale=(0.3, 1.0), pad=2)
-    >>> slots = torch.zeros(8, 1, 28, 28, dtype=torch.uint8)
-    >>> ids = torch.arange(4)
-    >>> views(slots, ids, ids, uses=torch.zeros_like(ids)).shape
-    torch.Size([4, 1, 16, 16])
+    Examples:
+        >>> import torch
+        >>> from dmkd_fast import Views, ViewSpec
+        >>> views = Views(ViewSpec(size=16, mean=(0.5,), std=(0.25,)), scale=(0.3, 1.0), pad=2)
+        >>> images = torch.zeros(8, 1, 28, 28, dtype=torch.uint8)
+        >>> ids = torch.arange(4)
+        >>> views(images, indices=ids, ids=ids, uses=torch.zeros_like(ids)).shape
+        torch.Size([4, 1, 16, 16])
     """
 
     def __init__(

@@ -63,11 +63,14 @@ class Mixer:
         TypeError, UserError: An alpha is negative, not finite or above 10**6, both are 0, or the
             seed is out of range.
 
-    >>> mixed = Mixer(mixup_alpha=0.2, seed=1)(torch.ones(4, 3, 8, 8), step=0)
-    >>> mixed.views.shape, 0 <= mixed.lam <= 1
-    (torch.Size([4, 3, 8, 8]), True)
-    >>> mixed.targets(torch.tensor([0, 1, 2, 0]), num_classes=3).sum(dim=1)
-    tensor([1., 1., 1., 1.])
+    Examples:
+        >>> import torch
+        >>> from dmkd_fast import Mixer
+        >>> mixed = Mixer(mixup_alpha=0.2)(torch.ones(4, 3, 8, 8), step=0)
+        >>> mixed.views.shape
+        torch.Size([4, 3, 8, 8])
+        >>> mixed.targets(torch.tensor([0, 1, 2, 0]), num_classes=3).sum(dim=1)
+        tensor([1., 1., 1., 1.])
     """
 
     def __init__(
