@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME`: picks the measurement."""
+"""Run the measurement that `python -m benchmarks NAME` names."""
 
 from __future__ import annotations
 

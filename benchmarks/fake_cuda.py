@@ -1,4 +1,4 @@
-"""A rehearsal of GPU programs where there is no GPU: the CPU answers to the name of cuda.
+"""Rehearse GPU programs without a GPU, with a CPU-backed stand-in for torch.cuda.
 
     python -m benchmarks.fake_cuda -m pytest -m cuda
     python -m benchmarks.fake_cuda -m benchmarks imagenet --tiny
@@ -74,7 +74,7 @@ def pretended() -> Iterator[None]:
 
 
 class _Cuda(TorchFunctionMode):
-    """Turns cuda into cpu in every call, and back in every answer."""
+    """Replace cuda by cpu in every call, and cpu by cuda in every answer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,13 +102,13 @@ class _Cuda(TorchFunctionMode):
 
 
 class _Graph:
-    """Operators in the order of the capture."""
+    """Stand-in for a CUDA graph: a list of operators in the order of their capture."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def replay(self) -> None:
-        """Run them again; what they made before gets the new numbers."""
+        """Run the operators again, and write their results into the tensors of the capture."""
         for func, args, kwargs, before in self.calls:
             now = func(*args, **kwargs)
             for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):

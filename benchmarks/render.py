@@ -1,4 +1,4 @@
-"""Writes tables between `<!-- rows:NAME -->` and `<!-- end -->` in README and docs.
+"""Write tables between `<!-- rows:NAME -->` and `<!-- end -->` in README and docs.
 
 Each table shows the newest recorded rows of its measurement (those of the last commit and date)
 that were measured on a CPU, NAME-gpu those on a GPU; tables of the studies, which take hours, show
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a table's rows come from."""
+    """Source of a table's rows."""
 
     bench: str
     """Name of the measurement and of its file in results/."""
@@ -45,8 +45,8 @@ class Source:
     """Show the rows of all dates instead of those of the last one."""
 
 
-# Tables whose rows are not simply all of the measurement that they are named after. Of several
-# sources the first one counts that has rows which are not superseded.
+# Tables that do not show all rows of the measurement of the same name. Of several sources, the
+# first with rows that are not superseded counts.
 SOURCES = {
     "embedded": (Source(bench="embedded"), Source(bench="fewstep", only={"job": "few steps"})),
     "end-to-end": (
@@ -63,7 +63,9 @@ SOURCES = {
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks render", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether they agree")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail where rows and tables disagree"
+    )
     options = parser.parse_args(argv)
     stale = []
     shown: set[str] = set()
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> int:
 
 
 def check(tables: Iterable[str]) -> list[str]:
-    """Unknown marks, and rows of tables that their command would not make today, one line each."""
+    """Return one line for each unknown mark, and each table whose rows have other arguments."""
     faults = provenance.unknown_marks()
     for name in sorted(tables):
         rows, source = rows_of(name)
@@ -120,7 +122,7 @@ def render(text: str) -> str:
 
 
 def rows_of(name: str) -> tuple[list[Row], Source]:
-    """The rows that a table shows, and where they come from."""
+    """Return the rows that a table shows, and their source."""
     if name in STUDY_TABLES:
         bench, is_shown, _ = STUDY_TABLES[name]
         (source,) = SOURCES.get(name, (Source(bench=bench),))
@@ -130,7 +132,7 @@ def rows_of(name: str) -> tuple[list[Row], Source]:
 
 
 def latest(name: str) -> tuple[list[Row], Source]:
-    """The rows recorded together with the last one on a CPU or, for `NAME-gpu`, on a GPU.
+    """Return the rows recorded with the last one on a CPU or, for `NAME-gpu`, on a GPU.
 
     Superseded rows are shown only where there are no others.
     """
@@ -149,7 +151,7 @@ def latest(name: str) -> tuple[list[Row], Source]:
 
 
 def command_of(name: str, source: Source) -> str:
-    """The measurement that makes a table's rows: some have one of their own for GPUs."""
+    """Return the name of the measurement of a table; some measurements have a variant for GPUs."""
     return name if name.endswith("-gpu") and name in NAMES else source.bench
 
 

@@ -26,7 +26,7 @@ ARMS = ("diffusion", "real", "one image", "noise")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("finding-1", __doc__ or "", selects=["seeds"])
     parser.add_argument("--data", type=Path, required=True, help="folder with the training set")
     parser.add_argument("--seeds", type=int, default=5)
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def arm_images(arm: str, data: Path) -> study.FixedSet:
-    """What the student sees in one arm."""
+    """Return the images of one arm."""
     if arm == "diffusion":
         return study.generated(COUNT, [], file="fashion_mnist.yaml")
     if arm == "real":

@@ -25,13 +25,13 @@ from dmkd_fast.data.test_sets import prepare
 GUIDANCE, STEPS = (1.0, 1.5, 2.0, 4.0), (4, 16, 50)
 COUNT, VIEWS = 2_048, 128_000
 FORWARDS = 102_400
-"""Of the denoiser, for all images of a student: what the equal-compute cells share."""
+"""Forward passes of the denoiser for all images of a student, equal in equal-compute cells."""
 EQUAL_COMPUTE = ((1.0, 4), (1.0, 16), (2.0, 16), (4.0, 50))
 CORNERS = ((1.0, 4), (1.0, 50), (4.0, 4), (4.0, 50))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("finding-2", __doc__ or "", selects=["seeds", "parts"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
 
 
 def forwards(guidance: float, steps: int) -> int:
-    """Of the denoiser, per image."""
+    """Return the number of forward passes of the denoiser per image."""
     return steps * (1 if guidance == 1 else 2)
 
 
@@ -87,7 +87,7 @@ def cell_images(guidance: float, steps: int, count: int) -> study.FixedSet:
 
 @torch.inference_mode()
 def quality(images: study.FixedSet) -> dict[str, Any]:
-    """What a cell's images are like, beside as many real test images."""
+    """Return the quality of a cell's images beside as many real test images."""
     count = len(images.images)
     made, logits = features(images.images)
     real, _ = features(study.test_images().images[:count])

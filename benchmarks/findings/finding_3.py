@@ -15,7 +15,7 @@ TEACHERS, TEMPERATURES = study.EMBEDDED_TEACHERS, (1.0, 4.0, 10.0)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("finding-3", __doc__ or "", selects=["seeds", "students"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(

@@ -25,7 +25,7 @@ NUM_IMAGES = 1_000
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("nearest", __doc__ or "")
     parser.add_argument("--data", type=Path, required=True, help="folder with the training set")
     return parser.parse_args(argv)

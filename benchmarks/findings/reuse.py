@@ -16,7 +16,7 @@ VIEWS = 256_000
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("reuse", __doc__ or "", selects=["seeds"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="0: all cores")

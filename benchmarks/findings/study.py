@@ -1,4 +1,4 @@
-"""What the studies share: images made once, one student on a fixed set, rows never measured twice.
+"""Tools of the studies: images made once, a student on a fixed set, no row measured twice.
 
 A study is a grid of cells. Each cell's row goes to results/STUDY.jsonl the moment it is there, and
 a cell whose row is there is not measured again: kill a study at any time and call it again. Sets of
@@ -98,7 +98,7 @@ class FixedSet:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether all are in the ring."""
+        """Return whether all images are in the ring."""
         return self.next_id >= len(self.images)
 
     def first(self, count: int) -> FixedSet:
@@ -298,7 +298,7 @@ class Cells:
         self.rows = read_rows(study) if self.record else []
 
     def has(self, **cell: Any) -> bool:
-        """Whether the cell has a row that is not superseded."""
+        """Return whether the cell has a row that is not superseded."""
         return any(
             "superseded" not in row and all(row.get(k) == v for k, v in cell.items())
             for row in self.rows

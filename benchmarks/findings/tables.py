@@ -104,7 +104,7 @@ def t_975(freedom: int) -> float:
 
 
 def finding_1(rows: list[Row]) -> str:
-    """Arms of finding 1, and how far ours is from real images."""
+    """Write the arms of finding 1, and their distance from real images."""
     shown = counted((r for r in rows if "top1" in r), cell_of("finding-1"))
     grid = Grid(shown, lambda r: r["arm"])
     body = []
@@ -141,7 +141,7 @@ def finding_2(rows: list[Row]) -> str:
 
 
 def finding_2_quality(rows: list[Row]) -> str:
-    """What the images of each cell are like."""
+    """Write the quality of the images of each cell."""
     shown = counted(rows, cell_of("finding-2"))
     names = ("frechet", "precision", "recall", "confidence", "class_agreement")
     body = [
@@ -328,7 +328,7 @@ def _axes(rows: list[Row], name: str) -> list[Any]:
 
 
 def _spent(rows: list[Row]) -> str:
-    """What students took, and images where a row says so, and on which machine."""
+    """Return the cost of students and of recorded images, and the machine."""
     seconds = sum(row.get("cpu_s", 0.0) for row in rows)
     stamp = rows[-1]["environment"]
     return f"{seconds / 3600:.2f} CPU hours. {stamp['device']}, {stamp['date']}."

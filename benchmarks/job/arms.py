@@ -1,4 +1,4 @@
-"""What one process of the end-to-end comparison does: make a set of images, or train one student.
+"""Make a set of images or train one student: one process of the end-to-end comparison.
 
 `end_to_end.py` starts the processes and compares what they leave.
 """
@@ -97,7 +97,7 @@ class Study:
     num_points: int
     seed: int = 0
     overrides: tuple[str, ...] = ()
-    """Of both jobs' settings."""
+    """Overrides of both jobs' configs."""
 
     def config(self, arm: str) -> tuple[Path, list[str]]:
         """Settings of a job: file and overrides."""
@@ -131,7 +131,7 @@ class Study:
         return load_config(DistillConfig, path, overrides)
 
     def facts(self) -> dict[str, Any]:
-        """What a part's figures depend on."""
+        """Arguments that the figures of a part depend on."""
         return {
             "images": self.num_images,
             "views": self.num_views,

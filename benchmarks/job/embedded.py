@@ -17,7 +17,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("embedded", __doc__ or "")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("overrides", nargs="*", help="section.field=value")

@@ -77,7 +77,7 @@ PARTS = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("end-to-end", __doc__ or "", selects=["part"])
     parser.add_argument("--part", choices=PARTS, required=True, help="whole jobs, or the ladder")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these, and what is there")

@@ -21,7 +21,7 @@ JOBS = {"many steps": "many_steps.yaml", "few steps": "fashion_mnist.yaml"}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("fewstep", __doc__ or "")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("--points", type=int, default=20, help="evaluations per run")

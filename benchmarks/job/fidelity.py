@@ -1,4 +1,4 @@
-"""What each fidelity costs and teaches: the embedded job at every preset and with few steps.
+"""Run the embedded job at every fidelity preset and with few steps: cost and accuracy.
 
 Cost is images/s of the sampler alone; closeness the Frechet distance to the 10,000 real test images
 in the features of the strong teacher (2,048 generated images; our own classifier, so comparable
@@ -34,7 +34,7 @@ SETTINGS["few steps"] = ("fashion_mnist.yaml", [])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("fidelity", __doc__ or "")
     parser.add_argument("--seeds", type=int, default=1, help="students per setting")
     parser.add_argument("--views", type=int, default=60_000, help="views per student")

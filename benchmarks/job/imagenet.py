@@ -56,7 +56,7 @@ JOBS = (("pipeline fp32", "published"), ("pipeline half", "eager half"), ("ours"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("imagenet", __doc__ or "")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small models, one timing")
     return parser.parse_args(argv)
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     device = resolve_device("auto")
     torch.backends.cuda.matmul.allow_tf32 = True
     make_repeatable()
-    torch.backends.cudnn.deterministic = False  # for ours alone: see `_as_dmkd_runs_it`
+    torch.backends.cudnn.deterministic = False  # only ours needs it; see `_as_dmkd_runs_it`
     report = Report(bench="imagenet", arguments=recorded(options), device=device)
     bench = Bench(report, TINY if options.tiny else Settings(), device)
     failed = 0
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
 
 
 class Bench:
-    """The parts, and the rows they leave."""
+    """Parts of the measurement, and the rows that they add."""
 
     def __init__(self, report: Report, settings: Settings, device: torch.device) -> None:
         self.report, self.settings, self.device = report, settings, device
@@ -96,7 +96,7 @@ class Bench:
         """Images/s by ("sampler", arm, steps), views/s by ("training", arm, student)."""
 
     def sampler(self) -> None:
-        """Guided images/s, decoded."""
+        """Measure guided images/s, decoded."""
         s = self.settings
         for steps in s.steps:
             makers = {
@@ -124,7 +124,7 @@ class Bench:
                 )
 
     def training(self) -> None:
-        """Views/s of teacher -> student."""
+        """Measure views/s of teacher -> student."""
         s = self.settings
         for student in s.students:
             with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +165,7 @@ class Bench:
                 self.report.at_most(f"{student}: share of a step outside the networks", share, 0.1)
 
     def job(self) -> None:
-        """Hours of the whole job, by arithmetic: a call takes base + steps x per step."""
+        """Compute hours of the whole job: a call takes base + steps x per step."""
         s = self.settings
         few, many = s.steps
         for student in s.students:
@@ -197,7 +197,7 @@ class Bench:
     def _measure(
         self, makers: Mapping[str, Callable[[], Callable[[], object]]], n: int
     ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-        """Timings in turn and peaks alone; an arm that does not fit is told of and left out."""
+        """Return interleaved timings, and peaks of each arm alone, without arms that do not fit."""
         peaks, arms = {}, {}
         for name, make in makers.items():
             try:
@@ -258,7 +258,7 @@ class Bench:
         return partial(_as_dmkd_runs_it, call)
 
     def _distiller(self, student: str, folder: Path) -> Distiller:
-        """A filled ring and the networks; images are random, and none are made."""
+        """Build a distiller with a ring full of random images."""
         s = self.settings
         ring = RingBuffer(
             s.capacity,
@@ -308,7 +308,7 @@ class Bench:
         return partial(_as_dmkd_runs_it, self._distiller(student, folder).train_step)
 
     def _networks(self, student: str, folder: Path) -> Callable[[], object]:
-        """Teacher, student, optimizer and average, on ready views with a ready gradient."""
+        """Run teacher, student, optimizer and EMA on ready views with a ready gradient."""
         s = self.settings
         distiller = self._distiller(student, folder / "networks")
         draw = distiller.ring.sample(s.batch)
@@ -370,7 +370,7 @@ class Bench:
 
 
 def _as_dmkd_runs_it(call: Callable[[], object]) -> None:
-    """With kernels that repeat their bits; the other arms choose freely."""
+    """Call with kernels that repeat their bits; the other arms choose freely."""
     torch.backends.cudnn.deterministic = True
     call()
     torch.backends.cudnn.deterministic = False
@@ -378,7 +378,7 @@ def _as_dmkd_runs_it(call: Callable[[], object]) -> None:
 
 @contextmanager
 def _cleared(device: torch.device) -> Iterator[None]:
-    """Memory that arms before this one have freed is given back."""
+    """Return memory that earlier arms have freed to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Training between the paper's way and ours: each change a switch, each switch proved on the run.
+"""Train between the paper's way and ours: each change is a switch, checked on the run.
 
 Student, optimizer, schedule, averaged weights, batch and views are the job's in every recipe, and
 so is the test: the averaged student on the real test images at equal distances, in the compute
@@ -263,7 +263,7 @@ def contradictions(recipe: Recipe, proof: dict[str, Any], *, num_images: int) ->
 
 
 def seen_in(step: Callable[[], object], student: nn.Module) -> dict[str, Any]:
-    """What one more training step does: operators by name, dtype and layout of the forward pass."""
+    """Return the operators of one more training step, and dtype and layout of its forward pass."""
     seen: list[Tensor] = []
     # In the first convolution both layouts of a grey image are the same.
     *_, watched = (m for m in student.modules() if isinstance(m, nn.Conv2d))
@@ -292,7 +292,7 @@ def compiled_graphs() -> int:
 
 
 def keeps_freed_memory() -> bool:
-    """Whether a block of 256 MiB comes back without page faults once one has been freed."""
+    """Return whether a freed block of 256 MiB is reused without page faults."""
     torch.ones(66 << 20)  # No hole of the heap is as large.
     before = page_faults()
     torch.ones(64 << 20)  # Smaller: what lay free beside the first may be in use by now.

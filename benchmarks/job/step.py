@@ -1,4 +1,4 @@
-"""A training step alone, from the published way to ours, one change at a time and interleaved.
+"""Time a training step alone, from the published way to ours, one change at a time.
 
 Every arm trains the embedded job's student on the same ready views with the same optimizer and
 averaged weights. The arms are recipes of the ladder (`arms.py`), so each changes one thing; making
@@ -30,7 +30,7 @@ CHANGES = (
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("step", __doc__ or "")
     parser.add_argument("--n", type=int, default=60, help="timings per arm")
     parser.add_argument("--threads", type=int, default=1, help="0: all cores")

@@ -170,7 +170,7 @@ def asset_figure(asset: str, name: str) -> float:
 
 
 def ladder(rows: list[Row]) -> str:
-    """From the baseline to ours, one change at a time."""
+    """Write the table from the baseline to ours, one change at a time."""
     header = [
         "after",
         "this change",
@@ -226,7 +226,7 @@ def step(rows: list[Row]) -> str:
 
 
 def fidelity(rows: list[Row]) -> str:
-    """What each preset costs and teaches."""
+    """Write the table of what each preset costs and teaches."""
     header = [
         "fidelity",
         "steps",
@@ -285,7 +285,7 @@ def _times(value: float | None) -> str:
 
 
 def _seen(proof: Row) -> str:
-    """What a run was seen to do, in short."""
+    """Return a short description of what a run was observed to do."""
     parts = [proof["sampler"], proof["attention"], proof["sampler_dtype"]]
     parts.append(f"{proof['png_files']:,} PNG files" if proof["png_files"] else "ring")
     parts += [

@@ -38,7 +38,7 @@ GOALS = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("kd-loss", __doc__ or "")
     parser.add_argument("--n", type=int, default=20, help="timings per arm")
     parser.add_argument("--quick", action="store_true", help="the smallest shape alone")
@@ -86,7 +86,7 @@ def eager(student: Tensor, teacher: Tensor) -> Tensor:
 def backward(
     loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor
 ) -> Callable[[], None]:
-    """Loss and backward pass, the gradient allocated anew."""
+    """Return a call of loss and backward pass that allocates the gradient each time."""
 
     def call() -> None:
         student.grad = None
@@ -96,7 +96,7 @@ def backward(
 
 
 def arms(student: Tensor, teacher: Tensor) -> dict[str, Callable[[], object]]:
-    """What is compared; all but the last two allocate their outputs."""
+    """Return the calls to compare; all but the last two allocate their outputs."""
     torch._dynamo.reset()  # else it gives up after eight shapes and runs eagerly
     compiled = torch.compile(eager, dynamic=False)
     logits, out = student.detach(), torch.empty_like(student, requires_grad=False)

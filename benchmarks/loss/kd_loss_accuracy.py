@@ -21,7 +21,7 @@ SETTINGS = ((4, 0.5), (10, 2.0), (10, 0.5), (10, 0.1))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("kd-loss-accuracy", __doc__ or "")
     parser.add_argument("--figure", help="PNG to write")
     return parser.parse_args(argv)

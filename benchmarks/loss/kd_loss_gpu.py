@@ -24,7 +24,7 @@ CALLS = 20  # per timing, so that the queue stays full
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("kd-loss-gpu", __doc__ or "")
     parser.add_argument("--n", type=int, default=20, help="timings per arm")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small shapes, one timing")

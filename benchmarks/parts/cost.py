@@ -53,7 +53,7 @@ AXES: dict[str, tuple[int, ...]] = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("cost", __doc__ or "")
     parser.add_argument("--n", type=int, default=20, help="timings per point")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the sampler: host time, waits, allocations, batch, attention.
+"""Measure the sampler on a GPU: host time, waits, allocations, batch, attention.
 
 DiT-XL/2 at 256 x 256, guided, latents only, random weights: a row per attention kernel and batch.
 Run by benchmarks/gpu.sh.
@@ -28,7 +28,7 @@ CASES = (("sdpa", 8), ("sdpa", 32), ("sdpa", 128), ("xformers", 32))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("cuda-facts", __doc__ or "")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small model, one timing")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What the ring costs: insert, draw and limiter, and its share of a training step.
+"""Measure the ring: insert, draw and limiter, and its share of a training step.
 
 The step is the embedded student's (configs/fashion_mnist.yaml: batch, dtype and teacher).
 `whole` is `Distiller.train_step`: draw, views, teacher, student, loss, optimizer, average. `bare`
@@ -34,7 +34,7 @@ CALLS = 50  # of the ring per timing, because one takes microseconds
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("ring", __doc__ or "")
     parser.add_argument("--n", type=int, default=60, help="timings per arm")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: one capacity, one timing")
@@ -139,7 +139,7 @@ def training_step(report: Report, *, n: int) -> None:
 
 
 def bare_step(distiller: Distiller, views: Tensor, gradient: Tensor) -> None:
-    """What a step costs on ready views with a ready gradient."""
+    """Take a step on ready views with a ready gradient."""
     teacher = distiller._supervision._teachers.networks[0]
     learner = distiller.learner
     with learner.autocast:

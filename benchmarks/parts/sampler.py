@@ -56,7 +56,7 @@ diffusers: Any = importlib.import_module("diffusers")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("sampler", __doc__ or "")
     parser.add_argument("--model", type=Path, help="a DiT folder in diffusers format instead")
     parser.add_argument("--n", type=int, default=5, help="timings per arm")
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
 
 
 class Bench:
-    """The arms of every model, and the rows they leave."""
+    """Arms of every model, and the rows that they add."""
 
     def __init__(
         self, report: Report, device: torch.device, half: torch.dtype, n: int, sizes: Sizes
@@ -263,7 +263,7 @@ class Bench:
         return {arm: timing["median_ms"] for arm, timing in timings.items()}
 
     def _ceiling(self, timings: dict[str, dict[str, float]]) -> float:
-        """FLOP/s of the large product, as fast as it ran beside the arms."""
+        """Return the FLOP/s of the large product, timed beside the arms."""
         return self._product_flops / (timings["product"]["p20_ms"] / 1e3)
 
     def _goals(self, name: str, medians: dict[str, float], fp32: float, half: float) -> None:
@@ -276,6 +276,6 @@ class Bench:
 
 
 def _as_users_run_it(arm: Callable[[], object]) -> None:
-    """With the thresholds that glibc arrives at by itself once large tensors have been freed."""
+    """Call with the thresholds that glibc sets after large tensors have been freed."""
     set_malloc_thresholds(mmap_bytes=32 << 20, trim_bytes=64 << 20)
     arm()

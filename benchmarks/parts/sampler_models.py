@@ -22,10 +22,10 @@ diffusers: Any = importlib.import_module("diffusers")
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured, and how large."""
+    """Models, sizes and step counts of the measurement."""
 
     flow_steps: tuple[tuple[int, int], ...] = ((4, 128), (10, 128), (50, 32))
-    """Of the embedded model, with the batch of each."""
+    """Steps and batch size of each measurement of the embedded model."""
     latent_steps: tuple[int, ...] = (4, 10)
     latent_batch: int = 4
     sweep: tuple[int, ...] = (4, 8, 16, 32)
@@ -57,7 +57,7 @@ TINY = Sizes(
 def flow_loop(
     module: Any, dtype: torch.dtype, labels: Tensor, steps: int, guidance_scale: float
 ) -> Tensor:
-    """What DiTPipeline does, for a flow model on pixels: uint8 images on the CPU."""
+    """Return uint8 images of a pixel flow model, sampled in the way of DiTPipeline."""
     device = labels.device
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), device=device)
@@ -69,7 +69,7 @@ def flow_loop(
 def guided_loop(
     module: Any, scheduler: Any, x: Tensor, labels: Tensor, guidance_scale: float
 ) -> Tensor:
-    """The same with any scheduler that has its timesteps, from noise x (B, c, H, W)."""
+    """Sample from noise x (B, c, H, W) with any scheduler whose timesteps are set."""
     both = torch.cat((labels, torch.full_like(labels, module.config.num_embeds_ada_norm)))
     for timestep in scheduler.timesteps:
         velocity = module(
@@ -84,7 +84,7 @@ def guided_loop(
 def fastest_product(
     device: torch.device, dtype: torch.dtype, products: tuple[tuple[int, int, int], ...]
 ) -> tuple[Callable[[], object], float]:
-    """The fastest of a few large products (M, K, N), and its FLOPs."""
+    """Return the fastest of a few large products (M, K, N), and its FLOPs."""
     arms: dict[str, Callable[[], object]] = {}
     for m, k, n in products:
         a, b = (torch.randn(size, k, device=device, dtype=dtype) for size in (m, n))
@@ -97,7 +97,7 @@ def fastest_product(
 
 
 def dit_s2_config(sizes: Sizes) -> dict[str, Any]:
-    """DiT-S/2 for 256 x 256 images (latents 4 x 32 x 32)."""
+    """Return the config of DiT-S/2 for 256 x 256 images (latents 4 x 32 x 32)."""
     return {
         "num_attention_heads": sizes.heads,
         "attention_head_dim": 64,
@@ -136,7 +136,7 @@ def taesd(sizes: Sizes) -> Any:
 
 
 def dit_flops(config: dict[str, Any]) -> float:
-    """Of one forward of one sample: matrix products, attention included."""
+    """Return the FLOPs of one forward pass of one sample: products, attention included."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     layers, patch = config["num_layers"], config["patch_size"]
     tokens = (config["sample_size"] // patch) ** 2
@@ -146,7 +146,7 @@ def dit_flops(config: dict[str, Any]) -> float:
 
 
 def forward_flops(loaded: Denoiser, device: torch.device) -> float:
-    """Of one forward of one image, counted."""
+    """Count the FLOPs of one forward pass of one image."""
     module: Any = loaded.module
     module.attention = "short"
     zero = torch.zeros(1, *loaded.latent_shape, device=device)
@@ -156,7 +156,7 @@ def forward_flops(loaded: Denoiser, device: torch.device) -> float:
 
 
 def decoder_flops(vae: Any, size: int) -> float:
-    """Of decoding one image, counted on shapes alone."""
+    """Count the FLOPs of decoding one image, on meta tensors."""
     meta = copy.deepcopy(vae).to("meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         meta.decode(torch.zeros(1, 4, size, size, device="meta"))
@@ -164,5 +164,5 @@ def decoder_flops(vae: Any, size: int) -> float:
 
 
 def diffusers_dit(folder: Path) -> Any:
-    """The module as diffusers loads it."""
+    """Load the module with diffusers."""
     return diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()

@@ -30,7 +30,7 @@ SETS = {(1, 28, 28): 8192, (3, 256, 256): 512}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     return arguments("shards", __doc__ or "").parse_args(argv)
 
 

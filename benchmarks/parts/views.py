@@ -1,4 +1,4 @@
-"""Views of uint8 images in memory: ours, DALI's CPU pipeline, torchvision per image, eager PyTorch.
+"""Time views of images in memory: ours, DALI's CPU pipeline, torchvision, eager PyTorch.
 
 Timed: from slot numbers and image ids to a batch of normalized views, crops drawn anew each time,
 bilinear everywhere. "256 -> 224" is a random resized crop (area 0.08 to 1) and flip; no crop there
@@ -44,7 +44,7 @@ GOALS = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the arguments of the command line."""
     parser = arguments("views", __doc__ or "")
     parser.add_argument("--n", type=int, default=20, help="timings per arm")
     parser.add_argument("--quick", action="store_true", help="small images alone, one dtype")
@@ -92,7 +92,7 @@ def _measure(
 
 
 def arms(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
-    """What is compared; each call makes one batch."""
+    """Return the calls to compare; each call makes one batch."""
     side, count, size, crops = CASES[name]
     generator = torch.Generator().manual_seed(0)
     slots = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
