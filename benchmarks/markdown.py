@@ -25,3 +25,8 @@ def where(rows: Sequence[dict[str, Any]]) -> str:
         form.format(" and ".join(str(value) for value in dict.fromkeys(found)))
         for form, found in parts.items()
     )
+
+
+def is_gpu(row: dict[str, Any]) -> bool:
+    """Return whether a row was measured on a GPU."""
+    return not row["environment"]["device"].startswith("CPU ")

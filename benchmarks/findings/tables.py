@@ -334,6 +334,16 @@ def _spent(rows: list[Row]) -> str:
     return f"{seconds / 3600:.2f} CPU hours. {stamp['device']}, {stamp['date']}."
 
 
+def nearest_table(rows: list[Row]) -> str:
+    """Write the distances of generated images to the nearest training images."""
+    header = ["images", "n", "min", "5 %", "median", "95 %"]
+    body = [
+        [r["images"], str(r["n"]), *(f"{r[k]:.3f}" for k in ("min", "p5", "median", "p95"))]
+        for r in rows
+    ]
+    return table(header, body, "RMS pixel distance in [0, 1] to the nearest training image.")
+
+
 STUDY_TABLES: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]] = {
     "finding-1": ("finding-1", lambda r: True, finding_1),
     "finding-2": ("finding-2", lambda r: r["part"] == "grid" and r["seed"] != "quality", finding_2),

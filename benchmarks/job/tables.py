@@ -300,7 +300,31 @@ def _seen(proof: Row) -> str:
     return ", ".join([*parts, *(["compiled student"] if proof["compiled_graphs"] else [])])
 
 
+def imagenet(rows: list[Row]) -> str:
+    """Write the table at ImageNet size."""
+    body = []
+    for r in (r for r in rows if r["part"] == "sampler"):
+        what = f"{r['model']}, {r['side']} pixels, {r['steps']} guided steps, batch {r['batch']}"
+        body.append([what, r["arm"], f"{r['images_per_s']:,.2f} images/s", f"{r['peak_mib']:,.0f}"])
+    for r in (r for r in rows if r["part"] == "training"):
+        what = f"{r['teacher']} -> {r['student']}, {r['pixels']} pixels, batch {r['batch']}"
+        body.append([what, r["arm"], f"{r['views_per_s']:,.0f} views/s", f"{r['peak_mib']:,.0f}"])
+    for r in (r for r in rows if r["part"] == "outside"):
+        what = f"{r['teacher']} -> {r['student']}: share of a step outside the networks"
+        body.append([what, "ours", f"{r['share_outside_networks']:.1%}", ""])
+    for r in (r for r in rows if r["part"].startswith("job")):
+        what = (
+            f"whole job by arithmetic: {r['images']:,} images at {r['steps']} steps, reuse "
+            f"{r['reuse']}, {r['student']}"
+        )
+        parts = f"{r['generation_h']:,.1f} h + {r['training_h']:,.1f} h"
+        body.append([what, f"{r['images_by']}, {r['arm']}", parts, ""])
+    header = ["what", "arm", "figure", "peak MiB"]
+    return table(header, body, f"Random weights; `benchmarks/job/imagenet.py`. {where(rows)}.")
+
+
 JOB_TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "imagenet-gpu": imagenet,
     "embedded": embedded,
     "end-to-end": end_to_end,
     "fewstep": fewstep,
