@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import ROOT
 from dmkd_fast import DiffusionSampler, Views, ViewSpec, kd_loss_and_grad, load_denoiser
 from dmkd_fast.assets import resolve
 
-ROOT = Path(__file__).parent.parent
 JOB = [
     "configs/fashion_mnist.yaml",
     "num_threads=1",

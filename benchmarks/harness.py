@@ -19,7 +19,9 @@ import torch
 
 from dmkd_fast.runtime.device import peak_memory_mib
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+RESULTS = ROOT / "benchmarks" / "results"
 NOTES = "notes.json"
 
 
@@ -195,7 +197,6 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    root = Path(__file__).parent.parent
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

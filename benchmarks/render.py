@@ -15,19 +15,17 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from benchmarks import provenance
 from benchmarks.__main__ import NAMES
 from benchmarks.findings.plots import draw
 from benchmarks.findings.tables import STUDY_TABLES, cell_of, nearest_table
-from benchmarks.harness import read_rows
+from benchmarks.harness import ROOT, read_rows
 from benchmarks.job.tables import JOB_TABLES
 from benchmarks.loss.tables import LOSS_TABLES
 from benchmarks.parts.tables import PART_TABLES
 
-ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, arguments, recorded
+from benchmarks.harness import ROOT, Report, arguments, recorded
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs.build import build
@@ -20,7 +20,6 @@ from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.jobs.pretrain.loop import load_real
 from dmkd_fast.jobs.report import pairs
 
-ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 1_000
 
 

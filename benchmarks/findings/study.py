@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.harness import RESULTS, environment, read_rows, recorded
+from benchmarks.harness import RESULTS, ROOT, environment, read_rows, recorded
 from dmkd_fast import (
     DiffusionSampler,
     Distiller,
@@ -48,7 +48,6 @@ from dmkd_fast.jobs.images import OpenSource, make_sampler
 from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.runtime.device import keep_freed_memory, resolve_dtype, set_num_threads
 
-ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "runs" / "studies"
 BLOCK = 512
 Row = dict[str, Any]

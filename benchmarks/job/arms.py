@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.harness import environment
+from benchmarks.harness import CONFIGS, environment
 from benchmarks.job import baseline, ladder
 from benchmarks.job.fewstep import curve as curve_of
 from benchmarks.job.ladder import Recipe
@@ -38,7 +38,6 @@ from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import keep_freed_memory, peak_memory_mib, set_num_threads
 from dmkd_fast.training import scoring
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 PUBLISHED, TARGET = "baseline, as published, fp32", "baseline, no_grad, fp32"
 BF16, EQUAL, DEFAULT = "baseline, no_grad, bf16", "ours, equal settings", "ours, default"
 CHANNELS_LAST = "baseline, no_grad, bf16, channels-last"

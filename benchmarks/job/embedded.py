@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Report, arguments, recorded
+from benchmarks.harness import CONFIGS, Report, arguments, recorded
 
-CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
+CONFIG = CONFIGS / "fashion_mnist.yaml"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

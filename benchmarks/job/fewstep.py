@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Report, arguments, recorded
+from benchmarks.harness import CONFIGS, Report, arguments, recorded
 from benchmarks.job.embedded import run_job
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 JOBS = {"many steps": "many_steps.yaml", "few steps": "fashion_mnist.yaml"}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, arguments, recorded
+from benchmarks.harness import CONFIGS, Report, arguments, recorded
 from benchmarks.job.embedded import run_job
 from dmkd_fast import DiffusionSampler, ImageSet, LabelStream
 from dmkd_fast.config.generator import FIDELITY
@@ -27,7 +27,6 @@ from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.parts import prepare
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 NUM_IMAGES = 2_048
 SETTINGS = {name: ("many_steps.yaml", [f"sampler={{fidelity: {name}}}"]) for name in FIDELITY}
 SETTINGS["few steps"] = ("fashion_mnist.yaml", [])

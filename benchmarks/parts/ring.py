@@ -12,13 +12,12 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, arguments, recorded, time_interleaved
+from benchmarks.harness import CONFIGS, Report, arguments, recorded, time_interleaved
 from dmkd_fast import Distiller, RingBuffer
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
@@ -27,7 +26,7 @@ from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.loss.functional import kd_loss_and_grad
 from dmkd_fast.runtime.device import resolve_device, set_num_threads
 
-CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
+CONFIG = CONFIGS / "fashion_mnist.yaml"
 CAPACITIES = (1_024, 10_240, 102_400)
 BLOCK, BATCH = 512, 64
 CALLS = 50  # of the ring per timing, because one takes microseconds
