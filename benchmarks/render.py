@@ -135,12 +135,12 @@ def latest(name: str) -> tuple[list[Row], Source]:
 
     Superseded rows are shown only where there are no others.
     """
-    is_gpu, bench = name.endswith("-gpu"), name.removesuffix("-gpu")
+    on_gpu, bench = name.endswith("-gpu"), name.removesuffix("-gpu")
     for source in SOURCES.get(bench, (Source(bench=bench),)):
         rows = provenance.counted(
             row
             for row in read_rows(source.bench)
-            if is_gpu(row) == is_gpu and all(row.get(k) == v for k, v in source.only.items())
+            if is_gpu(row) == on_gpu and all(row.get(k) == v for k, v in source.only.items())
         )
         if not source.all_runs:
             rows = [row for row in rows if row["environment"] == rows[-1]["environment"]]
