@@ -24,6 +24,7 @@ from benchmarks.findings.tables import STUDY_TABLES, cell_of, nearest_table
 from benchmarks.harness import ROOT, read_rows
 from benchmarks.job.tables import JOB_TABLES
 from benchmarks.loss.tables import LOSS_TABLES
+from benchmarks.markdown import is_gpu
 from benchmarks.parts.tables import PART_TABLES
 
 MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
