@@ -135,8 +135,8 @@ def test_a_class_map_orders_and_restricts_the_teachers_logits() -> None:
         ([{"start": 0.5, "stop": 0.5}], "start < stop"),
         ([{"teaches": (0, 1, 2, 3, 4)}], "got 4, expected classes from 0 to 3"),
         ([{"teaches": ()}], "got no classes"),
-        ([{"class_map": (1, 1)}], "2 entries, 1 of them different"),
-        ([{"class_map": (-1, 1)}], "-1 the lowest"),
+        ([{"class_map": (1, 1)}], "2 entries, 1 different"),
+        ([{"class_map": (-1, 1)}], "the lowest -1"),
     ],
 )
 def test_gaps_and_impossible_settings_are_refused(members: list[dict], words: str) -> None:
