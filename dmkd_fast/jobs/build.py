@@ -13,7 +13,7 @@ from dmkd_fast.runtime.device import resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.training.distiller import Distiller
 from dmkd_fast.training.schedule import Schedule
-from dmkd_fast.views.crops import Views
+from dmkd_fast.views.crops import Views, ViewSpec
 from dmkd_fast.views.mixing import Mixer
 
 
@@ -42,10 +42,8 @@ def build(
         ring=ring,
         labels=labels,
         views=Views(
-            **config.views.model_dump(),
-            mean=spec.mean,
-            std=spec.std,
-            device=device,
+            ViewSpec(size=config.views.size, mean=spec.mean, std=spec.std, device=device),
+            **config.views.model_dump(exclude={"size"}),
             seed=config.seed,
         ),
         teacher=parts.teachers.together,

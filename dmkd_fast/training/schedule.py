@@ -83,7 +83,14 @@ class Schedule:
         return step > 0 and self.num_steps * nearest // self.num_evaluations == step
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of a step."""
+        """Return the learning rate of a step.
+
+        Examples:
+            >>> from dmkd_fast import Schedule
+            >>> schedule = Schedule(batch_size=10, num_views=1000, lr=0.1, warmup=0.1)
+            >>> [schedule.lr_at(step) for step in (0, 4, 9, 55)]
+            [0.01, 0.05, 0.1, 0.05]
+        """
         return lr_at(
             step,
             num_steps=self.num_steps,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.runtime.operators import check_own_memory, cuda_kernel, warn_if_eager
 from dmkd_fast.views.reference import reference_boxes, reference_views
 
@@ -78,15 +78,14 @@ def views(
         raise TypeError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
     inputs = (slots, indices, boxes, flips, mean, std)
     if out is None:
-        return _naming_bad_rows(torch.ops.dmkd_fast.views, *inputs, size, pad, dtype)
+        result: Tensor = _naming_bad_rows(torch.ops.dmkd_fast.views, *inputs, size, pad, dtype)
+        return result
     shape = (len(indices), slots.shape[1], size, size)
     if out.shape != shape or out.dtype != dtype or out.device != slots.device:
-        raise UserError(
-            f"out: got {tuple(out.shape)} {out.dtype} on {out.device}, expected {shape} {dtype} on "
-            f"{slots.device}"
-        )
+        got = f"{tuple(out.shape)} {out.dtype} on {out.device}"
+        raise invalid("out", got, f"{shape} {dtype} on {slots.device}")
     if not out.is_contiguous(memory_format=torch.channels_last):
-        raise UserError("out: got another layout, expected memory_format=torch.channels_last")
+        raise invalid("out", "another layout", "memory_format=torch.channels_last")
     names = ("slots", "indices", "boxes", "flips", "mean", "std")
     check_own_memory(out, dict(zip(names, inputs, strict=True)))
     _naming_bad_rows(torch.ops.dmkd_fast.views_out, out, *inputs, pad)
@@ -120,11 +119,10 @@ def _check(
     pad: int,
 ) -> None:
     if slots.ndim != 4 or 0 in slots.shape[1:]:
-        raise UserError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
+        raise invalid("slots", f"shape {tuple(slots.shape)}", "(N, c, H, W)")
     if not slots[0:1].is_contiguous():
-        raise UserError(
-            f"slots: got strides {slots.stride()}, expected dense images; call .contiguous()"
-        )
+        got = f"strides {slots.stride()}"
+        raise invalid("slots", got, "dense images", "call .contiguous()")
     rows, channels = indices.shape[0] if indices.ndim == 1 else "B", slots.shape[1]
     for name, tensor, dtype, shape in (
         ("slots", slots, torch.uint8, slots.shape),
@@ -138,20 +136,16 @@ def _check(
             raise TypeError(f"{name}: got {tensor.dtype}, expected {dtype}")
         if tensor.shape != shape:
             expected = str(tuple(shape)).replace("'", "")
-            raise UserError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+            raise invalid(name, f"shape {tuple(tensor.shape)}", expected)
         if tensor.device != slots.device:
-            raise UserError(f"{name}: got {tensor.device}, expected {slots.device}, as slots")
+            raise invalid(name, tensor.device, f"{slots.device}, as slots")
     if not 1 <= size <= MAX_SIDE or size * size * slots.shape[1] >= 2**31:
-        raise UserError(
-            f"size: got {size}, expected 1 to {MAX_SIDE} and less than 2**31 numbers in a view"
-        )
+        raise invalid("size", size, f"1 to {MAX_SIDE} and less than 2**31 numbers in a view")
     if max(slots.shape[2:]) > MAX_SIDE or slots.shape[1:].numel() >= 2**31:
-        raise UserError(
-            f"slots: got images of {tuple(slots.shape[1:])}, expected sides of at most {MAX_SIDE} "
-            "and less than 2**31 bytes"
-        )
+        got = f"images of {tuple(slots.shape[1:])}"
+        raise invalid("slots", got, f"sides of at most {MAX_SIDE} and less than 2**31 bytes")
     if not 0 <= pad <= MAX_SIDE:
-        raise UserError(f"pad: got {pad}, expected 0 to {MAX_SIDE}")
+        raise invalid("pad", pad, f"0 to {MAX_SIDE}")
 
 
 def _eager_views(

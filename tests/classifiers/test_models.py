@@ -218,9 +218,9 @@ def test_hub_classifiers_are_fetched_by_commit_and_never_unpickled(tmp_path: Pat
         and not (tmp_path / "sprung").exists()
     )
     done = load(f"hf-hub:acme/tiny@{COMMIT[::-1]}")
-    assert "ValueError: hf-hub:acme/tiny at" in done.stderr and "network" in done.stderr
+    assert "UserError: hf-hub:acme/tiny at" in done.stderr and "network" in done.stderr
     done = load("resnet18.a1_in1k")
-    assert "ValueError: hf-hub:timm/resnet18.a1_in1k" in done.stderr and "network" in done.stderr
+    assert "UserError: hf-hub:timm/resnet18.a1_in1k" in done.stderr and "network" in done.stderr
 
 
 @pytest.mark.parametrize(

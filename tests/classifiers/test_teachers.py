@@ -127,16 +127,16 @@ def test_a_class_map_orders_and_restricts_the_teachers_logits() -> None:
     ("members", "words"),
     [
         ([], "got none"),
-        ([{"teaches": (0, 1)}], "no teacher for class 2 from share 0"),
+        ([{"teaches": (0, 1)}], "no teacher for class 2 from progress 0"),
         ([{"teaches": (0, 1)}, {"teaches": (2, 3), "start": 0.5}], "no teacher for class 2"),
-        ([{"stop": 0.5}], "no teacher from share 0.5"),
-        ([{"start": 0.5}], "no teacher from share 0.0"),
-        ([{"stop": 0.4}, {"start": 0.5}], "no teacher from share 0.4"),
+        ([{"stop": 0.5}], "no teacher from progress 0.5"),
+        ([{"start": 0.5}], "no teacher from progress 0.0"),
+        ([{"stop": 0.4}, {"start": 0.5}], "no teacher from progress 0.4"),
         ([{"start": 0.5, "stop": 0.5}], "start < stop"),
         ([{"teaches": (0, 1, 2, 3, 4)}], "got 4, expected classes from 0 to 3"),
         ([{"teaches": ()}], "got no classes"),
-        ([{"class_map": (1, 1)}], "2 entries, 1 of them different"),
-        ([{"class_map": (-1, 1)}], "-1 the lowest"),
+        ([{"class_map": (1, 1)}], "2 entries, 1 different"),
+        ([{"class_map": (-1, 1)}], "the lowest -1"),
     ],
 )
 def test_gaps_and_impossible_settings_are_refused(members: list[dict], words: str) -> None:

@@ -109,7 +109,7 @@ def test_each_image_is_counted_once_whatever_the_batch_and_the_ranks(
     seen = []
     for rank in range(world_size):
         part = {"rank": rank, "world_size": world_size}
-        if len(range(rank, 23, world_size)):
+        if rank < 23:
             seen += all_of(images, COLOUR, **part)[0].double().sum((1, 2, 3)).tolist()
         total.sums += measure(
             model, images.batches([COLOUR], **part), input=COLOUR, num_classes=3

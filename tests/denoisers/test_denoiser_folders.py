@@ -136,7 +136,7 @@ def spoil(folder: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "how, words",
+    ("how", "words"),
     [
         ("part", r"one part of a model \(DiTTransformer2DModel\), .*; give the folder above it"),
         ("file", "got a file, .*; give its folder, or convert .* from_single_file"),

@@ -191,6 +191,11 @@ def values_for(name: str, good: Any, pick: random.Random) -> Any:
     return pick.choice(NUMBERS)
 
 
+def make_views(**settings: Any) -> Views:
+    form = {name: settings.pop(name) for name in ("size", "mean", "std", "dtype")}
+    return Views(ViewSpec(**form), **settings)
+
+
 def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     """Functions and arguments with which they work."""
     ids, labels = torch.arange(4), torch.arange(4)
@@ -198,7 +203,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     batch = torch.randn(4, 1, 8, 8)
 
     def views(**settings: Any) -> None:
-        Views(**settings)(slots, ids, ids, ids)
+        make_views(**settings)(slots, ids, ids, ids)
 
     def sample(**settings: Any) -> None:
         settings = {name.split(".")[-1]: value for name, value in settings.items()}
@@ -235,14 +240,14 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "RingBuffer.commit": (commit, {"ids": ids, "labels": labels}),
         "Views": (views, VIEWS),
         "Views.parameters": (
-            Views(**VIEWS).parameters,
+            make_views(**VIEWS).parameters,
             {"ids": ids, "uses": ids, "height": 8, "width": 8},
         ),
         "Views.__call__": (
-            Views(**VIEWS),
+            make_views(**VIEWS),
             {"slots": slots, "indices": ids, "ids": ids, "uses": ids},
         ),
-        "Views.whole": (Views(**VIEWS).whole, {"slots": slots, "indices": ids}),
+        "Views.whole": (make_views(**VIEWS).whole, {"slots": slots, "indices": ids}),
         "ViewSpec": (ViewSpec, {"size": 8, "mean": (0.5,), "std": (0.5,)}),
         "InputSpec": (InputSpec, {"size": 8, "mean": (0.5,), "std": (0.5,), "crop_pct": 0.9}),
         "Mixer": (
@@ -321,17 +326,17 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
         "alpha": [0.5, 1.0, 0.0, -1.0, float("nan"), 2.0],
         "temperature": [4.0, 0.0, -1.0, float("nan"), 1e30, 1e-30],
         "sampler": [
-            lambda: tiny_sampler(),
+            tiny_sampler,
             lambda: tiny_sampler(num_classes=3),
             lambda: tiny_sampler(num_classes=4, micro_batch_images=7),
         ],
         "labels": [lambda: LabelStream(4), lambda: LabelStream(9), lambda: LabelStream(1)],
         "views": [
-            lambda: Views(size=8, mean=(0.5,), std=(0.5,)),
-            lambda: Views(size=8, mean=(0.5,) * 3, std=(0.5,) * 3),
+            lambda: Views(ViewSpec(size=8, mean=(0.5,), std=(0.5,))),
+            lambda: Views(ViewSpec(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)),
         ],
-        "teacher": [small_classifier, lambda: torch.nn.Flatten()],
-        "student": [small_classifier, lambda: torch.nn.Flatten(), torch.nn.Identity],
+        "teacher": [small_classifier, torch.nn.Flatten],
+        "student": [small_classifier, torch.nn.Flatten, torch.nn.Identity],
         "batch_size": [16, 1, 40, 64, 10**6],
     }
     for case in range(cases):

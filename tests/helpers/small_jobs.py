@@ -22,6 +22,7 @@ from dmkd_fast import (
     Schedule,
     Steps,
     Views,
+    ViewSpec,
 )
 from dmkd_fast.data.stored import ImageReader
 from dmkd_fast.data.test_sets import ImageSet
@@ -133,7 +134,7 @@ def build_distiller(
             **(ring or {}),
         ),
         labels=reader or LabelStream(4, seed=seed, rank=ranks.rank, world_size=ranks.world_size),
-        views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,), seed=seed),
+        views=Views(ViewSpec(size=8, mean=(0.5,), std=(0.5,)), pad=1, seed=seed),
         teacher=teacher,
         student=student,
         schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """A whole small job on a GPU: streams, graphs, exact resume, no waiting, test images, files.
 
 Marked cuda; benchmarks/gpu.sh runs it. Without a GPU the same lines run under
-benchmarks/pretend_cuda.py (test_gpu_rehearsal.py), so each works on whatever says it is cuda.
+benchmarks/fake_cuda.py (test_gpu_rehearsal.py), so each works on whatever says it is cuda.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dmkd_fast import (
     Schedule,
     Steps,
     Views,
+    ViewSpec,
     measure,
     open_set,
 )
@@ -116,7 +117,7 @@ def job(run_dir: Path, **changes: Any) -> Distiller:
         labels=LabelStream(10, device="cuda"),
         teacher=teacher,
         student=student,
-        views=Views(size=16, pad=1, mean=(0.5,) * 3, std=(0.5,) * 3, device="cuda"),
+        views=Views(ViewSpec(size=16, mean=(0.5,) * 3, std=(0.5,) * 3, device="cuda"), pad=1),
         schedule=Schedule(**(schedule | changes)),
         run_dir=run_dir,
         dtype=torch.float16,

@@ -31,6 +31,7 @@ from dmkd_fast import (
     Teacher,
     Teachers,
     Views,
+    ViewSpec,
 )
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.wrappers import Decoder
@@ -93,7 +94,7 @@ def job(run_dir: Path) -> Distiller:
         labels=LabelStream(10),
         teacher=teachers,
         student=classifier(16),
-        views=Views(size=16, scale=(0.3, 1.0), ratio=(0.75, 1.33), **spec),  # type: ignore[arg-type]
+        views=Views(ViewSpec(size=16, **spec), scale=(0.3, 1.0), ratio=(0.75, 1.33)),
         schedule=Schedule(batch_size=16, num_views=1600, lr=1e-3, name="sgd", ema_decay=0.9),
         run_dir=run_dir,
         dtype=torch.bfloat16,

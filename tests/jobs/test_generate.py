@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from shard_files import contents
 from small_jobs import CONFIG, ROOT, SHORT
 
-from dmkd_fast import LabelStream, Views, cli
+from dmkd_fast import LabelStream, Views, ViewSpec, cli
 from dmkd_fast.assets import resolve
 from dmkd_fast.classifiers.loading import load_classifier
 from dmkd_fast.config.jobs import DistillConfig
@@ -68,7 +68,7 @@ def test_images_and_manifest_are_those_of_online_generation(whole: Path) -> None
     assert torch.equal(reader.sample(ids, labels, out=torch.empty_like(images)), images)
 
     teacher, spec = load_classifier(resolve(config.teacher.path or ""), torch.device("cpu"))
-    views = Views(size=28, mean=spec.mean, std=spec.std)
+    views = Views(ViewSpec(size=28, mean=spec.mean, std=spec.std))
     with torch.no_grad():
         shares = teacher(views.whole(images, ids)).softmax(dim=1)
     table = pq.read_table(whole / shards.MANIFEST).to_pydict()

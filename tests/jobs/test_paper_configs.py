@@ -164,7 +164,7 @@ def test_every_class_has_its_index_or_prompt_once(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path, number",
+    ("path", "number"),
     [(path, number) for path in PAPER for number in range(len(PUBLISHED[path.stem]))],
     ids=lambda value: value.stem if isinstance(value, Path) else str(value),
 )
@@ -206,7 +206,7 @@ def test_a_recipe_in_its_true_sizes_trains_stops_and_goes_on(
     """Random weights; only steps, batches and lengths are small."""
     size, classes = IMAGES[path.stem], CLASSES[path.stem]
     kind = "dit_xl_2" if size == 256 else "stable_diffusion_1_5"
-    images = paper_models.test_images(tmp_path / "test", num_classes=classes)
+    images = paper_models.write_test_images(tmp_path / "test", num_classes=classes)
     overrides = [
         *SMALL,
         f"denoiser.path={generators[kind]}",

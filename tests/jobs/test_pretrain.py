@@ -246,7 +246,7 @@ def test_fewstep_comes_closer_to_its_teacher_without_any_data(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         (["num_steps=3"], "num_steps: got 3, expected a divisor"),
         (["train.batch_size=100"], "train.batch_size: got 100, expected a divisor"),

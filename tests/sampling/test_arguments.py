@@ -27,7 +27,7 @@ def test_three_facts_describe_a_pixel_model_of_your_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         ({"module": len}, "module: got builtin_function_or_method, expected Module"),
         ({"scheduler": "FLOW"}, "scheduler: got str, expected dict"),
@@ -48,7 +48,7 @@ def test_wrong_facts_are_refused(changes: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, changes, words",
+    ("kind", "changes", "words"),
     [
         (Steps, {"count": 0}, "steps.count: got 0"),
         (Steps, {"solver": "heun"}, "steps.solver: got 'heun', expected one of auto, ddpm"),
@@ -70,7 +70,7 @@ def test_wrong_steps_and_guidance_are_refused(
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         ({"by_class": {4: 2.0}}, "guidance.by_class: got class 4, expected 0 to 3"),
         ({"null_class": None}, "guidance.scale: got 2.0 for a model without a null class"),

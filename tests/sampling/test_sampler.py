@@ -37,7 +37,7 @@ def test_flops_per_image_are_those_of_the_forwards() -> None:
     assert round(per_image / 4 / 1e9, 3) == 0.229
 
 
-@pytest.mark.parametrize("guided, expected", [(True, 2), (False, 1)])
+@pytest.mark.parametrize(("guided", "expected"), [(True, 2), (False, 1)])
 def test_rows_that_pass_the_denoiser(guided: bool, expected: int) -> None:
     rows = []
     sampler = dit_sampler(scale=2.0 if guided else 1.0)
@@ -218,8 +218,8 @@ def test_decoders_trace_as_one_graph_each() -> None:
     import diffusers
 
     vaes = (spread(diffusers.AutoencoderKL(**VAE)), spread(diffusers.AutoencoderTiny()))
-    for decoder in map(Decoder, vaes):
-        decoder = decoder.to(memory_format=torch.channels_last)
+    for vae in vaes:
+        decoder = Decoder(vae).to(memory_format=torch.channels_last)
         traced_decode = compiled(decode, backend="aot_eager")
         with torch.inference_mode():
             latents = torch.randn(4, 4, 8, 8)
@@ -302,7 +302,7 @@ def test_replayed_graph_equals_the_loop_and_never_waits(compile: bool) -> None:
 
 
 def test_benchmark_counts_the_arithmetic_of_dits_exactly() -> None:
-    from benchmarks.sampler import dit_flops
+    from benchmarks.parts.sampler_models import dit_flops
 
     dit = small_dit()
     lean: Any = lean_dit(dit)

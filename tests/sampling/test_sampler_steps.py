@@ -13,7 +13,7 @@ from dmkd_fast.sampling.step import advance
 
 
 @pytest.mark.parametrize(
-    "changes, kinds",
+    ("changes", "kinds"),
     [
         ({"scale": 1.0}, 1),
         ({"interval": (0.2, 0.5)}, 2),

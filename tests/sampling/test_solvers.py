@@ -161,7 +161,7 @@ def test_dpm_solver(
 
 
 @pytest.mark.parametrize(
-    "solver, other",
+    ("solver", "other"),
     [
         ("ddpm", "DDPMScheduler"),
         ("ddim", "DDIMScheduler"),
@@ -208,7 +208,7 @@ FILES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "solver, other",
+    ("solver", "other"),
     [
         ("ddpm", "DDPMScheduler"),
         ("ddim", "DDIMScheduler"),
@@ -281,7 +281,7 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
 
 
 @pytest.mark.parametrize(
-    "scheduler, changes, words",
+    ("scheduler", "changes", "words"),
     [
         ({"_class_name": "EDMEulerScheduler"}, {}, "EDMEulerScheduler"),
         ({"_class_name": "PNDMScheduler"}, {}, "expected one of ddpm, ddim"),

@@ -119,8 +119,8 @@ def test_mixed_targets_weigh_both_cross_entropies() -> None:
     mixed = Mixer(mixup_alpha=1.0, seed=1)(torch.randn(6, 1, 4, 4), step=3)
     loss = kd_loss(student, teacher, mixed.targets(labels, 5), alpha=0.25)
     own, other = (kd_loss(student, teacher, t, alpha=0.25) for t in (labels, labels[mixed.partner]))
-    torch.testing.assert_close(loss, mixed.share * own + (1 - mixed.share) * other)
-    assert 0.05 < mixed.share < 0.95 and (own - other).abs() > 1e-3
+    torch.testing.assert_close(loss, mixed.lam * own + (1 - mixed.lam) * other)
+    assert 0.05 < mixed.lam < 0.95 and (own - other).abs() > 1e-3
 
 
 def test_teachers_and_student_see_the_same_mixed_views_with_mixed_labels(

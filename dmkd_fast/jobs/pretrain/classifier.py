@@ -25,7 +25,7 @@ from dmkd_fast.jobs.pretrain.loop import (
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.training import scoring
-from dmkd_fast.views.crops import Views
+from dmkd_fast.views.crops import Views, ViewSpec
 
 
 @less_memory
@@ -67,7 +67,9 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
     memory.check_fits(batch, available_bytes(device))
     forward = torch.compile(model) if compiles(config, device) else model
     views = Views(
-        **config.views.model_dump(), mean=spec.mean, std=spec.std, device=device, seed=config.seed
+        ViewSpec(size=config.views.size, mean=spec.mean, std=spec.std, device=device),
+        **config.views.model_dump(exclude={"size"}),
+        seed=config.seed,
     )
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
