@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from dmkd_fast.denoisers.loading import load_denoiser
     from dmkd_fast.loss.functional import DistillKL, kd_loss, kd_loss_and_grad
     from dmkd_fast.ring.buffer import RingBuffer
+    from dmkd_fast.sampling.generated import GeneratedImages
     from dmkd_fast.sampling.labels import LabelStream
     from dmkd_fast.sampling.sampler import DiffusionSampler
     from dmkd_fast.training.distiller import Distiller
     from dmkd_fast.training.schedule import Schedule
     from dmkd_fast.training.scoring import measure
+    from dmkd_fast.training.student import StudentTrainer
+    from dmkd_fast.training.targets import Targets
     from dmkd_fast.views.crops import Views, ViewSpec
     from dmkd_fast.views.mixing import Mixer
     from dmkd_fast.views.spec import InputSpec
@@ -35,12 +38,15 @@ _HOMES = {
     "DistillKL": "loss.functional",
     "Distiller": "training.distiller",
     "EncodedSet": "data.test_sets",
+    "GeneratedImages": "sampling.generated",
     "ImageSet": "data.test_sets",
     "InputSpec": "views.spec",
     "LabelStream": "sampling.labels",
     "Mixer": "views.mixing",
     "RingBuffer": "ring.buffer",
     "Schedule": "training.schedule",
+    "StudentTrainer": "training.student",
+    "Targets": "training.targets",
     "Teacher": "classifiers.ensemble",
     "Teachers": "classifiers.ensemble",
     "ViewSpec": "views.crops",
@@ -60,12 +66,15 @@ __all__ = [
     "DistillKL",
     "Distiller",
     "EncodedSet",
+    "GeneratedImages",
     "ImageSet",
     "InputSpec",
     "LabelStream",
     "Mixer",
     "RingBuffer",
     "Schedule",
+    "StudentTrainer",
+    "Targets",
     "Teacher",
     "Teachers",
     "ViewSpec",

@@ -160,6 +160,24 @@ def resume_command(folder: Path, ranks: Ranks = ALONE) -> str:
     return f"{before}dmkd distill {folder / CONFIG} --resume"
 
 
+@contextlib.contextmanager
+def resume_hint(folder: Path, hint: str, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Print how to resume a run if an error that a person can act on ends it early.
+
+    Args:
+        folder: Run directory.
+        hint: Command or arguments that resume the run.
+        ranks: Ranks of the run, of which the first one prints.
+    """
+    try:
+        yield
+    except BaseException as stop:
+        is_known = isinstance(stop, KeyboardInterrupt | UserError) or is_out_of_memory(stop)
+        if is_known and ranks.is_first and has_checkpoint(folder):
+            print(f"to go on: {hint}", file=sys.stderr)
+        raise
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether the run, or any of its ranks, has a checkpoint, complete or not."""
     return any(any((folder / CHECKPOINTS).glob(names)) for names in ("step-*", "rank-*/step-*"))
