@@ -254,11 +254,11 @@ def run_job(study: Study, name: str) -> dict[str, Any]:
         config = load_config(DistillConfig, run / "config.yaml")
         disk_mib = _mib(run)
     distiller = runs[0]
-    seen = ladder.seen_in(distiller.train_step, distiller.student)
+    seen = ladder.seen_in(distiller.train_step, distiller.student.model)
     graphs = seen.pop("compiled_graphs")  # No more than the sampler is compiled on a CPU.
     proof = {
         **seen,
-        "sampler": type(distiller.sampler).__name__,
+        "sampler": type(distiller.images.samplers[0][1]).__name__,
         "attention": config.sampler.attention,
         "sampler_compiled_graphs": graphs,
         "sampler_dtype": config.dtype,

@@ -68,7 +68,11 @@ def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Sampler settings, images/s and Frechet distance."""
     config, parts = prepare(load_config(DistillConfig, path, overrides))
     distiller = build(config, parts, show=False)
-    sampler, stream, ids = distiller.sampler, distiller.labels, torch.arange(NUM_IMAGES)
+    sampler, stream, ids = (
+        distiller.images.samplers[0][1],
+        distiller.images.labels,
+        torch.arange(NUM_IMAGES),
+    )
     assert isinstance(sampler, DiffusionSampler) and isinstance(stream, LabelStream)
     labels = stream.labels_of(ids)
     images = torch.empty(NUM_IMAGES, *parts.origin.image_shape, dtype=torch.uint8)
@@ -92,9 +96,9 @@ def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
 @torch.inference_mode()
 def features(distiller: Any, images: Tensor) -> Tensor:
     """Pooled features of the teacher, (N, F) float64."""
-    teacher, found = distiller.teacher.networks[0], []
+    teacher, found = distiller.targets.teachers.networks[0], []
     for places in torch.arange(len(images)).split(500):
-        maps = teacher.forward_features(distiller.views.whole(images, places))
+        maps = teacher.forward_features(distiller.targets.views.whole(images, places))
         found.append(teacher.forward_head(maps, pre_logits=True).double())
     return torch.cat(found)
 

@@ -393,7 +393,7 @@ class Bench:
         s = self.settings
         distiller = self._distiller(student, folder / "networks")
         draw = distiller.ring.sample(s.batch)
-        views = distiller.views(distiller.ring.images, draw.indices, draw.ids, draw.uses)
+        views = distiller.targets.views(distiller.ring.images, draw.indices, draw.ids, draw.uses)
         logits = [torch.randn(s.batch, s.num_classes, device=self.device) for _ in range(2)]
         gradient = kd_loss_and_grad(*logits, temperature=TEMPERATURE)[1]
         return partial(_as_dmkd_runs_it, partial(bare_step, distiller, views, gradient))

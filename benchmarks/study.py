@@ -263,7 +263,7 @@ def train_student(
         distiller.fit()
     input, scored = spec.input, judge_spec.input
     scores = measure(
-        distiller.average.module,
+        distiller.student.average.module,
         test.batches([input, scored]),
         input=input,
         num_classes=10,

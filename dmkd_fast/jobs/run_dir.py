@@ -9,6 +9,7 @@ process at a time uses a run directory; it holds a lock on `.lock`.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TypeVar
 from dmkd_fast.config.jobs import RunConfig
 from dmkd_fast.config.loading import dump_config, load_config
 from dmkd_fast.runtime import files
+from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
 

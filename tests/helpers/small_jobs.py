@@ -10,11 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Mixer, RingBuffer, Schedule, Views
-from dmkd_fast.data.stored import ImageReader
+from dmkd_fast import (
+    DiffusionSampler,
+    Distiller,
+    GeneratedImages,
+    LabelStream,
+    Mixer,
+    RingBuffer,
+    Schedule,
+    StudentTrainer,
+    Targets,
+    Views,
+)
 from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs.pretrain.denoiser import FLOW
 from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.training.images import ImageStream
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "many_steps.yaml")
@@ -82,7 +93,7 @@ def build_distiller(
     seed: int = 0,
     dropout: float = 0.0,
     ring: dict[str, Any] | None = None,
-    reader: ImageReader | None = None,
+    images: ImageStream | None = None,
     mix: dict[str, float] | None = None,
     alpha: float = 1.0,
     dtype: torch.dtype = torch.float32,
@@ -95,15 +106,17 @@ def build_distiller(
 
     With several ranks, each has its part of the ring, and batch_size is that of each rank.
     """
-    sampler = reader or tiny_sampler(seed=seed)
+    if images is None:
+        labels = LabelStream(4, seed=seed, rank=ranks.rank, world_size=ranks.world_size)
+        images = GeneratedImages(labels, [(0.0, tiny_sampler(seed=seed))], ranks=ranks)
     torch.manual_seed(5)
     teacher = small_classifier()
     torch.manual_seed(7 + seed)
     student = student or small_classifier(dropout=dropout)
     schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10}
     return Distiller(
-        sampler=sampler,
-        ring=RingBuffer(
+        images,
+        RingBuffer(
             64 // ranks.world_size,
             image_shape=(1, 8, 8),
             block_images=16,
@@ -112,19 +125,35 @@ def build_distiller(
             seed=ranks.seed(seed),
             **(ring or {}),
         ),
-        labels=reader or LabelStream(4, seed=seed, rank=ranks.rank, world_size=ranks.world_size),
-        views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,), seed=seed),
-        teacher=teacher,
-        student=student,
-        schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]
-        run_dir=run_dir,
-        mixer=Mixer(**mix, seed=seed) if mix else None,  # type: ignore[arg-type]
-        alpha=alpha,
-        dtype=dtype,
+        StudentTrainer(
+            student,
+            Schedule(**(schedule | changes)),  # type: ignore[arg-type]
+            alpha=alpha,
+            dtype=dtype,
+            ranks=ranks,
+        ),
+        Targets(
+            teacher,
+            Views(size=8, pad=1, mean=(0.5,), std=(0.5,), seed=seed),
+            mixer=Mixer(**mix, seed=seed) if mix else None,  # type: ignore[arg-type]
+            dtype=dtype,
+        ),
+        run_dir,
         test_set=test_set,
         show=False,
-        ranks=ranks,
     )
+
+
+def sampler_of(distiller: Distiller) -> DiffusionSampler:
+    """Return the first sampler of a run on generated images."""
+    assert isinstance(distiller.images, GeneratedImages)
+    return distiller.images.samplers[0][1]
+
+
+def labels_of(distiller: Distiller) -> LabelStream:
+    """Return the labels of a run on generated images."""
+    assert isinstance(distiller.images, GeneratedImages)
+    return distiller.images.labels
 
 
 def fit_until(distiller: Distiller, stop_at: int) -> None:

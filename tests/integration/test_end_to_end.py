@@ -154,7 +154,7 @@ def test_three_steps_are_those_of_our_trainer(
         for a, b, start in zip(
             theirs.state_dict().values(),
             mine.state_dict().values(),
-            other.student.state_dict().values(),
+            other.student.model.state_dict().values(),
             strict=True,
         ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

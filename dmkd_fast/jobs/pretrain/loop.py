@@ -87,6 +87,33 @@ def results(folder: Path) -> Iterator[Path]:
         ) from None
 
 
+class ShuffledPasses:
+    """Order numbered examples in passes, each shuffled in an order of its own.
+
+    Args:
+        num_examples: Number of examples in one pass.
+        seed: Seed of the orders.
+    """
+
+    def __init__(self, num_examples: int, *, seed: int) -> None:
+        self.num_examples, self.seed = num_examples, seed
+        self._orders: dict[int, Tensor] = {}
+
+    def batch(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return the indices and passes, (count,) int64 each, from position `start` on."""
+        places = torch.arange(start, start + count)
+        passes, places = places // self.num_examples, places % self.num_examples
+        pairs = zip(passes.tolist(), places.tolist(), strict=True)
+        return torch.stack([self._order(number)[place] for number, place in pairs]), passes
+
+    def _order(self, number: int) -> Tensor:
+        if number not in self._orders:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+            self._orders[number] = torch.randperm(self.num_examples, generator=generator)
+            self._orders.pop(number - 2, None)
+        return self._orders[number]
+
+
 class Pretraining(TrainingLoop):
     """Train a model in shuffled passes over numbered examples.
 
@@ -112,9 +139,8 @@ class Pretraining(TrainingLoop):
         before_step: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__(student, run_dir)
-        self._loss_of, self._num_examples, self._seed = loss_of, num_examples, seed
-        self._before_step = before_step
-        self._orders: dict[int, Tensor] = {}
+        self._loss_of, self._before_step, self._seed = loss_of, before_step, seed
+        self._examples = ShuffledPasses(num_examples, seed=seed)
         self._micro_batches: list[tuple[Tensor, Tensor]] = []
 
     def train_step(self) -> Tensor:
@@ -132,10 +158,7 @@ class Pretraining(TrainingLoop):
 
     def _prepare_step(self) -> None:
         batch, size = self.schedule.batch_size, self.student.micro_batch_size
-        places = torch.arange(self.step * batch, (self.step + 1) * batch)
-        passes, places = places // self._num_examples, places % self._num_examples
-        pairs = zip(passes.tolist(), places.tolist(), strict=True)
-        indices = torch.stack([self._order(number)[place] for number, place in pairs])
+        indices, passes = self._examples.batch(self.step * batch, batch)
         if self._before_step is not None:
             self._before_step(passes)
         self._micro_batches = list(
@@ -148,14 +171,6 @@ class Pretraining(TrainingLoop):
         if self.step < self.num_steps:
             self._prepare_step()
             self.student.warm_up(lambda: self._loss_of(*self._micro_batches[0]))
-
-    def _order(self, number: int) -> Tensor:
-        """Return the order of the examples, (N,) int64, in a pass."""
-        if number not in self._orders:
-            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number) % 2**63)
-            self._orders[number] = torch.randperm(self._num_examples, generator=generator)
-            self._orders.pop(number - 2, None)
-        return self._orders[number]
 
 
 def train(
