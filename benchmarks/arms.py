@@ -25,7 +25,7 @@ from benchmarks import baseline, ladder
 from benchmarks.fewstep import curve as curve_of
 from benchmarks.harness import environment
 from benchmarks.ladder import Recipe
-from dmkd_fast import Distiller, LabelStream, cli
+from dmkd_fast import Distiller, GeneratedImages, LabelStream, cli
 from dmkd_fast.assets import resolve
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
@@ -254,6 +254,7 @@ def run_job(study: Study, name: str) -> dict[str, Any]:
         config = load_config(DistillConfig, run / "config.yaml")
         disk_mib = _mib(run)
     distiller = runs[0]
+    assert isinstance(distiller.images, GeneratedImages)
     seen = ladder.seen_in(distiller.train_step, distiller.student.model)
     graphs = seen.pop("compiled_graphs")  # No more than the sampler is compiled on a CPU.
     proof = {

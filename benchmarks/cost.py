@@ -23,7 +23,17 @@ from torch import nn
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.study import RESNET, load_teacher
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, RingBuffer, Schedule, Views
+from dmkd_fast import (
+    DiffusionSampler,
+    Distiller,
+    GeneratedImages,
+    LabelStream,
+    RingBuffer,
+    Schedule,
+    StudentTrainer,
+    Targets,
+    Views,
+)
 from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.networks import DenoiserConfig
@@ -167,24 +177,28 @@ def _distiller(folder: Path, batch: int, here: distributed.Ranks = distributed.A
         num_classes=10, in_chans=1, input_size=28, mean=spec.mean, std=spec.std, **RESNET
     )
     student: nn.Module = build_classifier(student_spec)
+    dtype = resolve_dtype("auto", torch.device("cpu"))
+    labels = LabelStream(10, rank=here.rank, world_size=here.world_size)
     return Distiller(
-        sampler=_sampler(512, num_steps=1),
-        labels=LabelStream(10, rank=here.rank, world_size=here.world_size),
-        ring=RingBuffer(
+        GeneratedImages(labels, [(0.0, _sampler(512, num_steps=1))], ranks=here),
+        RingBuffer(
             2048,
             image_shape=(1, 28, 28),
             block_images=512,
             min_fill_images=1024,
             samples_per_insert=1e6,
         ),
-        views=Views(size=28, pad=2, flip=0.0, mean=spec.mean, std=spec.std),
-        teacher=teacher,
-        student=student.to(memory_format=torch.channels_last),
-        run_dir=folder,
-        schedule=Schedule(batch_size=batch, num_views=10**6, lr=1e-4, ema_decay=0.99),
-        dtype=resolve_dtype("auto", torch.device("cpu")),
+        StudentTrainer(
+            student.to(memory_format=torch.channels_last),
+            Schedule(batch_size=batch, num_views=10**6, lr=1e-4, ema_decay=0.99),
+            dtype=dtype,
+            ranks=here,
+        ),
+        Targets(
+            teacher, Views(size=28, pad=2, flip=0.0, mean=spec.mean, std=spec.std), dtype=dtype
+        ),
+        folder,
         show=False,
-        ranks=here,
     )
 
 

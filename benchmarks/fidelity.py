@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.embedded import run_job
 from benchmarks.harness import Report, arguments, recorded
-from dmkd_fast import DiffusionSampler, ImageSet, LabelStream
+from dmkd_fast import GeneratedImages, ImageSet
 from dmkd_fast.config.generator import FIDELITY
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
@@ -68,13 +68,9 @@ def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Sampler settings, images/s and Frechet distance."""
     config, parts = prepare(load_config(DistillConfig, path, overrides))
     distiller = build(config, parts, show=False)
-    sampler, stream, ids = (
-        distiller.images.samplers[0][1],
-        distiller.images.labels,
-        torch.arange(NUM_IMAGES),
-    )
-    assert isinstance(sampler, DiffusionSampler) and isinstance(stream, LabelStream)
-    labels = stream.labels_of(ids)
+    stream, ids = distiller.images, torch.arange(NUM_IMAGES)
+    assert isinstance(stream, GeneratedImages)
+    labels, sampler = stream.labels.labels_of(ids), stream.samplers[0][1]
     images = torch.empty(NUM_IMAGES, *parts.origin.image_shape, dtype=torch.uint8)
     size = sampler.micro_batch_images
     sampler.sample(ids[:size], labels[:size], out=images[:size])  # compiles

@@ -35,9 +35,12 @@ from benchmarks.ring import bare_step
 from dmkd_fast import (
     DiffusionSampler,
     Distiller,
+    GeneratedImages,
     LabelStream,
     RingBuffer,
     Schedule,
+    StudentTrainer,
+    Targets,
     Views,
     kd_loss_and_grad,
 )
@@ -361,29 +364,29 @@ class Bench:
             num_steps=1,
             device=self.device,
         )
-        return Distiller(
-            sampler=unused,
-            ring=ring,
-            labels=labels,
-            teacher=self._network(s.teacher),
-            student=self._network(student).to(memory_format=torch.channels_last),
-            views=Views(
-                size=s.view_size,
-                scale=(0.08, 1.0),
-                ratio=(3 / 4, 4 / 3),
-                mean=MEAN,
-                std=STD,
-                device=self.device,
-            ),
-            schedule=Schedule(
-                batch_size=s.batch, num_views=s.batch * 10**6, lr=1e-4, name="sgd", ema_decay=0.999
-            ),
-            run_dir=folder / student,
+        views = Views(
+            size=s.view_size,
+            scale=(0.08, 1.0),
+            ratio=(3 / 4, 4 / 3),
+            mean=MEAN,
+            std=STD,
+            device=self.device,
+        )
+        schedule = Schedule(
+            batch_size=s.batch, num_views=s.batch * 10**6, lr=1e-4, name="sgd", ema_decay=0.999
+        )
+        compiles = self.device.type == "cuda"
+        teacher = self._network(s.teacher)
+        trainer = StudentTrainer(
+            self._network(student).to(memory_format=torch.channels_last),
+            schedule,
             temperature=TEMPERATURE,
             dtype=self.half,
-            compile=self.device.type == "cuda",
-            show=False,
+            compile=compiles,
         )
+        targets = Targets(teacher, views, dtype=self.half, compile=compiles)
+        images = GeneratedImages(labels, [(0.0, unused)])
+        return Distiller(images, ring, trainer, targets, folder / student, show=False)
 
     def _train(self, student: str, folder: Path) -> Callable[[], object]:
         return partial(_as_dmkd_runs_it, self._distiller(student, folder).train_step)

@@ -6,7 +6,6 @@ import io
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_jobs import CONFIG, SHORT, labels_of, sampler_of, small_classifier
+from small_jobs import CONFIG, SHORT, small_classifier
 
 from dmkd_fast import Distiller, InputSpec, Mixer, Schedule, Teacher, Teachers, cli, kd_loss
 from dmkd_fast.config.jobs import DistillConfig
