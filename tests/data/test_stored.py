@@ -22,6 +22,8 @@ from dmkd_fast import Distiller, LabelStream
 from dmkd_fast.data.listing import SourceError
 from dmkd_fast.data.sources import FileSource, ShardSource, find_kind, open_files
 from dmkd_fast.data.stored import ImageDecoder, StoredImages
+from dmkd_fast.runtime.distributed import Ranks
+from dmkd_fast.runtime.errors import UserError
 
 Make = Callable[..., Distiller]
 SHAPE = (1, 8, 8)
@@ -220,6 +222,31 @@ def test_a_damaged_image_stops_the_run_with_a_checkpoint(
     again.restore()
     again.fit()
     assert same(again, whole)
+
+
+def test_an_image_that_one_rank_cannot_read_stops_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank reports a problem; this rank, whose images are intact, stops too."""
+    write_shards(tmp_path, *random_images(40), 16)
+    problems = ["", "shard-000001.tar: damaged"]
+    monkeypatch.setattr(Ranks, "gather", lambda _, text: [text, *problems[1:]])
+    ranks = Ranks(world_size=2, control=object())  # type: ignore[arg-type]
+    reader, out = stored(tmp_path, ranks=ranks), torch.empty((8, *SHAPE), dtype=torch.uint8)
+    ids = torch.arange(8)
+    for call in (lambda: reader.next_block(8), lambda: reader.write(ids, ids, out, progress=0.0)):
+        with pytest.raises(SourceError, match=r"^rank 1: shard-000001\.tar: damaged"):
+            call()
+    (rewrite,) = reader.rewrites  # One rank alone makes its damaged blocks again.
+    rewrite(ids, ids, out=out)
+
+
+def test_guard_blocks_are_refused_as_stored_images_are_not_read_ahead(
+    make_distiller: Make, tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "set", *random_images(40), 16)
+    with pytest.raises(UserError, match="^guard_blocks: got 1 with stored images, expected 0"):
+        make_distiller(images=stored(tmp_path / "set"), ring={"guard_blocks": 1})
 
 
 def test_another_directory_is_no_continuation(tmp_path: Path) -> None:
