@@ -33,5 +33,5 @@ def test_progress_selects_the_sampler_and_all_of_them_can_make_images_again() ->
 @pytest.mark.parametrize("starts", [[], [0.1], [0.0, 0.0], [0.0, 0.6, 0.5], [0.0, 1.0]])
 def test_samplers_whose_progress_does_not_rise_from_0_are_refused(starts: list[float]) -> None:
     samplers = [(start, tiny_sampler()) for start in starts]
-    with pytest.raises(UserError, match="^samplers: got starts .* expected rising numbers from 0"):
+    with pytest.raises(UserError, match=r"^samplers: got starts .* expected rising numbers from 0"):
         GeneratedImages(LabelStream(4), samplers)

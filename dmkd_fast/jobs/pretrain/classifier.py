@@ -83,9 +83,9 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
             config, model, loss_of, len(real.train.labels), folder, resume, dtype
         )
         final = average.module
-        for name, part in (("held_out_top1", real.held_out), ("test_top1", real.test)):
+        for name, images in (("held_out_top1", real.held_out), ("test_top1", real.test)):
             scores = scoring.measure(
-                final, part.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
+                final, images.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
             )
             scoring.check_trained(scores)
             facts[name] = scores.result()["top1"]

@@ -154,11 +154,13 @@ def training_attention(device: torch.device) -> contextlib.AbstractContextManage
 
 @torch.inference_mode()
 def _held_out_loss(
-    model: nn.Module, part: test_sets.ImageSet, device: torch.device, dtype: torch.dtype
+    model: nn.Module, held_out: test_sets.ImageSet, device: torch.device, dtype: torch.dtype
 ) -> float:
     losses = [
         flow_loss(model, images, labels, device, dtype)
-        for images, labels in zip(part.images.split(500), part.labels.split(500), strict=True)
+        for images, labels in zip(
+            held_out.images.split(500), held_out.labels.split(500), strict=True
+        )
     ]
     return round(torch.stack(losses).mean().item(), 5)
 
