@@ -146,14 +146,7 @@ class Distiller(TrainingLoop):
         }
 
     def restore(self) -> Restored:
-        """Load the newest intact checkpoint of `run_dir`; `fit` then continues from there.
-
-        Returns:
-            The checkpoint's step, and a line for each damaged file or checkpoint.
-
-        Raises:
-            UserError: No checkpoint is intact, or it is of another student, ring or optimizer.
-        """
+        """Load the newest intact checkpoint and the images of the ring; see `TrainingLoop`."""
         step, notes = super().restore()
         return Restored(step, [*notes, *self.blocks.notes])
 

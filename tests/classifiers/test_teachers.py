@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from dmkd_fast import (
     GeneratedImages,
     InputSpec,
     LabelStream,
-    Schedule,
     StudentTrainer,
     Targets,
     Teacher,
@@ -204,18 +203,22 @@ def with_teachers(
     teachers: nn.Module,
     *,
     student: nn.Module | None = None,
-    later: Sequence[tuple[float, DiffusionSampler]] = (),
+    images: GeneratedImages | None = None,
 ) -> Distiller:
-    """The same run with other teachers, another student or later samplers."""
-    samplers = [(0.0, sampler_of(distiller)), *later]
+    """The same run with other teachers, another student or other images."""
     return Distiller(
-        GeneratedImages(labels_of(distiller), samplers),
+        images or distiller.images,
         distiller.ring,
         StudentTrainer(student or distiller.student.model, distiller.schedule),
         Targets(teachers, distiller.targets.views),
         distiller.run_dir,
         show=False,
     )
+
+
+def with_later(distiller: Distiller, late: DiffusionSampler) -> GeneratedImages:
+    """The same images, but of another sampler from the middle of the run on."""
+    return GeneratedImages(labels_of(distiller), [(0.0, sampler_of(distiller)), (0.5, late)])
 
 
 def test_every_teacher_sees_the_students_crop_in_its_own_size_and_scale(
@@ -294,8 +297,8 @@ def test_a_weak_then_strong_run_resumes_in_the_right_phase(make_distiller: Make)
             ]
         )
         distiller = make_distiller(run_dir=run_dir)
-        later = [(0.5, tiny_sampler(num_steps=1, guidance_scale=1.0))]
-        return with_teachers(distiller, teachers, later=later)
+        late = tiny_sampler(num_steps=1, guidance_scale=1.0)
+        return with_teachers(distiller, teachers, images=with_later(distiller, late))
 
     whole, broken = scheduled(), scheduled()
     whole.fit()
@@ -320,7 +323,8 @@ def test_later_samplers_make_the_images_from_their_share_on(make_distiller: Make
     distiller = make_distiller()
     late = tiny_sampler(num_steps=1, guidance_scale=1.0)
     made: list[tuple[str, float]] = []
-    distiller = with_teachers(distiller, distiller.targets.teachers, later=[(0.5, late)])
+    images = with_later(distiller, late)
+    distiller = with_teachers(distiller, distiller.targets.teachers, images=images)
     for name, sampler in (("first", sampler_of(distiller)), ("late", late)):
         sample = sampler.sample
 
@@ -360,9 +364,9 @@ def test_distilling_some_of_a_teachers_classes_from_some_of_a_generators(
         base,
         teachers,
         student=student,
-        labels=LabelStream(2),
-        sampler=tiny_sampler(num_classes=2, class_map=(3, 1)),
-        schedule=Schedule(batch_size=16, num_views=3200, lr=1e-2),
+        images=GeneratedImages(
+            LabelStream(2), [(0.0, tiny_sampler(num_classes=2, class_map=(3, 1)))]
+        ),
     )
     distiller.refill()
     before = distiller.train_step().item()
