@@ -210,7 +210,7 @@ class StudentTrainer:
             UserError: The student returns something else.
         """
         with self.autocast:
-            logits = self.network(views)
+            logits: Tensor = self.network(views)
         check_logits("student", logits, len(views))
         return logits
 

@@ -158,7 +158,8 @@ class Targets:
         """Return the teachers' logits (B, C) for images of the classes `labels` (B,)."""
         wanted = self._networks.inputs_at(progress)
         inputs = {spec: views[spec].to(self._dtype) for spec in wanted}
-        return self._networks(inputs, labels, progress)
+        logits: Tensor = self._networks(inputs, labels, progress)
+        return logits
 
     @torch.no_grad()
     def warm_up(self, slots: Tensor, indices: Tensor) -> Tensor:
