@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from dmkd_fast.ring.buffer import RingBuffer
     from dmkd_fast.ring.plan import RingPlan
     from dmkd_fast.sampling.arguments import Guidance, Steps
+    from dmkd_fast.sampling.generated import GeneratedImages
     from dmkd_fast.sampling.labels import LabelStream
     from dmkd_fast.sampling.sampler import DiffusionSampler
     from dmkd_fast.training.distiller import Distiller
     from dmkd_fast.training.schedule import Schedule
     from dmkd_fast.training.scoring import measure
+    from dmkd_fast.training.student import StudentTrainer
+    from dmkd_fast.training.targets import Targets
     from dmkd_fast.views.crops import Views, ViewSpec
     from dmkd_fast.views.mixing import Mixer
     from dmkd_fast.views.spec import InputSpec
@@ -40,6 +43,7 @@ _HOMES = {
     "Distiller": "training.distiller",
     "EncodedSet": "data.test_sets",
     "Guidance": "sampling.arguments",
+    "GeneratedImages": "sampling.generated",
     "ImageSet": "data.test_sets",
     "InputSpec": "views.spec",
     "LabelStream": "sampling.labels",
@@ -48,6 +52,8 @@ _HOMES = {
     "RingPlan": "ring.plan",
     "Schedule": "training.schedule",
     "Steps": "sampling.arguments",
+    "StudentTrainer": "training.student",
+    "Targets": "training.targets",
     "Teacher": "classifiers.ensemble",
     "Teachers": "classifiers.ensemble",
     "ViewSpec": "views.crops",
@@ -68,6 +74,7 @@ __all__ = [
     "DistillKL",
     "Distiller",
     "EncodedSet",
+    "GeneratedImages",
     "Guidance",
     "ImageSet",
     "InputSpec",
@@ -77,6 +84,8 @@ __all__ = [
     "RingPlan",
     "Schedule",
     "Steps",
+    "StudentTrainer",
+    "Targets",
     "Teacher",
     "Teachers",
     "ViewSpec",

@@ -37,9 +37,9 @@ def main(argv: list[str]) -> None:
     distiller = build(config, parts, show=False)
     real = load_real(options.data, distiller.device)
 
-    ids, labels = distiller.labels.peek(NUM_IMAGES)
+    ids, labels = distiller.images.next_block(NUM_IMAGES)
     made = distiller.ring.images.new_empty((NUM_IMAGES, *distiller.ring.images.shape[1:]))
-    distiller.sampler.sample(ids, labels, out=made)
+    distiller.images.write(ids, labels, made, progress=0.0)
     made_distance, made_index = nearest(made, real.train.images)
     held_distance, _ = nearest(real.held_out.images[:NUM_IMAGES], real.train.images)
 

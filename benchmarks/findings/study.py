@@ -16,10 +16,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,6 +34,8 @@ from dmkd_fast import (
     RingBuffer,
     RingPlan,
     Schedule,
+    StudentTrainer,
+    Targets,
     Views,
     ViewSpec,
     assets,
@@ -72,7 +74,7 @@ weights wherever two networks have a layer in common; teachers of new studies co
 
 @dataclass(kw_only=True)
 class FixedSet:
-    """Images that are there already, in the place of sampler and label stream of a Distiller."""
+    """Images that exist already, as the image stream of a Distiller."""
 
     images: Tensor
     """(N, c, H, W) uint8."""
@@ -81,14 +83,31 @@ class FixedSet:
     cpu_s: float = 0.0
     """Processor time that making all of them took, where it is known."""
     next_id: int = 0
+    may_wait = False
+    rewrites = ()
 
-    def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> None:
+    def write(self, ids: Tensor, labels: Tensor, out: Tensor, *, progress: float) -> None:
         """Copy images into the ring."""
-        del labels
+        del labels, progress
         out.copy_(self.images[ids % len(self.images)])
 
-    def peek(self, count: int) -> tuple[Tensor, Tensor]:
-        """The next ids and their labels."""
+    def warm_up(self, scratch: Tensor) -> None:
+        """Do nothing."""
+
+    def counts(self, device: torch.device) -> dict[str, Tensor]:
+        """Return no counts."""
+        del device
+        return {}
+
+    def check(self, counts: Mapping[str, int]) -> None:
+        """Do nothing."""
+
+    def totals(self) -> dict[str, float]:
+        """Return no figures."""
+        return {}
+
+    def next_block(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the next ids and their labels."""
         ids = torch.arange(self.next_id, self.next_id + count)
         return ids, self.labels[ids % len(self.labels)]
 
@@ -239,32 +258,28 @@ def train_student(
     )
     began, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
+        dtype = resolve_dtype("auto", torch.device("cpu"))
+        schedule = Schedule(
+            num_views=num_views,
+            **optim,
+            weight_decay=0.05,
+            ema_decay=0.99,
+            log_every_steps=10**9,
+            num_evaluations=1,
+        )
+        views = Views(ViewSpec(size=28, mean=spec.mean, std=spec.std), pad=2, flip=0.0, seed=seed)
         distiller = Distiller(
-            sampler=cast(Any, source),
-            labels=cast(Any, source),
-            ring=RingBuffer(plan, seed=seed),
-            views=Views(
-                ViewSpec(size=28, mean=spec.mean, std=spec.std), pad=2, flip=0.0, seed=seed
-            ),
-            teacher=judge,
-            student=network,
-            run_dir=folder,
-            temperature=temperature,
+            source,
+            RingBuffer(plan, seed=seed),
+            StudentTrainer(network, schedule, temperature=temperature, dtype=dtype),
+            Targets(judge, views, dtype=dtype),
+            folder,
             show=False,
-            schedule=Schedule(
-                num_views=num_views,
-                **optim,
-                weight_decay=0.05,
-                ema_decay=0.99,
-                log_every_steps=10**9,
-                num_evaluations=1,
-            ),
-            dtype=resolve_dtype("auto", torch.device("cpu")),
         )
         distiller.fit()
     input, scored = spec.input, judge_spec.input
     scores = measure(
-        distiller.average.module,
+        distiller.student.average.module,
         test_images().batches([input, scored]),
         input=input,
         num_classes=10,

@@ -26,7 +26,7 @@ from benchmarks.harness import CONFIGS, environment
 from benchmarks.job import baseline, ladder
 from benchmarks.job.fewstep import curve as curve_of
 from benchmarks.job.ladder import Recipe
-from dmkd_fast import Distiller, LabelStream, cli
+from dmkd_fast import Distiller, GeneratedImages, LabelStream, cli
 from dmkd_fast.assets import resolve
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
@@ -253,11 +253,12 @@ def run_job(study: Study, name: str) -> dict[str, Any]:
         config = load_config(DistillConfig, run / "config.yaml")
         disk_mib = _mib(run)
     distiller = runs[0]
-    seen = ladder.seen_in(distiller.train_step, distiller.student)
+    assert isinstance(distiller.images, GeneratedImages)
+    seen = ladder.seen_in(distiller.train_step, distiller.student.model)
     graphs = seen.pop("compiled_graphs")  # No more than the sampler is compiled on a CPU.
     proof = {
         **seen,
-        "sampler": type(distiller.sampler).__name__,
+        "sampler": type(distiller.images.samplers[0][1]).__name__,
         "attention": config.sampler.attention,
         "sampler_compiled_graphs": graphs,
         "sampler_dtype": config.dtype,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.harness import CONFIGS, Report, arguments, recorded
 from benchmarks.job.embedded import run_job
-from dmkd_fast import DiffusionSampler, ImageSet, LabelStream
+from dmkd_fast import GeneratedImages, ImageSet
 from dmkd_fast.config.generator import FIDELITY
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
@@ -67,9 +67,9 @@ def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Sampler settings, images/s and Frechet distance."""
     config, parts = prepare(load_config(DistillConfig, path, overrides))
     distiller = build(config, parts, show=False)
-    sampler, stream, ids = distiller.sampler, distiller.labels, torch.arange(NUM_IMAGES)
-    assert isinstance(sampler, DiffusionSampler) and isinstance(stream, LabelStream)
-    labels = stream.labels_of(ids)
+    stream, ids = distiller.images, torch.arange(NUM_IMAGES)
+    assert isinstance(stream, GeneratedImages)
+    labels, sampler = stream.labels.labels_of(ids), stream.samplers[0][1]
     images = torch.empty(NUM_IMAGES, *parts.origin.image_shape, dtype=torch.uint8)
     size = sampler.micro_batch_images
     sampler.sample(ids[:size], labels[:size], out=images[:size])  # compiles
@@ -91,9 +91,9 @@ def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
 @torch.inference_mode()
 def features(distiller: Any, images: Tensor) -> Tensor:
     """Pooled features of the teacher, (N, F) float64."""
-    teacher, found = distiller.teacher.networks[0], []
+    teacher, found = distiller.targets.teachers.networks[0], []
     for places in torch.arange(len(images)).split(500):
-        maps = teacher.forward_features(distiller.views.whole(images, places))
+        maps = teacher.forward_features(distiller.targets.views.whole(images, places))
         found.append(teacher.forward_head(maps, pre_logits=True).double())
     return torch.cat(found)
 

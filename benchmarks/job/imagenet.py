@@ -36,12 +36,15 @@ from dmkd_fast import (
     Denoiser,
     DiffusionSampler,
     Distiller,
+    GeneratedImages,
     Guidance,
     LabelStream,
     RingBuffer,
     RingPlan,
     Schedule,
     Steps,
+    StudentTrainer,
+    Targets,
     Views,
     ViewSpec,
     kd_loss_and_grad,
@@ -287,26 +290,26 @@ class Bench:
         unused = DiffusionSampler(
             Denoiser(module=nn.Identity(), scheduler=DDIM, latent_shape=shape), device=self.device
         )
-        return Distiller(
-            sampler=unused,
-            ring=ring,
-            labels=labels,
-            teacher=self._network(s.teacher),
-            student=self._network(student).to(memory_format=torch.channels_last),
-            views=Views(
-                ViewSpec(size=s.view_size, mean=MEAN, std=STD, device=self.device),
-                scale=(0.08, 1.0),
-                ratio=(3 / 4, 4 / 3),
-            ),
-            schedule=Schedule(
-                batch_size=s.batch, num_views=s.batch * 10**6, lr=1e-4, name="sgd", ema_decay=0.999
-            ),
-            run_dir=folder / student,
+        views = Views(
+            ViewSpec(size=s.view_size, mean=MEAN, std=STD, device=self.device),
+            scale=(0.08, 1.0),
+            ratio=(3 / 4, 4 / 3),
+        )
+        schedule = Schedule(
+            batch_size=s.batch, num_views=s.batch * 10**6, lr=1e-4, name="sgd", ema_decay=0.999
+        )
+        compiles = self.device.type == "cuda"
+        teacher = self._network(s.teacher)
+        trainer = StudentTrainer(
+            self._network(student).to(memory_format=torch.channels_last),
+            schedule,
             temperature=TEMPERATURE,
             dtype=self.half,
-            compile=self.device.type == "cuda",
-            show=False,
+            compile=compiles,
         )
+        targets = Targets(teacher, views, dtype=self.half, compile=compiles)
+        images = GeneratedImages(labels, [(0.0, unused)])
+        return Distiller(images, ring, trainer, targets, folder / student, show=False)
 
     def _train(self, student: str, folder: Path) -> Callable[[], object]:
         return partial(_as_dmkd_runs_it, self._distiller(student, folder).train_step)
@@ -316,7 +319,7 @@ class Bench:
         s = self.settings
         distiller = self._distiller(student, folder / "networks")
         draw = distiller.ring.sample(s.batch)
-        views = distiller.views(distiller.ring.images, draw.indices, draw.ids, draw.uses)
+        views = distiller.targets.views(distiller.ring.images, draw.indices, draw.ids, draw.uses)
         logits = [torch.randn(s.batch, s.num_classes, device=self.device) for _ in range(2)]
         gradient = kd_loss_and_grad(*logits, temperature=TEMPERATURE)[1]
         return partial(_as_dmkd_runs_it, partial(bare_step, distiller, views, gradient))

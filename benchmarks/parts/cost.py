@@ -26,12 +26,15 @@ from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from dmkd_fast import (
     DiffusionSampler,
     Distiller,
+    GeneratedImages,
     Guidance,
     LabelStream,
     RingBuffer,
     RingPlan,
     Schedule,
     Steps,
+    StudentTrainer,
+    Targets,
     Views,
     ViewSpec,
 )
@@ -171,18 +174,24 @@ def _distiller(folder: Path, batch: int, here: distributed.Ranks = distributed.A
         num_classes=10, in_chans=1, input_size=28, mean=spec.mean, std=spec.std, **RESNET
     )
     student: nn.Module = build_classifier(student_spec)
+    dtype = resolve_dtype("auto", torch.device("cpu"))
+    labels = LabelStream(10, rank=here.rank, world_size=here.world_size)
     return Distiller(
-        sampler=_sampler(512, num_steps=1),
-        labels=LabelStream(10, rank=here.rank, world_size=here.world_size),
-        ring=_ring(2048, min_fill_images=1024),
-        views=Views(ViewSpec(size=28, mean=spec.mean, std=spec.std), pad=2, flip=0.0),
-        teacher=teacher,
-        student=student.to(memory_format=torch.channels_last),
-        run_dir=folder,
-        schedule=Schedule(batch_size=batch, num_views=10**6, lr=1e-4, ema_decay=0.99),
-        dtype=resolve_dtype("auto", torch.device("cpu")),
+        GeneratedImages(labels, [(0.0, _sampler(512, num_steps=1))], ranks=here),
+        _ring(2048, min_fill_images=1024),
+        StudentTrainer(
+            student.to(memory_format=torch.channels_last),
+            Schedule(batch_size=batch, num_views=10**6, lr=1e-4, ema_decay=0.99),
+            dtype=dtype,
+            ranks=here,
+        ),
+        Targets(
+            teacher,
+            Views(ViewSpec(size=28, mean=spec.mean, std=spec.std), pad=2, flip=0.0),
+            dtype=dtype,
+        ),
+        folder,
         show=False,
-        ranks=here,
     )
 
 

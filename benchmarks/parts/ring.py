@@ -111,11 +111,11 @@ def training_step(report: Report, *, n: int) -> None:
     while ring.num_filled < ring.capacity:
         block = ring.reserve()
         block.images.random_(generator=generator)
-        ids, labels = distiller.labels.peek(len(block.images))
+        ids, labels = distiller.images.next_block(len(block.images))
         ring.commit(block, ids=ids, labels=labels)
-        distiller.labels.advance(len(ids))
+        distiller.images.advance(len(ids))
     draw = ring.sample(count)
-    views = distiller.views(ring.images, draw.indices, draw.ids, draw.uses)
+    views = distiller.targets.views(ring.images, draw.indices, draw.ids, draw.uses)
     student, teacher = (torch.randn(count, 10, device=distiller.device) for _ in range(2))
     gradient = kd_loss_and_grad(student, teacher)[1]
     timings = time_interleaved(
@@ -123,7 +123,9 @@ def training_step(report: Report, *, n: int) -> None:
             "whole": distiller.train_step,
             "bare": lambda: bare_step(distiller, views, gradient),
             "draw": lambda: ring.sample(count),
-            "views": lambda: distiller.views(ring.images, draw.indices, draw.ids, draw.uses),
+            "views": lambda: distiller.targets.views(
+                ring.images, draw.indices, draw.ids, draw.uses
+            ),
             "loss": lambda: kd_loss_and_grad(student, teacher),
         },
         n=n,
@@ -136,14 +138,13 @@ def training_step(report: Report, *, n: int) -> None:
 
 
 def bare_step(distiller: Distiller, views: Tensor, gradient: Tensor) -> None:
-    """Take a step on ready views with a ready gradient."""
-    teacher = distiller._supervision._teachers.networks[0]
-    learner = distiller.learner
-    with learner.autocast:
+    """What a step costs on ready views with a ready gradient."""
+    targets, student = distiller.targets, distiller.student
+    with student.autocast:
         with torch.no_grad():
-            teacher(views.to(distiller.dtype))
-        logits = learner.network(views)
+            targets._networks.networks[0](views.to(targets._dtype))
+        logits = student.network(views)
     logits.backward(gradient.to(logits.dtype))
-    learner.optimizer.step()
-    learner.optimizer.zero_grad(set_to_none=True)
-    learner.average.update()
+    student.optimizer.step()
+    student.optimizer.zero_grad(set_to_none=True)
+    student.average.update()

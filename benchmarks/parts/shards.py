@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import Compose, Grayscale, PILToTensor
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from dmkd_fast.data import shards
 from dmkd_fast.data.sources import ShardSource, Source, open_files
-from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.data.stored import ImageDecoder, StoredImages
 from dmkd_fast.jobs import generate
 
 BATCH = 256
@@ -73,14 +73,13 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
             writer.commit()
 
     def read(source: Source) -> None:
-        reader = ImageReader(
-            source, image_shape=shape, ring_images=1, num_threads=threads, show=False
-        )
+        decoder = ImageDecoder(shape, num_threads=threads)
+        images = StoredImages(source, decoder, ring_images=1, show=False)
         out = torch.empty((BATCH, *shape), dtype=torch.uint8)
         for _ in range(count // BATCH):
-            ids, labels = reader.peek(BATCH)
-            reader.sample(ids, labels, out=out)
-            reader.advance(BATCH)
+            ids, labels = images.next_block(BATCH)
+            images.read(ids, labels, out=out)
+            images.advance(BATCH)
 
     write()
     source = ShardSource(folder / "set")

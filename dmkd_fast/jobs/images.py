@@ -21,7 +21,7 @@ from dmkd_fast.data import sources, stored
 from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.listing import SourceError
 from dmkd_fast.data.shards import PLAN
-from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.data.stored import ImageDecoder, StoredImages
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.loading import load_denoiser as load_denoiser_
@@ -29,6 +29,7 @@ from dmkd_fast.runtime.device import resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.arguments import Guidance, Steps
+from dmkd_fast.sampling.generated import GeneratedImages
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.noise_levels import choose_solver
 from dmkd_fast.sampling.sampler import DiffusionSampler
@@ -197,32 +198,41 @@ def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
     )
 
 
-def make_origin(
+def make_stream(
     config: DistillConfig,
     images: Denoiser | OpenSource,
     ring_images: int,
     *,
     show: bool,
     ranks: Ranks = ALONE,
-) -> tuple[DiffusionSampler | ImageReader, LabelStream | ImageReader]:
-    """Build the producers of images and of labels; for images on disk, one reader is both."""
+) -> GeneratedImages | StoredImages:
+    """Build the stream of images of a resolved config.
+
+    Args:
+        config: Settings of the job.
+        images: Diffusion model or directory of images.
+        ring_images: Number of slots of the ring, summed over all ranks.
+        show: Whether to print a message while waiting for images.
+        ranks: Ranks among which the images are divided.
+    """
     device = resolve_device(config.device)
     if isinstance(images, OpenSource):
         assert config.source is not None
-        reader = ImageReader(
-            images.source,
-            image_shape=images.image_shape,
+        decoder = ImageDecoder(
+            images.image_shape,
             resize=config.source.image_size is not None,
-            ring_images=ring_images,
             device=device,
             num_threads=config.num_threads,
+        )
+        return StoredImages(
+            images.source,
+            decoder,
+            ring_images=ring_images,
             seed=config.seed,
             wait_s=config.source.wait_s,
             show=show,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            ranks=ranks,
         )
-        return reader, reader
     labels = LabelStream(
         images.num_classes,
         seed=config.seed,
@@ -230,16 +240,13 @@ def make_origin(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    return make_sampler(config, images), labels
+    return GeneratedImages(labels, make_samplers(config, images), ranks=ranks)
 
 
-def later_samplers(
-    config: DistillConfig, images: Denoiser | OpenSource
-) -> list[tuple[float, DiffusionSampler]]:
-    """Build the samplers of later phases, each with the progress at which it starts."""
-    if isinstance(images, OpenSource):
-        return []
-    return [(phase.start, make_sampler(config, images, phase)) for phase in config.sampler.phases]
+def make_samplers(config: DistillConfig, images: Denoiser) -> list[tuple[float, DiffusionSampler]]:
+    """Build the samplers of all phases, each with the progress at which it starts."""
+    later = [(phase.start, make_sampler(config, images, phase)) for phase in config.sampler.phases]
+    return [(0.0, make_sampler(config, images)), *later]
 
 
 def describe_images(config: DistillConfig, images: Denoiser | OpenSource) -> str:

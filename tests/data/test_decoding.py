@@ -6,7 +6,6 @@ import io
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -21,7 +20,8 @@ from dmkd_fast import InputSpec
 from dmkd_fast.data import decode, test_sets
 from dmkd_fast.data.listing import MOST_BYTES, MOST_PIXELS, Item, SourceError
 from dmkd_fast.data.sources import FileSource, ShardSource
-from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.data.stored import ImageDecoder, StoredImages
+from dmkd_fast.runtime.distributed import ALONE, Ranks
 
 
 @pytest.fixture
@@ -35,8 +35,7 @@ def dali(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
 def build(folder: Path, device: str) -> None:
     """Both pipelines: that of test sets and that of images for the ring."""
     decode._pipeline(iter([]), [COLOUR], 4, torch.device(device))
-    source = FileSource(folder, ["a.png"], [0])
-    ImageReader(source, image_shape=(3, 8, 8), ring_images=9, device=device, show=False)._build(4)
+    ImageDecoder((3, 8, 8), device=device)._build(4)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +79,8 @@ def test_jpegs_with_halved_chroma_are_decoded_as_pillow_decodes_them(
     path.write_bytes(buffer.getvalue())
     mode = "L" if channels == 1 else "RGB"
     expected = np.asarray(Image.open(path).convert(mode)).reshape(48, 48, channels).astype(int)
-    reader = ImageReader(
-        FileSource(tmp_path, ["a.jpg"], [0]),
-        image_shape=(channels, 48, 48),
-        ring_images=9,
-        show=False,
-    )
-    ids, out = torch.zeros(1, dtype=torch.int64), torch.empty(1, channels, 48, 48).byte()
-    read = reader.sample(ids, ids, out=out)[0].permute(1, 2, 0).numpy()
+    decoded = ImageDecoder((channels, 48, 48)).decode(["a.jpg"], [buffer.getvalue()])
+    read = decoded[0].permute(1, 2, 0).numpy()
     spec = InputSpec(size=48, mean=(0.0,) * channels, std=(1.0,) * channels)
     items = [Item(str(path), 0)]
     ((views, _),) = decode.decode(items, [spec], 1, torch.device("cpu"))
@@ -178,16 +171,17 @@ def test_ranks_read_disjoint_blocks_that_together_are_one_reader_s(
 ) -> None:
     images, labels = random_images(25)
     write_shards(tmp_path, images, labels, 4)
-    settings: dict[str, Any] = {"image_shape": (1, 8, 8), "ring_images": 8, "show": False}
-    alone = ImageReader(ShardSource(tmp_path), **settings)
-    parts = [
-        ImageReader(ShardSource(tmp_path), **settings, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
+    ranks = [Ranks(rank=rank, world_size=world_size) for rank in range(world_size)]
+    alone, *parts = (
+        StoredImages(
+            ShardSource(tmp_path), ImageDecoder((1, 8, 8)), ring_images=8, show=False, ranks=each
+        )
+        for each in (ALONE, *ranks)
+    )
     for _ in range(5):  # over the end of the first pass
-        expected, classes = alone.peek(4 * world_size)
+        expected, classes = alone.next_block(4 * world_size)
         alone.advance(4 * world_size)
-        found = [part.peek(4) for part in parts]
+        found = [part.next_block(4) for part in parts]
         for part in parts:
             part.advance(4)
         assert torch.equal(torch.cat([ids for ids, _ in found]), expected)
@@ -203,8 +197,8 @@ def test_a_set_is_used_up_when_all_of_it_is_in_the_ring(
 ) -> None:
     images, labels = random_images(25)
     write_shards(tmp_path, images, labels, 8)
-    reader = ImageReader(
-        ShardSource(tmp_path), image_shape=(1, 8, 8), ring_images=ring_images, show=False
+    reader = StoredImages(
+        ShardSource(tmp_path), ImageDecoder((1, 8, 8)), ring_images=ring_images, show=False
     )
     reader.advance(position)
     assert reader.is_exhausted is expected

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from dmkd_fast import (
     Distiller,
+    GeneratedImages,
     InputSpec,
     LabelStream,
     Mixer,
     RingBuffer,
     Schedule,
+    StudentTrainer,
+    Targets,
     Views,
     ViewSpec,
 )
@@ -348,12 +351,19 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
             with at_most(20):
                 ring = new_ring(num_classes=4)
                 batch = made.pop("batch_size")
+                student = StudentTrainer(
+                    made["student"],
+                    Schedule(batch_size=batch, num_views=2 * batch, lr=1e-3),
+                    alpha=made["alpha"],
+                    temperature=made["temperature"],
+                )
                 distiller = Distiller(
-                    ring=ring,
-                    run_dir=tmp_path / str(case),
+                    GeneratedImages(made["labels"], [(0.0, made["sampler"])]),
+                    ring,
+                    student,
+                    Targets(made["teacher"], made["views"]),
+                    tmp_path / str(case),
                     show=False,
-                    schedule=Schedule(batch_size=batch, num_views=2 * batch, lr=1e-3),
-                    **made,
                 )
                 distiller.fit()
         except (ValueError, TypeError) as error:

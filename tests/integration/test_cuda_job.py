@@ -17,7 +17,7 @@ from PIL import Image
 from rings import new_ring
 from run_state import fingerprint, rows
 from safetensors.torch import load_file
-from small_jobs import fit_until
+from small_jobs import fit_until, sampler_of
 from small_models import small_dit
 from torch import Tensor, nn
 
@@ -25,10 +25,13 @@ from dmkd_fast import (
     Denoiser,
     DiffusionSampler,
     Distiller,
+    GeneratedImages,
     Guidance,
     LabelStream,
     Schedule,
     Steps,
+    StudentTrainer,
+    Targets,
     Views,
     ViewSpec,
     measure,
@@ -112,16 +115,18 @@ def job(run_dir: Path, **changes: Any) -> Distiller:
         "ema_decay": 0.9,
     }
     return Distiller(
-        sampler=sampler(),
-        ring=new_ring(image_shape=(3, 16, 16), device="cuda", num_classes=10, guard_blocks=1),
-        labels=LabelStream(10, device="cuda"),
-        teacher=teacher,
-        student=student,
-        views=Views(ViewSpec(size=16, mean=(0.5,) * 3, std=(0.5,) * 3, device="cuda"), pad=1),
-        schedule=Schedule(**(schedule | changes)),
-        run_dir=run_dir,
-        dtype=torch.float16,
-        compile=True,
+        GeneratedImages(LabelStream(10, device="cuda"), [(0.0, sampler())]),
+        new_ring(image_shape=(3, 16, 16), device="cuda", num_classes=10, guard_blocks=1),
+        StudentTrainer(
+            student, Schedule(**(schedule | changes)), dtype=torch.float16, compile=True
+        ),
+        Targets(
+            teacher,
+            Views(ViewSpec(size=16, mean=(0.5,) * 3, std=(0.5,) * 3, device="cuda"), pad=1),
+            dtype=torch.float16,
+            compile=True,
+        ),
+        run_dir,
         show=False,
     )
 
@@ -141,7 +146,7 @@ def test_two_runs_and_a_resumed_one_end_with_the_same_bits(tmp_path: Path) -> No
     whole = fitted(job(tmp_path / "whole"))
     expected = fingerprint(whole)
     assert all(row["loss"] > 0 for row in rows(whole.run_dir))
-    assert all(w.isfinite().all() for w in whole.average.module.state_dict().values())
+    assert all(w.isfinite().all() for w in whole.student.average.module.state_dict().values())
     assert fingerprint(fitted(job(tmp_path / "again"))) == expected
     for step in (3, 17, 26):
         broken = job(tmp_path / f"broken{step}", checkpoint_every_s=1e-6)
@@ -172,10 +177,10 @@ def test_images_of_a_damaged_block_are_made_again_on_the_gpu(tmp_path: Path) -> 
     again = job(first.run_dir)
     step, notes = again.restore()
     assert step == 17 and len(notes) == 1 and "made again" in notes[0]
-    held = again._keeper.blocks._named
+    held = again.blocks._named
     assert len(held) >= 3
     for number in held:
-        slots = again._keeper.blocks.ring.blocks.slots(number)
+        slots = again.blocks.ring.blocks.slots(number)
         assert torch.equal(again.ring.images[slots], images[slots])
 
 
@@ -183,16 +188,16 @@ def test_blocks_and_checkpoints_hold_what_the_gpu_held(tmp_path: Path) -> None:
     run = fitted(job(tmp_path / "run"))
     newest = sorted((run.run_dir / "checkpoints").glob("step-*"))[-1]
     saved = load_file(newest / "state.safetensors")
-    for name, value in run.student.state_dict().items():
+    for name, value in run.student.model.state_dict().items():
         assert torch.equal(saved[f"student/{name}"], value.cpu()), name
     for path in (run.run_dir / "blocks").glob("block-*"):
-        slots = run._keeper.blocks.ring.blocks.slots(int(path.stem.partition("-")[2]))
+        slots = run.blocks.ring.blocks.slots(int(path.stem.partition("-")[2]))
         assert torch.equal(load_file(path)["images"], run.ring.images[slots].cpu())
 
 
 def test_steps_and_refills_never_wait_for_the_device(tmp_path: Path) -> None:
     run = job(tmp_path / "run", max_grad_norm=1.0)
-    run._warm_up(run._metrics)
+    run.warm_up()
     for _ in range(10):
         run.refill()
         run.train_step()
@@ -207,23 +212,26 @@ def test_steps_and_refills_never_wait_for_the_device(tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert run.ring.num_inserted > inserted and loss.isfinite()
     assert torch.cuda.memory_allocated() - before < 2**22  # nothing piles up
-    run._keeper.writer.close()
+    run.checkpoints.writer.close()
 
 
 def test_nothing_of_a_run_lies_on_the_host(tmp_path: Path) -> None:
     run = job(tmp_path / "run")
     run.refill()
     draw = run.ring.sample(16)
-    seen = run.views(run.ring.images, draw.indices, draw.ids, draw.uses)
+    seen = run.targets.views(run.ring.images, draw.indices, draw.ids, draw.uses)
     run.ring.release()
     loss = run.train_step()
-    tensors = [draw.indices, draw.ids, draw.uses, seen, loss, run.sampler.table.rows]  # type: ignore[union-attr]
-    tensors += [*run.ring._tensors().values(), *run.student.state_dict().values()]
-    tensors += [*run.average.module.state_dict().values(), *run.sampler._module.parameters()]  # type: ignore[union-attr]
-    for state in run.learner.optimizer.state.values():
+    tensors = [draw.indices, draw.ids, draw.uses, seen, loss, sampler_of(run).table.rows]
+    tensors += [*run.ring._tensors().values(), *run.student.model.state_dict().values()]
+    tensors += [
+        *run.student.average.module.state_dict().values(),
+        *sampler_of(run)._module.parameters(),
+    ]
+    for state in run.student.optimizer.state.values():
         tensors += [v for v in state.values() if isinstance(v, Tensor)]
     assert all(t.device.type == "cuda" for t in tensors)
-    run._keeper.writer.close()
+    run.checkpoints.writer.close()
 
 
 def test_the_embedded_job_runs_and_learns_on_a_gpu(
@@ -319,20 +327,15 @@ def test_images_read_from_disk_on_a_gpu_are_exact(tmp_path: Path) -> None:
     from shard_files import random_images, write_shards
 
     from dmkd_fast.data.sources import ShardSource
-    from dmkd_fast.data.stored import ImageReader
+    from dmkd_fast.data.stored import ImageDecoder, StoredImages
 
     images, classes = random_images(40)
     write_shards(tmp_path, images, classes, 16)
-    reader = ImageReader(
-        ShardSource(tmp_path),
-        image_shape=(1, 8, 8),
-        ring_images=64,
-        show=False,
-        device=torch.device("cuda:0"),
-    )
+    decoder = ImageDecoder((1, 8, 8), device=torch.device("cuda:0"))
+    reader = StoredImages(ShardSource(tmp_path), decoder, ring_images=64, show=False)
     for start in (0, 16):
-        ids, labels = reader.peek(16)
+        ids, labels = reader.next_block(16)
         reader.advance(16)
         out = torch.empty(16, 1, 8, 8, dtype=torch.uint8, device="cuda")
-        reader.sample(ids, labels, out=out)
+        reader.read(ids, labels, out=out)
         assert np.array_equal(out.cpu().numpy(), images[start : start + 16])

@@ -30,7 +30,7 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.data import shards
 from dmkd_fast.data.sources import ShardSource
-from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.data.stored import ImageDecoder, StoredImages
 from dmkd_fast.jobs import generate
 from dmkd_fast.jobs.images import make_sampler, open_denoiser, resolve_sampler
 from dmkd_fast.jobs.resolve import resolve as resolve_
@@ -62,10 +62,12 @@ def test_images_and_manifest_are_those_of_online_generation(whole: Path) -> None
     images = torch.empty((200, 1, 28, 28), dtype=torch.uint8)
     sampler.sample(ids, labels, out=images)
 
-    reader = ImageReader(ShardSource(whole), image_shape=(1, 28, 28), ring_images=256, show=False)
-    read_ids, read_labels = reader.peek(200)
+    reader = StoredImages(
+        ShardSource(whole), ImageDecoder((1, 28, 28)), ring_images=256, show=False
+    )
+    read_ids, read_labels = reader.next_block(200)
     assert torch.equal(read_ids, ids) and torch.equal(read_labels, labels)
-    assert torch.equal(reader.sample(ids, labels, out=torch.empty_like(images)), images)
+    assert torch.equal(reader.read(ids, labels, out=torch.empty_like(images)), images)
 
     teacher, spec = load_classifier(resolve(config.teacher.path or ""), torch.device("cpu"))
     views = Views(ViewSpec(size=28, mean=spec.mean, std=spec.std))
@@ -167,21 +169,21 @@ def test_three_jobs_killed_ten_times_each_feed_a_follower(
     )
     while not (out / shards.PLAN).exists():
         time.sleep(0.1)
-    reader = ImageReader(
-        ShardSource(out), image_shape=(1, 8, 8), resize=True, ring_images=64, show=True, wait_s=120
+    reader = StoredImages(
+        ShardSource(out), ImageDecoder((1, 8, 8), resize=True), ring_images=64, wait_s=120
     )
     # The tiny teacher has four classes and the images ten; it only looks at pixels.
-    distiller = make_distiller(num_views=4 * count, reader=reader)
+    distiller = make_distiller(num_views=4 * count, images=reader)
     taken: list[int] = []
-    peek = reader.peek
+    next_block = reader.next_block
 
     def watched(size: int) -> Any:
         assert distiller.ring.must_insert(16), "waited although sampling was allowed"
-        ids, labels = peek(size)
+        ids, labels = next_block(size)
         taken.extend(ids.tolist())
         return ids, labels
 
-    reader.peek = watched  # type: ignore[method-assign]
+    reader.next_block = watched  # type: ignore[method-assign]
     totals = distiller.fit()
     result = json.loads(farm.communicate()[0].splitlines()[-1])
     assert farm.returncode == 0 and result["kills"] >= 25, result

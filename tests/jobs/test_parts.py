@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import restore, save
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from small_jobs import TinyDenoiser, small_classifier, tiny_sampler
 
@@ -369,9 +370,9 @@ def test_checkpoint_restores_everything_and_keeps_the_last_two(
     optimizer.step()
     twin = build_optimizer(other, name="adamw", lr=0.1, momentum=0.9, weight_decay=0)
     for step in (1, 2, 3):
-        step_folders.save(tmp_path, step, {"model": model, "optimizer": optimizer})
+        save(tmp_path, step, {"model": model, "optimizer": optimizer})
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-000000002", "step-000000003"]
-    assert step_folders.restore(tmp_path, {"model": other, "optimizer": twin}).step == 3
+    assert restore(tmp_path, {"model": other, "optimizer": twin}).step == 3
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     for m, o in ((model, optimizer), (other, twin)):
@@ -385,11 +386,11 @@ def test_checkpoint_restores_everything_and_keeps_the_last_two(
 
 def test_damaged_checkpoint_is_noticed(tmp_path: Path) -> None:
     model = small_classifier()
-    path = step_folders.save(tmp_path, 1, {"model": model}) / step_folders.TENSORS
+    path = save(tmp_path, 1, {"model": model}) / step_folders.TENSORS
     data = bytearray(path.read_bytes())
     data[-10] ^= 4
     path.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="SHA-256"):
-        step_folders.restore(tmp_path, {"model": model})
+        restore(tmp_path, {"model": model})
     with pytest.raises(ValueError, match="no checkpoint"):
-        step_folders.restore(tmp_path / "none", {"model": model})
+        restore(tmp_path / "none", {"model": model})

@@ -15,6 +15,7 @@ from small_jobs import tiny_sampler
 
 from dmkd_fast import LabelStream
 from dmkd_fast.checkpoint import step_folders
+from dmkd_fast.checkpoint.manager import CheckpointManager, Restored
 from dmkd_fast.ring.storage import BlockFiles
 from dmkd_fast.runtime import files
 
@@ -25,11 +26,11 @@ class Made:
     def __init__(self, folder: Path) -> None:
         self.ring = new_ring()
         self.sampler, self.labels = tiny_sampler(), LabelStream(4)
-        self.writer = files.Writer()
+        self.manager = CheckpointManager(folder / "checkpoints", every_s=0)
+        self.writer = self.manager.writer
         self.blocks = BlockFiles(
             self.ring, folder / "blocks", self.writer, remakes=[self.sampler.sample]
         )
-        self.saver = step_folders.Saver(folder / "checkpoints", self.writer, every_s=0)
 
     def add(self, count: int) -> None:
         for _ in range(count):
@@ -41,13 +42,13 @@ class Made:
             self.blocks.append()
 
     def save(self, step: int) -> Path:
-        path = self.saver.finish(step, {"ring": self.blocks, "labels": self.labels})
-        self.blocks.drop_unused(lambda: self.saver.describe("ring"))
+        path = self.manager.finish(step, {"ring": self.blocks, "labels": self.labels})
+        self.blocks.drop_unused(lambda: self.manager.describe("ring"))
         self.writer.close()
         return path
 
-    def restore(self) -> step_folders.Restored:
-        return self.saver.restore({"ring": self.blocks, "labels": self.labels})
+    def restore(self) -> Restored:
+        return self.manager.restore({"ring": self.blocks, "labels": self.labels})
 
 
 @pytest.fixture

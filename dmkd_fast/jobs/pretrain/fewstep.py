@@ -35,7 +35,7 @@ from dmkd_fast.jobs.pretrain.loop import (
     write_card,
 )
 from dmkd_fast.runtime.device import InFlight, available_bytes
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps
 from dmkd_fast.sampling.noise_levels import flow_sigmas
 from dmkd_fast.sampling.sampler import DiffusionSampler
@@ -64,15 +64,18 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
     given = resolve_path(config.denoiser.path, config.denoiser.revision)
     start = load_denoiser(given, device, null_class=config.denoiser.null_class)
     if start.scheduler.get("_class_name") != FLOW["_class_name"]:
-        raise UserError(
-            f"denoiser.path: got a {start.scheduler.get('_class_name')}, expected a flow model "
-            f"({FLOW['_class_name']}); use one from `dmkd pretrain denoiser`"
+        raise invalid(
+            "denoiser.path",
+            f"a {start.scheduler.get('_class_name')}",
+            f"a flow model ({FLOW['_class_name']})",
+            "use one from `dmkd pretrain denoiser`",
         )
     if not isinstance(start.module, LeanDiT | PixelDiT) or start.decoder is not None:
-        raise UserError(
-            f"denoiser.path: got a {type(start.module).__name__}"
-            f"{'' if start.decoder is None else ' on latents'}, expected a pixel DiT; use one "
-            "from `dmkd pretrain denoiser`"
+        raise invalid(
+            "denoiser.path",
+            f"a {type(start.module).__name__}{'' if start.decoder is None else ' on latents'}",
+            "a pixel DiT",
+            "use one from `dmkd pretrain denoiser`",
         )
     pool = Pool(start, config, device, dtype)
     model: Any = load_denoiser(given, device, lean=False).module
@@ -162,9 +165,9 @@ class Pool:
         self._labels = ids % self.num_classes
         size = self.sampler.micro_batch_images
         for first in range(0, self.size, size):
-            part = slice(first, first + size)
+            rows = slice(first, first + size)
             with self._in_flight.piece():
-                self._states[:, part] = self.trajectories(ids[part], self._labels[part])
+                self._states[:, rows] = self.trajectories(ids[rows], self._labels[rows])
         self._number = number
 
     def trajectories(self, ids: Tensor, labels: Tensor) -> Tensor:

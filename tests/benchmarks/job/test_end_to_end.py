@@ -130,8 +130,8 @@ def test_three_steps_are_those_of_our_trainer(
     settings = {"name": "sgd", "lr": 0.02, "ema_decay": 0.9}
     ours, other = make_distiller(**settings), make_distiller(**settings)
     trainer = Trainer(
-        deepcopy(ours.student),
-        deepcopy(ours.teacher),
+        deepcopy(ours.student.model),
+        deepcopy(ours.targets.teachers),
         recipe,
         schedule=ours.schedule,
         temperature=4.0,
@@ -141,16 +141,19 @@ def test_three_steps_are_those_of_our_trainer(
         distiller.refill()
     for _ in range(3):
         draw = other.ring.sample(16)
-        views = other.views(other.ring.images, draw.indices, draw.ids, draw.uses)
+        views = other.targets.views(other.ring.images, draw.indices, draw.ids, draw.uses)
         trainer.step(views, other.ring.labels[draw.indices])
         ours.train_step()
     moved = 0.0
-    pairs = [(trainer.student, ours.student), (trainer.average.module, ours.average.module)]
+    pairs = [
+        (trainer.student, ours.student.model),
+        (trainer.average.module, ours.student.average.module),
+    ]
     for theirs, mine in pairs:
         for a, b, start in zip(
             theirs.state_dict().values(),
             mine.state_dict().values(),
-            other.student.state_dict().values(),
+            other.student.model.state_dict().values(),
             strict=True,
         ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -21,15 +21,17 @@ from small_jobs import fit_until, tiny_sampler
 from dmkd_fast import Distiller, LabelStream
 from dmkd_fast.data.listing import SourceError
 from dmkd_fast.data.sources import FileSource, ShardSource, find_kind, open_files
-from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.data.stored import ImageDecoder, StoredImages
+from dmkd_fast.runtime.distributed import Ranks
+from dmkd_fast.runtime.errors import UserError
 
 Make = Callable[..., Distiller]
 SHAPE = (1, 8, 8)
 
 
-def reader_of(folder: Path, **changes: Any) -> ImageReader:
-    settings: dict[str, Any] = {"image_shape": SHAPE, "ring_images": 64, "show": False}
-    return ImageReader(ShardSource(folder), **(settings | changes))
+def stored(folder: Path, **changes: Any) -> StoredImages:
+    settings: dict[str, Any] = {"ring_images": 64, "show": False}
+    return StoredImages(ShardSource(folder), ImageDecoder(SHAPE), **(settings | changes))
 
 
 def generated(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,8 +44,8 @@ def generated(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def weights(distiller: Distiller) -> list[torch.Tensor]:
     return [
-        *distiller.student.state_dict().values(),
-        *distiller.average.module.state_dict().values(),
+        *distiller.student.model.state_dict().values(),
+        *distiller.student.average.module.state_dict().values(),
     ]
 
 
@@ -55,7 +57,7 @@ def test_offline_training_is_online_training_bit_for_bit(
     make_distiller: Make, tmp_path: Path
 ) -> None:
     write_shards(tmp_path / "set", *generated(200), per_shard=48)
-    online, from_disk = make_distiller(), make_distiller(reader=reader_of(tmp_path / "set"))
+    online, from_disk = make_distiller(), make_distiller(images=stored(tmp_path / "set"))
     assert online.fit()["generated_images"] == 160
     from_disk.fit()
     assert same(online, from_disk)
@@ -69,14 +71,14 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
     make_distiller: Make, tmp_path: Path, stop_at: int, count: int
 ) -> None:
     write_shards(tmp_path / "set", *generated(count), per_shard=16)
-    whole, broken = (make_distiller(reader=reader_of(tmp_path / "set")) for _ in range(2))
+    whole, broken = (make_distiller(images=stored(tmp_path / "set")) for _ in range(2))
     whole.fit()
     fit_until(broken, stop_at)
-    again = make_distiller(run_dir=broken.run_dir, reader=reader_of(tmp_path / "set"))
+    again = make_distiller(run_dir=broken.run_dir, images=stored(tmp_path / "set"))
     again.restore()
     again.fit()
     assert same(whole, again) and torch.equal(whole.ring.ids, again.ring.ids)
-    assert again.labels.state_dict() == whole.labels.state_dict()
+    assert again.images.state_dict() == whole.images.state_dict()
 
 
 def test_a_set_that_fits_is_inserted_once_and_drawn_to_the_end(
@@ -84,7 +86,7 @@ def test_a_set_that_fits_is_inserted_once_and_drawn_to_the_end(
 ) -> None:
     images, labels = random_images(48)
     write_shards(tmp_path / "set", images, labels, 16)
-    distiller = make_distiller(num_views=3200, reader=reader_of(tmp_path / "set"))
+    distiller = make_distiller(num_views=3200, images=stored(tmp_path / "set"))
     totals = distiller.fit()
     ring = distiller.ring
     assert ring.num_inserted == 48 and totals["views"] == 3200  # 4 per insert would be 192
@@ -97,10 +99,10 @@ def test_a_set_that_fits_is_inserted_once_and_drawn_to_the_end(
 def test_every_pass_has_each_image_once_in_an_order_of_its_own(tmp_path: Path) -> None:
     images, labels = random_images(40)
     write_shards(tmp_path, images, labels, 16)
-    reader = reader_of(tmp_path)
+    reader = stored(tmp_path)
     ids, classes = [], []
     for _ in range(25):  # five passes in blocks of 8
-        some, their = reader.peek(8)
+        some, their = reader.next_block(8)
         reader.advance(8)
         ids += some.tolist()
         classes += their.tolist()
@@ -109,39 +111,39 @@ def test_every_pass_has_each_image_once_in_an_order_of_its_own(tmp_path: Path) -
     assert all(sorted(p) == list(range(40)) for p in passes)
     assert passes[0] == list(range(40)) and len({tuple(p) for p in passes}) == 5
     assert classes == [labels[i % 40] for i in ids]
-    other = reader_of(tmp_path, seed=1)
+    other = stored(tmp_path, seed=1)
     other.advance(40)
-    assert other.peek(40)[0].tolist() != ids[40:80]
+    assert other.next_block(40)[0].tolist() != ids[40:80]
 
 
 def test_blocks_cross_the_border_of_passes(tmp_path: Path) -> None:
     images, labels = random_images(10)
     write_shards(tmp_path, images, labels, 4)
-    reader = reader_of(tmp_path)
-    ids, classes = reader.peek(32)
+    reader = stored(tmp_path)
+    ids, classes = reader.next_block(32)
     assert sorted(i % 10 for i in ids[10:20].tolist()) == list(range(10))
     out = torch.empty((32, *SHAPE), dtype=torch.uint8)
-    reader.sample(ids, classes, out=out)
+    reader.read(ids, classes, out=out)
     assert np.array_equal(out.numpy(), images[ids.numpy() % 10])
 
 
 def test_following_takes_shards_as_they_come_and_resumes_in_that_order(tmp_path: Path) -> None:
     images, labels = random_images(40)
     write_shards(tmp_path, images, labels, 8, [1])
-    reader = reader_of(tmp_path)
-    assert reader.peek(8)[0].tolist() == list(range(8, 16))
+    reader = stored(tmp_path)
+    assert reader.next_block(8)[0].tolist() == list(range(8, 16))
     reader.advance(8)
     write_shards(tmp_path, images, labels, 8, [4])
-    assert reader.peek(8)[0].tolist() == list(range(32, 40))
+    assert reader.next_block(8)[0].tolist() == list(range(32, 40))
     reader.advance(4)
     state = reader.state_dict()
     write_shards(tmp_path, images, labels, 8, [0, 2, 3])
-    rest = reader.peek(28)[0].tolist()
+    rest = reader.next_block(28)[0].tolist()
     assert rest == [*range(36, 40), *range(8), *range(16, 32)] and not reader.is_exhausted
-    again = reader_of(tmp_path)
-    assert again.peek(8)[0].tolist() == list(range(8))  # what a new run would read first
+    again = stored(tmp_path)
+    assert again.next_block(8)[0].tolist() == list(range(8))  # what a new run would read first
     again.load_state_dict(state)
-    assert again.peek(28)[0].tolist() == rest
+    assert again.next_block(28)[0].tolist() == rest
     again.advance(28)
     assert again.is_exhausted
 
@@ -151,19 +153,19 @@ def test_a_follower_waits_only_when_the_limiter_forbids_sampling(
 ) -> None:
     images, labels = random_images(160)
     write_shards(tmp_path / "set", images, labels, 16, [0, 1])
-    distiller = make_distiller(reader=reader_of(tmp_path / "set", wait_s=60))
-    peek, allowed, waited, wanted = distiller.labels.peek, [], [], threading.Event()
+    distiller = make_distiller(images=stored(tmp_path / "set", wait_s=60))
+    next_block, allowed, waited, wanted = distiller.images.next_block, [], [], threading.Event()
 
     def watched(count: int) -> Any:
         allowed.append(not distiller.ring.must_insert(distiller.schedule.batch_size))
         if len(allowed) == 3:  # more than there is at the start
             wanted.set()
         started = time.monotonic()
-        result = peek(count)
+        result = next_block(count)
         waited.append(time.monotonic() - started)
         return result
 
-    distiller.labels.peek = watched  # type: ignore[method-assign]
+    distiller.images.next_block = watched  # type: ignore[method-assign]
 
     def generate() -> None:
         assert wanted.wait(60)
@@ -177,8 +179,9 @@ def test_a_follower_waits_only_when_the_limiter_forbids_sampling(
     farm.join()
     assert totals["generated_images"] == 160 and totals["views"] == 640
     assert not any(allowed)
-    reader = distiller.labels
-    assert isinstance(reader, ImageReader) and reader.waits
+    reader = distiller.images
+    assert isinstance(reader, StoredImages) and reader.waits
+    assert totals["waited_s"] == round(sum(reader.waits), 1)
     assert sum(reader.waits) == pytest.approx(sum(waited), abs=0.5)
     assert reader.source.first_pass is not None
     assert Counter(reader.source.first_pass.tolist()) == Counter(range(160))
@@ -189,13 +192,13 @@ def test_a_follower_whose_generators_are_gone_saves_and_says_so(
 ) -> None:
     images, labels = random_images(160)
     write_shards(tmp_path / "set", images, labels, 16, [0, 1])
-    stuck = make_distiller(reader=reader_of(tmp_path / "set", wait_s=0.6))
+    stuck = make_distiller(images=stored(tmp_path / "set", wait_s=0.6))
     with pytest.raises(SourceError, match=r"32 of 160 images .* none came for 0\.6 s"):
         stuck.fit()
     assert stuck.num_views == 4 * 32
     write_shards(tmp_path / "set", images, labels, 16, range(2, 10))
-    again = make_distiller(run_dir=stuck.run_dir, reader=reader_of(tmp_path / "set"))
-    whole = make_distiller(reader=reader_of(tmp_path / "set"))
+    again = make_distiller(run_dir=stuck.run_dir, images=stored(tmp_path / "set"))
+    whole = make_distiller(images=stored(tmp_path / "set"))
     again.restore()
     again.fit()
     whole.fit()
@@ -207,7 +210,7 @@ def test_a_damaged_image_stops_the_run_with_a_checkpoint(
 ) -> None:
     images, labels = random_images(160)
     write_shards(tmp_path / "set", images, labels, 16)
-    broken, whole = (make_distiller(reader=reader_of(tmp_path / "set")) for _ in range(2))
+    broken, whole = (make_distiller(images=stored(tmp_path / "set")) for _ in range(2))
     whole.fit()
     tar = tmp_path / "set" / "shard-000006.tar"
     intact = tar.read_bytes()
@@ -215,10 +218,35 @@ def test_a_damaged_image_stops_the_run_with_a_checkpoint(
     with pytest.raises(SourceError, match=r"shard-000006\.tar: the bytes of 000000099\.png"):
         broken.fit()
     tar.write_bytes(intact)
-    again = make_distiller(run_dir=broken.run_dir, reader=reader_of(tmp_path / "set"))
+    again = make_distiller(run_dir=broken.run_dir, images=stored(tmp_path / "set"))
     again.restore()
     again.fit()
     assert same(again, whole)
+
+
+def test_an_image_that_one_rank_cannot_read_stops_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank reports a problem; this rank, whose images are intact, stops too."""
+    write_shards(tmp_path, *random_images(40), 16)
+    problems = ["", "shard-000001.tar: damaged"]
+    monkeypatch.setattr(Ranks, "gather", lambda _, text: [text, *problems[1:]])
+    ranks = Ranks(world_size=2, control=object())  # type: ignore[arg-type]
+    reader, out = stored(tmp_path, ranks=ranks), torch.empty((8, *SHAPE), dtype=torch.uint8)
+    ids = torch.arange(8)
+    for call in (lambda: reader.next_block(8), lambda: reader.write(ids, ids, out, progress=0.0)):
+        with pytest.raises(SourceError, match=r"^rank 1: shard-000001\.tar: damaged"):
+            call()
+    (rewrite,) = reader.rewrites  # One rank alone makes its damaged blocks again.
+    rewrite(ids, ids, out=out)
+
+
+def test_guard_blocks_are_refused_as_stored_images_are_not_read_ahead(
+    make_distiller: Make, tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "set", *random_images(40), 16)
+    with pytest.raises(UserError, match=r"^guard_blocks: got 1 with stored images, expected 0"):
+        make_distiller(images=stored(tmp_path / "set"), ring={"guard_blocks": 1})
 
 
 def test_another_directory_is_no_continuation(tmp_path: Path) -> None:
@@ -226,11 +254,11 @@ def test_another_directory_is_no_continuation(tmp_path: Path) -> None:
     write_shards(tmp_path / "a", images, labels, 8)
     write_shards(tmp_path / "b", images, labels, 8, [0, 1])
     write_shards(tmp_path / "c", images[:39], labels, 8)
-    state = reader_of(tmp_path / "a").state_dict()
+    state = stored(tmp_path / "a").state_dict()
     with pytest.raises(SourceError, match="shard 2 is gone"):
-        reader_of(tmp_path / "b").load_state_dict(state)
+        stored(tmp_path / "b").load_state_dict(state)
     with pytest.raises(SourceError, match="another number"):
-        reader_of(tmp_path / "c").load_state_dict(state)
+        stored(tmp_path / "c").load_state_dict(state)
     files = FileSource(tmp_path, ["a.png", "b.png"], [0, 1])
     with pytest.raises(SourceError, match="added, removed or renamed"):
         FileSource(tmp_path, ["a.png", "c.png"], [0, 1]).load_state_dict(files.state_dict())
@@ -242,10 +270,10 @@ def save(path: Path, data: bytes) -> None:
 
 
 def read_all(source: FileSource, shape: tuple[int, int, int], **changes: Any) -> torch.Tensor:
-    reader = ImageReader(source, image_shape=shape, ring_images=4096, show=False, **changes)
+    reader = StoredImages(source, ImageDecoder(shape, **changes), ring_images=4096, show=False)
     ids = torch.arange(source.num_images)
     out = torch.empty((len(ids), *shape), dtype=torch.uint8)
-    return reader.sample(ids, ids, out=out)
+    return reader.read(ids, ids, out=out)
 
 
 def files_of(folder: Path, classes: int, names: Sequence[str] = ()) -> FileSource:
@@ -293,12 +321,12 @@ def test_files_are_shuffled_from_the_first_pass_on(tmp_path: Path) -> None:
     images, _ = random_images(60)
     for i in range(60):
         save(tmp_path / str(i // 20) / f"{i:03d}.png", encode(images[i, 0]))
-    reader = ImageReader(files_of(tmp_path, 3), image_shape=SHAPE, ring_images=8, show=False)
-    ids, labels = reader.peek(60)
+    reader = StoredImages(files_of(tmp_path, 3), ImageDecoder(SHAPE), ring_images=8, show=False)
+    ids, labels = reader.next_block(60)
     assert sorted(ids.tolist()) == list(range(60)) and ids.tolist() != list(range(60))
     assert labels[:20].unique().tolist() == [0, 1, 2]
     reader.advance(60)
-    assert sorted(i % 60 for i in reader.peek(60)[0].tolist()) == list(range(60))
+    assert sorted(i % 60 for i in reader.next_block(60)[0].tolist()) == list(range(60))
 
 
 def test_scaling_is_bilinear_and_antialiased_with_a_centre_crop(tmp_path: Path) -> None:
@@ -347,14 +375,14 @@ def test_a_bad_file_is_named_and_the_reader_goes_on(tmp_path: Path) -> None:
         for path, whole in zip(paths, good, strict=True):
             save(path, whole)
         source = files_of(tmp_path, 1)
-        reader = ImageReader(source, image_shape=(1, 16, 16), ring_images=9, show=False)
+        reader = StoredImages(source, ImageDecoder((1, 16, 16)), ring_images=9, show=False)
         out, ids = torch.empty((4, 1, 16, 16), dtype=torch.uint8), torch.arange(4)
         paths[2].write_bytes(data)
         with pytest.raises(SourceError, match=words) as error:
-            reader.sample(ids, ids, out=out)
+            reader.read(ids, ids, out=out)
         assert str(paths[2]) in str(error.value) and "\n" not in str(error.value)
         paths[2].write_bytes(good[2])
-        reader.sample(ids, ids, out=out)
+        reader.read(ids, ids, out=out)
         assert np.array_equal(out[:, 0].numpy(), images)
 
 

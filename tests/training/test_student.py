@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_jobs import sampler_of
 from torch import Tensor, nn
 
 from dmkd_fast import Distiller, Schedule
@@ -22,11 +23,11 @@ Make = Callable[..., Distiller]
 
 def state(distiller: Distiller) -> dict[str, Tensor]:
     """Copies of weights, buffers, optimizer state, averaged weights and their count."""
-    found = {f"student {k}": v.clone() for k, v in distiller.student.state_dict().items()}
-    average = distiller.average
+    found = {f"student {k}": v.clone() for k, v in distiller.student.model.state_dict().items()}
+    average = distiller.student.average
     found |= {f"average {k}": v.clone() for k, v in average.module.state_dict().items()}
     found["updates"] = average.num_updates.clone()
-    for number, entry in distiller.learner.optimizer.state_dict()["state"].items():
+    for number, entry in distiller.student.optimizer.state_dict()["state"].items():
         found |= {f"optimizer {number} {k}": v.clone() for k, v in entry.items()}
     return found
 
@@ -52,26 +53,26 @@ class Poison:
             return value, grad
 
         monkeypatch.setattr(student_module, "kd_loss_and_grad", bad_loss)
-        logits = distiller._supervision.logits
+        logits = distiller.targets.logits
 
         def bad_logits(*args: Any, **kwargs: Any) -> Tensor:
             found = logits(*args, **kwargs)
             return found + self.take(math.nan) if where == "teacher" else found
 
-        monkeypatch.setattr(distiller._supervision, "logits", bad_logits)
-        weight = next(distiller.student.parameters())
+        monkeypatch.setattr(distiller.targets, "logits", bad_logits)
+        weight = next(distiller.student.model.parameters())
 
         def bad_grad(grad: Tensor) -> Tensor:
             return grad + self.take(-math.inf) if where == "gradient" else grad
 
         weight.register_hook(bad_grad)
-        views = distiller._supervision.views
+        views = distiller.targets.render
 
         def bad_views(*args: Any, **kwargs: Any) -> dict[Any, Tensor]:
             return {k: v + self.take(math.nan) for k, v in views(*args, **kwargs).items()}
 
         if where == "views":  # the running statistics of batch norm as well
-            monkeypatch.setattr(distiller._supervision, "views", bad_views)
+            monkeypatch.setattr(distiller.targets, "render", bad_views)
 
     def take(self, value: float) -> float:
         self.left -= 1
@@ -113,10 +114,10 @@ def test_a_step_that_is_not_finite_changes_nothing(
         poison.left = 1 if where == "views" else accumulate
         distiller.train_step()
         assert changed(before, state(distiller)) == []
-        counts = {name: count.item() for name, count in distiller.learner.counts().items()}
+        counts = {name: count.item() for name, count in distiller.student.counts().items()}
         assert counts == {"skipped_steps": skipped + 1, "skipped_in_a_row": 1}
         assert distiller.step == step + 1
-    scale = distiller.learner.state_dict()["scale"].item()
+    scale = distiller.student.state_dict()["scale"].item()
     assert scale == (2.0**14 if "dtype" in settings else 1.0)
     before = state(distiller)
     distiller.refill()
@@ -135,7 +136,7 @@ def test_a_skipped_step_leaves_the_run_as_if_its_views_had_not_been_seen(tmp_pat
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
         schedule = Schedule(batch_size=16, num_views=160, lr=0.01, ema_decay=0.9)
-        one = StudentTrainer(net, schedule=schedule)
+        one = StudentTrainer(net, schedule)
         for step in range(6):
             if bad is None and step == 2:
                 continue
@@ -163,7 +164,7 @@ def test_a_step_equals_eager_pytorch(name: Any, nesterov: bool) -> None:
         weight_decay=0.01,
         max_grad_norm=0.3,
     )
-    one = StudentTrainer(net, schedule=schedule, temperature=3.0, alpha=0.7)
+    one = StudentTrainer(net, schedule, temperature=3.0, alpha=0.7)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in twin.parameters() if p.ndim == ndim], "weight_decay": decay}
         for ndim, decay in ((2, 0.01), (1, 0.0))
@@ -237,7 +238,7 @@ def test_gradients_too_small_for_float16_survive_by_the_loss_scale() -> None:
         schedule = Schedule(
             batch_size=2**24, accumulate=2**20, num_views=2**24, lr=1.0, name="sgd", momentum=0.0
         )
-        one = StudentTrainer(net, schedule=schedule, dtype=dtype)
+        one = StudentTrainer(net, schedule, dtype=dtype)
         one._scale.fill_(scale)
         one.start(1e6)
         one.learn(torch.randn(16, 12), torch.randn(16, 4), torch.zeros(0))
@@ -254,12 +255,12 @@ def test_loss_scale_is_that_of_gradscaler_also_after_a_restore(
 ) -> None:
     monkeypatch.setattr(student_module, "GROWTH_STEPS", 3)
     schedule, net = Schedule(batch_size=16, num_views=160, lr=0.1), nn.Linear(12, 4)
-    one = StudentTrainer(net, schedule=schedule, dtype=torch.float16)
+    one = StudentTrainer(net, schedule, dtype=torch.float16)
     scaler = torch.amp.GradScaler("cpu", growth_interval=3)
     views, teacher = torch.randn(16, 12), torch.randn(16, 4)
     seen = []
     for bad in (1, 1, 0, 0, 0, 0, 1, 0, 0, 0):
-        before, one = one, StudentTrainer(net, schedule=schedule, dtype=torch.float16)
+        before, one = one, StudentTrainer(net, schedule, dtype=torch.float16)
         one.load_state_dict(before.state_dict())
         one.start(0.1)
         one.learn(views, teacher * (math.inf if bad else 1), torch.zeros(0))
@@ -281,13 +282,13 @@ def test_ranks_that_average_their_gradients_skip_together(bad: str) -> None:
     for _ in range(2):
         torch.manual_seed(0)
         schedule = Schedule(batch_size=8, num_views=80, lr=0.1)
-        ranks.append(StudentTrainer(nn.Linear(12, 4), schedule=schedule, alpha=0.5))
-    start = ranks[0].student.weight.clone()
+        ranks.append(StudentTrainer(nn.Linear(12, 4), schedule, alpha=0.5))
+    start = ranks[0].model.weight.clone()
     for number, rank in enumerate(ranks):
         targets = torch.full((8, 4), 0.25)
         teacher = torch.zeros(8, 4)
         if number == 1 and bad == "loss":
-            rank.student.register_forward_hook(  # log 0 for a class that is asked for
+            rank.model.register_forward_hook(  # log 0 for a class that is asked for
                 lambda _, args, out: out + torch.tensor([0.0, 0.0, 0.0, -math.inf])
             )
         if number == 1 and bad == "logits":
@@ -295,7 +296,7 @@ def test_ranks_that_average_their_gradients_skip_together(bad: str) -> None:
         rank.start(0.1)
         loss = rank.learn(views, teacher, targets)
         assert loss.isfinite() == (number == 0)
-    pairs = zip(*(rank.student.parameters() for rank in ranks), strict=True)
+    pairs = zip(*(rank.model.parameters() for rank in ranks), strict=True)
     for p, q in pairs:
         assert p.grad is not None and q.grad is not None
         mean = (p.grad + q.grad) / 2
@@ -304,7 +305,7 @@ def test_ranks_that_average_their_gradients_skip_together(bad: str) -> None:
     for rank in ranks:
         rank.finish()
         assert rank.counts()["skipped_steps"] == 1
-        assert torch.equal(rank.student.weight, start)
+        assert torch.equal(rank.model.weight, start)
 
 
 def test_the_mean_loss_of_a_row_counts_finite_ones_only(make_distiller: Make) -> None:
@@ -329,7 +330,7 @@ def test_the_mean_loss_of_a_row_counts_finite_ones_only(make_distiller: Make) ->
 def test_so_many_skipped_steps_in_a_row_stop_the_run(make_distiller: Make, first: int) -> None:
     def make(**changes: Any) -> Distiller:
         distiller = make_distiller(max_skipped_steps=5, **changes)
-        weight = next(distiller.student.parameters())
+        weight = next(distiller.student.model.parameters())
         bad = {*range(first, first + 5)}
         weight.register_hook(lambda grad: grad * (math.nan if distiller.step in bad else 1))
         return distiller
@@ -353,7 +354,7 @@ def test_a_generator_that_breaks_stops_the_run(make_distiller: Make, first: int)
 
     def make(**changes: Any) -> Distiller:
         distiller = make_distiller(log_every_steps=4, **changes)
-        module: Any = distiller.sampler._module  # type: ignore[union-attr]
+        module: Any = sampler_of(distiller)._module
         module.register_forward_hook(lambda _module, _inputs, output: output * factor())
         return distiller
 
@@ -373,8 +374,8 @@ def test_a_generator_that_breaks_stops_the_run(make_distiller: Make, first: int)
 
 def test_a_broken_image_among_many_is_let_pass(make_distiller: Make) -> None:
     distiller = make_distiller()
-    distiller.sampler.num_made = 100  # type: ignore[union-attr]
-    distiller.sampler.num_broken += 1  # type: ignore[union-attr]
+    sampler_of(distiller).num_made = 100
+    sampler_of(distiller).num_broken += 1
     distiller.fit()
     rows = [json.loads(r) for r in (distiller.run_dir / "stats.jsonl").read_text().splitlines()]
     assert [row["broken_images"] for row in rows] == [1] * 4
