@@ -49,7 +49,7 @@ class RingConfig(Section):
     will be overwritten next is then not drawn. Not for images on disk."""
 
 
-_AreaShare = Annotated[float, Field(ge=1e-4, le=1)]
+_AreaFraction = Annotated[float, Field(ge=1e-4, le=1)]
 _Ratio = Annotated[float, Field(ge=2.0**-15, le=2.0**15)]
 
 
@@ -58,7 +58,7 @@ class ViewsConfig(Section):
 
     size: int = Field(ge=1, le=8192)
     """Side of a view in pixels."""
-    scale: tuple[_AreaShare, _AreaShare] = (1.0, 1.0)
+    scale: tuple[_AreaFraction, _AreaFraction] = (1.0, 1.0)
     """Range of the crop's area, as a fraction of the image's area."""
     ratio: tuple[_Ratio, _Ratio] = (1.0, 1.0)
     """Range of the crop's aspect ratio (width / height)."""

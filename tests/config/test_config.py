@@ -26,7 +26,8 @@ from dmkd_fast.runtime.device import resolve_dtype
 
 
 def test_saved_settings_load_unchanged(tmp_path: Path) -> None:
-    config, _ = prepare(load_config(DistillConfig, CONFIG, ["optim.lr=1e-3", "seed=7"]))
+    job, _ = prepare(load_config(DistillConfig, CONFIG, ["optim.lr=1e-3", "seed=7"]))
+    config = job.config
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     assert load_config(DistillConfig, path) == config
@@ -56,14 +57,16 @@ def test_auto_is_resolved_by_capability(monkeypatch: pytest.MonkeyPatch) -> None
         assert resolve_dtype("auto", cpu) == dtype
     for able in (True, False):
         monkeypatch.setattr(resolve_module, "can_compile", lambda _, able=able: able)
-        config = resolve(load_config(DistillConfig, CONFIG))
-        assert config.sampler.compile is False and config.train.compile is False
+        job = resolve(load_config(DistillConfig, CONFIG))
+        assert not job.compile_sampler and not job.compile_student
+        assert job.config.sampler.compile is False and job.config.train.compile is False
     # A CPU gains little from it; a GPU much, where it can.
     monkeypatch.setattr(resolve_module, "resolve_device", lambda _: torch.device("cuda"))
     for able in (True, False):
         monkeypatch.setattr(resolve_module, "can_compile", lambda _, able=able: able)
-        config = resolve(load_config(DistillConfig, CONFIG))
-        assert config.sampler.compile is able and config.train.compile is able
+        job = resolve(load_config(DistillConfig, CONFIG))
+        assert job.compile_sampler is able and job.compile_student is able
+        assert job.config.sampler.compile is able and job.config.train.compile is able
 
 
 def test_newest_run_of_a_name_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

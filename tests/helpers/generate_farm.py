@@ -42,7 +42,7 @@ def start(out: Path, num_images: int, part: tuple[int, int]) -> int:
         return child
     try:
         config = load_config(DistillConfig, CONFIG, SETTINGS)
-        generate.run(config, out, num_images, part=part, images_per_shard=32, show=False)
+        generate.run(config, out, num_images, job_slice=part, images_per_shard=32, show=False)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

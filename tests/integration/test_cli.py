@@ -24,7 +24,7 @@ FMNIST = "embedded:fashion_mnist"
 
 
 def dmkd(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dmkd_fast.cli", *arguments]
+    command = [sys.executable, "-m", "dmkd_fast", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -313,7 +313,7 @@ def test_interrupt_saves_within_five_seconds_and_resumes(tmp_path: Path, number:
     command = [
         sys.executable,
         "-m",
-        "dmkd_fast.cli",
+        "dmkd_fast",
         "distill",
         CONFIG,
         f"run_dir={run}",

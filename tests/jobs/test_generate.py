@@ -32,8 +32,10 @@ from dmkd_fast.data import shards
 from dmkd_fast.data.sources import ShardSource
 from dmkd_fast.data.stored import ImageReader
 from dmkd_fast.jobs import generate
-from dmkd_fast.jobs.images import make_sampler, open_denoiser, resolve_sampler
+from dmkd_fast.jobs.build import make_sampler
+from dmkd_fast.jobs.images import open_denoiser
 from dmkd_fast.jobs.resolve import resolve as resolve_
+from dmkd_fast.jobs.resolve import resolve_images
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling import sampler
 
@@ -54,9 +56,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_images_and_manifest_are_those_of_online_generation(whole: Path) -> None:
-    config = resolve_(load_config(DistillConfig, CONFIG, SETTINGS))
-    denoiser = open_denoiser(config.denoiser, torch.device("cpu"))
-    sampler = make_sampler(resolve_sampler(config, denoiser), denoiser)
+    job = resolve_(load_config(DistillConfig, CONFIG, SETTINGS))
+    denoiser = open_denoiser(job.config.denoiser, torch.device("cpu"))
+    sampler = make_sampler(resolve_images(job, denoiser), denoiser)
     ids = torch.arange(200)
     labels = LabelStream(10).labels_of(ids)
     images = torch.empty((200, 1, 28, 28), dtype=torch.uint8)
@@ -67,7 +69,7 @@ def test_images_and_manifest_are_those_of_online_generation(whole: Path) -> None
     assert torch.equal(read_ids, ids) and torch.equal(read_labels, labels)
     assert torch.equal(reader.sample(ids, labels, out=torch.empty_like(images)), images)
 
-    teacher, spec = load_classifier(resolve(config.teacher.path or ""), torch.device("cpu"))
+    teacher, spec = load_classifier(resolve(job.config.teacher.path or ""), torch.device("cpu"))
     views = Views(size=28, mean=spec.mean, std=spec.std)
     with torch.no_grad():
         shares = teacher(views.whole(images, ids)).softmax(dim=1)
@@ -88,10 +90,10 @@ def test_images_and_manifest_are_those_of_online_generation(whole: Path) -> None
 
 def test_the_result_does_not_depend_on_the_number_of_jobs(whole: Path, tmp_path: Path) -> None:
     for part in (2, 0, 1):
-        summary = make(tmp_path, part=(part, 3))
+        summary = make(tmp_path, job_slice=(part, 3))
         assert summary["is_complete"] == (part == 1)
     assert contents(tmp_path) == contents(whole)
-    assert make(tmp_path, part=(1, 2))["made_images"] == 0  # another n finds all of it
+    assert make(tmp_path, job_slice=(1, 2))["made_images"] == 0  # another n finds all of it
 
 
 def test_broken_images_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +277,7 @@ def test_a_shard_under_a_second_name_is_refused_and_nothing_changes(
 
 def test_a_full_disk_is_one_line_and_the_job_can_go_on(whole: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: the same failing writes."""
-    make(tmp_path, part=(0, 7))
+    make(tmp_path, job_slice=(0, 7))
     before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
@@ -343,7 +345,7 @@ def test_an_interrupt_keeps_finished_shards_and_says_how_to_go_on(
         "32",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dmkd_fast.cli", "generate", *arguments],
+        [sys.executable, "-m", "dmkd_fast", "generate", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,

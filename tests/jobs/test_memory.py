@@ -139,7 +139,8 @@ def test_what_fits_exactly_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.check_fits({"a": 3, "b": 5}, 8)
     with pytest.raises(UserError, match=r"memory: got 0.00 GiB .*\(b: 0.00 GiB\)"):
         memory.check_fits({"a": 3, "b": 5}, 7)
-    config, parts = prepare(load_config(DistillConfig, CONFIG, SHORT))
+    job, parts = prepare(load_config(DistillConfig, CONFIG, SHORT))
+    config = job.config
     plan = memory.plan(config, parts)
     need = sum(plan.values()) - plan["test images"]
     monkeypatch.setattr(memory, "available_bytes", lambda device: need)
