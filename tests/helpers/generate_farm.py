@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from small_jobs import CONFIG
 
@@ -33,6 +34,13 @@ SETTINGS = [
     "sampler.micro_batch_images=16",
     "teacher.path=embedded:fashion_mnist/weak",
 ]
+
+
+def make_set(out: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    """Make a directory of 200 images in this process, or what `options` say."""
+    config = load_config(DistillConfig, CONFIG, [*SETTINGS, *overrides])
+    options = {"num_images": 200, "images_per_shard": 32, "show": False} | options
+    return generate.run(config, out, **options)
 
 
 def start(out: Path, num_images: int, part: tuple[int, int]) -> int:
