@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dmkd_fast.jobs.evaluate import evaluate
     from dmkd_fast.loss.functional import DistillKL, kd_loss, kd_loss_and_grad
     from dmkd_fast.ring.buffer import RingBuffer
+    from dmkd_fast.runtime.errors import UserError
     from dmkd_fast.sampling.labels import LabelStream
     from dmkd_fast.sampling.sampler import DiffusionSampler
     from dmkd_fast.training.distiller import Distiller
@@ -46,6 +47,7 @@ _HOMES = {
     "Schedule": "training.schedule",
     "Teacher": "classifiers.ensemble",
     "Teachers": "classifiers.ensemble",
+    "UserError": "runtime.errors",
     "ViewSpec": "views.crops",
     "Views": "views.crops",
     "distill": "jobs.distill",
@@ -73,6 +75,7 @@ __all__ = [
     "Schedule",
     "Teacher",
     "Teachers",
+    "UserError",
     "ViewSpec",
     "Views",
     "distill",
