@@ -44,8 +44,8 @@ class SamplerConfig(Section):
     micro_batch_images: int = Field(256, ge=1, le=10**6)
     """Images denoised together. It is one of the things that fix the bits of an image."""
     compile: Switch = "auto"
-    """Compile the denoiser with torch.compile. auto: on CUDA, where Triton is present. true is
-    refused where it cannot be done."""
+    """Compile the denoiser with torch.compile. auto: on CUDA, where Triton is present. true:
+    refused on a machine that cannot compile."""
     phases: tuple[PhaseConfig, ...] = Field((), max_length=100)
     """Other steps and guidance later in the run. A phase ends where the next one starts."""
 

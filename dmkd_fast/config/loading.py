@@ -237,7 +237,7 @@ def _hint(kind: type[Section], location: list[str]) -> str:
     found = [name for name, field in everywhere.items() if field == key]
     found = found or difflib.get_close_matches(key, known, n=1)
     if not found:
-        similar = difflib.get_close_matches(key, everywhere.values(), n=1)
+        similar = difflib.get_close_matches(key, everywhere.values(), n=1, cutoff=0.8)
         found = [name for name, field in everywhere.items() if field in similar]
     if found:
         return f"did you mean {' or '.join(map(repr, found[:5]))}?"

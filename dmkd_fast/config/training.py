@@ -90,8 +90,8 @@ class TrainConfig(Section):
     """Views in the whole run."""
     compile: Switch = "auto"
     """Compile the trained network and its teacher with torch.compile. auto: on CUDA, where Triton
-    is present. true is refused where it cannot be done. On a CPU, which needs a C++ compiler, it
-    pays off in long runs only."""
+    is present; on a CPU compilation pays off in long runs only. true: refused on a machine that
+    cannot compile."""
     max_skipped_steps: int = Field(20, ge=1, le=10**6)
     """A step whose loss or gradient is not finite changes nothing. This many in a row end the run
     at the next log line. The default is more than the 16 steps by which float16's loss scale falls

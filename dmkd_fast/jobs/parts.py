@@ -101,10 +101,10 @@ def check_fit(
             ),
             ("channels", images.image_shape[0], spec.in_chans, test_set.num_channels),
         )
-        for what, made, judged, tested in facts:
-            if made != judged or tested not in (judged, None):
+        for what, made, taught, tested in facts:
+            if made != taught or tested not in (taught, None):
                 raise UserError(
-                    f"{what}: {whose} has {made}, {section}.path has {judged}, eval.path has "
+                    f"{what}: {whose} has {made}, {section}.path has {taught}, eval.path has "
                     f"{tested}, expected the same; change the one that is off"
                 )
         if config.eval.classes is None:
