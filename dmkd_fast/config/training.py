@@ -11,8 +11,11 @@ from dmkd_fast.runtime.checks import check_accumulate, check_milestones
 
 
 class LossConfig(Section):
-    """The loss: alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) *
-    CE(student, class), mean over the batch."""
+    """The loss of the student, mean over the batch.
+
+    It is alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) *
+    CE(student, class).
+    """
 
     temperature: float = Field(4.0, ge=0.01, le=1000)
     """Softmax temperature T."""
@@ -22,8 +25,10 @@ class LossConfig(Section):
 
 
 class MixConfig(Section):
-    """Mixing of views, the same for student and teachers. With both methods, each is used for half
-    of the steps on average."""
+    """Mixing of views, the same for student and teachers.
+
+    With both methods, each is used for half of the steps on average.
+    """
 
     mixup_alpha: float = Field(0.0, ge=0, le=1000)
     """Mixup: whole views, with a weight from Beta(alpha, alpha), one per batch. 0: off."""
