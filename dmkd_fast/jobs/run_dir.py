@@ -195,7 +195,6 @@ def _folder(config: RunConfig) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    found = False
     with _writing(path.parent):
         found = path.exists()
     return found
