@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
 
 def _distill(arguments: list[str], *, stop: bool = False) -> None:
-    command = [sys.executable, "-m", "dmkd_fast.cli", "distill", *arguments]
+    command = [sys.executable, "-m", "dmkd_fast", "distill", *arguments]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -1,6 +1,7 @@
 """Knowledge distillation from diffusion-generated images.
 
     dmkd distill CONFIG                      run a whole job (shell command)
+    from dmkd_fast import distill            run the same job from Python
     from dmkd_fast import kd_loss            use the fused loss in any training loop
     from dmkd_fast import Distiller, ...     use the parts with your own modules
 
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from dmkd_fast.data.test_sets import EncodedSet, ImageSet, load_idx, open_set
     from dmkd_fast.denoisers.denoiser import Denoiser
     from dmkd_fast.denoisers.loading import load_denoiser
+    from dmkd_fast.jobs.distill import distill
+    from dmkd_fast.jobs.evaluate import evaluate
     from dmkd_fast.loss.functional import DistillKL, kd_loss, kd_loss_and_grad
     from dmkd_fast.ring.buffer import RingBuffer
     from dmkd_fast.ring.plan import RingPlan
+    from dmkd_fast.runtime.errors import UserError
     from dmkd_fast.sampling.arguments import Guidance, Steps
     from dmkd_fast.sampling.generated import GeneratedImages
     from dmkd_fast.sampling.labels import LabelStream
@@ -56,8 +60,11 @@ _HOMES = {
     "Targets": "training.targets",
     "Teacher": "classifiers.ensemble",
     "Teachers": "classifiers.ensemble",
+    "UserError": "runtime.errors",
     "ViewSpec": "views.crops",
     "Views": "views.crops",
+    "distill": "jobs.distill",
+    "evaluate": "jobs.evaluate",
     "kd_loss": "loss.functional",
     "kd_loss_and_grad": "loss.functional",
     "load_classifier": "classifiers.loading",
@@ -88,8 +95,11 @@ __all__ = [
     "Targets",
     "Teacher",
     "Teachers",
+    "UserError",
     "ViewSpec",
     "Views",
+    "distill",
+    "evaluate",
     "kd_loss",
     "kd_loss_and_grad",
     "load_classifier",

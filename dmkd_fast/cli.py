@@ -2,33 +2,29 @@
 
 User errors end in one line on stderr and exit code 2. Ctrl-C ends with exit code 130 and a line
 that says how to continue. The last line of output is JSON. Under torchrun, only rank 0 prints all
-this.
+this. Each verb imports what it needs, so that help does not wait for PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
-from dmkd_fast.config.jobs import (
-    DistillConfig,
-    PretrainDenoiserConfig,
-    PretrainFewstepConfig,
-    TeacherConfig,
-)
-from dmkd_fast.config.loading import dump_config, load_config
-from dmkd_fast.runtime import distributed
-from dmkd_fast.runtime.device import keep_freed_memory, make_repeatable
+from dmkd_fast import __version__
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.streams import GuardedStream, open_closed_streams
+
+if TYPE_CHECKING:
+    from dmkd_fast.runtime.distributed import Ranks
 
 OVERRIDES = "Any setting can be changed with section.field=value, for example sampler.num_steps=4."
 
@@ -42,49 +38,94 @@ def main(arguments: list[str] | None = None) -> int:
         rest and parser.error(f"unrecognized arguments: {' '.join(rest)}")
     else:
         options.overrides += rest
-    keep_freed_memory()
-    make_repeatable()
+    if not hasattr(options, "verb"):
+        parser.print_help()
+        return 0
     open_closed_streams()
     out, err = GuardedStream(sys.stdout, "stdout"), GuardedStream(sys.stderr)
-    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)), _logging():
         code = _run(options)
-        if distributed.read().world_size > 1:
+        if options.verb is not _config and _ranks().world_size > 1:
+            from dmkd_fast.runtime import distributed
+
             distributed.end_process(code)
     return code
 
 
 def _run(options: argparse.Namespace) -> int:
     verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
-    # Errors raised on every rank are printed by rank 0 only.
-    tells = verb is _generate or distributed.read().is_first
     result = None
     try:
-        if verb in (_evaluate, _pretrain) and (count := distributed.read().world_size) > 1:
-            raise UserError(f"torchrun: got {count} ranks, expected one process; run it alone")
+        if verb is not _config:
+            _prepare_process(is_alone=verb in (_evaluate, _pretrain))
         result = verb(options)
         if result:
             print(json.dumps(result))
         sys.stdout.flush()
-    except (UserError, OSError) as error:
-        if tells or not distributed.is_agreed(error):
+    except KeyboardInterrupt:
+        if verb is _generate or _ranks().is_first:
+            print("dmkd: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _report(error, options, result)
+    return 0
+
+
+def _report(error: Exception, options: argparse.Namespace, result: dict[str, Any] | None) -> int:
+    """Print an error and return the exit code; raise a bug again, with its traceback."""
+    from dmkd_fast.runtime import distributed
+
+    ranks = distributed.read()
+    if isinstance(error, UserError | OSError):
+        if options.traceback:
+            traceback.print_exception(error)
+        # Errors raised on every rank are printed by rank 0 only.
+        if options.verb is _generate or ranks.is_first or not distributed.is_agreed(error):
             print(f"dmkd: {' '.join(str(error).split())}", file=sys.stderr)
         if result:  # Standard output could not be written.
             print(json.dumps(result), file=sys.stderr)
         return 2
-    except distributed.Lost as error:
+    if isinstance(error, distributed.Lost):
         print(f"dmkd: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        if tells:
-            print("dmkd: stopped", file=sys.stderr)
-        return 130
-    except Exception:
-        if distributed.read().world_size == 1:
-            raise
-        # `main` ends the process of a rank at once, so Python would not print the traceback.
-        traceback.print_exc()
-        return 1
-    return 0
+    if ranks.world_size == 1:
+        raise error
+    # `main` ends the process of a rank at once, so Python would not print the traceback.
+    traceback.print_exception(error)
+    return 1
+
+
+def _prepare_process(*, is_alone: bool) -> None:
+    """Set the options of PyTorch for this process, which the command line owns.
+
+    Raises:
+        UserError: There are several ranks, and the verb runs as one process.
+    """
+    from dmkd_fast.runtime.device import keep_freed_memory, make_repeatable
+
+    keep_freed_memory()
+    make_repeatable()
+    if is_alone and (count := _ranks().world_size) > 1:
+        raise UserError(f"torchrun: got {count} ranks, expected one process; run it alone")
+
+
+def _ranks() -> Ranks:
+    from dmkd_fast.runtime import distributed
+
+    return distributed.read()
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """Print the warnings that the package logs, one line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("dmkd_fast")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,10 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dmkd", description="Knowledge distillation from diffusion-generated images."
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    parser.add_argument("--version", action="version", version=f"dmkd {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB")
+    shared = _Parser(add_help=False)
+    shared.add_argument(
+        "--traceback", action="store_true", help="also print where an error was raised"
+    )
 
     distill = verbs.add_parser(
         "distill",
+        parents=[shared],
         help="train a student from generated images",
         epilog=OVERRIDES,
         description="Generate images, distill a student from a teacher on them, evaluate it on "
@@ -125,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = verbs.add_parser(
         "generate",
+        parents=[shared],
         help="make images for later, as shards on disk",
         epilog=OVERRIDES,
         description="Make the images that `distill` with the same settings would make, and write "
@@ -138,9 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--shard",
-        type=_part,
+        type=_job_slice,
         metavar="i/n",
-        help="make part i of n, counted from 0; the result does not depend on n (default: all, or "
+        help="make slice i of n, counted from 0; the result does not depend on n (default: all, or "
         "rank/ranks under torchrun)",
     )
     generate.add_argument(
@@ -153,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation_parser = verbs.add_parser(
         "evaluate",
+        parents=[shared],
         help="accuracy of a student or any classifier on real images",
         description="Measure the student that a run saved, or any trained classifier, on labeled "
         "images: top-1, top-5, calibration error, agreement with the run's teachers, and a table "
@@ -166,10 +215,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation_parser.add_argument(
         "--data",
-        type=Path,
         metavar="DIR",
-        help="folder with idx files, one folder per class, or WebDataset shards (default: the "
-        "run's own test set)",
+        help="folder with idx files, one folder per class, or WebDataset shards; or embedded:NAME "
+        "(default: the run's own test set)",
     )
     evaluation_parser.add_argument(
         "--classes",
@@ -192,7 +240,9 @@ def _parser() -> argparse.ArgumentParser:
         ("denoiser", "a class-conditional pixel DiT on real images"),
         ("fewstep", "a denoiser to do in a few steps what it does in many"),
     ):
-        sub = kinds.add_parser(kind, help=text, description=f"Train {text}.", epilog=OVERRIDES)
+        sub = kinds.add_parser(
+            kind, parents=[shared], help=text, description=f"Train {text}.", epilog=OVERRIDES
+        )
         _config_arguments(sub)
         if kind != "fewstep":
             sub.add_argument(
@@ -205,6 +255,7 @@ def _parser() -> argparse.ArgumentParser:
 
     config = verbs.add_parser(
         "config",
+        parents=[shared],
         help="describe the settings",
         description="Print type, default, range and meaning of every setting, or of one section "
         "or field.",
@@ -242,39 +293,27 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _part(text: str) -> tuple[int, int]:
-    part, _, count = text.partition("/")
-    good = all(re.fullmatch("[0-9]{1,9}", number) for number in (part, count))
-    if not good or int(part) >= int(count):
+def _job_slice(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    good = all(re.fullmatch("[0-9]{1,9}", number) for number in (index, count))
+    if not good or int(index) >= int(count):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected i/n with 0 <= i < n, as 0/3")
-    return int(part), int(count)
+    return int(index), int(count)
 
 
 def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
-    mine = distributed.join()
-    with mine.agreed():
-        config = load_config(DistillConfig, options.config, options.overrides)
-        _refuse_changes(options)
-    from dmkd_fast.jobs import memory
-    from dmkd_fast.jobs.distill import run
-    from dmkd_fast.jobs.parts import prepare
+    from dmkd_fast.jobs import distill
 
     if options.dry_run:
-        if not mine.is_first:
-            return None
-        config, parts = prepare(config, mine)
-        print(dump_config(config), end="")
-        print("memory plan:" if mine.world_size == 1 else "memory plan of each rank:")
-        for name, count in memory.plan(config, parts, mine).items():
-            print(f"  {name}: {count:,} bytes ({count / 2**20:.1f} MiB)")
-        most = memory.check(config, parts, mine)
-        print(f"largest ring.capacity_images that fits: {most:,}")
+        for line in distill.dry_run(options.config, options.overrides):
+            print(line)
         return None
-    return run(config, resume=options.resume, ranks=mine)
+    return distill.run(options.config, options.overrides, resume=options.resume)
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    config = load_config(DistillConfig, options.config, options.overrides)
+    from dmkd_fast.config.jobs import DistillConfig
+    from dmkd_fast.config.loading import load_config
     from dmkd_fast.jobs import generate
 
     words = ["dmkd", "generate", options.config, *options.overrides, "--out", str(options.out)]
@@ -284,32 +323,19 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
     if options.images_per_shard is not None:
         words += ["--images-per-shard", str(options.images_per_shard)]
     return generate.run(
-        config,
+        load_config(DistillConfig, options.config, options.overrides),
         options.out,
         options.num_images,
-        part=options.shard,
+        job_slice=options.shard,
         images_per_shard=options.images_per_shard,
         command=shlex.join(words),
     )
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    from dmkd_fast.jobs import evaluate
+    from dmkd_fast.jobs.evaluate import evaluate
 
-    folder = Path(options.what)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        if options.classes is not None and options.data is None:
-            raise UserError("--classes: got it without --data, expected both; add --data DIR")
-        found = evaluate.evaluate_run(folder, data=options.data, classes=options.classes)
-    elif options.data is None:
-        raise UserError(
-            f"--data: got none for {options.what}, which is not the directory of a run; add "
-            "--data DIR with labeled images"
-        )
-    else:
-        found = evaluate.evaluate_classifier(
-            options.what, data=options.data, classes=options.classes
-        )
+    found = evaluate(options.what, options.data, classes=options.classes)
     print(found.describe_input())
     _print_classes(found.classes)
     return found.summary()
@@ -335,19 +361,23 @@ def _print_classes(classes: dict[str, dict[str, Any]]) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> dict[str, Any]:
+    from dmkd_fast.config import jobs as configs
+    from dmkd_fast.config.loading import load_config
+    from dmkd_fast.jobs import run_dir
     from dmkd_fast.jobs.pretrain.classifier import pretrain_teacher
     from dmkd_fast.jobs.pretrain.denoiser import pretrain_denoiser
     from dmkd_fast.jobs.pretrain.fewstep import pretrain_fewstep
 
-    _refuse_changes(options)
+    if options.resume:
+        run_dir.refuse_changes(options.overrides)
+    source, resume = (options.config, options.overrides), options.resume
     if options.kind == "teacher":
-        teacher = load_config(TeacherConfig, options.config, options.overrides)
-        return pretrain_teacher(teacher, options.data, resume=options.resume)
+        teacher = load_config(configs.TeacherConfig, *source)
+        return pretrain_teacher(teacher, options.data, resume=resume)
     if options.kind == "denoiser":
-        denoiser = load_config(PretrainDenoiserConfig, options.config, options.overrides)
-        return pretrain_denoiser(denoiser, options.data, resume=options.resume)
-    fewstep = load_config(PretrainFewstepConfig, options.config, options.overrides)
-    return pretrain_fewstep(fewstep, resume=options.resume)
+        denoiser = load_config(configs.PretrainDenoiserConfig, *source)
+        return pretrain_denoiser(denoiser, options.data, resume=resume)
+    return pretrain_fewstep(load_config(configs.PretrainFewstepConfig, *source), resume=resume)
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -358,17 +388,3 @@ def _config(options: argparse.Namespace) -> None:
         return
     for setting in reference.describe(options.job, options.name):
         print(setting)
-
-
-def _refuse_changes(options: argparse.Namespace) -> None:
-    """Refuse changed settings with --resume, which uses the saved settings of the run."""
-    changed = [text for text in options.overrides if not text.startswith("run_dir=")]
-    if options.resume and changed:
-        raise UserError(
-            f"--resume: got {changed[0]}, expected no setting but run_dir, as the saved ones are "
-            "used; remove it, or change config.yaml in the run directory"
-        )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

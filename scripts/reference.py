@@ -76,7 +76,8 @@ def command_line() -> str:
     lines = ["# Command line", f"`dmkd VERB ...`: {parser.description}"]
     lines.append(
         "The last line of standard output is JSON. Exit codes are on the page "
-        "[errors and exit codes](errors.md)."
+        "[errors and exit codes](errors.md). `dmkd --version` prints the version, and "
+        "`python -m dmkd_fast` is the same command."
     )
     for name, verb in _verbs(parser, "dmkd"):
         lines.append(f"## `{name}`")

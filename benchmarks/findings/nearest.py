@@ -33,8 +33,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     path = ROOT / "configs" / "fashion_mnist.yaml"
-    config, parts = prepare(load_config(DistillConfig, path, ["sampler.compile=false"]))
-    distiller = build(config, parts, show=False)
+    job, parts = prepare(load_config(DistillConfig, path, ["sampler.compile=false"]))
+    distiller = build(job, parts, show=False)
     real = load_real(options.data, distiller.device)
 
     ids, labels = distiller.images.next_block(NUM_IMAGES)

@@ -47,7 +47,8 @@ from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import networks
-from dmkd_fast.jobs.images import OpenSource, make_sampler
+from dmkd_fast.jobs.build import make_sampler
+from dmkd_fast.jobs.images import OpenSource
 from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.runtime.device import keep_freed_memory, resolve_dtype, set_num_threads
 
@@ -152,16 +153,14 @@ def generated(count: int, overrides: Sequence[str], *, file: str = "many_steps.y
     held = load_file(path) if path.exists() else {}
     there = len(held["labels"]) if held else 0
     if there < count:
-        config, parts = prepare(
-            load_config(DistillConfig, ROOT / "configs" / file, list(overrides))
-        )
+        job, parts = prepare(load_config(DistillConfig, ROOT / "configs" / file, list(overrides)))
         assert not isinstance(parts.origin, OpenSource)
-        sampler = make_sampler(config, parts.origin)
+        sampler = make_sampler(job, parts.origin)
         ids = torch.arange(there, count)
-        labels = LabelStream(parts.origin.num_classes, seed=config.seed).labels_of(ids)
+        labels = LabelStream(parts.origin.num_classes, seed=job.config.seed).labels_of(ids)
         images = torch.empty(len(ids), *parts.origin.image_shape, dtype=torch.uint8)
         began = time.process_time()
-        _sample(sampler, ids, labels, images, config.sampler.micro_batch_images)
+        _sample(sampler, ids, labels, images, sampler.micro_batch_images)
         spent = time.process_time() - began
         before = held or {"images": images[:0], "labels": labels[:0], "cpu_s": torch.zeros(())}
         held = {

@@ -32,8 +32,10 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.jobs import build as build_module
-from dmkd_fast.jobs.images import make_sampler, open_denoiser, resolve_sampler
+from dmkd_fast.jobs.build import make_sampler
+from dmkd_fast.jobs.images import open_denoiser
 from dmkd_fast.jobs.resolve import resolve as resolve_
+from dmkd_fast.jobs.resolve import resolve_images
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import keep_freed_memory, peak_memory_mib, set_num_threads
 from dmkd_fast.training import scoring
@@ -339,10 +341,9 @@ def _ours(study: Study, name: str, clock: Clock) -> Made:
         size = min(default.sampler.micro_batch_images, study.num_images)
         sampler = default.sampler.model_copy(update={"micro_batch_images": size})
         config = config.model_copy(update={"denoiser": default.denoiser, "sampler": sampler})
-    config = resolve_(config)
-    denoiser = open_denoiser(config.denoiser, ladder.CPU)
-    config = resolve_sampler(config, denoiser)
-    sampling = make_sampler(config, denoiser)
+    job = resolve_(config)
+    denoiser = open_denoiser(job.config.denoiser, ladder.CPU)
+    sampling = make_sampler(resolve_images(job, denoiser), denoiser)
     ids = torch.arange(study.num_images)
     labels = LabelStream(denoiser.num_classes, seed=study.seed).labels_of(ids)
     images = torch.empty(len(ids), *denoiser.image_shape, dtype=torch.uint8)
@@ -358,7 +359,7 @@ def _ours(study: Study, name: str, clock: Clock) -> Made:
         "sampler_compiled_graphs": ladder.compiled_graphs(),
         "sampler_dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
     }
-    if (proof["sampler_compiled_graphs"] > 0) != (config.sampler.compile is True):
+    if (proof["sampler_compiled_graphs"] > 0) != job.compile_sampler:
         raise RuntimeError(f"{name}: the sampler was not compiled ({proof}); mend the arm")
     return images, labels, {"setup": setup, "images": before.state_dict()}, proof
 

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 def run_job(config: Path, overrides: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One whole job in a process of its own: its summary and its stats.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "dmkd_fast.cli", "distill", str(config)]
+        command = [sys.executable, "-m", "dmkd_fast", "distill", str(config)]
         command += [f"run_dir={folder}/run", *overrides]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         stats = (Path(folder) / "run" / "stats.jsonl").read_text(encoding="utf-8")

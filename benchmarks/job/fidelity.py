@@ -65,8 +65,8 @@ def main(argv: list[str]) -> None:
 
 def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Sampler settings, images/s and Frechet distance."""
-    config, parts = prepare(load_config(DistillConfig, path, overrides))
-    distiller = build(config, parts, show=False)
+    job, parts = prepare(load_config(DistillConfig, path, overrides))
+    distiller = build(job, parts, show=False)
     stream, ids = distiller.images, torch.arange(NUM_IMAGES)
     assert isinstance(stream, GeneratedImages)
     labels, sampler = stream.labels.labels_of(ids), stream.samplers[0][1]
@@ -79,9 +79,9 @@ def quality(path: Path, overrides: list[str]) -> dict[str, Any]:
     assert isinstance(parts.test_set, ImageSet)
     real = features(distiller, parts.test_set.images)
     return {
-        "num_steps": config.sampler.num_steps,
-        "solver": config.sampler.solver,
-        "guidance_scale": config.sampler.guidance_scale,
+        "num_steps": job.config.sampler.num_steps,
+        "solver": job.config.sampler.solver,
+        "guidance_scale": job.config.sampler.guidance_scale,
         "forwards_per_image": sampler.forwards_per_image,
         "images_per_s": round(NUM_IMAGES / spent, 1),
         "frechet": round(frechet(features(distiller, images), real), 4),

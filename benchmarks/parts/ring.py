@@ -104,8 +104,8 @@ def training_step(report: Report, *, n: int) -> None:
         config = load_config(
             DistillConfig, CONFIG, [f"run_dir={folder}/run", "sampler.compile=false"]
         )
-        config, parts = prepare(config)
-        distiller = build(config, parts, show=False)
+        job, parts = prepare(config)
+        distiller = build(job, parts, show=False)
     ring, count = distiller.ring, distiller.schedule.batch_size
     generator = torch.Generator(distiller.device).manual_seed(0)
     while ring.num_filled < ring.capacity:
@@ -131,7 +131,7 @@ def training_step(report: Report, *, n: int) -> None:
         n=n,
     )
     for arm, timing in timings.items():
-        report.rows.append({"step": arm, "batch": count, "dtype": config.dtype, **timing})
+        report.rows.append({"step": arm, "batch": count, "dtype": job.config.dtype, **timing})
     share = timings["whole"]["median_ms"] / timings["bare"]["median_ms"] - 1
     report.rows[-1]["overhead"] = round(share, 4)
     report.at_most("overhead of ring, views and loss in a step", share, 0.10)

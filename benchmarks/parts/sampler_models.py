@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import time_interleaved
-from dmkd_fast.denoisers.loading import Denoiser, share_embedder
+from dmkd_fast.denoisers.denoiser import Denoiser
+from dmkd_fast.denoisers.trainable import share_embedder
 
 diffusers: Any = importlib.import_module("diffusers")
 

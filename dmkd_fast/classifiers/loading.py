@@ -8,6 +8,7 @@ Folders that timm puts on the Hub are read unchanged. An architecture is a name 
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import logging
 from collections import Counter
@@ -349,8 +350,6 @@ def _torchvision(
 
 
 def _check_torchvision_name(name: str) -> None:
-    import difflib
-
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
@@ -364,8 +363,9 @@ def _check_torchvision_name(name: str) -> None:
 def _refuse_name(architecture: str) -> None:
     import timm
 
-    close = timm.list_models(f"*{architecture}*")[:5]
-    such = f" such as {', '.join(close)}" if close else ""
+    known = [*small_nets.EXAMPLES, *timm.list_models()]
+    close = difflib.get_close_matches(architecture, known) or timm.list_models(f"*{architecture}*")
+    such = f" such as {', '.join(close[:5])}" if close else ""
     raise invalid(
         "arch",
         repr(architecture),

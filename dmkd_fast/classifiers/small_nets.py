@@ -25,6 +25,9 @@ from dmkd_fast.runtime.errors import invalid
 PREFIXES = ("lenet5", "cifar_")
 """All names in this module start with one of these, and no timm name does."""
 
+EXAMPLES = ("lenet5", "lenet5_half", "cifar_resnet20", "cifar_wrn16_2", "cifar_vgg8")
+"""Names of common networks, for messages."""
+
 _VGG = {
     "8": ((64,), (128,), (256,), (512,), (512,)),
     "11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dmkd_fast.config.loading import MAX_CLASSES, Section, Share, Switch, shown
+from dmkd_fast.config.loading import MAX_CLASSES, Fraction, Section, Switch, shown
 
 # `python -m benchmarks fidelity` measures cost and student accuracy of each preset.
 FIDELITY: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ class SamplerConfig(Section):
     class_guidance: dict[str, _Scale] = Field({}, max_length=MAX_CLASSES)
     """Guidance scale of single classes or ranges of classes, for example {3: 1, 10-19: 2.5}. All
     images then cost as much as guided ones."""
-    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Guidance is applied between these fractions of the steps. A step outside costs half."""
     guidance_channels: int | None = Field(None, ge=1, le=1024)
     """Guide only the first channels (3 in the original DiT code). null: all channels."""
@@ -44,7 +44,8 @@ class SamplerConfig(Section):
     micro_batch_images: int = Field(256, ge=1, le=10**6)
     """Images denoised together. It is one of the things that fix the bits of an image."""
     compile: Switch = "auto"
-    """Compile the denoiser with torch.compile. auto: on CUDA, where Triton is present."""
+    """Compile the denoiser with torch.compile. auto: on CUDA, where Triton is present. true:
+    refused on a machine that cannot compile."""
     phases: tuple[PhaseConfig, ...] = Field((), max_length=100)
     """Other steps and guidance later in the run. A phase ends where the next one starts."""
 

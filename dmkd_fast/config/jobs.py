@@ -1,4 +1,4 @@
-"""The settings of every job, as classes that mirror the YAML files exactly.
+"""The config of every job, as classes that mirror the YAML files exactly.
 
 Only the command line and `jobs/` read these classes. Lower layers get plain arguments.
 """
@@ -9,20 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from dmkd_fast.config.data import SourceConfig as SourceConfig
-from dmkd_fast.config.generator import FIDELITY as FIDELITY
-from dmkd_fast.config.generator import PhaseConfig as PhaseConfig
-from dmkd_fast.config.generator import SamplerConfig as SamplerConfig
+from dmkd_fast.config.data import SourceConfig
+from dmkd_fast.config.generator import SamplerConfig
 from dmkd_fast.config.loading import Count, PathText, Section
-from dmkd_fast.config.loading import dump_config as dump_config
-from dmkd_fast.config.loading import load_config as load_config
-from dmkd_fast.config.networks import ClassifierConfig as ClassifierConfig
-from dmkd_fast.config.networks import DenoiserConfig as DenoiserConfig
-from dmkd_fast.config.networks import TeachingConfig as TeachingConfig
-from dmkd_fast.config.training import LossConfig as LossConfig
-from dmkd_fast.config.training import MixConfig as MixConfig
-from dmkd_fast.config.training import OptimConfig as OptimConfig
-from dmkd_fast.config.training import TrainConfig as TrainConfig
+from dmkd_fast.config.networks import ClassifierConfig, DenoiserConfig, TeachingConfig
+from dmkd_fast.config.training import LossConfig, MixConfig, OptimConfig, TrainConfig
 
 
 class RingConfig(Section):
@@ -48,7 +39,7 @@ class RingConfig(Section):
     will be overwritten next is then not drawn. Not for images on disk."""
 
 
-_AreaShare = Annotated[float, Field(ge=1e-4, le=1)]
+_AreaFraction = Annotated[float, Field(ge=1e-4, le=1)]
 _Ratio = Annotated[float, Field(ge=2.0**-15, le=2.0**15)]
 
 
@@ -57,7 +48,7 @@ class ViewsConfig(Section):
 
     size: int = Field(ge=1, le=8192)
     """Side of a view in pixels."""
-    scale: tuple[_AreaShare, _AreaShare] = (1.0, 1.0)
+    scale: tuple[_AreaFraction, _AreaFraction] = (1.0, 1.0)
     """Range of the crop's area, as a fraction of the image's area."""
     ratio: tuple[_Ratio, _Ratio] = (1.0, 1.0)
     """Range of the crop's aspect ratio (width / height)."""

@@ -1,7 +1,7 @@
-"""Load settings from YAML files and overrides; settings are typed, frozen and strictly checked.
+"""Load configs from YAML files and overrides; configs are typed, frozen and strictly checked.
 
-`load_config` reads a file and applies `section.field=value` overrides. Every mistake becomes one
-`UserError` line that names the setting, the value found, what was expected, and the fix.
+`load_config` reads a file and applies overrides. Every mistake becomes one `UserError` line that
+names the setting, the value found, what was expected, and the fix.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import difflib
 import re
 import reprlib
 import stat
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -80,7 +81,7 @@ PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_
 """A path, or a name that stands for one."""
 Count = Annotated[int, Field(ge=1, le=10**12)]
 """A number of images, views or steps."""
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 ClassMap = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=MAX_CLASSES)], ...],
     Field(min_length=1, max_length=MAX_CLASSES),
@@ -88,23 +89,37 @@ ClassMap = Annotated[
 """Indices of classes."""
 Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
 
-
 C = TypeVar("C", bound=Section)
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Changes of a config: `section.field=value` texts, or nested dictionaries."""
 
 
-def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
-    """Read a YAML file as `kind` and apply overrides.
+def load_config(kind: type[C], source: str | Path | C, overrides: Overrides = ()) -> C:
+    """Return a config from a YAML file, or a changed copy of a config.
 
     Args:
-        kind: Settings class that the file mirrors.
-        path: Path of the YAML file.
-        overrides: Changes as `section.field=value`; values are parsed as YAML.
+        kind: Class that the file mirrors.
+        source: Path of the YAML file, or a config.
+        overrides: Changes. A text `section.field=value` sets one value, which is parsed as YAML. A
+            dictionary sets the values that it names, such as `{"train": {"batch_size": 64}}`.
 
     Raises:
         UserError: The file is missing or not YAML, a key is unknown, a value has the wrong type
             or range, or settings contradict each other.
     """
-    return _validate(kind, apply_overrides(_read_yaml(Path(path)), overrides or []), str(path))
+    if isinstance(source, Section):
+        values, where = source.model_dump(), ""
+    else:
+        values, where = _read_yaml(Path(source)), f"{source}: "
+    if isinstance(overrides, Mapping):
+        _merge(values, overrides)
+    else:
+        apply_overrides(values, overrides)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise UserError(f"{where}{_explain(kind, problem)}") from None
 
 
 def dump_config(config: Section) -> str:
@@ -112,7 +127,7 @@ def dump_config(config: Section) -> str:
     return yaml_text.dump(config.model_dump(mode="json"))
 
 
-def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Apply `section.field=value` overrides to nested dictionaries in place.
 
     Raises:
@@ -137,7 +152,17 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             raise UserError(
                 f"override {shown(text)}: {error}; put the value in quotes if it is text"
             ) from None
-    return values
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Overwrite nested values in place; a dictionary changes only the keys that it has."""
+    for name, value in changes.items():
+        if isinstance(value, Mapping):
+            section = values.get(name)
+            values[name] = dict(section) if isinstance(section, dict) else {}
+            _merge(values[name], value)
+        else:
+            values[name] = str(value) if isinstance(value, Path) else value
 
 
 def shown(value: Any) -> str:
@@ -177,23 +202,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _validate(kind: type[C], values: dict[str, Any], where: str) -> C:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise UserError(f"{where}: {_explain(kind, problem)}") from None
-
-
 def _explain(kind: type[Section], problem: Any) -> str:
     """Describe one pydantic error in one line."""
     location = [shortened(str(part), 100) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(kind, location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {name!r}; {hint}"
+        return f"unknown key {name!r}; {_hint(kind, location)}"
     if problem["type"] == "missing":
         return f"{name}: missing; add it or pass {name}=VALUE"
     message = problem["msg"].removeprefix("Value error, ")
@@ -216,6 +230,29 @@ _EXPECTED = {
 }
 
 
+def _hint(kind: type[Section], location: list[str]) -> str:
+    """Return advice on an unknown key: the same key in another section, or a similar one."""
+    *sections, key = location
+    known, everywhere = _fields_at(kind, sections), dict(_names(kind))
+    found = [name for name, field in everywhere.items() if field == key]
+    found = found or difflib.get_close_matches(key, known, n=1)
+    if not found:
+        similar = difflib.get_close_matches(key, everywhere.values(), n=1, cutoff=0.8)
+        found = [name for name, field in everywhere.items() if field in similar]
+    if found:
+        return f"did you mean {' or '.join(map(repr, found[:5]))}?"
+    return f"known keys: {', '.join(known)}"
+
+
+def _names(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted name and the last part of the name of every setting; lists are left out."""
+    for field, info in kind.model_fields.items():
+        section = _section(info.annotation)
+        if section is not None:
+            yield from _names(section, f"{prefix}{field}.")
+        yield prefix + field, field
+
+
 def _fields_at(kind: type[Section], location: list[str]) -> list[str]:
     """Return the field names of the section at `location`."""
     section: Any = kind
@@ -225,6 +262,13 @@ def _fields_at(kind: type[Section], location: list[str]) -> list[str]:
             continue
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field is not None else None
-        if get_origin(section) in (Union, UnionType):  # An optional section.
-            section = get_args(section)[0]
+        section = _section(section) or section
     return list(getattr(section, "model_fields", {}))
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """Return the class of a section, which may be optional; None for other types."""
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = get_args(annotation)[0]
+    is_section = isinstance(annotation, type) and issubclass(annotation, Section)
+    return annotation if is_section else None

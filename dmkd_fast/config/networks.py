@@ -71,8 +71,7 @@ class ClassifierConfig(Section):
 
 
 class TeachingConfig(ClassifierConfig):
-    """A teacher: saved weights (`path`) or published weights of a named model (`arch` with
-    `pretrained`)."""
+    """A teacher: saved weights (`path`) or published weights (`arch` with `pretrained`)."""
 
     pretrained: bool = False
     """Download the weights that timm or torchvision publishes for `arch`. timm's weights are pinned

@@ -147,7 +147,8 @@ def _type(value: dict[str, Any]) -> str:
         values = value.get("additionalProperties")
         return f"mapping to {_type(values)}s" if isinstance(values, dict) else "mapping"
     names = {"boolean": "`true` or `false`", "null": "`null`"}
-    return names.get(value.get("type", ""), value.get("type", "any value"))
+    kind = str(value.get("type", "any value"))
+    return names.get(kind, kind)
 
 
 def _range(value: dict[str, Any]) -> str:

@@ -11,8 +11,11 @@ from dmkd_fast.runtime.checks import check_accumulate, check_milestones
 
 
 class LossConfig(Section):
-    """The loss: alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) *
-    CE(student, class), mean over the batch."""
+    """The loss of the student, mean over the batch.
+
+    It is alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) *
+    CE(student, class).
+    """
 
     temperature: float = Field(4.0, ge=0.01, le=1000)
     """Softmax temperature T."""
@@ -22,8 +25,10 @@ class LossConfig(Section):
 
 
 class MixConfig(Section):
-    """Mixing of views, the same for student and teachers. With both methods, each is used for half
-    of the steps on average."""
+    """Mixing of views, the same for student and teachers.
+
+    With both methods, each is used for half of the steps on average.
+    """
 
     mixup_alpha: float = Field(0.0, ge=0, le=1000)
     """Mixup: whole views, with a weight from Beta(alpha, alpha), one per batch. 0: off."""
@@ -90,7 +95,8 @@ class TrainConfig(Section):
     """Views in the whole run."""
     compile: Switch = "auto"
     """Compile the trained network and its teacher with torch.compile. auto: on CUDA, where Triton
-    is present."""
+    is present; on a CPU compilation pays off in long runs only. true: refused on a machine that
+    cannot compile."""
     max_skipped_steps: int = Field(20, ge=1, le=10**6)
     """A step whose loss or gradient is not finite changes nothing. This many in a row end the run
     at the next log line. The default is more than the 16 steps by which float16's loss scale falls

@@ -1,29 +1,31 @@
-"""Assemble a resolved config and its loaded parts into a `Distiller`."""
+"""Assemble a resolved job and its loaded parts into a `Distiller`."""
 
 from __future__ import annotations
 
 import torch
 
-from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.generator import PhaseConfig
+from dmkd_fast.data.stored import ImageDecoder, StoredImages
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory
-from dmkd_fast.jobs.images import make_stream
+from dmkd_fast.jobs.images import OpenSource, named_as_settings
 from dmkd_fast.jobs.parts import Parts
+from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.ring.buffer import RingBuffer
-from dmkd_fast.runtime.device import resolve_device
-from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.sampling.arguments import Guidance, Steps
+from dmkd_fast.sampling.generated import GeneratedImages
+from dmkd_fast.sampling.labels import LabelStream
+from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training.distiller import Distiller
-from dmkd_fast.training.schedule import Schedule
 from dmkd_fast.training.student import StudentTrainer
 from dmkd_fast.training.targets import Targets
 from dmkd_fast.views.crops import Views, ViewSpec
 from dmkd_fast.views.mixing import Mixer
 
 
-def build(
-    config: DistillConfig, parts: Parts, *, show: bool = True, ranks: Ranks = ALONE
-) -> Distiller:
-    """Assemble a `Distiller` from a resolved config and its loaded parts."""
-    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
+def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
+    """Assemble a `Distiller` from a resolved job and its loaded parts."""
+    config, ranks = job.config, job.ranks
     if ranks.world_size > 1:
         # Each rank draws its own dropout masks, and draws the same ones after a restart.
         torch.manual_seed(ranks.seed(config.seed))
@@ -31,27 +33,20 @@ def build(
         memory.ring_plan(config, parts.origin.image_shape, ranks),
         order=config.ring.order,
         num_classes=parts.origin.num_classes,
-        device=device,
+        device=job.device,
         seed=ranks.seed(config.seed),
     )
-    images = make_stream(
-        config, parts.origin, ranks.world_size * ring.capacity, show=show, ranks=ranks
-    )
-    spec, compiles = parts.student_spec, config.train.compile is True
+    spec = parts.student_spec
     student = StudentTrainer(
         parts.student,
-        Schedule(
-            **config.optim.model_dump(),
-            **config.train.model_dump(exclude={"compile"}),
-            num_evaluations=config.eval.num_points,
-        ),
+        job.schedule,
         **config.loss.model_dump(),
-        dtype=dtype,
-        compile=compiles,
+        dtype=job.dtype,
+        compile=job.compile_student,
         ranks=ranks,
     )
     views = Views(
-        ViewSpec(size=config.views.size, mean=spec.mean, std=spec.std, device=device),
+        ViewSpec(size=config.views.size, mean=spec.mean, std=spec.std, device=job.device),
         **config.views.model_dump(exclude={"size"}),
         seed=config.seed,
     )
@@ -60,9 +55,81 @@ def build(
         views,
         mixer=Mixer(**config.mix.model_dump(), seed=config.seed) if config.mix.is_on else None,
         input=spec.input,
-        dtype=dtype,
-        compile=compiles,
+        dtype=job.dtype,
+        compile=job.compile_student,
     )
+    images = make_stream(job, parts.origin, ranks.world_size * ring.capacity, show=show)
     return Distiller(
         images, ring, student, targets, config.run_dir, test_set=parts.test_set, show=show
     )
+
+
+def make_stream(
+    job: ResolvedJob, images: Denoiser | OpenSource, ring_images: int, *, show: bool
+) -> GeneratedImages | StoredImages:
+    """Build the stream of images of a job.
+
+    Args:
+        job: Resolved job.
+        images: Diffusion model or directory of images.
+        ring_images: Number of slots of the ring, summed over all ranks.
+        show: Whether to print a message while waiting for images.
+    """
+    config, ranks = job.config, job.ranks
+    if isinstance(images, OpenSource):
+        assert config.source is not None
+        decoder = ImageDecoder(
+            images.image_shape,
+            resize=config.source.image_size is not None,
+            device=job.device,
+            num_threads=config.num_threads,
+        )
+        return StoredImages(
+            images.source,
+            decoder,
+            ring_images=ring_images,
+            seed=config.seed,
+            wait_s=config.source.wait_s,
+            show=show,
+            ranks=ranks,
+        )
+    labels = LabelStream(
+        images.num_classes,
+        seed=config.seed,
+        device=job.device,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    return GeneratedImages(labels, make_samplers(job, images), ranks=ranks)
+
+
+def make_samplers(job: ResolvedJob, denoiser: Denoiser) -> list[tuple[float, DiffusionSampler]]:
+    """Build the samplers of all phases, each with the progress at which it starts."""
+    phases = job.config.sampler.phases
+    later = [(phase.start, make_sampler(job, denoiser, phase)) for phase in phases]
+    return [(0.0, make_sampler(job, denoiser)), *later]
+
+
+def make_sampler(
+    job: ResolvedJob, denoiser: Denoiser, phase: PhaseConfig | None = None
+) -> DiffusionSampler:
+    """Build the sampler for the start of a run, or for a later phase."""
+    config = job.config.sampler
+    scheduled = config if phase is None else phase
+    guidance = Guidance(
+        scale=scheduled.guidance_scale,
+        by_class=config.guidance_of_classes,
+        interval=config.guidance_interval,
+        channels=config.guidance_channels,
+    )
+    with named_as_settings():
+        return DiffusionSampler(
+            denoiser,
+            Steps(count=scheduled.num_steps, solver=config.solver),
+            guidance,
+            micro_batch_images=config.micro_batch_images,
+            dtype=job.dtype,
+            device=job.device,
+            seed=job.config.seed,
+            compile=job.compile_sampler,
+        )

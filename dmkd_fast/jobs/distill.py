@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import Overrides, dump_config, load_config
 from dmkd_fast.jobs import memory, results, run_dir
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.images import describe_images
 from dmkd_fast.jobs.parts import Parts, prepare
+from dmkd_fast.jobs.resolve import ResolvedJob
+from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.clock import Clock
-from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.runtime.distributed import Ranks
 from dmkd_fast.runtime.errors import UserError
 
+LOG = logging.getLogger("dmkd_fast")
 
-def run(
-    config: DistillConfig, *, resume: bool = False, show: bool = True, ranks: Ranks = ALONE
+
+def distill(
+    config: str | Path | DistillConfig, *, resume: bool = False, show: bool = True, **overrides: Any
 ) -> dict[str, Any]:
     """Run a whole distillation job and leave its results in the run directory.
 
-    The results are the student, pictures, statistics and a model card.
+    The results are the student, pictures, statistics and a model card. The command line also sets
+    options of PyTorch for its process, so its speed, and on CUDA the last bits, may differ.
+
+        distill("configs/fashion_mnist.yaml", seed=1, train={"num_views": 48_000})
 
     Args:
-        config: Settings of the job, resolved or not.
-        resume: Whether to continue from the newest checkpoint of `config.run_dir`. Ranks that
-            torchrun has restarted continue in any case.
+        config: Path of a YAML file, or a config.
+        resume: Whether to continue from the newest checkpoint of the run. Ranks that torchrun has
+            restarted continue in any case.
         show: Whether to print progress.
-        ranks: This process and the number of processes that run the job together.
+        overrides: Settings to change. A dictionary changes the settings of a section that it names.
 
     Returns:
         The summary that the command line prints as its last line; empty on all ranks but the
@@ -40,41 +50,89 @@ def run(
             continue, and a checkpoint has been saved.
         KeyboardInterrupt: Training was interrupted; a checkpoint has been saved.
     """
-    clock, show = Clock(), show and ranks.is_first
-    config, resume = _place(config, resume, ranks)
+    return run(config, overrides, resume=resume, show=show)
+
+
+def run(
+    config: str | Path | DistillConfig,
+    overrides: Overrides = (),
+    *,
+    resume: bool = False,
+    show: bool = True,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """Run a whole distillation job; see `distill`.
+
+    Args:
+        config: Path of a YAML file, or a config, resolved or not.
+        overrides: Settings to change, as `load_config` takes them.
+        resume: Whether to continue from the newest checkpoint of the run.
+        show: Whether to print progress.
+        ranks: This process and the number of processes that run the job together. None: as
+            torchrun has started them.
+
+    Raises:
+        UserError, KeyboardInterrupt: See `distill`.
+    """
+    clock = Clock()
+    ranks = distributed.join() if ranks is None else ranks
+    show = show and ranks.is_first
     with ranks.agreed():
-        config, parts = prepare(run_dir.find(config) if resume else config, ranks)
-        memory.check(config, parts, ranks)
-    with memory.explained(config, parts, ranks):
-        return _run(config, parts, clock, resume=resume, show=show, ranks=ranks)
+        loaded = load_config(DistillConfig, config, overrides)
+        if resume:
+            run_dir.refuse_changes(overrides)
+    loaded, resume = _place(loaded, resume, ranks)
+    with ranks.agreed():
+        job, parts = prepare(run_dir.find(loaded) if resume else loaded, ranks)
+        memory.check(job, parts)
+    with memory.explained(job, parts):
+        return _run(job, parts, clock, resume=resume, show=show)
+
+
+def dry_run(config: str | Path | DistillConfig, overrides: Overrides = ()) -> Iterator[str]:
+    """Yield the lines of the resolved config and of the memory plan, without writing anything.
+
+    Raises:
+        UserError: A setting or a file is wrong, or the run does not fit into memory.
+    """
+    ranks = distributed.join()
+    with ranks.agreed():
+        loaded = load_config(DistillConfig, config, overrides)
+    if not ranks.is_first:
+        return
+    job, parts = prepare(loaded, ranks)
+    yield dump_config(job.config).rstrip("\n")
+    yield "memory plan:" if ranks.world_size == 1 else "memory plan of each rank:"
+    for name, count in memory.plan(job, parts).items():
+        yield f"  {name}: {count:,} bytes ({count / 2**20:.1f} MiB)"
+    yield f"largest ring.capacity_images that fits: {memory.check(job, parts):,}"
 
 
 def _run(
-    config: DistillConfig, parts: Parts, clock: Clock, *, resume: bool, show: bool, ranks: Ranks
+    job: ResolvedJob, parts: Parts, clock: Clock, *, resume: bool, show: bool
 ) -> dict[str, Any]:
-    distiller = build(config, parts, show=show, ranks=ranks)
+    distiller, ranks = build(job, parts, show=show), job.ranks
     distiller.clock = clock  # Loading counts as part of the run.
-    folder = Path(config.run_dir)
+    folder = Path(job.config.run_dir)
     with ranks.agreed():
         if not resume:  # Refuse the folder before anything is written to it.
             distiller.checkpoints.check_folder()
     with run_dir.locked(folder, ranks=ranks):
         if resume and run_dir.has_checkpoint(folder):
-            restored = distiller.restore()
-            for note in restored.notes:
-                print(note, file=sys.stderr)
+            for note in distiller.restore().notes:
+                LOG.warning(note)
         with ranks.agreed():
             distiller.checkpoints.check_folder()
             if ranks.is_first and resume:
                 run_dir.mark(folder, ranks.launch)
             elif ranks.is_first:
-                run_dir.claim(config, launch=ranks.launch)
+                run_dir.claim(job.config, launch=ranks.launch)
         if show:
-            print(describe_images(config, parts.origin), file=sys.stderr)
+            print(describe_images(job.config, parts.origin), file=sys.stderr)
             print(f"teacher: weights under license {parts.teachers.license}", file=sys.stderr)
         with run_dir.resume_hint(folder, run_dir.resume_command(folder, ranks), ranks):
             distiller.fit()
-        return results.write(distiller, config, parts) if ranks.is_first else {}
+        return results.write(distiller, job.config, parts) if ranks.is_first else {}
 
 
 def _place(config: DistillConfig, resume: bool, ranks: Ranks) -> tuple[DistillConfig, bool]:

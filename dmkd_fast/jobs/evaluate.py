@@ -17,14 +17,14 @@ from dmkd_fast import assets
 from dmkd_fast.classifiers.ensemble import Teachers
 from dmkd_fast.classifiers.loading import load_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
-from dmkd_fast.config.jobs import DistillConfig, EvalConfig
+from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet, open_set
 from dmkd_fast.jobs import memory, networks, run_dir
 from dmkd_fast.runtime.device import resolve_device, set_num_threads
 from dmkd_fast.runtime.errors import UserError
-from dmkd_fast.runtime.model_files import pickle_hint
+from dmkd_fast.runtime.model_files import CONFIG, pickle_hint
 from dmkd_fast.training import scoring
 
 STUDENT = "student"
@@ -70,8 +70,35 @@ class Evaluation:
         return text
 
 
+def evaluate(
+    path: str | Path, data: str | Path | None = None, *, classes: str | Path | None = None
+) -> Evaluation:
+    """Evaluate the student of a run, or any trained classifier, on labeled images.
+
+    Args:
+        path: Run directory of a finished run, or name of a classifier; see `load_trained` in
+            `jobs/networks.py`.
+        data: Labeled images; see `open_set`. None: the run's own test set.
+        classes: File with the class names of `data`, one a line.
+
+    Raises:
+        UserError: The run, the classifier or the images cannot be loaded, or do not fit each other.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        if classes is not None and data is None:
+            raise UserError("--classes: got it without --data, expected both; add --data DIR")
+        return evaluate_run(folder, data=data, classes=classes)
+    if data is None:
+        raise UserError(
+            f"--data: got none for {path}, which is not the directory of a run; add --data DIR "
+            "with labeled images"
+        )
+    return evaluate_classifier(str(path), data=data, classes=classes)
+
+
 def evaluate_run(
-    folder: Path, *, data: Path | None = None, classes: Path | None = None
+    folder: Path, *, data: str | Path | None = None, classes: str | Path | None = None
 ) -> Evaluation:
     """Evaluate a run's saved student and compare it with the run's teachers.
 
@@ -94,13 +121,12 @@ def evaluate_run(
     with memory.named(_LESS_MEMORY):
         device = resolve_device(config.device)
         student, spec = load_classifier(folder / STUDENT, device)
-        images = open_test_set(
-            config.eval if data is None else None, data, classes, device, spec.num_classes
-        )
+        own = (config.eval.path, config.eval.classes)
+        place, chosen = own if data is None else (data, classes)
+        images = open_test_set(place, chosen, device, spec.num_classes)
         teachers = networks.load_teachers(
             config.teachers, temperature=config.loss.temperature, device=device
         )
-        chosen = config.eval.classes if data is None else classes
         if chosen is None:
             named = {STUDENT: spec.label_names, **teachers.class_names}
             for section, names in named.items():
@@ -109,7 +135,9 @@ def evaluate_run(
         return _measure(student, spec, images, teachers.together, name=str(folder / STUDENT))
 
 
-def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -> Evaluation:
+def evaluate_classifier(
+    name: str, *, data: str | Path, classes: str | Path | None = None
+) -> Evaluation:
     """Evaluate any trained classifier.
 
     Args:
@@ -124,39 +152,32 @@ def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -
     with memory.named(_LESS_MEMORY):
         device = resolve_device("auto")
         model, spec, _ = networks.load_trained(name, device)
-        images = open_test_set(None, data, classes, device, spec.num_classes)
+        images = open_test_set(data, classes, device, spec.num_classes)
         if classes is None:
             compare_class_names(name, spec.label_names, images.class_names, setting="--classes")
         return _measure(model, spec, images, None, name=name)
 
 
 def open_test_set(
-    settings: EvalConfig | None,
-    data: Path | None,
-    classes: Path | None,
-    device: torch.device,
-    num_classes: int,
+    path: str | Path, classes: str | Path | None, device: torch.device, num_classes: int
 ) -> ImageSet | EncodedSet:
-    """Open the test set of `settings`, or the one at `data` if `settings` is None.
+    """Open labeled images, and check their number of classes.
 
     Args:
-        settings: Section `eval`, which names a test set and its class names.
-        data: Folder of labeled images.
-        classes: File with the class names of `data`; see `open_set`.
+        path: Folder of labeled images, or `embedded:NAME`.
+        classes: File with their class names; see `open_set`.
         device: Device for the batches.
         num_classes: Number of classes that the networks have and the set must have.
 
     Raises:
         UserError: There is no such set, it is damaged, or its number of classes differs.
     """
-    if settings is not None:
-        data = assets.resolve(settings.path)
-        classes = None if settings.classes is None else Path(settings.classes)
-    assert data is not None
-    images = open_set(data, device, classes=classes, num_classes=num_classes)
+    folder = assets.resolve(str(path))
+    names = None if classes is None else Path(classes)
+    images = open_set(folder, device, classes=names, num_classes=num_classes)
     if len(images.class_names) != num_classes:
         raise UserError(
-            f"classes: {data} has {len(images.class_names)}, the networks have {num_classes}, "
+            f"classes: {folder} has {len(images.class_names)}, the networks have {num_classes}, "
             "expected the same; use another set, or a classifier for these classes"
         )
     return images

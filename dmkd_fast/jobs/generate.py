@@ -1,6 +1,6 @@
 """Generate a directory of images in shards, by any number of jobs: `dmkd generate`.
 
-Image ids, classes and noise are those of online generation with the same settings. Part i of n
+Image ids, classes and noise are those of online generation with the same config. Slice i of n jobs
 makes the missing ones among the shards i, i + n, i + 2 n, and so on. A job may be killed at any
 time. The result depends neither on which job makes a shard nor on how often jobs are killed.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import logging
 import math
 import shutil
 import sys
@@ -31,13 +32,14 @@ from dmkd_fast.data import shards
 from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory, networks
+from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.evaluate import open_test_set
-from dmkd_fast.jobs.images import make_sampler, open_denoiser, resolve_sampler
+from dmkd_fast.jobs.images import open_denoiser
 from dmkd_fast.jobs.parts import check_fit
-from dmkd_fast.jobs.resolve import resolve
+from dmkd_fast.jobs.resolve import resolve, resolve_images
 from dmkd_fast.runtime import distributed
-from dmkd_fast.runtime.device import available_bytes, resolve_device
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
@@ -46,6 +48,7 @@ from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
 # per byte of raw pixels: bytes of PNG.
 BYTES_BESIDE, BYTES_PER_PIXEL = 2000, 0.6
 USUAL_SHARD = 1024
+LOG = logging.getLogger("dmkd_fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +77,10 @@ class Maker:
         pngs = self.pool.map(to_png, images.cpu().numpy())
         check_broken(int(self.sampler.num_broken), self.sampler.num_made)
         columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
-        for image_id, label, png, guess, share in zip(*columns, strict=True):
+        for image_id, label, png, guess, probability in zip(*columns, strict=True):
             scale = self.sampler.guidance.scale_of(label)
-            row = {"guidance_scale": scale, "teacher_class": guess, "teacher_probability": share}
+            row = {"guidance_scale": scale, "teacher_class": guess}
+            row["teacher_probability"] = probability
             yield image_id, label, png, self.row | row
 
 
@@ -85,20 +89,20 @@ def run(
     folder: Path,
     num_images: int,
     *,
-    part: tuple[int, int] | None = None,
+    job_slice: tuple[int, int] | None = None,
     images_per_shard: int | None = None,
     command: str = "the same call",
     show: bool = True,
 ) -> dict[str, Any]:
-    """Make this job's part of a directory of images; finished shards are only checked.
+    """Make this job's slice of a directory of images; finished shards are only checked.
 
     Args:
-        config: Settings, of which the denoiser, sampler, seed, dtype, device, teachers and test set
+        config: Config, of which the denoiser, sampler, seed, dtype, device, teachers and test set
             (for class names) are used.
         folder: Directory of the images; created if it does not exist.
         num_images: Number of images of the complete directory, ids 0 to num_images - 1.
-        part: Pair (i, n): make the shards i, i + n, i + 2 n, ...; None: all shards, or this rank's
-            part under torchrun.
+        job_slice: Pair (i, n): make the shards i, i + n, i + 2 n, ...; None: all shards, or
+            this rank's slice under torchrun.
         images_per_shard: Images in a shard, a multiple of sampler.micro_batch_images; None: about
             1,024.
         command: Command that continues the job, printed after an interrupt.
@@ -111,16 +115,16 @@ def run(
         UserError: A setting, the directory or the machine does not allow this job.
         KeyboardInterrupt: Ctrl-C or SIGTERM arrived; the directory is consistent.
     """
-    started, me = time.monotonic(), distributed.read()
-    part = (me.rank, me.world_size) if part is None else part
+    started, ranks = time.monotonic(), distributed.read()
+    job_slice = job_slice or (ranks.rank, ranks.world_size)
     advice = f"lower sampler.micro_batch_images={config.sampler.micro_batch_images}"
     with ThreadPoolExecutor() as pool, memory.named(advice):
         maker, plan = _prepare(config, num_images, images_per_shard, pool)
-        _check_space(folder, plan, part)
+        _check_space(folder, plan, job_slice)
         shards.claim(folder, plan)
-        name = f"{part[0]}-of-{part[1]}"
+        name = "{}-of-{}".format(*job_slice)
         with shards.locked(folder, name):
-            missing = _missing(folder, plan, part, show)
+            missing = _missing(folder, plan, job_slice, show)
             progress = _Progress(sum(len(plan.ids(s)) for s in missing), show)
             interrupts = Interrupts()
             try:
@@ -135,7 +139,7 @@ def run(
     there = sum(len(plan.ids(s)) for s in shards.finished(folder))
     wall_s = time.monotonic() - started
     return {
-        "part": "{}/{}".format(*part),
+        "part": "{}/{}".format(*job_slice),
         "made_images": progress.total,
         "images": there,
         "num_images": num_images,
@@ -158,32 +162,30 @@ def _prepare(
             "sampler.phases: got some, expected none, as a directory's images are all made alike; "
             "set sampler.phases=[], or make a directory for each phase"
         )
-    config = resolve(config, distributed.read())
-    device = resolve_device(config.device)
+    job = resolve(config, distributed.read())
+    device = job.device
     denoiser = open_denoiser(config.denoiser, device)
-    config = resolve_sampler(config, denoiser)
+    job = resolve_images(job, denoiser)
+    config = job.config
     assert config.denoiser is not None
     teachers = networks.load_teachers(
         config.teachers, temperature=config.loss.temperature, device=device
     )
-    test_set = open_test_set(config.eval, None, None, device, denoiser.num_classes)
+    test_set = open_test_set(config.eval.path, config.eval.classes, device, denoiser.num_classes)
     check_fit(config, denoiser, teachers, test_set)
     batch = config.sampler.micro_batch_images
     made = {memory.BLOCK: 4 * batch * math.prod(denoiser.image_shape)}
     memory.check_fits(made, available_bytes(device))
     images_per_shard = images_per_shard or -(-USUAL_SHARD // batch) * batch
     if images_per_shard % batch:
-        raise UserError(
-            f"--images-per-shard: got {images_per_shard}, expected a multiple of "
-            f"sampler.micro_batch_images={batch}; change one of the two"
-        )
-    sampling = config.sampler
+        multiple = f"a multiple of sampler.micro_batch_images={batch}"
+        raise invalid("--images-per-shard", images_per_shard, multiple, "change one of the two")
     settings = {
         "seed": config.seed,
         "dtype": config.dtype,
         "denoiser": config.denoiser.model_dump(mode="json"),
         "denoiser_sha256": _weights_sha256(denoiser),
-        "sampler": sampling.model_dump(mode="json", exclude={"fidelity"}),
+        "sampler": config.sampler.model_dump(mode="json", exclude={"fidelity"}),
         "teachers": {
             name: teacher.model_dump(mode="json") for name, teacher in config.teachers.items()
         },
@@ -199,7 +201,7 @@ def _prepare(
         settings=settings,
     )
     maker = Maker(
-        sampler=make_sampler(config, denoiser),
+        sampler=make_sampler(job, denoiser),
         pool=pool,
         teachers=teachers.together.mapped(
             lambda module, input: for_inference(module, torch.float32, input)
@@ -208,8 +210,8 @@ def _prepare(
         image_shape=denoiser.image_shape,
         row={
             "seed": config.seed,
-            "num_steps": sampling.num_steps,
-            "solver": sampling.solver,
+            "num_steps": config.sampler.num_steps,
+            "solver": config.sampler.solver,
             "denoiser": config.denoiser.path,
             "revision": config.denoiser.revision,
         },
@@ -222,12 +224,12 @@ def _make_shard(
     plan: shards.Plan,
     folder: Path,
     number: int,
-    part: str,
+    job_slice: str,
     interrupts: Interrupts,
     progress: _Progress,
 ) -> None:
     ids, size = plan.ids(number), maker.sampler.micro_batch_images
-    writer = shards.ShardWriter(folder, number, part)
+    writer = shards.ShardWriter(folder, number, job_slice)
     try:
         for start in range(ids.start, ids.stop, size):
             batch = range(start, min(start + size, ids.stop))
@@ -240,17 +242,17 @@ def _make_shard(
         writer.discard()
 
 
-def _missing(folder: Path, plan: shards.Plan, part: tuple[int, int], show: bool) -> list[int]:
-    """Return the missing shards of this part; finished shards are read once and checked."""
+def _missing(folder: Path, plan: shards.Plan, job_slice: tuple[int, int], show: bool) -> list[int]:
+    """Return the missing shards of this slice; finished shards are read once and checked."""
     done = set(shards.finished(folder))
-    mine = range(part[0], plan.num_shards, part[1])
+    mine = range(job_slice[0], plan.num_shards, job_slice[1])
     for number in done & set(mine):
         try:
             shard = shards.load_shard(folder, plan, number)
             for image_id in plan.ids(number):
                 shard.read(image_id)
         except shards.SourceError as error:
-            print(f"made again: {error}", file=sys.stderr)
+            LOG.warning("made again: %s", error)
             shards.withdraw(folder, number)
             done.discard(number)
     missing = [number for number in mine if number not in done]
@@ -259,10 +261,11 @@ def _missing(folder: Path, plan: shards.Plan, part: tuple[int, int], show: bool)
     return missing
 
 
-def _check_space(folder: Path, plan: shards.Plan, part: tuple[int, int]) -> None:
-    """Refuse to start if the disk has less space than this part is estimated to need."""
-    mine = sum(1 for number in shards.finished(folder) if number % part[1] == part[0])
-    images = (-(-plan.num_shards // part[1]) - mine) * plan.images_per_shard
+def _check_space(folder: Path, plan: shards.Plan, job_slice: tuple[int, int]) -> None:
+    """Refuse to start if the disk has less space than this slice is estimated to need."""
+    index, count = job_slice
+    done = sum(1 for number in shards.finished(folder) if number % count == index)
+    images = (-(-plan.num_shards // count) - done) * plan.images_per_shard
     images = min(images, plan.num_images)
     need = images * (BYTES_BESIDE + BYTES_PER_PIXEL * math.prod(plan.image_shape))
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -276,7 +279,7 @@ def _check_space(folder: Path, plan: shards.Plan, part: tuple[int, int]) -> None
 
 def _out_of_space(folder: Path, error: OSError, command: str) -> str:
     what = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-    return f"--out: {what} in {folder}; every finished shard is kept; mend it, then: {command}"
+    return f"--out: {what} in {folder}; every finished shard is kept; fix it, then: {command}"
 
 
 def to_png(pixels: np.ndarray) -> bytes:
@@ -313,13 +316,13 @@ class _Progress:
     def __init__(self, total: int, show: bool) -> None:
         self.total, self._show = total, show
         self._done = 0
-        self._start = self._told = time.monotonic()
+        self._start = self._printed = time.monotonic()
 
     def add(self, count: int) -> None:
         """Count `count` more images as made."""
         self._done += count
         now = time.monotonic()
-        if self._show and (now - self._told > 2 or self._done == self.total):
+        if self._show and (now - self._printed > 2 or self._done == self.total):
             left = round((self.total - self._done) / self.rate())
             print(
                 f"[{100 * self._done / self.total:3.0f}%] {self._done:,}/{self.total:,} images  "
@@ -327,7 +330,7 @@ class _Progress:
                 file=sys.stderr,
                 flush=True,
             )
-            self._told = now
+            self._printed = now
 
     def rate(self) -> float:
         """Return the images per second so far."""

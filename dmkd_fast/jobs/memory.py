@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.denoisers.loading import Denoiser
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.ring.orders import check_order
 from dmkd_fast.ring.plan import RingPlan
 from dmkd_fast.runtime.checks import check_accumulate
-from dmkd_fast.runtime.device import available_bytes, is_out_of_memory, resolve_device
+from dmkd_fast.runtime.device import available_bytes, is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from dmkd_fast.jobs.images import OpenSource
     from dmkd_fast.jobs.parts import Parts
+    from dmkd_fast.jobs.resolve import ResolvedJob
 
 
 BLOCK, VIEWS, SAVED = "block being made", "views of a batch", "saved for the backward pass"
@@ -42,7 +43,7 @@ def ring_plan(
     """Plan the ring of one rank, and check it against the batch size of the rank.
 
     Args:
-        config: Settings of the whole run.
+        config: Config of the whole run.
         image_shape: Shape of one image, (c, H, W); all checks but those of memory work without it.
         ranks: Processes that divide the ring and the batch.
 
@@ -77,17 +78,17 @@ def _named_as(section: str, ranks: Ranks = ALONE) -> Iterator[None]:
         raise UserError(f"{error.within(section)}{of_each}") from None
 
 
-def plan(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> dict[str, int]:
+def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
     """Estimate the bytes that each part of a run takes on the device of one rank.
 
     Activations of frozen models are not counted.
     """
-    compute = getattr(torch, config.dtype)
+    config, compute = job.config, job.dtype
     weights = sum(p.numel() for p in parts.student.parameters())
     moments = 2 if config.optim.name == "adamw" else 1
-    ring = ring_plan(config, parts.origin.image_shape, ranks).num_bytes
+    ring = ring_plan(config, parts.origin.image_shape, job.ranks).num_bytes
     pixel = 4 if config.source is None else 1  # Generated as float32, read from disk as uint8.
-    batch_size = ranks.per_rank("train.batch_size", config.train.batch_size)
+    batch_size = job.ranks.per_rank("train.batch_size", config.train.batch_size)
     sizes = dict.fromkeys([parts.student_spec.input, *parts.teachers.together.inputs])
     return (
         {f"ring {name}": count for name, count in ring.items()}
@@ -105,7 +106,7 @@ def plan(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> dict[str,
             parts.student_spec.in_chans,
             [spec.size for spec in sizes],
             dtype=compute,
-            compiled=config.train.compile is True,
+            compiled=job.compile_student,
         )
     )
 
@@ -167,14 +168,13 @@ def _saved_bytes(model: nn.Module, shape: tuple[int, ...]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def check(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
+def check(job: ResolvedJob, parts: Parts) -> int:
     """Check that a run fits into memory; return the largest ring.capacity_images that fits.
 
     Args:
-        config: Settings of the whole run.
+        job: Resolved job. Its ranks on one machine share the memory of the CPU; each has its own
+            GPU.
         parts: Loaded networks and data of the run.
-        ranks: This process and the number of processes. Ranks on one machine share the memory of
-            the CPU; each has its own GPU.
 
     Returns:
         The largest ring.capacity_images of the whole run that fits beside its other parts.
@@ -182,14 +182,15 @@ def check(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
     Raises:
         UserError: The ring or the other parts do not fit.
     """
-    ring = ring_plan(config, parts.origin.image_shape, ranks)
-    have = available_bytes(resolve_device(config.device))
-    if config.device == "cpu":
+    ranks = job.ranks
+    ring = ring_plan(job.config, parts.origin.image_shape, ranks)
+    have = available_bytes(job.device)
+    if job.device.type == "cpu":
         have //= ranks.local_world_size
     # Test images are loaded by now, so they are not part of what still has to fit.
     others = {
         name: count
-        for name, count in plan(config, parts, ranks).items()
+        for name, count in plan(job, parts).items()
         if not name.startswith("ring ") and name != "test images"
     }
     check_fits(others, have)
@@ -197,9 +198,10 @@ def check(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
     fits = ranks.world_size * ring.largest_capacity(have - rest)
     if need + rest > have:
         raise UserError(
-            f"ring.capacity_images: got {config.ring.capacity_images}, which needs {_gib(need)} "
-            f"GiB of {_gib(have)} GiB available{' to each rank' * (ranks.world_size > 1)}, of "
-            f"which other parts take {_gib(rest)}; lower it to at most {fits}"
+            f"ring.capacity_images: got {job.config.ring.capacity_images}, which needs "
+            f"{_gib(need)} GiB of {_gib(have)} GiB available"
+            f"{' to each rank' * (ranks.world_size > 1)}, of which other parts take "
+            f"{_gib(rest)}; lower it to at most {fits}"
         )
     return fits
 
@@ -243,22 +245,19 @@ def named(advice: str, device: torch.device | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def explained(
-    config: DistillConfig, parts: Parts | None = None, ranks: Ranks = ALONE
-) -> Iterator[None]:
+def explained(job: ResolvedJob, parts: Parts | None = None) -> Iterator[None]:
     """Turn an out-of-memory error of a run into one line that says which settings to lower.
 
     The line also lists what the run keeps, by part, and how much memory was available.
 
     Args:
-        config: Resolved settings of the whole run.
+        job: Resolved job.
         parts: Networks and data of the run; None while they are being loaded.
-        ranks: Processes that divide the ring and the batch.
 
     Raises:
         UserError: The memory of the device or of the host is exhausted.
     """
-    have = available_bytes(resolve_device(config.device))
+    config, have = job.config, available_bytes(job.device)
     try:
         yield
     except Exception as error:
@@ -266,7 +265,7 @@ def explained(
             raise
         keeps = "models and test images do not fit"
         if parts is not None:
-            counts = plan(config, parts, ranks)
+            counts = plan(job, parts)
             ring = {"ring": sum(n for name, n in counts.items() if name.startswith("ring "))}
             rest = {name: n for name, n in counts.items() if not name.startswith("ring ")}
             each = ", ".join(f"{name} {_gib(n)}" for name, n in (ring | rest).items())

@@ -73,14 +73,14 @@ def load_trained(name: str, device: torch.device) -> tuple[nn.Module, Classifier
     return _load_saved(assets.HUB + repository, commit, device)
 
 
-def pinned(settings: TeachingConfig) -> TeachingConfig:
+def pin(config: TeachingConfig) -> TeachingConfig:
     """Pin timm's published weights to the newest commit on the Hub; leave others unchanged."""
-    if not settings.pretrained or (settings.arch or "").startswith(TORCHVISION):
-        return settings
-    repository = hub_repository(settings.arch or "")
+    if not config.pretrained or (config.arch or "").startswith(TORCHVISION):
+        return config
+    repository = hub_repository(config.arch or "")
     _, commit = assets.newest(repository)
     change = {"pretrained": False, "arch": None, "path": assets.HUB + repository}
-    return settings.model_copy(update={**change, "revision": commit})
+    return config.model_copy(update={**change, "revision": commit})
 
 
 def load_teachers(
@@ -89,8 +89,8 @@ def load_teachers(
     """Load all teachers of a job.
 
     Args:
-        sections: Settings of each teacher by the name of its section. Those with `pretrained` must
-            be pinned (see `pinned`) or torchvision's.
+        sections: Config of each teacher by the name of its section. Those with `pretrained` must
+            be pinned (see `pin`) or torchvision's.
         temperature: Softmax temperature.
         device: Device to load the teachers to.
 
@@ -99,13 +99,13 @@ def load_teachers(
             the run.
     """
     members, specs, counts, names, licenses = [], {}, {}, {}, []
-    for section, settings in sections.items():
-        if settings.path is not None:
-            loaded = _load_saved(settings.path, settings.revision, device)
+    for section, config in sections.items():
+        if config.path is not None:
+            loaded = _load_saved(config.path, config.revision, device)
         else:
-            loaded = load_trained(settings.arch or "", device)
+            loaded = load_trained(config.arch or "", device)
         module, spec, license = loaded
-        highest = max(settings.class_map or (0,))
+        highest = max(config.class_map or (0,))
         if highest >= spec.num_classes:
             raise UserError(
                 f"{section}.class_map: got {highest}, expected 0 to {spec.num_classes - 1}, the "
@@ -116,17 +116,17 @@ def load_teachers(
             Teacher(
                 module=module,
                 input=spec.input,
-                class_map=settings.class_map,
-                teaches=settings.teaches,
-                start=settings.start,
-                stop=settings.stop,
+                class_map=config.class_map,
+                teaches=config.teaches,
+                start=config.start,
+                stop=config.stop,
             )
         )
         specs[section] = spec
-        counts[section] = len(settings.class_map or ()) or spec.num_classes
+        counts[section] = len(config.class_map or ()) or spec.num_classes
         names[section] = spec.label_names
-        if spec.label_names is not None and settings.class_map is not None:
-            names[section] = tuple(spec.label_names[k] for k in settings.class_map)
+        if spec.label_names is not None and config.class_map is not None:
+            names[section] = tuple(spec.label_names[k] for k in config.class_map)
         licenses.append(license)
     if len(set(counts.values())) > 1:
         given = ", ".join(f"{section} has {count}" for section, count in counts.items())
@@ -144,7 +144,7 @@ def load_teachers(
 
 
 def load_student(
-    settings: ClassifierConfig,
+    config: ClassifierConfig,
     teachers: LoadedTeachers,
     *,
     view_size: int,
@@ -157,8 +157,8 @@ def load_student(
         UserError: The student cannot be built or loaded, or does not accept the views.
     """
     first, num_classes = teachers.specs["teacher"], teachers.num_classes["teacher"]
-    if settings.path is not None:
-        folder = assets.resolve(settings.path, settings.revision)
+    if config.path is not None:
+        folder = assets.resolve(config.path, config.revision)
         student, spec = load_classifier(folder, device)
         if spec.input_size != view_size:
             raise UserError(
@@ -177,7 +177,7 @@ def load_student(
             )
     else:
         spec = ClassifierSpec(
-            architecture=settings.arch or "",
+            architecture=config.arch or "",
             num_classes=num_classes,
             in_chans=first.in_chans,
             input_size=view_size,
@@ -186,8 +186,8 @@ def load_student(
             crop_pct=first.crop_pct,
             interpolation=first.interpolation,
             crop_mode=first.crop_mode,
-            model_args=settings.model_args,
-            stem=settings.stem,
+            model_args=config.model_args,
+            stem=config.stem,
         )
         torch.manual_seed(seed)
         student = build_classifier(spec)

@@ -13,15 +13,8 @@ from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.evaluate import open_test_set
-from dmkd_fast.jobs.images import (
-    OpenSource,
-    open_denoiser,
-    open_source,
-    resolve_sampler,
-    resolve_source,
-)
-from dmkd_fast.jobs.resolve import resolve
-from dmkd_fast.runtime.device import resolve_device
+from dmkd_fast.jobs.images import OpenSource, open_denoiser, open_source
+from dmkd_fast.jobs.resolve import ResolvedJob, resolve, resolve_images
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
 
@@ -38,13 +31,13 @@ class Parts:
     test_set: ImageSet | EncodedSet
 
 
-def load_parts(config: DistillConfig) -> Parts:
-    """Load everything that a resolved config names, without writing anything.
+def load_parts(job: ResolvedJob) -> Parts:
+    """Load everything that a resolved job names, without writing anything.
 
     Raises:
         UserError: A file is missing or damaged, or parts do not fit together.
     """
-    device = resolve_device(config.device)
+    config, device = job.config, job.device
     teachers = networks.load_teachers(
         config.teachers, temperature=config.loss.temperature, device=device
     )
@@ -54,7 +47,7 @@ def load_parts(config: DistillConfig) -> Parts:
     if config.source is None:
         images = open_denoiser(config.denoiser, device)
         num_classes = images.num_classes
-    test_set = open_test_set(config.eval, None, None, device, num_classes)
+    test_set = open_test_set(config.eval.path, config.eval.classes, device, num_classes)
     if config.source is not None:
         images = open_source(
             config.source,
@@ -75,19 +68,19 @@ def load_parts(config: DistillConfig) -> Parts:
     )
 
 
-def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[DistillConfig, Parts]:
+def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[ResolvedJob, Parts]:
     """Replace every "auto" of a config and load what it names, without writing anything.
 
     Raises:
         UserError: A setting or a file is wrong, or the machine cannot run the job.
     """
-    config = resolve(config, ranks)
-    memory.ring_plan(config, ranks=ranks)  # refuse bad settings of the ring before anything loads
-    with memory.explained(config):
-        parts = load_parts(config)
-    if isinstance(parts.origin, OpenSource):
-        return resolve_source(config, parts.origin), parts
-    return resolve_sampler(config, parts.origin), parts
+    job = resolve(config, ranks)
+    memory.ring_plan(
+        job.config, ranks=ranks
+    )  # Refuse bad settings of the ring before anything is loaded.
+    with memory.explained(job):
+        parts = load_parts(job)
+    return resolve_images(job, parts.origin), parts
 
 
 def check_fit(
@@ -112,10 +105,10 @@ def check_fit(
             ),
             ("channels", images.image_shape[0], spec.in_chans, test_set.num_channels),
         )
-        for what, made, judged, tested in facts:
-            if made != judged or tested not in (judged, None):
+        for what, made, taught, tested in facts:
+            if made != taught or tested not in (taught, None):
                 raise UserError(
-                    f"{what}: {whose} has {made}, {section}.path has {judged}, eval.path has "
+                    f"{what}: {whose} has {made}, {section}.path has {taught}, eval.path has "
                     f"{tested}, expected the same; change the one that is off"
                 )
         if config.eval.classes is None:

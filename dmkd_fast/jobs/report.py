@@ -71,7 +71,7 @@ def curves(stats: Path, path: Path, *, teacher_top1: float) -> None:
 def _sheet(images: Tensor, class_names: Sequence[str], path: Path, *, width_inches: float) -> None:
     per_class = len(images) // len(class_names)
     height, width = images.shape[-2:]
-    rows = images.cpu().unflatten(0, (len(class_names), per_class))  # (C, n, c, H, W)
+    rows = images.cpu().reshape(len(class_names), per_class, -1, height, width)  # (C, n, c, H, W)
     sheet = rows.permute(0, 3, 1, 4, 2).reshape(len(class_names) * height, per_class * width, -1)
     figure, axes = _figure(1, width=width_inches, height=len(class_names) * 0.55)
     axes[0].imshow(sheet.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)

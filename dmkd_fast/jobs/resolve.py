@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
 from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.denoisers.denoiser import Denoiser
+from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.jobs import networks, run_dir
+from dmkd_fast.jobs.images import OpenSource, check_count, named_as_settings
 from dmkd_fast.runtime.device import can_compile, resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.distributed import ALONE, Ranks, use_device
 from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.sampling.noise_levels import choose_solver
+from dmkd_fast.training.schedule import Schedule
 
 
-def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> DistillConfig:
-    """Replace every "auto" that depends on the machine; the result is saved with the run.
+@dataclass(frozen=True, kw_only=True)
+class ResolvedJob:
+    """A config in which no "auto" is left, and what follows from it on this machine."""
+
+    config: DistillConfig
+    """Config that is saved with the run. `resolve_images` replaces the last "auto"s in it."""
+    device: torch.device
+    dtype: torch.dtype
+    """Compute dtype of all networks."""
+    compile_sampler: bool
+    compile_student: bool
+    schedule: Schedule
+    """Length, batch size (of all ranks together) and optimizer of the run."""
+    ranks: Ranks = ALONE
+
+
+def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> ResolvedJob:
+    """Replace every "auto" that depends on the machine.
 
     Raises:
         UserError: The machine does not have what the config asks for.
@@ -18,7 +45,7 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> DistillConfig:
     use_device(ranks, config.device)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    first, *more = (networks.pinned(teacher) for teacher in config.teachers.values())
+    first, *more = (networks.pin(teacher) for teacher in config.teachers.values())
     if config.ring.overlap and device.type != "cuda":
         raise UserError(
             f"ring.overlap: got true with device {device.type}, which has one stream, expected "
@@ -31,22 +58,85 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> DistillConfig:
             "false, as each would find new shards at another time",
             "let dmkd generate finish first",
         )
-    sampler, train = config.sampler.compile, config.train.compile
-    # On a CPU compilation gains little, since the denoiser runs fused kernels already. It pays off
-    # for the student in long runs only, where it is switched on by hand (docs/notebook.md).
-    able = device.type == "cuda" and can_compile(device.type)
-    sampler = able if sampler == "auto" else sampler
-    train = able if train == "auto" else train
-    return run_dir.name_new(config).model_copy(
-        update={
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-            "num_threads": set_num_threads(
-                config.num_threads, num_processes=ranks.local_world_size
-            ),
-            "sampler": config.sampler.model_copy(update={"compile": sampler}),
-            "train": config.train.model_copy(update={"compile": train}),
-            "teacher": first,
-            "more_teachers": tuple(more),
-        }
+    compile_sampler = compiles(config.sampler.compile, device, name="sampler.compile")
+    compile_student = compiles(config.train.compile, device)
+    changes: dict[str, Any] = {
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_threads": set_num_threads(config.num_threads, num_processes=ranks.local_world_size),
+        "train": {"compile": compile_student},
+        "teacher": first,
+        "more_teachers": more,
+    }
+    if config.source is None:
+        changes["sampler"] = {"compile": compile_sampler}
+    return ResolvedJob(
+        config=load_config(DistillConfig, run_dir.name_new(config), changes),
+        device=device,
+        dtype=dtype,
+        compile_sampler=compile_sampler,
+        compile_student=compile_student,
+        schedule=Schedule(
+            **config.optim.model_dump(),
+            **config.train.model_dump(exclude={"compile"}),
+            num_evaluations=config.eval.num_points,
+        ),
+        ranks=ranks,
     )
+
+
+def resolve_images(job: ResolvedJob, images: Denoiser | OpenSource) -> ResolvedJob:
+    """Replace every "auto" that depends on the loaded denoiser or the opened directory.
+
+    Raises:
+        UserError: The solver or the kind of attention does not work with the denoiser, or the
+            directory has too few images for the ring.
+    """
+    config = job.config
+    if isinstance(images, OpenSource):
+        check_count(config, images.source.num_images)
+        changes: dict[str, Any] = {"source": {"kind": images.kind}}
+    else:
+        with named_as_settings():
+            solver = choose_solver(images.scheduler, config.sampler.solver)
+        changes = {"sampler": {"solver": solver, "attention": _choose_attention(job, images)}}
+    return replace(job, config=load_config(DistillConfig, config, changes))
+
+
+def compiles(
+    setting: bool | Literal["auto"], device: torch.device, *, name: str = "train.compile"
+) -> bool:
+    """Return whether to compile a network, the one rule for `compile: auto`.
+
+    "auto" compiles on CUDA, where Triton is present. On a CPU the denoiser runs fused kernels
+    already, and training gains only in long runs, whose configs say `compile: true`.
+
+    Args:
+        setting: Value of the setting.
+        device: Device of the network.
+        name: Name of the setting, for the message.
+
+    Raises:
+        UserError: `setting` is true, and this machine cannot compile.
+    """
+    able = can_compile(device.type)
+    if setting == "auto":
+        return able and device.type == "cuda"
+    if setting and not able:
+        lacks = "Triton" if device.type == "cuda" else "a C++ compiler or Python.h"
+        raise invalid(
+            name, f"true without {lacks}", "false or auto", f"install it or set {name}=auto"
+        )
+    return setting
+
+
+def _choose_attention(job: ResolvedJob, denoiser: Denoiser) -> str:
+    name = job.config.sampler.attention
+    if isinstance(denoiser.module, LeanDiT):
+        return denoiser.module.choose_attention(name, device=job.device, dtype=job.dtype)
+    if name not in ("auto", "sdpa"):
+        raise UserError(
+            f"sampler.attention: got {name} for a {type(denoiser.module).__name__}, expected "
+            "sdpa; set sampler.attention=auto"
+        )
+    return "sdpa"

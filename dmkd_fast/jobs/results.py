@@ -75,13 +75,13 @@ def _draw(distiller: Distiller, parts: Parts, folder: Path, teacher_top1: float)
 def _write_card(folder: Path, config: DistillConfig, parts: Parts, summary: dict[str, Any]) -> None:
     """Write the model card, README.md, beside the student's weights."""
     spec = parts.student_spec
-    judges = ", ".join(f"`{t.path or t.arch}`" for t in config.teachers.values())
+    teachers = ", ".join(f"`{t.path or t.arch}`" for t in config.teachers.values())
     rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
     text = (
         f"---\nlibrary_name: dmkd_fast\ntags: [knowledge-distillation, synthetic-data]\n---\n"
         f"# {spec.architecture} distilled from generated images\n\n"
-        f"Teacher {judges}, images from {card_sentence(config)} "
-        "Accuracies are shares of the real test set, which decided nothing.\n\n"
+        f"Teacher {teachers}, images from {card_sentence(config)} "
+        "Accuracies are fractions of the real test set, which decided nothing.\n\n"
         f"| figure | value |\n|---|---|\n{rows}\n\n"
         "```python\nfrom pathlib import Path\nimport torch\n"
         "from dmkd_fast import load_classifier\n\n"

@@ -1,6 +1,6 @@
 """Create, find and lock run directories; each job has its own.
 
-A run directory holds the resolved settings, `config.yaml`, from the start. A run that was killed
+A run directory holds the resolved config, `config.yaml`, from the start. A run that was killed
 before its first checkpoint can therefore be resumed too, from its beginning. `.launch` names the
 torchrun that created the directory, so that processes restarted by that torchrun find it. Only one
 process at a time uses a run directory; it holds a lock on `.lock`.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dmkd_fast.config.jobs import RunConfig
-from dmkd_fast.config.loading import dump_config, load_config
+from dmkd_fast.config.loading import Overrides, dump_config, load_config
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
@@ -88,10 +88,10 @@ def opened(config: RunConfig, *, resume: bool) -> Iterator[Path]:
 
 
 def claim(config: RunConfig, *, launch: str = "") -> Path:
-    """Save the settings of a new run in its directory, which is created if it does not exist.
+    """Save the config of a new run in its directory, which is created if it does not exist.
 
     Args:
-        config: Resolved settings.
+        config: Resolved config.
         launch: Identity of this torchrun (`Ranks.launch`), which `find_launched` compares; empty
             without torchrun.
 
@@ -109,7 +109,7 @@ def claim(config: RunConfig, *, launch: str = "") -> Path:
 
 
 def find(config: C) -> C:
-    """Load the saved settings of the run to resume: in `run_dir`, or the newest of this name.
+    """Load the saved config of the run to resume: in `run_dir`, or the newest of this name.
 
     Raises:
         UserError: There is no such run.
@@ -131,6 +131,20 @@ def find(config: C) -> C:
         # Two runs may have equal times of writing; the later name is then the newer run.
         folder = max((path.parent for path in found), key=lambda p: (_last_written(p), p.name))
     return load_config(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})
+
+
+def refuse_changes(overrides: Overrides) -> None:
+    """Refuse overrides of a run to resume, which uses its saved config.
+
+    Raises:
+        UserError: A setting other than run_dir is changed.
+    """
+    changed = [text for text in overrides if text.partition("=")[0] != "run_dir"]
+    if changed:
+        raise UserError(
+            f"--resume: got {changed[0]}, expected no setting but run_dir, as the saved ones are "
+            "used; remove it, or change config.yaml in the run directory"
+        )
 
 
 def find_launched(config: C, launch: str) -> C | None:
@@ -191,7 +205,7 @@ def _last_written(folder: Path) -> float:
 
 
 def _folder(config: RunConfig) -> Path:
-    """Return the run directory that the settings name."""
+    """Return the run directory that a config names."""
     if not config.run_dir.strip() or "\0" in config.run_dir:
         raise UserError(
             f"run_dir: got {config.run_dir!r}, expected the path of a directory; set run_dir=DIR, "

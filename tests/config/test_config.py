@@ -23,10 +23,12 @@ from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.jobs.resolve import resolve
 from dmkd_fast.runtime import device as device_module
 from dmkd_fast.runtime.device import resolve_dtype
+from dmkd_fast.runtime.errors import UserError
 
 
 def test_saved_settings_load_unchanged(tmp_path: Path) -> None:
-    config, _ = prepare(load_config(DistillConfig, CONFIG, ["optim.lr=1e-3", "seed=7"]))
+    job, _ = prepare(load_config(DistillConfig, CONFIG, ["optim.lr=1e-3", "seed=7"]))
+    config = job.config
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     assert load_config(DistillConfig, path) == config
@@ -56,14 +58,48 @@ def test_auto_is_resolved_by_capability(monkeypatch: pytest.MonkeyPatch) -> None
         assert resolve_dtype("auto", cpu) == dtype
     for able in (True, False):
         monkeypatch.setattr(resolve_module, "can_compile", lambda _, able=able: able)
-        config = resolve(load_config(DistillConfig, CONFIG))
-        assert config.sampler.compile is False and config.train.compile is False
+        job = resolve(load_config(DistillConfig, CONFIG))
+        assert not job.compile_sampler and not job.compile_student
+        assert job.config.sampler.compile is False and job.config.train.compile is False
     # A CPU gains little from it; a GPU much, where it can.
     monkeypatch.setattr(resolve_module, "resolve_device", lambda _: torch.device("cuda"))
     for able in (True, False):
         monkeypatch.setattr(resolve_module, "can_compile", lambda _, able=able: able)
-        config = resolve(load_config(DistillConfig, CONFIG))
-        assert config.sampler.compile is able and config.train.compile is able
+        job = resolve(load_config(DistillConfig, CONFIG))
+        assert job.compile_sampler is able and job.compile_student is able
+        assert job.config.sampler.compile is able and job.config.train.compile is able
+
+
+def test_compile_auto_means_cuda_with_triton_and_true_is_never_ignored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for able in (True, False):
+        monkeypatch.setattr(resolve_module, "can_compile", lambda _, able=able: able)
+        assert resolve_module.compiles("auto", cuda) is able
+        for device in (cpu, cuda):
+            assert resolve_module.compiles(False, device) is False
+        assert resolve_module.compiles("auto", cpu) is False
+    for device, lacks in ((cpu, "a C.. compiler"), (cuda, "Triton")):
+        words = f"sampler.compile: got true without {lacks}.*set sampler.compile=auto"
+        with pytest.raises(UserError, match=words):
+            resolve_module.compiles(True, device, name="sampler.compile")
+    monkeypatch.setattr(resolve_module, "can_compile", lambda _: True)
+    assert all(resolve_module.compiles(True, device) for device in (cpu, cuda))
+
+
+def test_nested_changes_keep_what_they_do_not_name() -> None:
+    changes = {"train": {"num_views": 64_000}, "views": {"scale": [0.5, 1.0]}, "seed": 7}
+    path, teacher = Path("models/it"), {"arch": None, "path": Path("some/where")}
+    first = load_config(DistillConfig, CONFIG)
+    config = load_config(DistillConfig, CONFIG, {**changes, "teacher": teacher, "run_dir": path})
+    assert config.train == first.train.model_copy(update={"num_views": 64_000})
+    assert config.views == first.views.model_copy(update={"scale": (0.5, 1.0)})
+    assert (config.seed, config.run_dir, config.teacher.path) == (7, "models/it", "some/where")
+    assert load_config(DistillConfig, first, changes).train == config.train
+    assert first == load_config(DistillConfig, CONFIG) == load_config(DistillConfig, first)
+    with pytest.raises(UserError, match=r"^train\.num_views: got 0, expected"):
+        load_config(DistillConfig, first, {"train": {"num_views": 0}})
 
 
 def test_newest_run_of_a_name_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

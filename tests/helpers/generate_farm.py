@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from small_jobs import CONFIG
 
@@ -35,6 +36,13 @@ SETTINGS = [
 ]
 
 
+def make_set(out: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    """Make a directory of 200 images in this process, or what `options` say."""
+    config = load_config(DistillConfig, CONFIG, [*SETTINGS, *overrides])
+    options = {"num_images": 200, "images_per_shard": 32, "show": False} | options
+    return generate.run(config, out, **options)
+
+
 def start(out: Path, num_images: int, part: tuple[int, int]) -> int:
     """Fork a job and return its process id."""
     child = os.fork()
@@ -42,7 +50,7 @@ def start(out: Path, num_images: int, part: tuple[int, int]) -> int:
         return child
     try:
         config = load_config(DistillConfig, CONFIG, SETTINGS)
-        generate.run(config, out, num_images, part=part, images_per_shard=32, show=False)
+        generate.run(config, out, num_images, job_slice=part, images_per_shard=32, show=False)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_jobs import CONFIG, SHORT
 
+import dmkd_fast
 from dmkd_fast import cli
 from dmkd_fast.assets import resolve
 
@@ -24,7 +26,7 @@ FMNIST = "embedded:fashion_mnist"
 
 
 def dmkd(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dmkd_fast.cli", *arguments]
+    command = [sys.executable, "-m", "dmkd_fast", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -98,6 +100,95 @@ def test_help_names_only_what_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert [v for v in verbs if v.islower()][:4] == ["distill", "generate", "evaluate", "pretrain"]
 
 
+def test_help_and_config_do_not_wait_for_pytorch() -> None:
+    script = textwrap.dedent(
+        """
+        import sys
+        from dmkd_fast import cli
+        try:
+            code = cli.main(sys.argv[1:])
+        except SystemExit as stop:
+            code = stop.code
+        names = ("torch", "pydantic", "yaml", "numpy")
+        print("imported:", *(name for name in names if name in sys.modules))
+        sys.exit(code)
+        """
+    )
+    for arguments, allowed in (
+        (["--help"], ""),
+        (["distill", "--help"], ""),
+        (["--version"], ""),
+        ([], ""),
+        (["config", "ring"], "pydantic yaml"),
+    ):
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].split()[1:] == allowed.split(), arguments
+
+
+def test_bare_command_prints_help_and_version_is_the_packages(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: dmkd [-h] [--version] VERB")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"dmkd {dmkd_fast.__version__}\n"
+    done = dmkd("--version")  # python -m dmkd_fast
+    assert done.stdout == f"dmkd {dmkd_fast.__version__}\n" and done.returncode == 0
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--bare"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("dmkd: unrecognized arguments: --bare")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["distill", CONFIG, "seed=-1"],
+        ["generate", CONFIG, "--out", "x", "--num-images", "1", "seed=-1"],
+        ["evaluate", "nowhere"],
+        ["pretrain", "fewstep", CONFIG],
+        ["config", "nothing"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_traceback_shows_where_a_user_error_was_raised(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert cli.main([*arguments, "--traceback"]) == 2
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):" and last == line
+
+
+def test_a_bug_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bug(_: object) -> None:
+        raise ValueError("a bug, not a wrong setting")
+
+    monkeypatch.setattr(cli, "_distill", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["distill", CONFIG])
+    assert capsys.readouterr().err == ""
+
+
+def test_warnings_of_the_package_are_printed_by_the_command_line_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("dmkd_fast")
+    monkeypatch.setattr(cli, "_distill", lambda _: logger.warning("a slow path"))
+    for _ in range(2):
+        assert logger.handlers == []
+        assert cli.main(["distill", CONFIG]) == 0
+        assert capsys.readouterr().err == "WARNING: a slow path\n"
+    assert logger.handlers == []
+
+
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
     """A folder with damaged copies of the assets."""
@@ -142,6 +233,11 @@ def broken(tmp_path: Path) -> Path:
 
 MISTAKES = [
     (["smapler.num_steps=4"], ["'smapler'", "did you mean 'sampler'"]),
+    (["batch_size=64"], ["'batch_size'", "did you mean 'train.batch_size'?"]),
+    (["bacth_size=64"], ["'bacth_size'", "did you mean 'train.batch_size'?"]),
+    (["ring.num_views=64"], ["'ring.num_views'", "did you mean 'train.num_views'?"]),
+    (["revision=x"], ["did you mean 'denoiser.revision' or 'teacher.revision' or 'student.rev"]),
+    (["ring.wings=2"], ["'ring.wings'", "known keys: capacity_images, "]),
     (["sampler.num_step=4"], ["'sampler.num_step'", "did you mean 'num_steps'"]),
     (["sampler.num_steps=many"], ["sampler.num_steps", "'many'", "integer"]),
     (["sampler.num_steps=1001"], ["num_steps", "1001", "1000"]),
@@ -247,6 +343,8 @@ MISTAKES = [
     (["eval.path={tmp}/nowhere"], ["nowhere", "no such folder"]),
     (["eval.path={tmp}/cut_test"], ["t10k-images", "fetch it again"]),
     (["student={arch: resnet1800}"], ["resnet1800", "timm"]),
+    (["student={arch: resnte18}"], ["'resnte18'", "such as resnet18"]),
+    (["student={arch: lenet_5}"], ["'lenet_5'", "such as lenet5"]),
     (["student={arch: resnet18, model_args: {wings: 2}}"], ["model_args", "wings"]),
     (["student={arch: vgg11, stem: conv3_pool}"], ["stem", "vgg11"]),
     (["student={arch: vit_tiny_patch16_224}"], ["student", "1 x 28 x 28", "another"]),
@@ -313,7 +411,7 @@ def test_interrupt_saves_within_five_seconds_and_resumes(tmp_path: Path, number:
     command = [
         sys.executable,
         "-m",
-        "dmkd_fast.cli",
+        "dmkd_fast",
         "distill",
         CONFIG,
         f"run_dir={run}",

@@ -96,7 +96,7 @@ def test_a_run_is_measured_on_its_own_set_or_another(
         "train.num_views=64",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "dmkd_fast.cli", *command],
+        [sys.executable, "-m", "dmkd_fast", *command],
         capture_output=True,
         text=True,
         check=False,

@@ -162,14 +162,15 @@ def test_what_fits_exactly_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.check_fits({"a": 3, "b": 5}, 8)
     with pytest.raises(UserError, match=r"memory: got 0.00 GiB .*\(b: 0.00 GiB\)"):
         memory.check_fits({"a": 3, "b": 5}, 7)
-    config, loaded = parts.prepare(load_config(DistillConfig, CONFIG, SHORT))
-    plan = memory.plan(config, loaded)
+    job, loaded = parts.prepare(load_config(DistillConfig, CONFIG, SHORT))
+    config = job.config
+    plan = memory.plan(job, loaded)
     need = sum(plan.values()) - plan["test images"]
     monkeypatch.setattr(memory, "available_bytes", lambda device: need)
-    assert memory.check(config, loaded) == config.ring.capacity_images
+    assert memory.check(job, loaded) == config.ring.capacity_images
     monkeypatch.setattr(memory, "available_bytes", lambda device: need - 1)
     with pytest.raises(UserError, match=r"ring.capacity_images: .* lower it to at most 128"):
-        memory.check(config, loaded)
+        memory.check(job, loaded)
 
 
 @pytest.mark.parametrize("error", [CPU_ERROR, MemoryError(), torch.OutOfMemoryError("CUDA")])

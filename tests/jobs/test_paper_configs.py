@@ -215,11 +215,12 @@ def test_a_recipe_in_its_true_sizes_trains_stops_and_goes_on(
         f"run_dir={tmp_path / 'run'}",
         *random_teacher(path, load(path), tmp_path),
     ]
-    config, parts = prepare(load(path, overrides))
+    job, parts = prepare(load(path, overrides))
+    config = job.config
     memory.check(config, parts)
     assert parts.origin.image_shape == (3, size, size)
     assert parts.origin.num_classes == classes
-    distiller = build(config, parts, show=False)
+    distiller = build(job, parts, show=False)
     before = {name: value.clone() for name, value in parts.student.state_dict().items()}
     folder = run_dir.claim(config)
     fit_until(distiller, 1)

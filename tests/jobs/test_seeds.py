@@ -35,8 +35,8 @@ def numbers(seed: int, folder: Path) -> dict[str, Tensor]:
         [*SHORT, *MIXED, f"seed={seed}", f"run_dir={folder}", "student={arch: lenet5_half}"],
     )
     torch.manual_seed(99)  # What came before in the process must not matter.
-    config, parts = prepare(config)
-    distiller = build(config, parts, show=False)
+    job, parts = prepare(config)
+    distiller = build(job, parts, show=False)
     sampler, labels, ring = sampler_of(distiller), labels_of(distiller), distiller.ring
     mixer = distiller.targets._mixer
     assert isinstance(sampler, DiffusionSampler) and isinstance(labels, LabelStream) and mixer

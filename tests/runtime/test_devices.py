@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,6 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import build as build_module
 from dmkd_fast.jobs import evaluate, networks
-from dmkd_fast.jobs import images as images_module
 from dmkd_fast.jobs import parts as parts_module
 from dmkd_fast.jobs import resolve as resolve_module
 from dmkd_fast.jobs.build import build
@@ -70,10 +70,10 @@ def test_nothing_of_a_second_rank_gets_a_device_without_index(
 ) -> None:
     changes = [*SHORT, "device=cuda", f"run_dir={tmp_path}", "sampler.guidance_scale=1"]
     mine = distributed.read()
-    config = resolve(load_config(DistillConfig, CONFIG, changes), mine)
+    job = resolve(load_config(DistillConfig, CONFIG, changes), mine)
     assert mine.local_rank == 1 and torch.cuda.current_device() == 1
     # On another day it may be another device, so the saved settings do not say which.
-    assert config.device == "cuda"
+    assert job.config.device == "cuda"
     found: dict[str, list[torch.device]] = {}
 
     def watch(owner: Any, name: str, **facts: Any) -> None:
@@ -105,20 +105,19 @@ def test_nothing_of_a_second_rank_gets_a_device_without_index(
         return None, spec
 
     monkeypatch.setattr(networks, "load_student", load_student)
-    parts = load_parts(config)
+    parts = load_parts(job)
     for owner, name in (
         (build_module, "Views"),
-        (images_module, "DiffusionSampler"),
-        (images_module, "LabelStream"),
-        (images_module, "ImageDecoder"),
+        (build_module, "DiffusionSampler"),
+        (build_module, "LabelStream"),
+        (build_module, "ImageDecoder"),
     ):
         watch(owner, name)
     watch(build_module, "RingBuffer", capacity=192)
     for name in ("Distiller", "StudentTrainer", "Targets"):
         monkeypatch.setattr(build_module, name, lambda *_, **__: None)
     for name in ("GeneratedImages", "StoredImages"):
-        monkeypatch.setattr(images_module, name, lambda *_, **__: None)
-    monkeypatch.setattr(build_module, "share", lambda config, _: config)
+        monkeypatch.setattr(build_module, name, lambda *_, **__: None)
     if source:
         opened = OpenSource(
             source=None,
@@ -129,8 +128,8 @@ def test_nothing_of_a_second_rank_gets_a_device_without_index(
         )
         object.__setattr__(parts, "origin", opened)
         section = SourceConfig(path=str(tmp_path), block_images=64)
-        config = config.model_copy(update={"source": section})
-    build(config, parts, show=False, ranks=mine)
+        job = replace(job, config=job.config.model_copy(update={"source": section}))
+    build(job, parts, show=False)
     asked = {name for name, devices in found.items() if devices}
     skipped = {"DiffusionSampler", "LabelStream"} if source else {"ImageDecoder"}
     assert asked == set(found) - skipped

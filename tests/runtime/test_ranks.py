@@ -239,7 +239,7 @@ def test_a_rank_killed_under_torchrun_recovers_and_nothing_listens_outside(
     command = ["distill", CONFIG, *settings()]
     done = serve(tmp_path / "server", command=[*command, f"run_dir={whole}"])
     assert done["codes"] == [0, 0], done["outputs"]
-    parts = [*TORCHRUN, "--max-restarts=2", "-m", "dmkd_fast.cli", *command, *often]
+    parts = [*TORCHRUN, "--max-restarts=2", "-m", "dmkd_fast", *command, *often]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [*parts, f"run_dir={cut}"], env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True
@@ -271,7 +271,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_resumes(serve: Serve, tmp_path: P
     done = serve(tmp_path / "server", command=[*command, f"run_dir={whole}"])
     assert done["codes"] == [0, 0], done["outputs"]
     # As most people call it; this one listens outside, and the ranks use its store.
-    parts = [*TORCHRUN[:4], "--standalone", "-m", "dmkd_fast.cli"]
+    parts = [*TORCHRUN[:4], "--standalone", "-m", "dmkd_fast"]
     environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("TORCH_")}
     with subprocess.Popen([*parts, *command, f"run_dir={cut}"], env=environment) as agent:
         while not (cut / "stats.jsonl").exists() or len(rows(cut)) < 2:
@@ -295,7 +295,7 @@ def test_two_ranks_reach_the_accuracy_of_one(tmp_path: Path) -> None:
     scores, config = [], str(ROOT / "configs" / "fashion_mnist.yaml")
     for parts in ([sys.executable], TORCHRUN):
         run = tmp_path / str(len(scores))
-        command = [*parts, "-m", "dmkd_fast.cli", "distill", config, f"run_dir={run}"]
+        command = [*parts, "-m", "dmkd_fast", "distill", config, f"run_dir={run}"]
         subprocess.run(command, env=ENVIRONMENT, check=True)
         scores.append(json.loads((run / "summary.json").read_text(encoding="utf-8")))
     for name in ("generated_images", "views"):

@@ -17,7 +17,8 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import dump_config, load_config
 from dmkd_fast.data import shards
 from dmkd_fast.jobs import generate
-from dmkd_fast.jobs.images import card_sentence, make_samplers
+from dmkd_fast.jobs.build import make_samplers
+from dmkd_fast.jobs.images import card_sentence
 from dmkd_fast.jobs.parts import prepare
 
 IDS = torch.arange(8)
@@ -124,10 +125,10 @@ def test_ranges_of_classes_are_read_and_survive_saving(tmp_path: Path) -> None:
 def test_later_phases_keep_the_scales_of_named_classes() -> None:
     phases = "sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 2}]"
     overrides = [*SHORT, phases, "sampler.class_guidance={3: 3}"]
-    config, parts = prepare(load_config(DistillConfig, CONFIG, overrides))
-    _, (start, later) = make_samplers(config, parts.origin)
+    job, parts = prepare(load_config(DistillConfig, CONFIG, overrides))
+    _, (start, later) = make_samplers(job, parts.origin)
     assert (start, later.guidance) == (0.5, Guidance(scale=2.0, by_class={3: 3.0}))
-    assert "3 for class 3" in card_sentence(config)
+    assert "3 for class 3" in card_sentence(job.config)
 
 
 @pytest.mark.parametrize(

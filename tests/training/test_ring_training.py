@@ -15,10 +15,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmkd_fast import Distiller, RingPlan, cli
-from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.jobs import memory
 from dmkd_fast.jobs import parts as parts_module
 from dmkd_fast.jobs.parts import Parts, load_parts
+from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.loss.functional import kd_loss_and_grad
 from dmkd_fast.training.metrics import Metrics
 
@@ -201,8 +201,8 @@ def test_dry_run_prints_the_exact_bytes_and_allocates_no_ring(
 
     load = load_parts
 
-    def large(config: DistillConfig) -> Parts:
-        parts = load(config)
+    def large(job: ResolvedJob) -> Parts:
+        parts = load(job)
         return replace(parts, origin=replace(parts.origin, image_shape=(3, 256, 256)))
 
     monkeypatch.setattr(parts_module, "load_parts", large)

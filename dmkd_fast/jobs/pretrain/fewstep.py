@@ -23,7 +23,7 @@ from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import save_denoiser, share_embedder
 from dmkd_fast.denoisers.wrappers import PixelDiT
-from dmkd_fast.jobs import memory, report, run_dir
+from dmkd_fast.jobs import memory, report, resolve, run_dir
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, training_attention
 from dmkd_fast.jobs.pretrain.loop import (
     autocast,
@@ -134,7 +134,6 @@ class Pool:
         self.num_classes = start.num_classes
         self.stride = config.sampler.num_steps // config.num_steps
         shape = start.latent_shape
-        compiled = config.sampler.compile
         self.sampler = DiffusionSampler(
             start,
             Steps(count=config.sampler.num_steps, solver=config.sampler.solver),
@@ -143,7 +142,7 @@ class Pool:
             dtype=dtype,
             device=device,
             seed=config.seed,
-            compile=compiles(config, device) and compiled is not False,
+            compile=resolve.compiles(config.sampler.compile, device, name="sampler.compile"),
         )
         states = {"pool_images": 2 * (config.num_steps + 1) * self.size * math.prod(shape)}
         memory.check_fits(states, available_bytes(device))

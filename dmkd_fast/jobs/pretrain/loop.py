@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from dmkd_fast.config.jobs import PretrainConfig
 from dmkd_fast.config.loading import dump_config
 from dmkd_fast.data import test_sets
-from dmkd_fast.jobs import memory, run_dir
+from dmkd_fast.jobs import memory, resolve, run_dir
 from dmkd_fast.runtime import files
-from dmkd_fast.runtime.device import can_compile, resolve_device, resolve_dtype, set_num_threads
+from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.training.ema import WeightEMA
 from dmkd_fast.training.loop import TrainingLoop
@@ -230,10 +230,8 @@ def prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:
 
 
 def compiles(config: PretrainConfig, device: torch.device) -> bool:
-    """Whether to compile the model; "auto" means yes where the machine can compile."""
-    if config.train.compile == "auto":
-        return can_compile(device.type)
-    return config.train.compile
+    """Return whether to compile the model."""
+    return resolve.compiles(config.train.compile, device)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
