@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from dmkd_fast import assets
 from dmkd_fast.config import yaml_text
 from dmkd_fast.runtime.errors import UserError, shortened
 
@@ -97,7 +98,7 @@ def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = N
 
     Args:
         kind: Settings class that the file mirrors.
-        path: Path of the YAML file.
+        path: Path of the YAML file; `configs/NAME` also names the file that the package ships.
         overrides: Changes as `section.field=value`; values are parsed as YAML.
 
     Raises:
@@ -149,6 +150,9 @@ def shown(value: Any) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    shipped = assets.ROOT / path
+    if path.parts[:1] == ("configs",) and not path.exists() and shipped.is_file():
+        path = shipped
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # Opening a named pipe would block.
             what = "a directory" if path.is_dir() else "no regular file"
