@@ -98,9 +98,10 @@ def test_help_names_only_what_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert [v for v in verbs if v.islower()][:4] == ["distill", "generate", "evaluate", "pretrain"]
 
 
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    """A folder with damaged copies of the assets."""
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with damaged copies of the assets, which no test changes."""
+    tmp_path = tmp_path_factory.mktemp("broken")
     teacher, denoiser, test = (resolve(f"{FMNIST}/{n}") for n in ("weak", "denoiser", "test"))
     (tmp_path / "empty").mkdir()
     for name in ("weak", "flipped", "truncated", "classes", "badjson"):
