@@ -6,12 +6,14 @@
 
 #pragma once
 
-#if defined(__x86_64__)
+#if !defined(DMKD_X86) && defined(__x86_64__)  // tests set it to 0
 #define DMKD_X86 1
+#endif
+
+#if DMKD_X86
 // `flatten` pulls everything into the function that carries the target attribute.
 #define DMKD_FLATTEN_FOR(...) __attribute__((flatten, target(__VA_ARGS__)))
 #else
-#define DMKD_X86 0
 #define DMKD_FLATTEN_FOR(...) __attribute__((flatten))
 #endif
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from sysconfig import get_path
 
 import pytest
 
@@ -43,6 +45,33 @@ def test_extension_uses_stable_interfaces_only() -> None:
         # at:: and c10:: symbols would tie the binary to one torch release.
         assert not name.startswith(("at::", "c10::", "torch::")), name
     assert any(name.startswith(("aoti_torch", "torch_")) for name in names)
+
+
+def compile_all(compiler: str, folder: Path, *flags: str) -> None:
+    """Compile each source as setup.py does, with all warnings as errors."""
+    from torch.utils.cpp_extension import include_paths
+
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    flags += tuple(re.findall(r'^    "(-[^"]+)",$', text, re.MULTILINE))
+    assert "-std=c++20" in flags
+    flags += tuple(f"-isystem{path}" for path in [*include_paths(), get_path("include")])
+    for source in sorted((ROOT / "csrc").glob("*.cpp")):
+        target = ["-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+        subprocess.run([compiler, *flags, "-fPIC", "-Werror", *target], check=True)
+
+
+def test_no_kernel_needs_intrinsics_of_x86(tmp_path: Path) -> None:
+    """The headers of intrinsics are not even included; a cross compiler is not needed for this."""
+    compile_all("g++", tmp_path, "-DDMKD_X86=0", "-O0", "-fsyntax-only")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="needs Debian's g++-aarch64-linux-gnu"
+)
+def test_all_sources_compile_for_aarch64(tmp_path: Path) -> None:
+    compile_all("aarch64-linux-gnu-g++", tmp_path)
+    assert len(list(tmp_path.glob("*.o"))) == len(list(ROOT.glob("csrc/*.cpp")))
 
 
 @pytest.fixture
