@@ -1,33 +1,52 @@
-"""`python -m benchmarks NAME`: picks the measurement."""
+"""Run the measurement that `python -m benchmarks NAME` names."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
+# Name: module, help.
 NAMES = {
-    "cost": "how time and memory grow with batch, capacity, image size and ranks",
-    "cuda-facts": "the sampler on a GPU: host time, waits, allocations, attention",
-    "digits": "hashes of a short job, its resume, the loss: equal where code only moved",
-    "embedded": "the embedded job, end to end",
-    "end-to-end": "the embedded job against the paper's way of working, and the way between",
-    "fewstep": "time to the accuracy of the best many-step setting",
-    "fidelity": "what each fidelity preset costs and teaches",
-    "finding-1": "diffusion images against real ones, one photograph and noise (5 seeds)",
-    "finding-2": "what guidance and steps teach, cost and look like (3 seeds)",
-    "finding-3": "three teachers, two students, three temperatures (3 seeds)",
-    "imagenet": "ImageNet shapes: sampler, training step, cost of a whole job",
-    "kd-loss": "the fused loss against eager PyTorch and torch.compile",
-    "kd-loss-accuracy": "its errors against float64, beside eager's",
-    "kd-loss-gpu": "the same on a GPU, in GB/s (benchmarks/gpu.sh)",
-    "nearest": "generated images beside their nearest real ones",
-    "reuse": "how many different images, and where the ring pays (3 seeds)",
-    "ring": "insert, draw and limiter, and their share of a training step",
-    "sampler": "images/s against diffusers' pipelines",
-    "step": "a training step alone, one change at a time, on ready views",
-    "views": "crops of images in memory against DALI and torchvision",
-    "shards": "images/s to and from disk, beside torchvision's ImageFolder",
-    "render": "write the tables of README and docs from the recorded rows",
+    "cost": ("parts.cost", "how time and memory grow with batch, capacity, image size and ranks"),
+    "cuda-facts": (
+        "parts.cuda_facts",
+        "the sampler on a GPU: host time, waits, allocations, attention",
+    ),
+    "digits": (
+        "digits",
+        "hashes of a short job, its resume, the loss: equal where code only moved",
+    ),
+    "embedded": ("job.embedded", "the embedded job, end to end"),
+    "end-to-end": (
+        "job.end_to_end",
+        "the embedded job against the paper's way of working, and the way between",
+    ),
+    "fewstep": ("job.fewstep", "time to the accuracy of the best many-step setting"),
+    "fidelity": ("job.fidelity", "what each fidelity preset costs and teaches"),
+    "finding-1": (
+        "findings.finding_1",
+        "diffusion images against real ones, one photograph and noise (5 seeds)",
+    ),
+    "finding-2": (
+        "findings.finding_2",
+        "what guidance and steps teach, cost and look like (3 seeds)",
+    ),
+    "finding-3": (
+        "findings.finding_3",
+        "three teachers, two students, three temperatures (3 seeds)",
+    ),
+    "imagenet": ("job.imagenet", "ImageNet shapes: sampler, training step, cost of a whole job"),
+    "kd-loss": ("loss.kd_loss", "the fused loss against eager PyTorch and torch.compile"),
+    "kd-loss-accuracy": ("loss.kd_loss_accuracy", "its errors against float64, beside eager's"),
+    "kd-loss-gpu": ("loss.kd_loss_gpu", "the same on a GPU, in GB/s (benchmarks/gpu.sh)"),
+    "nearest": ("findings.nearest", "generated images beside their nearest real ones"),
+    "reuse": ("findings.reuse", "how many different images, and where the ring pays (3 seeds)"),
+    "ring": ("parts.ring", "insert, draw and limiter, and their share of a training step"),
+    "sampler": ("parts.sampler", "images/s against diffusers' pipelines"),
+    "step": ("job.step", "a training step alone, one change at a time, on ready views"),
+    "views": ("parts.views", "crops of images in memory against DALI and torchvision"),
+    "shards": ("parts.shards", "images/s to and from disk, beside torchvision's ImageFolder"),
+    "render": ("render", "write the tables of README and docs from the recorded rows"),
 }
 
 
@@ -35,11 +54,16 @@ def main() -> int:
     """Run one measurement."""
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         print("usage: python -m benchmarks NAME [--record]\n")
-        for name, text in NAMES.items():
+        for name, (_, text) in NAMES.items():
             print(f"  {name:16} {text}")
         return 0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else 2
-    module = importlib.import_module(f"benchmarks.{sys.argv[1].replace('-', '_')}")
+    module = importlib.import_module(module_of(sys.argv[1]))
     return int(module.main(sys.argv[2:]) or 0)
+
+
+def module_of(name: str) -> str:
+    """Return the module of a measurement."""
+    return f"benchmarks.{NAMES[name][0]}"
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from dmkd_fast import DiffusionSampler, Views, kd_loss_and_grad, load_denoiser
+from benchmarks.harness import ROOT
+from dmkd_fast import DiffusionSampler, Steps, Views, ViewSpec, kd_loss_and_grad, load_denoiser
 from dmkd_fast.assets import resolve
 
-ROOT = Path(__file__).parent.parent
 JOB = [
     "configs/fashion_mnist.yaml",
     "num_threads=1",
@@ -103,7 +103,8 @@ def _hash_views() -> str:
     generator = torch.Generator().manual_seed(0)
     slots = torch.randint(256, (40, 3, 48, 40), generator=generator, dtype=torch.uint8)
     ids = torch.arange(64)
-    views = Views(size=32, scale=(0.3, 1.0), ratio=(0.75, 4 / 3), mean=(0.5,) * 3, std=(0.25,) * 3)
+    spec = ViewSpec(size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    views = Views(spec, scale=(0.3, 1.0), ratio=(0.75, 4 / 3))
     boxes, flips = views.parameters(ids, ids % 5, 48, 40)
     seen = views.render(slots, ids % 40, boxes, flips)
     return hashlib.sha256(_bytes(boxes) + _bytes(flips) + _bytes(seen)).hexdigest()
@@ -111,14 +112,7 @@ def _hash_views() -> str:
 
 def _hash_images() -> str:
     denoiser = load_denoiser(resolve("embedded:fashion_mnist/fewstep"), torch.device("cpu"))
-    sampler = DiffusionSampler(
-        denoiser.module,
-        scheduler=denoiser.scheduler,
-        latent_shape=denoiser.latent_shape,
-        null_class=denoiser.null_class,
-        num_steps=4,
-        micro_batch_images=64,
-    )
+    sampler = DiffusionSampler(denoiser, Steps(count=4), micro_batch_images=64)
     ids = torch.arange(64)
     out = torch.empty((64, *denoiser.image_shape), dtype=torch.uint8)
     return hashlib.sha256(_bytes(sampler.sample(ids, ids % 10, out=out))).hexdigest()

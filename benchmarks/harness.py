@@ -1,4 +1,4 @@
-"""What all measurements share: interleaved timing, rows, goals, environment, results files."""
+"""Tools of all measurements: interleaved timing, rows, goals, environment, results files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ import torch
 
 from dmkd_fast.runtime.device import peak_memory_mib
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+RESULTS = ROOT / "benchmarks" / "results"
 NOTES = "notes.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """A figure to reach; missing it is reported, never an error."""
+    """A figure to reach; a missed goal is reported and is no error."""
 
     value: float
     goal: float
@@ -34,13 +36,13 @@ class Goal:
 
 @dataclass(kw_only=True)
 class Report:
-    """What one measurement prints as its last line and records."""
+    """Rows and goals of one measurement, printed as its last line and recorded."""
 
     bench: str
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Those of the command that the figures depend on: see `recorded`."""
+    """Arguments of the command that the figures depend on; see `recorded`."""
     device: torch.device | None = None
-    """What was measured; None: the GPU if there is one."""
+    """Device that was measured; None: the GPU if there is one."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     goals: dict[str, Goal] = field(default_factory=dict)
 
@@ -88,22 +90,23 @@ def time_interleaved(
 
 
 def summary(values_ms: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile and number of samples."""
+    """Return the median, the 20th and 80th percentile, and the number of samples."""
     ordered = sorted(values_ms)
-    pick = lambda share: ordered[round(share * (len(ordered) - 1))]  # noqa: E731
+    low, high = (ordered[round(part * (len(ordered) - 1))] for part in (0.2, 0.8))
     return {
         "median_ms": round(statistics.median(ordered), 5),
-        "p20_ms": round(pick(0.2), 5),
-        "p80_ms": round(pick(0.8), 5),
+        "p20_ms": round(low, 5),
+        "p80_ms": round(high, 5),
         "n": len(ordered),
     }
 
 
 @contextmanager
 def peak_mib(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Gives a function that says, afterwards, how much memory the work inside took at most.
+    """Yield a function that returns the peak memory of the work inside, once the work is done.
 
-    On CUDA: tensors, beyond those that were there. On a CPU: the process, so far.
+    On CUDA, this counts tensors beyond those that existed before. On a CPU, it is the peak of the
+    process so far.
     """
     if device.type != "cuda":
         yield lambda: round(peak_memory_mib(), 1)
@@ -118,7 +121,7 @@ def peak_mib(device: torch.device) -> Iterator[Callable[[], float]]:
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Machine, versions and commit that a row was measured with."""
+    """Return the machine, versions and commit of a row."""
     on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -153,7 +156,7 @@ NEUTRAL = frozenset({"record", "data", "work", "one", "point", "memory", "device
 
 
 def recorded(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that figures depend on, as each row records them."""
+    """Return the arguments that figures depend on, as each row records them."""
     left_out = {*NEUTRAL, "selects", *options.selects}
     kept = {name: value for name, value in vars(options).items() if name not in left_out}
     as_json: dict[str, Any] = json.loads(json.dumps(kept, default=str))
@@ -161,10 +164,10 @@ def recorded(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_rows(bench: str) -> list[dict[str, Any]]:
-    """All recorded rows of a measurement, oldest first, with what `notes.json` adds to them.
+    """Return all recorded rows of a measurement, oldest first, with their notes.
 
-    Recorded lines are never changed. What became known later about rows (that they are superseded,
-    which arguments made them) is in results/notes.json by line number, counted from 1.
+    Recorded lines are never changed. Facts that became known later (marks of superseded rows,
+    arguments) are in results/notes.json by line number, counted from 1.
     """
     path = RESULTS / f"{bench}.jsonl"
     if not path.is_file():
@@ -194,7 +197,6 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    root = Path(__file__).parent.parent
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -1,4 +1,4 @@
-"""Markdown of the rendered tables."""
+"""Format rendered tables in Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]], note: str) -> st
 
 
 def where(rows: Sequence[dict[str, Any]]) -> str:
-    """Machine, number of threads, version of PyTorch and dates of rows."""
+    """Return the machine, number of threads, version of PyTorch and dates of rows."""
     stamps = [row["environment"] for row in rows]
     parts = {
         "{}": [stamp["device"] for stamp in stamps],
@@ -25,3 +25,8 @@ def where(rows: Sequence[dict[str, Any]]) -> str:
         form.format(" and ".join(str(value) for value in dict.fromkeys(found)))
         for form, found in parts.items()
     )
+
+
+def is_gpu(row: dict[str, Any]) -> bool:
+    """Return whether a row was measured on a GPU."""
+    return not row["environment"]["device"].startswith("CPU ")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.__main__ import module_of
 from benchmarks.harness import read_rows, recorded
 
 Row = dict[str, Any]
@@ -93,7 +94,7 @@ def remarks(rows: Iterable[Row]) -> str:
 
 
 def made_by(name: str, rows: Iterable[Row], required: Sequence[str] = ()) -> str:
-    """The commands and commits that made rows.
+    """Return a sentence with the commands and commits that made rows.
 
     Args:
         name: Name of the measurement.
@@ -109,13 +110,13 @@ def made_by(name: str, rows: Iterable[Row], required: Sequence[str] = ()) -> str
 
 
 def defaults(name: str, required: Sequence[str] = ()) -> Row:
-    """What rows of a measurement record if its command is called without options."""
-    module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+    """Return the arguments that rows record if the command is called without options."""
+    module = importlib.import_module(module_of(name))
     return recorded(module.parse(list(required)))
 
 
 def unknown_marks() -> list[str]:
-    """Rows whose mark has no meaning, one line each."""
+    """Return one line for each row whose mark has no meaning."""
     return [
         f"results/{bench}.jsonl:{number}: superseded: got {row['superseded']!r}, expected one of "
         f"{', '.join(map(repr, MARKS))}"
@@ -126,7 +127,7 @@ def unknown_marks() -> list[str]:
 
 
 def other_arguments(name: str, rows: Iterable[Row], required: Sequence[str] = ()) -> list[str]:
-    """Rows of a table that the command would not make today, one line for each set of arguments."""
+    """Return one line for each set of arguments of rows that differs from the defaults."""
     expected = defaults(name, required)
     found = {
         json.dumps(row.get("arguments")): row.get("arguments")

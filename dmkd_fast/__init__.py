@@ -16,14 +16,20 @@ if TYPE_CHECKING:
     from dmkd_fast.classifiers.ensemble import Teacher, Teachers
     from dmkd_fast.classifiers.loading import load_classifier, save_classifier
     from dmkd_fast.data.test_sets import EncodedSet, ImageSet, load_idx, open_set
+    from dmkd_fast.denoisers.denoiser import Denoiser
     from dmkd_fast.denoisers.loading import load_denoiser
     from dmkd_fast.loss.functional import DistillKL, kd_loss, kd_loss_and_grad
     from dmkd_fast.ring.buffer import RingBuffer
+    from dmkd_fast.ring.plan import RingPlan
+    from dmkd_fast.sampling.arguments import Guidance, Steps
+    from dmkd_fast.sampling.generated import GeneratedImages
     from dmkd_fast.sampling.labels import LabelStream
     from dmkd_fast.sampling.sampler import DiffusionSampler
     from dmkd_fast.training.distiller import Distiller
     from dmkd_fast.training.schedule import Schedule
     from dmkd_fast.training.scoring import measure
+    from dmkd_fast.training.student import StudentTrainer
+    from dmkd_fast.training.targets import Targets
     from dmkd_fast.views.crops import Views, ViewSpec
     from dmkd_fast.views.mixing import Mixer
     from dmkd_fast.views.spec import InputSpec
@@ -31,16 +37,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Denoiser": "denoisers.denoiser",
     "DiffusionSampler": "sampling.sampler",
     "DistillKL": "loss.functional",
     "Distiller": "training.distiller",
     "EncodedSet": "data.test_sets",
+    "Guidance": "sampling.arguments",
+    "GeneratedImages": "sampling.generated",
     "ImageSet": "data.test_sets",
     "InputSpec": "views.spec",
     "LabelStream": "sampling.labels",
     "Mixer": "views.mixing",
     "RingBuffer": "ring.buffer",
+    "RingPlan": "ring.plan",
     "Schedule": "training.schedule",
+    "Steps": "sampling.arguments",
+    "StudentTrainer": "training.student",
+    "Targets": "training.targets",
     "Teacher": "classifiers.ensemble",
     "Teachers": "classifiers.ensemble",
     "ViewSpec": "views.crops",
@@ -56,16 +69,23 @@ _HOMES = {
 }
 
 __all__ = [
+    "Denoiser",
     "DiffusionSampler",
     "DistillKL",
     "Distiller",
     "EncodedSet",
+    "GeneratedImages",
+    "Guidance",
     "ImageSet",
     "InputSpec",
     "LabelStream",
     "Mixer",
     "RingBuffer",
+    "RingPlan",
     "Schedule",
+    "Steps",
+    "StudentTrainer",
+    "Targets",
     "Teacher",
     "Teachers",
     "ViewSpec",

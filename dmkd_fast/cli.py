@@ -258,7 +258,6 @@ def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
     from dmkd_fast.jobs import memory
     from dmkd_fast.jobs.distill import run
     from dmkd_fast.jobs.parts import prepare
-    from dmkd_fast.jobs.resolve import share
 
     if options.dry_run:
         if not mine.is_first:
@@ -266,10 +265,9 @@ def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
         config, parts = prepare(config, mine)
         print(dump_config(config), end="")
         print("memory plan:" if mine.world_size == 1 else "memory plan of each rank:")
-        part = share(config, mine)
-        for name, count in memory.plan(part, parts).items():
+        for name, count in memory.plan(config, parts, mine).items():
             print(f"  {name}: {count:,} bytes ({count / 2**20:.1f} MiB)")
-        most = memory.check(part, parts, mine)
+        most = memory.check(config, parts, mine)
         print(f"largest ring.capacity_images that fits: {most:,}")
         return None
     return run(config, resume=options.resume, ranks=mine)

@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def num_cases(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
-    """Choose the number of cases of a test marked `hard`: num_cases(all, few)."""
+    """Choose the number of cases of a test marked `hard`, by `num_cases(all, few)`."""
     few = request.config.getoption("--few")
     return lambda all_cases, few_cases: few_cases if few else all_cases
 

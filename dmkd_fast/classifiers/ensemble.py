@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.views.spec import InputSpec
 
 
@@ -41,9 +41,9 @@ class Teacher:
     stop: float = 1.0
     """Progress of the run at which the teacher stops, in (0, 1]; 1 includes the end."""
 
-    def is_active(self, share: float) -> bool:
-        """Tell whether the teacher is used at this progress of the run, in [0, 1]."""
-        return self.start <= share and (share < self.stop or self.stop == 1.0)
+    def is_active(self, progress: float) -> bool:
+        """Return whether the teacher is used at this progress of the run, in [0, 1]."""
+        return self.start <= progress and (progress < self.stop or self.stop == 1.0)
 
 
 class Teachers(nn.Module):
@@ -68,19 +68,9 @@ class Teachers(nn.Module):
     ) -> None:
         super().__init__()
         if not members:
-            raise UserError("teachers: got none, expected at least one")
+            raise invalid("teachers", "none", "at least one")
         for member in members:
-            entries = member.class_map or (0,)
-            if len(set(entries)) < len(entries) or min(entries) < 0:
-                raise UserError(
-                    f"class_map: got {len(entries)} entries, {len(set(entries))} of them different "
-                    f"and {min(entries)} the lowest, expected different ones from 0 on; correct it"
-                )
-            if not 0 <= member.start < member.stop <= 1:
-                raise UserError(
-                    f"start and stop: got {member.start} and {member.stop}, expected 0 <= start < "
-                    "stop <= 1, as shares of the run"
-                )
+            _check_member(member)
         _check_all_classes_taught(members, num_classes)
         self.members, self.temperature = tuple(members), temperature
         self.num_classes = num_classes
@@ -104,9 +94,9 @@ class Teachers(nn.Module):
         members = [replace(m, module=change(m.module, m.input)) for m in self.members]
         return Teachers(members, num_classes=self.num_classes, temperature=self.temperature)
 
-    def inputs_at(self, share: float) -> tuple[InputSpec, ...]:
+    def inputs_at(self, progress: float) -> tuple[InputSpec, ...]:
         """Return the distinct inputs that `forward` needs at this progress of the run."""
-        return tuple(dict.fromkeys(m.input for m in self.members if m.is_active(share)))
+        return tuple(dict.fromkeys(m.input for m in self.members if m.is_active(progress)))
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -114,19 +104,19 @@ class Teachers(nn.Module):
         return tuple(dict.fromkeys(m.input for m in self.members))
 
     @torch.no_grad()
-    def forward(self, views: Mapping[InputSpec, Tensor], labels: Tensor, share: float) -> Tensor:
+    def forward(self, views: Mapping[InputSpec, Tensor], labels: Tensor, progress: float) -> Tensor:
         """Return the logits that the student is trained to match.
 
         Args:
-            views: Views (B, c, S, S) of the same crops for each of `inputs_at(share)`.
+            views: Views (B, c, S, S) of the same crops for each of `inputs_at(progress)`.
             labels: Classes (B,) int64 that the images were made for.
-            share: Progress of the run in [0, 1].
+            progress: Progress of the run in [0, 1].
 
         Returns:
             Logits (B, C). With several active teachers: T * log(mean probability at temperature
             T), in float32.
         """
-        active = [k for k, m in enumerate(self.members) if m.is_active(share)]
+        active = [k for k, m in enumerate(self.members) if m.is_active(progress)]
         return self._combine(active, views, labels, self.temperature)
 
     @torch.no_grad()
@@ -148,7 +138,7 @@ class Teachers(nn.Module):
     ) -> Tensor:
         parts, masks = [], []
         for k in active:
-            logits = self.networks[k](views[self.members[k].input])
+            logits: Tensor = self.networks[k](views[self.members[k].input])
             if self.members[k].class_map is not None:
                 logits = logits.index_select(1, self.get_buffer(f"_map{k}"))
             if len(active) == 1:
@@ -168,32 +158,36 @@ class Teachers(nn.Module):
         self.register_buffer(name, values.to(device), persistent=False)
 
 
+def _check_member(member: Teacher) -> None:
+    entries = member.class_map or (0,)
+    if len(set(entries)) < len(entries) or min(entries) < 0:
+        got = f"{len(entries)} entries, {len(set(entries))} different, the lowest {min(entries)}"
+        raise invalid("class_map", got, "different numbers from 0 on")
+    if not 0 <= member.start < member.stop <= 1:
+        got, expected = f"{member.start} and {member.stop}", "0 <= start < stop <= 1"
+        raise invalid("start and stop", got, f"{expected}, the progress of the run")
+
+
 def _check_all_classes_taught(members: Sequence[Teacher], num_classes: int | None) -> None:
     """Check that every class has a teacher at every progress of the run."""
     for member in members:
         if member.teaches is None:
             continue
         if num_classes is None:
-            raise UserError("teaches: got classes without num_classes, expected both")
+            raise invalid("teaches", "classes without num_classes", "both")
         bad = [c for c in member.teaches if not 0 <= c < num_classes]
         if bad or not member.teaches:
-            raise UserError(
-                f"teaches: got {bad[0] if bad else 'no classes'}, expected classes from 0 to "
-                f"{num_classes - 1}; correct the list"
-            )
-    shares = {0.0, 1.0} | {m.start for m in members} | {m.stop for m in members}
-    for share in sorted(shares):
-        active = [m for m in members if m.is_active(share)]
+            got = bad[0] if bad else "no classes"
+            raise invalid("teaches", got, f"classes from 0 to {num_classes - 1}")
+    points = {0.0, 1.0} | {m.start for m in members} | {m.stop for m in members}
+    for progress in sorted(points):
+        active = [m for m in members if m.is_active(progress)]
         if not active:
-            raise UserError(
-                f"start and stop: got no teacher from share {share} of the run on; "
-                "expected one at any time; change start or stop"
-            )
+            got = f"no teacher from progress {progress} on"
+            raise invalid("start and stop", got, "one at any time", "change start or stop")
         if all(m.teaches is not None for m in active):
             taught = {c for m in active for c in m.teaches or ()}
             missing = sorted(set(range(num_classes or 0)) - taught)
             if missing:
-                raise UserError(
-                    f"teaches: got no teacher for class {missing[0]} from share {share} of the run "
-                    "on, expected one; add the class to one of them"
-                )
+                got = f"no teacher for class {missing[0]} from progress {progress} on"
+                raise invalid("teaches", got, "one", "add the class to a teacher")

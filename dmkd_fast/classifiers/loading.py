@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from dmkd_fast.classifiers import small_nets
 from dmkd_fast.classifiers.spec import STEMS, ClassifierSpec, check_model_args, stated_license
 from dmkd_fast.runtime.device import exact_float32, is_out_of_memory
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.runtime.model_files import (
     CONFIG,
     WEIGHTS,
@@ -103,6 +103,15 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, Clas
 
     Raises:
         UserError: A file is missing or damaged, or does not match the architecture.
+
+    Examples:
+        >>> import torch
+        >>> from dmkd_fast import load_classifier
+        >>> from dmkd_fast.assets import resolve
+        >>> folder = resolve("embedded:fashion_mnist/weak")
+        >>> model, spec = load_classifier(folder, torch.device("cpu"))
+        >>> model(torch.zeros(1, spec.in_chans, spec.input_size, spec.input_size)).shape
+        torch.Size([1, 10])
     """
     check_folder(folder)
     config = read_json(folder / CONFIG)
@@ -153,10 +162,13 @@ def hub_repository(architecture: str) -> str:
     except (RuntimeError, ValueError):  # no such tag
         config = None
     if config is None or not config.hf_hub_id:
-        known = timm.list_pretrained(f"{architecture.split('.')[0]}*")[:5]
-        raise UserError(
-            f"arch: got {architecture!r} with pretrained=true, expected a timm name with weights "
-            f"on the Hub{' such as ' + ', '.join(known) if known else ''}; set path instead"
+        known = timm.list_pretrained(f"{architecture.partition('.')[0]}*")[:5]
+        such = f" such as {', '.join(known)}" if known else ""
+        raise invalid(
+            "arch",
+            f"{architecture!r} with pretrained=true",
+            f"a timm name with weights on the Hub{such}",
+            "set path instead",
         )
     return str(config.hf_hub_id)
 
@@ -216,7 +228,7 @@ def for_inference(model: nn.Module, dtype: torch.dtype, input: InputSpec) -> nn.
     Args:
         model: Classifier, (B, c, S, S) -> (B, C) logits.
         dtype: Compute dtype of the copy.
-        input: Images that the model expects.
+        input: Input that the model expects.
     """
     views = _random_views(model, input)
     try:
@@ -324,9 +336,11 @@ def _torchvision(
     name = architecture.removeprefix(TORCHVISION)
     _check_torchvision_name(name)
     if in_chans != 3:
-        raise UserError(
-            f"{architecture}: got images with {in_chans} channel(s), expected 3, as "
-            "torchvision's models take color only; use a timm model"
+        raise invalid(
+            architecture,
+            f"images with {in_chans} channel(s)",
+            "3, as torchvision's models take color only",
+            "use a timm model",
         )
     if name in ("googlenet", "inception_v3"):  # their auxiliary heads return more than logits
         model_args = {"aux_logits": False, "init_weights": True} | model_args
@@ -342,19 +356,21 @@ def _check_torchvision_name(name: str) -> None:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
-        raise UserError(
-            f"arch: got {TORCHVISION}{name}, expected a classification model of torchvision "
-            + (f"such as {', '.join(close)}" if close else "(see torchvision.models.list_models())")
-        )
+        such = f"such as {', '.join(close)}" if close else "(see torchvision.models.list_models())"
+        expected = f"a classification model of torchvision {such}"
+        raise invalid("arch", f"{TORCHVISION}{name}", expected)
 
 
 def _refuse_name(architecture: str) -> None:
     import timm
 
     close = timm.list_models(f"*{architecture}*")[:5]
-    raise UserError(
-        f"arch: got {architecture!r}, expected lenet5, lenet5_half, cifar_..., torchvision:NAME or "
-        "a timm model" + (f" such as {', '.join(close)}" if close else "; see timm.list_models()")
+    such = f" such as {', '.join(close)}" if close else ""
+    raise invalid(
+        "arch",
+        repr(architecture),
+        f"lenet5, lenet5_half, cifar_..., torchvision:NAME or a timm model{such}",
+        "" if close else "see timm.list_models()",
     )
 
 
@@ -366,10 +382,8 @@ def _use_small_stem(model: Any, architecture: str, stem: str, in_chans: int) -> 
     """
     first = getattr(model, "conv1", None)
     if not isinstance(first, nn.Conv2d) or stem not in STEMS:
-        raise UserError(
-            f"stem: got {stem!r} for {architecture!r}, expected own, or "
-            f"{', '.join(STEMS)} for a ResNet with a single first convolution; set stem=own"
-        )
+        expected = f"own, or {', '.join(STEMS)} for a ResNet with a single first convolution"
+        raise invalid("stem", f"{stem!r} for {architecture!r}", expected, "set stem=own")
     stride = 2 if stem == "conv3_stride2" else 1
     model.conv1 = nn.Conv2d(in_chans, first.out_channels, 3, stride=stride, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")

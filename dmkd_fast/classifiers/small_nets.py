@@ -20,7 +20,7 @@ import re
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
 
 PREFIXES = ("lenet5", "cifar_")
 """All names in this module start with one of these, and no timm name does."""
@@ -52,9 +52,11 @@ def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module | None:
         return WideResNet(depth, width, num_classes=num_classes, in_chans=in_chans)
     if (match := re.fullmatch(r"vgg(\d+)", kind)) and match[1] in _VGG:
         return CifarVGG(_VGG[match[1]], num_classes=num_classes, in_chans=in_chans)
-    raise UserError(
-        f"arch: got {name!r}, expected cifar_resnetD or cifar_resnetDx4 (D = 8, 14, 20, ...), "
-        "cifar_wrnD_K (D = 10, 16, ...), cifar_vgg8, cifar_vgg11 or cifar_vgg13"
+    raise invalid(
+        "arch",
+        repr(name),
+        "cifar_resnetD or cifar_resnetDx4 (D = 8, 14, 20, ...), cifar_wrnD_K (D = 10, 16, ...), "
+        "cifar_vgg8, cifar_vgg11 or cifar_vgg13",
     )
 
 
@@ -83,10 +85,11 @@ class LeNet5(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_chans, H, W) with H, W <= 32 -> logits (B, num_classes)."""
+        """Return logits (B, num_classes) for images (B, in_chans, H, W) with H, W <= 32."""
         rows, columns = 32 - images.shape[-2], 32 - images.shape[-1]
         padding = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
-        return self.classifier(self.features(F.pad(images, padding)).flatten(1))
+        logits: Tensor = self.classifier(self.features(F.pad(images, padding)).flatten(1))
+        return logits
 
 
 class CifarResNet(nn.Module):
@@ -113,8 +116,9 @@ class CifarResNet(nn.Module):
         _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> logits (B, num_classes)."""
-        return self.classifier(self.blocks(self.stem(images)).mean((2, 3)))
+        """Return logits (B, num_classes) for images (B, in_chans, H, W)."""
+        logits: Tensor = self.classifier(self.blocks(self.stem(images)).mean((2, 3)))
+        return logits
 
 
 class WideResNet(nn.Module):
@@ -135,8 +139,9 @@ class WideResNet(nn.Module):
         _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> logits (B, num_classes)."""
-        return self.classifier(self.blocks(self.stem(images)).mean((2, 3)))
+        """Return logits (B, num_classes) for images (B, in_chans, H, W)."""
+        logits: Tensor = self.classifier(self.blocks(self.stem(images)).mean((2, 3)))
+        return logits
 
 
 class CifarVGG(nn.Module):
@@ -159,8 +164,9 @@ class CifarVGG(nn.Module):
         _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_chans, H, W) with H, W >= 16 -> logits (B, num_classes)."""
-        return self.classifier(self.features(images).mean((2, 3)))
+        """Return logits (B, num_classes) for images (B, in_chans, H, W) with H, W >= 16."""
+        logits: Tensor = self.classifier(self.features(images).mean((2, 3)))
+        return logits
 
 
 class _BasicBlock(nn.Module):
@@ -190,11 +196,12 @@ class _PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.norm1(x))
         shortcut = x if self.project is None else self.project(active)
-        return shortcut + self.conv2(F.relu(self.norm2(self.conv1(active))))
+        residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return shortcut + residual
 
 
 def _fits(depth: int, offset: int) -> bool:
-    """Tell whether three equal stages of two-layer blocks plus `offset` layers have this depth.
+    """Return whether three equal stages of two-layer blocks plus `offset` layers have this depth.
 
     1202, the upper limit, is the deepest published network.
     """

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.views.spec import InputSpec
 
 SMALL_STEM = "small_stem_resnet"
@@ -125,9 +125,8 @@ class ClassifierSpec:
         if in_chans == 1 and len(mean) == len(std) == 3:  # timm writes three for gray images too
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)
         if len(mean) != in_chans:
-            raise UserError(
-                f"mean: got {len(mean)} numbers, expected one for each of {in_chans} channels"
-            )
+            expected = f"one for each of {in_chans} channels"
+            raise invalid("mean", f"{len(mean)} numbers", expected)
         # Default of crop_pct: 0.875 in timm's files, the whole image in files of this package.
         default_crop = 1.0 if "stem" in values else 0.875
         tested = inputs.test_input_size
@@ -136,9 +135,7 @@ class ClassifierSpec:
             sizes.append(_square("test_input_size", tested))
         names = file.label_names or inputs.label_names
         if names is not None and len(names) != file.num_classes:
-            raise UserError(
-                f"label_names: got {len(names)}, expected num_classes={file.num_classes}"
-            )
+            raise invalid("label_names", len(names), f"num_classes={file.num_classes}")
         check_model_args(extra)
         spec = ClassifierSpec(
             architecture=name,
@@ -172,14 +169,13 @@ def check_model_args(args: dict[str, Any]) -> None:
     """
     for name, value in args.items():
         if name not in MODEL_ARGS:
-            raise UserError(
-                f"model_args: got {name[:60]!r}, expected arguments that only shape the network, "
-                "such as img_size, drop_path_rate or global_pool; remove it"
-            )
+            expected = "arguments that only shape the network, such as img_size or drop_path_rate"
+            raise invalid("model_args", repr(name[:60]), expected, "remove it")
         if not _is_plain(value, MODEL_ARGS[name]):
-            raise UserError(
-                f"model_args: {name}: got {str(value)[:60]!r}, expected numbers up to "
-                f"{MODEL_ARGS[name]}, true, false, a short name, or a list of those; correct it"
+            raise invalid(
+                f"model_args: {name}",
+                repr(str(value)[:60]),
+                f"numbers up to {MODEL_ARGS[name]}, true, false, a short name, or a list of those",
             )
 
 
@@ -238,10 +234,8 @@ def _read(values: dict[str, Any]) -> _File:
             "that kind, or save yours with timm.models.save_for_hf"
         )
     if values.get("num_classes") == 0:
-        raise UserError(
-            "num_classes: got 0 classes, which is a feature extractor, expected a classifier; use "
-            "one with a trained head"
-        )
+        got = "0 classes, which is a feature extractor"
+        raise invalid("num_classes", got, "a classifier", "use one with a trained head")
     if "pretrained_cfg" not in values:  # timm's first layout
         values = {**values, "pretrained_cfg": values, "label_names": values.get("labels")}
     try:
@@ -252,15 +246,11 @@ def _read(values: dict[str, Any]) -> _File:
         if problem["type"] == "missing":
             raise UserError(f"{name}: missing") from None
         expected = problem["msg"].removeprefix("Input should be ")
-        raise UserError(
-            f"{name}: got {str(problem['input'])[:60]!r}, expected {expected}"
-        ) from None
+        raise invalid(name, repr(str(problem["input"])[:60]), expected) from None
 
 
 def _square(name: str, shape: tuple[int, int, int]) -> int:
     if shape[1] != shape[2]:
-        raise UserError(
-            f"{name}: got {shape[1]} x {shape[2]}, expected a square, as views are square; use a "
-            "model for square images"
-        )
+        got, fix = f"{shape[1]} x {shape[2]}", "use a model for square images"
+        raise invalid(name, got, "a square, as views are square", fix)
     return shape[1]

@@ -23,7 +23,6 @@ from dmkd_fast.config.training import LossConfig as LossConfig
 from dmkd_fast.config.training import MixConfig as MixConfig
 from dmkd_fast.config.training import OptimConfig as OptimConfig
 from dmkd_fast.config.training import TrainConfig as TrainConfig
-from dmkd_fast.ring.limiter import Limiter, check_loop, check_ring, slots_for
 
 
 class RingConfig(Section):
@@ -204,32 +203,6 @@ class DistillConfig(RunConfig):
                     f"{name}.teaches: got classes with mix, expected none, as a mixed view is of "
                     "two classes; remove one of the two"
                 )
-        try:
-            guard = int(ring.overlap)
-            limiter = Limiter(
-                ring.samples_per_insert,
-                min_fill_images=ring.min_fill_images,
-                block_images=block,
-                error_buffer=ring.error_buffer,
-            )
-            check_loop(
-                limiter,
-                batch_size=self.train.batch_size,
-                most_drawable=slots_for(ring.capacity_images, block) - guard * block,
-            )
-            check_ring(
-                ring.capacity_images,
-                block_images=block,
-                min_fill_images=ring.min_fill_images,
-                guard_blocks=guard,
-                samples_per_insert=ring.samples_per_insert,
-                order=ring.order,
-                max_uses=ring.max_uses,
-                num_classes=0,
-            )
-        except ValueError as error:
-            text = str(error).replace("or raise capacity", "or raise ring.capacity")
-            raise ValueError(f"{'train' if text[:5] == 'batch' else 'ring'}.{text}") from None
         return self
 
 

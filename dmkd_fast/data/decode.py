@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from dmkd_fast.data.listing import MOST_PIXELS, Item, SourceError
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.views.spec import InputSpec
 
 _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -53,10 +55,11 @@ def new_pipeline(
         UserError: The device is `cuda` without an index; DALI would use GPU 0.
     """
     check_dali()
-    from nvidia import dali
+    import nvidia.dali
 
+    dali: Any = nvidia.dali  # it has no static types
     if device.type == "cuda" and device.index is None:
-        raise UserError("device: got cuda without an index, expected for example cuda:0")
+        raise invalid("device", "cuda without an index", "for example cuda:0")
     return dali.Pipeline(
         batch_size=batch_size,
         num_threads=num_threads,
@@ -88,7 +91,7 @@ def decoded(encoded: Any, device: torch.device, num_channels: int) -> Any:
     )
 
 
-def image_size(name: str, data: Any, *, short_side: int = 1) -> tuple[int, int]:
+def image_size(name: str, data: bytes, *, short_side: int = 1) -> tuple[int, int]:
     """Read height and width of an encoded image from its header.
 
     The check of the number of pixels belongs before decoding: a small file can be a huge image.
@@ -102,17 +105,15 @@ def image_size(name: str, data: Any, *, short_side: int = 1) -> tuple[int, int]:
         SourceError: The data is not a readable image, or the image has too many pixels, as stored
             or resized.
     """
-    if bytes(data[: len(_PNG)]) == _PNG:
-        size = bytes(data[len(_PNG) : len(_PNG) + 8]).ljust(8, b"\0")
+    if data.startswith(_PNG):
+        size = data[len(_PNG) : len(_PNG) + 8].ljust(8, b"\0")
         width, height = struct.unpack(">II", size)
     else:
         width, height = _size_by_pillow(name, data)
     short, long = sorted((width, height))
     if short < 1 or max(short * long, short_side**2 * long // short) > MOST_PIXELS:
-        raise SourceError(
-            f"{name}: got {width} x {height} pixels, expected 1 to {MOST_PIXELS} in all, also when "
-            f"the short side is resized to {short_side}; remove it"
-        )
+        expected = f"1 to {MOST_PIXELS} in all, also if the short side is resized to {short_side}"
+        raise SourceError.invalid(name, f"{width} x {height} pixels", expected, "remove it")
     return height, width
 
 
@@ -152,7 +153,7 @@ def decode(
             suspects = [item for b in batches[number : number + 3] for item in b]
             raise SourceError(_blame(suspects, inputs, device, reason_of(error))) from None
         # DALI reuses its buffers two runs later, hence `clone`. channels_last is HWC in memory.
-        views = [torch.from_dlpack(out.as_tensor()).clone().permute(0, 3, 1, 2) for out in outputs]
+        views = [from_dlpack(out.as_tensor()).clone().permute(0, 3, 1, 2) for out in outputs]
         if device.type == "cuda":  # DALI does not wait for these copies
             torch.cuda.current_stream(device).synchronize()
         labels = torch.tensor([item.label for item in batch], device=device)
@@ -217,7 +218,7 @@ def _read(items: Sequence[Item], inputs: Sequence[InputSpec]) -> list[Any]:
     encoded, short_side = [item.read() for item in items], max(s.short_side for s in inputs)
     for item, data in zip(items, encoded, strict=True):
         image_size(item.name, data, short_side=short_side)
-    return encoded
+    return [np.frombuffer(data, np.uint8) for data in encoded]
 
 
 def _blame(
@@ -232,11 +233,9 @@ def _blame(
     return f"{suspects[0].name} or one after it cannot be decoded: {reason}"
 
 
-def _size_by_pillow(name: str, data: Any) -> tuple[int, int]:
+def _size_by_pillow(name: str, data: bytes) -> tuple[int, int]:
     from PIL import Image
 
-    if len(data) == 0:
-        raise SourceError(f"{name}: got 0 bytes, expected an image; replace or remove it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `image_size` has its own bound of pixels

@@ -1,4 +1,4 @@
-"""Find the image files below a folder and the class of each, for test sets and for sources.
+"""Find the image files below a folder, and read them, for test sets and for sources.
 
 Links are followed. Hidden files and folders are left out, as are files that are not images. They
 are counted by ending and reported in one log line.
@@ -6,36 +6,17 @@ are counted by ending and reported in one log line.
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from dmkd_fast.runtime import distributed
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, warn_once
 
 # The list of torchvision's ImageFolder, then further endings of formats that DALI decodes.
 EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".ppm",
-    ".bmp",
-    ".pgm",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".jpe",
-    ".jfif",
-    ".pbm",
-    ".pnm",
-    ".jp2",
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".jpe", ".jfif", ".pbm", ".pnm", ".jp2"),
 )
 # Upper bound for one image; larger files and tar members are rejected.
 MOST_BYTES = 64 * 2**20
@@ -51,48 +32,85 @@ class SourceError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One encoded image: `length` bytes of `path`, starting at byte `offset`."""
+    """One encoded image: a whole file, or a member of a tar file."""
 
     path: str
-    name: str
-    """Name for messages: the file, or the shard and its member."""
-    offset: int
-    length: int
     label: int
+    member: str = ""
+    """Name of the member, for messages."""
+    offset: int = 0
+    """Position of the first byte in the file."""
+    length: int | None = None
+    """Number of bytes; None means the whole file."""
 
-    def read(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Read the encoded bytes, (length,) uint8.
+    @property
+    def name(self) -> str:
+        """Name for messages: the file, or the tar file and its member."""
+        return f"{self.path}: {self.member}" if self.member else self.path
 
-        Raises:
-            SourceError: The bytes cannot be read, or there are none or too many for one image.
-        """
-        if not 0 < self.length <= MOST_BYTES:
-            raise SourceError(
-                f"{self.name}: got {self.length} bytes, expected an image of 1 to {MOST_BYTES}; "
-                "replace or remove it"
-            )
-        try:
-            data = np.fromfile(self.path, np.uint8, count=self.length, offset=self.offset)
-        except OSError as error:
-            raise SourceError(f"{self.name}: {error.strerror}; put it back") from None
-        if len(data) != self.length:
-            raise SourceError(
-                f"{self.name}: got {len(data)} bytes, expected {self.length}, as when the set was "
-                "opened; put it back"
-            )
-        return data
+    def read(self) -> bytes:
+        """Read the encoded bytes; see `read_image`."""
+        return read_image(self.path, self.name, self.offset, self.length)
+
+
+def read_image(path: str | Path, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    """Read the encoded bytes of an image.
+
+    Args:
+        path: File to read.
+        name: Name of the image, for messages.
+        offset: Position of the first byte.
+        length: Number of bytes; None means the whole file.
+
+    Raises:
+        SourceError: The bytes cannot be read, or there are none or too many for one image.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size if length is None else length
+            if not 0 < size <= MOST_BYTES:
+                expected = f"an image of 1 to {MOST_BYTES}"
+                raise SourceError.invalid(name, f"{size} bytes", expected, "replace or remove it")
+            data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise SourceError(f"{name}: {error.strerror}; put it back") from None
+    if len(data) != size:
+        expected = f"{size}, as when the set was opened"
+        raise SourceError.invalid(name, f"{len(data)} bytes", expected, "put it back")
+    return data
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
     """The images and sub-folders below a folder."""
 
+    folder: Path
     images: list[str]
     """Paths of the images relative to the folder, with "/" as separator, sorted."""
     folders: list[str]
     """Names of the direct sub-folders, sorted."""
     left_out: Counter[str]
     """Number of files that are not images, by ending, and of hidden files and folders."""
+
+    def by_class(self) -> dict[str, list[str]]:
+        """Group the images by class folder, and log once which files are left out.
+
+        Raises:
+            SourceError: An image is outside the class folders, or a class folder has no image.
+        """
+        found: dict[str, list[str]] = {name: [] for name in self.folders}
+        for name in self.images:
+            base, slash, _ = name.partition("/")
+            if not slash:
+                expected = "every image in the folder of its class"
+                raise SourceError.invalid(self.folder / name, "an image without a label", expected)
+            found[base].append(name)
+        empty = next((name for name, images in found.items() if not images), None)
+        if empty is not None:
+            what = f"no images in a class folder{left_out_text(self.left_out)}"
+            raise SourceError.invalid(self.folder / empty, what, f"some ({', '.join(EXTENSIONS)})")
+        report_left_out(self.folder, self.left_out)
+        return found
 
 
 def list_images(folder: Path) -> Listing:
@@ -114,10 +132,8 @@ def list_images(folder: Path) -> Listing:
             this = (status.st_dev, status.st_ino)
             visits[this] += 1
             if this in above or visits[this] > MOST_LINKS:
-                raise SourceError(
-                    f"{place}: got a folder that links lead to again and again, expected no cycle; "
-                    "remove the link"
-                )
+                what = "a folder that links lead to again and again"
+                raise SourceError.invalid(place, what, "no cycle", "remove the link")
             with os.scandir(place) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
@@ -130,118 +146,23 @@ def list_images(folder: Path) -> Listing:
                     elif entry.is_file():
                         images.append(base + entry.name)
                     else:
-                        raise SourceError(
-                            f"{entry.path}: got a broken link or a special file, expected an "
-                            "image; replace or remove it"
-                        )
+                        what = "a broken link or a special file"
+                        raise SourceError.invalid(entry.path, what, "an image", "remove it")
         except OSError as error:
             where = error.filename or place
             raise SourceError(f"{where}: {error.strerror}; make it readable or remove it") from None
         folders = sorted(inner) if folders is None else folders
         waiting += [(f"{place}/{n}", f"{base}{n}/", (*above, this)) for n in inner]
-    return Listing(images=sorted(images), folders=folders or [], left_out=left_out)
+    return Listing(folder=folder, images=sorted(images), folders=folders or [], left_out=left_out)
 
 
-def by_class(folder: Path, listing: Listing) -> dict[str, list[str]]:
-    """Group images by class folder, with the folders in the order of `class_order`.
-
-    Raises:
-        SourceError: An image is outside the class folders, or a class folder has no image.
-    """
-    found: dict[str, list[str]] = {name: [] for name in class_order(listing.folders)}
-    for name in listing.images:
-        base, slash, _ = name.partition("/")
-        if not slash:
-            raise SourceError(
-                f"{folder / name}: got an image without a label, expected every image in the "
-                "folder of its class; move it into one"
-            )
-        found[base].append(name)
-    empty = next((name for name, images in found.items() if not images), None)
-    if empty is not None:
-        raise SourceError(
-            f"{folder / empty}: got no images in a class folder, expected some "
-            f"({', '.join(EXTENSIONS)}){_left_out(listing.left_out)}; remove the folder or fill it"
-        )
-    return found
-
-
-def class_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Sort class folders by label: numbers by value, other names alphabetically."""
-    order = sorted(names)
-    return tuple(sorted(order, key=int) if all_numbers(order) else order)
-
-
-def warn_of_order(folder: Path, names: Sequence[str]) -> None:
-    """Log once if the labels differ from those of torchvision's ImageFolder."""
-    for label, (mine, other) in enumerate(zip(names, sorted(names), strict=True)):
-        if mine != other:
-            warn_once(
-                f"{folder}: class folders are in numeric order, so class {label} is {mine!r}; in "
-                f"alphabetical order, torchvision's ImageFolder has {other!r} there; to choose, "
-                f"list the names in {CLASS_NAMES}, eval.classes or --classes"
-            )
-            return
-
-
-def all_numbers(names: Sequence[str]) -> bool:
-    """Return whether all names are whole numbers, which do not describe the classes."""
-    return all(name.isascii() and name.isdigit() for name in names)
-
-
-def list_folder(folder: Path, names: tuple[str, ...]) -> tuple[list[Item], tuple[str, ...]]:
-    """List the images of `folder/CLASS/**`.
-
-    Args:
-        folder: Folder with one sub-folder per class.
-        names: Names of the sub-folders in the order of the labels; if empty, `class_order` applies.
-
-    Returns:
-        The images, sorted by label and name, and the names of the classes.
-
-    Raises:
-        SourceError: See `list_images` and `by_class`; or `names` differ from the sub-folders.
-    """
-    listing = list_images(folder)
-    if not listing.folders and not listing.images:
-        raise SourceError(
-            f"{folder}: got no idx files, class folders or .tar shards"
-            f"{_left_out(listing.left_out)}, expected one of these; give another folder"
-        )
-    found = by_class(folder, listing)
-    if not names:
-        names = tuple(found)
-        warn_of_order(folder, names)
-    missing, extra = sorted(set(names) - set(found)), sorted(set(found) - set(names))
-    if missing or extra:
-        what = f"no folder for class {missing[0]!r}" if missing else f"folder {extra[0]!r}"
-        more = len(missing or extra) - 1
-        raise SourceError(
-            f"{folder}: got {what}{f' and {more} more' if more else ''}, which the list of "
-            f"{len(names)} classes {'has' if missing else 'does not have'}; make both agree"
-        )
-    report(folder, listing.left_out)
-    items = []
-    for label, name in enumerate(names):
-        paths = [os.path.join(folder, image) for image in found[name]]
-        items += [Item(path, path, 0, os.path.getsize(path), label) for path in paths]
-    return items, names
-
-
-def report(folder: Path, left_out: Counter[str]) -> None:
-    """Log which kinds of files were left out and how many."""
+def report_left_out(folder: Path, left_out: Counter[str]) -> None:
+    """Log once which kinds of files were left out and how many."""
     if left_out:
-        warn_once(f"{folder}: not all files are images in a known format{_left_out(left_out)}")
+        warn_once(f"{folder}: not all files are images in a known format{left_out_text(left_out)}")
 
 
-@functools.cache
-def warn_once(text: str) -> None:
-    """Log a line on rank 0, but only once per process."""
-    if distributed.read().rank == 0:
-        logging.getLogger("dmkd_fast").warning(text)
-
-
-def _left_out(left_out: Counter[str]) -> str:
+def left_out_text(left_out: Counter[str]) -> str:
     """Return text like ` (3 files left out: 2 .gif, 1 hidden)`, or "" for none."""
     if not left_out:
         return ""

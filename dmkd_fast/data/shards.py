@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import re
 import tarfile
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from dmkd_fast.data.listing import MOST_BYTES, MOST_PIXELS
+from dmkd_fast.data.listing import MOST_BYTES, MOST_PIXELS, read_image
 from dmkd_fast.data.listing import SourceError as SourceError
 from dmkd_fast.data.tar_files import tar_members
 from dmkd_fast.runtime import files
@@ -37,7 +38,8 @@ from dmkd_fast.runtime.errors import UserError
 PLAN, MANIFEST = "job.json", "manifest"
 # Ids of later passes continue after those of the first pass and must fit in int64.
 MOST_IMAGES = 10**15
-_PART = re.compile(r"shard-([0-9]{6,})\.parquet")
+_AGAIN = "make the shard again"
+_SHARD = re.compile(r"shard-([0-9]{6,})\.parquet")
 
 
 class Plan(BaseModel):
@@ -97,16 +99,13 @@ class Shard:
         Raises:
             SourceError: The tar cannot be read, or the bytes differ from those that were written.
         """
-        row = image_id - self.first_id
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), int(self.sizes[row]), int(self.offsets[row]))
-        except OSError as error:
-            raise SourceError(f"{self.path}: {error.strerror}; make it again") from None
+        row, name = image_id - self.first_id, f"{image_id:09d}.png"
+        offset, size = int(self.offsets[row]), int(self.sizes[row])
+        data = read_image(self.path, f"{self.path}: {name}", offset, size)
         if hashlib.sha256(data).hexdigest() != self.hashes[row]:
             raise SourceError(
-                f"{self.path}: the bytes of {image_id:09d}.png are not those of the manifest; "
-                "run the same dmkd generate again, which makes damaged shards again"
+                f"{self.path}: the bytes of {name} are not those of the manifest; run the same "
+                "dmkd generate again, which makes damaged shards again"
             )
         return data
 
@@ -163,26 +162,27 @@ def claim(folder: Path, plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, part: str) -> Iterator[None]:
+def locked(folder: Path, job_slice: str) -> Iterator[None]:
     """Hold the lock of one job slice, and remove unfinished files of its last job.
 
     The lock ends with the process, so a killed job does not block the next one.
 
     Args:
         folder: Directory that the job writes.
-        part: Job slice, as `i-of-n`.
+        job_slice: Job slice, as `i-of-n`.
 
     Raises:
         UserError: Another job holds the lock.
     """
-    with files.locked(folder / f".{part}.lock") as is_ours:
+    with files.locked(folder / f".{job_slice}.lock") as is_ours:
         if not is_ours:
             raise UserError(
-                f"--shard: another job makes part {part} of {folder} now; wait for it or give "
-                "another part"
+                f"--shard: another job makes slice {job_slice} of {folder} now; wait for it or "
+                "give another slice"
             )
-        for left in [*folder.glob(f".*.{part}.partial"), *folder.glob(f"*/.*.{part}.partial")]:
-            left.unlink()
+        for pattern in (f".*.{job_slice}.partial", f"*/.*.{job_slice}.partial"):
+            for left in folder.glob(pattern):
+                left.unlink()
         yield
 
 
@@ -196,8 +196,8 @@ def finished(folder: Path) -> list[int]:
     if not manifest.exists():  # the job that wrote the plan ended before it made the folder
         return []
     if not manifest.is_dir():
-        raise SourceError(f"{manifest}: got a file, expected a folder; remove it")
-    for match in filter(None, (_PART.fullmatch(entry.name) for entry in os.scandir(manifest))):
+        raise SourceError.invalid(manifest, "a file", "a folder", "remove it")
+    for match in filter(None, (_SHARD.fullmatch(entry.name) for entry in os.scandir(manifest))):
         number = int(match[1])
         if match[0] != f"shard-{number:06d}.parquet":
             raise SourceError(
@@ -216,13 +216,13 @@ class ShardWriter:
     Args:
         folder: Directory that was passed to `claim`.
         shard: Number of the shard.
-        part: Job slice, as in `locked`.
+        job_slice: Job slice, as in `locked`.
     """
 
-    def __init__(self, folder: Path, shard: int, part: str) -> None:
+    def __init__(self, folder: Path, shard: int, job_slice: str) -> None:
         self._folder, self._name = folder, f"shard-{shard:06d}"
-        self._tar_path = folder / f".{self._name}.tar.{part}.partial"
-        self._rows_path = folder / MANIFEST / f".{self._name}.parquet.{part}.partial"
+        self._tar_path = folder / f".{self._name}.tar.{job_slice}.partial"
+        self._rows_path = folder / MANIFEST / f".{self._name}.parquet.{job_slice}.partial"
         self._file = self._tar_path.open("wb")
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._rows: list[dict[str, Any]] = []
@@ -276,23 +276,22 @@ def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
     name, ids = f"shard-{shard:06d}", plan.ids(shard)
     labels, hashes = _read_rows(folder / MANIFEST / f"{name}.parquet", ids, plan.num_classes)
     path = folder / f"{name}.tar"
-    try:
-        members = list(tar_members(path, most_members=2 * len(ids)))
-        if [m[0] for m in members] != [f"{i:09d}.{k}" for i in ids for k in ("png", "cls")]:
-            raise SourceError(f"{path}: members are not those of the manifest; make it again")
-        with path.open("rb", buffering=0) as file:
-            for row, (member, offset, size) in enumerate(members[1::2]):
-                if os.pread(file.fileno(), min(size, 20), offset) != b"%d" % labels[row]:
-                    raise SourceError(f"{path}: {member} is not the class of the manifest")
-    except OSError as error:
-        raise SourceError(f"{path}: {error.strerror}; make it again with dmkd generate") from None
+    wanted = [f"{i:09d}.{kind}" for i in ids for kind in ("png", "cls")]
+    # One more than wanted: a longer shard is refused, and a whole one is read to its end.
+    found = list(itertools.islice(tar_members(path), len(wanted) + 1))
+    if [member.name for member, _ in found] != wanted:
+        raise SourceError(f"{path}: members are not those of the manifest; make it again")
+    for (member, text), label in zip(found[1::2], labels, strict=True):
+        if text != b"%d" % label:
+            raise SourceError(f"{path}: {member.name} is not the class of the manifest")
+    images = [member for member, _ in found[::2]]
     return Shard(
         path=path,
         first_id=ids.start,
         labels=labels,
         hashes=hashes,
-        offsets=np.array([m[1] for m in members[::2]], dtype=np.int64),
-        sizes=np.array([m[2] for m in members[::2]], dtype=np.int64),
+        offsets=np.array([m.offset_data for m in images], dtype=np.int64),
+        sizes=np.array([m.size for m in images], dtype=np.int64),
     )
 
 
@@ -322,19 +321,15 @@ def _read_rows(path: Path, ids: range, num_classes: int) -> tuple[np.ndarray, li
     try:
         with pq.ParquetFile(path) as file:
             if file.metadata.num_rows != len(ids):
-                raise SourceError(
-                    f"{path}: got {file.metadata.num_rows} rows, expected {len(ids)}; make the "
-                    "shard again"
-                )
+                got = f"{file.metadata.num_rows} rows"
+                raise SourceError.invalid(path, got, f"{len(ids)}", _AGAIN)
             for field in wanted:
-                if file.schema_arrow.field(field.name).type != field.type:
-                    raise SourceError(
-                        f"{path}: got {file.schema_arrow.field(field.name).type} for "
-                        f"{field.name!r}, expected {field.type}; make the shard again"
-                    )
+                if (kind := file.schema_arrow.field(field.name).type) != field.type:
+                    got = f"{kind} for {field.name!r}"
+                    raise SourceError.invalid(path, got, f"{field.type}", _AGAIN)
             table = file.read(columns=[field.name for field in wanted])
         if any(table[field.name].null_count for field in wanted):
-            raise SourceError(f"{path}: got empty fields, expected none; make the shard again")
+            raise SourceError.invalid(path, "empty fields", "none", _AGAIN)
         found = table["id"].to_numpy()
         labels = table["class"].to_numpy().astype(np.int64)
         hashes = table["sha256"].to_pylist()
@@ -342,7 +337,7 @@ def _read_rows(path: Path, ids: range, num_classes: int) -> tuple[np.ndarray, li
         raise
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:120]
-        raise SourceError(f"{path}: damaged ({reason}); make the shard again") from None
+        raise SourceError(f"{path}: damaged ({reason}); {_AGAIN}") from None
     if list(found) != list(ids) or labels.min() < 0 or labels.max() >= num_classes:
         raise SourceError(f"{path}: ids or classes are not those of the plan; make it again")
     return labels, hashes

@@ -16,16 +16,8 @@ from typing import Literal
 import numpy as np
 
 from dmkd_fast.data import shards
-from dmkd_fast.data.listing import (
-    EXTENSIONS,
-    MOST_BYTES,
-    SourceError,
-    all_numbers,
-    by_class,
-    list_images,
-    report,
-    warn_of_order,
-)
+from dmkd_fast.data.class_names import teacher_order
+from dmkd_fast.data.listing import EXTENSIONS, SourceError, list_images, read_image, report_left_out
 from dmkd_fast.data.shards import Plan, Shard
 
 Kind = Literal["shards", "imagefolder", "paper"]
@@ -77,9 +69,9 @@ class ShardSource:
             raise SourceError(f"{self.folder / shards.MANIFEST}: {error.strerror}") from None
         taken = set(self._order)
         if found and found[-1] >= self.plan.num_shards:
-            raise SourceError(
-                f"{self.folder / shards.MANIFEST}: got shard {found[-1]}, expected 0 to "
-                f"{self.plan.num_shards - 1} by {shards.PLAN}; remove what is of another set"
+            expected = f"0 to {self.plan.num_shards - 1} by {shards.PLAN}"
+            raise SourceError.invalid(
+                self.folder / shards.MANIFEST, f"shard {found[-1]}", expected, "remove it"
             )
         fresh = [s for s in found if s not in taken]
         self._take(fresh)
@@ -161,27 +153,13 @@ class FileSource:
         return labels
 
     def read(self, image_id: int) -> bytes:
-        """Read the encoded bytes of an image.
-
-        Raises:
-            SourceError: The file cannot be read, is empty, or is too large for one image.
-        """
-        try:
-            with (self.folder / self._names[image_id]).open("rb") as file:
-                data = file.read(MOST_BYTES + 1)
-        except OSError as error:
-            raise SourceError(f"{self.name_of(image_id)}: {error.strerror}; put it back") from None
-        if not 0 < len(data) <= MOST_BYTES:
-            size = "0" if not data else "more"
-            raise SourceError(
-                f"{self.name_of(image_id)}: got {size} bytes, expected an image of 1 to "
-                f"{MOST_BYTES}; replace or remove it"
-            )
-        return data
+        """Read the encoded bytes of an image; see `read_image`."""
+        name = self.name_of(image_id)
+        return read_image(name, name)
 
     def name_of(self, image_id: int) -> str:
         """Return the path of an image, for messages."""
-        return str(self.folder / self._names[image_id])
+        return os.path.join(self.folder, self._names[image_id])
 
     def state_dict(self) -> dict[str, object]:
         """Return a hash of names and classes."""
@@ -213,7 +191,7 @@ def find_kind(folder: Path) -> Kind:
     if (folder / shards.PLAN).is_file():
         return "shards"
     if folder.is_file():
-        raise SourceError(f"{folder}: got a file, expected a directory; give {folder.parent}")
+        raise SourceError.invalid(folder, "a file", "a directory", f"give {folder.parent}")
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such directory; give one with images")
     names = list_images(folder).images
@@ -223,7 +201,7 @@ def find_kind(folder: Path) -> Kind:
         return "imagefolder"
     raise SourceError(
         f"{folder}: got neither {shards.PLAN} nor image files in class sub-folders nor files named "
-        "class_X_seed_Y_num_Z.png, expected one of them; give another directory"
+        "class_X_seed_Y_num_Z.png; give another directory"
     )
 
 
@@ -236,9 +214,7 @@ def open_files(
         folder: Root folder.
         kind: `imagefolder` or `paper`.
         num_classes: Number of the teacher's classes.
-        class_names: Names of the classes, in the order of the labels. Sub-folders with these names
-            are matched by name, and numbered sub-folders (0, 1, ...) by number. Otherwise, if
-            `class_names` are only numbers, the sorted sub-folders are matched in order.
+        class_names: Names of the classes, in the order of the labels; see `teacher_order`.
 
     Raises:
         SourceError: There are no images, or their classes are not the teacher's.
@@ -246,15 +222,13 @@ def open_files(
     listing = list_images(folder)
     names = listing.images
     if not names:
-        raise SourceError(f"{folder}: got no image file, expected {', '.join(EXTENSIONS)}")
+        raise SourceError.invalid(folder, "no image file", ", ".join(EXTENSIONS))
     if kind == "paper":
-        labels = [_paper_class(folder, n, num_classes) for n in names]
-    else:
-        found = by_class(folder, listing)
-        class_of = _folder_classes(folder, list(found), num_classes, class_names)
-        labels = [class_of[name.split("/")[0]] for name in names]
-    report(folder, listing.left_out)
-    return FileSource(folder, names, labels)
+        report_left_out(folder, listing.left_out)
+        return FileSource(folder, names, [_paper_class(folder, n, num_classes) for n in names])
+    order = teacher_order(folder, list(listing.by_class()), num_classes, class_names)
+    label_of = {name: label for label, name in enumerate(order)}
+    return FileSource(folder, names, [label_of[name.split("/")[0]] for name in names])
 
 
 def _paper_class(folder: Path, name: str, num_classes: int) -> int:
@@ -265,38 +239,6 @@ def _paper_class(folder: Path, name: str, num_classes: int) -> int:
             "source.kind=imagefolder"
         )
     if int(match[1]) >= num_classes:
-        raise SourceError(
-            f"{folder / name}: got class {int(match[1])}, expected 0 to {num_classes - 1}, the "
-            "teacher's classes; use the teacher of these images"
-        )
+        expected = f"0 to {num_classes - 1}, the teacher's classes"
+        raise SourceError.invalid(folder / name, f"class {int(match[1])}", expected)
     return int(match[1])
-
-
-def _folder_classes(
-    folder: Path, found: list[str], num_classes: int, class_names: Sequence[str]
-) -> dict[str, int]:
-    """Return the class of each sub-folder; `found` is in the order of `class_order`."""
-    if len(found) != num_classes:
-        raise SourceError(
-            f"{folder}: got {len(found)} class sub-folders, expected {num_classes}, one for each "
-            "class of the teacher; use the teacher of these images"
-        )
-    if set(found) == set(class_names):
-        return {name: label for label, name in enumerate(class_names)}
-    if all_numbers(found):
-        numbers = {name: int(name) for name in found}
-        if sorted(numbers.values()) != list(range(num_classes)):
-            raise SourceError(
-                f"{folder}: got class sub-folders {', '.join(found[:5])} ..., expected the numbers "
-                f"0 to {num_classes - 1}; rename them"
-            )
-        warn_of_order(folder, found)
-        return numbers
-    if all_numbers(class_names):
-        return {name: label for label, name in enumerate(found)}
-    odd = sorted(set(found) - set(class_names))
-    missing = sorted(set(class_names) - set(found))
-    raise SourceError(
-        f"{folder}: got a class sub-folder {odd[0]!r}, expected the test set's class names "
-        f"({missing[0]!r} is missing); rename the sub-folders"
-    )

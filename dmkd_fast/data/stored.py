@@ -1,9 +1,7 @@
-"""Stream images from disk to the ring, decoded by NVIDIA DALI.
+"""A stream of images from disk, decoded by NVIDIA DALI.
 
-`ImageReader` takes the place of both a `LabelStream` (`peek`, `advance`) and a `DiffusionSampler`
-(`sample`), so `Distiller` and the ring treat stored and generated images alike. The order of images
-is a function of (seed, pass, position). The only state is a cursor and the order in which shards
-were found.
+The order of images is a function of (seed, pass, position). The only state is a cursor and the
+order in which shards were found.
 
 Shapes: B images of a request, N images of the source, c channels, H x W pixels.
 """
@@ -13,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,12 @@ from dmkd_fast.data.decode import check_dali as check_dali
 from dmkd_fast.data.listing import SourceError as SourceError
 from dmkd_fast.data.sources import Source
 from dmkd_fast.rng import philox
+from dmkd_fast.runtime.distributed import ALONE, Ranks
 
 POLL_S = 0.5
 
 
-class ImageReader:
+class StoredImages:
     """Read the images of a source in passes over it.
 
     The first pass over shards follows their order, which is the order of online generation. It
@@ -37,51 +37,38 @@ class ImageReader:
 
     Args:
         source: Source of the images.
-        image_shape: Shape of the returned images, (c, H, W).
-        resize: Whether to resize images of other sizes (so that they cover H x W; bilinear,
-            antialiased) and crop the center; otherwise another size is an error.
+        decoder: Decoder of the images.
         ring_images: Number of slots of the ring, summed over all ranks. A source that fits into the
             ring is read once, see `is_exhausted`.
-        device: CPU, or a CUDA device with its index, which then decodes what DALI can decode there.
-        num_threads: Number of decoding threads.
         seed: Seed of the order.
         wait_s: Seconds to wait for new images of a growing source.
         show: Whether to print a message while waiting.
-        rank, world_size: Number of this process; number of processes. The ranks take turns, as with
-            a `LabelStream`.
+        ranks: This process among those of the run, which take turns, as with a `LabelStream`. An
+            image that one rank cannot read stops all ranks.
 
     Attributes:
         waits: Duration of each wait for a growing source, in seconds.
-
-    Raises:
-        SourceError: DALI is not installed.
     """
+
+    may_wait = True
 
     def __init__(
         self,
         source: Source,
+        decoder: ImageDecoder,
         *,
-        image_shape: tuple[int, int, int],
-        resize: bool = False,
         ring_images: int,
-        device: torch.device | str = "cpu",
-        num_threads: int = 1,
         seed: int = 0,
         wait_s: float = 600.0,
         show: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
-        check_dali()
-        self.source, self.image_shape, self.resize = source, image_shape, resize
-        self.ring_images, self.device = ring_images, torch.device(device)
-        self.num_threads, self.seed, self.wait_s, self.show = num_threads, seed, wait_s, show
-        self.rank, self.world_size = rank, world_size
+        self.source, self.decoder = source, decoder
+        self.ring_images, self.seed, self.wait_s = ring_images, seed, wait_s
+        self._show, self._ranks = show, ranks
         self.position = 0  # first position of the next turn, shared by all ranks
         self.waits: list[float] = []
-        self._told = -math.inf
-        self._pipeline: Any = None
-        self._pipeline_batch = 0
+        self._reported = -math.inf
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     @property
@@ -90,8 +77,13 @@ class ImageReader:
         count = self.source.num_images
         return self.source.is_complete and count <= self.ring_images and self.position >= count
 
-    def peek(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the next ids and their classes, (count,) int64 each, on the CPU.
+    @property
+    def rewrites(self) -> list[Callable[..., Tensor]]:
+        """The method `read`, which any rank may call alone."""
+        return [self.read]
+
+    def next_block(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the next ids and classes, (count,) int64 each, on the CPU.
 
         Waits until the images exist. A second call returns the same ids, until `advance` moves past
         them.
@@ -99,46 +91,64 @@ class ImageReader:
         Raises:
             SourceError: No new image appeared for `wait_s` seconds.
         """
-        position = self.position + self.rank * count
-        self._wait_for(position + count)
+        position = self.position + self._ranks.rank * count
+        with self._ranks.agreed(SourceError):
+            self._wait_for(position + count)
         total = self.source.num_images
         ids, labels = [], []
         while count:
             number, start = divmod(position, total)
-            part = self._pass(number)[start : start + count]
-            ids.append(part + number * total)
-            labels.append(self.source.labels_of(part))
-            position += len(part)
-            count -= len(part)
+            places = self._pass(number)[start : start + count]
+            ids.append(places + number * total)
+            labels.append(self.source.labels_of(places))
+            position += len(places)
+            count -= len(places)
         return torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(labels))
 
     def advance(self, count: int) -> None:
-        """Move past the `count` images that each rank got from `peek`."""
-        self.position += count * self.world_size
+        """Move past the `count` images that each rank got from `next_block`."""
+        self.position += count * self._ranks.world_size
 
-    def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
-        """Read and decode images.
+    def write(self, ids: Tensor, labels: Tensor, out: Tensor, *, progress: float = 0.0) -> None:
+        """Read and decode images; all ranks must call this together.
 
         Args:
-            ids: Image ids from `peek`, (B,) int64 on the CPU.
-            labels: Not used; the signature is that of `DiffusionSampler.sample`.
+            ids: Image ids from `next_block`, (B,) int64 on the CPU.
+            labels: Not used.
             out: Tensor for the images, (B, c, H, W) uint8, written in place.
-
-        Returns:
-            `out`.
+            progress: Not used.
 
         Raises:
-            SourceError: An image is damaged or has another size.
+            SourceError: An image on some rank is damaged or has another size.
         """
+        del progress
+        with self._ranks.agreed(SourceError):
+            self.read(ids, labels, out=out)
+
+    def read(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
+        """Read and decode images on this rank alone, and return `out`."""
         del labels
         places = [int(i) % self.source.num_images for i in ids.tolist()]
         encoded = [self.source.read(place) for place in places]
-        for place, data in zip(places, encoded, strict=True):
-            self._check_size(place, data)
-        out.copy_(self._decode(places, encoded))
+        out.copy_(self.decoder.decode([self.source.name_of(p) for p in places], encoded))
         if out.is_cuda:  # DALI reuses its buffer without waiting for this copy
             torch.cuda.current_stream(out.device).synchronize()
         return out
+
+    def warm_up(self, scratch: Tensor) -> None:
+        """Do nothing: no part of the decoder compiles."""
+
+    def counts(self, device: torch.device) -> dict[str, Tensor]:
+        """Return no counts."""
+        del device
+        return {}
+
+    def check(self, counts: Mapping[str, int]) -> None:
+        """Do nothing: `write` has checked every image."""
+
+    def totals(self) -> dict[str, float]:
+        """Return the seconds spent waiting for images."""
+        return {"waited_s": round(sum(self.waits), 1)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor and the state of the source."""
@@ -172,10 +182,10 @@ class ImageReader:
                     f"{source.folder}: {there} images are there and none came for "
                     f"{self.wait_s:g} s; start dmkd generate again, then go on with --resume"
                 )
-            if self.show and now - self._told > 30:
+            if self._show and now - self._reported > 30:
                 text = f"waiting for images: {there} are in {source.folder}"
                 print(text, file=sys.stderr, flush=True)
-                self._told = now
+                self._reported = now
             has_waited = True
             time.sleep(POLL_S)
         if has_waited:
@@ -197,19 +207,47 @@ class ImageReader:
             self._order = (number, order.numpy())
         return self._order[1]
 
-    def _check_size(self, place: int, data: bytes) -> None:
-        """Check the size of an image in its header, before anything is decoded."""
-        name, rows, columns = self.source.name_of(place), *self.image_shape[1:]
-        short_side = max(rows, columns) if self.resize else 1
-        height, width = decode.image_size(name, data, short_side=short_side)
-        if not self.resize and (height, width) != (rows, columns):
-            raise SourceError(
-                f"{name}: got {width} x {height} pixels, expected {columns} x {rows}; set "
-                "source.image_size to scale all images"
-            )
 
-    def _decode(self, places: list[int], encoded: list[bytes]) -> Tensor:
-        """Decode images to (B, c, H, W) uint8, on the CPU or on the device of DALI."""
+class ImageDecoder:
+    """Decode images to one shape with DALI, and name the image that cannot be decoded.
+
+    Args:
+        image_shape: Shape of the decoded images, (c, H, W).
+        resize: Whether to resize images of other sizes (so that they cover H x W; bilinear,
+            antialiased) and crop the center; otherwise another size is an error.
+        device: CPU, or a CUDA device with its index, which then decodes what DALI can decode there.
+        num_threads: Number of decoding threads.
+
+    Raises:
+        SourceError: DALI is not installed.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        *,
+        resize: bool = False,
+        device: torch.device | str = "cpu",
+        num_threads: int = 1,
+    ) -> None:
+        check_dali()
+        self.image_shape, self.resize = image_shape, resize
+        self.device, self.num_threads = torch.device(device), num_threads
+        self._pipeline: Any = None
+        self._pipeline_batch = 0
+
+    def decode(self, names: list[str], encoded: list[bytes]) -> Tensor:
+        """Decode images to (B, c, H, W) uint8, on the CPU or on the device of DALI.
+
+        Args:
+            names: Names of the images, for messages.
+            encoded: Contents of the image files.
+
+        Raises:
+            SourceError: An image is damaged or has another size.
+        """
+        for name, data in zip(names, encoded, strict=True):
+            self._check_size(name, data)
         if self._pipeline is None or len(encoded) > self._pipeline_batch:
             self._pipeline, self._pipeline_batch = self._build(len(encoded)), len(encoded)
         try:
@@ -229,22 +267,33 @@ class ImageReader:
         except RuntimeError as error:
             self._pipeline = None  # DALI pipelines cannot be used after an error
             reason = decode.reason_of(error)
-            raise SourceError(self._blame(places, encoded, reason)) from None
+            raise SourceError(self._blame(names, encoded, reason)) from None
 
-    def _blame(self, places: list[int], encoded: list[bytes], reason: str) -> str:
+    def _check_size(self, name: str, data: bytes) -> None:
+        """Check the size of an image in its header, before anything is decoded."""
+        rows, columns = self.image_shape[1:]
+        short_side = max(rows, columns) if self.resize else 1
+        height, width = decode.image_size(name, data, short_side=short_side)
+        if not self.resize and (height, width) != (rows, columns):
+            raise SourceError(
+                f"{name}: got {width} x {height} pixels, expected {columns} x {rows}; set "
+                "source.image_size to scale all images"
+            )
+
+    def _blame(self, names: list[str], encoded: list[bytes], reason: str) -> str:
         """Find the image that could not be decoded, which DALI does not report.
 
         Returns:
             A message of one line.
         """
-        for place, data in zip(places, encoded, strict=True):
+        for name, data in zip(names, encoded, strict=True):
             try:
                 pipeline = self._build(1)
                 pipeline.feed_input("encoded", [np.frombuffer(data, dtype=np.uint8)])
                 pipeline.run()
             except RuntimeError:
-                return f"{self.source.name_of(place)}: damaged, cannot be decoded; replace it"
-        return f"{self.source.name_of(places[0])} or one of the next: cannot be decoded ({reason})"
+                return f"{name}: damaged, cannot be decoded; replace it"
+        return f"{names[0]} or one of the next: cannot be decoded ({reason})"
 
     def _build(self, batch_size: int) -> Any:
         """Build the DALI pipeline: decode, resize and crop if wanted, channels first."""

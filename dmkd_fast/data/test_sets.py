@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmkd_fast.data.class_names import order_folders, read_class_names
 from dmkd_fast.data.decode import decode
-from dmkd_fast.data.listing import CLASS_NAMES, MOST_BYTES, Item, list_folder, report
+from dmkd_fast.data.listing import CLASS_NAMES, Item, left_out_text, list_images, report_left_out
 from dmkd_fast.data.tar_files import list_shards
 from dmkd_fast.runtime.device import available_bytes
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.views.spec import InputSpec
 
 # Upper bound for the number of classes; a higher label is taken as damaged.
@@ -65,11 +67,7 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         """Return the same set on a device."""
-        return ImageSet(
-            images=self.images.to(device),
-            labels=self.labels.to(device),
-            class_names=self.class_names,
-        )
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def batches(
         self, inputs: Iterable[InputSpec], *, rank: int = 0, world_size: int = 1
@@ -81,7 +79,7 @@ class ImageSet:
         """
         inputs = check_inputs(inputs, self.num_channels)
         mine = torch.arange(rank, len(self), world_size, device=self.labels.device)
-        for indices in mine.split(batch_images(inputs)):
+        for indices in torch.split(mine, batch_images(inputs)):
             images = self.images[indices]
             yield {spec: prepare(images, spec) for spec in inputs}, self.labels[indices]
 
@@ -140,7 +138,7 @@ def open_set(
             the classes do not match the list.
     """
     if path.is_file():
-        raise UserError(f"{path}: got a file, expected a folder; give {path.parent}")
+        raise invalid(path, "a file", "a folder", f"give {path.parent}")
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give one with idx files, class folders or tars")
     entries = [p for p in path.iterdir() if not p.name.startswith(".")]
@@ -148,22 +146,35 @@ def open_set(
         if classes is not None:
             raise UserError(f"{classes}: got a list of classes for idx files; remove it")
         return load_idx(path, "t10k").to(device)
-    names = _read_classes(classes or path / CLASS_NAMES, must_exist=classes is not None)
+    names = read_class_names(classes or path / CLASS_NAMES, must_exist=classes is not None)
     tars = [p.name for p in entries if p.suffix == ".tar" and p.is_file()]
     if not tars:
-        items, names = list_folder(path, names)
-        return EncodedSet(items=tuple(items), class_names=names, device=device)
+        return _open_folder(path, names, device)
     items, left_out = list_shards(path, tars)
     left_out.update(p.suffix or p.name for p in entries if p.name not in (*tars, CLASS_NAMES))
     worst = max(items, key=lambda item: item.label)
     most = len(names) or num_classes or MOST_CLASSES
     if worst.label >= most:
-        raise UserError(
-            f"{worst.name}: got class {worst.label}, expected 0 to {most - 1}; correct the labels "
-            "or the list of classes"
-        )
+        fix = "correct the labels or the list of classes"
+        raise invalid(worst.name, f"class {worst.label}", f"0 to {most - 1}", fix)
     names = names or tuple(str(i) for i in range(num_classes or worst.label + 1))
-    report(path, left_out)
+    report_left_out(path, left_out)
+    return EncodedSet(items=tuple(items), class_names=names, device=device)
+
+
+def _open_folder(folder: Path, names: tuple[str, ...], device: torch.device) -> EncodedSet:
+    """Open images in class folders, sorted by label and name."""
+    listing = list_images(folder)
+    if not listing.folders and not listing.images:
+        what = f"no idx files, class folders or .tar shards{left_out_text(listing.left_out)}"
+        raise invalid(folder, what, "one of these")
+    found = listing.by_class()
+    names = order_folders(folder, list(found), names)
+    items = [
+        Item(os.path.join(folder, image), label)
+        for label, name in enumerate(names)
+        for image in found[name]
+    ]
     return EncodedSet(items=tuple(items), class_names=names, device=device)
 
 
@@ -176,16 +187,12 @@ def load_idx(folder: Path, split: str) -> ImageSet:
     images = _read_idx(folder, f"{split}-images-idx3-ubyte", 3)[:, None]  # (N, 1, H, W)
     labels = _read_idx(folder, f"{split}-labels-idx1-ubyte", 1).long()
     if len(images) != len(labels) or len(labels) == 0:
-        raise UserError(
-            f"{folder}: got {len(images)} images and {len(labels)} labels for {split!r}, "
-            "expected equally many, at least one; fetch the files again"
-        )
+        what = f"{len(images)} images and {len(labels)} labels for {split!r}"
+        raise invalid(folder, what, "equally many, at least one", "fetch the files again")
     count = int(labels.max()) + 1
-    class_names = _read_classes(folder / "classes.txt", must_exist=False)
+    class_names = read_class_names(folder / CLASS_NAMES, must_exist=False)
     if class_names and len(class_names) < count:
-        raise UserError(
-            f"{folder / 'classes.txt'}: got {len(class_names)} names, expected {count}, one a line"
-        )
+        raise invalid(folder / CLASS_NAMES, f"{len(class_names)} names", f"{count}, one a line")
     class_names = class_names or tuple(str(i) for i in range(count))
     return ImageSet(images=images, labels=labels, class_names=class_names)
 
@@ -227,16 +234,12 @@ def check_inputs(inputs: Iterable[InputSpec], num_channels: int | None) -> tuple
     distinct = tuple(dict.fromkeys(inputs))
     wanted = {spec.num_channels for spec in distinct}
     if len(wanted) != 1 or num_channels not in (None, *wanted):
-        raise UserError(
-            f"channels: got networks for images with {sorted(wanted)} channels"
-            + ("" if num_channels is None else f" and images with {num_channels}")
-            + ", expected the same number everywhere; use other networks or images"
-        )
+        what = f"networks for images with {sorted(wanted)} channels"
+        what += "" if num_channels is None else f" and images with {num_channels}"
+        raise invalid("channels", what, "the same number everywhere")
     if not wanted <= {1, 3} and num_channels is None:
-        raise UserError(
-            f"channels: got a network for {wanted.pop()} channels, expected 1 or 3, which image "
-            "files decode to; use another network"
-        )
+        what = f"a network for {wanted.pop()} channels"
+        raise invalid("channels", what, "1 or 3, which image files decode to")
     return distinct
 
 
@@ -245,30 +248,6 @@ def batch_images(inputs: Iterable[InputSpec]) -> int:
     # Depends on the inputs alone, because rounding in matrix products may depend on the batch size.
     most = max(spec.num_channels * spec.size**2 for spec in inputs)
     return max(1, min(500, 2**24 // most))
-
-
-def _read_classes(path: Path, *, must_exist: bool) -> tuple[str, ...]:
-    """Read class names, one per line; return none if the file is optional and missing."""
-    if not path.is_file():
-        if must_exist or path.exists():
-            what = "got a folder" if path.is_dir() else "no such file"
-            raise UserError(f"{path}: {what}; give a text file with one class name a line")
-        return ()
-    try:
-        with path.open("rb") as file:
-            text = file.read(MOST_BYTES).decode("utf-8-sig")  # Windows editors write a BOM
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(
-            f"{path}: {reason}, expected one class name a line; save it again"
-        ) from None
-    names = tuple(line.strip() for line in text.splitlines())
-    if not names or not all(names) or len(set(names)) != len(names):
-        raise UserError(
-            f"{path}: got {len(names)} lines, {len(set(names))} of them different and "
-            f"{names.count('')} empty, expected one class name a line, each once; correct it"
-        )
-    return names
 
 
 def _read_idx(folder: Path, stem: str, num_dims: int) -> Tensor:
@@ -284,33 +263,27 @@ def _read_idx(folder: Path, stem: str, num_dims: int) -> Tensor:
         with gzip.open(path) if is_gzip else path.open("rb") as file:
             header = file.read(4 + 4 * num_dims)
             if len(header) < 4 + 4 * num_dims or header[:4] != bytes((0, 0, 8, num_dims)):
-                raise UserError(
-                    f"{path}: got header {header[:4].hex(' ') or 'of 0 bytes'}, expected "
-                    f"00 00 08 0{num_dims}; it is not an idx file of bytes"
-                )
+                what = f"header {header[:4].hex(' ') or 'of 0 bytes'}"
+                fix = "it is not an idx file of bytes"
+                raise invalid(path, what, f"00 00 08 0{num_dims}", fix)
             shape = struct.unpack(f">{num_dims}I", header[4:])
             expected, limit = math.prod(shape), path.stat().st_size
             limit *= _MOST_COMPRESSION if is_gzip else 1
             if min(shape) < 1 or expected > limit:
-                raise UserError(
-                    f"{path}: got a header that announces {' x '.join(map(str, shape))} bytes, "
-                    f"expected 1 to {limit}, as many as the file can hold; fetch it again"
-                )
+                what = f"a header that announces {' x '.join(map(str, shape))} bytes"
+                bound = f"1 to {limit}, as many as the file can hold"
+                raise invalid(path, what, bound, "fetch it again")
             have = available_bytes(torch.device("cpu"))
             if expected > have:
-                raise UserError(
-                    f"{path}: got {expected} bytes, expected at most the {have} of free memory; "
-                    "use image files or shards"
-                )
+                bound = f"at most the {have} of free memory"
+                raise invalid(path, f"{expected} bytes", bound, "use image files or shards")
             values = torch.empty(expected, dtype=torch.uint8)
             view, done = memoryview(values.numpy().data), 0
             while count := file.readinto(view[done : done + 2**24]):
                 done += count
             if done < expected or file.read(1):
                 more = "more" if done == expected else done
-                raise UserError(
-                    f"{path}: got {more} bytes, expected {expected} by its header; fetch it again"
-                )
+                raise invalid(path, f"{more} bytes", f"{expected} by its header", "fetch it again")
     except (MemoryError, RuntimeError):
         raise UserError(f"{path}: memory is used up; use image files or shards") from None
     except (OSError, EOFError, zlib.error) as error:

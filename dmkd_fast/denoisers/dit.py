@@ -97,9 +97,9 @@ class LeanDiT(nn.Module):
         normed = modulated_norm(x, *modulations[:, 0, :2].unbind(1), eps=1e-6)
         for block, modulation, end in zip(self.blocks, modulations.unbind(1), ends, strict=True):
             x, normed = self._block(block, x, normed, modulation[:, 2:], end)
-        x = self.out(normed)  # (B, T, p * p * out_channels)
-        x = x.view(-1, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(len(latents), self.out_channels, g * p, g * p)
+        patches: Tensor = self.out(normed)  # (B, T, p * p * out_channels)
+        patches = patches.view(-1, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return patches.reshape(len(latents), self.out_channels, g * p, g * p)
 
     def _condition(self, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of timestep and label embedding, (B, D)."""
@@ -107,7 +107,8 @@ class LeanDiT(nn.Module):
         places = torch.arange(128, dtype=torch.float32, device=timesteps.device)
         angles = timesteps.float()[:, None] * torch.exp(places * (-math.log(10_000) / 127))
         waves = torch.cat((angles.cos(), angles.sin()), dim=1).to(self.time_in.weight.dtype)
-        return self.time_out(F.silu(self.time_in(waves))) + self.labels(labels)
+        condition: Tensor = self.time_out(F.silu(self.time_in(waves))) + self.labels(labels)
+        return condition
 
     def _block(
         self, block: Any, x: Tensor, normed: Tensor, modulation: Tensor, end: tuple[Tensor, ...]
@@ -188,8 +189,8 @@ def lean_dit(dit: Any) -> LeanDiT | None:
         **both("out", "proj_out_2"),
     }
     for kind in ("weight", "bias"):
-        parts = [weights[f"{layer}norm1.linear.{kind}"] for layer in layers]
-        state[f"modulation.{kind}"] = torch.cat(parts)
+        rows = [weights[f"{layer}norm1.linear.{kind}"] for layer in layers]
+        state[f"modulation.{kind}"] = torch.cat(rows)
     for i, layer in enumerate(layers):
         ours = f"blocks.{i}."
         state |= both(ours + "project", layer + "attn1.to_out.0")

@@ -136,7 +136,8 @@ def _eager_attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
         qkv = qkv + bias.view(qkv.shape[2:])
     query, key, value = qkv.transpose(1, 3).unbind(2)  # (B, H, T, d)
     scores = (query @ key.transpose(-1, -2)).float() * qkv.shape[-1] ** -0.5  # (B, H, T, T)
-    return (scores.softmax(-1).to(qkv.dtype) @ value).transpose(1, 2).contiguous()
+    mixed: Tensor = scores.softmax(-1).to(qkv.dtype) @ value
+    return mixed.transpose(1, 2).contiguous()
 
 
 _LIBRARY.impl("gelu_tanh", _eager_gelu, "CompositeExplicitAutograd")

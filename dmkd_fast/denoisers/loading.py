@@ -13,69 +13,28 @@ for latent models, a decoder. B batch, c channels, h x w latent cells, H x W pix
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
-from dmkd_fast.denoisers import model_folders
+from dmkd_fast.denoisers.config_values import check_values, number, sides, whole
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import lean_dit
-from dmkd_fast.denoisers.model_folders import STEM, one_line
+from dmkd_fast.denoisers.model_folders import (
+    check_is_pipeline,
+    load_strictly,
+    num_stored,
+    one_line,
+    weight_files,
+)
 from dmkd_fast.denoisers.prompts import encode_prompts
-from dmkd_fast.denoisers.wrappers import ClassUNet, TextUNet
-from dmkd_fast.denoisers.wrappers import Decoder as Decoder
-from dmkd_fast.denoisers.wrappers import PixelDiT as PixelDiT
-from dmkd_fast.runtime.errors import UserError
-from dmkd_fast.runtime.model_files import CONFIG, check_plain, read_json, read_license
-
-
-@dataclass(frozen=True, kw_only=True)
-class Denoiser:
-    """A diffusion model and the facts about it that the sampler needs."""
-
-    module: nn.Module
-    """`module(latents (B, c, h, w), timesteps (B,), labels (B,))` -> (B, c or more, h, w)."""
-    scheduler: dict[str, Any]
-    """The scheduler's own config, `_class_name` included."""
-    num_classes: int
-    null_class: int | None
-    """Label that stands for "no class"; None if the model was not trained with one."""
-    latent_shape: tuple[int, int, int]
-    """Shape of one image's latents, (c, h, w)."""
-    image_shape: tuple[int, int, int]
-    """Shape of one image, (1 or 3, H, W)."""
-    decoder: nn.Module | None = None
-    """Latents (B, c, h, w) -> images (B, 3, H, W) in [-1, 1]; None for pixel models."""
-    takes_guidance: bool = False
-    """Whether guidance is an input: `module(latents, timesteps, labels, guidance (B,))`."""
-    license: str = "unknown"
-    """License of the weights, as their model card states it."""
-    class_map: tuple[int, ...] | None = None
-    """The module's own index of each of `num_classes` labels; None if both are the same."""
-
-    def restricted(self, class_map: tuple[int, ...]) -> Denoiser:
-        """Return the same model for a job with some of its classes, in job order.
-
-        Raises:
-            UserError: An entry is not a class of the model, or is repeated.
-        """
-        own = self.class_map or range(self.num_classes)
-        repeated = len(set(class_map)) < len(class_map)
-        if repeated or not set(class_map) <= set(own):
-            without = "" if self.class_map is None else f" without {self.null_class}"
-            raise UserError(
-                f"denoiser.class_map: got {min(class_map)} to {max(class_map)}"
-                f"{', some twice' if repeated else ''}, expected different classes from "
-                f"{min(own)} to {max(own)}{without}; correct the map"
-            )
-        return replace(self, num_classes=len(class_map), class_map=class_map)
+from dmkd_fast.denoisers.wrappers import ClassUNet, Decoder, PixelDiT, TextUNet, import_diffusers
+from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.model_files import CONFIG, read_json, read_license
 
 
 def load_denoiser(
@@ -101,31 +60,34 @@ def load_denoiser(
     Raises:
         UserError: A part is missing, damaged, or of a kind that is not supported.
     """
-    model_folders.check_is_pipeline(folder)
+    check_is_pipeline(folder)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     part = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), None)
     if part is None:
-        raise UserError(f"{folder}: got neither transformer/ nor unet/, expected one of them")
-    check_plain(folder / part)
+        raise invalid(f"{folder}", "neither transformer/ nor unet/", "one of them")
     config = read_json(folder / part / CONFIG)
     kind = config.get("_class_name")
-    builders = {
-        "DiTTransformer2DModel": _load_dit,
+    builders: dict[Any, Callable[..., Denoiser]] = {
+        "DiTTransformer2DModel": partial(_load_dit, lean=lean),
         "UNet2DModel": _load_class_unet,
-        "UNet2DConditionModel": _load_text_unet,
+        "UNet2DConditionModel": partial(_load_text_unet, prompts=prompts or ()),
     }
     if not isinstance(kind, str) or kind not in builders:
-        raise UserError(
-            f"{folder / part / CONFIG}: got _class_name {kind!r:.60}, expected one of "
-            f"{', '.join(builders)}; use a class-conditional or text-to-image model"
+        raise invalid(
+            f"{folder / part / CONFIG}",
+            f"_class_name {kind!r:.60}",
+            f"one of {', '.join(builders)}",
+            "use a class-conditional or text-to-image model",
         )
-    if (prompts is not None) != (kind == "UNet2DConditionModel"):
-        got = "no prompts" if prompts is None else f"{len(prompts)} prompts"
-        raise UserError(
-            f"prompts: got {got} for a {kind}, expected one per class for text-to-image models "
-            "and none for others; change denoiser.prompts"
+    is_text = kind == "UNet2DConditionModel"
+    if not (prompts if is_text else prompts is None):
+        raise invalid(
+            "prompts",
+            f"{len(prompts or ()) or 'no'} prompts for a {kind}",
+            "one per class for text-to-image models and none for others",
+            "change denoiser.prompts",
         )
-    denoiser = builders[kind](folder, config, scheduler, list(prompts or []), lean)
+    denoiser = builders[kind](folder, config, scheduler)
     if null_class is not None:
         denoiser = _with_null_class(denoiser, null_class)
     vae = decoder if decoder is not None else folder / "vae"
@@ -134,9 +96,11 @@ def load_denoiser(
     elif decoder is not None:
         raise UserError(f"decoder: {decoder}: no such folder; check denoiser.decoder")
     elif denoiser.latent_shape[0] not in (1, 3):
-        raise UserError(
-            f"{folder}: got a model of {denoiser.latent_shape[0]}-channel latents without vae/, "
-            "expected an autoencoder there; fetch it, or set denoiser.decoder"
+        raise invalid(
+            f"{folder}",
+            f"a model of {denoiser.latent_shape[0]}-channel latents without vae/",
+            "an autoencoder there",
+            "fetch it, or set denoiser.decoder",
         )
     for module in (denoiser.module, denoiser.decoder):
         if module is not None:
@@ -144,111 +108,52 @@ def load_denoiser(
     return replace(denoiser, license=read_license(folder))
 
 
-def new_pixel_dit(
-    *,
-    num_classes: int,
-    channels: int,
-    image_size: int,
-    patch_size: int,
-    num_layers: int,
-    num_heads: int,
-    head_dim: int,
-) -> PixelDiT:
-    """Build a class-conditional `DiTTransformer2DModel` for pixels.
-
-    In diffusers, every block has its own timestep and label embedder, and each drops labels
-    independently in train mode. Here all blocks share one embedder that never drops labels; the
-    caller drops a label once per example by passing class `num_classes`.
-    """
-    dit = _diffusers().DiTTransformer2DModel(
-        num_attention_heads=num_heads,
-        attention_head_dim=head_dim,
-        num_layers=num_layers,
-        in_channels=channels,
-        out_channels=channels,
-        sample_size=image_size,
-        patch_size=patch_size,
-        num_embeds_ada_norm=num_classes,
-        dropout=0.0,
-    )
-    share_embedder(dit)
-    return PixelDiT(dit)
-
-
-def share_embedder(dit: Any) -> None:
-    """Make all blocks share the embedder of the first block, without dropout."""
-    embedder = dit.transformer_blocks[0].norm1.emb
-    embedder.class_embedder.dropout_prob = 0.0
-    for block in dit.transformer_blocks:
-        block.norm1.emb = embedder
-
-
-def save_denoiser(dit: Any, scheduler: dict[str, Any], folder: Path) -> None:
-    """Write `transformer/` (float16) and `scheduler/` for diffusers to load."""
-    target = folder / "transformer"
-    target.mkdir(parents=True, exist_ok=True)
-    # Shared embedders are written once per block, as diffusers expects to read them.
-    weights = {k: v.detach().cpu().clone().half() for k, v in dit.state_dict().items()}
-    save_file(weights, target / f"{STEM}.safetensors", metadata={"format": "pt"})
-    dit.save_config(target)
-    (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps(scheduler, indent=2) + "\n", encoding="utf-8"
-    )
-
-
 def _load_dit(
-    folder: Path, config: dict[str, Any], scheduler: dict[str, Any], prompts: list[str], lean: bool
+    folder: Path, config: dict[str, Any], scheduler: dict[str, Any], *, lean: bool
 ) -> Denoiser:
-    del prompts
     path = folder / "transformer" / CONFIG
-    files, _ = model_folders.weight_files(folder / "transformer")
-    size, _ = model_folders.sides(path, {"sample_size": 32} | config, "sample_size")
-    patch = model_folders.whole(path, {"patch_size": 2} | config, "patch_size")
+    files, _ = weight_files(folder / "transformer")
+    size, _ = sides(path, config, "sample_size", 32)
+    patch = whole(path, config, "patch_size", 2)
     if size % patch:
-        raise UserError(
-            f"{path}: sample_size: got {size}, expected a multiple of the patch "
-            f"size {patch}; fetch it again"
-        )
-    model_class = _diffusers().DiTTransformer2DModel
-    channels = _channels(path, {"in_channels": 4} | config)
-    inputs = (1, channels, size, size)
+        multiple = f"a multiple of the patch size {patch}"
+        raise invalid(f"{path}: sample_size", size, multiple, "fetch it again")
+    model_class = import_diffusers().DiTTransformer2DModel
+    shape = (_channels(path, {"in_channels": 4} | config), size, size)
     _check_config(
         model_class,
         path,
         config,
         files,
-        lambda dit: dit(torch.zeros(inputs), torch.zeros(1), torch.zeros(1, dtype=torch.int64)),
+        lambda dit: dit(torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64)),
     )
     dit = model_class.from_config(config)
-    model_folders.number(path, dit.config, "norm_eps", 1e-5)
-    model_folders.load_strictly(dit, files)
+    number(path, dit.config, "norm_eps")
+    load_strictly(dit, files)
     for block in dit.transformer_blocks:
         block.norm1.emb.class_embedder.dropout_prob = 0.0
-    num_classes = model_folders.whole(path, dit.config, "num_embeds_ada_norm")
+    num_classes = whole(path, dit.config, "num_embeds_ada_norm")
     return Denoiser(
         module=(lean_dit(dit) if lean else None) or PixelDiT(dit),
         scheduler=scheduler,
         num_classes=num_classes,
         null_class=num_classes,
-        latent_shape=(channels, size, size),
-        image_shape=(channels, size, size),
+        latent_shape=shape,
     )
 
 
-def _load_class_unet(
-    folder: Path, config: dict[str, Any], scheduler: dict[str, Any], prompts: list[str], lean: bool
-) -> Denoiser:
-    del prompts, lean
+def _load_class_unet(folder: Path, config: dict[str, Any], scheduler: dict[str, Any]) -> Denoiser:
     path = folder / "unet" / CONFIG
     num_classes, kind = config.get("num_class_embeds"), config.get("class_embed_type")
     if not num_classes or kind is not None:
-        raise UserError(
-            f"{path}: got num_class_embeds={num_classes!r:.60}, class_embed_type={kind!r:.60}, "
-            "expected a table of classes; use a class-conditional model"
+        raise invalid(
+            f"{path}",
+            f"num_class_embeds={num_classes!r:.60}, class_embed_type={kind!r:.60}",
+            "a table of classes",
+            "use a class-conditional model",
         )
-    num_classes = model_folders.whole(path, config, "num_class_embeds")
-    shape = (_channels(path, config), *model_folders.sides(path, config, "sample_size"))
+    num_classes = whole(path, config, "num_class_embeds")
+    shape = (_channels(path, config), *sides(path, config, "sample_size"))
     unet = _pretrained(
         "UNet2DModel",
         folder / "unet",
@@ -257,27 +162,19 @@ def _load_class_unet(
         ),
     )
     return Denoiser(
-        module=ClassUNet(unet),
-        scheduler=scheduler,
-        num_classes=num_classes,
-        null_class=None,
-        latent_shape=shape,
-        image_shape=shape,
+        module=ClassUNet(unet), scheduler=scheduler, num_classes=num_classes, latent_shape=shape
     )
 
 
 def _load_text_unet(
-    folder: Path, config: dict[str, Any], scheduler: dict[str, Any], prompts: list[str], lean: bool
+    folder: Path, config: dict[str, Any], scheduler: dict[str, Any], *, prompts: Sequence[str]
 ) -> Denoiser:
-    del lean
     path = folder / "unet" / CONFIG
-    if not prompts:
-        raise UserError("prompts: got none, expected one per class; set denoiser.prompts")
-    shape = (_channels(path, config), *model_folders.sides(path, config, "sample_size"))
-    width = model_folders.whole(path, config, "cross_attention_dim")
+    shape = (_channels(path, config), *sides(path, config, "sample_size"))
+    width = whole(path, config, "cross_attention_dim")
     guidance = None
     if config.get("time_cond_proj_dim") is not None:
-        guidance = model_folders.whole(path, config, "time_cond_proj_dim")
+        guidance = whole(path, config, "time_cond_proj_dim")
     unet = _pretrained(
         "UNet2DConditionModel",
         folder / "unet",
@@ -288,45 +185,41 @@ def _load_text_unet(
             timestep_cond=None if guidance is None else torch.zeros(1, guidance),
         ),
     )
-    module = TextUNet(unet, encode_prompts(folder, [*prompts, ""]))
     return Denoiser(
-        module=module,
+        module=TextUNet(unet, encode_prompts(folder, [*prompts, ""])),
         scheduler=scheduler,
         num_classes=len(prompts),
         null_class=len(prompts),
         latent_shape=shape,
-        image_shape=shape,
-        takes_guidance=module.guidance_width > 0,
+        takes_guidance=guidance is not None,
     )
 
 
 def _channels(path: Path, config: dict[str, Any]) -> int:
     """Return the number of channels of a denoiser's latents."""
-    channels = model_folders.whole(path, config, "in_channels")
+    channels = whole(path, config, "in_channels")
     made = config.get("out_channels") or channels
     if made not in (channels, 2 * channels):
-        raise UserError(
-            f"{path}: got {channels} input and {made!r:.60} output channels, expected as many or "
-            "twice as many; models for inpainting or upscaling are not supported"
+        raise invalid(
+            f"{path}",
+            f"{channels} input and {made!r:.60} output channels",
+            "as many or twice as many",
+            "use a model that is not for inpainting or upscaling",
         )
     return channels
 
 
 def _with_null_class(denoiser: Denoiser, null_class: int) -> Denoiser:
     """Return the same model with one of its classes used as the null class."""
+    name, count = "denoiser.null_class", denoiser.num_classes
     if denoiser.null_class is not None:
         if null_class == denoiser.null_class:
             return denoiser
-        raise UserError(
-            f"denoiser.null_class: got {null_class} for a model whose null class is "
-            f"{denoiser.null_class}; remove denoiser.null_class"
-        )
-    count = denoiser.num_classes
+        got = f"{null_class} for a model whose null class is {denoiser.null_class}"
+        raise invalid(name, got, "that class", f"remove {name}")
     if not 0 <= null_class < count or count < 2:
-        raise UserError(
-            f"denoiser.null_class: got {null_class}, expected 0 to {count - 1}, one of the classes "
-            "that the UNet has embeddings for; correct it"
-        )
+        expected = f"0 to {count - 1}, one of the classes that the UNet has embeddings for"
+        raise invalid(name, null_class, expected, "correct it")
     others = tuple(label for label in range(count) if label != null_class)
     return replace(
         denoiser,
@@ -342,29 +235,28 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
     config = read_json(path)
     name = config.get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise UserError(
-            f"{path}: got _class_name {name!r:.60}, expected AutoencoderKL or "
-            "AutoencoderTiny; use another decoder"
-        )
+        got, expected = f"_class_name {name!r:.60}", "AutoencoderKL or AutoencoderTiny"
+        raise invalid(f"{path}", got, expected, "use another decoder")
     channels, height, width = denoiser.latent_shape
-    if config.get("latent_channels", 4) != channels:
-        raise UserError(
-            f"{path}: got {config.get('latent_channels', 4)!r:.60} latent channels, expected "
-            f"the denoiser's {channels}; use the autoencoder that belongs to it"
+    if (given := config.get("latent_channels", 4)) != channels:
+        raise invalid(
+            f"{path}",
+            f"{given!r:.60} latent channels",
+            f"the denoiser's {channels}",
+            "use the autoencoder that belongs to it",
         )
     vae = _pretrained(name, folder, lambda vae: vae.decode(torch.zeros(1, *denoiser.latent_shape)))
     for key in ("latents_mean", "latents_std"):
-        if vae.config.get(key) is not None:
-            raise UserError(
-                f"{path}: {key}: got {vae.config[key]!r:.60}, expected none; latents "
-                "normalized by channel are not supported"
-            )
-    if model_folders.number(path, vae.config, "scaling_factor", 0.0) == 0:
-        raise UserError(f"{path}: scaling_factor: got 0, expected another number; fetch it again")
-    model_folders.number(path, vae.config, "shift_factor", 0.0)
-    made = model_folders.whole(path, vae.config, "out_channels")
+        if (given := vae.config.get(key)) is not None:
+            fix = "use an autoencoder whose latents are not normalized by channel"
+            raise invalid(f"{path}: {key}", f"{given!r:.60}", "none", fix)
+    if number(path, vae.config, "scaling_factor") == 0:
+        raise invalid(f"{path}: scaling_factor", 0, "another number", "fetch it again")
+    if vae.config.get("shift_factor") is not None:
+        number(path, vae.config, "shift_factor")
+    made = whole(path, vae.config, "out_channels")
     if made not in (1, 3):
-        raise UserError(f"{path}: out_channels: got {made}, expected 1 or 3; use another decoder")
+        raise invalid(f"{path}: out_channels", made, "1 or 3", "use another decoder")
     pixels = 2 ** (len(vae.config.block_out_channels) - 1)
     decoder = Decoder(vae).to(memory_format=torch.channels_last)
     return replace(denoiser, decoder=decoder, image_shape=(made, height * pixels, width * pixels))
@@ -389,18 +281,20 @@ def _check_config(
     Raises:
         UserError: The config does not fit the class or the files, or the trial call fails.
     """
-    model_folders.check_values(path, config, model_class)
+    check_values(path, config, model_class)
     try:
         with torch.device("meta"):
             described = model_class.from_config(config).eval()
     except Exception as error:  # diffusers checks little, so errors of many kinds can occur
         raise UserError(f"{path}: {one_line(error)}; fetch it again") from None
     wanted = sum(p.numel() for p in described.parameters())
-    stored = model_folders.num_stored(files)
+    stored = num_stored(files)
     if wanted > 2 * stored:
-        raise UserError(
-            f"{path}: got a config of {wanted:,} weights, but {files[0].name} holds {stored:,}; "
-            "the file belongs to another architecture"
+        raise invalid(
+            f"{path}",
+            f"a config of {wanted:,} weights, but {files[0].name} holds {stored:,}",
+            "as many",
+            "use the file of this architecture",
         )
     try:
         with torch.device("meta"), torch.no_grad():
@@ -411,9 +305,8 @@ def _check_config(
 
 def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
     """Load a diffusers model from safetensors files that fit it exactly."""
-    check_plain(folder)
-    files, variant = model_folders.weight_files(folder)
-    model_class = getattr(_diffusers(), name)
+    files, variant = weight_files(folder)
+    model_class = getattr(import_diffusers(), name)
     _check_config(model_class, folder / CONFIG, read_json(folder / CONFIG), files, trial)
     try:
         model, info = model_class.from_pretrained(
@@ -434,13 +327,3 @@ def _pretrained(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
                 "file belongs to another architecture"
             )
     return model
-
-
-def _diffusers() -> Any:
-    """Import diffusers without the warnings of packages that it tries to import."""
-    # An xFormers that was built for another torch logs long warnings about missing kernels.
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.getLogger("xformers").setLevel(logging.ERROR)
-    import diffusers
-
-    return diffusers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +37,16 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
         check_plain(folder / part)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        encoder = CLIPTextModel.from_pretrained(
+        encoder: Any = CLIPTextModel.from_pretrained(
             folder / "text_encoder", use_safetensors=True, local_files_only=True
-        ).eval()
+        )
+        encoder.eval()
         # A tokenizer whose files state no length reports 10**30.
         longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         tokens = tokenizer(
             prompts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         )
-        return encoder(tokens.input_ids)[0].float()
+        embeddings: Tensor = encoder(tokens.input_ids)[0]
+        return embeddings.float()
     except Exception as error:  # transformers raises many kinds of errors for a damaged folder
         raise UserError(f"{folder}: text_encoder/ or tokenizer/: {one_line(error)}") from None

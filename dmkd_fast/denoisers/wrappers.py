@@ -5,13 +5,25 @@ Shapes: B batch, c channels, h x w latent cells, H x W pixels, L tokens of a pro
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmkd_fast.denoisers.upsampling import double_by_phases
+
+
+def import_diffusers() -> Any:
+    """Import diffusers without the warnings of packages that it tries to import."""
+    # An xFormers that was built for another torch logs long warnings about missing kernels.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    import diffusers
+
+    return diffusers
 
 
 class PixelDiT(nn.Module):
@@ -32,8 +44,8 @@ class PixelDiT(nn.Module):
             timesteps: (B,) in [0, 1000).
             labels: (B,) int64.
         """
-        dit: Any = self.dit
-        return dit(latents, timestep=timesteps, class_labels=labels).sample
+        prediction: Tensor = self.dit(latents, timestep=timesteps, class_labels=labels).sample
+        return prediction
 
 
 class ClassUNet(nn.Module):
@@ -51,8 +63,8 @@ class ClassUNet(nn.Module):
             timesteps: (B,).
             labels: (B,) int64.
         """
-        unet: Any = self.unet
-        return unet(latents, timesteps, class_labels=labels).sample
+        prediction: Tensor = self.unet(latents, timesteps, class_labels=labels).sample
+        return prediction
 
 
 class TextUNet(nn.Module):
@@ -79,13 +91,13 @@ class TextUNet(nn.Module):
             labels: (B,) int64.
             guidance: Guidance scales, (B,), for guidance-distilled models; None for others.
         """
-        unet: Any = self.unet
         condition = None
         if guidance is not None:
             condition = _guidance_waves(guidance - 1, self.guidance_width).to(latents.dtype)
-        return unet(
+        prediction: Tensor = self.unet(
             latents, timesteps, encoder_hidden_states=self.prompts[labels], timestep_cond=condition
         ).sample
+        return prediction
 
 
 class Decoder(nn.Module):
@@ -97,17 +109,15 @@ class Decoder(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        from diffusers.models.upsampling import Upsample2D
-
         self.vae = vae
-        double_by_phases(vae.decoder, Upsample2D)
+        double_by_phases(vae.decoder, import_diffusers().models.upsampling.Upsample2D)
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(vae.config.get("shift_factor") or 0.0)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode latents (B, c, h, w) to images (B, 3, H, W) in [-1, 1]."""
-        vae: Any = self.vae
-        return vae.decode(latents / self.scale + self.shift).sample
+        images: Tensor = self.vae.decode(latents / self.scale + self.shift).sample
+        return images
 
 
 def _guidance_waves(guidance: Tensor, width: int) -> Tensor:

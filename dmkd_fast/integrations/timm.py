@@ -38,14 +38,15 @@ SMALL_NETS = (
 
 def _register(name: str) -> None:
     def build(*, base: str = "" if name == SMALL_STEM else name, **arguments: Any) -> nn.Module:
-        model: Any = build_(base, **arguments)
+        model = build_(base, **arguments)
         if not hasattr(model, "num_classes"):  # timm reads these to save and change models
             head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-            model.num_classes, model.num_features = head.out_features, head.in_features
+            model.num_classes, model.num_features = head.out_features, head.in_features  # type: ignore[assignment]
         return model
 
     def entry(pretrained: bool = False, **arguments: Any) -> nn.Module:
-        return build_model_with_cfg(build, name, pretrained, **arguments)
+        model: nn.Module = build_model_with_cfg(build, name, pretrained, **arguments)
+        return model
 
     entry.__name__ = name
     register_model(entry)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.jobs.images import later_samplers, make_origin
+from dmkd_fast.jobs import memory
+from dmkd_fast.jobs.images import make_stream
 from dmkd_fast.jobs.parts import Parts
-from dmkd_fast.jobs.resolve import share
 from dmkd_fast.ring.buffer import RingBuffer
 from dmkd_fast.runtime.device import resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.training.distiller import Distiller
 from dmkd_fast.training.schedule import Schedule
-from dmkd_fast.views.crops import Views
+from dmkd_fast.training.student import StudentTrainer
+from dmkd_fast.training.targets import Targets
+from dmkd_fast.views.crops import Views, ViewSpec
 from dmkd_fast.views.mixing import Mixer
 
 
@@ -22,52 +24,45 @@ def build(
 ) -> Distiller:
     """Assemble a `Distiller` from a resolved config and its loaded parts."""
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
-    part = share(config, ranks).ring
     if ranks.world_size > 1:
         # Each rank draws its own dropout masks, and draws the same ones after a restart.
         torch.manual_seed(ranks.seed(config.seed))
     ring = RingBuffer(
-        part.capacity_images,
-        image_shape=parts.origin.image_shape,
-        block_images=config.block_images,
-        **part.model_dump(exclude={"capacity_images", "overlap"}),
-        guard_blocks=int(part.overlap),
-        own_stream=part.overlap,
+        memory.ring_plan(config, parts.origin.image_shape, ranks),
+        order=config.ring.order,
         num_classes=parts.origin.num_classes,
         device=device,
         seed=ranks.seed(config.seed),
     )
-    sampler, labels = make_origin(
+    images = make_stream(
         config, parts.origin, ranks.world_size * ring.capacity, show=show, ranks=ranks
     )
-    later = later_samplers(config, parts.origin)
-    spec = parts.student_spec
-    return Distiller(
-        sampler=sampler,
-        ring=ring,
-        labels=labels,
-        views=Views(
-            **config.views.model_dump(),
-            mean=spec.mean,
-            std=spec.std,
-            device=device,
-            seed=config.seed,
-        ),
-        teacher=parts.teachers.together,
-        student=parts.student,
-        schedule=Schedule(
+    spec, compiles = parts.student_spec, config.train.compile is True
+    student = StudentTrainer(
+        parts.student,
+        Schedule(
             **config.optim.model_dump(),
             **config.train.model_dump(exclude={"compile"}),
             num_evaluations=config.eval.num_points,
         ),
-        run_dir=config.run_dir,
         **config.loss.model_dump(),
-        mixer=Mixer(**config.mix.model_dump(), seed=config.seed) if config.mix.is_on else None,
         dtype=dtype,
-        compile=config.train.compile is True,
-        test_set=parts.test_set,
-        student_input=spec.input,
-        later_samplers=later,
-        show=show,
+        compile=compiles,
         ranks=ranks,
+    )
+    views = Views(
+        ViewSpec(size=config.views.size, mean=spec.mean, std=spec.std, device=device),
+        **config.views.model_dump(exclude={"size"}),
+        seed=config.seed,
+    )
+    targets = Targets(
+        parts.teachers.together,
+        views,
+        mixer=Mixer(**config.mix.model_dump(), seed=config.seed) if config.mix.is_on else None,
+        input=spec.input,
+        dtype=dtype,
+        compile=compiles,
+    )
+    return Distiller(
+        images, ring, student, targets, config.run_dir, test_set=parts.test_set, show=show
     )

@@ -12,12 +12,9 @@ from dmkd_fast.jobs import memory, results, run_dir
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.images import describe_images
 from dmkd_fast.jobs.parts import Parts, prepare
-from dmkd_fast.jobs.resolve import share
 from dmkd_fast.runtime.clock import Clock
-from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
-from dmkd_fast.training.distiller import Distiller
 
 
 def run(
@@ -47,9 +44,8 @@ def run(
     config, resume = _place(config, resume, ranks)
     with ranks.agreed():
         config, parts = prepare(run_dir.find(config) if resume else config, ranks)
-        part = share(config, ranks)
-        memory.check(part, parts, ranks)
-    with memory.explained(part, parts):
+        memory.check(config, parts, ranks)
+    with memory.explained(config, parts, ranks):
         return _run(config, parts, clock, resume=resume, show=show, ranks=ranks)
 
 
@@ -61,14 +57,14 @@ def _run(
     folder = Path(config.run_dir)
     with ranks.agreed():
         if not resume:  # Refuse the folder before anything is written to it.
-            distiller.check_folder()
+            distiller.checkpoints.check_folder()
     with run_dir.locked(folder, ranks=ranks):
         if resume and run_dir.has_checkpoint(folder):
             restored = distiller.restore()
             for note in restored.notes:
                 print(note, file=sys.stderr)
         with ranks.agreed():
-            distiller.check_folder()
+            distiller.checkpoints.check_folder()
             if ranks.is_first and resume:
                 run_dir.mark(folder, ranks.launch)
             elif ranks.is_first:
@@ -76,19 +72,9 @@ def _run(
         if show:
             print(describe_images(config, parts.origin), file=sys.stderr)
             print(f"teacher: weights under license {parts.teachers.license}", file=sys.stderr)
-        _fit(distiller, folder, ranks)
+        with run_dir.resume_hint(folder, run_dir.resume_command(folder, ranks), ranks):
+            distiller.fit()
         return results.write(distiller, config, parts) if ranks.is_first else {}
-
-
-def _fit(distiller: Distiller, folder: Path, ranks: Ranks) -> None:
-    """Train, and print the command that resumes the run if training stops early."""
-    try:
-        distiller.fit()
-    except BaseException as stop:
-        is_known = isinstance(stop, KeyboardInterrupt | UserError) or is_out_of_memory(stop)
-        if is_known and ranks.is_first and run_dir.has_checkpoint(folder):
-            print(f"to go on: {run_dir.resume_command(folder, ranks)}", file=sys.stderr)
-        raise
 
 
 def _place(config: DistillConfig, resume: bool, ranks: Ranks) -> tuple[DistillConfig, bool]:

@@ -19,6 +19,7 @@ from dmkd_fast.classifiers.loading import load_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig, EvalConfig
 from dmkd_fast.config.loading import load_config
+from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet, open_set
 from dmkd_fast.jobs import memory, networks, run_dir
 from dmkd_fast.runtime.device import resolve_device, set_num_threads
@@ -103,8 +104,8 @@ def evaluate_run(
         if chosen is None:
             named = {STUDENT: spec.label_names, **teachers.class_names}
             for section, names in named.items():
-                fix = "eval.classes" if data is None else "--classes"
-                networks.check_names(section, names, images.class_names, fix=fix)
+                setting = "eval.classes" if data is None else "--classes"
+                compare_class_names(section, names, images.class_names, setting=setting)
         return _measure(student, spec, images, teachers.together, name=str(folder / STUDENT))
 
 
@@ -125,7 +126,7 @@ def evaluate_classifier(name: str, *, data: Path, classes: Path | None = None) -
         model, spec, _ = networks.load_trained(name, device)
         images = open_test_set(None, data, classes, device, spec.num_classes)
         if classes is None:
-            networks.check_names(name, spec.label_names, images.class_names, fix="--classes")
+            compare_class_names(name, spec.label_names, images.class_names, setting="--classes")
         return _measure(model, spec, images, None, name=name)
 
 

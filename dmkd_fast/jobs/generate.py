@@ -29,7 +29,7 @@ from dmkd_fast.classifiers.loading import for_inference
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.data import shards
 from dmkd_fast.data.test_sets import ImageSet
-from dmkd_fast.denoisers.loading import Denoiser
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.evaluate import open_test_set
 from dmkd_fast.jobs.images import make_sampler, open_denoiser, resolve_sampler
@@ -75,7 +75,7 @@ class Maker:
         check_broken(int(self.sampler.num_broken), self.sampler.num_made)
         columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
         for image_id, label, png, guess, share in zip(*columns, strict=True):
-            scale = self.sampler.class_guidance.get(label, self.sampler.guidance_scale)
+            scale = self.sampler.guidance.scale_of(label)
             row = {"guidance_scale": scale, "teacher_class": guess, "teacher_probability": share}
             yield image_id, label, png, self.row | row
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,19 +18,29 @@ from dmkd_fast.config.generator import PhaseConfig, SamplerConfig
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.networks import DenoiserConfig
 from dmkd_fast.data import sources, stored
+from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.listing import SourceError
 from dmkd_fast.data.shards import PLAN
-from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.data.stored import ImageDecoder, StoredImages
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
-from dmkd_fast.denoisers.loading import Denoiser
 from dmkd_fast.denoisers.loading import load_denoiser as load_denoiser_
-from dmkd_fast.ring.limiter import slots_for
 from dmkd_fast.runtime.device import resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.sampling.arguments import Guidance, Steps
+from dmkd_fast.sampling.generated import GeneratedImages
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.noise_levels import choose_solver
 from dmkd_fast.sampling.sampler import DiffusionSampler
+
+# Settings of section `sampler`, by the arguments of `DiffusionSampler` that they become.
+SETTINGS = {
+    "steps.count": "num_steps",
+    "steps.solver": "solver",
+    "guidance.scale": "guidance_scale",
+    "guidance.by_class": "class_guidance",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +75,9 @@ def resolve_sampler(config: DistillConfig, denoiser: Denoiser) -> DistillConfig:
     Raises:
         UserError: The solver or the kind of attention does not work with the denoiser.
     """
-    solver, name = (
-        choose_solver(denoiser.scheduler, config.sampler.solver),
-        config.sampler.attention,
-    )
+    with _named_as_settings():
+        solver = choose_solver(denoiser.scheduler, config.sampler.solver)
+    name = config.sampler.attention
     if isinstance(denoiser.module, LeanDiT):
         name = denoiser.module.choose_attention(
             name, device=resolve_device(config.device), dtype=getattr(torch, config.dtype)
@@ -88,27 +99,23 @@ def make_sampler(
     """Build the sampler of a resolved config, for the start of the run or for a later phase."""
     sampling = config.sampler
     which = sampling if phase is None else phase
-    return DiffusionSampler(
-        denoiser.module,
-        scheduler=denoiser.scheduler,
-        latent_shape=denoiser.latent_shape,
-        decoder=denoiser.decoder,
-        null_class=denoiser.null_class,
-        takes_guidance=denoiser.takes_guidance,
-        num_classes=denoiser.num_classes,
-        class_map=denoiser.class_map,
-        num_steps=which.num_steps,
-        solver=sampling.solver,
-        guidance_scale=which.guidance_scale,
-        class_guidance=sampling.guidance_of_classes,
-        guidance_interval=sampling.guidance_interval,
-        guidance_channels=sampling.guidance_channels,
-        micro_batch_images=sampling.micro_batch_images,
-        dtype=getattr(torch, config.dtype),
-        device=resolve_device(config.device),
-        seed=config.seed,
-        compile=sampling.compile is True,
+    guidance = Guidance(
+        scale=which.guidance_scale,
+        by_class=sampling.guidance_of_classes,
+        interval=sampling.guidance_interval,
+        channels=sampling.guidance_channels,
     )
+    with _named_as_settings():
+        return DiffusionSampler(
+            denoiser,
+            Steps(count=which.num_steps, solver=sampling.solver),
+            guidance,
+            micro_batch_images=sampling.micro_batch_images,
+            dtype=getattr(torch, config.dtype),
+            device=resolve_device(config.device),
+            seed=config.seed,
+            compile=sampling.compile is True,
+        )
 
 
 def open_source(
@@ -141,7 +148,7 @@ def open_source(
                 f"{folder}; finish it with the same dmkd generate, or set source.follow=true"
             )
         if plan.num_classes == num_classes:
-            _check_names(folder, plan.class_names, class_names)
+            compare_class_names(str(folder), plan.class_names, class_names, setting="eval.classes")
         shape = plan.image_shape if size is None else (plan.image_shape[0], size, size)
         return OpenSource(
             source=shards,
@@ -180,10 +187,8 @@ def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
             raise UserError(
                 f"{name}: got {least}, expected at most the {count} images of source.path; lower it"
             )
-    most = config.ring.max_uses
-    if most is not None and count <= slots_for(
-        config.ring.capacity_images, config.source.block_images
-    ):
+    most, block = config.ring.max_uses, config.source.block_images
+    if most is not None and count <= -(-config.ring.capacity_images // block) * block:
         raise UserError(
             f"ring.max_uses: got {most} with a source of {count} images that fits into the ring, "
             "expected none, as its images are drawn until train.num_views; remove it"
@@ -193,32 +198,41 @@ def resolve_source(config: DistillConfig, opened: OpenSource) -> DistillConfig:
     )
 
 
-def make_origin(
+def make_stream(
     config: DistillConfig,
     images: Denoiser | OpenSource,
     ring_images: int,
     *,
     show: bool,
     ranks: Ranks = ALONE,
-) -> tuple[DiffusionSampler | ImageReader, LabelStream | ImageReader]:
-    """Build the producers of images and of labels; for images on disk, one reader is both."""
+) -> GeneratedImages | StoredImages:
+    """Build the stream of images of a resolved config.
+
+    Args:
+        config: Settings of the job.
+        images: Diffusion model or directory of images.
+        ring_images: Number of slots of the ring, summed over all ranks.
+        show: Whether to print a message while waiting for images.
+        ranks: Ranks among which the images are divided.
+    """
     device = resolve_device(config.device)
     if isinstance(images, OpenSource):
         assert config.source is not None
-        reader = ImageReader(
-            images.source,
-            image_shape=images.image_shape,
+        decoder = ImageDecoder(
+            images.image_shape,
             resize=config.source.image_size is not None,
-            ring_images=ring_images,
             device=device,
             num_threads=config.num_threads,
+        )
+        return StoredImages(
+            images.source,
+            decoder,
+            ring_images=ring_images,
             seed=config.seed,
             wait_s=config.source.wait_s,
             show=show,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            ranks=ranks,
         )
-        return reader, reader
     labels = LabelStream(
         images.num_classes,
         seed=config.seed,
@@ -226,24 +240,13 @@ def make_origin(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    return make_sampler(config, images), labels
+    return GeneratedImages(labels, make_samplers(config, images), ranks=ranks)
 
 
-def later_samplers(
-    config: DistillConfig, images: Denoiser | OpenSource
-) -> list[tuple[float, DiffusionSampler]]:
-    """Build the samplers of later phases, each with the progress at which it starts."""
-    if isinstance(images, OpenSource):
-        return []
-    return [(phase.start, make_sampler(config, images, phase)) for phase in config.sampler.phases]
-
-
-def num_weights(images: Denoiser | OpenSource) -> int:
-    """Count the parameters that are kept on the device to generate images."""
-    if isinstance(images, OpenSource):
-        return 0
-    parts = [images.module] + ([] if images.decoder is None else [images.decoder])
-    return sum(p.numel() for part in parts for p in part.parameters())
+def make_samplers(config: DistillConfig, images: Denoiser) -> list[tuple[float, DiffusionSampler]]:
+    """Build the samplers of all phases, each with the progress at which it starts."""
+    later = [(phase.start, make_sampler(config, images, phase)) for phase in config.sampler.phases]
+    return [(0.0, make_sampler(config, images)), *later]
 
 
 def describe_images(config: DistillConfig, images: Denoiser | OpenSource) -> str:
@@ -269,6 +272,18 @@ def card_sentence(config: DistillConfig) -> str:
     return f"`{config.denoiser.path}` ({_steps(config.sampler)}). {no_real}"
 
 
+@contextmanager
+def _named_as_settings() -> Iterator[None]:
+    """Name settings of the config in errors about the arguments of a sampler."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for argument, setting in SETTINGS.items():
+            text = text.replace(argument, f"sampler.{setting}")
+        raise UserError(text) from None
+
+
 def _steps(sampling: SamplerConfig) -> str:
     """Describe steps and guidance of every phase."""
     text = f"{sampling.num_steps} steps, guidance {sampling.guidance_scale:g}"
@@ -288,15 +303,3 @@ def _wait_for_plan(folder: Path, wait_s: float) -> None:
         if time.monotonic() > end:
             raise SourceError(f"{folder / PLAN}: not there after {wait_s:g} s; start dmkd generate")
         time.sleep(stored.POLL_S)
-
-
-def _check_names(folder: Path, made: tuple[str, ...], tested: tuple[str, ...]) -> None:
-    """Refuse classes in another order; names that are only numbers are not compared."""
-    if all(n.isdigit() for n in made) or all(n.isdigit() for n in tested):
-        return
-    for label, (mine, other) in enumerate(zip(made, tested, strict=False)):
-        if mine != other:
-            raise SourceError(
-                f"source.path: class {label} is {mine!r} in {folder} and {other!r} in eval.path, "
-                "expected the same; use the test set and teacher of these images"
-            )

@@ -1,4 +1,4 @@
-"""Plan the memory of a run by part, and check that it fits before the ring is allocated."""
+"""Plan the ring and the memory of a run, and check both before anything is allocated."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.jobs.images import num_weights
-from dmkd_fast.ring.plan import capacity_plan, largest_capacity
+from dmkd_fast.denoisers.loading import Denoiser
+from dmkd_fast.ring.orders import check_order
+from dmkd_fast.ring.plan import RingPlan
+from dmkd_fast.runtime.checks import check_accumulate
 from dmkd_fast.runtime.device import available_bytes, is_out_of_memory, resolve_device
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from dmkd_fast.jobs.images import OpenSource
     from dmkd_fast.jobs.parts import Parts
 
 
@@ -33,22 +36,63 @@ _WHAT_HELPS = {
 }
 
 
-def plan(config: DistillConfig, parts: Parts) -> dict[str, int]:
-    """Estimate the bytes that each part of a run takes on its device.
+def ring_plan(
+    config: DistillConfig, image_shape: tuple[int, int, int] = (1, 1, 1), ranks: Ranks = ALONE
+) -> RingPlan:
+    """Plan the ring of one rank, and check it against the batch size of the rank.
+
+    Args:
+        config: Settings of the whole run.
+        image_shape: Shape of one image, (c, H, W); all checks but those of memory work without it.
+        ranks: Processes that divide the ring and the batch.
+
+    Raises:
+        UserError: A setting is wrong, or the ring or the batch cannot be divided.
+    """
+    ring, train = config.ring, config.train
+    with _named_as("ring"):
+        check_order(ring.order, max_uses=ring.max_uses, num_classes=1)  # their number comes later
+        plan = RingPlan(
+            **ring.model_dump(exclude={"order", "overlap"}),
+            image_shape=image_shape,
+            block_images=config.block_images,
+            guard_blocks=int(ring.overlap),
+        ).per_rank(ranks)
+    batch_size = ranks.per_rank("train.batch_size", train.batch_size)
+    with _named_as("train" if batch_size > plan.drawable_images else "ring", ranks):
+        plan.check_batch(batch_size)
+    with _named_as("train", ranks):
+        check_accumulate(train.accumulate, batch_size=batch_size)
+    return plan
+
+
+@contextmanager
+def _named_as(section: str, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Name the section of a wrong setting, and the ranks if its value is that of one rank."""
+    try:
+        yield
+    except UserError as error:
+        count = ranks.world_size
+        of_each = f" (of each of {count} ranks)" if count > 1 else ""
+        raise UserError(f"{error.within(section)}{of_each}") from None
+
+
+def plan(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> dict[str, int]:
+    """Estimate the bytes that each part of a run takes on the device of one rank.
 
     Activations of frozen models are not counted.
     """
     compute = getattr(torch, config.dtype)
     weights = sum(p.numel() for p in parts.student.parameters())
     moments = 2 if config.optim.name == "adamw" else 1
-    ring = capacity_plan(config.ring.capacity_images, **_ring_shape(config, parts))
+    ring = ring_plan(config, parts.origin.image_shape, ranks).num_bytes
     pixel = 4 if config.source is None else 1  # Generated as float32, read from disk as uint8.
-    channels, batch = parts.student_spec.in_chans, config.train.batch_size
+    batch_size = ranks.per_rank("train.batch_size", config.train.batch_size)
     sizes = dict.fromkeys([parts.student_spec.input, *parts.teachers.together.inputs])
     return (
         {f"ring {name}": count for name, count in ring.items()}
         | {
-            "denoiser": compute.itemsize * num_weights(parts.origin),
+            "denoiser": compute.itemsize * _num_weights(parts.origin),
             "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
             "student, gradients, optimizer, average": 4 * weights * (3 + moments),
             "test images": parts.test_set.num_bytes,
@@ -56,14 +100,22 @@ def plan(config: DistillConfig, parts: Parts) -> dict[str, int]:
         }
         | batch_plan(
             parts.student,
-            batch,
+            batch_size,
             config.train.accumulate,
-            channels,
+            parts.student_spec.in_chans,
             [spec.size for spec in sizes],
             dtype=compute,
             compiled=config.train.compile is True,
         )
     )
+
+
+def _num_weights(images: Denoiser | OpenSource) -> int:
+    """Count the parameters that are kept on the device to generate images."""
+    if not isinstance(images, Denoiser):
+        return 0
+    modules = [images.module] + ([] if images.decoder is None else [images.decoder])
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def batch_plan(
@@ -119,7 +171,7 @@ def check(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
     """Check that a run fits into memory; return the largest ring.capacity_images that fits.
 
     Args:
-        config: Settings of this rank; see `share` in `jobs/resolve.py`.
+        config: Settings of the whole run.
         parts: Loaded networks and data of the run.
         ranks: This process and the number of processes. Ranks on one machine share the memory of
             the CPU; each has its own GPU.
@@ -130,22 +182,24 @@ def check(config: DistillConfig, parts: Parts, ranks: Ranks = ALONE) -> int:
     Raises:
         UserError: The ring or the other parts do not fit.
     """
-    parts_plan = plan(config, parts)
+    ring = ring_plan(config, parts.origin.image_shape, ranks)
     have = available_bytes(resolve_device(config.device))
     if config.device == "cpu":
         have //= ranks.local_world_size
     # Test images are loaded by now, so they are not part of what still has to fit.
-    ring = {name: count for name, count in parts_plan.items() if name.startswith("ring ")}
-    others = {name: n for name, n in parts_plan.items() if name not in (*ring, "test images")}
-    rest = sum(others.values())
+    others = {
+        name: count
+        for name, count in plan(config, parts, ranks).items()
+        if not name.startswith("ring ") and name != "test images"
+    }
     check_fits(others, have)
-    fits = ranks.world_size * largest_capacity(have - rest, **_ring_shape(config, parts))
-    if sum(ring.values()) + rest > have:
+    need, rest = sum(ring.num_bytes.values()), sum(others.values())
+    fits = ranks.world_size * ring.largest_capacity(have - rest)
+    if need + rest > have:
         raise UserError(
-            f"ring.capacity_images: got {ranks.world_size * config.ring.capacity_images}, which "
-            f"needs {_gib(sum(ring.values()))} GiB of {_gib(have)} GiB available"
-            f"{' to each rank' * (ranks.world_size > 1)}, of which other parts take {_gib(rest)}; "
-            f"lower it to at most {fits}"
+            f"ring.capacity_images: got {config.ring.capacity_images}, which needs {_gib(need)} "
+            f"GiB of {_gib(have)} GiB available{' to each rank' * (ranks.world_size > 1)}, of "
+            f"which other parts take {_gib(rest)}; lower it to at most {fits}"
         )
     return fits
 
@@ -189,14 +243,17 @@ def named(advice: str, device: torch.device | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def explained(config: DistillConfig, parts: Parts | None = None) -> Iterator[None]:
+def explained(
+    config: DistillConfig, parts: Parts | None = None, ranks: Ranks = ALONE
+) -> Iterator[None]:
     """Turn an out-of-memory error of a run into one line that says which settings to lower.
 
     The line also lists what the run keeps, by part, and how much memory was available.
 
     Args:
-        config: Resolved settings.
+        config: Resolved settings of the whole run.
         parts: Networks and data of the run; None while they are being loaded.
+        ranks: Processes that divide the ring and the batch.
 
     Raises:
         UserError: The memory of the device or of the host is exhausted.
@@ -209,7 +266,7 @@ def explained(config: DistillConfig, parts: Parts | None = None) -> Iterator[Non
             raise
         keeps = "models and test images do not fit"
         if parts is not None:
-            counts = plan(config, parts)
+            counts = plan(config, parts, ranks)
             ring = {"ring": sum(n for name, n in counts.items() if name.startswith("ring "))}
             rest = {name: n for name, n in counts.items() if not name.startswith("ring ")}
             each = ", ".join(f"{name} {_gib(n)}" for name, n in (ring | rest).items())
@@ -225,7 +282,3 @@ def explained(config: DistillConfig, parts: Parts | None = None) -> Iterator[Non
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f}"
-
-
-def _ring_shape(config: DistillConfig, parts: Parts) -> dict[str, Any]:
-    return {"image_shape": parts.origin.image_shape, "block_images": config.block_images}

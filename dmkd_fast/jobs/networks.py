@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,38 +198,6 @@ def load_student(
     memory.check_fits(one_view, available_bytes(device))
     _check_takes("student", student, spec.input, num_classes, device)
     return student, spec
-
-
-def check_names(
-    where: str, names: tuple[str, ...] | None, tested: Sequence[str], *, fix: str
-) -> None:
-    """Compare the class names that a classifier's file states with those of a test set.
-
-    Names that are only numbers are not compared; case and punctuation are ignored.
-
-    Args:
-        where: Name of the classifier for the message.
-        names: Class names in the classifier's file, in the order of its outputs; None if it states
-            none.
-        tested: Class names of the test set.
-        fix: Setting or option that sets the order of the test set's classes.
-
-    Raises:
-        UserError: A class has different names.
-    """
-    if names is None or any(all(n.isdigit() for n in some) for some in (names, tested)):
-        return
-    for label, (mine, other) in enumerate(zip(names, tested, strict=True)):
-        if _plain(mine) != _plain(other):
-            raise UserError(
-                f"classes: class {label} is {mine!r} in {where} and {other!r} in the test set, "
-                f"expected the same; set {fix} to a file with the set's class names, one a line, "
-                "in the order of the classifier"
-            )
-
-
-def _plain(name: str) -> str:
-    return "".join(c for c in name.casefold() if c.isalnum()) or name
 
 
 def _load_saved(

@@ -8,8 +8,9 @@ from torch import nn
 
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
-from dmkd_fast.denoisers.loading import Denoiser
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.evaluate import open_test_set
 from dmkd_fast.jobs.images import (
@@ -81,6 +82,7 @@ def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[DistillConfig,
         UserError: A setting or a file is wrong, or the machine cannot run the job.
     """
     config = resolve(config, ranks)
+    memory.ring_plan(config, ranks=ranks)  # refuse bad settings of the ring before anything loads
     with memory.explained(config):
         parts = load_parts(config)
     if isinstance(parts.origin, OpenSource):
@@ -117,9 +119,7 @@ def check_fit(
                     f"{tested}, expected the same; change the one that is off"
                 )
         if config.eval.classes is None:
-            networks.check_names(
-                f"{section}.path",
-                teachers.class_names[section],
-                test_set.class_names,
-                fix="eval.classes",
+            names = teachers.class_names[section]
+            compare_class_names(
+                f"{section}.path", names, test_set.class_names, setting="eval.classes"
             )

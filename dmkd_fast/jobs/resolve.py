@@ -1,17 +1,12 @@
-"""Replace every "auto" of a config by a value for this machine, and divide it among ranks."""
+"""Replace every "auto" of a config by a value for this machine."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import ValidationError
-
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.jobs import networks, run_dir
-from dmkd_fast.ring.limiter import slots_for
 from dmkd_fast.runtime.device import can_compile, resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.distributed import ALONE, Ranks, use_device
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 
 
 def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> DistillConfig:
@@ -28,6 +23,13 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> DistillConfig:
         raise UserError(
             f"ring.overlap: got true with device {device.type}, which has one stream, expected "
             "false; set ring.overlap=false"
+        )
+    if config.source is not None and config.source.follow and ranks.world_size > 1:
+        raise invalid(
+            "source.follow",
+            f"true with {ranks.world_size} ranks",
+            "false, as each would find new shards at another time",
+            "let dmkd generate finish first",
         )
     sampler, train = config.sampler.compile, config.train.compile
     # On a CPU compilation gains little, since the denoiser runs fused kernels already. It pays off
@@ -48,36 +50,3 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> DistillConfig:
             "more_teachers": tuple(more),
         }
     )
-
-
-def share(config: DistillConfig, ranks: Ranks) -> DistillConfig:
-    """Return the settings of one rank: its part of the batch and the ring, with the same reuse.
-
-    Raises:
-        UserError: Batch or ring cannot be divided evenly, or ranks could read different images.
-    """
-    block, ring, train = config.block_images, config.ring, config.train
-    if ranks.world_size == 1:
-        return config
-    if config.source is not None and config.source.follow:
-        raise UserError(
-            f"source.follow: got true with {ranks.world_size} ranks, expected false, as each "
-            "would find new shards at another time; let dmkd generate finish first"
-        )
-    slots = slots_for(ring.capacity_images, block)
-    sizes: dict[str, Any] = {
-        "capacity_images": ranks.per_rank("ring.capacity_images", slots, unit=block),
-        # Only the start of training depends on it, so it is rounded down and never refused.
-        "min_fill_images": max(1, ring.min_fill_images // (ranks.world_size * block)) * block,
-    }
-    if ring.error_buffer is not None:
-        sizes["error_buffer"] = ring.error_buffer / ranks.world_size
-    batch = ranks.per_rank("train.batch_size", train.batch_size)
-    values = config.model_dump()
-    values["ring"] |= sizes
-    values["train"] |= {"batch_size": batch}
-    try:
-        return DistillConfig.model_validate(values)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"{reason} (of each of {ranks.world_size} ranks)") from None

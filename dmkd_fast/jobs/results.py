@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 
 from dmkd_fast.classifiers.loading import save_classifier, timm_lines
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.data.stored import ImageReader
 from dmkd_fast.jobs import report, run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, evaluate_run
 from dmkd_fast.jobs.images import card_sentence
@@ -40,7 +39,7 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
     try:
         with files.new_folder(folder / STUDENT) as partial:
             spec = replace(parts.student_spec, label_names=parts.test_set.class_names)
-            save_classifier(distiller.average.module, spec, partial)
+            save_classifier(distiller.student.average.module, spec, partial)
         scores = evaluate_run(folder).scores
         _draw(distiller, parts, folder, scores["teacher_top1"])
         summary = {
@@ -50,8 +49,6 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
             "teacher_license": parts.teachers.license,
             "run_dir": str(folder),
         }
-        if isinstance(distiller.labels, ImageReader):
-            summary["waited_s"] = round(sum(distiller.labels.waits), 1)
         _write_card(folder, config, parts, summary)
         files.replace(folder / SUMMARY, [json.dumps(summary, indent=2).encode() + b"\n"])
         files.sync(folder)

@@ -9,6 +9,7 @@ process at a time uses a run directory; it holds a lock on `.lock`.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TypeVar
 from dmkd_fast.config.jobs import RunConfig
 from dmkd_fast.config.loading import dump_config, load_config
 from dmkd_fast.runtime import files
+from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
 
@@ -158,6 +160,24 @@ def resume_command(folder: Path, ranks: Ranks = ALONE) -> str:
     """Return the command that resumes a distillation."""
     before = "torchrun (as before) " if ranks.world_size > 1 else ""
     return f"{before}dmkd distill {folder / CONFIG} --resume"
+
+
+@contextlib.contextmanager
+def resume_hint(folder: Path, hint: str, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Print how to resume a run if an error that a person can act on ends it early.
+
+    Args:
+        folder: Run directory.
+        hint: Command or arguments that resume the run.
+        ranks: Ranks of the run, of which the first one prints.
+    """
+    try:
+        yield
+    except BaseException as stop:
+        is_known = isinstance(stop, KeyboardInterrupt | UserError) or is_out_of_memory(stop)
+        if is_known and ranks.is_first and has_checkpoint(folder):
+            print(f"to go on: {hint}", file=sys.stderr)
+        raise
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dmkd_fast.loss.ops import accumulated_type
-from dmkd_fast.runtime.operators import warn_once
+from dmkd_fast.runtime.errors import warn_once
 
 Reduction = Literal["batchmean", "mean", "sum", "none"]
 # Within these limits float32 gradients are close to float64's; at 1e6 they are not.
@@ -101,11 +101,11 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
                 f"{name}: got shape {tuple(logits.shape)}, expected (..., C) with C >= 1"
             )
     _like("teacher_logits", teacher, student, student.shape)
-    if teacher.requires_grad and torch.is_grad_enabled():
+    is_wasted = teacher.requires_grad and torch.is_grad_enabled()
+    if is_wasted and not torch.compiler.is_compiling():
         warn_once(
-            "teacher",
-            "teacher_logits: got a tensor that requires grad; it gets none. "
-            "Compute it under torch.no_grad() to save the memory of its graph.",
+            "teacher_logits: got a tensor that requires grad, which kd_loss does not compute for "
+            "it; use torch.no_grad() to save the memory of its graph"
         )
 
 

@@ -19,10 +19,6 @@ accumulated in float32, or in float64 if student or teacher logits are float64.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,8 +28,7 @@ from dmkd_fast.loss.reference import (
     reference_grad,
     reference_loss,
 )
-from dmkd_fast.runtime import native
-from dmkd_fast.runtime.operators import warn_once
+from dmkd_fast.runtime.operators import cuda_kernel, warn_if_eager
 
 # Per row: maximum and sum of exponentials of s / T, the same of t / T, the common part of
 # log p - log q, the sum of exponentials of s, and the sum of the target.
@@ -75,7 +70,7 @@ def _eager_forward(
     label_smoothing: float,
     per_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _say_eager(student)
+    warn_if_eager(student)
     dtype = accumulated_type(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
     kd = reference_loss(student, teacher, temperature=temperature) / temperature**2  # (B,)
@@ -159,16 +154,6 @@ def _valid(target: Tensor, weight: Tensor | None) -> Tensor:
     return torch.where(weight == 0, 0, target)
 
 
-def _say_eager(logits: Tensor) -> None:
-    if logits.device.type == "cpu" and native.INSTRUCTION_SET == "none":
-        warn_once(
-            "cpu",
-            f"dmkd_fast has no compiled CPU kernels ({native.WHY_MISSING}); kd_loss "
-            "uses its eager definition, several times slower. Install again where there is a "
-            "C++ compiler; torch.compile on the CPU needs one too.",
-        )
-
-
 def _fake_forward(
     student: Tensor,
     teacher: Tensor,
@@ -202,31 +187,12 @@ def _fake_forward_backward(
     return _fake_forward(student, teacher, None, None, 1.0, 1.0, 1.0, 1.0, 0.0, False)
 
 
-def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the Triton implementation of an operator; float64, used for checks, stays eager."""
-
-    def run(*arguments: Any) -> Any:
-        if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments):
-            return eager(*arguments)
-        try:
-            triton = importlib.import_module("dmkd_fast.loss.triton_launch")
-        except ImportError as error:
-            warn_once(
-                "cuda",
-                f"dmkd_fast has no CUDA kernels ({error}); kd_loss uses its eager "
-                "definition, several times slower. Install triton.",
-            )
-            return eager(*arguments)
-        return getattr(triton, name)(*arguments)
-
-    return run
-
-
+_TRITON = "dmkd_fast.loss.triton_launch"
 for _name, _eager, _fake in (
     ("forward", _eager_forward, _fake_forward),
     ("backward", _eager_backward, _fake_backward),
     ("forward_backward", _eager_forward_backward, _fake_forward_backward),
 ):
     _LIBRARY.impl(f"kd_loss_{_name}", _eager, "CompositeExplicitAutograd")
-    _LIBRARY.impl(f"kd_loss_{_name}", _cuda(_name, _eager), "CUDA")
+    _LIBRARY.impl(f"kd_loss_{_name}", cuda_kernel(_TRITON, _name, _eager), "CUDA")
     torch.library.register_fake(f"dmkd_fast::kd_loss_{_name}", _fake, lib=_LIBRARY)

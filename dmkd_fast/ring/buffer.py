@@ -1,15 +1,21 @@
 """A ring buffer of images on the training device.
 
-Producers add images in blocks; consumers draw random slots. `reserve` returns a slice of slots, the
-sampler writes into it inside `producing`, and `commit` makes it visible. Before `commit`, no image
-of the block can be drawn. `sample` draws slots in the chosen order (`ring/orders.py`). `release`
-reports that the drawn slots have been read. A limiter holds the number of views per image at its
-target (`ring/limiter.py`).
+Producers add images in blocks; consumers draw random slots. Once the ring is full, each new block
+overwrites the oldest one.
 
-With `guard_blocks` G > 0, the G blocks that will be overwritten next are not drawn. One of them may
-be written, or aborted half written, while views are drawn from the others. If the producer has a
-CUDA stream of its own (`ring/cuda_sync.py`), both happen at the same time. Images and draws are the
-same with and without that stream.
+    block = ring.reserve()                       # slots to write, not drawn yet
+    with ring.producing():                       # on the producer's stream, if it has one
+        sampler.sample(ids, labels, out=block.images)
+    ring.commit(block, ids=ids, labels=labels)   # from now on they can be drawn
+
+    draw = ring.sample(batch_size)               # slot indices, image ids, use counts
+    views = ring.images[draw.indices]
+    ring.release()                               # the slots may be overwritten again
+
+With G > 0 `guard_blocks`, the G blocks that will be overwritten next are not drawn. One of them may
+be written, or aborted half written, while views are drawn from the others. On a CUDA device, both
+then happen at the same time, on two streams (`ring/cuda_sync.py`). Images and draws are the same as
+those of one stream.
 
 Shapes: N slots, B drawn images, C classes, b images per block, c channels, H x W pixels.
 """
@@ -23,13 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmkd_fast.ring.cuda_sync import Fences, Turns
-from dmkd_fast.ring.limiter import Limiter, check_loop, check_ring
-from dmkd_fast.ring.orders import BlockTable, OrderName, make_order, occurrences
-from dmkd_fast.ring.plan import MOST_USES, check_sizes
+from dmkd_fast.ring.block_table import BlockTable
+from dmkd_fast.ring.cuda_sync import streams_for
+from dmkd_fast.ring.limiter import Limiter
+from dmkd_fast.ring.orders import OrderName, check_order, make_order, occurrences
+from dmkd_fast.ring.plan import MOST_USES, RingPlan
 from dmkd_fast.ring.statistics import BINS, Statistics, count_slots, without_strays
-from dmkd_fast.runtime import checks
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime import checks, tensor_checks
+from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.runtime.errors import invalid
 
 MOST_PASSES = 1024  # upper bound for the passes over the ring in one draw
 
@@ -58,89 +66,47 @@ class RingBuffer:
     """Hold images with labels, ids and use counts in a ring of slots on one device.
 
     Args:
-        capacity_images: Number of slots N; rounded up to whole blocks.
-        image_shape: Shape of one image, (c, H, W).
-        block_images: Images per block b, the batch size of the sampler.
-        samples_per_insert: Views per image that the limiter aims at.
-        min_fill_images: Images before the first view; rounded up to whole blocks.
-        error_buffer: Views by which reuse may be off; see `Limiter`.
+        plan: Sizes of the ring and the reuse of its images.
         order: Order of the draws. "shuffled": passes over all images, so early images are drawn
             more often than late ones. "equal": passes over the less used half of the images, so
             late images catch up. "uniform": independent draws with replacement. "balanced": the
             same number of draws for each class.
-        max_uses: Draws of an image after which it is not drawn again; with "shuffled" and "equal"
-            only. An image that is committed during a pass may get one draw fewer.
-        guard_blocks: Number G of blocks that will be overwritten next and are not drawn.
-        own_stream: Whether the producer has a CUDA stream of its own; needs a guard.
         num_classes: Number of classes C, for "balanced", statistics by class, and label checks.
-        device: Device of all tensors of the ring.
+        device: Device of all tensors of the ring. On a CUDA device, a plan with a guard gives the
+            producer a stream of its own.
         seed: Seed of the draw order.
 
     Raises:
-        TypeError, UserError: An argument is out of range, sizes do not fit together, or a setting
-            would be ignored.
+        TypeError, UserError: An argument is out of range, arguments do not fit together, or the
+            ring does not fit into the memory of the host.
     """
 
     def __init__(
         self,
-        capacity_images: int,
+        plan: RingPlan,
         *,
-        image_shape: tuple[int, int, int],
-        block_images: int,
-        samples_per_insert: float,
-        min_fill_images: int,
-        error_buffer: float | None = None,
         order: OrderName = "shuffled",
-        max_uses: int | None = None,
-        guard_blocks: int = 0,
-        own_stream: bool = False,
         num_classes: int | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
         device = torch.device(device)
-        check_sizes(
-            capacity_images,
-            image_shape=image_shape,
-            block_images=block_images,
-            device=device,
-            min_fill_images=min_fill_images,
-            guard_blocks=guard_blocks,
-            max_uses=max_uses,
-            num_classes=num_classes,
-            samples_per_insert=samples_per_insert,
-        )
         checks.whole("seed", seed, high=checks.MAX_SEED)
-        self._limiter = Limiter(
-            samples_per_insert,
-            min_fill_images=min_fill_images,
-            block_images=block_images,
-            error_buffer=error_buffer,
-        )
-        check_ring(
-            capacity_images,
-            block_images=block_images,
-            min_fill_images=min_fill_images,
-            guard_blocks=guard_blocks,
-            samples_per_insert=samples_per_insert,
-            order=order,
-            max_uses=max_uses,
-            num_classes=num_classes,
-        )
-        if own_stream and (device.type != "cuda" or guard_blocks == 0):
-            raise UserError(
-                f"own_stream: got device {device.type} and guard_blocks={guard_blocks}, expected "
-                "cuda and at least 1; set guard_blocks=1 or own_stream=False"
+        check_order(order, max_uses=plan.max_uses, num_classes=num_classes)
+        size = sum(plan.num_bytes.values())
+        # A device that runs out of memory raises an error; the host ends the process.
+        if device.type == "cpu" and size > (free := available_bytes(device)):
+            raise invalid(
+                "capacity_images",
+                f"{plan.capacity_images}, which takes {size:,} bytes",
+                f"at most {free:,}, what is free",
+                "lower it",
             )
-        self._blocks = BlockTable(
-            -(-capacity_images // block_images),
-            block_images=block_images,
-            guard_blocks=guard_blocks,
-        )
-        self.capacity, self.block_images = self._blocks.capacity, block_images
-        self.max_uses, self.num_classes = max_uses, num_classes
+        self.plan, self.num_classes = plan, num_classes
+        self.blocks, self._limiter = BlockTable(plan), Limiter(plan)
+        self.capacity, self.block_images = plan.num_slots, plan.block_images
         slots = self.capacity
-        self.images = torch.zeros((slots, *image_shape), dtype=torch.uint8, device=device)
+        self.images = torch.zeros((slots, *plan.image_shape), dtype=torch.uint8, device=device)
         self.labels = torch.zeros(slots, dtype=torch.int64, device=device)
         self.ids = torch.full((slots,), -1, dtype=torch.int64, device=device)
         self.uses = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -149,22 +115,22 @@ class RingBuffer:
         self._num_strays = torch.zeros((), dtype=torch.int64, device=device)
         self._retired = torch.zeros(BINS, dtype=torch.int64, device=device)
         self._settings = {
-            "block_images": block_images,
-            "guard_blocks": guard_blocks,
+            "block_images": plan.block_images,
+            "guard_blocks": plan.guard_blocks,
             "order": order,
-            "max_uses": max_uses,
+            "max_uses": plan.max_uses,
             "seed": seed,
         }
         self._open: Block | None = None
         self._is_torn = False
-        self._fences = Fences(device, guard_blocks=guard_blocks) if own_stream else Turns()
+        self._streams = streams_for(device, guard_blocks=plan.guard_blocks)
         self._order = make_order(
             order,
-            self._blocks,
+            self.blocks,
             labels=self.labels,
             uses=self.uses,
             num_classes=num_classes,
-            max_uses=max_uses,
+            max_uses=plan.max_uses,
             seed=seed,
         )
 
@@ -182,23 +148,6 @@ class RingBuffer:
     def num_filled(self) -> int:
         """Images in the ring now."""
         return min(self.num_inserted, self.capacity)
-
-    @property
-    def guard_blocks(self) -> int:
-        """Number G of guard blocks; only with G > 0 may views be drawn while a block is open."""
-        return self._blocks.guard_blocks
-
-    def check(self, batch_size: int) -> None:
-        """Refuse settings that would stop a loop that draws `batch_size` views at a time.
-
-        Raises:
-            UserError: The loop would stop; the message says what to change.
-        """
-        check_loop(
-            self._limiter,
-            batch_size=batch_size,
-            most_drawable=self.capacity - self.guard_blocks * self.block_images,
-        )
 
     def must_insert(self, count: int) -> bool:
         """Return whether a block must be committed before `count` more views can be drawn.
@@ -227,9 +176,9 @@ class RingBuffer:
         """
         if self._open is not None:
             raise RuntimeError("reserve: a block is open already; commit or abort it first")
-        self._fences.before_write()
-        start = self._blocks.committed % self._blocks.num_blocks * self.block_images
-        self._open = Block(start=start, images=self.images[start : start + self.block_images])
+        self._streams.before_write()
+        slots = self.blocks.slots(self.blocks.committed)
+        self._open = Block(start=slots.start, images=self.images[slots])
         self._limiter.num_reserved += self.block_images
         return self._open
 
@@ -239,7 +188,7 @@ class RingBuffer:
         Work inside runs on the producer's stream, if the producer has one. Create the ids and
         labels for `commit` inside as well.
         """
-        return self._fences.producing()
+        return self._streams.producing()
 
     def commit(self, block: Block, *, ids: Tensor, labels: Tensor) -> None:
         """Make a written block visible.
@@ -257,10 +206,10 @@ class RingBuffer:
         if block is not self._open:
             raise RuntimeError("commit: got a block that is not reserved; reserve it first")
         for name, values in (("ids", ids), ("labels", labels)):
-            checks.rows(name, values, count=self.block_images, device=self.images.device)
+            tensor_checks.rows(name, values, count=self.block_images, device=self.images.device)
         if self.num_classes is not None:
-            checks.within("labels", labels, low=0, high=self.num_classes - 1)
-        self._fences.before_commit(ids, labels)
+            tensor_checks.within("labels", labels, low=0, high=self.num_classes - 1)
+        self._streams.before_commit(ids, labels)
         if self.num_classes is not None and labels.device.type != "cpu":
             # Reading labels would wait for the device: clamp and count those out of range, which
             # would crash a kernel. `num_faults` reports the count.
@@ -271,12 +220,12 @@ class RingBuffer:
             old = self.uses[slots].clamp(max=BINS - 1)
             self._retired.scatter_add_(0, old, torch.ones_like(old))
         self.ids[slots], self.labels[slots], self.uses[slots] = ids, labels, 0
-        self.stamps[slots] = self._blocks.committed
+        self.stamps[slots] = self.blocks.committed
         self._limiter.num_inserted += self.block_images
-        self._blocks.committed += 1
+        self.blocks.committed += 1
         self._order.on_commit()
         self._open, self._is_torn = None, False
-        self._fences.after_commit()
+        self._streams.after_commit()
 
     def abort(self) -> None:
         """Give up the reserved block, if any.
@@ -300,21 +249,21 @@ class RingBuffer:
         """
         checks.whole("count", count, low=1, high=min(MOST_PASSES * self.capacity, MOST_USES))
         state = None
-        if self._blocks.num_drawable == 0:
+        if self.blocks.num_drawable == 0:
             state = "the ring is empty"
-        elif self.guard_blocks == 0 and (self._open is not None or self._is_torn):
+        elif self.plan.guard_blocks == 0 and (self._open is not None or self._is_torn):
             state = "a block is half written"
         elif self._is_used_up(count):
-            state = f"fewer than {count} of max_uses={self.max_uses} draws per image are left"
+            state = f"fewer than {count} of max_uses={self.plan.max_uses} draws per image are left"
         if state is not None:
             raise RuntimeError(f"sample: {state}; commit a block first")
-        parts, before = [], []
-        for part in self._order.draw(count):
-            parts.append(part)
-            before.append(self._count(part))
-        indices, uses = (p[0] if len(p) == 1 else torch.cat(p) for p in (parts, before))  # (B,)
+        segments, before = [], []
+        for segment in self._order.draw(count):
+            segments.append(segment)
+            before.append(self._count(segment))
+        indices, uses = (s[0] if len(s) == 1 else torch.cat(s) for s in (segments, before))  # (B,)
         self._limiter.num_sampled += count
-        self._fences.after_draw()
+        self._streams.after_draw()
         return Draw(indices=indices, ids=self.ids[indices], uses=uses)
 
     def release(self) -> None:
@@ -322,16 +271,16 @@ class RingBuffer:
 
         Call it after each gather if the producer has a stream of its own.
         """
-        self._fences.after_gather()
+        self._streams.after_gather()
 
     def statistics(self) -> Statistics:
         """Count images, uses and ages on the device; read the result when a log line is due."""
-        waits = self._fences.waits_s()
+        waits = self._streams.waits_s()
         uses, class_counts, ages = count_slots(
             self.stamps,
             self.uses,
             self.labels,
-            committed=self._blocks.committed,
+            committed=self.blocks.committed,
             num_classes=self.num_classes,
         )
         return Statistics(
@@ -366,10 +315,12 @@ class RingBuffer:
             UserError: `count` is not 0.
         """
         if count:
-            raise UserError(
-                f"ring: got {count:,} labels outside of 0 to {(self.num_classes or 0) - 1} or "
-                f"images drawn {MOST_USES:,} times, expected none; correct the labels, or make "
-                "samples_per_insert smaller"
+            raise invalid(
+                "ring",
+                f"{count:,} labels outside of 0 to {(self.num_classes or 0) - 1} or images drawn "
+                f"{MOST_USES:,} times",
+                "none",
+                "correct the labels, or make samples_per_insert smaller",
             )
 
     def state_dict(self, *, images: bool = True) -> dict[str, Any]:
@@ -379,7 +330,7 @@ class RingBuffer:
             images: Whether to include the pixels. Without them, the caller of `load_state_dict`
                 must write the same pixels into `images`.
         """
-        self._fences.join()
+        self._streams.join()
         tensors = self._tensors()
         if not images:
             del tensors["images"]
@@ -398,24 +349,20 @@ class RingBuffer:
         Raises:
             UserError: The state belongs to a ring of another shape or with other settings.
         """
+        fix = "resume with the settings of the run"
         for name, mine in self._tensors().items():
             if name in state and state[name].shape != mine.shape:
-                raise UserError(
-                    f"ring: got {name} of shape {tuple(state[name].shape)}, expected "
-                    f"{tuple(mine.shape)}; resume with the settings of the run"
-                )
+                got = f"{name} of shape {tuple(state[name].shape)}"
+                raise invalid("ring", got, str(tuple(mine.shape)), fix)
         if state["settings"] != self._settings:
-            raise UserError(
-                f"ring: got a state of {state['settings']}, expected {self._settings}; resume with "
-                "the settings of the run"
-            )
-        self._fences.join()
+            raise invalid("ring", f"a state of {state['settings']}", str(self._settings), fix)
+        self._streams.join()
         for name, mine in self._tensors().items():
             if name in state:
                 mine.copy_(state[name])
         self._limiter.num_inserted = self._limiter.num_reserved = state["num_inserted"]
         self._limiter.num_sampled = state["num_sampled"]
-        self._blocks.committed = state["num_inserted"] // self.block_images
+        self.blocks.committed = state["num_inserted"] // self.block_images
         self._is_torn, self._open = state["is_torn"], None
         self._order.load_state_dict(state["order"])
 
@@ -430,14 +377,14 @@ class RingBuffer:
     def _tears(self) -> bool:
         """Return whether giving up the open block leaves drawable slots half written."""
         is_over_old = self._open is not None and self.num_inserted >= self.capacity
-        return self._is_torn or (is_over_old and self.guard_blocks == 0)
+        return self._is_torn or (is_over_old and self.plan.guard_blocks == 0)
 
-    def _count(self, part: Tensor) -> Tensor:
+    def _count(self, slots: Tensor) -> Tensor:
         """Count one use of each slot (n,), and return how often each had been used before."""
-        before = self.uses[part]
+        before = self.uses[slots]
         if self._order.unique:
-            self.uses[part] = before + 1
+            self.uses[slots] = before + 1
             return before
-        self.uses.index_add_(0, part, torch.ones_like(part))
+        self.uses.index_add_(0, slots, torch.ones_like(slots))
         # A slot that occurs twice counts two uses, since each use is a different view.
-        return before + occurrences(part)
+        return before + occurrences(slots)

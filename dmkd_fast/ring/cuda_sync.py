@@ -1,10 +1,11 @@
 """Order the work of the ring's producer (writes blocks) and its consumer (draws images).
 
-`Turns` is for one stream, where work runs in the order of the calls. `Fences` gives the producer a
-CUDA stream of its own. Only pixels are written on that stream; labels, ids and counts belong to the
-consumer's stream. One event per block means "written", and one event per gather means "read". Slots
-stop being drawn `guard_blocks` commits before they are written again. So the producer waits for the
-last gather before that commit, not for the newest gather. The host waits only in `waits_s`.
+`SingleStream` is for one stream, where work runs in the order of the calls. `ProducerStream` gives
+the producer a CUDA stream of its own. Only pixels are written on that stream; labels, ids and
+counts belong to the consumer's stream. One event per block means "written", and one event per
+gather means "read". Slots stop being drawn `guard_blocks` commits before they are written again. So
+the producer waits for the last gather before that commit, not for the newest gather. The host waits
+only in `waits_s`.
 
 Source: the rule of FFCV's loader (Leclerc et al., arXiv 2306.12517), for slots instead of batches.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 
-class Turns:
+class SingleStream:
     """Measure how long producer and consumer wait on one stream, where no ordering is needed."""
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class Turns:
         """Do nothing: one stream needs no wait."""
 
 
-class Fences:
+class ProducerStream:
     """Order the producer's own CUDA stream against the current stream, which is the consumer's.
 
     Args:
@@ -159,3 +160,10 @@ class Fences:
     @staticmethod
     def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
         return stream.record_event(torch.cuda.Event(enable_timing=True))
+
+
+def streams_for(device: torch.device, *, guard_blocks: int) -> SingleStream | ProducerStream:
+    """Give the producer a stream of its own if the device has streams and the ring has a guard."""
+    if device.type == "cuda" and guard_blocks:
+        return ProducerStream(device, guard_blocks=guard_blocks)
+    return SingleStream()

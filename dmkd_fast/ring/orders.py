@@ -9,67 +9,38 @@ Shapes: N slots, C classes, n drawn slots.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from dmkd_fast.ring.block_table import BlockTable
 from dmkd_fast.rng import philox
+from dmkd_fast.runtime import checks
+from dmkd_fast.runtime.errors import invalid
 
 OrderName = Literal["shuffled", "equal", "uniform", "balanced"]
-
-
-class BlockTable:
-    """Keep track of the blocks that are in the ring and may be drawn.
-
-    Block q, counted from the first one ever written, lies in place q % num_blocks. The
-    `guard_blocks` places that will be overwritten next are not drawn.
-    """
-
-    def __init__(self, num_blocks: int, *, block_images: int, guard_blocks: int) -> None:
-        self.num_blocks, self.block_images = num_blocks, block_images
-        self.guard_blocks = guard_blocks
-        self.committed = 0
-
-    @property
-    def drawable(self) -> range:
-        """Numbers of the blocks that may be drawn, oldest first."""
-        return range(max(0, self.committed - self.num_blocks + self.guard_blocks), self.committed)
-
-    @property
-    def first_slot(self) -> int:
-        """Slot of the oldest drawable image; the other drawable slots follow it around the ring."""
-        return self.drawable.start % self.num_blocks * self.block_images
-
-    @property
-    def num_drawable(self) -> int:
-        """Images that may be drawn."""
-        return len(self.drawable) * self.block_images
-
-    @property
-    def capacity(self) -> int:
-        """Number of slots N."""
-        return self.num_blocks * self.block_images
+MOST_CLASSES = 2**15  # the sort keys of order "balanced" have 15 bits for the class
 
 
 class Order(Protocol):
     """Interface of an order, which decides which slots are drawn next."""
 
     unique: bool
-    """Whether one part of a draw contains each slot at most once."""
+    """Whether one segment of a draw contains each slot at most once."""
 
     def uses_left(self) -> int | None:
         """Return how many views can be drawn before the next commit; None means any number."""
-        ...
+        return None
 
     def on_commit(self) -> None:
         """Take in block `blocks.committed - 1`, for which the oldest block may have left."""
         ...
 
     def draw(self, count: int) -> Iterator[Tensor]:
-        """Yield `count` int64 slots in one or more parts.
+        """Yield `count` int64 slots in one or more segments.
 
-        The caller counts the uses of each part before it asks for the next part.
+        The caller counts the uses of each segment before it asks for the next one.
         """
         ...
 
@@ -82,7 +53,7 @@ class Order(Protocol):
         ...
 
 
-class Passes:
+class Passes(Order):
     """Draw in shuffled passes, each of which takes every image exactly once.
 
     If an image leaves during a pass, the image that comes instead takes its place in the rest of
@@ -145,14 +116,14 @@ class Passes:
         self._passes[new] = 1
 
     def draw(self, count: int) -> Iterator[Tensor]:
-        """Yield the next `count` slots, one part for each pass that they come from."""
+        """Yield the next `count` slots, one segment for each pass that they come from."""
         while count:
             if self._position == len(self._slots):
                 self._begin()
-            part = self._slots[self._position : self._position + count]  # a view
-            self._position += len(part)
-            count -= len(part)
-            yield part
+            segment = self._slots[self._position : self._position + count]  # a view
+            self._position += len(segment)
+            count -= len(segment)
+            yield segment
 
     def _begin(self) -> None:
         """Shuffle the slots of the next pass."""
@@ -197,7 +168,7 @@ class Passes:
             self._generator.set_state(state["generator"].cpu())
 
 
-class Uniform:
+class Uniform(Order):
     """Draw each image with the same probability, independent of earlier draws.
 
     Draw number n depends only on (seed, n) and on the blocks in the ring.
@@ -211,10 +182,6 @@ class Uniform:
         self._blocks, self._seed, self._device = blocks, seed, device
         self._num_drawn, self._chunk = 0, -1
         self._bits = torch.empty(0, dtype=torch.int64, device=device)
-
-    def uses_left(self) -> int | None:
-        """Return None: any number of views can be drawn."""
-        return None
 
     def on_commit(self) -> None:
         """Do nothing: each draw looks up which slots can be drawn."""
@@ -244,7 +211,7 @@ class Uniform:
         self._num_drawn, self._chunk = state["num_drawn"], -1
 
 
-class Balanced:
+class Balanced(Order):
     """Draw the classes in turn, and within a class the least used images first.
 
     Draw number n takes class n % C. A class without images gives its turn to the next class that
@@ -255,7 +222,7 @@ class Balanced:
         blocks: Blocks to draw from.
         labels: (N,) int64, labels of the ring.
         uses: (N,) int64, use counts of the ring.
-        num_classes: Number of classes C, at most 2**15.
+        num_classes: Number of classes C.
         seed: Seed of the random order.
     """
 
@@ -270,10 +237,6 @@ class Balanced:
         self._slots: Tensor | None = None
         self._table = torch.empty(0, dtype=torch.int64, device=labels.device)
 
-    def uses_left(self) -> int | None:
-        """Return None: any number of views can be drawn."""
-        return None
-
     def on_commit(self) -> None:
         """Sort the images again before the next draw."""
         self._slots = None
@@ -287,10 +250,10 @@ class Balanced:
                 self._num_shuffles += 1
                 self._slots = self._shuffle()
                 self._table = self._by_class(self._slots)
-            part = min(count, self._blocks.num_drawable - used)
-            slots = self._look_up(self._slots, part)
-            self._num_drawn += part
-            count -= part
+            size = min(count, self._blocks.num_drawable - used)
+            slots = self._look_up(self._slots, size)
+            self._num_drawn += size
+            count -= size
             yield slots
 
     def _shuffle(self) -> Tensor:
@@ -351,6 +314,32 @@ class Balanced:
             self._table = self._by_class(self._slots)
 
 
+def check_order(name: OrderName, *, max_uses: int | None, num_classes: int | None) -> None:
+    """Refuse an order that does not exist, or that does not fit the other settings of a ring.
+
+    Args:
+        name: Name of the order; see `RingBuffer`.
+        max_uses: Draws of an image after which it is not drawn again; None means any number.
+        num_classes: Number of classes C; None if it is not known.
+
+    Raises:
+        TypeError, UserError: A setting is wrong; the message says what to change.
+    """
+    if name not in get_args(OrderName):
+        raise invalid("order", repr(name), "shuffled, equal, uniform or balanced", "choose one")
+    if num_classes is not None:
+        checks.whole("num_classes", num_classes, low=1, high=MOST_CLASSES)
+    elif name == "balanced":
+        raise invalid("num_classes", "None with order=balanced", "their number", "set it")
+    if max_uses is not None and name not in ("shuffled", "equal"):
+        raise invalid(
+            "max_uses",
+            f"{max_uses} with order={name}, which does not draw in passes",
+            "order=shuffled or equal",
+            "change one of the two",
+        )
+
+
 def make_order(
     name: OrderName,
     blocks: BlockTable,
@@ -364,11 +353,9 @@ def make_order(
     """Create the order with the given name.
 
     Args:
-        name: Name of the order; see `RingBuffer`.
+        name, num_classes, max_uses: Settings that `check_order` accepts.
         blocks: Blocks to draw from.
         labels, uses: (N,) int64, labels and use counts of the ring.
-        num_classes: Number of classes C; needed by "balanced".
-        max_uses: Draws per image for "shuffled" and "equal"; None means any number.
         seed: Seed of the order.
     """
     if name == "uniform":

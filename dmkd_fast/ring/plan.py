@@ -1,4 +1,12 @@
-"""Check the sizes of a ring and plan its memory before any of it is allocated.
+"""Check the sizes of a ring and the reuse of its images before any memory is allocated.
+
+Sizes that never block: let u = samples_per_insert * block_images, d = batch_size and
+e = error_buffer. The limiter (`ring/limiter.py`) keeps a number x in [-e, e]; each draw lowers it
+by d, and each insert raises it by u. x begins at 0, so it stays on the grid of the multiples of
+g = gcd(u, d). If the band [-e, e] holds fewer than (u + d) / g grid points, each point has at most
+one possible move, and no two moves lead to the same point. A cycle has at least (u + d) / g points
+and does not fit, so the loop must stop. With (u + d) / g points or more, each point has a move, and
+the loop never stops. The argument is ours.
 
 Shapes: N slots, c channels, H x W pixels.
 """
@@ -6,92 +14,197 @@ Shapes: N slots, c channels, H x W pixels.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
-import torch
-
-from dmkd_fast.ring.limiter import slots_for
 from dmkd_fast.runtime import checks
-from dmkd_fast.runtime.device import available_bytes as free_bytes
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.distributed import Ranks
+from dmkd_fast.runtime.errors import UserError, invalid
 
-# Views have 24 bits for the use count of an image; order "balanced" has 15 bits for its class.
-MOST_USES, MOST_CLASSES = 2**24, 2**15
+MOST_USES = 2**24  # views have 24 bits for the use count of an image
 
 
-def check_sizes(
-    capacity_images: int,
-    *,
-    image_shape: tuple[int, int, int],
-    block_images: int,
-    min_fill_images: int,
-    guard_blocks: int,
-    samples_per_insert: float,
-    max_uses: int | None,
-    num_classes: int | None,
-    device: torch.device,
-) -> None:
-    """Refuse numbers out of range, and a ring that does not fit into the memory of the host.
-
-    The arguments are those of `RingBuffer`. Only host memory is checked: if it runs out, the
-    operating system ends the process, while other devices raise an error.
+@dataclass(frozen=True, kw_only=True)
+class RingPlan:
+    """Sizes of a ring buffer and the reuse of its images, checked against each other.
 
     Raises:
-        TypeError, UserError: An argument is wrong; the message is one line that names it.
+        TypeError, UserError: A field is out of range, or fields do not fit together.
     """
-    shape = checks.image_shape(image_shape)
-    for name, value, most in (
-        ("capacity_images", capacity_images, 2**40),
-        ("block_images", block_images, 2**31),
-        ("min_fill_images", min_fill_images, 2**40),
-        ("max_uses", max_uses, MOST_USES),
-        ("num_classes", num_classes, MOST_CLASSES),
-    ):
-        if value is not None or name not in ("max_uses", "num_classes"):
-            checks.whole(name, value, low=1, high=most)
-    checks.whole("guard_blocks", guard_blocks)
-    checks.number("samples_per_insert", samples_per_insert, low=0, high=MOST_USES, above=True)
-    size = sum(
-        capacity_plan(capacity_images, image_shape=shape, block_images=block_images).values()
-    )
-    if device.type == "cpu" and size > free_bytes(device):
-        raise UserError(
-            f"capacity_images: got {capacity_images}, which takes {size:,} bytes, expected at most "
-            f"{free_bytes(device):,}, what is free; lower it"
+
+    capacity_images: int
+    """Number of slots; rounded up to whole blocks."""
+    image_shape: tuple[int, int, int]
+    """Shape of one image, (c, H, W)."""
+    block_images: int
+    """Images per block, the batch size of the sampler."""
+    samples_per_insert: float
+    """Views per image that the limiter aims at, read as a decimal number: 0.1 is one tenth."""
+    min_fill_images: int
+    """Images before the first view; rounded up to whole blocks."""
+    error_buffer: float | None = None
+    """Views by which reuse may be off in either direction. None means samples_per_insert *
+    min_fill_images; then the number of views never exceeds samples_per_insert * images."""
+    max_uses: int | None = None
+    """Draws of an image after which it is not drawn again; only for orders that draw in passes. An
+    image that is committed during a pass may get one draw fewer."""
+    guard_blocks: int = 0
+    """Blocks that will be overwritten next and are not drawn. On a CUDA device, a guard lets the
+    producer write them on a stream of its own."""
+
+    def __post_init__(self) -> None:
+        checks.image_shape(self.image_shape)
+        for name, value, low, high in (
+            ("capacity_images", self.capacity_images, 1, 2**40),
+            ("block_images", self.block_images, 1, 2**31),
+            ("min_fill_images", self.min_fill_images, 1, 2**40),
+            ("max_uses", 1 if self.max_uses is None else self.max_uses, 1, MOST_USES),
+            ("guard_blocks", self.guard_blocks, 0, 2**31),
+        ):
+            checks.whole(name, value, low=low, high=high)
+        checks.number(
+            "samples_per_insert", self.samples_per_insert, low=0, high=MOST_USES, above=True
         )
+        if self.error_buffer is not None:
+            checks.number("error_buffer", self.error_buffer, low=0, above=True)
+        block, guard = self.block_images, max(1, self.guard_blocks)
+        least, most = (1 + guard) * block, self.num_slots - guard * block
+        if self.capacity_images < least:
+            raise invalid(
+                "capacity_images",
+                self.capacity_images,
+                f"at least {least} ({1 + guard} blocks of {block}: one to draw from and the others "
+                "to write)",
+                "raise it",
+            )
+        if self.min_fill_images > most:
+            raise invalid(
+                "min_fill_images",
+                self.min_fill_images,
+                f"at most {most} (capacity less {guard} block(s) of {block})",
+                "lower it",
+            )
+        if self.max_uses is not None and self.max_uses < self.samples_per_insert:
+            raise invalid(
+                "max_uses",
+                self.max_uses,
+                f"at least samples_per_insert={self.samples_per_insert:g}, the views per image "
+                "asked for",
+                "raise it",
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots N: the capacity in whole blocks."""
+        return _rounded_up(self.capacity_images, self.block_images)
+
+    @property
+    def first_fill_images(self) -> int:
+        """Images before the first view, in whole blocks."""
+        return _rounded_up(self.min_fill_images, self.block_images)
+
+    @property
+    def drawable_images(self) -> int:
+        """Images of a full ring that can be drawn: all but those of the guard."""
+        return self.num_slots - self.guard_blocks * self.block_images
+
+    @property
+    def reuse(self) -> Fraction:
+        """Exact number of views per image."""
+        return Fraction(str(self.samples_per_insert))
+
+    @property
+    def reuse_buffer(self) -> Fraction:
+        """Exact number of views by which reuse may be off in either direction."""
+        if self.error_buffer is None:
+            return self.reuse * self.first_fill_images
+        return Fraction(str(self.error_buffer))
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes of a `RingBuffer` by part; `order` is the largest size of the current pass."""
+        slots = self.num_slots
+        return {
+            "images": slots * math.prod(self.image_shape),
+            "labels": slots * 8,
+            "ids": slots * 8,
+            "uses": slots * 8,
+            "stamps": slots * 4,
+            "order": slots * 8,
+        }
+
+    def largest_capacity(self, available_bytes: int) -> int:
+        """Return the largest capacity, in whole blocks, of a ring that fits into some memory.
+
+        Args:
+            available_bytes: Memory that the ring may take.
+        """
+        per_block = sum(self.num_bytes.values()) // self.num_slots * self.block_images
+        return max(0, available_bytes) // per_block * self.block_images
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse a batch size with which a loop of inserts and draws would stop.
+
+        Args:
+            batch_size: Views drawn together.
+
+        Raises:
+            TypeError, UserError: The loop would stop; the message says what to change.
+        """
+        checks.whole("batch_size", batch_size, low=1)
+        if batch_size > self.drawable_images:
+            raise invalid(
+                "batch_size",
+                batch_size,
+                f"at most {self.drawable_images}, the images that can be drawn from (capacity less "
+                "guard)",
+                "lower it or raise capacity_images",
+            )
+        step = self.reuse * self.block_images
+        grid = _gcd(step, Fraction(batch_size))
+        points = 2 * (self.reuse_buffer // grid) + 1  # x begins at 0, so 0 is a grid point
+        if points < (step + batch_size) / grid:
+            is_default = self.error_buffer is None
+            name = "samples_per_insert" if is_default else "error_buffer"
+            raise invalid(
+                name,
+                f"{getattr(self, name):g}, which lets reuse be off by {float(self.reuse_buffer):g} "
+                "views",
+                f"{float((step + batch_size) / 2):g} views or more, as inserts of block_images="
+                f"{self.block_images} and draws of batch_size={batch_size} would deadlock",
+                f"raise {name}{' or min_fill_images' if is_default else ''}",
+            )
+
+    def per_rank(self, ranks: Ranks) -> RingPlan:
+        """Return the plan of one rank: the same reuse, and its part of all sizes.
+
+        Args:
+            ranks: Processes that divide the ring.
+
+        Raises:
+            UserError: The ring cannot be divided into whole blocks, or the parts are too small.
+        """
+        count, block = ranks.world_size, self.block_images
+        if count == 1:
+            return self
+        capacity = ranks.per_rank("capacity_images", self.num_slots, unit=block)
+        try:
+            return replace(
+                self,
+                capacity_images=capacity,
+                # Only the start of training depends on the first fill, so it is rounded down.
+                min_fill_images=max(1, self.min_fill_images // (count * block)) * block,
+                error_buffer=None if self.error_buffer is None else self.error_buffer / count,
+            )
+        except UserError as error:
+            raise UserError(f"{error} (of each of {count} ranks)") from None
 
 
-def capacity_plan(
-    capacity_images: int, *, image_shape: tuple[int, int, int], block_images: int
-) -> dict[str, int]:
-    """Return the bytes of each part of a `RingBuffer` with these arguments, without allocating it.
-
-    Args:
-        capacity_images: Number of slots N; rounded up to whole blocks, as in the ring.
-        image_shape: Shape of one image, (c, H, W).
-        block_images: Images per block.
-
-    Returns:
-        Bytes by part; `order` is the largest possible size of the current pass.
-    """
-    slots = slots_for(capacity_images, block_images)
-    return {
-        "images": slots * math.prod(image_shape),
-        "labels": slots * 8,
-        "ids": slots * 8,
-        "uses": slots * 8,
-        "stamps": slots * 4,
-        "order": slots * 8,
-    }
+def _rounded_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
-def largest_capacity(
-    available_bytes: int, *, image_shape: tuple[int, int, int], block_images: int
-) -> int:
-    """Return the largest capacity, in whole blocks, of a ring that fits into `available_bytes`.
-
-    Args:
-        available_bytes: Memory that the ring may take.
-        image_shape, block_images: Shape of one image and images per block, as in `capacity_plan`.
-    """
-    block = capacity_plan(block_images, image_shape=image_shape, block_images=block_images)
-    return max(0, available_bytes) // sum(block.values()) * block_images
+def _gcd(a: Fraction, b: Fraction) -> Fraction:
+    """Return the greatest number of which both are whole multiples."""
+    denominator = math.lcm(a.denominator, b.denominator)
+    return Fraction(math.gcd(int(a * denominator), int(b * denominator)), denominator)

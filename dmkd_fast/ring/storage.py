@@ -16,49 +16,22 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from dmkd_fast.ring.buffer import RingBuffer
 from dmkd_fast.runtime import files, model_files
 from dmkd_fast.runtime.errors import UserError
-
-
-class Ring(Protocol):
-    """The parts of `RingBuffer` that `BlockFiles` uses."""
-
-    images: Tensor
-    ids: Tensor
-    labels: Tensor
-    capacity: int
-    block_images: int
-
-    @property
-    def guard_blocks(self) -> int:
-        """Number of blocks that will be overwritten next and are not drawn."""
-        ...
-
-    @property
-    def num_inserted(self) -> int:
-        """Images committed so far."""
-        ...
-
-    def state_dict(self, *, images: bool = True) -> dict[str, Any]:
-        """Return the whole state, `is_torn` included; pixels only if `images`."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the result of `state_dict`."""
-        ...
 
 
 class BlockFiles:
     """Save and restore a ring, with its images in block files and the rest in the checkpoint.
 
     Args:
-        ring: Ring with (N, c, H, W) uint8 images in blocks.
+        ring: Ring buffer whose images are written.
         folder: Folder of the block files.
         writer: Thread that writes the files, in the order of the blocks.
         remakes: Functions that make the images of a damaged file again, called as
@@ -67,7 +40,7 @@ class BlockFiles:
 
     def __init__(
         self,
-        ring: Ring,
+        ring: RingBuffer,
         folder: Path,
         writer: files.Writer,
         *,
@@ -84,7 +57,7 @@ class BlockFiles:
 
     def append(self) -> None:
         """Queue each committed block that has no file yet; waits if the disk is behind."""
-        self._queue(self._held())
+        self._queue(self.ring.blocks.held)
 
     def drop_unused(self, states: Callable[[], Iterable[dict[str, Any]]]) -> None:
         """Delete files that neither the ring nor a checkpoint needs.
@@ -93,16 +66,17 @@ class BlockFiles:
             states: Function that returns the state of this object in each kept checkpoint. The
                 writer's thread calls it after all jobs queued so far.
         """
-        self.writer.submit(functools.partial(self._drop_unused, self._held().start, states))
+        self.writer.submit(
+            functools.partial(self._drop_unused, self.ring.blocks.held.start, states)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the ring without pixels, and which blocks it holds."""
         state = self.ring.state_dict(images=False)
-        held = self._held()
+        blocks, held = self.ring.blocks, self.ring.blocks.held
         # Leave out the oldest blocks if they cannot be drawn; a new block may half cover them.
-        is_full = len(held) * self.ring.block_images == self.ring.capacity
-        hidden = max(self.ring.guard_blocks, state["is_torn"]) if is_full else 0
-        held = held[hidden:]
+        if len(held) == blocks.num_blocks:
+            held = held[max(blocks.guard_blocks, state["is_torn"]) :]
         for number in list(self._errors):
             del self._errors[number]
             self._queued.discard(number)
@@ -129,7 +103,7 @@ class BlockFiles:
         self.notes, self._errors, self._digests = [], {}, {}
         self._named = set(range(state["first"], state["last"]))
         for number, digest in zip(sorted(self._named), state["digests"], strict=True):
-            path, slots = self.folder / _name(number), self._slots(number)
+            path, slots = self.folder / _name(number), self.ring.blocks.slots(number)
             try:
                 data = files.read(path)
                 if files.sha256([data]) != digest:
@@ -139,7 +113,7 @@ class BlockFiles:
             except files.Damaged as error:
                 if not self._remade(slots, digest):
                     raise files.Damaged(
-                        f"{error}; its images could not be made again to the bit"
+                        f"{error}; its images could not be made again bit for bit"
                     ) from None
                 self.notes.append(f"{path}: damaged ({error}); its images were made again")
         self._queued = set(self._digests)  # images that were made again get new files
@@ -155,26 +129,17 @@ class BlockFiles:
                     return True
         return False
 
-    def _held(self) -> range:
-        """Return the numbers of the blocks in the ring."""
-        last = self.ring.num_inserted // self.ring.block_images
-        return range(max(0, last - self.ring.capacity // self.ring.block_images), last)
-
-    def _slots(self, number: int) -> slice:
-        start = number * self.ring.block_images % self.ring.capacity
-        return slice(start, start + self.ring.block_images)
-
     def _queue(self, numbers: range) -> None:
         for number in numbers:
             if number in self._queued:
                 continue
-            images = self.ring.images[self._slots(number)]
+            images = self.ring.images[self.ring.blocks.slots(number)]
             copy = torch.empty(images.shape, dtype=torch.uint8, pin_memory=images.is_cuda)
             copy.copy_(images, non_blocking=True)
             copied = torch.cuda.Event() if images.is_cuda else None
             if copied is not None:
                 copied.record()
-            first = self._held().start
+            first = self.ring.blocks.held.start
             self.writer.submit(functools.partial(self._write, number, copy, copied, first))
             self._queued.add(number)  # last, so that an interrupt before it repeats the write
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmkd_fast.runtime.operators import cuda_kernel
+
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -143,16 +145,10 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     return value
 
 
-def _on_cuda(seed: int, ids: Tensor, step: int, count: int) -> Tensor:
-    from dmkd_fast.rng import triton
-
-    return triton.normal(seed, ids, step, count)
-
-
 _LIBRARY = torch.library.Library("dmkd_fast", "FRAGMENT")
 _LIBRARY.define("normal(int seed, Tensor ids, int step, int count) -> Tensor")
 _LIBRARY.impl("normal", normal_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("normal", _on_cuda, "CUDA")
+_LIBRARY.impl("normal", cuda_kernel("dmkd_fast.rng.triton", "normal", normal_reference), "CUDA")
 torch.library.register_fake(
     "dmkd_fast::normal",
     lambda seed, ids, step, count: ids.new_empty((len(ids), count), dtype=torch.float32),

@@ -24,7 +24,7 @@ LN2 = tl.constexpr(philox.LN2)
 
 
 @triton.jit
-def _log_unit(u):  # type: ignore[no-untyped-def]
+def _log_unit(u):
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -40,7 +40,7 @@ def _log_unit(u):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _box_muller(first, second):  # type: ignore[no-untyped-def]
+def _box_muller(first, second):
     u = ((first >> 8).to(tl.int32).to(tl.float32) + 0.5) * 5.9604644775390625e-08  # 2^-24
     radius = tl.sqrt_rn(-2.0 * _log_unit(u))
     angle = (second >> 8).to(tl.int32)
@@ -58,7 +58,7 @@ def _box_muller(first, second):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def normal_kernel(out, ids, count, seed, step, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def normal_kernel(out, ids, count, seed, step, BLOCKS: tl.constexpr):
     """Make 4 * BLOCKS numbers of one image per program. Grid: (ceil(count / 4 / BLOCKS), B)."""
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from dmkd_fast.runtime import container
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 
 Device = Literal["auto", "cpu", "cuda"]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -57,7 +57,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
             return torch.float16
         return torch.bfloat16 if cpu_has_bf16() else torch.float32
     if name == "float16" and device.type == "cpu":
-        raise UserError("dtype: got float16 on a CPU, expected bfloat16 or float32; use auto")
+        raise invalid("dtype", "float16 on a CPU", "bfloat16 or float32", "use auto")
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -193,7 +193,8 @@ class InFlight:
             self._ends[0].synchronize()
             self._ends.popleft()
         yield
-        end = torch.cuda.Event(blocking=True)  # leaves the core to others during the wait
+        cuda: Any = torch.cuda  # its events have no static types
+        end = cuda.Event(blocking=True)  # leaves the core to others during the wait
         end.record()
         self._ends.append(end)
 

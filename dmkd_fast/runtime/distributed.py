@@ -25,8 +25,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 
 LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
 # For a peer that hangs (a dead one closes its connections and is noticed at once). Long enough for
@@ -82,10 +83,9 @@ class Ranks:
         whole = self.world_size * unit
         if count % whole:
             blocks = f" blocks of {unit}" if unit > 1 else ""
-            raise UserError(
-                f"{name}: got {count} with {self.world_size} ranks, expected a multiple of {whole}"
-                f", so that all have as many{blocks}; change it or --nproc-per-node"
-            )
+            what = f"{count} with {self.world_size} ranks"
+            expected = f"a multiple of {whole}, so that all have as many{blocks}"
+            raise invalid(name, what, expected, "change it or --nproc-per-node")
         return count // self.world_size
 
     def gather(self, text: str) -> list[str]:
@@ -94,7 +94,7 @@ class Ranks:
             return [text]
         data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        with _told():
+        with _lost_peer():
             dist.all_gather(lengths, torch.tensor([len(data)]), group=self.control)
             longest = max(int(length) for length in lengths)
             padded = torch.zeros(longest, dtype=torch.uint8)
@@ -133,7 +133,7 @@ class Ranks:
         values = values.detach().cpu()
         if self.control is not None:
             values = values.clone()
-            with _told():
+            with _lost_peer():
                 dist.all_reduce(values, group=self.control)
         return values
 
@@ -149,7 +149,7 @@ class Ranks:
             return
         for tensor in tensors:
             copy = tensor.detach().cpu().contiguous()
-            with _told():
+            with _lost_peer():
                 dist.broadcast(copy, src=0, group=self.control)
             tensor.copy_(copy)
 
@@ -211,7 +211,7 @@ class Turns:
         save = seen[0] and not (seen[1] or seen[2] or seen[3] or self._has_saved)
         self._has_saved = save
         mine = torch.tensor([due, busy, failed, stop], dtype=torch.uint8)
-        with _told():
+        with _lost_peer():
             work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=control, async_op=True)
         assert work is not None
         self._asked = (mine, work)
@@ -225,7 +225,7 @@ class Turns:
         if self._asked is None:
             return [False] * 4
         (answers, work), self._asked = self._asked, None
-        with _told():
+        with _lost_peer():
             work.wait()
         return [bool(answer) for answer in answers.tolist()]
 
@@ -255,7 +255,7 @@ def join() -> Ranks:
     if ranks.local_world_size == ranks.world_size:
         for library in ("GLOO", "NCCL"):  # by default they use the first active interface
             os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
-        store = dist.PrefixStore(f"dmkd-{ranks.restarts}", _local_store(ranks))
+        store = PrefixStore(f"dmkd-{ranks.restarts}", _local_store(ranks))
         dist.init_process_group(
             "gloo", store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
         )
@@ -284,10 +284,9 @@ def use_device(ranks: Ranks, name: str) -> None:
     if name != "cpu" and ranks.local_world_size > 1 and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if ranks.local_world_size > count:
-            raise UserError(
-                f"--nproc-per-node: got {ranks.local_world_size}, expected at most the {count} "
-                "CUDA devices of this machine; lower it or set device=cpu"
-            )
+            expected = f"at most the {count} CUDA devices of this machine"
+            fix = "lower it or set device=cpu"
+            raise invalid("--nproc-per-node", ranks.local_world_size, expected, fix)
         torch.cuda.set_device(ranks.local_rank)
 
 
@@ -301,7 +300,7 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _local_store(ranks: Ranks) -> dist.Store:
+def _local_store(ranks: Ranks) -> TCPStore:
     """Open the store in which the ranks of one machine find each other."""
     port = int(os.environ["MASTER_PORT"])
     fd: int | None = None
@@ -314,7 +313,7 @@ def _local_store(ranks: Ranks) -> dist.Store:
         listener.listen(ranks.world_size)
         fd = listener.detach()
     extra: dict[str, Any] = {} if fd is None else {"master_listen_fd": fd}
-    return dist.TCPStore(
+    return TCPStore(
         LOOPBACK, port, ranks.world_size, fd is not None, TIMEOUT, wait_for_workers=False, **extra
     )
 
@@ -328,7 +327,8 @@ def _parent() -> str:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _lost_peer() -> Iterator[None]:
+    """Turn an error of the process group into one line about the other rank."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,14 @@
-"""Errors that a person can act on, as opposed to bugs, which keep their traceback."""
+"""Errors and warnings that a person can act on; bugs keep their traceback instead."""
 
 from __future__ import annotations
 
+import logging
+import os
+from typing import Self
+
 MAX_MESSAGE = 1000
+LOGGER = logging.getLogger("dmkd_fast")
+_warned: set[str] = set()
 
 
 class UserError(ValueError):
@@ -14,21 +20,39 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(shortened(" ".join(message.split()), MAX_MESSAGE))
 
+    @classmethod
+    def invalid(cls, name: object, got: object, expected: str, fix: str = "") -> Self:
+        """Return an error that reads `name: got X, expected Y; fix`.
+
+        Args:
+            name: Setting, argument or file that is wrong.
+            got: Value that was found, or a phrase that describes it.
+            expected: Noun phrase for the values that are accepted.
+            fix: Imperative phrase; leave it out where the fix is obvious.
+        """
+        return cls(f"{name}: got {got}, expected {expected}{f'; {fix}' if fix else ''}")
+
+    def within(self, section: str) -> Self:
+        """Return the same error with its name put into a section: `size` becomes `ring.size`.
+
+        Args:
+            section: Name of the section, as the caller of the failed check calls it.
+        """
+        return type(self)(f"{section}.{self}")
+
 
 class NotFiniteError(UserError):
     """Error for a run that cannot continue, because too many of its values are not finite."""
 
 
-def invalid(name: str, got: object, expected: str, fix: str = "") -> UserError:
-    """Return an error that reads `name: got X, expected Y; fix`.
+invalid = UserError.invalid
 
-    Args:
-        name: Setting, argument or file that is wrong.
-        got: Value that was found, or a phrase that describes it.
-        expected: Noun phrase for the values that are accepted.
-        fix: Imperative phrase; leave it out where the fix is obvious.
-    """
-    return UserError(f"{name}: got {got}, expected {expected}{f'; {fix}' if fix else ''}")
+
+def warn_once(text: str) -> None:
+    """Log a warning on rank 0, unless this process has logged the same text before."""
+    if text not in _warned and os.environ.get("RANK", "0") == "0":
+        _warned.add(text)
+        LOGGER.warning("%s", text)
 
 
 def shortened(text: str, length: int) -> str:

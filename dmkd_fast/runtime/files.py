@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import queue
 import signal
@@ -20,7 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, warn_once
 
 T = TypeVar("T")
 CHUNK_BYTES = 16 * 2**20
@@ -59,11 +58,9 @@ def _lock(handle: int, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        logging.getLogger("dmkd_fast").warning(
-            "%s: this file system cannot lock files (%s); start only one process on %s",
-            path,
-            error.strerror,
-            path.parent,
+        warn_once(
+            f"{path}: this file system cannot lock files ({error.strerror}); start only one "
+            f"process on {path.parent}"
         )
     return True
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 COMPILED = "_orig_mod."
@@ -109,15 +109,12 @@ def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
         got = found[name][1] if name in found else "nothing"
         want = tuple(tensor.shape) if tensor is not None else "nothing"
         if got != want or tensor is None:
-            raise UserError(
-                f"weights {path}: {_shown(name)}: got {got}, expected {want}; "
-                "the file belongs to another architecture or class count"
-            )
-        if _kind(found[name][0]) != _kind(NAMES.get(tensor.dtype, str(tensor.dtype))):
-            raise UserError(
-                f"weights {path}: {_shown(name)}: got numbers of type {found[name][0]}, expected "
-                f"{NAMES.get(tensor.dtype, tensor.dtype)}; save the model in float32 or float16"
-            )
+            fix = "the file belongs to another architecture or class count"
+            raise invalid(f"weights {path}: {_shown(name)}", got, str(want), fix)
+        kind, wanted = found[name][0], NAMES.get(tensor.dtype, str(tensor.dtype))
+        if _kind(kind) != _kind(wanted):
+            where, fix = f"weights {path}: {_shown(name)}", "save the model in float32 or float16"
+            raise invalid(where, f"numbers of type {kind}", wanted, fix)
     return names
 
 
@@ -130,15 +127,14 @@ def save_weights(model: nn.Module, path: Path) -> None:
     written: set[tuple[Any, ...]] = set()
     weights: dict[str, Tensor] = {}
     for name, value in unwrapped(model).state_dict().items():
-        name = name.replace(COMPILED, "")
         place = value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
         if place in written and value.numel():
             continue
         written.add(place)
-        value = value.detach().cpu().contiguous()
-        # safetensors refuses weights that share memory, so weights that overlap in part are copied.
-        shares = value.untyped_storage().nbytes() != value.nbytes
-        weights[name] = value.clone() if shares else value
+        weight = value.detach().cpu().contiguous()
+        # safetensors refuses weights that share memory, so a view of a larger storage is copied.
+        is_view = weight.untyped_storage().nbytes() != weight.nbytes
+        weights[name.replace(COMPILED, "")] = weight.clone() if is_view else weight
     save_file(weights, path, metadata={"format": "pt"})
 
 
@@ -163,9 +159,7 @@ def check_folder(folder: Path) -> None:
         what, fix = "a file", "give its folder"
         if _is_pickle(folder):
             what, fix = "a pickle, which can run code when read", CONVERT
-        raise UserError(
-            f"{folder}: got {what}, expected a folder with config.json and model.safetensors; {fix}"
-        )
+        raise invalid(folder, what, "a folder with config.json and model.safetensors", fix)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder / CONFIG}: No such file{pickle_hint(folder)}")
 
@@ -191,7 +185,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON; fetch or save the model again") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: got a JSON {type(values).__name__}, expected an object")
+        raise invalid(path, f"a JSON {type(values).__name__}", "an object")
     return values
 
 
@@ -206,19 +200,15 @@ def check_plain(folder: Path) -> None:
         values = read_json(path)
         for key in RUNS_CODE:
             if values.get(key) is not None:
-                raise UserError(
-                    f"{path}: got {key}, which can run code that is not the library's own, "
-                    "expected a config without; use a plain model"
-                )
+                what = f"{key}, which can run code that is not the library's own"
+                raise invalid(path, what, "a config without", "use a plain model")
         _check_inside(path, [values.get(key) for key in FILE_KEYS])
     for path in sorted(folder.glob("*.index.json")):
         names = read_json(path).get("weight_map")
         _check_inside(path, [*names.values()] if isinstance(names, dict) else [names])
     if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder}: got adapter_config.json, which loads another model, expected a whole one; "
-            "merge the adapter and save the result"
-        )
+        what = "adapter_config.json, which loads another model"
+        raise invalid(folder, what, "a whole one", "merge the adapter and save the result")
 
 
 def _check_inside(path: Path, names: list[Any]) -> None:
@@ -227,10 +217,8 @@ def _check_inside(path: Path, names: list[Any]) -> None:
             continue
         # One path component that is not only dots.
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", name):
-            raise UserError(
-                f"{path}: got the file name {str(name)[:80]!r}, expected one without folders; "
-                "fetch or save the model again"
-            )
+            what = f"the file name {str(name)[:80]!r}"
+            raise invalid(path, what, "one without folders", "fetch or save the model again")
 
 
 def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

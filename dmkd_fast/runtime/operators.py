@@ -1,23 +1,53 @@
-"""Helpers shared by the package's operators: one-time warnings, memory checks, Triton launches."""
+"""Helpers shared by the package's operators: choice of kernels, memory checks, Triton launches."""
 
 from __future__ import annotations
 
-import warnings
+import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime import native
+from dmkd_fast.runtime.errors import UserError, warn_once
 
-_said: set[str] = set()
+
+def cuda_kernel(module: str, name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the CUDA implementation of an operator, whose module is imported on first use.
+
+    The eager definition runs where Triton is missing, and for float64, which only checks use.
+
+    Args:
+        module: Full name of the module with the Triton implementation.
+        name: Name of the implementation in the module.
+        eager: Eager definition of the operator.
+    """
+
+    def run(*arguments: Any) -> Any:
+        if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments):
+            return eager(*arguments)
+        try:
+            kernels = importlib.import_module(module)
+        except ImportError as error:
+            warn_once(
+                f"dmkd_fast has no CUDA kernels ({error}), so {module.split('.')[1]} operators run "
+                "their eager definitions, several times slower; install triton"
+            )
+            return eager(*arguments)
+        return getattr(kernels, name)(*arguments)
+
+    return run
 
 
-def warn_once(what: str, text: str) -> None:
-    """Warn the first time that `what` happens; never warns while torch.compile traces."""
-    if what not in _said and not torch.compiler.is_compiling():
-        _said.add(what)
-        warnings.warn(text, stacklevel=5)
+def warn_if_eager(tensor: Tensor) -> None:
+    """Log once that an operator runs its eager definition on the CPU for lack of the extension."""
+    if tensor.device.type == "cpu" and native.INSTRUCTION_SET == "none":
+        warn_once(
+            f"dmkd_fast has no compiled CPU kernels ({native.WHY_MISSING}), so its operators run "
+            "their eager definitions, several times slower; install it again where there is a C++ "
+            "compiler, which torch.compile on a CPU needs too"
+        )
 
 
 def check_own_memory(out: Tensor, inputs: dict[str, Tensor | None]) -> None:
@@ -60,5 +90,6 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Queue the kernel on the current stream."""
-        with torch.cuda.device_of(self.arguments[0]):
+        cuda: Any = torch.cuda  # its functions have no static types
+        with cuda.device_of(self.arguments[0]):
             self.kernel[self.grid](*self.arguments, **self.constants, **self.options)

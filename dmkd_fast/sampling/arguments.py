@@ -1,96 +1,118 @@
-"""Check the arguments of `DiffusionSampler`; each error is one line that names the argument."""
+"""Steps and guidance of a sampler, checked when they are made."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import get_args
 
-import torch
-
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.runtime import checks
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.sampling.noise_levels import MOST_TRAINED, Solver
 
 
-def check_settings(
-    *,
-    latent_shape: tuple[int, int, int],
-    null_class: int | None,
-    num_classes: int | None,
-    class_map: tuple[int, ...] | None,
-    guidance_interval: tuple[float, float],
-    dtype: torch.dtype,
-    seed: int,
-    guidance_channels: int | None,
-    micro_batch_images: int,
-    scales: list[float],
-    guided: list[int],
-) -> None:
-    """Reject arguments of a wrong type or range.
-
-    Args are those of `DiffusionSampler`, and:
-        scales: All guidance scales, those of `class_guidance` included.
-        guided: Labels that have a guidance scale of their own.
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Number of steps, and the solver that takes them.
 
     Raises:
-        TypeError, UserError: An argument is of a wrong type or out of range.
+        TypeError, UserError: A field is of a wrong type or out of range.
     """
-    if math.prod(checks.image_shape(latent_shape, name="latent_shape")) > 2**28:
-        raise UserError(f"latent_shape: got {latent_shape}, expected at most 2**28 numbers")
-    checks.whole("seed", seed, high=checks.MAX_SEED)
-    checks.whole("micro_batch_images", micro_batch_images, low=1, high=2**20)
-    for name, value in (
-        ("null_class", null_class),
-        ("num_classes", num_classes),
-        ("guidance_channels", guidance_channels),
-    ):
-        if value is not None:
-            checks.whole(name, value, low=int(name != "null_class"))
-    for scale in scales:
-        checks.number("guidance_scale", scale, low=0, high=1e6)
-    for label in (*guided, *(class_map or ())):
-        checks.whole("class_guidance, class_map", label, low=-(2**31))
-    if class_map is not None and (
-        min(class_map, default=-1) < 0 or num_classes not in (None, len(class_map))
-    ):
-        raise UserError(
-            f"class_map: got {len(class_map)} entries from {min(class_map, default=None)}, "
-            "expected one class of the model, 0 or higher, for each of num_classes"
-        )
-    if len(guidance_interval) != 2:
-        raise UserError(f"guidance_interval: got {guidance_interval}, expected two numbers")
-    first, last = (checks.number("guidance_interval", share) for share in guidance_interval)
-    if not 0 <= first < last <= 1:
-        raise UserError(
-            f"guidance_interval: got ({first}, {last}), expected 0 <= start < stop <= 1; change it"
-        )
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise UserError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
+
+    count: int = 8
+    """Number of steps, K."""
+    solver: Solver = "auto"
+    """Solver name; "auto" chooses the scheduler's own. Models trained with DDPM's noise levels
+    support "ddpm", "ddim" and "dpm++2m". Flow models support "euler" and "dpm++2m" (second order
+    at the same cost)."""
+
+    def __post_init__(self) -> None:
+        checks.whole("steps.count", self.count, low=1, high=MOST_TRAINED)
+        if self.solver not in get_args(Solver):
+            raise invalid(
+                "steps.solver", repr(self.solver), f"one of {', '.join(get_args(Solver))}"
+            )
 
 
-def check_guidance(
-    scheduler: dict[str, Any], scale: float, null_class: int | None, takes_guidance: bool
-) -> None:
-    """Reject a guidance scale that the model does not support.
-
-    Args:
-        scheduler: Content of the model's scheduler_config.json.
-        scale: Guidance scale; 1 means no guidance.
-        null_class: Label that stands for "no class"; None if the model has none.
-        takes_guidance: Whether the guidance scale is an input of the model.
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance: its scales, and where it applies.
 
     Raises:
-        UserError: The model has guidance folded into its weights, or it has no null class.
+        TypeError, UserError: A field is of a wrong type or out of range.
     """
-    if scale == 1.0:
+
+    scale: float = 1.0
+    """Guidance scale; 1 means no guidance."""
+    by_class: Mapping[int, float] = field(default_factory=dict)
+    """Guidance scales of single labels, which replace `scale`. All images then cost as much as
+    guided ones, also those with scale 1."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Fractions (start, stop) of the K steps: steps int(start * K) to int(stop * K) - 1 are
+    guided, and the others run without the unconditional half."""
+    channels: int | None = None
+    """Number of leading channels that are guided (the original DiT code: 3); None means all."""
+
+    def __post_init__(self) -> None:
+        checks.number("guidance.scale", self.scale, low=0, high=1e6)
+        if not isinstance(self.by_class, Mapping):
+            raise TypeError(
+                f"guidance.by_class: got {type(self.by_class).__name__}, expected scales by label"
+            )
+        for label, scale in self.by_class.items():
+            checks.whole("guidance.by_class", label)
+            checks.number("guidance.by_class", scale, low=0, high=1e6)
+        if not isinstance(self.interval, tuple | list) or len(self.interval) != 2:
+            raise invalid("guidance.interval", repr(self.interval)[:60], "two numbers")
+        start, stop = (checks.number("guidance.interval", end) for end in self.interval)
+        if not 0 <= start < stop <= 1:
+            raise invalid(
+                "guidance.interval", f"({start}, {stop})", "0 <= start < stop <= 1", "change it"
+            )
+        if self.channels is not None:
+            checks.whole("guidance.channels", self.channels, low=1)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any label has a scale other than 1."""
+        return {self.scale, *self.by_class.values()} != {1.0}
+
+    def scale_of(self, label: int) -> float:
+        """Return the guidance scale of a label."""
+        return self.by_class.get(label, self.scale)
+
+
+def check_guidance(guidance: Guidance, denoiser: Denoiser) -> None:
+    """Reject guidance that the model does not support.
+
+    Raises:
+        UserError: A label is not a class of the model, the model has guidance folded into its
+            weights, or it has no null class.
+    """
+    highest = max(guidance.by_class, default=0)
+    if highest >= denoiser.num_classes:
+        raise invalid(
+            "guidance.by_class",
+            f"class {highest}",
+            f"0 to {denoiser.num_classes - 1}, the classes of the denoiser",
+            "correct it",
+        )
+    scales = [("guidance.scale", guidance.scale)]
+    scales += [("guidance.by_class", scale) for scale in guidance.by_class.values()]
+    used = [(name, scale) for name, scale in scales if scale != 1]
+    if not used:
         return
-    if "distilled_guidance_scale" in scheduler:
-        raise UserError(
-            f"guidance_scale: got {scale} for a denoiser that has guidance "
-            f"{scheduler['distilled_guidance_scale']} folded in, expected 1; set guidance_scale=1"
-        )
-    if null_class is None and not takes_guidance:
-        raise UserError(
-            f"guidance_scale: got {scale} for a model without a null class, "
-            "expected 1; set guidance_scale=1, or, for a UNet trained with dropped labels, "
-            "denoiser.null_class"
+    name, scale = used[0]
+    if "distilled_guidance_scale" in denoiser.scheduler:
+        folded_in = denoiser.scheduler["distilled_guidance_scale"]
+        got = f"{scale} for a denoiser that has guidance {folded_in} folded in"
+        raise invalid(name, got, "1", "turn guidance off")
+    if denoiser.null_class is None and not denoiser.takes_guidance:
+        raise invalid(
+            name,
+            f"{scale} for a model without a null class",
+            "1",
+            "turn guidance off, or, for a UNet trained with dropped labels, set "
+            "denoiser.null_class",
         )

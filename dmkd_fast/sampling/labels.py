@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.rng import philox
-from dmkd_fast.runtime import checks
+from dmkd_fast.runtime import checks, tensor_checks
 
 # Upper bound of count * num_classes: each label is read off a permutation of all classes.
 MOST_NUMBERS = 2**26
@@ -67,8 +67,8 @@ class LabelStream:
 
     def labels_of(self, ids: Tensor) -> Tensor:
         """Return the labels, (B,) int64, of any ids, (B,) int64."""
-        checks.rows("ids", ids)
-        checks.within("ids", ids, low=0, high=checks.MAX_SEED)
+        tensor_checks.rows("ids", ids)
+        tensor_checks.within("ids", ids, low=0, high=checks.MAX_SEED)
         blocks, place = ids // self.num_classes, ids % self.num_classes
         keys = philox.random_bits(
             self.seed, blocks, step=0, stream=philox.STREAM_LABELS, count=self.num_classes

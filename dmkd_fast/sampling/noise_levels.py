@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dmkd_fast.runtime import checks
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.denoisers.config_values import number, whole
+from dmkd_fast.runtime.errors import invalid
 
 Solver = Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"]
 Scheduler = dict[str, Any]
 """Content of a diffusers `scheduler_config.json`."""
+MOST_TRAINED = 1_000_000
 
 FLOW, CONSISTENCY = "FlowMatchEulerDiscreteScheduler", "CMStochasticIterativeScheduler"
 # Schedulers that share DDPM's noise levels, and the solver that "auto" chooses. With None, a solver
@@ -76,13 +77,12 @@ def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
         possible, own = ("ddpm", "ddim", "dpm++2m"), VARIANCE_PRESERVING[name] or ""
     else:
         known = ", ".join([FLOW, CONSISTENCY, *VARIANCE_PRESERVING])
-        raise UserError(f"scheduler: got {name:.60}, expected one of {known}; use another model")
+        raise invalid("scheduler", f"{name:.60}", f"one of {known}", "use another model")
     chosen = own if solver == "auto" else solver
     if chosen not in possible:
-        raise UserError(
-            f"solver: got {solver!r} for a model with {name}, expected one of "
-            f"{', '.join(possible)}; change the solver (all: {', '.join(get_args(Solver))})"
-        )
+        got, expected = f"{solver!r} for a model with {name}", f"one of {', '.join(possible)}"
+        fix = f"change the solver (all: {', '.join(get_args(Solver))})"
+        raise invalid("steps.solver", got, expected, fix)
     return chosen
 
 
@@ -95,49 +95,21 @@ def check_supported(scheduler: Scheduler, chosen: str) -> None:
     name = str(scheduler.get("_class_name"))
     for key, values in SUPPORTED[name if name in SUPPORTED else chosen].items():
         if key in scheduler and scheduler[key] not in values:
-            raise UserError(
-                f"scheduler: got {key}={scheduler[key]!r:.60}, expected {values[0]!r}; only that "
-                "is supported"
-            )
-
-
-def number_of(
-    scheduler: Scheduler, key: str, default: float, *, low: float = 0.0, high: float = math.inf
-) -> float:
-    """Read a finite number in [low, high] from the scheduler's config.
-
-    Raises:
-        UserError: The value has another type or is out of range.
-    """
-    try:
-        return checks.number(f"scheduler: {key}", scheduler.get(key, default), low=low, high=high)
-    except TypeError as error:
-        raise UserError(str(error)) from None
-
-
-def whole_of(scheduler: Scheduler, key: str, default: int, *, low: int, high: int) -> int:
-    """Read an integer in [low, high] from the scheduler's config.
-
-    Raises:
-        UserError: The value has another type or is out of range.
-    """
-    try:
-        return checks.whole(f"scheduler: {key}", scheduler.get(key, default), low=low, high=high)
-    except TypeError as error:
-        raise UserError(str(error)) from None
+            got = f"{key}={scheduler[key]!r:.60}"
+            raise invalid("scheduler", got, f"{values[0]!r}", "use another solver or model")
 
 
 def trained_steps(scheduler: Scheduler) -> int:
     """Return the number of timesteps that the model was trained with."""
     default = 40 if scheduler.get("_class_name") == CONSISTENCY else 1000
-    return whole_of(scheduler, "num_train_timesteps", default, low=1, high=1_000_000)
+    return whole("scheduler", scheduler, "num_train_timesteps", default, high=MOST_TRAINED)
 
 
 def clip_of(scheduler: Scheduler) -> float | None:
     """Return the bound to which image estimates are clipped; None means no clipping."""
     if not scheduler.get("clip_sample", True):
         return None
-    return number_of(scheduler, "clip_sample_range", 1.0)
+    return number("scheduler", scheduler, "clip_sample_range", 1.0, low=0)
 
 
 def flow_sigmas(num_steps: int, shift: float) -> Tensor:
@@ -158,19 +130,16 @@ def alpha_bar(scheduler: Scheduler, trained: int) -> Tensor:
     Raises:
         UserError: The beta schedule is not supported, or its values are wrong.
     """
-    kind, given = scheduler.get("beta_schedule", "linear"), scheduler.get("trained_betas")
-    start = number_of(scheduler, "beta_start", 0.0001, high=1.0)
-    end = number_of(scheduler, "beta_end", 0.02, high=1.0)
+    key = "trained_betas"
+    kind, given = scheduler.get("beta_schedule", "linear"), scheduler.get(key)
+    start = number("scheduler", scheduler, "beta_start", 0.0001, low=0, high=1)
+    end = number("scheduler", scheduler, "beta_end", 0.02, low=0, high=1)
     if given is not None:
         if not isinstance(given, list | tuple) or len(given) != trained:
             size = f"{len(given)} numbers" if isinstance(given, list | tuple) else f"{given!r:.60}"
-            raise UserError(
-                f"scheduler: trained_betas: got {size}, expected a list of num_train_timesteps="
-                f"{trained} numbers; fetch the file again"
-            )
-        entries = [
-            number_of({"trained_betas": beta}, "trained_betas", 0.0, high=1.0) for beta in given
-        ]
+            expected = f"a list of num_train_timesteps={trained} numbers"
+            raise invalid(f"scheduler: {key}", size, expected, "fetch the file again")
+        entries = [number("scheduler", {key: beta}, key, low=0, high=1) for beta in given]
         betas = torch.tensor(entries, dtype=torch.float64)
     elif kind == "linear":
         betas = torch.linspace(start, end, trained, dtype=torch.float64)
@@ -181,10 +150,8 @@ def alpha_bar(scheduler: Scheduler, trained: int) -> Tensor:
         bar = ((places + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
     else:
-        raise UserError(
-            f"scheduler: got beta_schedule={kind!r:.60}, expected linear, scaled_linear or "
-            "squaredcos_cap_v2"
-        )
+        expected = "linear, scaled_linear or squaredcos_cap_v2"
+        raise invalid("scheduler", f"beta_schedule={kind!r:.60}", expected)
     return torch.cumprod(1 - betas, dim=0)
 
 
@@ -210,13 +177,11 @@ def spaced_timesteps(
     spacing = scheduler.get("timestep_spacing", default)
     count = num_steps + extra
     if spacing == "leading":
-        offset = whole_of(scheduler, "steps_offset", 0, low=0, high=trained)
+        offset = whole("scheduler", scheduler, "steps_offset", 0, low=0, high=trained)
         ascending = torch.arange(count) * (trained // count) + offset
         if int(ascending[-1]) >= trained:
-            raise UserError(
-                f"num_steps: got {num_steps}, which with steps_offset reaches timestep "
-                f"{int(ascending[-1])} of {trained}; lower it"
-            )
+            got = f"{num_steps}, which with steps_offset reaches timestep {int(ascending[-1])}"
+            raise invalid("steps.count", got, f"timesteps up to {trained - 1}", "lower it")
         return ascending.flip(0)[:num_steps]
     if spacing == "linspace":
         ascending = torch.linspace(0, trained - 1, count, dtype=torch.float64).round().long()
@@ -225,6 +190,5 @@ def spaced_timesteps(
         # The step size is rounded, so `arange` may end with one value too many, close to 0.
         count_down = torch.arange(trained, 0, -trained / num_steps, dtype=torch.float64)
         return count_down.round().long()[:num_steps] - 1
-    raise UserError(
-        f"scheduler: got timestep_spacing={spacing!r:.60}, expected leading, linspace or trailing"
-    )
+    got = f"timestep_spacing={spacing!r:.60}"
+    raise invalid("scheduler", got, "leading, linspace or trailing")

@@ -23,19 +23,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dmkd_fast.denoisers.config_values import number, whole
 from dmkd_fast.runtime import checks
-from dmkd_fast.runtime.errors import UserError
-from dmkd_fast.sampling import noise_levels
+from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.sampling.arguments import Steps
 from dmkd_fast.sampling.noise_levels import (
-    CONSISTENCY,
     FLOW,
     Scheduler,
-    Solver,
     alpha_bar,
+    check_supported,
+    choose_solver,
     clip_of,
     flow_sigmas,
-    number_of,
     spaced_timesteps,
+    trained_steps,
 )
 
 LOGGER = logging.getLogger("dmkd_fast")
@@ -83,53 +84,46 @@ class SolverTable:
         return self.rows[:, self.COLUMNS.index(name)]
 
 
-def solver_table(
-    scheduler: Scheduler, num_steps: int, device: torch.device, *, solver: Solver = "auto"
-) -> SolverTable:
+def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> SolverTable:
     """Build the coefficient table for the scheduler that a model was published with.
 
     Args:
         scheduler: Content of the model's scheduler_config.json. It fixes noise levels, prediction
             type, clipping and timesteps. The diffusers scheduler that belongs to the solver,
             created with `from_config`, gives the same numbers.
-        num_steps: Number of steps, K.
+        steps: Number of steps, K, and solver.
         device: Device of the table.
-        solver: Solver name; "auto" chooses the scheduler's own. Models trained with DDPM's noise
-            levels support "ddpm", "ddim" and "dpm++2m". Flow models support "euler" and "dpm++2m"
-            (second order at the same cost).
 
     Raises:
         UserError: The scheduler, one of its settings or the solver is not supported for this
             model, or K is larger than the number of trained timesteps.
     """
-    name, trained = scheduler.get("_class_name"), noise_levels.trained_steps(scheduler)
-    checks.whole("num_steps", num_steps, low=1, high=trained)
-    chosen = noise_levels.choose_solver(scheduler, solver)
-    noise_levels.check_supported(scheduler, chosen)
+    trained, count = trained_steps(scheduler), steps.count
+    checks.whole("steps.count", count, low=1, high=trained)
+    solver = choose_solver(scheduler, steps.solver)
+    check_supported(scheduler, solver)
     distilled = scheduler.get("distilled_steps")
-    if distilled is not None and (num_steps, chosen) != (distilled, "euler"):
-        expected = f"{distilled!r:.60}"
-        raise UserError(
-            f"num_steps, solver: got {num_steps}, {chosen!r} for a denoiser distilled to "
-            f"{expected} steps, expected {expected}, 'euler'; set them so"
+    if distilled is not None and (count, solver) != (distilled, "euler"):
+        got = f"{count}, {solver!r} for a denoiser distilled to {distilled!r:.60} steps"
+        raise invalid(
+            "steps.count, steps.solver", got, f"{distilled!r:.60}, 'euler'", "set them so"
         )
-    if name == FLOW:
-        build = _flow
-    elif name == CONSISTENCY:
-        build = _consistency
+    if scheduler["_class_name"] == FLOW:
+        columns, initial_scale, clip = _flow(scheduler, count, trained, solver == "dpm++2m")
     else:
-        build = {"ddpm": _ddpm, "ddim": _ddim, "dpm++2m": _dpm}[chosen]
-    columns, initial_scale, clip = build(scheduler, num_steps, trained, chosen)
-    rows = torch.zeros(num_steps, len(SolverTable.COLUMNS), dtype=torch.float64)
+        build = {"ddpm": _ddpm, "ddim": _ddim, "dpm++2m": _dpm, "consistency": _consistency}
+        columns, initial_scale, clip = build[solver](scheduler, count, trained)
+    rows = torch.zeros(count, len(SolverTable.COLUMNS), dtype=torch.float64)
     rows[:, SolverTable.COLUMNS.index("input_scale")] = 1
     for column, values in columns.items():
         rows[:, SolverTable.COLUMNS.index(column)] = values
     rows = rows.float()
     if not (rows.isfinite().all() and math.isfinite(initial_scale)):
-        raise UserError(
-            f"num_steps: got {num_steps}, for which {chosen} on this scheduler's noise levels has "
-            "coefficients that are not finite; use fewer steps, or correct the betas in "
-            "scheduler_config.json"
+        raise invalid(
+            "steps.count",
+            f"{count}, for which {solver} has coefficients that are not finite",
+            "fewer",
+            "lower it, or correct the betas in scheduler_config.json",
         )
     return SolverTable(
         rows=rows.to(device),
@@ -143,13 +137,13 @@ def solver_table(
 Built = tuple[dict[str, Tensor], float, float | None]
 
 
-def _flow(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
+def _flow(scheduler: Scheduler, num_steps: int, trained: int, second_order: bool) -> Built:
     """Build the table of a flow model.
 
     x = (1 - s) * image + s * noise, and the model predicts the velocity noise - image.
     """
-    sigma = flow_sigmas(num_steps, number_of(scheduler, "shift", 1.0, low=1e-6, high=1e6))
-    columns = _exponential(1 - sigma, sigma, second_order=solver == "dpm++2m")
+    sigma = flow_sigmas(num_steps, number("scheduler", scheduler, "shift", 1.0, low=1e-6, high=1e6))
+    columns = _exponential(1 - sigma, sigma, second_order=second_order)
     columns |= {
         "timestep": sigma[:-1] * trained,
         "skip": torch.ones_like(sigma[:-1]),
@@ -158,8 +152,7 @@ def _flow(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
     return columns, 1.0, None
 
 
-def _ddim(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
-    del solver
+def _ddim(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
     levels = alpha_bar(scheduler, trained)
     timesteps = spaced_timesteps(scheduler, num_steps, trained, default="leading")
     final = 1.0 if scheduler.get("set_alpha_to_one", True) else float(levels[0])
@@ -186,8 +179,7 @@ def _ddim(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
     return columns, 1.0, clip_of(scheduler)
 
 
-def _ddpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
-    del solver
+def _ddpm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
     levels = alpha_bar(scheduler, trained)
     timesteps = spaced_timesteps(scheduler, num_steps, trained, default="leading")
     now = levels[timesteps]
@@ -214,29 +206,22 @@ def _ddpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bu
             "log_variance_high": beta.log() * drawn,
         }
     else:
-        raise UserError(
-            f"scheduler: got variance_type={kind!r:.60}, expected fixed_small, fixed_large or "
-            "learned_range: not supported"
-        )
+        expected = "fixed_small, fixed_large or learned_range"
+        raise invalid("scheduler", f"variance_type={kind!r:.60}", expected)
     return columns, 1.0, clip_of(scheduler)
 
 
-def _dpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
-    del solver
-    order = noise_levels.whole_of(scheduler, "solver_order", 2, low=1, high=2)
+def _dpm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
+    order = whole("scheduler", scheduler, "solver_order", 2, high=2)
     levels = alpha_bar(scheduler, trained)
     # diffusers spaces K + 1 timesteps and drops the last one.
     timesteps = spaced_timesteps(scheduler, num_steps, trained, default="linspace", extra=1)
     if len(timesteps) != num_steps:
-        raise UserError(
-            f"num_steps: got {num_steps}, for which this scheduler makes {len(timesteps)} steps; "
-            "use a divisor of num_train_timesteps"
-        )
+        got = f"{num_steps}, for which this scheduler makes {len(timesteps)} steps"
+        raise invalid("steps.count", got, "a divisor of num_train_timesteps", "change it")
     final = scheduler.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
-        raise UserError(
-            f"scheduler: got final_sigmas_type={final!r:.60}, expected zero or sigma_min"
-        )
+        raise invalid("scheduler", f"final_sigmas_type={final!r:.60}", "zero or sigma_min")
     end = torch.ones_like(levels[:1]) if final == "zero" else levels[:1]
     levels = torch.cat((levels[timesteps], end))
     alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
@@ -249,21 +234,23 @@ def _dpm(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Bui
     return columns, 1.0, None
 
 
-def _consistency(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
+def _consistency(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
     """Build the table of a consistency model.
 
     Each step estimates the clean image; all but the last add noise to the estimate again.
     """
-    del solver
-    low = number_of(scheduler, "sigma_min", 0.002, low=1e-6, high=1e6)
-    high = number_of(scheduler, "sigma_max", 80.0, low=low, high=1e6)
-    data = number_of(scheduler, "sigma_data", 0.5, high=1e6)
-    rho = number_of(scheduler, "rho", 7.0, low=0.1, high=100.0)
+    low = number("scheduler", scheduler, "sigma_min", 0.002, low=1e-6, high=1e6)
+    high = number("scheduler", scheduler, "sigma_max", 80.0, low=low, high=1e6)
+    data = number("scheduler", scheduler, "sigma_data", 0.5, low=0, high=1e6)
+    rho = number("scheduler", scheduler, "rho", 7.0, low=0.1, high=100.0)
     places = torch.arange(num_steps, dtype=torch.float64) * (trained // num_steps)
     ramp = places / max(1, trained - 1)
     sigma = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     after = torch.cat((sigma[1:], torch.full_like(sigma[:1], low))).clamp(low, high)
-    noise = number_of(scheduler, "s_noise", 1.0) * (after.square() - low**2).clamp(min=0).sqrt()
+    noise = (
+        number("scheduler", scheduler, "s_noise", 1.0, low=0)
+        * (after.square() - low**2).clamp(min=0).sqrt()
+    )
     columns = {
         "timestep": 250 * sigma.log(),
         "input_scale": (sigma.square() + data**2).rsqrt(),
@@ -311,9 +298,8 @@ def _estimate(scheduler: Scheduler, alpha: Tensor, sigma: Tensor) -> dict[str, T
         return {"skip": alpha, "out": -sigma}
     if kind == "sample":
         return {"skip": torch.zeros_like(alpha), "out": torch.ones_like(alpha)}
-    raise UserError(
-        f"scheduler: got prediction_type={kind!r:.60}, expected epsilon, v_prediction or sample"
-    )
+    got = f"prediction_type={kind!r:.60}"
+    raise invalid("scheduler", got, "epsilon, v_prediction or sample")
 
 
 def _log_once(text: str, *values: object) -> None:

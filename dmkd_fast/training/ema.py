@@ -19,11 +19,11 @@ class Buffers:
     def __init__(self, module: nn.Module) -> None:
         homes: dict[torch.dtype, list[tuple[dict[str, Tensor | None], str]]] = {}
         seen: set[int] = set()
-        for part in module.modules():
-            for name, buffer in part.named_buffers(recurse=False):
+        for child in module.modules():
+            for name, buffer in child.named_buffers(recurse=False):
                 if id(buffer) not in seen:
                     seen.add(id(buffer))
-                    homes.setdefault(buffer.dtype, []).append((part._buffers, name))
+                    homes.setdefault(buffer.dtype, []).append((child._buffers, name))
         self._homes = list(homes.values())
 
     def groups(self) -> list[list[Tensor]]:
@@ -77,9 +77,9 @@ class WeightEMA:
         if self.decay == 0:
             torch._foreach_copy_(self._mine, self._theirs)
         else:
-            share = (9 / (self.num_updates + 10)).clamp_(min=1 - self.decay)
+            weight = (9 / (self.num_updates + 10)).clamp_(min=1 - self.decay)
             moves = torch._foreach_sub(self._theirs, self._mine)
-            torch._foreach_mul_(moves, share if taken is None else share * taken)
+            torch._foreach_mul_(moves, weight if taken is None else weight * taken)
             torch._foreach_add_(self._mine, list(moves))
         self.num_updates.add_(1 if taken is None else taken)
         groups = zip(self._my_buffers.groups(), self._their_buffers.groups(), strict=True)

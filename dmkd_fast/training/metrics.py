@@ -200,8 +200,8 @@ class Metrics:
         left = spent * (self._total - views) / done if done > 0 else float("nan")
         parts = [f"{k} {row[k]:.4g}" for k in ("loss", "top1", "lr") if k in row]
         parts += [f"{row[f'{k}_per_s']:,.0f} {k}/s" for k in ("images", "views") if k in row]
-        told = {"skipped_steps": "skipped {:,} steps", "broken_images": "{:,} broken images"}
-        parts += [words.format(row[k]) for k, words in told.items() if row.get(k)]
+        problems = {"skipped_steps": "skipped {:,} steps", "broken_images": "{:,} broken images"}
+        parts += [words.format(row[k]) for k, words in problems.items() if row.get(k)]
         text = "  ".join(parts)
         if sys.stderr.isatty():
             if self._bar is None:

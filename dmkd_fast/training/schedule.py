@@ -12,7 +12,7 @@ from typing import Literal
 
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.checks import check_accumulate, check_milestones
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,10 @@ class Schedule:
         for name in ("weight_decay", "max_grad_norm", "checkpoint_every_s"):
             checks.number(name, getattr(self, name), low=0)
         for name in ("momentum", "warmup", "ema_decay"):
-            share = checks.number(name, getattr(self, name), low=0, high=1)
-            if share == 1:
-                raise UserError(f"{name}: got 1, expected less than 1; lower it")
+            if checks.number(name, getattr(self, name), low=0, high=1) == 1:
+                raise invalid(name, 1, "less than 1", "lower it")
         if self.name not in ("sgd", "adamw"):
-            raise UserError(f"name: got {self.name!r:.60}, expected sgd or adamw; choose one")
+            raise invalid("name", f"{self.name!r:.60}", "sgd or adamw", "choose one")
         check_accumulate(self.accumulate, batch_size=self.batch_size)
         check_milestones(self.milestones, warmup=self.warmup)
 
@@ -83,7 +82,14 @@ class Schedule:
         return step > 0 and self.num_steps * nearest // self.num_evaluations == step
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of a step."""
+        """Return the learning rate of a step.
+
+        Examples:
+            >>> from dmkd_fast import Schedule
+            >>> schedule = Schedule(batch_size=10, num_views=1000, lr=0.1, warmup=0.1)
+            >>> [schedule.lr_at(step) for step in (0, 4, 9, 55)]
+            [0.01, 0.05, 0.1, 0.05]
+        """
         return lr_at(
             step,
             num_steps=self.num_steps,
@@ -112,6 +118,6 @@ def lr_at(
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
     if milestones:
-        return peak * decay ** sum(step >= round(share * num_steps) for share in milestones)
+        return peak * decay ** sum(step >= round(milestone * num_steps) for milestone in milestones)
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

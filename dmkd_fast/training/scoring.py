@@ -106,8 +106,8 @@ class Scores:
         """Return one row per class: images, top1, top5 (None for a class without images)."""
         rows = []
         for images, top1, top5 in self.sums[: 3 * self.num_classes].view(3, -1).T.tolist():
-            shares = (top1 / images, top5 / images) if images else (None, None)
-            rows.append({"images": int(images), "top1": shares[0], "top5": shares[1]})
+            rates = (top1 / images, top5 / images) if images else (None, None)
+            rows.append({"images": int(images), "top1": rates[0], "top5": rates[1]})
         return rows
 
 

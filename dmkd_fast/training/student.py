@@ -9,6 +9,7 @@ Source: Micikevicius et al., "Mixed precision training" (arXiv 1710.03740), on l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dmkd_fast.checkpoint.step_folders import Stateful
 from dmkd_fast.loss.functional import kd_loss_and_grad
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.errors import NotFiniteError, UserError
+from dmkd_fast.runtime.errors import NotFiniteError, invalid
 from dmkd_fast.training.ema import Buffers, WeightEMA
 from dmkd_fast.training.optim import build_optimizer, set_lr
 from dmkd_fast.training.schedule import Schedule
@@ -35,7 +37,7 @@ class StudentTrainer:
 
     Args:
         student: Network to train in place, (B, c, S, S) views -> (B, C) logits.
-        schedule: Optimizer, weight EMA, clipping, and the largest number of skipped steps in a row.
+        schedule: Length and batch size (of all ranks together), optimizer, weight EMA, clipping.
         temperature: Softmax temperature of the KD term.
         alpha: Weight of the KD term, in (0, 1]; cross-entropy with the targets has 1 - alpha.
         dtype: Autocast dtype; float32 turns autocast off, float16 turns loss scaling on.
@@ -47,8 +49,10 @@ class StudentTrainer:
             no parameter of the student requires a gradient.
 
     Attributes:
+        model: The student.
         network: The student with its wrappers (torch.compile, DistributedDataParallel), if any.
-        part_size: Size of a micro-batch, in views.
+        batch_size: Views of a step on this rank.
+        micro_batch_size: Views that pass through the networks together.
         optimizer: Optimizer of the student.
         average: Weight EMA of the student.
     """
@@ -56,8 +60,8 @@ class StudentTrainer:
     def __init__(
         self,
         student: nn.Module,
-        *,
         schedule: Schedule,
+        *,
         temperature: float = 4.0,
         alpha: float = 1.0,
         dtype: torch.dtype = torch.float32,
@@ -66,21 +70,27 @@ class StudentTrainer:
     ) -> None:
         checks.number("temperature", temperature, low=0.01, high=1000)
         if not 0 < alpha <= 1:
-            raise UserError(
-                f"alpha: got {alpha}, expected a share above 0 and at most 1; with 0 the teacher "
-                "would be ignored"
+            raise invalid(
+                "alpha",
+                alpha,
+                "a number above 0 and at most 1",
+                "raise it, as with 0 the teacher would be ignored",
             )
-        self.student, self.schedule = student.train(), schedule
+        self.model, self.schedule, self.ranks = student.train(), schedule, ranks
         self._temperature, self._alpha = temperature, alpha
-        self._batch = ranks.per_rank("batch_size", schedule.batch_size, unit=schedule.accumulate)
-        self.part_size = self._batch // schedule.accumulate
+        self.batch_size = ranks.per_rank(
+            "batch_size", schedule.batch_size, unit=schedule.accumulate
+        )
+        self.micro_batch_size = self.batch_size // schedule.accumulate
         fast: Any = torch.compile(student, dynamic=False) if compile else student
         if not any(p.requires_grad for p in student.parameters()):
-            raise UserError(
-                f"student: got a {type(student).__name__} without parameters that require a "
-                "gradient, expected some to train; give another network or unfreeze it"
+            raise invalid(
+                "student",
+                f"a {type(student).__name__} without parameters that require a gradient",
+                "some to train",
+                "give another network or unfreeze it",
             )
-        device = next(student.parameters()).device
+        self.device = device = next(student.parameters()).device
         self.network = ranks.parallel(fast, device)  # This copies rank 0's weights to all ranks.
         self.optimizer = build_optimizer(
             student,
@@ -97,7 +107,7 @@ class StudentTrainer:
         self._before_warm_up: list[Tensor] | None = None
         self._buffers_before: list[Tensor] | None = None  # not None during a step
         self._updates = False  # True while a step changes weights
-        self._parts_left = 0
+        self._micro_batches_left = 0
         # Fused optimizers leave weights, moments and step counts unchanged if this is not 0.
         self._found = torch.zeros((), device=device)
         self.optimizer.found_inf = self._found  # type: ignore[attr-defined]
@@ -111,13 +121,13 @@ class StudentTrainer:
         """Start a step with this learning rate."""
         set_lr(self.optimizer, lr)
         self._buffers_before = self._buffers.copies()
-        self._parts_left = self.schedule.accumulate
+        self._micro_batches_left = self.schedule.accumulate
 
     def learn(self, views: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
         """Add the gradient of one micro-batch of this rank's batch.
 
         Args:
-            views: Views (B, c, S, S) with B = `part_size`.
+            views: Views (B, c, S, S) with B = `micro_batch_size`.
             teacher_logits: Logits (B, C) of the teacher.
             target: Class ids (B,) int64 or probabilities (B, C); ignored if alpha is 1.
 
@@ -125,11 +135,11 @@ class StudentTrainer:
             The sum of the micro-batch's losses divided by the size of this rank's batch, (). Over
             all micro-batches these values add up to the mean loss of the batch.
         """
-        self._parts_left -= 1
-        apart: AbstractContextManager[None] = nullcontext()
-        if self._parts_left > 0 and isinstance(self.network, DistributedDataParallel):
-            apart = self.network.no_sync()  # Gradients are averaged once, at the last micro-batch.
-        with apart, self.autocast:
+        self._micro_batches_left -= 1
+        alone: AbstractContextManager[None] = nullcontext()
+        if self._micro_batches_left > 0 and isinstance(self.network, DistributedDataParallel):
+            alone = self.network.no_sync()  # Gradients are averaged once, at the last micro-batch.
+        with alone, self.autocast:
             student_logits = self.network(views)  # (B, C)
         hard = self._alpha < 1
         loss, grad = kd_loss_and_grad(
@@ -138,7 +148,7 @@ class StudentTrainer:
             target if hard else None,
             alpha=self._alpha if hard else None,
             temperature=self._temperature,
-            num_items=self._batch,
+            num_items=self.batch_size,
             grad_scale=self._scale if self._scales else 1.0,
         )
         # loss * 0 is NaN if the loss is not finite; its gradient alone could still be finite.
@@ -193,13 +203,21 @@ class StudentTrainer:
         self._buffers_before = None
         return 1
 
-    def warm_up(self, views: Tensor) -> None:
-        """Compile by one forward and backward pass; call `undo_warm_up` afterwards."""
-        self._before_warm_up = self._buffers.copies()
+    def logits(self, views: Tensor) -> Tensor:
+        """Return the student's logits (B, C), checked, for views (B, c, S, S).
+
+        Raises:
+            UserError: The student returns something else.
+        """
         with self.autocast:
-            logits = self.network(views)
-            check_logits("student", logits, len(views))
-            logits.sum().backward()
+            logits: Tensor = self.network(views)
+        check_logits("student", logits, len(views))
+        return logits
+
+    def warm_up(self, loss_of: Callable[[], Tensor]) -> None:
+        """Compile by one forward and backward pass of a loss; call `undo_warm_up` afterwards."""
+        self._before_warm_up = self._buffers.copies()
+        loss_of().backward()
 
     def undo_warm_up(self) -> None:
         """Restore buffers and gradients to their state before `warm_up`.
@@ -230,9 +248,18 @@ class StudentTrainer:
             raise NotFiniteError(
                 f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, "
                 f"expected fewer than max_skipped_steps={self.schedule.max_skipped_steps}; none of "
-                "them changed the student; lower lr, look at what the teacher gives, or set "
+                "them changed the student; lower lr, look at the teacher's logits, or set "
                 "dtype=float32"
             )
+
+    def objects(self) -> dict[str, Stateful]:
+        """Return the objects to save, which are the same on all ranks."""
+        return {
+            "student": self.model,
+            "optimizer": self.optimizer,
+            "average": self.average,
+            "trainer": self,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return loss scale and counts; student, optimizer and EMA have their own state dicts."""

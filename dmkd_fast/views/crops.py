@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from dmkd_fast.runtime import checks, native
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime import checks, native, tensor_checks
+from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.views import ops
 from dmkd_fast.views.spec import check_normalization
 
@@ -48,7 +48,7 @@ class ViewSpec:
         checks.whole("size", size, low=1, high=ops.MAX_SIDE)
         check_normalization(mean, std)
         if dtype not in ops.DTYPES:
-            raise UserError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
+            raise invalid("dtype", dtype, "float32, float16 or bfloat16")
         self.size, self.dtype = size, dtype
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(std, dtype=torch.float32, device=device)
@@ -64,55 +64,50 @@ class Views:
     the image that `ratio` allows.
 
     Args:
-        size: Side of a view, in pixels.
+        spec: Form of the views, and the device of the ring and the networks.
         scale: Range of the crop's fraction of the image area; (1, 1), with ratio (1, 1), keeps the
             size of the image.
         ratio: Range of width / height.
         pad: Width of the black border, in pixels. With scale (1, 1) this is "pad and crop".
         flip: Probability of a horizontal flip.
-        mean, std: Mean and standard deviation per channel, of pixel values in [0, 1].
-        dtype: Dtype of the views.
-        device: Device of the ring and the networks.
         seed: Seed of the views; other seeds give other views.
 
     Raises:
         TypeError, UserError: An argument is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from dmkd_fast import Views, ViewSpec
+        >>> views = Views(ViewSpec(size=16, mean=(0.5,), std=(0.25,)), scale=(0.3, 1.0), pad=2)
+        >>> images = torch.zeros(8, 1, 28, 28, dtype=torch.uint8)
+        >>> ids = torch.arange(4)
+        >>> views(images, indices=ids, ids=ids, uses=torch.zeros_like(ids)).shape
+        torch.Size([4, 1, 16, 16])
     """
 
     def __init__(
         self,
+        spec: ViewSpec,
         *,
-        size: int,
         scale: tuple[float, float] = (1.0, 1.0),
         ratio: tuple[float, float] = (1.0, 1.0),
         pad: int = 0,
         flip: float = 0.5,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
         for name, pair in (("scale", scale), ("ratio", ratio)):
             if len(pair) != 2:
-                raise UserError(f"{name}: got {tuple(pair)}, expected two numbers")
+                raise invalid(name, tuple(pair), "two numbers")
             for value in pair:
                 checks.number(name, value)
-        checks.whole("pad", pad, low=-(2**31))
-        checks.number("flip", flip)
+        checks.whole("pad", pad, high=ops.MAX_SIDE)
+        checks.number("flip", flip, low=0, high=1)
         checks.whole("seed", seed, high=checks.MAX_SEED)
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise UserError(f"scale: got {tuple(scale)}, expected 0 < low <= high <= 1")
+            raise invalid("scale", tuple(scale), "0 < low <= high <= 1")
         if not 2.0**-15 <= ratio[0] <= ratio[1] <= 2.0**15:
-            raise UserError(
-                f"ratio: got {tuple(ratio)}, expected low <= high between 2**-15 and 2**15"
-            )
-        if not 0 <= pad <= ops.MAX_SIDE or not 0 <= flip <= 1:
-            raise UserError(
-                f"pad, flip: got {pad} and {flip}, expected 0 <= pad <= {ops.MAX_SIDE}, "
-                "0 <= flip <= 1"
-            )
-        self.spec = ViewSpec(size=size, mean=mean, std=std, dtype=dtype, device=device)
+            raise invalid("ratio", tuple(ratio), "low <= high between 2**-15 and 2**15")
+        self.spec = spec
         self.scale, self.ratio, self.pad, self.flip, self.seed = scale, ratio, pad, flip, seed
 
     def __call__(
@@ -141,7 +136,7 @@ class Views:
         """
         height, width = _sides(slots)
         if not torch.compiler.is_compiling():
-            checks.rows("indices", indices, count=len(ids), device=slots.device)
+            tensor_checks.rows("indices", indices, count=len(ids), device=slots.device)
         boxes, flips = self.parameters(ids, uses, height, width)
         return self.render(slots, indices, boxes, flips, out=out)
 
@@ -164,8 +159,8 @@ class Views:
                 more would repeat earlier views.
         """
         if not torch.compiler.is_compiling():
-            checks.rows("ids", ids)
-            checks.rows("uses", uses, count=len(ids), device=ids.device)
+            tensor_checks.rows("ids", ids)
+            tensor_checks.rows("uses", uses, count=len(ids), device=ids.device)
             checks.whole("height", height, low=1, high=ops.MAX_SIDE)
             checks.whole("width", width, low=1, high=ops.MAX_SIDE)
         keeps_size = self.scale == (1, 1) and self.ratio == (1, 1)
@@ -174,31 +169,30 @@ class Views:
             spare = (max(1, round(width / self.ratio[0])), width)
         elif width > self.ratio[1] * height and not keeps_size:
             spare = (height, max(1, round(height * self.ratio[1])))
-        fixed = lambda x: round(x * 2**24)  # noqa: E731
+        shapes = (math.log2(ratio) / 2 for ratio in self.ratio)
         recipe = (
             height,
             width,
             self.pad,
-            *map(fixed, self.scale),
-            *(fixed(math.log2(r) / 2) for r in self.ratio),
+            *(round(x * 2**24) for x in (*self.scale, *shapes)),
             *spare,
             0 if keeps_size else 10,
             self.flip,
         )
         if native.INSTRUCTION_SET == "none":
-            checks.within("uses", uses, low=0, high=MOST_USES - 1)
+            tensor_checks.within("uses", uses, low=0, high=MOST_USES - 1)
         try:
             boxes, flips = torch.ops.dmkd_fast.view_boxes(self.seed, ids, uses, *recipe)
         except RuntimeError:
-            # The C++ kernel checks them as well, but does not say what it got.
-            checks.within("uses", uses, low=0, high=MOST_USES - 1)
+            # The C++ kernel checks `uses` as well, but does not say what it got.
+            tensor_checks.within("uses", uses, low=0, high=MOST_USES - 1)
             raise
         return boxes, flips
 
     def whole(self, slots: Tensor, indices: Tensor, spec: ViewSpec | None = None) -> Tensor:
         """Render whole images at view size, normalized, without crop and flip."""
-        (height, width) = _sides(slots)
-        checks.rows("indices", indices)
+        height, width = _sides(slots)
+        tensor_checks.rows("indices", indices)
         count = len(indices)
         boxes = torch.zeros((count, 4), dtype=torch.int32, device=slots.device)
         boxes[:, 2], boxes[:, 3] = height, width
@@ -249,5 +243,5 @@ class Views:
 def _sides(slots: Tensor) -> tuple[int, int]:
     """Return the height and width of slots (N, c, H, W)."""
     if slots.ndim != 4:
-        raise UserError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
+        raise invalid("slots", f"shape {tuple(slots.shape)}", "(N, c, H, W)")
     return slots.shape[2], slots.shape[3]

@@ -15,67 +15,74 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.rng import philox
-from dmkd_fast.runtime import checks
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime import checks, tensor_checks
+from dmkd_fast.runtime.errors import invalid
 
 K = TypeVar("K")
 _FOR_PARTNERS, _FOR_NUMBERS = 0, 1  # sub-counters: separate random numbers within a step
 
 
 class Mixed(NamedTuple):
-    """Mixed views, with the partners and the share that mix their labels.
+    """Mixed views, with the partners and the weight that mix their labels.
 
-    A hard-label loss is `share * loss(logits, target) + (1 - share) * loss(logits,
-    target[partner])`. A teacher sees the mixed views and needs neither `partner` nor `share`.
+    A hard-label loss is `lam * loss(logits, target) + (1 - lam) * loss(logits, target[partner])`.
+    A teacher sees the mixed views and needs neither `partner` nor `lam`.
     """
 
     views: Tensor
     """(B, c, S, S), channels_last."""
     partner: Tensor
     """(B,) int64, a permutation: the row that each row was mixed with."""
-    share: float
+    lam: float
     """Weight of a row's own view and target, in [0, 1]."""
 
     def targets(self, labels: Tensor, num_classes: int) -> Tensor:
         """Mix hard labels (B,) as the views were mixed, to probabilities (B, C), float32."""
-        checks.rows("labels", labels, count=len(self.partner), device=self.partner.device)
+        tensor_checks.rows("labels", labels, count=len(self.partner), device=self.partner.device)
         checks.whole("num_classes", num_classes, low=1)
-        checks.within("labels", labels, low=0, high=num_classes - 1)
+        tensor_checks.within("labels", labels, low=0, high=num_classes - 1)
         targets = labels.new_zeros((len(labels), num_classes), dtype=torch.float32)
-        targets.scatter_(1, labels[:, None], self.share)
-        rest = torch.full_like(targets[:, :1], 1 - self.share)
+        targets.scatter_(1, labels[:, None], self.lam)
+        rest = torch.full_like(targets[:, :1], 1 - self.lam)
         return targets.scatter_add_(1, labels[self.partner][:, None], rest)
 
 
 class Mixer:
     """Mix each view of a batch with another one by mixup, cutmix, or either with probability 1/2.
 
-    The host draws one share for the whole batch from Beta(alpha, alpha). The device draws the
-    partners. Nothing waits for the device.
+    The host draws one weight `lam` for the whole batch from Beta(alpha, alpha). The device draws
+    the partners. Nothing waits for the device.
 
     Args:
-        mixup_alpha: Alpha of mixup, share * view + (1 - share) * partner; 0 turns mixup off.
+        mixup_alpha: Alpha of mixup, lam * view + (1 - lam) * partner; 0 turns mixup off.
         cutmix_alpha: Alpha of cutmix, which pastes a square of the partner's pixels, clipped at
             the edges; 0 turns cutmix off.
-        seed: Seed of shares, squares and partners.
+        seed: Seed of weights, squares and partners.
 
     Raises:
         TypeError, UserError: An alpha is negative, not finite or above 10**6, both are 0, or the
             seed is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from dmkd_fast import Mixer
+        >>> mixed = Mixer(mixup_alpha=0.2)(torch.ones(4, 3, 8, 8), step=0)
+        >>> mixed.views.shape
+        torch.Size([4, 3, 8, 8])
+        >>> mixed.targets(torch.tensor([0, 1, 2, 0]), num_classes=3).sum(dim=1)
+        tensor([1., 1., 1., 1.])
     """
 
     def __init__(
         self, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0, seed: int = 0
     ) -> None:
-        # Above 10**6 all shares are 0.5 to three digits.
+        # Above 10**6 all weights are 0.5 to three digits.
         checks.number("mixup_alpha", mixup_alpha, low=0, high=1e6)
         checks.number("cutmix_alpha", cutmix_alpha, low=0, high=1e6)
         checks.whole("seed", seed, high=checks.MAX_SEED)
         if mixup_alpha == cutmix_alpha == 0:
-            raise UserError(
-                "mixup_alpha, cutmix_alpha: got 0 and 0, expected one above 0; leave the mixer out "
-                "to mix nothing"
-            )
+            fix = "leave the mixer out to mix nothing"
+            raise invalid("mixup_alpha, cutmix_alpha", "0 and 0", "one above 0", fix)
         self.mixup_alpha, self.cutmix_alpha, self.seed = mixup_alpha, cutmix_alpha, seed
 
     def __call__(self, views: Tensor, *, step: int) -> Mixed:
@@ -86,7 +93,7 @@ class Mixer:
             step: Number of the step, non-negative. A repeated step mixes in the same way.
 
         Returns:
-            Mixed views, partners and share.
+            Mixed views, partners and weight.
         """
         _check_views(views)
         return self._mixed(views, step, self.partners(step, len(views), views.device))
@@ -100,11 +107,11 @@ class Mixer:
 
         Returns:
             Result of `__call__` for each rendering. All have the same partners, and the square lies
-            at the same place of the image. Cutmix cuts whole pixels, so the shares of renderings
+            at the same place of the image. Cutmix cuts whole pixels, so the weights of renderings
             of different size differ slightly.
         """
         if not views:
-            raise UserError("views: got none, expected at least one rendering")
+            raise invalid("views", "none", "at least one rendering")
         first = next(iter(views.values()))
         for batch in views.values():
             _check_views(batch, count=len(first))
@@ -112,20 +119,20 @@ class Mixer:
         return {name: self._mixed(batch, step, partner) for name, batch in views.items()}
 
     def _mixed(self, views: Tensor, step: int, partner: Tensor) -> Mixed:
-        share, square = self.parameters(step, views.shape[-2], views.shape[-1])
+        lam, square = self.parameters(step, views.shape[-2], views.shape[-1])
         rows = views.permute(0, 2, 3, 1)  # (B, S, S, c)
         if square is None:
-            mixed = torch.lerp(rows[partner], rows, share)
+            mixed = torch.lerp(rows[partner], rows, lam)
         else:
             top, bottom, left, right = square
             mixed = rows.clone(memory_format=torch.contiguous_format)
             mixed[:, top:bottom, left:right] = rows[:, top:bottom, left:right][partner]
-        return Mixed(mixed.permute(0, 3, 1, 2), partner, share)
+        return Mixed(mixed.permute(0, 3, 1, 2), partner, lam)
 
     def parameters(
         self, step: int, height: int, width: int
     ) -> tuple[float, tuple[int, int, int, int] | None]:
-        """Return the share of a step and, for cutmix, its square (top, bottom, left, right)."""
+        """Return the weight of a step and, for cutmix, its square (top, bottom, left, right)."""
         checks.whole("step", step, high=checks.MAX_SEED)
         numbers = _uniforms(self.seed, step)
         which, down, right = next(numbers), next(numbers), next(numbers)
@@ -141,8 +148,8 @@ class Mixer:
             for place, side in ((down, height), (right, width))
         ]
         (top, bottom), (first, last) = sides
-        share = 1 - (bottom - top) * (last - first) / (height * width)
-        return share, (top, bottom, first, last)
+        lam = 1 - (bottom - top) * (last - first) / (height * width)
+        return lam, (top, bottom, first, last)
 
     def partners(self, step: int, count: int, device: torch.device) -> Tensor:
         """Return the partner of each row at a step: a permutation, (count,) int64."""
@@ -156,10 +163,8 @@ class Mixer:
 
 def _check_views(views: Tensor, count: int | None = None) -> None:
     if views.ndim != 4 or count not in (None, len(views)) or not views.is_floating_point():
-        raise UserError(
-            f"views: got {tuple(views.shape)} {views.dtype}, expected "
-            f"({'B' if count is None else count}, c, S, S) of a floating-point dtype"
-        )
+        expected = f"({'B' if count is None else count}, c, S, S) of a floating-point dtype"
+        raise invalid("views", f"{tuple(views.shape)} {views.dtype}", expected)
 
 
 def _uniforms(seed: int, step: int) -> Iterator[float]:

@@ -9,7 +9,6 @@ Shapes: N slots, B rows, c channels, H x W pixels of a slot, S side of a view.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmkd_fast.runtime import native
-from dmkd_fast.runtime.errors import UserError
-from dmkd_fast.runtime.operators import check_own_memory, warn_once
+from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.runtime.operators import check_own_memory, cuda_kernel, warn_if_eager
 from dmkd_fast.views.reference import reference_boxes, reference_views
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -80,15 +78,14 @@ def views(
         raise TypeError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
     inputs = (slots, indices, boxes, flips, mean, std)
     if out is None:
-        return _naming_bad_rows(torch.ops.dmkd_fast.views, *inputs, size, pad, dtype)
+        result: Tensor = _naming_bad_rows(torch.ops.dmkd_fast.views, *inputs, size, pad, dtype)
+        return result
     shape = (len(indices), slots.shape[1], size, size)
     if out.shape != shape or out.dtype != dtype or out.device != slots.device:
-        raise UserError(
-            f"out: got {tuple(out.shape)} {out.dtype} on {out.device}, expected {shape} {dtype} on "
-            f"{slots.device}"
-        )
+        got = f"{tuple(out.shape)} {out.dtype} on {out.device}"
+        raise invalid("out", got, f"{shape} {dtype} on {slots.device}")
     if not out.is_contiguous(memory_format=torch.channels_last):
-        raise UserError("out: got another layout, expected memory_format=torch.channels_last")
+        raise invalid("out", "another layout", "memory_format=torch.channels_last")
     names = ("slots", "indices", "boxes", "flips", "mean", "std")
     check_own_memory(out, dict(zip(names, inputs, strict=True)))
     _naming_bad_rows(torch.ops.dmkd_fast.views_out, out, *inputs, pad)
@@ -122,11 +119,10 @@ def _check(
     pad: int,
 ) -> None:
     if slots.ndim != 4 or 0 in slots.shape[1:]:
-        raise UserError(f"slots: got shape {tuple(slots.shape)}, expected (N, c, H, W)")
+        raise invalid("slots", f"shape {tuple(slots.shape)}", "(N, c, H, W)")
     if not slots[0:1].is_contiguous():
-        raise UserError(
-            f"slots: got strides {slots.stride()}, expected dense images; call .contiguous()"
-        )
+        got = f"strides {slots.stride()}"
+        raise invalid("slots", got, "dense images", "call .contiguous()")
     rows, channels = indices.shape[0] if indices.ndim == 1 else "B", slots.shape[1]
     for name, tensor, dtype, shape in (
         ("slots", slots, torch.uint8, slots.shape),
@@ -140,20 +136,16 @@ def _check(
             raise TypeError(f"{name}: got {tensor.dtype}, expected {dtype}")
         if tensor.shape != shape:
             expected = str(tuple(shape)).replace("'", "")
-            raise UserError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+            raise invalid(name, f"shape {tuple(tensor.shape)}", expected)
         if tensor.device != slots.device:
-            raise UserError(f"{name}: got {tensor.device}, expected {slots.device}, as slots")
+            raise invalid(name, tensor.device, f"{slots.device}, as slots")
     if not 1 <= size <= MAX_SIDE or size * size * slots.shape[1] >= 2**31:
-        raise UserError(
-            f"size: got {size}, expected 1 to {MAX_SIDE} and less than 2**31 numbers in a view"
-        )
+        raise invalid("size", size, f"1 to {MAX_SIDE} and less than 2**31 numbers in a view")
     if max(slots.shape[2:]) > MAX_SIDE or slots.shape[1:].numel() >= 2**31:
-        raise UserError(
-            f"slots: got images of {tuple(slots.shape[1:])}, expected sides of at most {MAX_SIDE} "
-            "and less than 2**31 bytes"
-        )
+        got = f"images of {tuple(slots.shape[1:])}"
+        raise invalid("slots", got, f"sides of at most {MAX_SIDE} and less than 2**31 bytes")
     if not 0 <= pad <= MAX_SIDE:
-        raise UserError(f"pad: got {pad}, expected 0 to {MAX_SIDE}")
+        raise invalid("pad", pad, f"0 to {MAX_SIDE}")
 
 
 def _eager_views(
@@ -167,7 +159,7 @@ def _eager_views(
     pad: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    _say_eager(slots)
+    warn_if_eager(slots)
     if slots.device.type == "cpu":
         raise_for_bad_rows(slots, indices, boxes, pad)
     return reference_views(
@@ -210,16 +202,6 @@ def _eager_views_out(
     out.copy_(_eager_views(slots, indices, boxes, flips, mean, std, size, pad, dtype))
 
 
-def _say_eager(slots: Tensor) -> None:
-    if slots.device.type == "cpu" and native.INSTRUCTION_SET == "none":
-        warn_once(
-            "cpu views",
-            f"dmkd_fast has no compiled CPU kernels ({native.WHY_MISSING}); "
-            "views use their eager definition, many times slower. Install again where there "
-            "is a C++ compiler.",
-        )
-
-
 def _fake_views(
     slots: Tensor,
     indices: Tensor,
@@ -244,29 +226,12 @@ def _fake_view_boxes(seed: int, ids: Tensor, *_: object) -> tuple[Tensor, Tensor
     return boxes, ids.new_empty(ids.shape, dtype=torch.bool)
 
 
-def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the Triton implementation of an operator; it runs `eager` if Triton is missing."""
-
-    def run(*arguments: Any) -> Any:
-        try:
-            triton = importlib.import_module("dmkd_fast.views.triton")
-        except ImportError as error:
-            warn_once(
-                "cuda views",
-                f"dmkd_fast has no CUDA kernels ({error}); views use their "
-                "eager definition, many times slower. Install triton.",
-            )
-            return eager(*arguments)
-        return getattr(triton, name)(*arguments)
-
-    return run
-
-
+_TRITON = "dmkd_fast.views.triton"
 for _name, _eager, _fake in (
     ("views", _eager_views, _fake_views),
     ("views_out", _eager_views_out, lambda out, *_: None),
     ("view_boxes", reference_boxes, _fake_view_boxes),
 ):
     _LIBRARY.impl(_name, _eager, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _cuda(_name, _eager), "CUDA")
+    _LIBRARY.impl(_name, cuda_kernel(_TRITON, _name, _eager), "CUDA")
     torch.library.register_fake(f"dmkd_fast::{_name}", _fake, lib=_LIBRARY)

@@ -58,15 +58,14 @@ def _filter(start: Tensor, length: Tensor, source: int, size: int, pad: int) -> 
     Distances between the pixels of crop and view are whole multiples of 1 / (2 * size), so the
     weights are ratios of integers. Shape (B, size, source), float64.
     """
-    pixels = (
-        torch.arange(-pad, source + pad, device=start.device) - start[:, None]
-    )  # (B, W + 2 pad)
-    centres = (2 * torch.arange(size, device=start.device) + 1) * length[:, None]  # (B, S)
-    gaps = ((2 * pixels + 1) * size)[:, None] - centres[..., None]  # (B, S, W + 2 pad)
+    places = torch.arange(-pad, source + pad, device=start.device)
+    pixels = places - start[:, None]  # (B, W + 2 pad)
+    centers = (2 * torch.arange(size, device=start.device) + 1) * length[:, None]  # (B, S)
+    gaps = ((2 * pixels + 1) * size)[:, None] - centers[..., None]  # (B, S, W + 2 pad)
     support = torch.where(20 * length > 23 * size, length, size)
     inside = (pixels >= 0) & (pixels < length[:, None])
-    shares = (2 * support[:, None, None] - gaps.abs()).clamp_min(0) * inside[:, None]
-    weights = shares.double() / shares.sum(-1, keepdim=True)
+    weights = (2 * support[:, None, None] - gaps.abs()).clamp_min(0) * inside[:, None]
+    weights = weights.double() / weights.sum(-1, keepdim=True)
     return weights[..., pad : pad + source]
 
 
@@ -114,9 +113,9 @@ def reference_boxes(
     uniform = (bits[:, 2:5].float() + 0.5) * 2.0**-24  # (B, 3)
     # Words 0 and 1 are the first try, 2 to 4 position and flip, 6 and 7 the second try, ...
     tops = torch.cat((bits[:, :2], bits[:, 6:]), dim=1).unflatten(1, (-1, 2))  # (B, tries, 2)
-    share = area_low + (((area_high - area_low) * tops[..., 0]) >> 24)
+    area = area_low + (((area_high - area_low) * tops[..., 0]) >> 24)
     shape = shape_low + (((shape_high - shape_low) * tops[..., 1]) >> 24)
-    root = (height * width * share).double().sqrt()  # square root of the crop area, times 2**12
+    root = (height * width * area).double().sqrt()  # square root of the crop area, times 2**12
     rows, columns = _side(root, -shape), _side(root, shape)  # (B, tries)
     fits = (rows > 0) & (rows <= height) & (columns > 0) & (columns <= width)
     if tries == 0:

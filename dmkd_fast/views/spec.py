@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from dmkd_fast.runtime import checks
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
 
 Interpolation = Literal["bilinear", "bicubic"]
 CropMode = Literal["center", "squash"]
@@ -40,20 +40,14 @@ class InputSpec:
         checks.whole("size", self.size)
         checks.number("crop_pct", self.crop_pct)
         if self.size < 1 or not 0 < self.crop_pct <= 1:
-            raise UserError(
-                f"input: got size {self.size} and crop_pct {self.crop_pct}, expected at least 1 "
-                "and a share in (0, 1]; correct the model's config"
-            )
+            got, expected = f"size {self.size} and crop_pct {self.crop_pct}", "1 or more and (0, 1]"
+            raise invalid("input", got, expected, "correct the model's config")
         if self.interpolation not in ("bilinear", "bicubic"):
-            raise UserError(
-                f"interpolation: got {self.interpolation!r}, expected bilinear or bicubic; correct "
-                "the model's config"
-            )
+            got, fix = repr(self.interpolation), "correct the model's config"
+            raise invalid("interpolation", got, "bilinear or bicubic", fix)
         if self.crop_mode not in ("center", "squash"):
-            raise UserError(
-                f"crop_mode: got {self.crop_mode!r}, expected center or squash; use a model that "
-                "was trained without borders"
-            )
+            got, fix = repr(self.crop_mode), "use a model that was trained without borders"
+            raise invalid("crop_mode", got, "center or squash", fix)
 
     @property
     def num_channels(self) -> int:
@@ -80,20 +74,19 @@ def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
         TypeError: An entry is not a number.
         UserError: An entry is out of range, or `mean` and `std` differ in length or are empty.
     """
+    got = f"{tuple(mean)} and {tuple(std)}"
     for name, values in (("mean", mean), ("std", std)):
         for value in values:
             number = checks.number(f"mean, std: {name}", value)
             if not 0 <= number <= 1 or (name == "std" and number == 0):
-                raise UserError(
-                    f"mean, std: got {tuple(mean)} and {tuple(std)}, expected means from 0 to 1 "
-                    "and std above 0 and at most 1, of pixel values in [0, 1]; divide numbers of "
-                    "pixel values in [0, 255] by 255"
+                raise invalid(
+                    "mean, std",
+                    got,
+                    "means from 0 to 1 and std above 0 and at most 1, of pixel values in [0, 1]",
+                    "divide numbers of pixel values in [0, 255] by 255",
                 )
     if len(mean) != len(std) or len(mean) == 0:
-        raise UserError(
-            f"mean, std: got {tuple(mean)} and {tuple(std)}, expected one number of each per "
-            "channel; correct them"
-        )
+        raise invalid("mean, std", got, "one number of each per channel")
 
 
 def check_logits(name: str, logits: Any, num_images: int, num_classes: int | None = None) -> None:
@@ -108,16 +101,19 @@ def check_logits(name: str, logits: Any, num_images: int, num_classes: int | Non
     Raises:
         UserError: The output is not a tensor, or has another shape.
     """
-    expected = f"({num_images}, {'' if num_classes is None else f'{num_classes} '}classes)"
+    shape = f"({num_images}, {'' if num_classes is None else f'{num_classes} '}classes)"
     if not isinstance(logits, Tensor):
-        raise UserError(
-            f"{name}: got a {type(logits).__name__} from forward, expected a tensor of logits "
-            f"{expected}; return the logits alone, or wrap the network"
+        raise invalid(
+            name,
+            f"a {type(logits).__name__} from forward",
+            f"a tensor of logits {shape}",
+            "return the logits alone, or wrap the network",
         )
     good = logits.ndim == 2 and logits.shape[0] == num_images
     if not good or num_classes not in (None, logits.shape[1]):
-        raise UserError(
-            f"{name}: got logits of shape {tuple(logits.shape)} for {num_images} images, expected "
-            f"{expected}, classes last; use a classifier of that many classes, or pool and "
-            "transpose its output"
+        raise invalid(
+            name,
+            f"logits of shape {tuple(logits.shape)} for {num_images} images",
+            f"{shape}, classes last",
+            "use a classifier of that many classes, or pool and transpose its output",
         )

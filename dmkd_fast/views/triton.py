@@ -30,21 +30,21 @@ EXP0, EXP1, EXP2, EXP3, EXP4, EXP5 = map(tl.constexpr, EXP2_)
 
 
 @triton.jit
-def _first(place, length, support, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _first(place, length, support, SIZE: tl.constexpr):
     """Return the first pixel of a crop that pixel `place` of the view depends on."""
     low = (2 * place + 1) * length - 2 * support - SIZE
     return tl.where(low < 0, 0, low // (2 * SIZE) + 1)
 
 
 @triton.jit
-def _share(pixel, place, length, support, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weight(pixel, place, length, support, SIZE: tl.constexpr):
     """Return the weight of a crop's pixel in pixel `place` of the view, as an integer."""
     gap = tl.abs((2 * pixel + 1) * SIZE - (2 * place + 1) * length)
     return tl.where(pixel < length, tl.maximum(2 * support - gap, 0), 0)
 
 
 @triton.jit
-def render_kernel(  # type: ignore[no-untyped-def]
+def render_kernel(
     out,
     slots,
     indices,
@@ -82,10 +82,10 @@ def render_kernel(  # type: ignore[no-untyped-def]
     first_y, first_x = _first(i, rows, tall, SIZE), _first(j, columns, wide, SIZE)
     total_y = tl.zeros((BLOCK,), tl.int32)
     for k in range(taps_down):
-        total_y += _share(first_y + k, i, rows, tall, SIZE)
+        total_y += _weight(first_y + k, i, rows, tall, SIZE)
     total_x = tl.zeros((BLOCK,), tl.int32)
     for k in range(taps_right):
-        total_x += _share(first_x + k, j, columns, wide, SIZE)
+        total_x += _weight(first_x + k, j, columns, wide, SIZE)
     total_y, total_x = total_y.to(tl.float32), total_x.to(tl.float32)
 
     base = slots + index * slot_stride
@@ -93,17 +93,17 @@ def render_kernel(  # type: ignore[no-untyped-def]
     inside = element < SIZE * SIZE * CHANNELS
     value = tl.zeros((BLOCK,), tl.float32)
     for k in range(taps_down):
-        share = _share(first_y + k, i, rows, tall, SIZE)
-        weight_y = tl.div_rn(share.to(tl.float32), total_y)
+        down = _weight(first_y + k, i, rows, tall, SIZE)
+        weight_y = tl.div_rn(down.to(tl.float32), total_y)
         y = top + first_y + k
-        is_lit = inside & (share > 0) & (y >= 0) & (y < height)
+        is_lit = inside & (down > 0) & (y >= 0) & (y < height)
         line = tl.zeros((BLOCK,), tl.float32)
         for m in range(taps_right):
-            share_x = _share(first_x + m, j, columns, wide, SIZE)
+            across = _weight(first_x + m, j, columns, wide, SIZE)
             x = left + first_x + m
-            read = is_lit & (share_x > 0) & (x >= 0) & (x < width)
+            read = is_lit & (across > 0) & (x >= 0) & (x < width)
             byte = tl.load(base + (plane + y * width + x), mask=read, other=0)
-            line += tl.div_rn(share_x.to(tl.float32), total_x) * byte.to(tl.float32)
+            line += tl.div_rn(across.to(tl.float32), total_x) * byte.to(tl.float32)
         value += weight_y * line
     value = tl.div_rn(value, 255.0) - tl.load(mean + channel)
     value = tl.div_rn(value, tl.load(std + channel))
@@ -113,7 +113,7 @@ def render_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _side(root, power):  # type: ignore[no-untyped-def]
+def _side(root, power):
     fraction = power & 0xFFFFFF
     factor = EXP4 + ((EXP5 * fraction) >> 24)
     factor = EXP3 + ((factor * fraction) >> 24)
@@ -127,23 +127,23 @@ def _side(root, power):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _top(word):  # type: ignore[no-untyped-def]
+def _top(word):
     return (word >> 8).to(tl.int64)
 
 
 @triton.jit
-def _uniform(word):  # type: ignore[no-untyped-def]
+def _uniform(word):
     return ((word >> 8).to(tl.int32).to(tl.float32) + 0.5) * 5.9604644775390625e-08  # 2^-24
 
 
 @triton.jit
-def _position(uniform, room, anywhere):  # type: ignore[no-untyped-def]
+def _position(uniform, room, anywhere):
     place = tl.floor(uniform * (room + 1).to(tl.float32)).to(tl.int64)
     return tl.where(anywhere, tl.minimum(place, room), room // 2)
 
 
 @triton.jit
-def boxes_kernel(  # type: ignore[no-untyped-def]
+def boxes_kernel(
     boxes,
     flips,
     ids,
@@ -180,9 +180,9 @@ def boxes_kernel(  # type: ignore[no-untyped-def]
         block = tl.where(i == 0, 0, 1 + i // 2)
         v0, v1, v2, v3 = tl.philox(seed, low, high, use, zero + block.to(tl.uint32))
         first, second = tl.where(i % 2 == 1, v2, v0), tl.where(i % 2 == 1, v3, v1)
-        share = area_low + (((area_high - area_low) * _top(first)) >> 24)
+        area = area_low + (((area_high - area_low) * _top(first)) >> 24)
         shape = shape_low + (((shape_high - shape_low) * _top(second)) >> 24)
-        root = tl.sqrt((share * height * width).to(tl.float64))
+        root = tl.sqrt((area * height * width).to(tl.float64))
         new_rows, new_columns = _side(root, -shape), _side(root, shape)
         fits = (new_rows > 0) & (new_rows <= height) & (new_columns > 0) & (new_columns <= width)
         rows = tl.where(fits & ~found, new_rows, rows)

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import restore, save
 from dying_os import CountingOs, DyingOs, FailingOs, PowerlessOs
+from rings import new_ring
 from safetensors.torch import load_file
 
-from dmkd_fast import RingBuffer
 from dmkd_fast.checkpoint import step_folders
+from dmkd_fast.checkpoint.manager import CheckpointManager, Restored
 from dmkd_fast.ring.storage import BlockFiles
 from dmkd_fast.runtime import files, model_files
 
@@ -47,11 +49,12 @@ class SmallRun:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.state, self.writer = folder, State(), files.Writer()
-        self.ring = RingBuffer(
-            16, image_shape=(1, 4, 4), block_images=4, samples_per_insert=4, min_fill_images=4
+        self.ring = new_ring(
+            capacity_images=16, image_shape=(1, 4, 4), block_images=4, min_fill_images=4
         )
+        self.manager = CheckpointManager(folder / "checkpoints", every_s=0, keep=2)
+        self.writer = self.manager.writer
         self.blocks = BlockFiles(self.ring, folder / "blocks", self.writer, remakes=[self.make])
-        self.saver = step_folders.Saver(folder / "checkpoints", self.writer, every_s=0, keep=2)
         self.objects = {"ring": self.blocks, "state": self.state}
 
     def make(self, ids: torch.Tensor, labels: torch.Tensor, *, out: torch.Tensor) -> None:
@@ -68,13 +71,13 @@ class SmallRun:
 
     def save(self) -> Path:
         try:
-            return self.saver.finish(self.state.count, self.objects)
+            return self.manager.finish(self.state.count, self.objects)
         finally:
-            self.blocks.drop_unused(lambda: self.saver.describe("ring"))
+            self.blocks.drop_unused(lambda: self.manager.describe("ring"))
             self.writer.close()
 
-    def restore(self) -> step_folders.Restored:
-        return self.saver.restore(self.objects)
+    def restore(self) -> Restored:
+        return self.manager.restore(self.objects)
 
     def facts(self) -> tuple[int, float, int, int]:
         """Step (twice), images made, their sum: all from one moment, or it is a mix."""
@@ -108,7 +111,7 @@ def test_files_are_plain_safetensors_and_sums(tmp_path: Path) -> None:
     assert loaded.keys() == tensors.keys()
     for name, value in tensors.items():
         assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value), name
-    path = step_folders.save(tmp_path, 3, {"state": State().at(3)})
+    path = save(tmp_path, 3, {"state": State().at(3)})
     command = ["sha256sum", "--check", "--strict", step_folders.SUMS]
     assert subprocess.run(command, cwd=path, capture_output=True, check=False).returncode == 0
 
@@ -134,7 +137,7 @@ def test_a_crash_at_any_call_leaves_the_old_state_or_the_new_one(
             code = 1
             try:
                 files.os = PowerlessOs(at, attic) if power else DyingOs(at)  # type: ignore[assignment]
-                run.saver.keep = 1
+                run.manager.keep = 1
                 run.advance(2, num_blocks=2)
                 run.save()
                 code = 0
@@ -260,7 +263,7 @@ def test_blocks_that_cannot_be_made_again_send_back_to_a_checkpoint_without_them
     run.blocks.remakes = [lambda ids, labels, *, out: out.fill_(9)]
     notes = run.restore().notes
     assert len(notes) == 1 and "block-000000005.safetensors is missing" in notes[0]
-    assert "made again to the bit" in notes[0] and "step-000000001 is used" in notes[0]
+    assert "made again bit for bit" in notes[0] and "step-000000001 is used" in notes[0]
     assert run.facts() == old
     # Both need block 3: then there is nothing to go back to.
     (tmp_path / "blocks/block-000000003.safetensors").unlink()
@@ -286,19 +289,19 @@ def test_damaged_checkpoints_stay_until_a_whole_one_is_written(tmp_path: Path) -
     folder = tmp_path / "checkpoints"
     state = State()
     for step in (1, 2):
-        step_folders.save(folder, step, {"state": state.at(step)})
+        save(folder, step, {"state": state.at(step)})
     intact = (folder / "step-000000001" / step_folders.REST).read_bytes()
     for step in (1, 2):
         (folder / f"step-00000000{step}" / step_folders.REST).write_bytes(b"{}")
     with pytest.raises(ValueError, match="no whole checkpoint"):
-        step_folders.restore(folder, {"state": state})
+        restore(folder, {"state": state})
     assert [p.name for p in sorted(folder.iterdir())] == ["step-000000001", "step-000000002"]
     (folder / "step-000000001" / step_folders.REST).write_bytes(intact)
-    assert step_folders.restore(folder, {"state": state}).step == 1
+    assert restore(folder, {"state": state}).step == 1
     hidden = folder / ".step-000000002.damaged"
     assert hidden.is_dir()
     # Later saves count only whole ones, and take the damaged one's name.
-    step_folders.save(folder, 2, {"state": state.at(2)})
+    save(folder, 2, {"state": state.at(2)})
     assert [p.name for p in sorted(folder.iterdir())] == ["step-000000001", "step-000000002"]
 
 
@@ -324,8 +327,8 @@ def test_strides_come_back_as_they_were(tmp_path: Path) -> None:
             self.state = state
 
     holder = Holder()
-    step_folders.save(tmp_path, 1, {"holder": holder})
-    step_folders.restore(tmp_path, {"holder": holder})
+    save(tmp_path, 1, {"holder": holder})
+    restore(tmp_path, {"holder": holder})
     for name, value in (saved | sparse).items():
         assert torch.equal(holder.state[name], value), name
         expected = value if name in saved else value.contiguous()
@@ -334,48 +337,46 @@ def test_strides_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_a_second_checkpoint_at_a_step_comes_after_the_first(tmp_path: Path) -> None:
     state = State()
-    names = [
-        step_folders.save(tmp_path, 5, {"state": state.at(5)}, keep=20).name for _ in range(12)
-    ]
+    names = [save(tmp_path, 5, {"state": state.at(5)}, keep=20).name for _ in range(12)]
     assert names[:3] == ["step-000000005", "step-000000005.1", "step-000000005.2"]
     state.count = 77
-    step_folders.save(tmp_path, 5, {"state": state}, keep=2)
+    save(tmp_path, 5, {"state": state}, keep=2)
     again = State()
-    step_folders.restore(tmp_path, {"state": again})
+    restore(tmp_path, {"state": again})
     assert again.count == 77
     for count in range(78, 83):  # The oldest are gone: their names must not come back.
         state.count = count
-        step_folders.save(tmp_path, 5, {"state": state}, keep=2)
-        step_folders.restore(tmp_path, {"state": again})
+        save(tmp_path, 5, {"state": state}, keep=2)
+        restore(tmp_path, {"state": again})
         assert again.count == count
     left = {"step-000000005.16", "step-000000005.17"}
     assert {p.name for p in tmp_path.iterdir()} == left
 
 
 def test_other_objects_are_refused_in_one_line(tmp_path: Path) -> None:
-    step_folders.save(tmp_path, 1, {"model": torch.nn.Linear(2, 2)})
+    save(tmp_path, 1, {"model": torch.nn.Linear(2, 2)})
     for objects in ({"model": torch.nn.Linear(3, 2)}, {"student": torch.nn.Linear(2, 2)}):
         with pytest.raises(ValueError, match=r"step-000000001: .*resume") as problem:
-            step_folders.restore(tmp_path, objects)
+            restore(tmp_path, objects)
         assert "\n" not in str(problem.value)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
 
 
 def test_training_goes_on_while_its_copy_is_written(tmp_path: Path) -> None:
-    state, writer, gate = State().at(1), files.Writer(), threading.Event()
-    saver = step_folders.Saver(tmp_path, writer, every_s=0)
-    writer.submit(gate.wait)  # A slow disk.
-    assert saver.is_due()
-    saver.start(1, {"state": state})
-    assert not saver.is_due(), "one in flight is enough"
+    state, gate = State().at(1), threading.Event()
+    manager = CheckpointManager(tmp_path, every_s=0)
+    manager.writer.submit(gate.wait)  # A slow disk.
+    assert manager.is_due()
+    manager.start(1, {"state": state})
+    assert not manager.is_due(), "one in flight is enough"
     state.at(2)
     assert not any(tmp_path.iterdir())
     gate.set()
-    saver.finish(2, {"state": state})
-    writer.close()
+    manager.finish(2, {"state": state})
+    manager.writer.close()
     shutil.rmtree(tmp_path / "step-000000002")
     again = State()
-    step_folders.restore(tmp_path, {"state": again})
+    restore(tmp_path, {"state": again})
     assert again.count == 1 and bool((again.weight == 1).all())
 
 
@@ -393,7 +394,7 @@ def test_the_writer_reports_what_a_job_raised_and_goes_on() -> None:
 def test_bytes_are_flushed_before_names_show(tmp_path: Path, monkeypatch: Any) -> None:
     counting = CountingOs()
     monkeypatch.setattr(files, "os", counting)
-    step_folders.save(tmp_path, 1, {"state": State()})
+    save(tmp_path, 1, {"state": State()})
     calls = counting.calls
     assert calls.count("fsync") == 6  # three files, their folder, and the one around it twice
     assert "fsync" in calls[calls.index("rename") :]

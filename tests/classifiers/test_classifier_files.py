@@ -28,7 +28,7 @@ from dmkd_fast.classifiers.loading import (
 )
 from dmkd_fast.config.networks import ClassifierConfig, TeachingConfig
 from dmkd_fast.jobs import networks
-from dmkd_fast.jobs.networks import check_names, load_student, load_teachers
+from dmkd_fast.jobs.networks import load_student, load_teachers
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -258,16 +258,6 @@ def test_networks_that_return_something_else_are_one_line(
     monkeypatch.setattr(networks, "classifier_license", lambda _: "none")
     line = one_line(lambda: load_teachers({"teacher": section}, temperature=1.0, device=CPU))
     assert line.startswith("teacher: ") and words in line
-
-
-def test_class_names_in_another_order_are_refused() -> None:
-    check = lambda names, tested: check_names("m", names, tested, fix="--classes")  # noqa: E731
-    check(None, ["a", "b"])
-    check(("T-shirt/top", "Ankle boot"), ["t_shirt top", "ankle-boot"])
-    check(("cat", "dog"), ["0", "1"])
-    check(("0", "1"), ["cat", "dog"])
-    line = one_line(lambda: check(("cat", "dog"), ["dog", "cat"]))
-    assert "class 0 is 'cat' in m and 'dog'" in line and "--classes" in line
 
 
 def test_a_students_spec_is_that_of_its_teacher(tmp_path: Path) -> None:

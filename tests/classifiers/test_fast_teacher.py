@@ -45,7 +45,7 @@ def shaken(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_the_fast_teacher_gives_the_teachers_logits(dtype: torch.dtype, tolerance: float) -> None:
     teacher, spec = load_classifier(resolve("embedded:fashion_mnist/strong"), CPU)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}

@@ -9,10 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from small_jobs import small_classifier, tiny_sampler
+from small_jobs import labels_of, sampler_of, small_classifier, tiny_sampler
 from torch import Tensor, nn
 
-from dmkd_fast import Distiller, InputSpec, LabelStream, Schedule, Teacher, Teachers, kd_loss
+from dmkd_fast import (
+    DiffusionSampler,
+    Distiller,
+    GeneratedImages,
+    InputSpec,
+    LabelStream,
+    StudentTrainer,
+    Targets,
+    Teacher,
+    Teachers,
+    kd_loss,
+)
 from dmkd_fast.views.reference import reference_views
 
 SMALL = InputSpec(size=8, mean=(0.5,), std=(0.5,))
@@ -127,16 +138,16 @@ def test_a_class_map_orders_and_restricts_the_teachers_logits() -> None:
     ("members", "words"),
     [
         ([], "got none"),
-        ([{"teaches": (0, 1)}], "no teacher for class 2 from share 0"),
+        ([{"teaches": (0, 1)}], "no teacher for class 2 from progress 0"),
         ([{"teaches": (0, 1)}, {"teaches": (2, 3), "start": 0.5}], "no teacher for class 2"),
-        ([{"stop": 0.5}], "no teacher from share 0.5"),
-        ([{"start": 0.5}], "no teacher from share 0.0"),
-        ([{"stop": 0.4}, {"start": 0.5}], "no teacher from share 0.4"),
+        ([{"stop": 0.5}], "no teacher from progress 0.5"),
+        ([{"start": 0.5}], "no teacher from progress 0.0"),
+        ([{"stop": 0.4}, {"start": 0.5}], "no teacher from progress 0.4"),
         ([{"start": 0.5, "stop": 0.5}], "start < stop"),
         ([{"teaches": (0, 1, 2, 3, 4)}], "got 4, expected classes from 0 to 3"),
         ([{"teaches": ()}], "got no classes"),
-        ([{"class_map": (1, 1)}], "2 entries, 1 of them different"),
-        ([{"class_map": (-1, 1)}], "-1 the lowest"),
+        ([{"class_map": (1, 1)}], "2 entries, 1 different"),
+        ([{"class_map": (-1, 1)}], "the lowest -1"),
     ],
 )
 def test_gaps_and_impossible_settings_are_refused(members: list[dict], words: str) -> None:
@@ -157,16 +168,16 @@ def test_teachers_stay_as_they_are_whatever_happens_to_them(make_distiller: Make
     a, b = small_classifier(), Pooled(seed=2)
     teachers = Teachers([Teacher(module=a, input=SMALL), Teacher(module=b, input=LARGE, start=0.5)])
     before = digest(a, b)
-    distiller = with_teacher(make_distiller(num_views=640), teachers)
-    parent = nn.ModuleList([teachers, distiller.student])
+    distiller = with_teachers(make_distiller(num_views=640), teachers)
+    parent = nn.ModuleList([teachers, distiller.student.model])
     parent.train()
-    assert distiller.student.training
+    assert distiller.student.model.training
     assert not any(m.training for m in teachers.modules() if m is not teachers) and not a.training
-    weights = [value.clone() for value in distiller.student.state_dict().values()]
+    weights = [value.clone() for value in distiller.student.model.state_dict().values()]
     distiller.fit()
     assert digest(a, b) == before
     assert not any(p.requires_grad or p.grad is not None for p in teachers.parameters())
-    changed = zip(weights, distiller.student.state_dict().values(), strict=True)
+    changed = zip(weights, distiller.student.model.state_dict().values(), strict=True)
     assert not all(torch.equal(x, y) for x, y in changed)
     answer = teachers({s: v.requires_grad_() for s, v in views().items()}, LABELS, 0.7)
     assert not answer.requires_grad
@@ -179,27 +190,35 @@ def test_training_mode_of_the_callers_own_module_does_not_reach_the_run(
     for meddle in (False, True):
         distiller = make_distiller()
         if meddle:
-            distiller.teacher.train().requires_grad_(True)
-        before = digest(distiller.teacher)
+            distiller.targets.teachers.train().requires_grad_(True)
+        before = digest(distiller.targets.teachers)
         distiller.fit()
-        assert digest(distiller.teacher) == before
-        runs.append(digest(distiller.student))
+        assert digest(distiller.targets.teachers) == before
+        runs.append(digest(distiller.student.model))
     assert runs[0] == runs[1]
 
 
-def with_teacher(distiller: Distiller, teachers: nn.Module, **changes: Any) -> Distiller:
-    """The same run with other teachers."""
-    settings: dict[str, Any] = {
-        "sampler": distiller.sampler,
-        "ring": distiller.ring,
-        "labels": distiller.labels,
-        "views": distiller.views,
-        "student": distiller.student,
-        "schedule": distiller.schedule,
-        "run_dir": distiller.run_dir,
-        "show": False,
-    }
-    return Distiller(**(settings | changes), teacher=teachers)
+def with_teachers(
+    distiller: Distiller,
+    teachers: nn.Module,
+    *,
+    student: nn.Module | None = None,
+    images: GeneratedImages | None = None,
+) -> Distiller:
+    """The same run with other teachers, another student or other images."""
+    return Distiller(
+        images or distiller.images,
+        distiller.ring,
+        StudentTrainer(student or distiller.student.model, distiller.schedule),
+        Targets(teachers, distiller.targets.views),
+        distiller.run_dir,
+        show=False,
+    )
+
+
+def with_later(distiller: Distiller, late: DiffusionSampler) -> GeneratedImages:
+    """The same images, but of another sampler from the middle of the run on."""
+    return GeneratedImages(labels_of(distiller), [(0.0, sampler_of(distiller)), (0.5, late)])
 
 
 def test_every_teacher_sees_the_students_crop_in_its_own_size_and_scale(
@@ -220,9 +239,9 @@ def test_every_teacher_sees_the_students_crop_in_its_own_size_and_scale(
 
     large = Teacher(module=Watching("large"), input=LARGE)
     teachers = Teachers([large, Teacher(module=Watching("small"), input=SMALL)])
-    distiller = with_teacher(make_distiller(), teachers)
+    distiller = with_teachers(make_distiller(), teachers)
     distiller.refill()
-    ring, views = distiller.ring, distiller.views
+    ring, views = distiller.ring, distiller.targets.views
     plan: dict[str, Tensor] = {}
     sample = ring.sample
 
@@ -261,10 +280,10 @@ def test_networks_that_return_more_than_logits_are_refused_before_training(
     who: str, make_distiller: Make
 ) -> None:
     base = make_distiller()
-    changes = {"student": WithFeatures()} if who == "student" else {}
-    teacher = WithFeatures() if who == "teacher" else base.teacher
+    student = WithFeatures() if who == "student" else None
+    teacher = WithFeatures() if who == "teacher" else base.targets.teachers
     with pytest.raises(ValueError, match=f"^{who}: got a tuple from forward"):
-        with_teacher(base, teacher, **changes).fit()
+        with_teachers(base, teacher, student=student).fit()
 
 
 def test_a_weak_then_strong_run_resumes_in_the_right_phase(make_distiller: Make) -> None:
@@ -278,8 +297,8 @@ def test_a_weak_then_strong_run_resumes_in_the_right_phase(make_distiller: Make)
             ]
         )
         distiller = make_distiller(run_dir=run_dir)
-        later = [(0.5, tiny_sampler(num_steps=1, guidance_scale=1.0))]
-        return with_teacher(distiller, teachers, later_samplers=later)
+        late = tiny_sampler(count=1, scale=1.0)
+        return with_teachers(distiller, teachers, images=with_later(distiller, late))
 
     whole, broken = scheduled(), scheduled()
     whole.fit()
@@ -296,27 +315,28 @@ def test_a_weak_then_strong_run_resumes_in_the_right_phase(make_distiller: Make)
     again = scheduled(broken.run_dir)
     again.restore()
     again.fit()
-    assert digest(whole.student) == digest(again.student)
+    assert digest(whole.student.model) == digest(again.student.model)
     assert torch.equal(whole.ring.images, again.ring.images)
 
 
 def test_later_samplers_make_the_images_from_their_share_on(make_distiller: Make) -> None:
     distiller = make_distiller()
-    late = tiny_sampler(num_steps=1, guidance_scale=1.0)
+    late = tiny_sampler(count=1, scale=1.0)
     made: list[tuple[str, float]] = []
-    distiller = with_teacher(distiller, distiller.teacher, later_samplers=[(0.5, late)])
-    for name, sampler in (("first", distiller.sampler), ("late", late)):
+    images = with_later(distiller, late)
+    distiller = with_teachers(distiller, distiller.targets.teachers, images=images)
+    for name, sampler in (("first", sampler_of(distiller)), ("late", late)):
         sample = sampler.sample
 
         def noted(*args: Any, name: str = name, sample: Any = sample, **kwargs: Any) -> Tensor:
-            made.append((name, distiller.share))
+            made.append((name, distiller.progress))
             return sample(*args, **kwargs)
 
         sampler.sample = noted  # type: ignore[method-assign]
     distiller.fit()
     made = made[2:]  # the warm-up runs both
     assert {name for name, _ in made} == {"first", "late"}
-    assert all((share >= 0.5) == (name == "late") for name, share in made)
+    assert all((progress >= 0.5) == (name == "late") for name, progress in made)
 
 
 def test_a_restricted_generator_makes_the_images_of_its_own_classes() -> None:
@@ -337,16 +357,16 @@ def test_distilling_some_of_a_teachers_classes_from_some_of_a_generators(
 ) -> None:
     """A 2-class student of a 4-class teacher: it learns what the restricted teacher says."""
     base = make_distiller(num_views=3200, lr=1e-2)
-    wide = base.teacher
+    wide = base.targets.teachers
     teachers = Teachers([Teacher(module=wide, input=SMALL, class_map=(3, 1))])
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    distiller = with_teacher(
+    distiller = with_teachers(
         base,
         teachers,
         student=student,
-        labels=LabelStream(2),
-        sampler=tiny_sampler(num_classes=2, class_map=(3, 1)),
-        schedule=Schedule(batch_size=16, num_views=3200, lr=1e-2),
+        images=GeneratedImages(
+            LabelStream(2), [(0.0, tiny_sampler(num_classes=2, class_map=(3, 1)))]
+        ),
     )
     distiller.refill()
     before = distiller.train_step().item()

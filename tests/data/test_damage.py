@@ -145,9 +145,9 @@ def idx(
             ("labels-idx1", idx_bytes(np.arange(labels, dtype=np.uint8))),
         ):
             pack = gzip.compress if is_gzip else bytes
-            data = pack(data)
-            data = after(data) if name == "images-idx3" else data
-            (root / f"t10k-{name}-ubyte{'.gz' if is_gzip else ''}").write_bytes(data)
+            packed = pack(data)
+            path = root / f"t10k-{name}-ubyte{'.gz' if is_gzip else ''}"
+            path.write_bytes(after(packed) if name == "images-idx3" else packed)
 
     return write
 
@@ -326,11 +326,9 @@ def test_a_set_with_a_missing_shard_is_never_complete(tmp_path: Path) -> None:
     write_shards(tmp_path, IMAGES, LABELS, 4)
     (tmp_path / TAR).unlink()
     assert not ShardSource(tmp_path).is_complete
+    table = (tmp_path / "manifest" / "shard-000001.parquet").read_bytes()
+    (tmp_path / "manifest" / "shard-0000001.parquet").write_bytes(table)
     with pytest.raises(shards.SourceError, match="would be counted twice"):
-        name = "shard-0000001.parquet"
-        (tmp_path / "manifest" / name).write_bytes(
-            (tmp_path / "manifest" / "shard-000001.parquet").read_bytes()
-        )
         ShardSource(tmp_path)
 
 

@@ -6,7 +6,6 @@ import io
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -21,7 +20,8 @@ from dmkd_fast import InputSpec
 from dmkd_fast.data import decode, test_sets
 from dmkd_fast.data.listing import MOST_BYTES, MOST_PIXELS, Item, SourceError
 from dmkd_fast.data.sources import FileSource, ShardSource
-from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.data.stored import ImageDecoder, StoredImages
+from dmkd_fast.runtime.distributed import ALONE, Ranks
 
 
 @pytest.fixture
@@ -35,8 +35,7 @@ def dali(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
 def build(folder: Path, device: str) -> None:
     """Both pipelines: that of test sets and that of images for the ring."""
     decode._pipeline(iter([]), [COLOUR], 4, torch.device(device))
-    source = FileSource(folder, ["a.png"], [0])
-    ImageReader(source, image_shape=(3, 8, 8), ring_images=9, device=device, show=False)._build(4)
+    ImageDecoder((3, 8, 8), device=device)._build(4)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def test_dali_gets_the_index_of_the_device_and_interpolates_chroma(
 
 
 def test_no_device_without_an_index_reaches_dali(dali: MagicMock, tmp_path: Path) -> None:
-    item = Item("a.png", "a.png", 0, 1, 0)
+    item = Item("a.png", 0)
     for use in (
         lambda: decode._pipeline(iter([]), [COLOUR], 4, torch.device("cuda")),
         lambda: list(decode.decode([item], [COLOUR], 4, torch.device("cuda"))),
@@ -80,16 +79,10 @@ def test_jpegs_with_halved_chroma_are_decoded_as_pillow_decodes_them(
     path.write_bytes(buffer.getvalue())
     mode = "L" if channels == 1 else "RGB"
     expected = np.asarray(Image.open(path).convert(mode)).reshape(48, 48, channels).astype(int)
-    reader = ImageReader(
-        FileSource(tmp_path, ["a.jpg"], [0]),
-        image_shape=(channels, 48, 48),
-        ring_images=9,
-        show=False,
-    )
-    ids, out = torch.zeros(1, dtype=torch.int64), torch.empty(1, channels, 48, 48).byte()
-    read = reader.sample(ids, ids, out=out)[0].permute(1, 2, 0).numpy()
+    decoded = ImageDecoder((channels, 48, 48)).decode(["a.jpg"], [buffer.getvalue()])
+    read = decoded[0].permute(1, 2, 0).numpy()
     spec = InputSpec(size=48, mean=(0.0,) * channels, std=(1.0,) * channels)
-    items = [Item(str(path), "a", 0, path.stat().st_size, 0)]
+    items = [Item(str(path), 0)]
     ((views, _),) = decode.decode(items, [spec], 1, torch.device("cpu"))
     tested = (views[0][0] * 255).round().permute(1, 2, 0).numpy()
     # Pillow makes grey from rounded RGB, DALI takes the stored luma.
@@ -148,8 +141,21 @@ def test_files_larger_than_any_image_are_not_read(tmp_path: Path) -> None:
     assert isinstance(items, test_sets.EncodedSet)
     with pytest.raises(SourceError, match=f"got {MOST_BYTES + 1} bytes"):
         items.items[0].read()
-    with pytest.raises(SourceError, match="got more bytes"):
+    with pytest.raises(SourceError, match=f"got {MOST_BYTES + 1} bytes"):
         FileSource(tmp_path, ["a/0.png"], [0]).read(0)
+
+
+def test_a_range_beyond_its_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(b"0123456789")
+    assert Item(str(path), 0, "0.png", 2, 5).read() == b"23456"
+    with pytest.raises(SourceError, match=r"0\.tar: 0\.png: got 8 bytes, expected 9, as when"):
+        Item(str(path), 0, "0.png", 2, 9).read()
+    path.unlink()
+    with pytest.raises(
+        SourceError, match=r"0\.tar: 0\.png: No such file or directory; put it back"
+    ):
+        Item(str(path), 0, "0.png", 2, 5).read()
 
 
 def test_memory_that_is_used_up_is_not_blamed_on_an_image() -> None:
@@ -165,16 +171,17 @@ def test_ranks_read_disjoint_blocks_that_together_are_one_reader_s(
 ) -> None:
     images, labels = random_images(25)
     write_shards(tmp_path, images, labels, 4)
-    settings: dict[str, Any] = {"image_shape": (1, 8, 8), "ring_images": 8, "show": False}
-    alone = ImageReader(ShardSource(tmp_path), **settings)
-    parts = [
-        ImageReader(ShardSource(tmp_path), **settings, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
+    ranks = [Ranks(rank=rank, world_size=world_size) for rank in range(world_size)]
+    alone, *parts = (
+        StoredImages(
+            ShardSource(tmp_path), ImageDecoder((1, 8, 8)), ring_images=8, show=False, ranks=each
+        )
+        for each in (ALONE, *ranks)
+    )
     for _ in range(5):  # over the end of the first pass
-        expected, classes = alone.peek(4 * world_size)
+        expected, classes = alone.next_block(4 * world_size)
         alone.advance(4 * world_size)
-        found = [part.peek(4) for part in parts]
+        found = [part.next_block(4) for part in parts]
         for part in parts:
             part.advance(4)
         assert torch.equal(torch.cat([ids for ids, _ in found]), expected)
@@ -190,8 +197,8 @@ def test_a_set_is_used_up_when_all_of_it_is_in_the_ring(
 ) -> None:
     images, labels = random_images(25)
     write_shards(tmp_path, images, labels, 8)
-    reader = ImageReader(
-        ShardSource(tmp_path), image_shape=(1, 8, 8), ring_images=ring_images, show=False
+    reader = StoredImages(
+        ShardSource(tmp_path), ImageDecoder((1, 8, 8)), ring_images=ring_images, show=False
     )
     reader.advance(position)
     assert reader.is_exhausted is expected

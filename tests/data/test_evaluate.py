@@ -109,7 +109,7 @@ def test_each_image_is_counted_once_whatever_the_batch_and_the_ranks(
     seen = []
     for rank in range(world_size):
         part = {"rank": rank, "world_size": world_size}
-        if len(range(rank, 23, world_size)):
+        if rank < 23:
             seen += all_of(images, COLOUR, **part)[0].double().sum((1, 2, 3)).tolist()
         total.sums += measure(
             model, images.batches([COLOUR], **part), input=COLOUR, num_classes=3
@@ -306,8 +306,8 @@ def mistakes(root: Path, what: str) -> dict[str, Any]:
         ("nothing", "got no idx files, class folders or .tar shards"),
         ("loose", "1.jpg: got an image without a label"),
         ("empty class", "a: got no images"),
-        ("classes missing", "no folder for class 'c', which the list of 3 classes has"),
-        ("classes extra", "folder 'b', which the list of 1 classes does not have"),
+        ("classes missing", "no folder for class 'c', which the list of classes has"),
+        ("classes extra", "folder 'b', which the list of classes does not have"),
         ("classes twice", "got 2 lines, 1 of them different"),
         ("classes empty", "got 0 lines"),
         ("classes none", "none.txt: no such file"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import pytest
@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from small_models import VAE, class_unet_folder, dit_folder, small_dit, spread
 from torch import Tensor
 
-from dmkd_fast import DiffusionSampler, load_denoiser
+from dmkd_fast import Denoiser, DiffusionSampler, Guidance, Steps, load_denoiser
 from dmkd_fast.config.networks import DenoiserConfig
 from dmkd_fast.denoisers import attention
 from dmkd_fast.denoisers.dit import lean_dit
-from dmkd_fast.denoisers.loading import Denoiser
 from dmkd_fast.denoisers.wrappers import Decoder, _guidance_waves
 from dmkd_fast.jobs.images import open_denoiser
 
@@ -25,18 +24,8 @@ CPU = torch.device("cpu")
 STEM = "diffusion_pytorch_model"
 
 
-def trajectory(loaded: Denoiser, labels: Tensor, **changes: Any) -> Tensor:
-    sampler = DiffusionSampler(
-        loaded.module,
-        scheduler=loaded.scheduler,
-        latent_shape=loaded.latent_shape,
-        null_class=loaded.null_class,
-        num_classes=loaded.num_classes,
-        class_map=loaded.class_map,
-        num_steps=3,
-        micro_batch_images=4,
-        **changes,
-    )
+def trajectory(loaded: Denoiser, labels: Tensor, scale: float) -> Tensor:
+    sampler = DiffusionSampler(loaded, Steps(count=3), Guidance(scale=scale), micro_batch_images=4)
     return sampler.trajectory(torch.arange(4), labels)[-1]
 
 
@@ -46,18 +35,11 @@ def test_a_unet_with_a_null_class_is_guided_by_it(tmp_path: Path, null_class: in
     loaded = open_denoiser(DenoiserConfig(path=str(folder), null_class=null_class), CPU)
     assert (loaded.num_classes, loaded.null_class) == (10, null_class)
     labels = torch.tensor([0, 3, 9, 4])
-    got = trajectory(loaded, labels, guidance_scale=2.0)
+    got = trajectory(loaded, labels, scale=2.0)
     plain = load_denoiser(folder, CPU)
     own = torch.tensor([c for c in range(11) if c != null_class])[labels]
-    sampler = DiffusionSampler(
-        plain.module,
-        scheduler=plain.scheduler,
-        latent_shape=(3, 8, 8),
-        null_class=null_class,
-        num_steps=3,
-        micro_batch_images=4,
-        guidance_scale=2.0,
-    )
+    plain = replace(plain, null_class=null_class)
+    sampler = DiffusionSampler(plain, Steps(count=3), Guidance(scale=2.0), micro_batch_images=4)
     assert torch.equal(got, sampler.trajectory(torch.arange(4), own)[-1])
 
 
@@ -154,7 +136,7 @@ def spoil(folder: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "how, words",
+    ("how", "words"),
     [
         ("part", r"one part of a model \(DiTTransformer2DModel\), .*; give the folder above it"),
         ("file", "got a file, .*; give its folder, or convert .* from_single_file"),

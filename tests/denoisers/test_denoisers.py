@@ -13,16 +13,17 @@ import torch
 from diffusers.pipelines.consistency_models import pipeline_consistency_models
 from diffusers.pipelines.dit import pipeline_dit
 from diffusers.schedulers import scheduling_consistency_models, scheduling_ddpm
+from small_jobs import sampler_from
 from small_models import class_unet_folder, dit_folder, small_dit, spread, stable_diffusion
 from torch import Tensor
 
-from dmkd_fast import DiffusionSampler, load_denoiser
+from dmkd_fast import Denoiser, DiffusionSampler, Guidance, Steps, load_denoiser
 from dmkd_fast.denoisers import attention
 from dmkd_fast.denoisers.dit import LeanDiT, lean_dit
 from dmkd_fast.denoisers.kernels import has_short_attention
-from dmkd_fast.denoisers.loading import Denoiser
 from dmkd_fast.denoisers.upsampling import UpsampleConv
 from dmkd_fast.rng import philox
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.model_files import read_license
 
 CPU = torch.device("cpu")
@@ -30,16 +31,7 @@ IDS = torch.arange(4)
 
 
 def sampler_of(loaded: Denoiser, **changes: Any) -> DiffusionSampler:
-    settings: dict[str, Any] = {
-        "scheduler": loaded.scheduler,
-        "latent_shape": loaded.latent_shape,
-        "decoder": loaded.decoder,
-        "null_class": loaded.null_class,
-        "takes_guidance": loaded.takes_guidance,
-        "num_classes": loaded.num_classes,
-        "micro_batch_images": 4,
-    }
-    return DiffusionSampler(loaded.module, **(settings | changes))
+    return sampler_from(**(vars(loaded) | {"micro_batch_images": 4} | changes))
 
 
 def images_of(sampler: DiffusionSampler, loaded: Denoiser, labels: Tensor) -> Tensor:
@@ -94,7 +86,7 @@ def test_dit_pipeline(
     assert isinstance(loaded.module, LeanDiT) == shared
     assert (loaded.latent_shape, loaded.image_shape) == ((4, 8, 8), (3, 16, 16))
     labels = torch.tensor([1, 999, 0, 500])
-    sampler = sampler_of(loaded, num_steps=6, guidance_scale=guidance)
+    sampler = sampler_of(loaded, count=6, scale=guidance)
     got = images_of(sampler, loaded, labels)
     patch_noise(monkeypatch, (4, 8, 8))
     pipeline = diffusers.DiTPipeline.from_pretrained(folder)
@@ -110,7 +102,7 @@ def test_class_conditional_unet(tmp_path: Path, monkeypatch: Any, name: str) -> 
     scheduler = getattr(diffusers, name)()
     loaded = load_denoiser(class_unet_folder(tmp_path, scheduler), CPU)
     labels = torch.tensor([3, 9, 0, 3])
-    states = sampler_of(loaded, num_steps=8).trajectory(IDS, labels)
+    states = sampler_of(loaded, count=8).trajectory(IDS, labels)
     patch_noise(monkeypatch, (3, 8, 8))
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet")
     scheduler.set_timesteps(8)
@@ -131,7 +123,7 @@ def test_consistency_pipeline(tmp_path: Path, monkeypatch: Any, num_steps: int) 
     scheduler = diffusers.CMStochasticIterativeScheduler()
     loaded = load_denoiser(class_unet_folder(tmp_path, scheduler), CPU)
     labels = torch.tensor([3, 9, 0, 3])
-    got = images_of(sampler_of(loaded, num_steps=num_steps), loaded, labels)
+    got = images_of(sampler_of(loaded, count=num_steps), loaded, labels)
     patch_noise(monkeypatch, (3, 8, 8))
     pipeline = diffusers.ConsistencyModelPipeline(
         unet=diffusers.UNet2DModel.from_pretrained(tmp_path / "unet"), scheduler=scheduler
@@ -154,7 +146,7 @@ def test_stable_diffusion_pipeline(tmp_path: Path, solver: str, changes: dict[st
     loaded = load_denoiser(tmp_path, CPU, prompts=prompts)
     assert loaded.takes_guidance == bool(changes)
     labels = torch.tensor([2, 0, 3, 1])
-    sampler = sampler_of(loaded, num_steps=5, solver=solver, guidance_scale=3.0)
+    sampler = sampler_of(loaded, count=5, solver=solver, scale=3.0)
     assert sampler.forwards_per_image == (5 if changes else 10)
     got = images_of(sampler, loaded, labels)
     kind = {"ddim": diffusers.DDIMScheduler, "dpm++2m": diffusers.DPMSolverMultistepScheduler}
@@ -186,7 +178,7 @@ def test_tiny_decoder_in_place_of_the_models_own(tmp_path: Path) -> None:
     assert loaded.decoder is not None
     assert any(isinstance(m, UpsampleConv) for m in loaded.decoder.modules())
     assert loaded.image_shape == (3, 16, 16)
-    sampler = sampler_of(loaded, num_steps=2)
+    sampler = sampler_of(loaded, count=2)
     got = images_of(sampler, loaded, torch.tensor([1, 2, 3, 4]))
     latents = sampler.trajectory(IDS, torch.tensor([1, 2, 3, 4]))[-1]
     with torch.no_grad():
@@ -195,7 +187,7 @@ def test_tiny_decoder_in_place_of_the_models_own(tmp_path: Path) -> None:
     assert (got.float() - expected).abs().max() <= 1
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.06)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.06)])
 @pytest.mark.parametrize("kind", ["sdpa", "short"])
 @pytest.mark.parametrize(
     "changes",
@@ -250,7 +242,7 @@ def breakages(folder: Path) -> dict[str, Any]:
     return {
         "no scheduler": (lambda: shutil.rmtree(folder / "scheduler"), "scheduler_config.json"),
         "no model": (lambda: shutil.rmtree(transformer), "neither transformer/ nor unet/"),
-        "no config": (lambda: (transformer / "config.json").unlink(), "config.json"),
+        "no config": ((transformer / "config.json").unlink, "config.json"),
         "no weights": (weights.unlink, "no such file"),
         "cut weights": (lambda: weights.write_bytes(weights.read_bytes()[:-99]), "damaged"),
         "no vae": (lambda: shutil.rmtree(vae), "4-channel latents without vae/"),
@@ -272,7 +264,7 @@ def test_a_wrong_or_missing_part_is_one_clear_line(tmp_path: Path, name: str) ->
     folder = dit_folder(tmp_path)
     spoil, words = breakages(folder)[name]
     spoil()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_denoiser(folder, CPU)
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -303,11 +295,11 @@ def test_classes_and_guidance_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="labels: got -1"):
         images_of(sampler_of(loaded), loaded, torch.tensor([0, -1]))
     with pytest.raises(ValueError, match="without a null class"):
-        sampler_of(loaded, guidance_scale=2.0)
+        sampler_of(loaded, scale=2.0)
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    ("text", "expected"),
     [
         ("---\nlicense: cc-by-nc-4.0\ntags: [a]\n---\n# Card", "cc-by-nc-4.0"),
         ("---\ntags: [a]\n---\nlicense: no header\n", "unknown"),
@@ -322,7 +314,7 @@ def test_license_is_read_from_the_cards_header(tmp_path: Path, text: str, expect
 @pytest.mark.slow
 def test_dit_xl_2_with_its_autoencoder_makes_256_pixel_images() -> None:
     """The published shapes with random weights: 675 M parameters, 3 x 256 x 256 uint8."""
-    from dmkd_fast.denoisers.loading import share_embedder
+    from dmkd_fast.denoisers.trainable import share_embedder
     from dmkd_fast.denoisers.wrappers import Decoder
 
     torch.manual_seed(0)
@@ -349,14 +341,17 @@ def test_dit_xl_2_with_its_autoencoder_makes_256_pixel_images() -> None:
         sample_size=256,
     )
     sampler = DiffusionSampler(
-        lean,
-        scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
-        latent_shape=(4, 32, 32),
-        decoder=Decoder(vae).to(memory_format=torch.channels_last),
-        null_class=1000,
-        num_classes=1000,
-        num_steps=2,
-        guidance_scale=4.0,
+        Denoiser(
+            module=lean,
+            scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
+            latent_shape=(4, 32, 32),
+            image_shape=(3, 256, 256),
+            decoder=Decoder(vae).to(memory_format=torch.channels_last),
+            null_class=1000,
+            num_classes=1000,
+        ),
+        Steps(count=2),
+        Guidance(scale=4.0),
         micro_batch_images=2,
         dtype=torch.bfloat16,
     )

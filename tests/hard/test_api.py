@@ -13,17 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from small_jobs import TinyDenoiser, small_classifier, tiny_sampler
+from rings import new_ring
+from small_jobs import TinyDenoiser, sampler_from, small_classifier, tiny_sampler
 from torch import Tensor
 
 from dmkd_fast import (
-    DiffusionSampler,
     Distiller,
+    GeneratedImages,
     InputSpec,
     LabelStream,
     Mixer,
     RingBuffer,
     Schedule,
+    StudentTrainer,
+    Targets,
     Views,
     ViewSpec,
 )
@@ -109,7 +112,7 @@ def at_most(seconds: int) -> Any:
         signal.signal(signal.SIGALRM, previous)
 
 
-RING = {
+RING: dict[str, Any] = {
     "capacity_images": 12,
     "image_shape": (1, 8, 8),
     "block_images": 4,
@@ -137,10 +140,10 @@ SAMPLER = {
     "latent_shape": (1, 8, 8),
     "null_class": 4,
     "num_classes": 4,
-    "num_steps": 2,
-    "guidance_scale": 2.0,
-    "guidance_interval": (0.0, 1.0),
-    "guidance_channels": None,
+    "steps.count": 2,
+    "guidance.scale": 2.0,
+    "guidance.interval": (0.0, 1.0),
+    "guidance.channels": None,
     "micro_batch_images": 4,
     "dtype": torch.float32,
     "seed": 0,
@@ -165,14 +168,7 @@ SCHEDULE = {
 
 
 def filled_ring() -> RingBuffer:
-    ring = RingBuffer(
-        12,
-        image_shape=(1, 8, 8),
-        block_images=4,
-        samples_per_insert=4,
-        min_fill_images=4,
-        num_classes=4,
-    )
+    ring = new_ring(capacity_images=12, block_images=4, min_fill_images=4, num_classes=4)
     for _ in range(2):
         ids = torch.arange(4)
         ring.commit(ring.reserve(), ids=ids, labels=ids)
@@ -189,13 +185,18 @@ def values_for(name: str, good: Any, pick: random.Random) -> Any:
         (("dtype",), DTYPES),
         (("scale", "ratio", "interval"), PAIRS),
     ):
-        if name.endswith(kinds) and name != "guidance_scale":
+        if name.endswith(kinds) and name != "guidance.scale":
             return pick.choice(pool)
     if name == "null_class":  # How many embeddings a network has is not known.
         return pick.choice([0, 3, -1, 1.5, None, True, 2**63])
     if name == "milestones":
         return pick.choice([(), (0.5, 0.4), (float("nan"),), (2.0,), ("a",), (0.3, 0.3), (0.01,)])
     return pick.choice(NUMBERS)
+
+
+def make_views(**settings: Any) -> Views:
+    form = {name: settings.pop(name) for name in ("size", "mean", "std", "dtype")}
+    return Views(ViewSpec(**form), **settings)
 
 
 def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
@@ -205,10 +206,11 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     batch = torch.randn(4, 1, 8, 8)
 
     def views(**settings: Any) -> None:
-        Views(**settings)(slots, ids, ids, ids)
+        make_views(**settings)(slots, ids, ids, ids)
 
     def sample(**settings: Any) -> None:
-        sampler = DiffusionSampler(TinyDenoiser(), scheduler=FLOW, **settings)
+        settings = {name.split(".")[-1]: value for name, value in settings.items()}
+        sampler = sampler_from(module=TinyDenoiser(), scheduler=FLOW, **settings)
         if sampler.micro_batch_images <= 64:
             sampler.sample(ids, labels, out=torch.empty_like(slots))
 
@@ -235,19 +237,20 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         schedule.lr_at(schedule.num_steps - 1)
 
     return {
-        "RingBuffer": (RingBuffer, RING),
+        "RingBuffer": (new_ring, RING),
+        "RingPlan.check_batch": (filled_ring().plan.check_batch, {"batch_size": 4}),
         "RingBuffer.sample": (draw, {"count": 4}),
         "RingBuffer.commit": (commit, {"ids": ids, "labels": labels}),
         "Views": (views, VIEWS),
         "Views.parameters": (
-            Views(**VIEWS).parameters,
+            make_views(**VIEWS).parameters,
             {"ids": ids, "uses": ids, "height": 8, "width": 8},
         ),
         "Views.__call__": (
-            Views(**VIEWS),
+            make_views(**VIEWS),
             {"slots": slots, "indices": ids, "ids": ids, "uses": ids},
         ),
-        "Views.whole": (Views(**VIEWS).whole, {"slots": slots, "indices": ids}),
+        "Views.whole": (make_views(**VIEWS).whole, {"slots": slots, "indices": ids}),
         "ViewSpec": (ViewSpec, {"size": 8, "mean": (0.5,), "std": (0.5,)}),
         "InputSpec": (InputSpec, {"size": 8, "mean": (0.5,), "std": (0.5,), "crop_pct": 0.9}),
         "Mixer": (
@@ -261,11 +264,11 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "LabelStream.labels_of": (LabelStream(4).labels_of, {"ids": ids}),
         "DiffusionSampler": (sample, SAMPLER),
         "DiffusionSampler.sample": (
-            tiny_sampler(num_classes=4).sample,
+            tiny_sampler().sample,
             {"ids": ids, "labels": labels, "out": torch.empty_like(slots)},
         ),
         "DiffusionSampler.trajectory": (
-            tiny_sampler(num_classes=4).trajectory,
+            tiny_sampler().trajectory,
             {"ids": torch.arange(16), "labels": torch.arange(16) % 4},
         ),
         "Schedule": (rates, SCHEDULE),
@@ -326,17 +329,17 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
         "alpha": [0.5, 1.0, 0.0, -1.0, float("nan"), 2.0],
         "temperature": [4.0, 0.0, -1.0, float("nan"), 1e30, 1e-30],
         "sampler": [
-            lambda: tiny_sampler(num_classes=4),
+            tiny_sampler,
             lambda: tiny_sampler(num_classes=3),
             lambda: tiny_sampler(num_classes=4, micro_batch_images=7),
         ],
         "labels": [lambda: LabelStream(4), lambda: LabelStream(9), lambda: LabelStream(1)],
         "views": [
-            lambda: Views(size=8, mean=(0.5,), std=(0.5,)),
-            lambda: Views(size=8, mean=(0.5,) * 3, std=(0.5,) * 3),
+            lambda: Views(ViewSpec(size=8, mean=(0.5,), std=(0.5,))),
+            lambda: Views(ViewSpec(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)),
         ],
-        "teacher": [small_classifier, lambda: torch.nn.Flatten()],
-        "student": [small_classifier, lambda: torch.nn.Flatten(), torch.nn.Identity],
+        "teacher": [small_classifier, torch.nn.Flatten],
+        "student": [small_classifier, torch.nn.Flatten, torch.nn.Identity],
         "batch_size": [16, 1, 40, 64, 10**6],
     }
     for case in range(cases):
@@ -346,21 +349,21 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
         made = {k: v() if callable(v) else v for k, v in chosen.items()}
         try:
             with at_most(20):
-                ring = RingBuffer(
-                    64,
-                    image_shape=(1, 8, 8),
-                    block_images=16,
-                    num_classes=4,
-                    samples_per_insert=4,
-                    min_fill_images=32,
-                )
+                ring = new_ring(num_classes=4)
                 batch = made.pop("batch_size")
+                student = StudentTrainer(
+                    made["student"],
+                    Schedule(batch_size=batch, num_views=2 * batch, lr=1e-3),
+                    alpha=made["alpha"],
+                    temperature=made["temperature"],
+                )
                 distiller = Distiller(
-                    ring=ring,
-                    run_dir=tmp_path / str(case),
+                    GeneratedImages(made["labels"], [(0.0, made["sampler"])]),
+                    ring,
+                    student,
+                    Targets(made["teacher"], made["views"]),
+                    tmp_path / str(case),
                     show=False,
-                    schedule=Schedule(batch_size=batch, num_views=2 * batch, lr=1e-3),
-                    **made,
                 )
                 distiller.fit()
         except (ValueError, TypeError) as error:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_models import class_unet_folder, dit_folder, stable_diffusion
 
-from dmkd_fast import DiffusionSampler, load_denoiser
+from dmkd_fast import DiffusionSampler, Steps, load_denoiser
 
 VALUES: list[Any] = [
     None,
@@ -79,17 +79,7 @@ def mutate(config: Any, pick: random.Random) -> str:
 def use(folder: Path, arguments: dict[str, Any]) -> None:
     """Load a denoiser and make one micro-batch."""
     loaded = load_denoiser(folder, CPU, **arguments)
-    sampler = DiffusionSampler(
-        loaded.module,
-        scheduler=loaded.scheduler,
-        latent_shape=loaded.latent_shape,
-        decoder=loaded.decoder,
-        null_class=loaded.null_class,
-        num_classes=loaded.num_classes,
-        takes_guidance=loaded.takes_guidance,
-        num_steps=2,
-        micro_batch_images=4,
-    )
+    sampler = DiffusionSampler(loaded, Steps(count=2), micro_batch_images=4)
     if max(loaded.image_shape) <= 64:
         ids = torch.zeros(4, dtype=torch.int64)
         sampler.sample(ids, ids, out=torch.empty(4, *loaded.image_shape, dtype=torch.uint8))

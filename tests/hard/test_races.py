@@ -43,9 +43,8 @@ def test_threads_change_no_bit(
         for threads in THREADS:
             torch.set_num_threads(threads)
             results.append(bits(run()))
-        for result in results[1:]:
-            if not all(map(torch.equal, result, results[0])):
-                failures.append(case)
+        others = (all(map(torch.equal, result, results[0])) for result in results[1:])
+        failures += [case for is_equal in others if not is_equal]
     record_property("claim", f"operators: equal bits at {THREADS} threads")
     record_property("cases", cases)
     record_property("failures", len(failures))

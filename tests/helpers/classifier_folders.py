@@ -14,6 +14,7 @@ import torch
 
 from dmkd_fast.classifiers.loading import build_classifier, save_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
+from dmkd_fast.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 RESNET = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
@@ -65,7 +66,7 @@ def trap(path: Path, canary: Path) -> Path:
 
 
 def one_line(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         call()
-    assert type(error.value) is ValueError and "\n" not in str(error.value)
+    assert type(error.value) is UserError and "\n" not in str(error.value)
     return str(error.value)

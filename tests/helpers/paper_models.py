@@ -113,7 +113,7 @@ def classifier(folder: Path, architecture: str, *, num_classes: int, stem: str =
     return folder
 
 
-def test_images(folder: Path, *, num_classes: int, count: int = 4) -> Path:
+def write_test_images(folder: Path, *, num_classes: int, count: int = 4) -> Path:
     """Write a shard of noise images; class folders would need an image of every class."""
     noise = torch.randint(0, 256, (count, 256, 256, 3), dtype=torch.uint8).numpy()
     members = []

@@ -28,7 +28,7 @@ import torch._dynamo  # Optimizers import it, metrics the next; so no child has 
 import torch.utils.tensorboard
 from dying_os import FailingOs
 from run_state import fingerprint, rows
-from small_jobs import build_distiller
+from small_jobs import build_distiller, sampler_of
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,7 +64,7 @@ def child(request: dict[str, Any], rank: int) -> int:
     )
     set_seeds(mine.seed(seed))
     left: dict[str, Any] = {"images": {}, "reductions": 0}
-    network = distiller.learner.network
+    network = distiller.student.network
     if "accumulate" in request and isinstance(network, DistributedDataParallel):
 
         def reduce(group: Any, bucket: Any) -> Any:
@@ -74,7 +74,7 @@ def child(request: dict[str, Any], rank: int) -> int:
         reduce.__annotations__.clear()  # DDP rejects annotations that are strings.
         network.register_comm_hook(network.process_group, reduce)
     if rank == request.get("broken"):
-        weight = next(distiller.sampler._module.parameters())  # type: ignore[union-attr]
+        weight = next(sampler_of(distiller)._module.parameters())
         weight.data.fill_(float("nan"))
     if run_dir.has_checkpoint(run):
         set_seeds(mine.seed(seed) + 1)
@@ -94,13 +94,13 @@ def child(request: dict[str, Any], rank: int) -> int:
         (run / f"end-{rank}.json").write_text(json.dumps({"error": str(error)}))
         return 3
     left |= {"step": distiller.step, "state": fingerprint(distiller), "rows": rows(run)}
-    weights = torch.cat([p.detach().flatten() for p in distiller.student.parameters()])
+    weights = torch.cat([p.detach().flatten() for p in distiller.student.model.parameters()])
     left["weights"] = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
     if test_set is not None:
         whole = scoring.measure(
-            distiller.average.module,
-            test_set.batches([distiller._supervision.input]),
-            input=distiller._supervision.input,
+            distiller.student.average.module,
+            test_set.batches([distiller.targets.input]),
+            input=distiller.targets.input,
             num_classes=4,
         )
         left["scores"] = whole.result()

@@ -22,7 +22,7 @@ def fingerprint(distiller: Distiller) -> dict[str, str]:
         _walk(name, item.state_dict(), found)
     # Only slots that can be drawn, since the others are uninitialized memory.
     _walk("images", distiller.ring.images[: distiller.ring.num_filled], found)
-    distiller._keeper.writer.close()
+    distiller.checkpoints.writer.close()
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from small_jobs import sampler_from
 from small_models import small_dit
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,14 +25,16 @@ def dit_sampler(**changes: Any) -> DiffusionSampler:
     lean = lean_dit(small_dit())
     assert lean is not None
     settings: dict[str, Any] = {
+        "module": lean,
         "scheduler": DDIM,
         "latent_shape": (4, 8, 8),
+        "num_classes": 1000,
         "null_class": 1000,
-        "num_steps": 4,
-        "guidance_scale": 2.0,
+        "count": 4,
+        "scale": 2.0,
         "micro_batch_images": 4,
     } | changes
-    return DiffusionSampler(lean, **settings)
+    return sampler_from(**settings)
 
 
 def embedded(**changes: Any) -> DiffusionSampler:
@@ -39,19 +42,17 @@ def embedded(**changes: Any) -> DiffusionSampler:
     assert isinstance(loaded.module, LeanDiT)
     loaded.module.attention = "short"
     settings: dict[str, Any] = {
-        "scheduler": loaded.scheduler,
-        "latent_shape": loaded.latent_shape,
-        "null_class": 10,
-        "num_steps": 2,
-        "guidance_scale": 1.5,
+        **vars(loaded),
+        "count": 2,
+        "scale": 1.5,
         "micro_batch_images": 8,
         "solver": "dpm++2m",
     } | changes
-    return DiffusionSampler(loaded.module, **settings)
+    return sampler_from(**settings)
 
 
 def make(sampler: DiffusionSampler, ids: Tensor, classes: int) -> Tensor:
-    out = torch.empty(len(ids), *sampler.latent_shape, dtype=torch.uint8)
+    out = torch.empty(len(ids), *sampler.denoiser.image_shape, dtype=torch.uint8)
     return sampler.sample(ids, ids % classes, out=out)
 
 

@@ -7,19 +7,35 @@ import gzip
 import shutil
 import signal
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rings import new_ring
 from torch import Tensor, nn
 
-from dmkd_fast import DiffusionSampler, Distiller, LabelStream, Mixer, RingBuffer, Schedule, Views
+from dmkd_fast import (
+    Denoiser,
+    DiffusionSampler,
+    Distiller,
+    GeneratedImages,
+    Guidance,
+    LabelStream,
+    Mixer,
+    Schedule,
+    Steps,
+    StudentTrainer,
+    Targets,
+    Views,
+    ViewSpec,
+)
 from dmkd_fast.assets import resolve
-from dmkd_fast.data.stored import ImageReader
 from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs.pretrain.denoiser import FLOW
 from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.training.images import ImageStream
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "many_steps.yaml")
@@ -72,17 +88,28 @@ class TinyDenoiser(nn.Module):
         return self.mix(latents) + shift.to(latents.dtype)
 
 
+def sampler_from(**settings: Any) -> DiffusionSampler:
+    """Build a sampler from the fields of its three parts and its own arguments, in one list."""
+    parts: list[Any] = []
+    for kind in (Denoiser, Steps, Guidance):
+        names = {field.name for field in fields(kind)} & settings.keys()
+        parts.append(kind(**{name: settings.pop(name) for name in names}))
+    return DiffusionSampler(*parts, **settings)
+
+
 def tiny_sampler(**changes: object) -> DiffusionSampler:
     """Build a sampler of 8 x 8 images of four classes."""
     settings: dict[str, object] = {
+        "module": TinyDenoiser(),
         "scheduler": FLOW,
         "latent_shape": (1, 8, 8),
+        "num_classes": 4,
         "null_class": 4,
-        "num_steps": 3,
-        "guidance_scale": 2.0,
+        "count": 3,
+        "scale": 2.0,
         "micro_batch_images": 16,
     }
-    return DiffusionSampler(TinyDenoiser(), **(settings | changes))  # type: ignore[arg-type]
+    return sampler_from(**(settings | changes))
 
 
 def small_classifier(*, dropout: float = 0.0) -> nn.Module:
@@ -103,7 +130,7 @@ def build_distiller(
     seed: int = 0,
     dropout: float = 0.0,
     ring: dict[str, Any] | None = None,
-    reader: ImageReader | None = None,
+    images: ImageStream | None = None,
     mix: dict[str, float] | None = None,
     alpha: float = 1.0,
     dtype: torch.dtype = torch.float32,
@@ -116,36 +143,51 @@ def build_distiller(
 
     With several ranks, each has its part of the ring, and batch_size is that of each rank.
     """
-    sampler = reader or tiny_sampler(seed=seed)
+    if images is None:
+        labels = LabelStream(4, seed=seed, rank=ranks.rank, world_size=ranks.world_size)
+        images = GeneratedImages(labels, [(0.0, tiny_sampler(seed=seed))], ranks=ranks)
     torch.manual_seed(5)
     teacher = small_classifier()
     torch.manual_seed(7 + seed)
     student = student or small_classifier(dropout=dropout)
     schedule = {"batch_size": 16, "num_views": 640, "lr": 3e-3, "log_every_steps": 10}
     return Distiller(
-        sampler=sampler,
-        ring=RingBuffer(
-            64 // ranks.world_size,
-            image_shape=(1, 8, 8),
-            block_images=16,
-            samples_per_insert=4,
+        images,
+        new_ring(
+            capacity_images=64 // ranks.world_size,
             min_fill_images=32 // ranks.world_size,
             seed=ranks.seed(seed),
             **(ring or {}),
         ),
-        labels=reader or LabelStream(4, seed=seed, rank=ranks.rank, world_size=ranks.world_size),
-        views=Views(size=8, pad=1, mean=(0.5,), std=(0.5,), seed=seed),
-        teacher=teacher,
-        student=student,
-        schedule=Schedule(**(schedule | changes)),  # type: ignore[arg-type]
-        run_dir=run_dir,
-        mixer=Mixer(**mix, seed=seed) if mix else None,  # type: ignore[arg-type]
-        alpha=alpha,
-        dtype=dtype,
+        StudentTrainer(
+            student,
+            Schedule(**(schedule | changes)),  # type: ignore[arg-type]
+            alpha=alpha,
+            dtype=dtype,
+            ranks=ranks,
+        ),
+        Targets(
+            teacher,
+            Views(ViewSpec(size=8, mean=(0.5,), std=(0.5,)), pad=1, seed=seed),
+            mixer=Mixer(**mix, seed=seed) if mix else None,  # type: ignore[arg-type]
+            dtype=dtype,
+        ),
+        run_dir,
         test_set=test_set,
         show=False,
-        ranks=ranks,
     )
+
+
+def sampler_of(distiller: Distiller) -> DiffusionSampler:
+    """Return the first sampler of a run on generated images."""
+    assert isinstance(distiller.images, GeneratedImages)
+    return distiller.images.samplers[0][1]
+
+
+def labels_of(distiller: Distiller) -> LabelStream:
+    """Return the labels of a run on generated images."""
+    assert isinstance(distiller.images, GeneratedImages)
+    return distiller.images.labels
 
 
 def fit_until(distiller: Distiller, stop_at: int) -> None:

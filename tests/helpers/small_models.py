@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from dmkd_fast.denoisers.loading import share_embedder
+from dmkd_fast.denoisers.trainable import share_embedder
 
 VAE = {
     "block_out_channels": (8, 16),

@@ -23,7 +23,7 @@ def torchvision_of(item: Any, spec: InputSpec) -> Tensor:
     """Read an image with PIL; apply torchvision's Resize, CenterCrop, ToTensor, Normalize."""
     from torchvision import transforms as t
 
-    image = Image.open(io.BytesIO(item.read().tobytes()))
+    image = Image.open(io.BytesIO(item.read()))
     return t.Compose(
         [
             t.Resize(spec.short_side, interpolation=t.InterpolationMode(spec.interpolation)),

@@ -157,10 +157,10 @@ MISTAKES = [
     (["sampler.num_steps=1001"], ["num_steps", "1001", "1000"]),
     (["sampler.guidance_scale=0.5"], ["sampler.guidance_scale", "0.5", "or equal to 1"]),
     (["ring.capacity_images=64"], ["ring.capacity_images", "got 64", "raise"]),
-    (["train.batch_size=9999999"], ["train.batch_size: got 9999999", "raise ring.capacity_images"]),
+    (["train.batch_size=9999999"], ["train.batch_size: got 9999999", "raise capacity_images"]),
     (["ring.min_fill_images=100000"], ["ring.min_fill_images", "100000", "lower"]),
     (["ring.samples_per_insert=0.001"], ["ring.samples_per_insert", "raise"]),
-    (["ring.error_buffer=1"], ["ring.error_buffer: got 1", "for ever", "raise error_buffer"]),
+    (["ring.error_buffer=1"], ["ring.error_buffer: got 1", "deadlock", "raise error_buffer"]),
     (["ring.max_uses=3"], ["ring.max_uses: got 3", "samples_per_insert=24", "raise"]),
     (
         [
@@ -201,7 +201,7 @@ MISTAKES = [
     (["teacher.class_map=[0, 1]"], ["classes", "teacher.path has 2", "denoiser.path has 10"]),
     (["teacher.class_map=[0, 1, 2, 3, 4, 5, 6, 7, 8, 8]"], ["class_map", "9 of them different"]),
     (["teacher.teaches=[0, 1]"], ["no teacher for class 2"]),
-    (["teacher.stop=0.5"], ["no teacher from share 0.5"]),
+    (["teacher.stop=0.5"], ["no teacher from progress 0.5"]),
     (["more_teachers=[{path: {tmp}/weak, strat: 0.5}]"], ["strat", "did you mean 'start'"]),
     (["more_teachers=[{path: {tmp}/seven}]"], ["more_teachers.0 has 7", "class_map"]),
     (["denoiser.class_map=[0, 10]"], ["denoiser.class_map", "0 to 10", "0 to 9"]),

@@ -1,7 +1,7 @@
 """A whole small job on a GPU: streams, graphs, exact resume, no waiting, test images, files.
 
 Marked cuda; benchmarks/gpu.sh runs it. Without a GPU the same lines run under
-benchmarks/pretend_cuda.py (test_gpu_rehearsal.py), so each works on whatever says it is cuda.
+benchmarks/fake_cuda.py (test_gpu_rehearsal.py), so each works on whatever says it is cuda.
 """
 
 from __future__ import annotations
@@ -14,19 +14,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rings import new_ring
 from run_state import fingerprint, rows
 from safetensors.torch import load_file
-from small_jobs import fit_until
+from small_jobs import fit_until, sampler_of
 from small_models import small_dit
 from torch import Tensor, nn
 
 from dmkd_fast import (
+    Denoiser,
     DiffusionSampler,
     Distiller,
+    GeneratedImages,
+    Guidance,
     LabelStream,
-    RingBuffer,
     Schedule,
+    Steps,
+    StudentTrainer,
+    Targets,
     Views,
+    ViewSpec,
     measure,
     open_set,
 )
@@ -34,11 +41,11 @@ from dmkd_fast.data.decode import decode
 from dmkd_fast.data.listing import Item
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.wrappers import Decoder
+from dmkd_fast.ring.cuda_sync import ProducerStream, SingleStream
 from dmkd_fast.runtime.device import make_repeatable
 from dmkd_fast.views.spec import InputSpec
 
 pytestmark = pytest.mark.cuda
-GUARDED = {"guard_blocks": 1, "own_stream": True}
 HAS_DRIVER = torch._C._cuda_getDeviceCount() > 0
 
 
@@ -74,13 +81,17 @@ def sampler(seed: int = 0) -> DiffusionSampler:
     lean.choose_attention("auto", device=torch.device("cuda"), dtype=torch.float16)
     vae = spread(diffusers.AutoencoderKL(**VAE), seed=1)
     return DiffusionSampler(
-        lean,
-        scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
-        latent_shape=(4, 8, 8),
-        decoder=Decoder(vae).to(memory_format=torch.channels_last),
-        null_class=1000,
-        num_steps=3,
-        guidance_scale=2.0,
+        Denoiser(
+            module=lean,
+            scheduler={"_class_name": "DDIMScheduler", "clip_sample": False},
+            latent_shape=(4, 8, 8),
+            image_shape=(3, 16, 16),
+            decoder=Decoder(vae).to(memory_format=torch.channels_last),
+            num_classes=1000,
+            null_class=1000,
+        ),
+        Steps(count=3),
+        Guidance(scale=2.0),
         micro_batch_images=16,
         dtype=torch.float16,
         device="cuda",
@@ -89,7 +100,7 @@ def sampler(seed: int = 0) -> DiffusionSampler:
     )
 
 
-def job(run_dir: Path, *, ring: dict[str, Any] | None = None, **changes: Any) -> Distiller:
+def job(run_dir: Path, **changes: Any) -> Distiller:
     """40 steps in float16 with averaged weights; everything compiled."""
     torch._dynamo.reset()  # else it gives up after eight networks of one kind and runs them eagerly
     torch.manual_seed(5)
@@ -104,25 +115,18 @@ def job(run_dir: Path, *, ring: dict[str, Any] | None = None, **changes: Any) ->
         "ema_decay": 0.9,
     }
     return Distiller(
-        sampler=sampler(),
-        ring=RingBuffer(
-            64,
-            image_shape=(3, 16, 16),
-            block_images=16,
-            samples_per_insert=4,
-            device="cuda",
-            min_fill_images=32,
-            num_classes=10,
-            **(GUARDED if ring is None else ring),
+        GeneratedImages(LabelStream(10, device="cuda"), [(0.0, sampler())]),
+        new_ring(image_shape=(3, 16, 16), device="cuda", num_classes=10, guard_blocks=1),
+        StudentTrainer(
+            student, Schedule(**(schedule | changes)), dtype=torch.float16, compile=True
         ),
-        labels=LabelStream(10, device="cuda"),
-        teacher=teacher,
-        student=student,
-        views=Views(size=16, pad=1, mean=(0.5,) * 3, std=(0.5,) * 3, device="cuda"),
-        schedule=Schedule(**(schedule | changes)),
-        run_dir=run_dir,
-        dtype=torch.float16,
-        compile=True,
+        Targets(
+            teacher,
+            Views(ViewSpec(size=16, mean=(0.5,) * 3, std=(0.5,) * 3, device="cuda"), pad=1),
+            dtype=torch.float16,
+            compile=True,
+        ),
+        run_dir,
         show=False,
     )
 
@@ -142,7 +146,7 @@ def test_two_runs_and_a_resumed_one_end_with_the_same_bits(tmp_path: Path) -> No
     whole = fitted(job(tmp_path / "whole"))
     expected = fingerprint(whole)
     assert all(row["loss"] > 0 for row in rows(whole.run_dir))
-    assert all(w.isfinite().all() for w in whole.average.module.state_dict().values())
+    assert all(w.isfinite().all() for w in whole.student.average.module.state_dict().values())
     assert fingerprint(fitted(job(tmp_path / "again"))) == expected
     for step in (3, 17, 26):
         broken = job(tmp_path / f"broken{step}", checkpoint_every_s=1e-6)
@@ -156,12 +160,12 @@ def test_two_runs_and_a_resumed_one_end_with_the_same_bits(tmp_path: Path) -> No
 
 
 def test_a_stream_of_its_own_changes_no_bit(tmp_path: Path) -> None:
-    both = [
-        fitted(job(tmp_path / name, ring=ring, num_views=1600))
-        for name, ring in (("one", {"guard_blocks": 1}), ("two", GUARDED))
-    ]
-    assert fingerprint(both[0]) == fingerprint(both[1])
-    assert both[1].ring._fences is not None and both[0].ring.num_inserted == 400
+    one = job(tmp_path / "one", num_views=1600)
+    one.ring._streams = SingleStream()
+    expected = fingerprint(fitted(one))
+    two = fitted(job(tmp_path / "two", num_views=1600))
+    assert isinstance(two.ring._streams, ProducerStream) and fingerprint(two) == expected
+    assert one.ring.num_inserted == 400
 
 
 def test_images_of_a_damaged_block_are_made_again_on_the_gpu(tmp_path: Path) -> None:
@@ -173,10 +177,10 @@ def test_images_of_a_damaged_block_are_made_again_on_the_gpu(tmp_path: Path) -> 
     again = job(first.run_dir)
     step, notes = again.restore()
     assert step == 17 and len(notes) == 1 and "made again" in notes[0]
-    held = again._keeper.blocks._named
+    held = again.blocks._named
     assert len(held) >= 3
     for number in held:
-        slots = again._keeper.blocks._slots(number)
+        slots = again.blocks.ring.blocks.slots(number)
         assert torch.equal(again.ring.images[slots], images[slots])
 
 
@@ -184,16 +188,16 @@ def test_blocks_and_checkpoints_hold_what_the_gpu_held(tmp_path: Path) -> None:
     run = fitted(job(tmp_path / "run"))
     newest = sorted((run.run_dir / "checkpoints").glob("step-*"))[-1]
     saved = load_file(newest / "state.safetensors")
-    for name, value in run.student.state_dict().items():
+    for name, value in run.student.model.state_dict().items():
         assert torch.equal(saved[f"student/{name}"], value.cpu()), name
     for path in (run.run_dir / "blocks").glob("block-*"):
-        slots = run._keeper.blocks._slots(int(path.stem.partition("-")[2]))
+        slots = run.blocks.ring.blocks.slots(int(path.stem.partition("-")[2]))
         assert torch.equal(load_file(path)["images"], run.ring.images[slots].cpu())
 
 
 def test_steps_and_refills_never_wait_for_the_device(tmp_path: Path) -> None:
     run = job(tmp_path / "run", max_grad_norm=1.0)
-    run._warm_up(run._metrics)
+    run.warm_up()
     for _ in range(10):
         run.refill()
         run.train_step()
@@ -208,23 +212,26 @@ def test_steps_and_refills_never_wait_for_the_device(tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert run.ring.num_inserted > inserted and loss.isfinite()
     assert torch.cuda.memory_allocated() - before < 2**22  # nothing piles up
-    run._keeper.writer.close()
+    run.checkpoints.writer.close()
 
 
 def test_nothing_of_a_run_lies_on_the_host(tmp_path: Path) -> None:
     run = job(tmp_path / "run")
     run.refill()
     draw = run.ring.sample(16)
-    seen = run.views(run.ring.images, draw.indices, draw.ids, draw.uses)
+    seen = run.targets.views(run.ring.images, draw.indices, draw.ids, draw.uses)
     run.ring.release()
     loss = run.train_step()
-    tensors = [draw.indices, draw.ids, draw.uses, seen, loss, run.sampler.table.rows]  # type: ignore[union-attr]
-    tensors += [*run.ring._tensors().values(), *run.student.state_dict().values()]
-    tensors += [*run.average.module.state_dict().values(), *run.sampler._module.parameters()]  # type: ignore[union-attr]
-    for state in run.learner.optimizer.state.values():
+    tensors = [draw.indices, draw.ids, draw.uses, seen, loss, sampler_of(run).table.rows]
+    tensors += [*run.ring._tensors().values(), *run.student.model.state_dict().values()]
+    tensors += [
+        *run.student.average.module.state_dict().values(),
+        *sampler_of(run)._module.parameters(),
+    ]
+    for state in run.student.optimizer.state.values():
         tensors += [v for v in state.values() if isinstance(v, Tensor)]
     assert all(t.device.type == "cuda" for t in tensors)
-    run._keeper.writer.close()
+    run.checkpoints.writer.close()
 
 
 def test_the_embedded_job_runs_and_learns_on_a_gpu(
@@ -298,7 +305,7 @@ def folder(tmp_path: Path) -> Path:
 def decoded(folder: Path, device: str) -> tuple[Tensor, Tensor]:
     spec = InputSpec(size=24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     paths = sorted(folder.rglob("*.*"))
-    items = [Item(str(p), str(p), 0, p.stat().st_size, int(p.parent.name)) for p in paths]
+    items = [Item(str(p), int(p.parent.name)) for p in paths]
     found = list(decode(items, [spec], 4, torch.device(device)))
     assert [len(labels) for _, labels in found] == [4, 2]
     assert all(str(views[0].device) == device for views, _ in found)
@@ -320,20 +327,15 @@ def test_images_read_from_disk_on_a_gpu_are_exact(tmp_path: Path) -> None:
     from shard_files import random_images, write_shards
 
     from dmkd_fast.data.sources import ShardSource
-    from dmkd_fast.data.stored import ImageReader
+    from dmkd_fast.data.stored import ImageDecoder, StoredImages
 
     images, classes = random_images(40)
     write_shards(tmp_path, images, classes, 16)
-    reader = ImageReader(
-        ShardSource(tmp_path),
-        image_shape=(1, 8, 8),
-        ring_images=64,
-        show=False,
-        device=torch.device("cuda:0"),
-    )
+    decoder = ImageDecoder((1, 8, 8), device=torch.device("cuda:0"))
+    reader = StoredImages(ShardSource(tmp_path), decoder, ring_images=64, show=False)
     for start in (0, 16):
-        ids, labels = reader.peek(16)
+        ids, labels = reader.next_block(16)
         reader.advance(16)
         out = torch.empty(16, 1, 8, 8, dtype=torch.uint8, device="cuda")
-        reader.sample(ids, labels, out=out)
+        reader.read(ids, labels, out=out)
         assert np.array_equal(out.cpu().numpy(), images[start : start + 16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pkgutil
 import re
 import sys
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 import dmkd_fast
-from dmkd_fast import RingBuffer, cli
+from dmkd_fast import RingBuffer, RingPlan, cli
 from dmkd_fast.config import data, generator, jobs, networks, training
 from dmkd_fast.config import reference as reference_module
 from scripts import reference
@@ -121,14 +122,15 @@ def test_shipped_configs_name_their_schema() -> None:
 
 
 def test_example_of_the_limiter_is_what_the_ring_does() -> None:
-    ring = RingBuffer(
-        2048,
+    plan = RingPlan(
+        capacity_images=2048,
         image_shape=(1, 1, 1),
         block_images=256,
         min_fill_images=512,
         samples_per_insert=2,
         error_buffer=384,
     )
+    ring = RingBuffer(plan)
     rows, ids = [], ring.ids.new_zeros(256)
     for _ in range(2):
         while ring.must_insert(64):
@@ -141,15 +143,9 @@ def test_example_of_the_limiter_is_what_the_ring_does() -> None:
     table = re.findall(r"^\| [^|]+ \| ([\d,]+) \| ([\d,]+) \| (-?[\d,]+) \|", page, re.M)
     shown = [tuple(int(cell.replace(",", "")) for cell in row) for row in table]
     assert shown[:4] == rows
-    with pytest.raises(ValueError, match=r"for ever|indefinitely|deadlock"):
-        RingBuffer(
-            2048,
-            image_shape=(1, 1, 1),
-            block_images=256,
-            min_fill_images=512,
-            samples_per_insert=2,
-            error_buffer=192,
-        ).check(64)
+    plan.check_batch(64)
+    with pytest.raises(ValueError, match="deadlock"):
+        dataclasses.replace(plan, error_buffer=192).check_batch(64)
 
 
 def test_python_blocks_of_pages_are_valid_python() -> None:

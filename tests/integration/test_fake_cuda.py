@@ -15,19 +15,27 @@ from typing import Any
 import pytest
 import torch
 from on_device import OnDevice
+from rings import new_ring
+from small_jobs import labels_of, sampler_of
 from small_models import VAE, small_dit, spread
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dmkd_fast import (
+    Denoiser,
     DiffusionSampler,
     Distiller,
+    GeneratedImages,
+    Guidance,
     LabelStream,
-    RingBuffer,
     Schedule,
+    Steps,
+    StudentTrainer,
+    Targets,
     Teacher,
     Teachers,
     Views,
+    ViewSpec,
 )
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.wrappers import Decoder
@@ -65,41 +73,39 @@ def job(run_dir: Path) -> Distiller:
     lean = lean_dit(small_dit())
     assert lean is not None
     sampler = DiffusionSampler(
-        lean,
-        scheduler={"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
-        latent_shape=(4, 8, 8),
-        decoder=Decoder(spread(diffusers.AutoencoderKL(**VAE))),
-        null_class=1000,
-        num_steps=3,
-        guidance_scale=2.0,
-        guidance_interval=(0.0, 0.7),
-        guidance_channels=3,
+        Denoiser(
+            module=lean,
+            scheduler={"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
+            latent_shape=(4, 8, 8),
+            image_shape=(3, 16, 16),
+            decoder=Decoder(spread(diffusers.AutoencoderKL(**VAE))),
+            num_classes=10,
+            null_class=1000,
+            class_map=tuple(range(10)),
+        ),
+        Steps(count=3),
+        Guidance(scale=2.0, interval=(0.0, 0.7), channels=3),
         micro_batch_images=16,
         dtype=torch.float16,
-        class_map=tuple(range(10)),
     )
     spec = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     teachers = Teachers(
         [Teacher(module=classifier(size), input=InputSpec(size=size, **spec)) for size in (16, 20)]
     )
     return Distiller(
-        sampler=sampler,
-        ring=RingBuffer(
-            64,
-            image_shape=(3, 16, 16),
-            block_images=16,
-            samples_per_insert=4,
-            min_fill_images=32,
-            num_classes=10,
-            guard_blocks=1,
+        GeneratedImages(LabelStream(10), [(0.0, sampler)]),
+        new_ring(image_shape=(3, 16, 16), num_classes=10, guard_blocks=1),
+        StudentTrainer(
+            classifier(16),
+            Schedule(batch_size=16, num_views=1600, lr=1e-3, name="sgd", ema_decay=0.9),
+            dtype=torch.bfloat16,
         ),
-        labels=LabelStream(10),
-        teacher=teachers,
-        student=classifier(16),
-        views=Views(size=16, scale=(0.3, 1.0), ratio=(0.75, 1.33), **spec),  # type: ignore[arg-type]
-        schedule=Schedule(batch_size=16, num_views=1600, lr=1e-3, name="sgd", ema_decay=0.9),
-        run_dir=run_dir,
-        dtype=torch.bfloat16,
+        Targets(
+            teachers,
+            Views(ViewSpec(size=16, **spec), scale=(0.3, 1.0), ratio=(0.75, 1.33)),
+            dtype=torch.bfloat16,
+        ),
+        run_dir,
         show=False,
     )
 
@@ -152,29 +158,28 @@ def test_refill_and_step_of_a_whole_job_stay_on_cuda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = job(tmp_path)
-    sampler, ring = run.sampler, run.ring
-    assert isinstance(sampler, DiffusionSampler)
-    run._supervision._dtype = torch.float16  # which a CPU's run would refuse
-    for network in run._supervision._teachers.networks:
+    sampler, ring = sampler_of(run), run.ring
+    run.targets._dtype = torch.float16  # which a CPU's run would refuse
+    for network in run.targets._networks.networks:
         network.to(torch.float16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         moved = Moved(mode)
         for part in (
             sampler,
             ring,
-            run.labels,
-            run.views,
-            run._supervision,
+            labels_of(run),
+            run.targets.views,
+            run.targets,
+            run.student.model,
             run.student,
-            run.learner,
-            run.average,
-            run.teacher,
+            run.student.average,
+            run.targets.teachers,
         ):
             moved(part)
         run.device = CUDA
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
-            run.learner.autocast = torch.autocast("cuda", dtype=torch.float16)
+            run.student.autocast = torch.autocast("cuda", dtype=torch.float16)
         # Generators and graphs of CUDA cannot be faked.
         order: Any = ring._order
         order._generator = None
@@ -182,7 +187,7 @@ def test_refill_and_step_of_a_whole_job_stay_on_cuda(
         monkeypatch.setattr(sampler, "_images", sampler._make)
         made: list[Tensor] = []
         monkeypatch.setattr(Tensor, "backward", lambda logits, grad: made.extend((logits, grad)))
-        monkeypatch.setattr(run.learner, "finish", lambda: None)  # There are no gradients.
+        monkeypatch.setattr(run.student, "finish", lambda: None)  # There are no gradients.
         for name in ("tensor", "as_tensor", "from_numpy"):
             monkeypatch.setattr(torch, name, no_new_tensors(getattr(torch, name)))
         with NoCopies(), torch.no_grad():

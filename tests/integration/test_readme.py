@@ -89,7 +89,7 @@ def test_loss_example_is_the_weighted_sum() -> None:
 
 
 def test_example_of_the_parts_trains_a_student(tmp_path: Path) -> None:
-    class Denoiser(nn.Module):
+    class Network(nn.Module):
         def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
             return latents - labels.view(-1, 1, 1, 1) / 10
 
@@ -97,7 +97,7 @@ def test_example_of_the_parts_trains_a_student(tmp_path: Path) -> None:
     student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)) for _ in range(2))
     before = student[1].weight.detach().clone()
     code = example("Distiller(").replace("num_views=1_000_000", "num_views=1_280")
-    space = {"denoiser": Denoiser(), "scheduler_config": FLOW} | {
+    space = {"network": Network(), "scheduler_config": FLOW} | {
         "teacher": teacher,
         "student": student,
     }

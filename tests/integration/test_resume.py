@@ -123,7 +123,7 @@ def test_resumed_run_ends_bit_equal_with_all_of_a_recipe_and_steps_skipped_in_be
 
     def make(**changes: Any) -> Distiller:
         distiller = make_distiller(**changes)
-        weight = next(distiller.student.parameters())
+        weight = next(distiller.student.model.parameters())
         skips = {0, 15, 16, 17, 18, 25, 26, 39}
         weight.register_hook(lambda grad: grad * (math.inf if distiller.step in skips else 1))
         return distiller
@@ -174,7 +174,7 @@ def test_a_full_disk_during_training_costs_no_step(
     whole = make_distiller()
     whole.fit()
     run, told = make_distiller(checkpoint_every_s=1e-6), []
-    run._keeper._note = told.append
+    run.checkpoints._note = told.append
     step = run.train_step
 
     def on_a_full_disk() -> torch.Tensor:
@@ -197,20 +197,20 @@ def test_a_last_checkpoint_that_fails_is_an_error(
     make_distiller: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_distiller()
-    finish = run._keeper.saver.finish
+    finish = run.checkpoints.finish
 
     def on_a_full_disk(*args: Any, **kwargs: Any) -> Path:
         monkeypatch.setattr(files, "os", FailingOs(0, errno.ENOSPC))
         return finish(*args, **kwargs)
 
-    run._keeper.saver.finish = on_a_full_disk  # type: ignore[method-assign]
+    run.checkpoints.finish = on_a_full_disk  # type: ignore[method-assign]
     with pytest.raises(files.SaveError, match="No space left on device"):
         run.fit()
 
 
 def test_a_second_signal_does_not_wait_for_the_disk(make_distiller: Make) -> None:
     run, gate = make_distiller(), threading.Event()
-    run._keeper.writer.submit(gate.wait)  # A disk that hangs.
+    run.checkpoints.writer.submit(gate.wait)  # A disk that hangs.
     step = run.train_step
 
     def interrupted() -> torch.Tensor:
@@ -219,15 +219,15 @@ def test_a_second_signal_does_not_wait_for_the_disk(make_distiller: Make) -> Non
             signal.raise_signal(signal.SIGTERM)
         return loss
 
-    finish = run._keeper.saver.finish
+    finish = run.checkpoints.finish
 
     def interrupted_again(*args: Any, **kwargs: Any) -> Path:  # Two before this would be one.
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         return finish(*args, **kwargs)
 
     run.train_step = interrupted  # type: ignore[method-assign]
-    run._keeper.saver.finish = interrupted_again  # type: ignore[method-assign]
-    run._keeper.blocks.append = lambda: None  # type: ignore[method-assign]
+    run.checkpoints.finish = interrupted_again  # type: ignore[method-assign]
+    run.blocks.append = lambda: None  # type: ignore[method-assign]
     # A job started in the background of a shell ignores SIGINT unless it is told not to.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
@@ -238,7 +238,7 @@ def test_a_second_signal_does_not_wait_for_the_disk(make_distiller: Make) -> Non
         signal.signal(signal.SIGINT, handler)
     assert 0.5 < time.monotonic() - start < 5 and not gate.is_set()
     gate.set()
-    run._keeper.writer.close()
+    run.checkpoints.writer.close()
 
 
 def test_checkpoints_of_another_run_are_not_mixed_with(make_distiller: Make) -> None:
@@ -295,8 +295,8 @@ def test_an_interrupt_while_the_warm_up_is_undone_leaves_no_trace(
 ) -> None:
     """One came between the end of the warm-up and the restoring of batch norms, 1 time in 50."""
     distiller = make_distiller()
-    before = {name: b.clone() for name, b in distiller.student.named_buffers()}
-    real, calls = distiller.learner.undo_warm_up, 0
+    before = {name: b.clone() for name, b in distiller.student.model.named_buffers()}
+    real, calls = distiller.student.undo_warm_up, 0
 
     def interrupted_once() -> None:
         nonlocal calls
@@ -305,13 +305,13 @@ def test_an_interrupt_while_the_warm_up_is_undone_leaves_no_trace(
             raise KeyboardInterrupt
         real()
 
-    monkeypatch.setattr(distiller.learner, "undo_warm_up", interrupted_once)
+    monkeypatch.setattr(distiller.student, "undo_warm_up", interrupted_once)
     with pytest.raises(KeyboardInterrupt):
         distiller.fit()
-    assert all(torch.equal(b, before[name]) for name, b in distiller.student.named_buffers())
+    assert all(torch.equal(b, before[name]) for name, b in distiller.student.model.named_buffers())
     again = make_distiller(run_dir=distiller.run_dir)
     again.restore()
-    assert all(torch.equal(b, before[name]) for name, b in again.student.named_buffers())
+    assert all(torch.equal(b, before[name]) for name, b in again.student.model.named_buffers())
 
 
 def signals_at(run: Distiller, step: int, *numbers: int) -> None:
@@ -334,13 +334,13 @@ def test_a_closed_terminal_saves_and_its_second_signal_changes_nothing(
     whole, cut = make_distiller(), make_distiller()
     whole.fit()
     signals_at(cut, 7, signal.SIGHUP, signal.SIGHUP)
-    finish = cut._keeper.saver.finish
+    finish = cut.checkpoints.finish
 
     def saved_while_another_arrives(*args: Any, **kwargs: Any) -> Path:
         signal.raise_signal(signal.SIGHUP)
         return finish(*args, **kwargs)
 
-    cut._keeper.saver.finish = saved_while_another_arrives  # type: ignore[method-assign]
+    cut.checkpoints.finish = saved_while_another_arrives  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         cut.fit()
     again = make_distiller(run_dir=cut.run_dir)
@@ -384,7 +384,7 @@ def test_a_second_signal_ends_the_process_even_while_work_is_held(first: int) ->
 
 def test_a_signal_is_served_while_blocks_wait_for_a_disk_that_hangs(make_distiller: Make) -> None:
     run, gate, told = make_distiller(), threading.Event(), []
-    run._keeper.writer.submit(gate.wait)  # Four more jobs, and the next block has to wait.
+    run.checkpoints.writer.submit(gate.wait)  # Four more jobs, and the next block has to wait.
     save = run._save_last
 
     def saved_last() -> Path:
@@ -403,4 +403,4 @@ def test_a_signal_is_served_while_blocks_wait_for_a_disk_that_hangs(make_distill
         signal.signal(signal.SIGINT, handler)
         gate.set()
     assert told and told[0] - start < 1.2 <= time.monotonic() - start < 5
-    run._keeper.writer.close()
+    run.checkpoints.writer.close()

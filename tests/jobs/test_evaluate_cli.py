@@ -18,6 +18,7 @@ from small_jobs import CONFIG, SHORT
 from timm.data import create_transform
 
 from dmkd_fast import InputSpec, cli, measure, open_set
+from dmkd_fast.assets import resolve
 from dmkd_fast.classifiers.loading import build_classifier, load_classifier, save_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.data import test_sets
@@ -104,11 +105,8 @@ def test_a_run_is_measured_on_its_own_set_or_another(
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["teacher_license"] and str(big) in (run / "student" / "README.md").read_text()
-    for arguments, count in (([], 10), (["--data", "embedded"], 10_000)):
-        if arguments:
-            from dmkd_fast.assets import resolve
-
-            arguments = ["--data", str(resolve("embedded:fashion_mnist/test"))]
+    test_set = ["--data", str(resolve("embedded:fashion_mnist/test"))]
+    for arguments, count in (([], 10), (test_set, 10_000)):
         assert cli.main(["evaluate", str(run), *arguments]) == 0
         found = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert found["num_images"] == count and 0 <= found["agreement"] <= 1
@@ -122,8 +120,6 @@ def test_a_job_of_some_classes_in_another_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ankle boots, trousers and bags of a 10-class generator and a 10-class teacher."""
-    from dmkd_fast.assets import resolve
-
     test = test_sets.load_idx(resolve("embedded:fashion_mnist/test"), "t10k")
     own = (9, 1, 8)
     for label, original in enumerate(own):

@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 from shard_files import contents
 from small_jobs import CONFIG, ROOT, SHORT
 
-from dmkd_fast import LabelStream, Views, cli
+from dmkd_fast import LabelStream, Views, ViewSpec, cli
 from dmkd_fast.assets import resolve
 from dmkd_fast.classifiers.loading import load_classifier
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.data import shards
 from dmkd_fast.data.sources import ShardSource
-from dmkd_fast.data.stored import ImageReader
+from dmkd_fast.data.stored import ImageDecoder, StoredImages
 from dmkd_fast.jobs import generate
 from dmkd_fast.jobs.images import make_sampler, open_denoiser, resolve_sampler
 from dmkd_fast.jobs.resolve import resolve as resolve_
@@ -62,13 +62,15 @@ def test_images_and_manifest_are_those_of_online_generation(whole: Path) -> None
     images = torch.empty((200, 1, 28, 28), dtype=torch.uint8)
     sampler.sample(ids, labels, out=images)
 
-    reader = ImageReader(ShardSource(whole), image_shape=(1, 28, 28), ring_images=256, show=False)
-    read_ids, read_labels = reader.peek(200)
+    reader = StoredImages(
+        ShardSource(whole), ImageDecoder((1, 28, 28)), ring_images=256, show=False
+    )
+    read_ids, read_labels = reader.next_block(200)
     assert torch.equal(read_ids, ids) and torch.equal(read_labels, labels)
-    assert torch.equal(reader.sample(ids, labels, out=torch.empty_like(images)), images)
+    assert torch.equal(reader.read(ids, labels, out=torch.empty_like(images)), images)
 
     teacher, spec = load_classifier(resolve(config.teacher.path or ""), torch.device("cpu"))
-    views = Views(size=28, mean=spec.mean, std=spec.std)
+    views = Views(ViewSpec(size=28, mean=spec.mean, std=spec.std))
     with torch.no_grad():
         shares = teacher(views.whole(images, ids)).softmax(dim=1)
     table = pq.read_table(whole / shards.MANIFEST).to_pydict()
@@ -95,12 +97,12 @@ def test_the_result_does_not_depend_on_the_number_of_jobs(whole: Path, tmp_path:
 
 
 def test_broken_images_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = sampler._advance
+    advance = sampler.advance
 
     def overflowing(*args: Any, **kwargs: Any) -> Any:
         return tuple(state * float("inf") for state in advance(*args, **kwargs))
 
-    monkeypatch.setattr(sampler, "_advance", overflowing)
+    monkeypatch.setattr(sampler, "advance", overflowing)
     with pytest.raises(UserError, match=r"16 of 16 images have .* dtype=bfloat16"):
         make(tmp_path)
     assert not list(tmp_path.rglob("*.tar"))
@@ -167,21 +169,21 @@ def test_three_jobs_killed_ten_times_each_feed_a_follower(
     )
     while not (out / shards.PLAN).exists():
         time.sleep(0.1)
-    reader = ImageReader(
-        ShardSource(out), image_shape=(1, 8, 8), resize=True, ring_images=64, show=True, wait_s=120
+    reader = StoredImages(
+        ShardSource(out), ImageDecoder((1, 8, 8), resize=True), ring_images=64, wait_s=120
     )
     # The tiny teacher has four classes and the images ten; it only looks at pixels.
-    distiller = make_distiller(num_views=4 * count, reader=reader)
+    distiller = make_distiller(num_views=4 * count, images=reader)
     taken: list[int] = []
-    peek = reader.peek
+    next_block = reader.next_block
 
     def watched(size: int) -> Any:
         assert distiller.ring.must_insert(16), "waited although sampling was allowed"
-        ids, labels = peek(size)
+        ids, labels = next_block(size)
         taken.extend(ids.tolist())
         return ids, labels
 
-    reader.peek = watched  # type: ignore[method-assign]
+    reader.next_block = watched  # type: ignore[method-assign]
     totals = distiller.fit()
     result = json.loads(farm.communicate()[0].splitlines()[-1])
     assert farm.returncode == 0 and result["kills"] >= 25, result
@@ -321,7 +323,7 @@ def test_a_config_that_cannot_generate_ends_in_one_line(
 def test_two_jobs_with_the_same_part_do_not_meet(whole: Path) -> None:
     with (
         shards.locked(whole, "0-of-1"),
-        pytest.raises(UserError, match="another job makes part 0-of-1"),
+        pytest.raises(UserError, match="another job makes slice 0-of-1"),
     ):
         make(whole)
 

@@ -19,8 +19,7 @@ from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import distill as distill_job
-from dmkd_fast.jobs import memory, networks
-from dmkd_fast.jobs.parts import prepare
+from dmkd_fast.jobs import memory, networks, parts
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training import scoring
@@ -135,18 +134,42 @@ def test_sizes_beyond_memory_are_one_line_before_anything_is_allocated(
     assert re.search(words, err), err
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ring.samples_per_insert=0.001", r"ring.samples_per_insert: got 0.001, .*deadlock"),
+        ("ring.error_buffer=1", r"ring.error_buffer: got 1, .*deadlock; raise error_buffer"),
+        ("ring.min_fill_images=190", "ring.min_fill_images: got 190, expected at most 128"),
+        ("ring.max_uses=3", "ring.max_uses: got 3, expected at least samples_per_insert=4"),
+        (
+            "ring={order: balanced, max_uses: 9, capacity_images: 192, min_fill_images: 64, "
+            "samples_per_insert: 4}",
+            "ring.max_uses: got 9 with order=balanced",
+        ),
+        ("train.batch_size=193", "train.batch_size: got 193, expected at most 192"),
+    ],
+)
+def test_a_config_with_a_bad_ring_is_read_but_nothing_is_loaded_for_it(
+    override: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "load_parts", lambda *_: pytest.fail("loaded"))
+    config = load_config(DistillConfig, CONFIG, [*SHORT, override])
+    with pytest.raises(UserError, match=words):
+        parts.prepare(config)
+
+
 def test_what_fits_exactly_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.check_fits({"a": 3, "b": 5}, 8)
     with pytest.raises(UserError, match=r"memory: got 0.00 GiB .*\(b: 0.00 GiB\)"):
         memory.check_fits({"a": 3, "b": 5}, 7)
-    config, parts = prepare(load_config(DistillConfig, CONFIG, SHORT))
-    plan = memory.plan(config, parts)
+    config, loaded = parts.prepare(load_config(DistillConfig, CONFIG, SHORT))
+    plan = memory.plan(config, loaded)
     need = sum(plan.values()) - plan["test images"]
     monkeypatch.setattr(memory, "available_bytes", lambda device: need)
-    assert memory.check(config, parts) == config.ring.capacity_images
+    assert memory.check(config, loaded) == config.ring.capacity_images
     monkeypatch.setattr(memory, "available_bytes", lambda device: need - 1)
     with pytest.raises(UserError, match=r"ring.capacity_images: .* lower it to at most 128"):
-        memory.check(config, parts)
+        memory.check(config, loaded)
 
 
 @pytest.mark.parametrize("error", [CPU_ERROR, MemoryError(), torch.OutOfMemoryError("CUDA")])

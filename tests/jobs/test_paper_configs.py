@@ -29,7 +29,6 @@ from dmkd_fast.jobs import memory, networks, run_dir
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.distill import run
 from dmkd_fast.jobs.parts import prepare
-from dmkd_fast.ring.plan import capacity_plan
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
@@ -148,9 +147,9 @@ def test_ring_holds_all_images_in_whole_blocks_as_the_comment_says(path: Path) -
     # Whole epochs over all images and no image more; whole batches.
     assert config.train.num_views == ring.min_fill_images * ring.samples_per_insert
     assert config.train.num_views % config.train.batch_size == 0
-    plan = capacity_plan(ring.capacity_images, image_shape=(3, size, size), block_images=block)
+    plan = memory.ring_plan(config, (3, size, size))
     stated = re.search(r"the ring takes (\d+) GiB", " ".join(comment(path)))
-    assert stated and round(sum(plan.values()) / 2**30) == int(stated[1])
+    assert stated and round(sum(plan.num_bytes.values()) / 2**30) == int(stated[1])
 
 
 @pytest.mark.parametrize("name", ["imagenet100", "flowers102", "cifar100"])
@@ -165,7 +164,7 @@ def test_every_class_has_its_index_or_prompt_once(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path, number",
+    ("path", "number"),
     [(path, number) for path in PAPER for number in range(len(PUBLISHED[path.stem]))],
     ids=lambda value: value.stem if isinstance(value, Path) else str(value),
 )
@@ -207,7 +206,7 @@ def test_a_recipe_in_its_true_sizes_trains_stops_and_goes_on(
     """Random weights; only steps, batches and lengths are small."""
     size, classes = IMAGES[path.stem], CLASSES[path.stem]
     kind = "dit_xl_2" if size == 256 else "stable_diffusion_1_5"
-    images = paper_models.test_images(tmp_path / "test", num_classes=classes)
+    images = paper_models.write_test_images(tmp_path / "test", num_classes=classes)
     overrides = [
         *SMALL,
         f"denoiser.path={generators[kind]}",

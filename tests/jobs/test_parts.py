@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import restore, save
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from small_jobs import TinyDenoiser, small_classifier, tiny_sampler
 
-from dmkd_fast import LabelStream
+from dmkd_fast import DiffusionSampler, Guidance, LabelStream, Steps
 from dmkd_fast.assets import resolve
 from dmkd_fast.checkpoint import step_folders
 from dmkd_fast.classifiers.loading import build_classifier, freeze, load_classifier, save_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.data import test_sets
-from dmkd_fast.denoisers.loading import load_denoiser, new_pixel_dit, save_denoiser
+from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, drop_labels
 from dmkd_fast.sampling.noise_levels import flow_sigmas
 from dmkd_fast.sampling.solvers import solver_table
@@ -47,7 +49,7 @@ def test_flow_table_steps_like_the_scheduler(num_steps: int, shift: float) -> No
     scheduler.set_timesteps(sigmas=sigmas)
     table = solver_table(
         dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
-        num_steps,
+        Steps(count=num_steps),
         torch.device("cpu"),
     )
     torch.testing.assert_close(
@@ -63,7 +65,7 @@ def test_ddim_table_steps_like_the_scheduler(num_steps: int, schedule: str) -> N
     scheduler.set_timesteps(num_steps)
     table = solver_table(
         dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
-        num_steps,
+        Steps(count=num_steps),
         torch.device("cpu"),
     )
     assert table.column("timestep").tolist() == scheduler.timesteps.tolist()
@@ -81,7 +83,7 @@ def test_second_order_table_steps_like_dpm_solver(num_steps: int) -> None:
         lower_order_final=True,
     )
     scheduler.set_timesteps(num_steps)
-    table = solver_table(FLOW, num_steps, torch.device("cpu"), solver="dpm++2m")
+    table = solver_table(FLOW, Steps(count=num_steps, solver="dpm++2m"), torch.device("cpu"))
     torch.manual_seed(0)
     mine = theirs = torch.randn(2, 1, 8, 8)
     sigmas = flow_sigmas(num_steps, 1.0)
@@ -112,9 +114,9 @@ def _same_trajectory(scheduler, table) -> None:
 
 def test_unknown_schedulers_and_too_many_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="EDMEulerScheduler"):
-        solver_table({"_class_name": "EDMEulerScheduler"}, 4, torch.device("cpu"))
+        solver_table({"_class_name": "EDMEulerScheduler"}, Steps(), torch.device("cpu"))
     with pytest.raises(ValueError, match="1 to 1000"):
-        solver_table(FLOW, 1001, torch.device("cpu"))
+        solver_table(FLOW, Steps(count=1001), torch.device("cpu"))
 
 
 def test_an_image_does_not_depend_on_the_others_made_with_it() -> None:
@@ -128,7 +130,7 @@ def test_an_image_does_not_depend_on_the_others_made_with_it() -> None:
 
 
 def test_guidance_is_the_published_formula() -> None:
-    sampler = tiny_sampler(num_steps=1, guidance_scale=3.0)
+    sampler = tiny_sampler(count=1, scale=3.0)
     ids, labels = torch.arange(16), torch.arange(16) % 4
     got = sampler.sample(ids, labels, out=torch.empty(16, 1, 8, 8, dtype=torch.uint8))
     model = TinyDenoiser()
@@ -151,20 +153,11 @@ def test_guidance_without_a_null_class_is_refused() -> None:
 def test_embedded_dit_matches_an_eager_diffusers_loop() -> None:
     from diffusers import DiTTransformer2DModel
 
-    from dmkd_fast import DiffusionSampler
     from dmkd_fast.rng import philox
 
     folder = resolve("embedded:fashion_mnist/denoiser")
     loaded = load_denoiser(folder, torch.device("cpu"))
-    sampler = DiffusionSampler(
-        loaded.module,
-        scheduler=loaded.scheduler,
-        latent_shape=(1, 28, 28),
-        null_class=10,
-        num_steps=4,
-        guidance_scale=1.5,
-        micro_batch_images=10,
-    )
+    sampler = DiffusionSampler(loaded, Steps(count=4), Guidance(scale=1.5), micro_batch_images=10)
     ids, labels = torch.arange(10), torch.arange(10)
     got = sampler.sample(ids, labels, out=torch.empty(10, 1, 28, 28, dtype=torch.uint8))
 
@@ -389,9 +382,9 @@ def test_checkpoint_restores_everything_and_keeps_the_last_two(
     optimizer.step()
     twin = build_optimizer(other, name="adamw", lr=0.1, momentum=0.9, weight_decay=0)
     for step in (1, 2, 3):
-        step_folders.save(tmp_path, step, {"model": model, "optimizer": optimizer})
+        save(tmp_path, step, {"model": model, "optimizer": optimizer})
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-000000002", "step-000000003"]
-    assert step_folders.restore(tmp_path, {"model": other, "optimizer": twin}).step == 3
+    assert restore(tmp_path, {"model": other, "optimizer": twin}).step == 3
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     for m, o in ((model, optimizer), (other, twin)):
@@ -405,11 +398,11 @@ def test_checkpoint_restores_everything_and_keeps_the_last_two(
 
 def test_damaged_checkpoint_is_noticed(tmp_path: Path) -> None:
     model = small_classifier()
-    path = step_folders.save(tmp_path, 1, {"model": model}) / step_folders.TENSORS
+    path = save(tmp_path, 1, {"model": model}) / step_folders.TENSORS
     data = bytearray(path.read_bytes())
     data[-10] ^= 4
     path.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="SHA-256"):
-        step_folders.restore(tmp_path, {"model": model})
+        restore(tmp_path, {"model": model})
     with pytest.raises(ValueError, match="no checkpoint"):
-        step_folders.restore(tmp_path / "none", {"model": model})
+        restore(tmp_path / "none", {"model": model})

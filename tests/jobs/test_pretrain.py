@@ -17,7 +17,8 @@ from small_models import spread
 
 from dmkd_fast import cli
 from dmkd_fast.data import test_sets
-from dmkd_fast.denoisers.loading import load_denoiser, new_pixel_dit, save_denoiser
+from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, _sample_grids
 from dmkd_fast.jobs.pretrain.loop import load_real
 
@@ -245,7 +246,7 @@ def test_fewstep_comes_closer_to_its_teacher_without_any_data(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         (["num_steps=3"], "num_steps: got 3, expected a divisor"),
         (["train.batch_size=100"], "train.batch_size: got 100, expected a divisor"),

@@ -192,9 +192,13 @@ def test_a_new_folder_shows_when_it_is_whole(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
 
-    with pytest.raises(Killed), files.new_folder(final) as partial:
-        (partial / "weights").write_text("half")
-        raise Killed
+    def write_half() -> None:
+        with files.new_folder(final) as partial:
+            (partial / "weights").write_text("half")
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_half()
     assert (final / "inner" / "weights").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_jobs import CONFIG, SHORT
+from small_jobs import CONFIG, SHORT, labels_of, sampler_of
 from torch import Tensor
 
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.parts import prepare
-from dmkd_fast.jobs.pretrain.loop import _batches
+from dmkd_fast.jobs.pretrain.loop import ShuffledPasses
 from dmkd_fast.runtime.distributed import Ranks
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler
@@ -37,12 +37,12 @@ def numbers(seed: int, folder: Path) -> dict[str, Tensor]:
     torch.manual_seed(99)  # What came before in the process must not matter.
     config, parts = prepare(config)
     distiller = build(config, parts, show=False)
-    sampler, labels, ring = distiller.sampler, distiller.labels, distiller.ring
-    mixer = distiller._supervision._mixer
+    sampler, labels, ring = sampler_of(distiller), labels_of(distiller), distiller.ring
+    mixer = distiller.targets._mixer
     assert isinstance(sampler, DiffusionSampler) and isinstance(labels, LabelStream) and mixer
     ids = torch.arange(64)
     ring.commit(ring.reserve(), ids=ids, labels=ids % 10)
-    boxes, flips = distiller.views.parameters(ids, torch.zeros_like(ids), 28, 28)
+    boxes, flips = distiller.targets.views.parameters(ids, torch.zeros_like(ids), 28, 28)
     return {
         "noise": sampler._noise(ids, 0),
         "labels": labels.labels_of(ids),
@@ -70,8 +70,11 @@ def test_each_rank_draws_and_drops_out_with_a_seed_of_its_own() -> None:
 @pytest.mark.parametrize("batch", [10, 16])
 def test_passes_over_real_images_have_orders_of_their_own_and_follow_the_seed(batch: int) -> None:
     def passes(seed: int, first: int = 0) -> list[tuple[int, list[int], list[int]]]:
-        found = _batches(40, batch, first, 4 * 40 // batch, seed)
-        return [(step, indices.tolist(), uses.tolist()) for step, indices, uses in found]
+        examples, found = ShuffledPasses(40, seed=seed), []
+        for step in range(first, 4 * 40 // batch):
+            indices, uses = examples.batch(step * batch, batch)
+            found.append((step, indices.tolist(), uses.tolist()))
+        return found
 
     found = passes(0)
     order = list(itertools.chain.from_iterable(indices for _, indices, _ in found))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad
 from dmkd_fast.loss import ops
 from dmkd_fast.loss.functional import KdLossParts
-from dmkd_fast.runtime import operators
+from dmkd_fast.runtime import errors, operators
 
 
 def logits(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -311,16 +311,16 @@ def test_a_number_that_requires_grad_is_refused(name: str) -> None:
     ).isfinite()
 
 
-def test_teacher_that_requires_grad_is_warned_about_once() -> None:
+def test_teacher_that_requires_grad_is_warned_about_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     student, teacher = logits(6, 10, seed=0).requires_grad_(), logits(6, 10, seed=1)
     teacher.requires_grad_()
-    operators._said.discard("teacher")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        kd_loss(student, teacher).backward()
-        DistillKL()(student, teacher, 4.0, None).backward()
-    assert len(caught) == 1 and "no_grad" in str(caught[0].message), caught
-    assert caught[0].filename == __file__
+    monkeypatch.setattr(errors, "_warned", set())
+    kd_loss(student, teacher).backward()
+    DistillKL()(student, teacher, 4.0, None).backward()
+    (record,) = caplog.records
+    assert record.name == "dmkd_fast" and "no_grad" in record.getMessage()
     assert teacher.grad is None
 
 
@@ -390,19 +390,19 @@ def test_fallback_equals_the_kernel() -> None:
     loss = kd_loss(leaf, teacher, target, alpha=0.3, label_smoothing=0.1)
     (3 * loss).backward()
     code = """
-import sys, warnings
+import logging, sys
 sys.modules["dmkd_fast._C"] = sys.modules["triton"] = None
+logged = []
+logging.getLogger("dmkd_fast").addFilter(lambda record: logged.append(record.getMessage()))
 import torch
 from dmkd_fast import kd_loss, kd_loss_and_grad, DistillKL
 student, teacher, target, loss, expected = torch.load(sys.argv[1])
 student.requires_grad_()
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    mine = kd_loss(student, teacher, target, alpha=0.3, label_smoothing=0.1)
-    (3 * mine).backward()
-    fused, grad = kd_loss_and_grad(student, teacher, target, alpha=0.3, label_smoothing=0.1)
-    rows = kd_loss(student, teacher, reduction="none", mask=target != 3)
-assert len(caught) == 1 and "eager" in str(caught[0].message), caught
+mine = kd_loss(student, teacher, target, alpha=0.3, label_smoothing=0.1)
+(3 * mine).backward()
+fused, grad = kd_loss_and_grad(student, teacher, target, alpha=0.3, label_smoothing=0.1)
+rows = kd_loss(student, teacher, reduction="none", mask=target != 3)
+assert len(logged) == 1 and "eager" in logged[0], logged
 for a, b in ((mine, loss), (fused, loss), (student.grad, expected), (3 * grad, expected)):
     torch.testing.assert_close(a.detach(), b, rtol=1e-12, atol=1e-15)
 assert rows[0] == 0 and (rows[1:] > 0).all()
@@ -413,16 +413,15 @@ assert rows[0] == 0 and (rows[1:] > 0).all()
 
 
 def test_without_triton_cuda_says_so_once_and_uses_the_definition(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What the dispatcher calls for CUDA tensors, on CPU ones: only its choice is looked at."""
     monkeypatch.setitem(sys.modules, "dmkd_fast.loss.triton_launch", None)
-    monkeypatch.setattr(operators, "_said", {"cpu"})
-    run = ops._cuda("forward", ops._eager_forward)
+    monkeypatch.setattr(errors, "_warned", set())
+    run = operators.cuda_kernel("dmkd_fast.loss.triton_launch", "forward", ops._eager_forward)
     problem = (torch.randn(3, 5), torch.randn(3, 5), None, None, 4.0, 1.0, 16.0, 1.0, 0.0, False)
-    with pytest.warns(UserWarning, match="no CUDA kernels .* Install triton"):
-        loss = run(*problem)[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(run(*problem)[0], loss)
+    loss = run(*problem)[0]
+    assert torch.equal(run(*problem)[0], loss)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert re.search(r"no CUDA kernels .*; install triton", message)
     torch.testing.assert_close(loss, kd_loss(problem[0], problem[1], reduction="sum"))

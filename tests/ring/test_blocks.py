@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from dying_os import FailingOs
+from rings import new_ring
 from safetensors.torch import load_file
 from small_jobs import tiny_sampler
 
-from dmkd_fast import LabelStream, RingBuffer
+from dmkd_fast import LabelStream
 from dmkd_fast.checkpoint import step_folders
+from dmkd_fast.checkpoint.manager import CheckpointManager, Restored
 from dmkd_fast.ring.storage import BlockFiles
 from dmkd_fast.runtime import files
 
@@ -22,15 +24,13 @@ class Made:
     """A ring of four blocks of 16, filled by a sampler as a run fills it."""
 
     def __init__(self, folder: Path) -> None:
-        self.ring = RingBuffer(
-            64, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4, min_fill_images=32
-        )
+        self.ring = new_ring()
         self.sampler, self.labels = tiny_sampler(), LabelStream(4)
-        self.writer = files.Writer()
+        self.manager = CheckpointManager(folder / "checkpoints", every_s=0)
+        self.writer = self.manager.writer
         self.blocks = BlockFiles(
             self.ring, folder / "blocks", self.writer, remakes=[self.sampler.sample]
         )
-        self.saver = step_folders.Saver(folder / "checkpoints", self.writer, every_s=0)
 
     def add(self, count: int) -> None:
         for _ in range(count):
@@ -42,13 +42,13 @@ class Made:
             self.blocks.append()
 
     def save(self, step: int) -> Path:
-        path = self.saver.finish(step, {"ring": self.blocks, "labels": self.labels})
-        self.blocks.drop_unused(lambda: self.saver.describe("ring"))
+        path = self.manager.finish(step, {"ring": self.blocks, "labels": self.labels})
+        self.blocks.drop_unused(lambda: self.manager.describe("ring"))
         self.writer.close()
         return path
 
-    def restore(self) -> step_folders.Restored:
-        return self.saver.restore({"ring": self.blocks, "labels": self.labels})
+    def restore(self) -> Restored:
+        return self.manager.restore({"ring": self.blocks, "labels": self.labels})
 
 
 @pytest.fixture
@@ -156,9 +156,7 @@ def test_another_ring_is_refused(make: Callable[[], Made]) -> None:
     run.add(2)
     run.save(1)
     other = make()
-    other.ring = RingBuffer(
-        128, image_shape=(1, 8, 8), block_images=16, samples_per_insert=4, min_fill_images=32
-    )
+    other.ring = new_ring(capacity_images=128)
     other.blocks.ring = other.ring
     with pytest.raises(ValueError, match=r"ring does not fit .*\[16, 64, 1, 8, 8\]"):
         other.restore()
@@ -167,7 +165,7 @@ def test_another_ring_is_refused(make: Callable[[], Made]) -> None:
 def test_a_damaged_block_of_a_later_phase_is_made_again_by_its_sampler(
     tmp_path: Path, make: Callable[[], Made]
 ) -> None:
-    late = tiny_sampler(num_steps=1, guidance_scale=1.0)
+    late = tiny_sampler(count=1, scale=1.0)
     run = make()
     run.add(2)
     run.sampler = late

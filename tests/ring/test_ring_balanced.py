@@ -7,8 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-
-from dmkd_fast import RingBuffer
+from rings import new_ring
 
 
 class Model:
@@ -59,8 +58,8 @@ def test_each_draw_is_the_next_of_its_class_whatever_the_sizes(seed: int) -> Non
     for _ in range(4):
         num_classes, block = pick.randint(1, 11), pick.randint(1, 7)
         places, guard = pick.randint(3, 6), pick.randint(0, 1)
-        ring = RingBuffer(
-            places * block,
+        ring = new_ring(
+            capacity_images=places * block,
             image_shape=(1, 1, 1),
             block_images=block,
             samples_per_insert=1e6,
@@ -90,8 +89,8 @@ def test_each_draw_is_the_next_of_its_class_whatever_the_sizes(seed: int) -> Non
 
 def test_no_image_is_skipped_where_the_classes_do_not_divide_the_ring() -> None:
     """Three classes, eight images: each sorting begins with another class."""
-    ring = RingBuffer(
-        8,
+    ring = new_ring(
+        capacity_images=8,
         image_shape=(1, 1, 1),
         block_images=4,
         samples_per_insert=1e6,
@@ -100,8 +99,8 @@ def test_no_image_is_skipped_where_the_classes_do_not_divide_the_ring() -> None:
         num_classes=3,
     )
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
-    for part in labels.split(4):
-        ring.commit(ring.reserve(), ids=torch.arange(4), labels=part)
+    for four in labels.split(4):
+        ring.commit(ring.reserve(), ids=torch.arange(4), labels=four)
     for _ in range(100):
         ring.sample(8)
     for label in range(3):

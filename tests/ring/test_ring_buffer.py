@@ -7,24 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from rings import new_ring
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmkd_fast import RingBuffer
-from dmkd_fast.ring.plan import capacity_plan, largest_capacity
+from dmkd_fast import RingBuffer, RingPlan
 from dmkd_fast.ring.statistics import without_strays
 
 
 def make(
     capacity: int = 12, block: int = 4, spi: float = 3, fill: int = 4, **more: Any
 ) -> RingBuffer:
-    return RingBuffer(
-        capacity,
-        image_shape=(1, 2, 2),
-        block_images=block,
-        samples_per_insert=spi,
-        min_fill_images=fill,
-        **({"seed": 1} | more),
-    )
+    sizes = {"capacity_images": capacity, "block_images": block, "samples_per_insert": spi}
+    more = {"min_fill_images": fill, "image_shape": (1, 2, 2), "seed": 1} | more
+    return new_ring(**sizes, **more)
 
 
 def write(ring: RingBuffer) -> None:
@@ -237,7 +232,7 @@ def test_use_counts_that_would_repeat_views_are_found() -> None:
 def test_plan_is_what_a_ring_allocates(order: str) -> None:
     for capacity, block in ((12, 4), (13, 4), (100, 7)):
         ring = make(capacity, block, spi=100, order=order)
-        plan = capacity_plan(capacity, image_shape=(1, 2, 2), block_images=block)
+        plan = ring.plan.num_bytes
         assert set(plan) == {*ring._tensors(), "order"} - {"retired"}
         for name in set(plan) - {"order"}:
             assert ring._tensors()[name].nbytes == plan[name], name
@@ -249,12 +244,17 @@ def test_plan_is_what_a_ring_allocates(order: str) -> None:
 
 
 def test_plan_of_200_000_images_of_256_pixels_is_arithmetic_and_allocates_nothing() -> None:
-    shape: dict[str, Any] = {"image_shape": (3, 256, 256), "block_images": 64}
     with NoTensors():
-        plan = capacity_plan(200_000, **shape)
-        fits = largest_capacity(sum(plan.values()), **shape)
-        less = largest_capacity(sum(plan.values()) - 1, **shape)
-    assert plan == {
+        plan = RingPlan(
+            capacity_images=200_000,
+            image_shape=(3, 256, 256),
+            block_images=64,
+            samples_per_insert=1.0,
+            min_fill_images=64,
+        )
+        size = sum(plan.num_bytes.values())
+        fits, less = plan.largest_capacity(size), plan.largest_capacity(size - 1)
+    assert plan.num_bytes == {
         "images": 39_321_600_000,
         "labels": 1_600_000,
         "ids": 1_600_000,
@@ -263,7 +263,7 @@ def test_plan_of_200_000_images_of_256_pixels_is_arithmetic_and_allocates_nothin
         "order": 1_600_000,
     }
     assert (fits, less) == (200_000, 200_000 - 64)
-    assert largest_capacity(-5, **shape) == 0
+    assert plan.largest_capacity(-5) == 0
 
 
 class NoTensors(TorchDispatchMode):
@@ -280,7 +280,7 @@ def test_accepted_settings_with_max_uses_never_stop(order: str, error_buffer: fl
         ring = make(
             capacity, order=order, max_uses=max_uses, guard_blocks=guard, error_buffer=error_buffer
         )
-        ring.check(batch)
+        ring.plan.check_batch(batch)
         for _ in range(120):
             while ring.must_insert(batch):
                 assert ring.may_insert(batch)

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
-from dmkd_fast.ring.limiter import Limiter, check_loop, check_ring
+from dmkd_fast import RingPlan
+from dmkd_fast.ring.limiter import Limiter
 
 
-def limiter(spi: float = 3, fill: int = 4, block: int = 4, error: float | None = None) -> Limiter:
-    return Limiter(spi, min_fill_images=fill, block_images=block, error_buffer=error)
+def plan(spi: float = 3, fill: int = 4, block: int = 4, error: float | None = None) -> RingPlan:
+    return RingPlan(
+        capacity_images=fill + 9 * block,
+        image_shape=(1, 1, 1),
+        block_images=block,
+        samples_per_insert=spi,
+        min_fill_images=fill,
+        error_buffer=error,
+    )
 
 
-def some_schedule_stops(rule: Limiter, batch: int) -> bool:
+def limiter(*sizes: Any, **more: Any) -> Limiter:
+    return Limiter(plan(*sizes, **more))
+
+
+def some_schedule_stops(plan: RingPlan, batch: int) -> bool:
     """Walks through every state that any schedule of inserts and draws can reach.
 
     What is allowed depends, once filled, on the views missing alone, so states with the same number
     of those are one; there are few of them.
     """
-    seen, todo = set(), [(0, 0)]
+    rule, seen, todo = Limiter(plan), set(), [(0, 0)]
     while todo:
         inserted, sampled = todo.pop()
         is_filled = inserted >= rule.min_fill_images
-        key = (rule.reuse * inserted - sampled, None if is_filled else inserted)
+        key = (plan.reuse * inserted - sampled, None if is_filled else inserted)
         if key in seen:
             continue
         seen.add(key)
@@ -40,9 +53,9 @@ def some_schedule_stops(rule: Limiter, batch: int) -> bool:
     return False
 
 
-def accepts(rule: Limiter, batch: int) -> bool:
+def accepts(plan: RingPlan, batch: int) -> bool:
     try:
-        rule.check(batch)
+        plan.check_batch(batch)
     except ValueError:
         return False
     return True
@@ -53,8 +66,8 @@ def test_settings_are_accepted_exactly_if_no_schedule_ever_stops(spi: float) -> 
     errors = [None, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10, 13, 60]
     verdicts = []
     for fill, block, batch, error in itertools.product((1, 2, 5), range(1, 6), range(1, 8), errors):
-        accepted = accepts(limiter(spi, fill, block, error), batch)
-        stops = some_schedule_stops(limiter(spi, fill, block, error), batch)
+        sizes = plan(spi, fill, block, error)
+        accepted, stops = accepts(sizes, batch), some_schedule_stops(sizes, batch)
         assert accepted != stops, (spi, fill, block, batch, error)
         verdicts.append(accepted)
     assert 100 < sum(verdicts) < len(verdicts) - 100  # both kinds are there in numbers
@@ -63,9 +76,10 @@ def test_settings_are_accepted_exactly_if_no_schedule_ever_stops(spi: float) -> 
 def test_reuse_stays_within_the_buffer_under_any_schedule() -> None:
     for seed in range(50):
         pick = random.Random(seed)
-        rule = limiter(pick.choice([1, 1.3, 2.5, 4]), 8, 4, pick.choice([None, 16.0, 20.5]))
-        batch, low, high = pick.choice([1, 3, 8]), -rule.buffer, rule.buffer
-        rule.check(batch)
+        sizes = plan(pick.choice([1, 1.3, 2.5, 4]), 8, 4, pick.choice([None, 16.0, 20.5]))
+        batch, low, high = pick.choice([1, 3, 8]), -sizes.reuse_buffer, sizes.reuse_buffer
+        sizes.check_batch(batch)
+        rule = Limiter(sizes)
         for _ in range(300):
             if rule.may_insert() and pick.random() < 0.5:
                 rule.num_inserted += 4
@@ -73,7 +87,7 @@ def test_reuse_stays_within_the_buffer_under_any_schedule() -> None:
             elif rule.may_sample(batch):
                 rule.num_sampled += batch
             if rule.num_inserted >= 8:
-                target = rule.reuse * (rule.num_inserted - 8)
+                target = sizes.reuse * (rule.num_inserted - 8)
                 assert low <= target - rule.num_sampled <= high
                 assert float(target - rule.num_sampled) == pytest.approx(rule.error)
 
@@ -92,49 +106,14 @@ def test_blocks_being_written_count_against_the_next_insert() -> None:
     assert not rule.may_insert() and rule.may_sample(8) and not rule.may_sample(9)
 
 
-def test_each_setting_that_would_stop_is_refused_with_what_to_change() -> None:
-    with pytest.raises(ValueError, match=r"error_buffer: got 3, .* wait .* expected 8 or more"):
-        limiter(3, fill=4, block=4, error=3).check(4)
-    with pytest.raises(ValueError, match=r"samples_per_insert: got 0\.5, .*raise .*min_fill_image"):
-        limiter(0.5, fill=4, block=4).check(64)
-    with pytest.raises(ValueError, match=r"batch_size: got 9, expected at most 8, .*raise capac"):
-        check_loop(limiter(20), batch_size=9, most_drawable=8)
-    for name in ("spi", "fill", "block", "error"):
-        with pytest.raises(ValueError, match="expected a positive number"):
-            limiter(**{name: 0})  # type: ignore[arg-type]
-
-
-RING = {
-    "block_images": 4,
-    "min_fill_images": 4,
-    "guard_blocks": 1,
-    "samples_per_insert": 3.0,
-    "order": "shuffled",
-    "max_uses": None,
-    "num_classes": None,
-}
-
-
-@pytest.mark.parametrize(
-    ("capacity", "changes", "words"),
-    [
-        (7, {"guard_blocks": 0}, "capacity_images: got 7, expected at least 8"),
-        (11, {"guard_blocks": 2}, r"capacity_images: got 11, expected at least 12 \(3 blocks of 4"),
-        (12, {"min_fill_images": 9}, "min_fill_images: got 9, expected at most 8"),
-        (12, {"guard_blocks": -1}, "guard_blocks: got -1"),
-        (
-            12,
-            {"order": "random"},
-            "order: got 'random', expected shuffled, equal, uniform or balanced",
-        ),
-        (12, {"order": "balanced"}, "num_classes: got None with order=balanced"),
-        (12, {"max_uses": 2}, "max_uses: got 2, expected at least samples_per_insert=3"),
-        (12, {"max_uses": 9, "order": "uniform"}, "max_uses: got 9 with order=uniform"),
-    ],
-)
-def test_sizes_and_settings_that_do_not_fit_are_refused(
-    capacity: int, changes: dict[str, object], words: str
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        check_ring(capacity, **(RING | changes))  # type: ignore[arg-type]
-    check_ring(12, **RING)  # type: ignore[arg-type]
+def test_the_limiter_is_exact_at_its_band() -> None:
+    rule = limiter(2.0, fill=5, block=4, error=6.0)
+    assert rule.min_fill_images == 8 and not rule.may_sample(1)
+    rule.num_inserted = rule.num_reserved = 7
+    assert rule.may_insert() and not rule.may_sample(1)
+    rule.num_inserted = rule.num_reserved = 8
+    assert rule.may_sample(6) and not rule.may_sample(7) and not rule.may_insert()  # x would be 8
+    rule.num_sampled = 1
+    assert not rule.may_insert()
+    rule.num_sampled = 2
+    assert rule.may_insert() and rule.error == -2.0

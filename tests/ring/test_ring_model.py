@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rings import new_ring
 from torch import Tensor
 
 from dmkd_fast import RingBuffer
@@ -124,7 +125,7 @@ class Pair:
         self.next_id, self.classes_drawn = 0, Counter[int]()
 
     def new_ring(self) -> RingBuffer:
-        return RingBuffer(image_shape=(1, 1, 2), num_classes=CLASSES, seed=5, **self.settings)
+        return new_ring(image_shape=(1, 1, 2), num_classes=CLASSES, seed=5, **self.settings)
 
     def move(self) -> None:
         pick = self.pick

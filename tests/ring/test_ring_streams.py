@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from rings import new_ring
 from torch import Tensor
 from torch.cuda._sanitizer import EventHandler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmkd_fast import RingBuffer
-from dmkd_fast.ring.cuda_sync import Fences
+from dmkd_fast.ring.cuda_sync import ProducerStream, SingleStream, streams_for
 
 PRODUCER = 1
 MEASURES = ("before_write", "before_commit")  # records there only tell the time
@@ -50,7 +51,7 @@ class Log:
         self.kept: set[int] = set()
 
     def is_left_out(self, kind: str) -> bool:
-        """Counts a wait or record by the function of `Fences` that makes it."""
+        """Counts a wait or record by the function of `ProducerStream` that makes it."""
         frame = sys._getframe(2)
         while "cuda_sync.py" not in frame.f_code.co_filename or frame.f_code.co_name == "_record":
             assert frame.f_back is not None
@@ -164,8 +165,8 @@ class Run:
     """A ring whose producer has a (fake) stream, driven like `Distiller` does it."""
 
     def __init__(self, *, guard: int = 1, blocks: int = 5, order: str = "shuffled") -> None:
-        self.ring = RingBuffer(
-            blocks * 3,
+        self.ring = new_ring(
+            capacity_images=blocks * 3,
             image_shape=(1, 1, 2),
             block_images=3,
             samples_per_insert=2,
@@ -174,7 +175,7 @@ class Run:
             order=order,
             num_classes=4,
             seed=2,
-        )  # type: ignore[arg-type]
+        )
         self.draws: list[Tensor] = []
         self.log: Log | None = None
         self.next_id = 0
@@ -182,7 +183,8 @@ class Run:
     def on_streams(self, log: Log) -> Kernels:
         self.log = log
         log.kernel(set(), {("slot", s) for s in range(self.ring.capacity)}, "zeros")
-        self.ring._fences = Fences(torch.device("cpu"), guard_blocks=self.ring.guard_blocks)
+        guard = self.ring.plan.guard_blocks
+        self.ring._streams = ProducerStream(torch.device("cpu"), guard_blocks=guard)
         return Kernels(log, self.ring)
 
     def write(self, *, then: str = "commit") -> None:
@@ -292,11 +294,11 @@ def dense_run(log: Log, patch: pytest.MonkeyPatch) -> range:
         with run.on_streams(log):
             for _ in range(5):
                 run.write()
-                run.read(run.ring._blocks.num_drawable)
+                run.read(run.ring.blocks.num_drawable)
             before = len(log.calls)
             for _ in range(6):
                 run.write()
-                run.read(run.ring._blocks.num_drawable)
+                run.read(run.ring.blocks.num_drawable)
             run.write(then="leave open")
             saved = run.save()
             run.ring.abort()
@@ -341,7 +343,7 @@ def test_every_wait_and_record_is_needed(monkeypatch: pytest.MonkeyPatch) -> Non
         assert without.races > 0, f"nobody needs call {number}: {whole.calls[number]}"
 
 
-def test_a_gather_that_was_not_told_of_stops_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gather_that_was_not_released_stops_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     log = Log()
     with fake_streams(log, monkeypatch):
         run = Run()
@@ -352,30 +354,31 @@ def test_a_gather_that_was_not_told_of_stops_the_commit(monkeypatch: pytest.Monk
                 run.write()
 
 
-def test_a_stream_of_its_own_needs_cuda_and_a_guard() -> None:
-    with pytest.raises(ValueError, match="own_stream: got device cpu"):
-        RingBuffer(
-            12,
-            image_shape=(1, 2, 2),
-            block_images=4,
-            samples_per_insert=3,
-            min_fill_images=4,
-            guard_blocks=1,
-            own_stream=True,
-        )
+def test_the_producer_has_its_own_stream_exactly_on_cuda_with_a_guard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert isinstance(new_ring(guard_blocks=1)._streams, SingleStream)
+    with fake_streams(Log(), monkeypatch):
+        for device, guard, kind in (
+            ("cpu", 0, SingleStream),
+            ("cpu", 1, SingleStream),
+            ("cuda", 0, SingleStream),
+            ("cuda", 1, ProducerStream),
+        ):
+            assert type(streams_for(torch.device(device), guard_blocks=guard)) is kind
 
 
 @pytest.mark.parametrize("guard", [1, 3])
 def test_a_writer_waits_for_gathers_of_its_own_slots_and_not_for_the_newest(guard: int) -> None:
     """Slots stop being drawn `guard` commits before they are written again."""
-    fences: Any = Fences.__new__(Fences)
+    streams: Any = ProducerStream.__new__(ProducerStream)
     waited: list[int] = []
-    fences._stream = SimpleNamespace(wait_event=waited.append)
-    fences._record = lambda stream: "idle"
-    fences._waits, fences._was_joined = [], False
-    fences._left = deque([0] * guard, maxlen=guard)
+    streams._stream = SimpleNamespace(wait_event=waited.append)
+    streams._record = lambda stream: "idle"
+    streams._waits, streams._was_joined = [], False
+    streams._left = deque([0] * guard, maxlen=guard)
     for number in range(1, 8):  # a gather, then a commit, then the next write
-        fences._read = number
-        fences.after_commit()
-        fences.before_write()
+        streams._read = number
+        streams.after_commit()
+        streams.before_write()
     assert waited == [max(0, number - guard + 1) for number in range(1, 8)]

@@ -110,11 +110,14 @@ def test_nothing_of_a_second_rank_gets_a_device_without_index(
         (build_module, "Views"),
         (images_module, "DiffusionSampler"),
         (images_module, "LabelStream"),
-        (images_module, "ImageReader"),
+        (images_module, "ImageDecoder"),
     ):
         watch(owner, name)
     watch(build_module, "RingBuffer", capacity=192)
-    monkeypatch.setattr(build_module, "Distiller", lambda **_: None)
+    for name in ("Distiller", "StudentTrainer", "Targets"):
+        monkeypatch.setattr(build_module, name, lambda *_, **__: None)
+    for name in ("GeneratedImages", "StoredImages"):
+        monkeypatch.setattr(images_module, name, lambda *_, **__: None)
     monkeypatch.setattr(build_module, "share", lambda config, _: config)
     if source:
         opened = OpenSource(
@@ -129,7 +132,7 @@ def test_nothing_of_a_second_rank_gets_a_device_without_index(
         config = config.model_copy(update={"source": section})
     build(config, parts, show=False, ranks=mine)
     asked = {name for name, devices in found.items() if devices}
-    skipped = {"DiffusionSampler", "LabelStream"} if source else {"ImageReader"}
+    skipped = {"DiffusionSampler", "LabelStream"} if source else {"ImageDecoder"}
     assert asked == set(found) - skipped
     for name, devices in found.items():
         assert set(devices) <= {SECOND}, name

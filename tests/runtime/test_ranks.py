@@ -24,8 +24,8 @@ from small_jobs import CONFIG, ROOT, SHORT, build_distiller
 from dmkd_fast import LabelStream
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
-from dmkd_fast.jobs import run_dir
-from dmkd_fast.jobs.resolve import share
+from dmkd_fast.jobs import memory, run_dir
+from dmkd_fast.jobs.resolve import resolve
 from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.errors import UserError
 
@@ -368,15 +368,23 @@ def listeners(pid: int) -> list[str]:
             r"train.batch_size: got 33 with 2 ranks, expected a multiple of 2",
         ),
         (["ring.capacity_images=320"], r"ring.capacity_images: got 320 .*blocks of 64"),
-        (["train.accumulate=32"], r"accumulate: got 32, .*batch_size=16.*of each of 2 ranks"),
-        (["ring.error_buffer=200"], r"error_buffer: got 100, .*of each of 2 ranks"),
+        (["train.accumulate=32"], r"train.accumulate: got 32, .*=16.*of each of 2 ranks"),
+        (["ring.error_buffer=200"], r"ring.error_buffer: got 100, .*of each of 2 ranks"),
     ],
 )
 def test_settings_that_do_not_divide_are_refused(changes: list[str], message: str) -> None:
     config = load_config(DistillConfig, CONFIG, [*settings(), *changes])
     with pytest.raises(UserError, match=message) as problem:
-        share(config, distributed.Ranks(rank=0, world_size=2))
+        memory.ring_plan(config, ranks=distributed.Ranks(rank=0, world_size=2))
     assert "\n" not in str(problem.value)
+
+
+def test_several_ranks_do_not_follow_a_directory_that_grows() -> None:
+    rest = [setting for setting in settings() if not setting.startswith("sampler")]
+    source = "source={path: x, kind: shards, follow: true, block_images: 64}"
+    config = load_config(DistillConfig, CONFIG, [*rest, "denoiser=null", "sampler=null", source])
+    with pytest.raises(UserError, match=r"source.follow: got true with 2 ranks, expected false"):
+        resolve(config, distributed.Ranks(world_size=2, local_world_size=2))
 
 
 def test_a_restarted_job_finds_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,14 +404,12 @@ def test_a_restarted_job_finds_its_own_run(tmp_path: Path, monkeypatch: pytest.M
 
 def test_ranks_share_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(DistillConfig, CONFIG, [*settings(), "ring.error_buffer=600"])
-    part = share(config, distributed.Ranks(rank=1, world_size=2))
-    assert part.train.batch_size == 16 and part.train.num_views == config.train.num_views
-    assert (part.ring.capacity_images, part.ring.min_fill_images) == (128, 64)
-    assert part.ring.error_buffer == 300
+    ring = memory.ring_plan(config, ranks=distributed.Ranks(rank=1, world_size=2))
+    assert (ring.capacity_images, ring.min_fill_images, ring.error_buffer) == (128, 64, 300)
     # The embedded job's 19 blocks: 9 for each of two.
     odd = load_config(DistillConfig, ROOT / "configs" / "fashion_mnist.yaml", [])
-    part = share(odd, distributed.Ranks(rank=0, world_size=2))
-    assert (part.ring.capacity_images, part.ring.min_fill_images) == (5120, 4608)
+    ring = memory.ring_plan(odd, ranks=distributed.Ranks(rank=0, world_size=2))
+    assert (ring.capacity_images, ring.min_fill_images) == (5120, 4608)
     streams = [LabelStream(10, rank=rank, world_size=3) for rank in range(3)]
     drawn = []
     for _ in range(4):

@@ -12,12 +12,12 @@ from sampler_cases import Counts, dit_sampler, embedded, make
 from small_jobs import CONFIG, SHORT, tiny_sampler
 from torch import Tensor, nn
 
-from dmkd_fast import cli
+from dmkd_fast import Guidance, cli
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import dump_config, load_config
 from dmkd_fast.data import shards
 from dmkd_fast.jobs import generate
-from dmkd_fast.jobs.images import card_sentence, later_samplers
+from dmkd_fast.jobs.images import card_sentence, make_samplers
 from dmkd_fast.jobs.parts import prepare
 
 IDS = torch.arange(8)
@@ -29,11 +29,11 @@ MANY = {0: 1.0, 3: 3.0, 4: 3.0, 9: 1.25}
 def test_each_class_gets_the_images_of_its_own_scale(scale: float, dtype: torch.dtype) -> None:
     """To the bit where something is guided; unguided ones pass the denoiser in other batches."""
     labels = torch.tensor([0, 3, 1, 4, 9, 2, 0, 3])
-    mixed = embedded(num_classes=10, guidance_scale=scale, class_guidance=MANY, dtype=dtype)
+    mixed = embedded(scale=scale, by_class=MANY, dtype=dtype)
     out = torch.empty(8, 1, 28, 28, dtype=torch.uint8)
     got = mixed.sample(IDS, labels, out=out)
     for label, own in {1: scale, 2: scale, **MANY}.items():
-        alone = embedded(guidance_scale=own, dtype=dtype)
+        alone = embedded(scale=own, dtype=dtype)
         expected = alone.sample(IDS, labels, out=torch.empty_like(out))
         rows = labels == label
         if own == 1.0:
@@ -41,15 +41,15 @@ def test_each_class_gets_the_images_of_its_own_scale(scale: float, dtype: torch.
         else:
             assert torch.equal(got[rows], expected[rows])
         if own != scale:  # the scale shows
-            usual = embedded(guidance_scale=scale, dtype=dtype)
+            usual = embedded(scale=scale, dtype=dtype)
             usual_images = usual.sample(IDS, labels, out=torch.empty_like(out))
             assert (got[rows] != usual_images[rows]).float().mean() > 0.05
 
 
 def test_scale_1_is_the_conditional_prediction_to_the_bit() -> None:
     """Beside guided rows, whose unconditional half must not show."""
-    one = tiny_sampler(num_classes=4, guidance_scale=1.0, class_guidance={2: 4.0})
-    other = tiny_sampler(num_classes=4, guidance_scale=1.0, class_guidance={2: 4.0})
+    one = tiny_sampler(scale=1.0, by_class={2: 4.0})
+    other = tiny_sampler(scale=1.0, by_class={2: 4.0})
     module: Any = other._module
     with torch.no_grad():
         module.embed.weight[4] += 100.0  # of the null class
@@ -61,8 +61,8 @@ def test_scale_1_is_the_conditional_prediction_to_the_bit() -> None:
 
 def test_classes_are_the_jobs_under_a_class_map() -> None:
     labels = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1])
-    mapped = embedded(class_map=(7, 2), num_classes=2, class_guidance={1: 3.0})
-    whole = embedded(num_classes=10, class_guidance={2: 3.0})
+    mapped = embedded(class_map=(7, 2), num_classes=2, by_class={1: 3.0})
+    whole = embedded(by_class={2: 3.0})
     out = torch.empty(8, 1, 28, 28, dtype=torch.uint8)
     got = mapped.sample(IDS, labels, out=out)
     expected = whole.sample(IDS, torch.tensor([7, 2])[labels], out=torch.empty_like(out))
@@ -79,7 +79,7 @@ def test_a_model_that_takes_guidance_gets_each_images_scale() -> None:
             self.seen.append(guidance)
             return torch.zeros_like(x)
 
-    sampler = dit_sampler(num_classes=1000, class_guidance={5: 1.0, 6: 3.5}, takes_guidance=True)
+    sampler = dit_sampler(by_class={5: 1.0, 6: 3.5}, takes_guidance=True)
     takes = Takes()
     sampler._module = takes
     make(sampler, torch.tensor([5, 6, 7, 5]), 1000)
@@ -90,33 +90,23 @@ def test_a_model_that_takes_guidance_gets_each_images_scale() -> None:
 
 def test_guidance_channels_and_interval_hold_for_every_class() -> None:
     labels = torch.tensor([5, 6, 7, 5])
-    settings: dict[str, Any] = {"guidance_channels": 3, "guidance_interval": (0.0, 0.5)}
-    mixed = dit_sampler(num_classes=1000, class_guidance={6: 4.0}, **settings)
+    settings: dict[str, Any] = {"channels": 3, "interval": (0.0, 0.5)}
+    mixed = dit_sampler(by_class={6: 4.0}, **settings)
     got = mixed.trajectory(labels, labels)
     for scale, rows in ((2.0, [0, 2, 3]), (4.0, [1])):
-        expected = dit_sampler(guidance_scale=scale, **settings).trajectory(labels, labels)
+        expected = dit_sampler(scale=scale, **settings).trajectory(labels, labels)
         assert torch.equal(got[:, rows], expected[:, rows])
     assert mixed.forwards_per_image == 6
 
 
-def test_the_number_of_classes_must_be_known() -> None:
-    with pytest.raises(ValueError, match="num_classes: got None with class_guidance"):
-        tiny_sampler(class_guidance={2: 4.0})
-
-
 def test_nothing_waits_for_the_device() -> None:
-    sampler = dit_sampler(num_classes=1000, class_guidance={1: 4.0})
+    sampler = dit_sampler(by_class={1: 4.0})
     with Counts(ban=True), torch.inference_mode():
         sampler._make(torch.arange(4), torch.arange(4))
 
 
 def test_compiled_steps_take_a_scale_for_each_image() -> None:
-    settings: dict[str, Any] = {
-        "num_steps": 1,
-        "num_classes": 4,
-        "guidance_scale": 1.5,
-        "class_guidance": {2: 4.0},
-    }
+    settings: dict[str, Any] = {"count": 1, "scale": 1.5, "by_class": {2: 4.0}}
     labels = torch.arange(16) % 4
     eager = tiny_sampler(**settings).trajectory(torch.arange(16), labels)
     compiled = tiny_sampler(**settings, compile=True)
@@ -135,8 +125,8 @@ def test_later_phases_keep_the_scales_of_named_classes() -> None:
     phases = "sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 2}]"
     overrides = [*SHORT, phases, "sampler.class_guidance={3: 3}"]
     config, parts = prepare(load_config(DistillConfig, CONFIG, overrides))
-    ((start, later),) = later_samplers(config, parts.origin)
-    assert (start, later.guidance_scale, later.class_guidance) == (0.5, 2.0, {3: 3.0})
+    _, (start, later) = make_samplers(config, parts.origin)
+    assert (start, later.guidance) == (0.5, Guidance(scale=2.0, by_class={3: 3.0}))
     assert "3 for class 3" in card_sentence(config)
 
 
@@ -147,7 +137,7 @@ def test_later_phases_keep_the_scales_of_named_classes() -> None:
         ("{3-1: 2}", "class_guidance: got '3-1', expected a class or a range"),
         ("{cat: 2}", "class_guidance: got 'cat'"),
         ("{2-5: 2, 4: 3}", "class_guidance: got class 4 twice"),
-        ("{8-10: 2}", "class_guidance: got class 10, expected 0 to 9"),
+        ("{8-10: 2}", "sampler.class_guidance: got class 10, expected 0 to 9"),
     ],
 )
 def test_wrong_settings_end_in_one_line(

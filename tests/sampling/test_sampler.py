@@ -18,7 +18,9 @@ from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.wrappers import Decoder
 from dmkd_fast.rng import philox
 from dmkd_fast.runtime.errors import NotFiniteError
-from dmkd_fast.sampling import sampler as sampling
+from dmkd_fast.sampling.graph import compiled
+from dmkd_fast.sampling.sampler import check_broken
+from dmkd_fast.sampling.step import decode
 
 
 def test_flops_per_image_are_those_of_the_forwards() -> None:
@@ -35,10 +37,10 @@ def test_flops_per_image_are_those_of_the_forwards() -> None:
     assert round(per_image / 4 / 1e9, 3) == 0.229
 
 
-@pytest.mark.parametrize("guided, expected", [(True, 2), (False, 1)])
+@pytest.mark.parametrize(("guided", "expected"), [(True, 2), (False, 1)])
 def test_rows_that_pass_the_denoiser(guided: bool, expected: int) -> None:
     rows = []
-    sampler = dit_sampler(guidance_scale=2.0 if guided else 1.0)
+    sampler = dit_sampler(scale=2.0 if guided else 1.0)
     sampler._module.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     make(sampler, torch.arange(4), 1000)
     assert rows == [4 * expected] * 4
@@ -46,7 +48,7 @@ def test_rows_that_pass_the_denoiser(guided: bool, expected: int) -> None:
 
 def test_unconditional_rows_only_inside_the_guidance_interval() -> None:
     rows = []
-    sampler = dit_sampler(num_steps=10, guidance_interval=(0.2, 0.5))
+    sampler = dit_sampler(count=10, interval=(0.2, 0.5))
     sampler._module.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     make(sampler, torch.arange(4), 1000)
     assert rows == [4, 4, 8, 8, 8, 4, 4, 4, 4, 4]
@@ -55,7 +57,7 @@ def test_unconditional_rows_only_inside_the_guidance_interval() -> None:
 
 def test_guidance_channels_are_the_original_dit_codes() -> None:
     """Only the first three channels are guided; the rest is the conditional prediction."""
-    sampler = dit_sampler(num_steps=1, guidance_channels=3, guidance_scale=4.0)
+    sampler = dit_sampler(count=1, channels=3, scale=4.0)
     ids, labels = torch.arange(4), torch.tensor([1, 2, 3, 4])
     got = sampler.trajectory(ids, labels)
     x, row = got[0], sampler.table
@@ -73,20 +75,20 @@ def test_guidance_channels_are_the_original_dit_codes() -> None:
 def test_aten_calls_per_step_are_few_and_fixed() -> None:
     """Golden counts outside the denoiser: what a step costs in launches when not compiled."""
     with Counts() as short, torch.inference_mode():
-        list(tiny_sampler(num_steps=2)._states(torch.arange(16), torch.arange(16) % 4))
+        list(tiny_sampler(count=2)._states(torch.arange(16), torch.arange(16) % 4))
     with Counts() as long, torch.inference_mode():
-        list(tiny_sampler(num_steps=12)._states(torch.arange(16), torch.arange(16) % 4))
+        list(tiny_sampler(count=12)._states(torch.arange(16), torch.arange(16) % 4))
     assert (len(long.calls) - len(short.calls)) / 10 == 36
 
 
 def test_the_loop_never_reads_the_device() -> None:
-    sampler = dit_sampler(scheduler={"_class_name": "DDPMScheduler"}, num_steps=6)
+    sampler = dit_sampler(scheduler={"_class_name": "DDPMScheduler"}, count=6)
     with Counts(ban=True), torch.inference_mode():
         sampler._make(torch.arange(4), torch.arange(4))
 
 
 def test_no_recompiles_over_1000_batches_tails_included() -> None:
-    sampler = tiny_sampler(num_steps=2, guidance_interval=(0.0, 0.5), compile=True)
+    sampler = tiny_sampler(count=2, interval=(0.0, 0.5), compile=True)
     sizes = torch.randint(1, 40, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
     make(sampler, torch.arange(16), 4)
     pointers = set()
@@ -102,7 +104,7 @@ def test_no_recompiles_over_1000_batches_tails_included() -> None:
 def test_many_compiled_samplers_live_in_one_process() -> None:
     """torch.compile keeps eight graphs per code object; twelve samplers must not run out."""
     for steps in range(1, 13):
-        sampler = tiny_sampler(num_steps=1, guidance_scale=1.0 + steps, compile=True)
+        sampler = tiny_sampler(count=1, scale=1.0 + steps, compile=True)
         assert make(sampler, torch.arange(16), 4).shape == (16, 1, 8, 8)
 
 
@@ -167,10 +169,10 @@ def test_tick_decode_and_slot_write_stay_on_cuda(
     attention: Any, scheduler: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fake CUDA tensors: the whole program of a GPU, shapes and devices only."""
-    sampler = dit_sampler(num_steps=2, scheduler=scheduler)
+    decoder = torch.nn.Conv2d(4, 3, 3, padding=1)
+    sampler = dit_sampler(count=2, scheduler=scheduler, decoder=decoder, image_shape=(3, 8, 8))
     module: Any = sampler._module
     module.attention = attention
-    decoder = torch.nn.Conv2d(4, 3, 3, padding=1)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = lambda t: mode.from_tensor(t).to("cuda")  # noqa: E731
         for owner in (module, decoder):
@@ -181,7 +183,7 @@ def test_tick_decode_and_slot_write_stay_on_cuda(
                 target._parameters.pop(leaf, None)
                 target._buffers.pop(leaf, None)
                 setattr(target, leaf, value)
-        sampler.device, sampler._decoder = torch.device("cuda"), decoder
+        sampler.device = torch.device("cuda")
         object.__setattr__(sampler.table, "rows", fake(sampler.table.rows))
         sampler.num_broken = fake(sampler.num_broken)
         slots = torch.empty(16, 3, 8, 8, dtype=torch.uint8, device="cuda")
@@ -216,22 +218,21 @@ def test_decoders_trace_as_one_graph_each() -> None:
     import diffusers
 
     vaes = (spread(diffusers.AutoencoderKL(**VAE)), spread(diffusers.AutoencoderTiny()))
-    for decoder in map(Decoder, vaes):
-        decoder = decoder.to(memory_format=torch.channels_last)
-        decode = torch.compile(
-            sampling._copy(sampling._decode), fullgraph=True, dynamic=False, backend="aot_eager"
-        )
+    for vae in vaes:
+        decoder = Decoder(vae).to(memory_format=torch.channels_last)
+        traced_decode = compiled(decode, backend="aot_eager")
         with torch.inference_mode():
             latents = torch.randn(4, 4, 8, 8)
-            traced = decode(decoder, latents, torch.float32)
-            eager = sampling._decode(decoder, latents, torch.float32)
+            traced = traced_decode(decoder, latents, torch.float32)
+            eager = decode(decoder, latents, torch.float32)
             assert all(map(torch.equal, traced, eager))
 
 
 @pytest.mark.parametrize("decoder", [None, torch.nn.Conv2d(4, 3, 3, padding=1)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_images_that_are_not_finite_are_counted(decoder: Any, value: float) -> None:
-    sampler = dit_sampler(num_steps=1, decoder=decoder)
+    channels = 4 if decoder is None else 3
+    sampler = dit_sampler(count=1, decoder=decoder, image_shape=(channels, 8, 8))
     finish, calls = sampler._finish, []
 
     def poisoned(decoder: Any, latents: Tensor, dtype: torch.dtype) -> Any:
@@ -239,14 +240,14 @@ def test_images_that_are_not_finite_are_counted(decoder: Any, value: float) -> N
         return finish(decoder, calls[-1], dtype)
 
     sampler._finish = poisoned
-    out = torch.empty(10, 4 if decoder is None else 3, 8, 8, dtype=torch.uint8)
+    out = torch.empty(10, channels, 8, 8, dtype=torch.uint8)
     sampler.sample(torch.arange(10), torch.arange(10), out=out)
     assert sampler.num_made == 12 and int(sampler.num_broken) == len(calls) >= 3
     with pytest.raises(NotFiniteError, match=f"{len(calls)} of 12 images .* at most 1%"):
-        sampling.check_broken(int(sampler.num_broken), sampler.num_made)
-    sampling.check_broken(10, 1000)
+        check_broken(int(sampler.num_broken), sampler.num_made)
+    check_broken(10, 1000)
     with pytest.raises(NotFiniteError, match="11 of 1,000"):
-        sampling.check_broken(11, 1000)
+        check_broken(11, 1000)
 
 
 def test_noise_is_shared_by_no_two_classes_or_steps() -> None:
@@ -263,9 +264,9 @@ def test_a_flow_model_distilled_to_few_steps_refuses_others() -> None:
         "distilled_guidance_scale": 1.5,
     }
     with pytest.raises(ValueError, match="distilled to 4 steps"):
-        tiny_sampler(scheduler=flow, num_steps=3, guidance_scale=1.0)
+        tiny_sampler(scheduler=flow, count=3, scale=1.0)
     with pytest.raises(ValueError, match=r"guidance 1\.5 folded in"):
-        tiny_sampler(scheduler=flow, num_steps=4, guidance_scale=2.0)
+        tiny_sampler(scheduler=flow, count=4, scale=2.0)
 
 
 @pytest.mark.cuda
@@ -282,7 +283,7 @@ def test_noise_has_the_same_bits_on_a_gpu() -> None:
 @pytest.mark.parametrize("compile", [False, True])
 def test_replayed_graph_equals_the_loop_and_never_waits(compile: bool) -> None:
     """Needs an NVIDIA GPU of compute capability 8.0 or higher."""
-    sampler = dit_sampler(device="cuda", dtype=torch.float16, compile=compile, num_steps=6)
+    sampler = dit_sampler(device="cuda", dtype=torch.float16, compile=compile, count=6)
     ids = torch.arange(10, device="cuda")
     out = torch.empty(10, 4, 8, 8, dtype=torch.uint8, device="cuda")
     sampler.sample(ids, ids, out=out)
@@ -301,7 +302,7 @@ def test_replayed_graph_equals_the_loop_and_never_waits(compile: bool) -> None:
 
 
 def test_benchmark_counts_the_arithmetic_of_dits_exactly() -> None:
-    from benchmarks.sampler import dit_flops
+    from benchmarks.parts.sampler_models import dit_flops
 
     dit = small_dit()
     lean: Any = lean_dit(dit)

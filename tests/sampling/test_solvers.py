@@ -10,14 +10,16 @@ import diffusers
 import pytest
 import torch
 from diffusers.schedulers import scheduling_consistency_models, scheduling_ddpm
+from small_jobs import sampler_from
 from torch import Tensor, nn
 
-from dmkd_fast import DiffusionSampler
+from dmkd_fast import Steps
 from dmkd_fast.sampling import solvers
 from dmkd_fast.sampling.noise_levels import VARIANCE_PRESERVING, alpha_bar, spaced_timesteps
 from dmkd_fast.sampling.solvers import SolverTable, solver_table
 
 SHAPE = (1, 6, 6)
+CPU = torch.device("cpu")
 
 
 class Wave(nn.Module):
@@ -57,11 +59,12 @@ def ours_and_theirs(
 ) -> tuple[Tensor, Tensor]:
     """Final states from the same noise; `like` is the scheduler whose config ours is built from."""
     model = Wave(width)
-    sampler = DiffusionSampler(
-        model,
+    sampler = sampler_from(
+        module=model,
         scheduler=config_of(like or scheduler),
         latent_shape=SHAPE,
-        num_steps=num_steps,
+        num_classes=3,
+        count=num_steps,
         solver=solver,
         micro_batch_images=3,
     )
@@ -158,7 +161,7 @@ def test_dpm_solver(
 
 
 @pytest.mark.parametrize(
-    "solver, other",
+    ("solver", "other"),
     [
         ("ddpm", "DDPMScheduler"),
         ("ddim", "DDIMScheduler"),
@@ -182,13 +185,8 @@ def test_a_solver_equals_the_scheduler_made_from_the_models_config(
     scheduler = getattr(diffusers, other).from_config(config)
     mine, theirs = ours_and_theirs(monkeypatch, scheduler, 10, solver=solver, like=scheduler)
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-    named = solver_table(
-        config,
-        10,
-        torch.device("cpu"),
-        solver=solver,  # type: ignore[arg-type]
-    )
-    direct = solver_table(config_of(scheduler), 10, torch.device("cpu"))
+    named = solver_table(config, Steps(count=10, solver=solver), CPU)  # type: ignore[arg-type]
+    direct = solver_table(config_of(scheduler), Steps(count=10), CPU)
     assert torch.equal(named.rows, direct.rows)
 
 
@@ -210,7 +208,7 @@ FILES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "solver, other",
+    ("solver", "other"),
     [
         ("ddpm", "DDPMScheduler"),
         ("ddim", "DDIMScheduler"),
@@ -229,7 +227,7 @@ def test_any_schedulers_file_is_read_as_from_config_reads_it(
     }
     if name in refused and solver == "dpm++2m":
         with pytest.raises(ValueError, match=refused[name]):
-            solver_table(config, 10, torch.device("cpu"), solver="dpm++2m")
+            solver_table(config, Steps(count=10, solver="dpm++2m"), CPU)
         return
     scheduler = getattr(diffusers, other).from_config(config)
     mine, theirs = ours_and_theirs(
@@ -256,7 +254,7 @@ def test_ddim_steps_that_do_not_meet_are_logged_once(
     with caplog.at_level(logging.WARNING, "dmkd_fast"):
         for spacing in ("leading", "linspace", "linspace"):
             config = {"_class_name": "DDIMScheduler", "timestep_spacing": spacing}
-            solver_table(config, 10, torch.device("cpu"))
+            solver_table(config, Steps(count=10), CPU)
     assert len(caplog.records) == 1
     assert "timestep_spacing=linspace and 10 steps" in caplog.records[0].getMessage()
 
@@ -283,18 +281,18 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
 
 
 @pytest.mark.parametrize(
-    "scheduler, changes, words",
+    ("scheduler", "changes", "words"),
     [
         ({"_class_name": "EDMEulerScheduler"}, {}, "EDMEulerScheduler"),
         ({"_class_name": "PNDMScheduler"}, {}, "expected one of ddpm, ddim"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, {}, "thresholding=True"),
         ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, {}, "zero_snr"),
-        ({"_class_name": "DDIMScheduler"}, {"num_steps": 1001}, "1 to 1000"),
+        ({"_class_name": "DDIMScheduler"}, {"count": 1001}, "1 to 1000"),
         ({"_class_name": "DDIMScheduler"}, {"solver": "euler"}, "ddpm, ddim, dpm"),
         ({"_class_name": "DDIMScheduler", "prediction_type": "flow"}, {}, "prediction_type='flow'"),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "sigmoid"}, {}, "beta_schedule"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "odd"}, {}, "timestep_spacing"),
-        ({"_class_name": "DDIMScheduler", "steps_offset": 1}, {"num_steps": 1000}, "lower it"),
+        ({"_class_name": "DDIMScheduler", "steps_offset": 1}, {"count": 1000}, "lower it"),
         (
             {"_class_name": "DDPMScheduler", "variance_type": "learned"},
             {},
@@ -311,7 +309,7 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
             {},
             "solver_order: got 3",
         ),
-        ({"_class_name": "DPMSolverMultistepScheduler"}, {"num_steps": 1000}, "not finite"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, {"count": 1000}, "not finite"),
         ({"_class_name": "DDPMScheduler", "beta_end": 1.0}, {}, "not finite"),
         ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, {}, "got 2 numbers"),
         ({"_class_name": "DDIMScheduler", "beta_start": "a"}, {}, "beta_start: got 'a'"),
@@ -324,15 +322,13 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
 def test_what_is_not_supported_is_refused_in_one_line(
     scheduler: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
-    settings: dict[str, Any] = {"num_steps": 8, "solver": "auto"} | changes
+    steps = Steps(**changes)
     with pytest.raises(ValueError, match=words.replace("(", r"\(")) as error:
-        solver_table(
-            scheduler, settings["num_steps"], torch.device("cpu"), solver=settings["solver"]
-        )
+        solver_table(scheduler, steps, CPU)
     assert "\n" not in str(error.value)
 
 
 def test_tables_hold_one_row_per_step() -> None:
-    table = solver_table({"_class_name": "DDPMScheduler"}, 7, torch.device("cpu"))
+    table = solver_table({"_class_name": "DDPMScheduler"}, Steps(count=7), CPU)
     assert table.rows.shape == (7, len(SolverTable.COLUMNS)) and table.rows.dtype == torch.float32
     assert table.stochastic == (True,) * 6 + (False,)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from small_jobs import CONFIG, SHORT, fit_until
+from small_jobs import CONFIG, SHORT, fit_until, labels_of, sampler_of
 
 from dmkd_fast import Distiller, ImageSet, cli, measure
 from dmkd_fast.runtime.device import InFlight
@@ -22,8 +22,8 @@ Make = Callable[..., Distiller]
 
 def weights(distiller: Distiller) -> list[torch.Tensor]:
     return [
-        *distiller.student.state_dict().values(),
-        *distiller.average.module.state_dict().values(),
+        *distiller.student.model.state_dict().values(),
+        *distiller.student.average.module.state_dict().values(),
     ]
 
 
@@ -33,9 +33,11 @@ def test_student_learns_what_the_teacher_knows(make_distiller: Make) -> None:
     before = distiller.train_step().item()
     distiller.fit()
     draw = distiller.ring.sample(64)
-    views = distiller.views(distiller.ring.images, draw.indices, draw.ids, draw.uses)
+    views = distiller.targets.views(distiller.ring.images, draw.indices, draw.ids, draw.uses)
     with torch.no_grad():
-        same = distiller.average.module(views).argmax(1) == distiller.teacher(views).argmax(1)
+        same = distiller.student.average.module(views).argmax(1) == distiller.targets.teachers(
+            views
+        ).argmax(1)
     assert distiller.train_step().item() < before / 20
     assert same.float().mean() > 0.8  # a quarter by chance
 
@@ -92,7 +94,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(make_distiller: Make, stop_a
 def test_interrupt_while_generating_loses_nothing(make_distiller: Make) -> None:
     whole, broken = make_distiller(), make_distiller()
     whole.fit()
-    sample, calls = broken.sampler.sample, 0
+    sample, calls = sampler_of(broken).sample, 0
 
     def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal calls
@@ -102,7 +104,7 @@ def test_interrupt_while_generating_loses_nothing(make_distiller: Make) -> None:
             signal.raise_signal(signal.SIGINT)
         return sample(*args, **kwargs)
 
-    broken.sampler.sample = interrupted  # type: ignore[method-assign]
+    sampler_of(broken).sample = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
     again = make_distiller(run_dir=broken.run_dir)
@@ -115,7 +117,7 @@ def test_reuse_is_what_was_asked_for(make_distiller: Make) -> None:
     distiller = make_distiller(num_views=3200)
     totals = distiller.fit()
     assert totals["reuse"] == pytest.approx(4, rel=0.05)
-    assert totals["generated_images"] == distiller.ring.num_inserted == distiller.labels.next_id
+    assert totals["generated_images"] == distiller.ring.num_inserted == labels_of(distiller).next_id
 
 
 def test_statistics_tell_the_run(make_distiller: Make) -> None:
@@ -159,9 +161,12 @@ def test_the_averaged_student_is_scored_at_equal_distances_the_last_step_include
     distiller.fit()
     scored = [row for row in rows_of(distiller) if "top1" in row]
     assert [row["views"] for row in scored] == [16 * step for step in (13, 26, 40)]
-    spec = distiller._supervision.input
+    spec = distiller.targets.input
     top1 = {}
-    for name, network in (("average", distiller.average.module), ("last", distiller.student)):
+    for name, network in (
+        ("average", distiller.student.average.module),
+        ("last", distiller.student.model),
+    ):
         found = measure(network, test_set.batches([spec]), input=spec, num_classes=4)
         top1[name] = found.result()["top1"]
     assert scored[-1]["top1"] == top1["average"] != top1["last"]
@@ -204,13 +209,13 @@ def test_the_host_is_at_most_two_blocks_ahead_of_a_gpu(
     distiller._in_flight = InFlight(torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     FakeEvent.recorded, FakeEvent.waited = [], []
-    sample, ahead = distiller.sampler.sample, []
+    sample, ahead = sampler_of(distiller).sample, []
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         ahead.append(len(FakeEvent.recorded) - len(FakeEvent.waited))
         return sample(*args, **kwargs)
 
-    distiller.sampler.sample = counted  # type: ignore[method-assign]
+    sampler_of(distiller).sample = counted  # type: ignore[method-assign]
     for _ in range(20):
         distiller.refill()
         distiller.train_step()

@@ -67,19 +67,11 @@ def test_mixing_with_teachers_of_some_classes_is_refused(make_distiller: Make) -
     with pytest.raises(UserError, match=r"teacher\.teaches: got classes with mix, expected"):
         load_config(DistillConfig, CONFIG, overrides)
     distiller = make_distiller()
-    spec = distiller._supervision.input
+    spec = distiller.targets.input
     halves = [Teacher(module=small_classifier(), input=spec, teaches=t) for t in ((0, 1), (2, 3))]
     with pytest.raises(ValueError, match="mixer: got one with teachers that teach some classes"):
-        Distiller(
-            sampler=distiller.sampler,
-            ring=distiller.ring,
-            labels=distiller.labels,
-            views=distiller.views,
-            teacher=Teachers(halves, num_classes=4),
-            student=small_classifier(),
-            schedule=distiller.schedule,
-            run_dir=distiller.run_dir,
-            mixer=Mixer(mixup_alpha=1.0),
+        Targets(
+            Teachers(halves, num_classes=4), distiller.targets.views, mixer=Mixer(mixup_alpha=1.0)
         )
 
 
@@ -119,8 +111,8 @@ def test_mixed_targets_weigh_both_cross_entropies() -> None:
     mixed = Mixer(mixup_alpha=1.0, seed=1)(torch.randn(6, 1, 4, 4), step=3)
     loss = kd_loss(student, teacher, mixed.targets(labels, 5), alpha=0.25)
     own, other = (kd_loss(student, teacher, t, alpha=0.25) for t in (labels, labels[mixed.partner]))
-    torch.testing.assert_close(loss, mixed.share * own + (1 - mixed.share) * other)
-    assert 0.05 < mixed.share < 0.95 and (own - other).abs() > 1e-3
+    torch.testing.assert_close(loss, mixed.lam * own + (1 - mixed.lam) * other)
+    assert 0.05 < mixed.lam < 0.95 and (own - other).abs() > 1e-3
 
 
 def test_teachers_and_student_see_the_same_mixed_views_with_mixed_labels(
@@ -128,17 +120,14 @@ def test_teachers_and_student_see_the_same_mixed_views_with_mixed_labels(
 ) -> None:
     """One step of the trainer, taken apart: views, partners, labels and the loss."""
     distiller = make_distiller(mix={"mixup_alpha": 1.0}, alpha=0.5, accumulate=2)
-    small = distiller._supervision.input
+    small = distiller.targets.input
     large = InputSpec(size=16, mean=(0.1,), std=(0.3,))
     torch.manual_seed(8)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 4))
-    distiller._supervision = Targets(
+    distiller.targets = Targets(
         Teachers([Teacher(module=network, input=large)]),
-        distiller.views,
-        Mixer(mixup_alpha=1.0),
-        input=None,
-        dtype=torch.float32,
-        compile=False,
+        distiller.targets.views,
+        mixer=Mixer(mixup_alpha=1.0),
     )
     parts = []
     learn = StudentTrainer.learn
@@ -151,8 +140,8 @@ def test_teachers_and_student_see_the_same_mixed_views_with_mixed_labels(
     distiller.refill()
     loss = distiller.train_step()
     draw = draws[0]
-    plain = distiller._supervision.views(
-        distiller.ring.images, draw.indices, draw.ids, draw.uses, share=0.0
+    plain = distiller.targets.render(
+        distiller.ring.images, draw.indices, draw.ids, draw.uses, progress=0.0
     )
     assert set(plain) == {small, large}
     mixer, labels = Mixer(mixup_alpha=1.0), distiller.ring.labels[draw.indices]
@@ -176,7 +165,7 @@ def test_hard_labels_teach_what_the_teacher_does_not(make_distiller: Make) -> No
         ring = distiller.ring
         views = (ring.images.float() / 255 - 0.5) / 0.5
         with torch.no_grad():
-            guesses = distiller.average.module(views).argmax(1)
+            guesses = distiller.student.average.module(views).argmax(1)
         found[alpha] = (guesses == ring.labels).float().mean().item()
     assert found[0.02] > 0.6 > found[1.0] + 0.1, found
 

@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch
 from on_device import OnDevice
-from small_jobs import CONFIG, fit_until
+from small_jobs import CONFIG, fit_until, labels_of, sampler_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dmkd_fast import Distiller, cli
+from dmkd_fast import Distiller, RingPlan, cli
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.jobs import memory
 from dmkd_fast.jobs import parts as parts_module
 from dmkd_fast.jobs.parts import Parts, load_parts
 from dmkd_fast.loss.functional import kd_loss_and_grad
-from dmkd_fast.ring.plan import capacity_plan
 from dmkd_fast.training.metrics import Metrics
 
 Make = Callable[..., Distiller]
@@ -34,7 +33,7 @@ ORDERS: list[dict[str, Any]] = [
 
 
 def weights(distiller: Distiller) -> list[Tensor]:
-    return list(distiller.student.state_dict().values())
+    return list(distiller.student.model.state_dict().values())
 
 
 @pytest.mark.parametrize("ring", ORDERS, ids=str)
@@ -56,13 +55,13 @@ def test_resumed_run_ends_like_an_uninterrupted_one(
 def test_blocks_are_made_ahead_of_need_but_none_in_vain(make_distiller: Make) -> None:
     distiller = make_distiller(ring={"guard_blocks": 1}, num_views=1600)
     made_by_step: list[int] = []
-    sample = distiller.sampler.sample
+    sample = sampler_of(distiller).sample
 
     def noted(*args: Any, **kwargs: Any) -> Tensor:
         made_by_step.append(distiller.step)
         return sample(*args, **kwargs)
 
-    distiller.sampler.sample = noted  # type: ignore[method-assign]
+    sampler_of(distiller).sample = noted  # type: ignore[method-assign]
     plain = make_distiller(num_views=1600)
     totals, expected = distiller.fit(), plain.fit()
     assert totals["generated_images"] == expected["generated_images"] == 400
@@ -81,7 +80,7 @@ def test_blocks_are_made_ahead_of_need_but_none_in_vain(make_distiller: Make) ->
 def test_settings_that_would_stop_the_loop_are_refused_before_it_starts(
     make_distiller: Make,
 ) -> None:
-    with pytest.raises(ValueError, match=r"error_buffer: got 30.*for ever"):
+    with pytest.raises(ValueError, match=r"error_buffer: got 30.*deadlock"):
         make_distiller(ring={"error_buffer": 30.0})
     with pytest.raises(ValueError, match="batch_size: got 128, expected at most 64"):
         make_distiller(batch_size=128)
@@ -101,7 +100,7 @@ def test_100_steps_read_the_device_at_log_lines_and_checkpoints_only(
     make_distiller: Make, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distiller = make_distiller(num_views=1600, max_grad_norm=1.0, **settings)
-    weight = next(distiller.student.parameters())
+    weight = next(distiller.student.model.parameters())
     # Every seventh step is skipped; that is not read either.
     weight.register_hook(lambda grad: grad * (math.nan if distiller.step % 7 == 3 else 1))
     mode, reads = OnDevice(), 0
@@ -118,11 +117,11 @@ def test_100_steps_read_the_device_at_log_lines_and_checkpoints_only(
 
         return call
 
-    from dmkd_fast.checkpoint import step_folders
+    from dmkd_fast.checkpoint.manager import CheckpointManager
 
     monkeypatch.setattr(Metrics, "flush", allowed(Metrics.flush))
-    monkeypatch.setattr(step_folders.Saver, "finish", allowed(step_folders.Saver.finish))
-    monkeypatch.setattr(distiller, "_warm_up", lambda metrics: None)
+    monkeypatch.setattr(CheckpointManager, "finish", allowed(CheckpointManager.finish))
+    monkeypatch.setattr(distiller, "warm_up", lambda: None)
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__"):
         real = getattr(Tensor, name)
 
@@ -148,11 +147,11 @@ def test_forward_half_of_a_step_stays_on_cuda(
 ) -> None:
     """Fake CUDA tensors: sample, decode, ring write, draw, views, teacher, student, loss."""
     distiller = make_distiller(ring={"order": order, "num_classes": 4, "guard_blocks": 1})
-    ring, sampler, views = distiller.ring, distiller.sampler, distiller.views
-    teacher: Any = distiller._supervision._teachers.networks[0]
+    ring, sampler, views = distiller.ring, sampler_of(distiller), distiller.targets.views
+    teacher: Any = distiller.targets._networks.networks[0]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = lambda t: mode.from_tensor(t.detach()).to("cuda")  # noqa: E731
-        for module in (sampler._module, teacher, distiller.student):
+        for module in (sampler._module, teacher, distiller.student.model):
             for part in module.modules():
                 for name, value in [*part.named_parameters(recurse=False)]:
                     del part._parameters[name]
@@ -160,7 +159,7 @@ def test_forward_half_of_a_step_stays_on_cuda(
                 for name, value in [*part.named_buffers(recurse=False)]:
                     part._buffers[name] = fake(value)
         device = torch.device("cuda")
-        sampler.device = distiller.labels.device = ring._order._device = device
+        sampler.device = labels_of(distiller).device = ring._order._device = device
         object.__setattr__(sampler.table, "rows", fake(sampler.table.rows))
         sampler.num_broken = fake(sampler.num_broken)
         monkeypatch.setattr(sampler, "_images", sampler._make)
@@ -178,14 +177,14 @@ def test_forward_half_of_a_step_stays_on_cuda(
             for _ in range(5):  # the ring wraps
                 block = ring.reserve()
                 with ring.producing():
-                    ids, labels = distiller.labels.peek(16)
+                    ids, labels = labels_of(distiller).peek(16)
                     sampler.sample(ids, labels, out=block.images)
                 ring.commit(block, ids=ids, labels=labels)
-                distiller.labels.advance(16)
+                labels_of(distiller).advance(16)
                 draw = ring.sample(24)
                 seen = views(ring.images, draw.indices, draw.ids, draw.uses)
                 ring.release()
-                loss, grad = kd_loss_and_grad(distiller.student(seen), teacher(seen))
+                loss, grad = kd_loss_and_grad(distiller.student.model(seen), teacher(seen))
                 means = ring.statistics().means() | {"faults": ring.num_faults()}
     results = [draw.indices, draw.ids, draw.uses, seen, loss, grad, *means.values()]
     assert all(r.device.type == "cuda" for r in results)
@@ -219,7 +218,13 @@ def test_dry_run_prints_the_exact_bytes_and_allocates_no_ring(
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**11)
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    plan = capacity_plan(200_000, image_shape=(3, 256, 256), block_images=64)
+    plan = RingPlan(
+        capacity_images=200_000,
+        image_shape=(3, 256, 256),
+        block_images=64,
+        samples_per_insert=1.0,
+        min_fill_images=64,
+    ).num_bytes
     assert plan["images"] == 200_000 * 3 * 256 * 256
     for name, count in plan.items():
         assert f"  ring {name}: {count:,} bytes" in out

@@ -1,4 +1,4 @@
-"""Length, evaluations and learning rate of a run, and the bytes of a ring, at their boundaries."""
+"""Length, evaluations and learning rate of a run, at their boundaries."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import pytest
 from dmkd_fast import Schedule
 from dmkd_fast.config.jobs import EvalConfig
 from dmkd_fast.config.training import OptimConfig, TrainConfig
-from dmkd_fast.ring.limiter import Limiter, check_loop, check_ring, slots_for
-from dmkd_fast.ring.plan import capacity_plan, largest_capacity
 from dmkd_fast.runtime.checks import check_accumulate, check_milestones
 from dmkd_fast.training.schedule import lr_at
 
@@ -56,59 +54,6 @@ def test_milestones_lie_strictly_inside_the_run_and_not_before_the_warm_up() -> 
         lr_at(s, num_steps=5, peak=1.0, warmup=0.0, milestones=[0.5], decay=0.5) for s in range(5)
     ]
     assert rates == [1.0, 1.0, 0.5, 0.5, 0.5]  # round(2.5) is 2
-
-
-def test_bytes_of_a_ring_are_those_of_its_whole_blocks() -> None:
-    shape = (3, 5, 7)
-    for capacity, slots in ((7, 8), (8, 8), (9, 12)):
-        plan = capacity_plan(capacity, image_shape=shape, block_images=4)
-        assert sum(plan.values()) == slots * (105 + 4 * 8 + 4)
-        assert slots_for(capacity, 4) == slots
-    block = 4 * 141
-    for have, most in ((-1, 0), (0, 0), (block - 1, 0), (block, 4), (3 * block - 1, 8)):
-        assert largest_capacity(have, image_shape=shape, block_images=4) == most
-
-
-def test_ring_sizes_are_accepted_up_to_their_limits() -> None:
-    ring = {"samples_per_insert": 3.0, "order": "shuffled", "max_uses": 3, "num_classes": None}
-    for guard, blocks in ((0, 2), (1, 2), (2, 3), (3, 4)):
-        sizes = {"block_images": 4, "min_fill_images": 4, "guard_blocks": guard}
-        check_ring(4 * blocks, **sizes, **ring)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="capacity_images"):
-            check_ring(4 * blocks - 1, **sizes, **ring)  # type: ignore[arg-type]
-    for guard, most in ((0, 12), (1, 12), (2, 8)):
-        sizes = {"block_images": 4, "min_fill_images": most, "guard_blocks": guard}
-        check_ring(14, **sizes, **ring)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="min_fill_images"):
-            check_ring(14, **(sizes | {"min_fill_images": most + 1}), **ring)  # type: ignore[arg-type]
-    check_ring(
-        8,
-        **(sizes | {"guard_blocks": 1, "min_fill_images": 4}),  # type: ignore[arg-type]
-        **(ring | {"max_uses": None, "order": "balanced", "num_classes": 1}),
-    )  # type: ignore[arg-type]
-
-
-def test_the_limiter_is_exact_at_its_band() -> None:
-    rule = Limiter(2.0, min_fill_images=5, block_images=4, error_buffer=6.0)
-    assert rule.min_fill_images == 8 and not rule.may_sample(1)
-    rule.num_inserted = rule.num_reserved = 7
-    assert rule.may_insert() and not rule.may_sample(1)
-    rule.num_inserted = rule.num_reserved = 8
-    assert rule.may_sample(6) and not rule.may_sample(7) and not rule.may_insert()  # x would be 8
-    rule.num_sampled = 1
-    assert not rule.may_insert()
-    rule.num_sampled = 2
-    assert rule.may_insert() and rule.error == -2.0
-    for value in (math.inf, math.nan, 0.0, -1.0):
-        with pytest.raises(ValueError, match="samples_per_insert"):
-            Limiter(value, min_fill_images=1, block_images=1)
-
-
-def test_a_batch_may_be_as_large_as_what_can_be_drawn_from() -> None:
-    rule = Limiter(20.0, min_fill_images=8, block_images=4)
-    check_loop(rule, batch_size=8, most_drawable=8)
-    with pytest.raises(ValueError, match="batch_size: got 8, expected at most 7"):
-        check_loop(rule, batch_size=8, most_drawable=7)
 
 
 def test_defaults_are_those_of_the_settings() -> None:

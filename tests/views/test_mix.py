@@ -88,10 +88,10 @@ def test_a_step_is_replayed_exactly_and_differs_from_others() -> None:
     one = Mixer(mixup_alpha=0.4, cutmix_alpha=1.0, seed=2)(batch, step=2**40)
     two = Mixer(mixup_alpha=0.4, cutmix_alpha=1.0, seed=2)(batch, step=2**40)
     assert torch.equal(one.views, two.views) and torch.equal(one.partner, two.partner)
-    assert one.share == two.share
+    assert one.lam == two.lam
     for other, step in ((2, 2**40 + 1), (2, 0), (3, 2**40)):
         mixer = Mixer(mixup_alpha=0.4, cutmix_alpha=1.0, seed=other)
-        assert mixer(batch, step=step).share != one.share
+        assert mixer(batch, step=step).lam != one.lam
 
 
 def test_with_both_each_is_used_half_of_the_time() -> None:

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from views_cases import TOLERANCES, problem
 
-from dmkd_fast import Views
+from dmkd_fast import Views, ViewSpec
 from dmkd_fast.views.ops import views
 from dmkd_fast.views.reference import reference_views
 
@@ -108,7 +108,7 @@ def test_on_a_gpu_crops_and_flips_are_those_of_the_cpu() -> None:
     ids, uses = torch.arange(100_000) * 7919, torch.arange(100_000)
     for crops in ({"pad": 4}, {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}):
         drawn = [
-            Views(size=224, mean=(0.5,), std=(0.5,), device=device, **crops).parameters(
+            Views(ViewSpec(size=224, mean=(0.5,), std=(0.5,), device=device), **crops).parameters(
                 ids.to(device), uses.to(device), 256, 200
             )
             for device in ("cpu", "cuda")

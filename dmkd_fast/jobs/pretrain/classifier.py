@@ -23,9 +23,9 @@ from dmkd_fast.jobs.pretrain.loop import (
     write_card,
 )
 from dmkd_fast.runtime.device import available_bytes
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.training import scoring
-from dmkd_fast.views.crops import Views
+from dmkd_fast.views.crops import Views, ViewSpec
 
 
 @less_memory
@@ -43,7 +43,7 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
     config, device, dtype = prepare(config, resume)
     real = load_real(data, device)
     if config.model.arch is None:
-        raise UserError("model: got path, expected arch; name the architecture to train")
+        raise invalid("model", "path", "arch", "name the architecture to train")
     spec = ClassifierSpec(
         architecture=config.model.arch,
         num_classes=len(real.train.class_names),
@@ -67,7 +67,9 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
     memory.check_fits(batch, available_bytes(device))
     forward = torch.compile(model) if compiles(config, device) else model
     views = Views(
-        **config.views.model_dump(), mean=spec.mean, std=spec.std, device=device, seed=config.seed
+        ViewSpec(size=config.views.size, mean=spec.mean, std=spec.std, device=device),
+        **config.views.model_dump(exclude={"size"}),
+        seed=config.seed,
     )
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
@@ -83,9 +85,9 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
             config, model, loss_of, len(real.train.labels), folder, resume, dtype
         )
         final = average.module
-        for name, part in (("held_out_top1", real.held_out), ("test_top1", real.test)):
+        for name, images in (("held_out_top1", real.held_out), ("test_top1", real.test)):
             scores = scoring.measure(
-                final, part.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
+                final, images.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
             )
             scoring.check_trained(scores)
             facts[name] = scores.result()["top1"]

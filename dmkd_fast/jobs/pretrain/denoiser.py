@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmkd_fast.config.jobs import PretrainDenoiserConfig
 from dmkd_fast.data import test_sets
-from dmkd_fast.denoisers.loading import load_denoiser, new_pixel_dit, save_denoiser
+from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs import memory, report, run_dir
 from dmkd_fast.jobs.pretrain.loop import (
     autocast,
@@ -32,7 +33,8 @@ from dmkd_fast.jobs.pretrain.loop import (
     write_card,
 )
 from dmkd_fast.runtime.device import available_bytes
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.sampling.arguments import Guidance, Steps
 from dmkd_fast.sampling.sampler import DiffusionSampler
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
@@ -92,9 +94,11 @@ def pretrain_denoiser(
 def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
     """Refuse patches that do not divide the images, and a transformer too large for memory."""
     if image_size % config.patch_size:
-        raise UserError(
-            f"patch_size: got {config.patch_size}, expected a divisor of the images' {image_size} "
-            "pixels; change it"
+        raise invalid(
+            "patch_size",
+            config.patch_size,
+            f"a divisor of the images' {image_size} pixels",
+            "change it",
         )
     width, tokens = config.num_heads * config.head_dim, (image_size // config.patch_size) ** 2
     weights = config.num_layers * (4 + 8 + 6) * width**2  # attention, MLP, modulation
@@ -108,9 +112,9 @@ def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.d
     )
 
 
-def drop_labels(labels: Tensor, null_class: int, share: float) -> Tensor:
-    """Replace each of the labels (B,) by the null class with probability `share`."""
-    dropped = torch.rand(labels.shape, device=labels.device) < share
+def drop_labels(labels: Tensor, null_class: int, probability: float) -> Tensor:
+    """Replace each of the labels (B,) by the null class with this probability."""
+    dropped = torch.rand(labels.shape, device=labels.device) < probability
     return torch.where(dropped, null_class, labels)
 
 
@@ -152,11 +156,13 @@ def training_attention(device: torch.device) -> contextlib.AbstractContextManage
 
 @torch.inference_mode()
 def _held_out_loss(
-    model: nn.Module, part: test_sets.ImageSet, device: torch.device, dtype: torch.dtype
+    model: nn.Module, held_out: test_sets.ImageSet, device: torch.device, dtype: torch.dtype
 ) -> float:
     losses = [
         flow_loss(model, images, labels, device, dtype)
-        for images, labels in zip(part.images.split(500), part.labels.split(500), strict=True)
+        for images, labels in zip(
+            held_out.images.split(500), held_out.labels.split(500), strict=True
+        )
     ]
     return round(torch.stack(losses).mean().item(), 5)
 
@@ -166,19 +172,15 @@ def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[
     loaded = load_denoiser(folder, device)
     labels = torch.arange(num_classes, device=device).repeat_interleave(8)
     ids = torch.arange(len(labels), device=device)
-    shape = loaded.latent_shape
     grids = {}
     for scale in (1.0, 1.5, 2.0):
         sampler = DiffusionSampler(
-            loaded.module,
-            scheduler=loaded.scheduler,
-            latent_shape=shape,
-            null_class=loaded.null_class,
-            num_steps=16,
-            guidance_scale=scale,
+            loaded,
+            Steps(count=16),
+            Guidance(scale=scale),
             device=device,
             micro_batch_images=len(labels),
         )
-        out = torch.empty((len(labels), *shape), dtype=torch.uint8, device=device)
+        out = torch.empty((len(labels), *loaded.image_shape), dtype=torch.uint8, device=device)
         grids[scale] = sampler.sample(ids, labels, out=out)
     return grids

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.config.jobs import PretrainFewstepConfig
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
-from dmkd_fast.denoisers.loading import Denoiser, load_denoiser, save_denoiser, share_embedder
+from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.denoisers.trainable import save_denoiser, share_embedder
 from dmkd_fast.denoisers.wrappers import PixelDiT
 from dmkd_fast.jobs import memory, report, run_dir
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, training_attention
@@ -33,7 +35,8 @@ from dmkd_fast.jobs.pretrain.loop import (
     write_card,
 )
 from dmkd_fast.runtime.device import InFlight, available_bytes
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.sampling.arguments import Guidance, Steps
 from dmkd_fast.sampling.noise_levels import flow_sigmas
 from dmkd_fast.sampling.sampler import DiffusionSampler
 
@@ -61,15 +64,18 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
     given = resolve_path(config.denoiser.path, config.denoiser.revision)
     start = load_denoiser(given, device, null_class=config.denoiser.null_class)
     if start.scheduler.get("_class_name") != FLOW["_class_name"]:
-        raise UserError(
-            f"denoiser.path: got a {start.scheduler.get('_class_name')}, expected a flow model "
-            f"({FLOW['_class_name']}); use one from `dmkd pretrain denoiser`"
+        raise invalid(
+            "denoiser.path",
+            f"a {start.scheduler.get('_class_name')}",
+            f"a flow model ({FLOW['_class_name']})",
+            "use one from `dmkd pretrain denoiser`",
         )
     if not isinstance(start.module, LeanDiT | PixelDiT) or start.decoder is not None:
-        raise UserError(
-            f"denoiser.path: got a {type(start.module).__name__}"
-            f"{'' if start.decoder is None else ' on latents'}, expected a pixel DiT; use one "
-            "from `dmkd pretrain denoiser`"
+        raise invalid(
+            "denoiser.path",
+            f"a {type(start.module).__name__}{'' if start.decoder is None else ' on latents'}",
+            "a pixel DiT",
+            "use one from `dmkd pretrain denoiser`",
         )
     pool = Pool(start, config, device, dtype)
     model: Any = load_denoiser(given, device, lean=False).module
@@ -130,13 +136,9 @@ class Pool:
         shape = start.latent_shape
         compiled = config.sampler.compile
         self.sampler = DiffusionSampler(
-            start.module,
-            scheduler=start.scheduler,
-            latent_shape=shape,
-            null_class=start.null_class,
-            num_steps=config.sampler.num_steps,
-            solver=config.sampler.solver,
-            guidance_scale=config.sampler.guidance_scale,
+            start,
+            Steps(count=config.sampler.num_steps, solver=config.sampler.solver),
+            Guidance(scale=config.sampler.guidance_scale),
             micro_batch_images=config.sampler.micro_batch_images,
             dtype=dtype,
             device=device,
@@ -163,9 +165,9 @@ class Pool:
         self._labels = ids % self.num_classes
         size = self.sampler.micro_batch_images
         for first in range(0, self.size, size):
-            part = slice(first, first + size)
+            rows = slice(first, first + size)
             with self._in_flight.piece():
-                self._states[:, part] = self.trajectories(ids[part], self._labels[part])
+                self._states[:, rows] = self.trajectories(ids[rows], self._labels[rows])
         self._number = number
 
     def trajectories(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -199,20 +201,12 @@ def _compare(
     ids = HELD_OUT_ID + torch.arange(size, device=device)
     labels = ids % start.num_classes
     wanted = pool.trajectories(ids, labels)[-1]
-    shared: dict[str, Any] = {
-        "latent_shape": start.latent_shape,
-        "null_class": start.null_class,
-        "num_steps": config.num_steps,
-        "micro_batch_images": size,
-        "device": device,
-        "seed": config.seed,
-    }
-    made = DiffusionSampler(loaded.module, scheduler=loaded.scheduler, **shared)
+    shared: dict[str, Any] = {"micro_batch_images": size, "device": device, "seed": config.seed}
+    made = DiffusionSampler(loaded, Steps(count=config.num_steps), **shared)
     untrained = DiffusionSampler(
-        start.module,
-        scheduler=start.scheduler,
-        solver=config.sampler.solver,
-        guidance_scale=config.sampler.guidance_scale,
+        start,
+        Steps(count=config.num_steps, solver=config.sampler.solver),
+        Guidance(scale=config.sampler.guidance_scale),
         **shared,
     )
     facts = {}
@@ -220,7 +214,7 @@ def _compare(
         got = sampler.trajectory(ids, labels)[-1].clamp(-1, 1)
         facts[name] = round((got - wanted.clamp(-1, 1)).square().mean().sqrt().item(), 4)
     classes = torch.arange(start.num_classes, device=device).repeat_interleave(8)
-    out = torch.empty((len(classes), *start.latent_shape), dtype=torch.uint8, device=device)
+    out = torch.empty((len(classes), *start.image_shape), dtype=torch.uint8, device=device)
     made.sample(HELD_OUT_ID + torch.arange(len(classes), device=device), classes, out=out)
     names = [str(label) for label in range(start.num_classes)]
     report.grid(out, names, folder / "samples.png")

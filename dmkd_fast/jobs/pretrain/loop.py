@@ -7,7 +7,7 @@ them. The test set is evaluated once, after the last step, and is only reported.
 from __future__ import annotations
 
 import contextlib
-import time
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +17,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dmkd_fast.checkpoint import step_folders
 from dmkd_fast.config.jobs import PretrainConfig
 from dmkd_fast.config.loading import dump_config
 from dmkd_fast.data import test_sets
 from dmkd_fast.jobs import memory, run_dir
 from dmkd_fast.runtime import files
-from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import can_compile, resolve_device, resolve_dtype, set_num_threads
-from dmkd_fast.runtime.errors import NotFiniteError, UserError
-from dmkd_fast.runtime.signals import Interrupts
+from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.training.ema import WeightEMA
-from dmkd_fast.training.metrics import Metrics
+from dmkd_fast.training.loop import TrainingLoop
 from dmkd_fast.training.schedule import Schedule
 from dmkd_fast.training.student import StudentTrainer
 
@@ -54,17 +51,18 @@ def load_real(folder: Path, device: torch.device) -> RealData:
     """
     full = test_sets.load_idx(folder, "train").to(device)
     if len(full.labels) <= HELD_OUT:
-        raise UserError(
-            f"{folder}: got {len(full.labels)} training images, expected more than the {HELD_OUT} "
-            "that are held out; use a larger set"
+        raise invalid(
+            str(folder),
+            f"{len(full.labels)} training images",
+            f"more than the {HELD_OUT} that are held out",
+            "use a larger set",
         )
-    parts = (
+    train, held_out = (
         test_sets.ImageSet(
-            images=full.images[part], labels=full.labels[part], class_names=full.class_names
+            images=full.images[rows], labels=full.labels[rows], class_names=full.class_names
         )
-        for part in (slice(None, -HELD_OUT), slice(-HELD_OUT, None))
+        for rows in (slice(None, -HELD_OUT), slice(-HELD_OUT, None))
     )
-    train, held_out = parts
     return RealData(
         train=train, held_out=held_out, test=test_sets.load_idx(folder, "t10k").to(device)
     )
@@ -89,6 +87,92 @@ def results(folder: Path) -> Iterator[Path]:
         ) from None
 
 
+class ShuffledPasses:
+    """Order numbered examples in passes, each shuffled in an order of its own.
+
+    Args:
+        num_examples: Number of examples in one pass.
+        seed: Seed of the orders.
+    """
+
+    def __init__(self, num_examples: int, *, seed: int) -> None:
+        self.num_examples, self.seed = num_examples, seed
+        self._orders: dict[int, Tensor] = {}
+
+    def batch(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return the indices and passes, (count,) int64 each, from position `start` on."""
+        places = torch.arange(start, start + count)
+        passes, places = places // self.num_examples, places % self.num_examples
+        pairs = zip(passes.tolist(), places.tolist(), strict=True)
+        return torch.stack([self._order(number)[place] for number, place in pairs]), passes
+
+    def _order(self, number: int) -> Tensor:
+        if number not in self._orders:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+            self._orders[number] = torch.randperm(self.num_examples, generator=generator)
+            self._orders.pop(number - 2, None)
+        return self._orders[number]
+
+
+class Pretraining(TrainingLoop):
+    """Train a model in shuffled passes over numbered examples.
+
+    Args:
+        student: Model to train, with its optimizer and schedule.
+        loss_of: Loss function, (indices (B,), passes (B,)) -> scalar loss, mean over the examples.
+            An example's pass tells how often it has been used before.
+        num_examples: Number of examples in one pass.
+        run_dir: Run directory.
+        seed: Seed of the order of the examples, and of the random numbers of each step.
+        before_step: Function called with the passes (B,) before each step. It may take long, since
+            it can be interrupted, unlike a step.
+    """
+
+    def __init__(
+        self,
+        student: StudentTrainer,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        num_examples: int,
+        run_dir: Path,
+        *,
+        seed: int,
+        before_step: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        super().__init__(student, run_dir)
+        self._loss_of, self._before_step, self._seed = loss_of, before_step, seed
+        self._examples = ShuffledPasses(num_examples, seed=seed)
+        self._micro_batches: list[tuple[Tensor, Tensor]] = []
+
+    def train_step(self) -> Tensor:
+        """Take one optimizer step and return its loss without waiting for the device."""
+        # One seed per step makes a resumed run draw the same random numbers.
+        torch.manual_seed((self._seed * 1_000_003 + self.step) % 2**63)
+        self.student.start(self.lr())
+        losses = [
+            self.student.backward(self._loss_of(*micro_batch) / self.schedule.accumulate)
+            for micro_batch in self._micro_batches
+        ]
+        self.student.finish()
+        self.step += 1
+        return sum(losses[1:], losses[0])
+
+    def _prepare_step(self) -> None:
+        batch, size = self.schedule.batch_size, self.student.micro_batch_size
+        indices, passes = self._examples.batch(self.step * batch, batch)
+        if self._before_step is not None:
+            self._before_step(passes)
+        self._micro_batches = list(
+            zip(
+                indices.to(self.device).split(size), passes.to(self.device).split(size), strict=True
+            )
+        )
+
+    def _run_once(self) -> None:
+        if self.step < self.num_steps:
+            self._prepare_step()
+            self.student.warm_up(lambda: self._loss_of(*self._micro_batches[0]))
+
+
 def train(
     config: PretrainConfig,
     model: nn.Module,
@@ -99,19 +183,17 @@ def train(
     dtype: torch.dtype,
     before_step: Callable[[Tensor], None] | None = None,
 ) -> tuple[WeightEMA, dict[str, Any]]:
-    """Train a model in shuffled passes over numbered examples; a stopped run can be resumed.
+    """Train a model with the settings of a job; a stopped run can be resumed.
 
     Args:
         config: Settings of the job, of which length, batch, optimizer and seed are used.
         model: Model that is trained in place.
-        loss_of: Loss function, (indices (B,), passes (B,)) -> scalar loss, mean over the examples.
-            An example's pass tells how often it has been used before.
+        loss_of: Loss function, see `Pretraining`.
         num_examples: Number of examples in one pass.
         folder: Run directory.
         resume: Whether to continue from the newest checkpoint.
         dtype: Compute dtype of `loss_of`; with float16 the loss is scaled.
-        before_step: Function called with the passes (B,) before each step. It may take long, since
-            it can be interrupted, unlike a step.
+        before_step: Function called before each step, see `Pretraining`.
 
     Returns:
         The weight EMA of the model, and the figures views, wall_s, cpu_s, num_threads, parameters.
@@ -119,108 +201,21 @@ def train(
     Raises:
         UserError: The checkpoint cannot be restored, or the loss or gradients stayed NaN or
             infinite, and a checkpoint has been saved.
-        KeyboardInterrupt: Training was interrupted; a checkpoint holds all steps taken so far.
+        KeyboardInterrupt: Training was interrupted; a checkpoint has been saved.
     """
-    batch, train = config.train.batch_size, config.train
-    num_steps = -(-train.num_views // batch)
-    settings = config.train.model_dump(exclude={"compile"}) | config.optim.model_dump()
-    schedule = Schedule(**settings)
-    learner = StudentTrainer(model, schedule=schedule, dtype=dtype)
-    clock = Clock()
-    metrics = Metrics(folder, num_steps * batch)
-    saved: dict[str, step_folders.Stateful] = {
-        "clock": clock,
-        "model": model,
-        "optimizer": learner.optimizer,
-        "average": learner.average,
-        "learner": learner,
-        "metrics": metrics,
-    }
-    checkpoints, first = folder / run_dir.CHECKPOINTS, 0
+    schedule = Schedule(**config.train.model_dump(exclude={"compile"}), **config.optim.model_dump())
+    student = StudentTrainer(model, schedule, dtype=dtype)
+    run = Pretraining(
+        student, loss_of, num_examples, folder, seed=config.seed, before_step=before_step
+    )
     if resume and run_dir.has_checkpoint(folder):
-        first, notes = step_folders.restore(checkpoints, saved)
-        for note in notes:
-            metrics.note(note)
-    metrics.begin(views=first * batch, wall_s_before=clock.wall_s())
-    device = next(model.parameters()).device
-    last_saved = time.monotonic()
-    interrupts, done = Interrupts(), first
-    model.train()
-    try:
-        with interrupts:
-            try:
-                for step, indices, uses in _batches(
-                    num_examples, batch, first, num_steps, config.seed
-                ):
-                    if before_step is not None:
-                        before_step(uses)
-                    # The first step may compile for long, and interrupting it loses nothing.
-                    with interrupts.held() if step > first else contextlib.nullcontext():
-                        # One seed per step makes a resumed run draw the same random numbers.
-                        torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)
-                        learner.start(schedule.lr_at(step))
-                        parts = zip(
-                            indices.to(device).split(schedule.micro_batch),
-                            uses.to(device).split(schedule.micro_batch),
-                            strict=True,
-                        )
-                        losses = [
-                            learner.backward(loss_of(*part) / schedule.accumulate) for part in parts
-                        ]
-                        learner.finish()
-                        done = step + 1
-                        metrics.add("loss", sum(losses[1:], losses[0]))
-                        if done % train.log_every_steps == 0 or done == num_steps:
-                            row = metrics.flush(
-                                views=done * batch, lr=schedule.lr_at(step), counts=learner.counts()
-                            )
-                            learner.check(row["skipped_in_a_row"])
-                    if time.monotonic() - last_saved > train.checkpoint_every_s:
-                        with interrupts.held():
-                            try:
-                                step_folders.save(checkpoints, done, saved)
-                            except files.SaveError as error:
-                                metrics.note(str(error))
-                        last_saved = time.monotonic()
-                step_folders.save(checkpoints, num_steps, saved)
-            except KeyboardInterrupt:
-                if done > first:
-                    path = step_folders.save(checkpoints, done, saved)
-                    metrics.note(f"interrupted; saved {path}")
-                    metrics.note(f"to go on, add run_dir={folder} --resume")
-                raise
-            except NotFiniteError as error:
-                path = step_folders.save(checkpoints, done, saved)
-                raise UserError(f"{error}; saved {path}") from None
-    finally:
-        metrics.close()
-    facts = {
-        "views": num_steps * batch,
-        "wall_s": round(clock.wall_s(), 1),
-        "cpu_s": round(clock.cpu_s(), 1),
-        "num_threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    return learner.average, facts
-
-
-def _batches(
-    num_examples: int, batch: int, first: int, num_steps: int, seed: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (step, indices (B,), passes (B,)) from step `first` on, in shuffled passes."""
-    orders: dict[int, Tensor] = {}
-    for step in range(first, num_steps):
-        places = torch.arange(step * batch, (step + 1) * batch)
-        passes = places // num_examples
-        for number in passes.unique().tolist():
-            if number not in orders:
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-                orders[number] = torch.randperm(num_examples, generator=generator)
-                orders.pop(number - 2, None)
-        chosen = [
-            orders[int(p)][int(i)] for p, i in zip(passes, places % num_examples, strict=True)
-        ]
-        yield step, torch.stack(chosen), passes
+        for note in run.restore().notes:
+            print(note, file=sys.stderr)
+    with run_dir.resume_hint(folder, f"add run_dir={folder} --resume"):
+        totals = run.fit()
+    parameters = sum(p.numel() for p in model.parameters())
+    facts = {"num_threads": torch.get_num_threads(), "parameters": parameters}
+    return student.average, totals | facts
 
 
 def prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:

@@ -1,0 +1,1 @@
+"""Studies of what teaches a student, one file a finding."""

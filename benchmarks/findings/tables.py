@@ -1,0 +1,356 @@
+"""Tables of the studies: means over seeds with 95 % intervals, from whatever rows there are.
+
+In a grid the deviation between seeds is pooled over its cells, so that the interval of one cell
+over three seeds is as narrow as the whole grid allows. Differences between cells are paired by
+seed, because cells of one seed share initial weights, draws and crops. Each table says its n.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.markdown import table
+from benchmarks.provenance import counted
+
+Row = dict[str, Any]
+# 97.5 % quantiles of Student's t by degrees of freedom, from 1.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+ARMS = {
+    "real": "real training images (55,000)",
+    "diffusion": "diffusion images (30,720)",
+    "one image": "crops of one photograph",
+    "noise": "uniform noise",
+}
+
+
+# What a mean over seeds is taken over. A cell's figures of the images themselves have no seed.
+CELLS = {
+    "finding-1": ("arm",),
+    "finding-2": ("part", "guidance_scale", "num_steps"),
+    "finding-3": ("student", "teacher", "temperature"),
+    "reuse": ("how", "held_images"),
+    "cost": ("axis", "value"),
+}
+
+
+def cell_of(study: str) -> Callable[[Row], Any]:
+    """The function that gives the cell of a study's row."""
+    names = CELLS[study]
+    return lambda row: (*(row.get(name) for name in names), row.get("seed") == "quality")
+
+
+class Grid:
+    """Accuracies by cell, with an interval from the deviation pooled over all cells."""
+
+    def __init__(self, rows: Iterable[Row], key: Callable[[Row], Any]) -> None:
+        self.cells: dict[Any, list[float]] = {}
+        self.by_seed: dict[Any, dict[Any, float]] = {}
+        for row in rows:
+            self.cells.setdefault(key(row), []).append(100 * row["top1"])
+            self.by_seed.setdefault(key(row), {})[row.get("seed")] = 100 * row["top1"]
+        several = [found for found in self.cells.values() if len(found) > 1]
+        self.freedom = sum(len(found) - 1 for found in several)
+        squares = sum(statistics.variance(found) * (len(found) - 1) for found in several)
+        self.deviation = math.sqrt(squares / self.freedom) if self.freedom else math.nan
+
+    def mean_of(self, cell: Any) -> float:
+        """Mean over the seeds of one cell, in percent."""
+        return statistics.mean(self.cells[cell])
+
+    def half(self, cell: Any) -> float:
+        """Half of the 95 % interval of the mean of one cell."""
+        return t_975(self.freedom) * self.deviation / math.sqrt(len(self.cells[cell]))
+
+    def text(self, cell: Any) -> str:
+        """Mean and half-interval; empty if there is no row."""
+        if cell not in self.cells:
+            return ""
+        mean = f"{self.mean_of(cell):.2f}"
+        return f"{mean} ± {self.half(cell):.2f}" if self.freedom else mean
+
+    def difference(self, one: list[Any], other: list[Any]) -> str:
+        """Mean of some cells less that of others, paired by the seeds that all of them have."""
+        cells = [self.by_seed[cell] for cell in (*one, *other)]
+        seeds = [seed for seed in cells[0] if all(seed in cell for cell in cells)]
+        if not seeds:
+            return "no seed in common"
+        gaps = [
+            statistics.mean(self.by_seed[cell][seed] for cell in one)
+            - statistics.mean(self.by_seed[cell][seed] for cell in other)
+            for seed in seeds
+        ]
+        gap = f"{statistics.mean(gaps):+.2f}"
+        if len(gaps) == 1:
+            return f"{gap} (1 seed)"
+        half = t_975(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        return f"{gap} ± {half:.2f} ({len(gaps)} seeds)"
+
+    @property
+    def seeds(self) -> str:
+        """How many rows the cells have."""
+        counts = sorted({len(found) for found in self.cells.values()})
+        return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+
+
+def t_975(freedom: int) -> float:
+    """97.5 % quantile of Student's t (Abramowitz & Stegun 26.7.5 beyond the table)."""
+    if freedom <= len(T_975):
+        return T_975[freedom - 1] if freedom else math.nan
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def finding_1(rows: list[Row]) -> str:
+    """Write the arms of finding 1, and their distance from real images."""
+    shown = counted((r for r in rows if "top1" in r), cell_of("finding-1"))
+    grid = Grid(shown, lambda r: r["arm"])
+    body = []
+    for arm, name in ARMS.items():
+        found = grid.cells.get(arm)
+        if found is None:
+            continue
+        deviation = f"{statistics.stdev(found):.2f}" if len(found) > 1 else ""
+        agreement = statistics.mean(100 * r["agreement"] for r in shown if r["arm"] == arm)
+        cells = [f"{statistics.mean(found):.2f}", deviation, str(len(found)), f"{agreement:.2f}"]
+        body.append([name, *cells])
+    note = f"LeNet-5 teaches LeNet-5-half, {shown[0]['views']:,} views. "
+    if {"real", "diffusion"} <= grid.cells.keys():
+        note += (
+            "Diffusion less real images, paired by seed, ± 95 % interval: "
+            f"{grid.difference(['diffusion'], ['real'])}. "
+        )
+    header = ["student sees", "top-1, %", "std", "seeds", "agreement with teacher, %"]
+    return table(header, body, note + _spent(rows))
+
+
+def finding_2(rows: list[Row]) -> str:
+    """Accuracy by guidance and steps, at equal views."""
+    shown = counted(rows, cell_of("finding-2"))
+    grid = Grid(shown, lambda r: (r["guidance_scale"], r["num_steps"]))
+    scales, steps = _axes(shown, "guidance_scale"), _axes(shown, "num_steps")
+    body = [[f"{s:g}", *(grid.text((s, k)) for k in steps)] for s in scales]
+    note = (
+        f"Student top-1 in %, ± 95 % interval (deviation pooled over the grid), {grid.seeds} seeds "
+        f"a cell, {shown[0]['images']:,} images and {shown[0]['views']:,} views each. Differences "
+        f"of means over a row or column, paired by seed: {_contrasts(grid, CONTRASTS)}. "
+    )
+    return table(["guidance", *(f"{k} steps" for k in steps)], body, note + _spent(rows))
+
+
+def finding_2_quality(rows: list[Row]) -> str:
+    """Write the quality of the images of each cell."""
+    shown = counted(rows, cell_of("finding-2"))
+    names = ("frechet", "precision", "recall", "confidence", "class_agreement")
+    body = [
+        [f"{r['guidance_scale']:g}", str(r["num_steps"]), *(f"{r[n]:.3f}" for n in names)]
+        for r in sorted(shown, key=lambda r: (r["guidance_scale"], r["num_steps"]))
+    ]
+    header = [
+        "guidance",
+        "steps",
+        "Frechet distance",
+        "precision",
+        "recall",
+        "teacher confidence",
+        "class agreement",
+    ]
+    note = (
+        f"{shown[0]['images']:,} generated and real test images, in the features of the embedded "
+        "strong classifier (not Inception); confidence and agreement are that classifier's."
+    )
+    return table(header, body, note)
+
+
+def finding_2_checks(rows: list[Row]) -> str:
+    """The same cells at equal compute, and the corners with the strong pair."""
+    parts = {"compute": "LeNet-5, equal compute", "corners": "strong pair, equal views"}
+    body, notes = [], []
+    for part, name in parts.items():
+        shown = counted((r for r in rows if r["part"] == part), cell_of("finding-2"))
+        grid = Grid(shown, lambda r: (r["guidance_scale"], r["num_steps"]))
+        for cell in grid.cells:
+            guidance, steps = cell
+            count = next(
+                r["images"] for r in shown if (r["guidance_scale"], r["num_steps"]) == cell
+            )
+            body.append([name, f"{guidance:g}", str(steps), f"{count:,}", grid.text(cell)])
+        if shown:
+            notes.append(f"{name}: {grid.seeds} seeds a cell, {shown[0]['views']:,} views.")
+        if part == "corners" and shown:
+            wanted = ("guidance 1 less 4", "50 steps less 4")
+            notes.append(f"Paired by seed: {_contrasts(grid, wanted)}.")
+    return table(["part", "guidance", "steps", "images", "top-1, %"], body, " ".join(notes))
+
+
+def finding_3(rows: list[Row]) -> str:
+    """Accuracy by student, teacher and temperature."""
+    current = counted(rows, cell_of("finding-3"))
+    body, notes = [], []
+    temperatures = _axes(current, "temperature")
+    for student in dict.fromkeys(r["student"] for r in current):
+        shown, every = ([r for r in some if r["student"] == student] for some in (current, rows))
+        grid, whole = (Grid(s, lambda r: (r["teacher"], r["temperature"])) for s in (shown, every))
+        teachers = list(dict.fromkeys(r["teacher"] for r in every))
+        body += [[student, t, *(grid.text((t, k)) for k in temperatures)] for t in teachers]
+        notes.append(f"{student}: {grid.seeds} seeds a cell, {shown[0]['views']:,} views.")
+        gaps = []
+        for other in teachers[:0:-1]:
+            common = [
+                k for k in temperatures if {(teachers[0], k), (other, k)} <= grid.cells.keys()
+            ]
+            if common:
+                pair = [(teachers[0], k) for k in common], [(other, k) for k in common]
+                gaps.append(f"{teachers[0]} less {other} teacher {grid.difference(*pair)}")
+                if (with_all := whole.difference(*pair)) != grid.difference(*pair):
+                    gaps[-1] += f", with the cells left out {with_all}"
+        if gaps:
+            notes.append(
+                f"Over the temperatures that both have, paired by seed: {'; '.join(gaps)}."
+            )
+    header = ["student", "teacher", *(f"T = {t:g}" for t in temperatures)]
+    note = "Top-1 in %, ± 95 % interval (deviation pooled per student). " + " ".join(notes)
+    return table(header, body, f"{note} {_spent(rows)}")
+
+
+def reuse(rows: list[Row]) -> str:
+    """Frozen sets beside rings through which more images pass."""
+    current = counted(rows, cell_of("reuse"))
+    grid = Grid(current, lambda r: (r["how"], r["held_images"]))
+    views, total = current[0]["views"], max(r["images"] for r in current)
+    body = []
+    for how, size in sorted(grid.cells):
+        held = images_in_memory(
+            next(r for r in current if (r["how"], r["held_images"]) == (how, size))
+        )
+        cells = [f"{held:,}", f"{held * 784 / 2**20:.1f}"]
+        name = f"ring, {total:,} pass" if how == "ring" else "frozen set"
+        all_at_once = ("frozen", total)
+        less = "" if (how, size) == all_at_once else grid.difference([(how, size)], [all_at_once])
+        uses = f"{views / (total if how == 'ring' else size):.0f}"
+        body.append([name, *cells, uses, grid.text((how, size)), less])
+    header = [
+        "student sees",
+        "images in memory",
+        "MiB",
+        "views an image",
+        "top-1, %",
+        f"less all {total:,} at once",
+    ]
+    note = (
+        f"{views:,} views, {grid.seeds} seeds a cell, ± 95 % interval (deviation pooled; "
+        "differences paired by seed). "
+    )
+    return table(header, body, note + _spent(rows))
+
+
+def images_in_memory(row: Row) -> int:
+    """Images that a row's ring held at a time."""
+    held: int = row["held_images"]
+    return held + 512 if row.get("superseded") == "ring of N + 512" else held
+
+
+COST = {
+    "batch": "training step, views a step",
+    "capacity": "draw and views of 64, images in the ring",
+    "pixels": "64 views, pixels an image",
+    "sampled images": "sampler, images a call",
+    "ranks": "training step of 64 views, ranks",
+}
+
+
+def cost(rows: list[Row]) -> str:
+    """Time and memory along each axis, and the straight line through them."""
+    rows = [row for row in rows if row["environment"] == rows[-1]["environment"]]
+    body = []
+    for axis, name in COST.items():
+        shown = [r for r in rows if r["axis"] == axis]
+        if not shown:
+            continue
+        values, ms = [r["value"] for r in shown], [r["median_ms"] for r in shown]
+        fit = "-"
+        if len(shown) > 2:
+            start, slope, worst = line(values, ms)
+            fit = f"{start:.3g} + {slope:.3g} x ({worst:.0%})"
+        points = [f"{v:,}: {t:.3g}" for v, t in zip(values, ms, strict=True)]
+        memory = f"{shown[0]['peak_memory_mib']:,} to {shown[-1]['peak_memory_mib']:,}"
+        body.append([name, ", ".join(points), fit, memory])
+    header = [
+        "what, x",
+        "ms at x",
+        "ms as a line (worst point off by)",
+        "peak memory of the process, MiB",
+    ]
+    stamp = rows[-1]["environment"]
+    note = (
+        f"Medians of {rows[0]['n']} (sampler {min(r['n'] for r in rows)}). {stamp['device']}, "
+        f"{stamp['cores']} cores, {stamp['date']}."
+    )
+    return table(header, body, note)
+
+
+def line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float]:
+    """Intercept and slope of the line with the least relative errors, and the worst of them."""
+    # Weighted by 1 / y^2, so that the small end counts as much as the large one.
+    weights = [1 / y**2 for y in ys]
+    total = sum(weights)
+    x0 = sum(w * x for w, x in zip(weights, xs, strict=True)) / total
+    y0 = sum(w * y for w, y in zip(weights, ys, strict=True)) / total
+    pairs = list(zip(weights, xs, ys, strict=True))
+    slope = sum(w * (x - x0) * (y - y0) for w, x, y in pairs) / sum(
+        w * (x - x0) ** 2 for w, x, _ in pairs
+    )
+    start = y0 - slope * x0
+    worst = max(abs(start + slope * x - y) / y for x, y in zip(xs, ys, strict=True))
+    return start, slope, worst
+
+
+# Contrast: two means over the cells (guidance, steps) of a row or a column.
+CONTRASTS = ("guidance 2 less 4", "guidance 1 less 4", "50 steps less 4")
+
+
+def _contrasts(grid: Grid, names: Sequence[str]) -> str:
+    """Differences between rows and columns of a grid of guidance and steps."""
+    said = []
+    for name in names:
+        one, other = (float(word) for word in name.split() if word.isdigit())
+        place = 0 if name.startswith("guidance") else 1
+        sides = [[c for c in grid.cells if c[place] == value] for value in (one, other)]
+        if all(sides):
+            said.append(f"{name}: {grid.difference(*sides)}")
+    return "; ".join(said) or "none"
+
+
+def _axes(rows: list[Row], name: str) -> list[Any]:
+    return sorted({row[name] for row in rows})
+
+
+def _spent(rows: list[Row]) -> str:
+    """Return the cost of students and of recorded images, and the machine."""
+    seconds = sum(row.get("cpu_s", 0.0) for row in rows)
+    stamp = rows[-1]["environment"]
+    return f"{seconds / 3600:.2f} CPU hours. {stamp['device']}, {stamp['date']}."
+
+
+def nearest_table(rows: list[Row]) -> str:
+    """Write the distances of generated images to the nearest training images."""
+    header = ["images", "n", "min", "5 %", "median", "95 %"]
+    body = [
+        [r["images"], str(r["n"]), *(f"{r[k]:.3f}" for k in ("min", "p5", "median", "p95"))]
+        for r in rows
+    ]
+    return table(header, body, "RMS pixel distance in [0, 1] to the nearest training image.")
+
+
+STUDY_TABLES: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]] = {
+    "finding-1": ("finding-1", lambda r: True, finding_1),
+    "finding-2": ("finding-2", lambda r: r["part"] == "grid" and r["seed"] != "quality", finding_2),
+    "finding-2-quality": ("finding-2", lambda r: r["seed"] == "quality", finding_2_quality),
+    "finding-2-checks": ("finding-2", lambda r: r["part"] != "grid", finding_2_checks),
+    "finding-3": ("finding-3", lambda r: True, finding_3),
+    "reuse": ("reuse", lambda r: True, reuse),
+    "cost": ("cost", lambda r: True, cost),
+}
+"""By the name in the text: the study, which of its rows (of any date), and the table."""

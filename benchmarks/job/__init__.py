@@ -1,0 +1,1 @@
+"""Measurements of whole jobs and of the training step."""

@@ -1,0 +1,334 @@
+"""Tables of whole jobs: the embedded job, its baselines, few steps, and the fidelity presets."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.markdown import table, where
+from dmkd_fast import assets
+
+Row = dict[str, Any]
+DRIFT = 1.2
+"""Smaller gains are not told from drift where each arm ran once: in the two runs of whole jobs the
+same arm differed by more (`drift`)."""
+
+
+def embedded(rows: list[Row]) -> str:
+    """Accuracy and time of the embedded job by seed, and their mean and deviation."""
+    names = {
+        "top1": ".4f",
+        "teacher_top1": ".4f",
+        "agreement": ".4f",
+        "generated_images": ",",
+        "views": ",",
+        "wall_s": ".0f",
+        "cpu_s": ".0f",
+    }
+    body = [[str(r["seed"]), *(format(r[n], form) for n, form in names.items())] for r in rows]
+    if len(rows) > 1:
+        body.append(["mean ± std", *(_spread(rows, n, form) for n, form in names.items())])
+    header = [
+        "seed",
+        "student top-1",
+        "teacher top-1",
+        "agreement",
+        "generated images",
+        "views",
+        "wall s",
+        "CPU s",
+    ]
+    note = "Last step, 10,000 real test images; std between seeds"
+    if points := rows[0]["arguments"].get("points"):
+        note += f"; {points} evaluations on the way, which count in the times"
+    return table(header, body, f"{note}. {where(rows)}.")
+
+
+def fewstep(rows: list[Row]) -> str:
+    """The many-step and the few-step job, and what the few-step denoiser cost."""
+    header = ["job", "seed", "top-1", "whole job, s", "CPU s", "s to the target", "target"]
+    body, jobs = [], list(dict.fromkeys(r["job"] for r in rows))
+    for job in jobs:
+        shown = [r for r in rows if r["job"] == job]
+        body += [
+            [
+                job,
+                str(r["seed"]),
+                f"{r['top1']:.4f}",
+                f"{r['wall_s']:.0f}",
+                f"{r['cpu_s']:.0f}",
+                _seconds(r["s_to_target"]),
+                f"{r['target']:.4f}",
+            ]
+            for r in shown
+        ]
+        names = {"top1": ".4f", "wall_s": ".0f", "cpu_s": ".0f"}
+        cells = [_spread(shown, n, form) for n, form in names.items()]
+        reached = sum(r["s_to_target"] is not None for r in shown)
+        body.append([job, "mean ± std", *cells, f"{reached} of {len(shown)} reach it", ""])
+    many, few = (statistics.mean(r["cpu_s"] for r in rows if r["job"] == job) for job in jobs)
+    note = f"Target: mean top-1 of the many-step job. {break_even([many - few])} {where(rows)}."
+    return table(header, body, note)
+
+
+def end_to_end(rows: list[Row]) -> str:
+    """Whole jobs beside the baselines."""
+    header = [
+        "run",
+        "way of working",
+        "seed",
+        "top-1",
+        "images/s",
+        "views/s",
+        "generate s",
+        "train s",
+        "evaluate s",
+        "whole, s",
+        "CPU s",
+        "disk MiB",
+        "memory MiB",
+        "s to target",
+        "vs fp32 / bf16 channels-last",
+    ]
+    body = [
+        [
+            r["environment"]["date"],
+            r["arm"],
+            str(r["seed"]),
+            f"{r['top1']:.4f}",
+            f"{r['images_per_s']:.0f}",
+            f"{r['views_per_s']:,.0f}",
+            f"{r['generation_s']:.0f}",
+            f"{r['training_s']:.0f}",
+            f"{r['evaluation_s']:.0f}",
+            f"{r['wall_s']:.0f}",
+            f"{r['cpu_s']:.0f}",
+            f"{r['disk_mib']:.0f}",
+            f"{r['peak_memory_mib']:,}",
+            _seconds(r["s_to_target"]),
+            f"{_times(r['times_faster_than_fp32'])} / {_times(r['times_faster_than_bf16'])}",
+        ]
+        for r in rows
+    ]
+    targets = ", ".join(f"{t:.4f}" for t in dict.fromkeys(r["target"] for r in rows))
+    gaps = [r["resolution_s"] for r in rows]
+    cpu = {(r["environment"]["date"], r["seed"], r["arm"]): r["cpu_s"] for r in rows}
+    saved = [
+        spent - cpu[date, seed, "ours, default"]
+        for (date, seed, arm), spent in cpu.items()
+        if arm == "ours, equal settings" and (date, seed, "ours, default") in cpu
+    ]
+    note = (
+        f"{rows[0]['images']:,} images and {rows[0]['views']:,} views. Target "
+        f"{targets}; evaluations are {min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: "
+        f"PNG files; of ours the run directory, checkpoints included. {drift(rows)}"
+        f"{break_even(saved)} {where(rows)}."
+    )
+    return table(header, body, note)
+
+
+def drift(rows: list[Row]) -> str:
+    """Say how far whole times of the same arm lie apart between runs; empty for one run."""
+    times: dict[tuple[str, int], list[float]] = {}
+    for r in rows:
+        times.setdefault((r["arm"], r["seed"]), []).append(r["wall_s"])
+    factors = [max(found) / min(found) for found in times.values() if len(found) > 1]
+    if not factors:
+        return ""
+    apart = _range(factors, lambda f: f"{f:.1f}")
+    return f"The same arm took {apart} times as long in one run as in the other. "
+
+
+def break_even(saved_cpu_s: Sequence[float]) -> str:
+    """Say after how many jobs the few-step denoiser has paid for its own training.
+
+    Args:
+        saved_cpu_s: Processor seconds that a job with it spends less than one with many steps.
+    """
+    wall, cpu = (asset_figure("fewstep", name) for name in ("wall_s", "cpu_s"))
+    said = (
+        f"The few-step denoiser itself took {wall:,.0f} s on one thread ({cpu:,.0f} CPU s), which "
+        "no row counts."
+    )
+    if not saved_cpu_s or min(saved_cpu_s) <= 0:
+        return said
+    saved = _range(saved_cpu_s, lambda s: f"{s:.0f}")
+    jobs = _range([cpu / s for s in reversed(saved_cpu_s)], lambda n: str(math.ceil(n)))
+    return f"{said} A job with it takes {saved} CPU s less, which repays that after {jobs} jobs."
+
+
+def asset_figure(asset: str, name: str) -> float:
+    """A figure of how an embedded network was made, from its README."""
+    text = (assets.resolve(f"embedded:fashion_mnist/{asset}") / "README.md").read_text("utf-8")
+    found = re.search(rf"^\| {name} \| ([0-9.]+) \|$", text, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"README of {asset}: expected a row {name}; render it again")
+    return float(found[1])
+
+
+def ladder(rows: list[Row]) -> str:
+    """Write the table from the baseline to ours, one change at a time."""
+    header = [
+        "after",
+        "this change",
+        "seed",
+        "top-1",
+        "images/s",
+        "views/s",
+        "whole, s",
+        "gain",
+        "s to target",
+        "seen in the run",
+    ]
+    wall = {(r["arm"], r["seed"]): r["wall_s"] for r in rows}
+    once = len({r["seed"] for r in rows}) == 1
+    noise = f"; a factor within {DRIFT:g} of 1 is noise, since each rung ran once" if once else ""
+    body = [
+        [
+            r["after"] or "-",
+            r["arm"],
+            str(r["seed"]),
+            f"{r['top1']:.4f}",
+            f"{r['images_per_s']:.0f}",
+            f"{r['views_per_s']:,.0f}",
+            f"{r['wall_s']:.0f}",
+            _gain(wall[r["after"], r["seed"]] / r["wall_s"], once) if r["after"] else "-",
+            _seconds(r["s_to_target"]),
+            _seen(r["proof"]),
+        ]
+        for r in rows
+    ]
+    note = (
+        f"Gain: seconds of the whole job before the change over those after it{noise}. Images made "
+        "alike were made once, and their time is part of each row. The compiled student is not "
+        f"carried on: on a CPU `dmkd` does not compile it. {where(rows)}."
+    )
+    return table(header, body, note)
+
+
+def step(rows: list[Row]) -> str:
+    """A training step alone, one change at a time."""
+    body = [
+        [
+            r["arm"],
+            f"{r['median_ms']:.1f}",
+            f"{r['p20_ms']:.1f} to {r['p80_ms']:.1f}",
+            f"{r['times_faster_than_published']:.2f}x",
+        ]
+        for r in rows
+    ]
+    header = ["step", "ms", "20 % to 80 %", "vs as published"]
+    note = f"Each row adds one change. Medians of {rows[0]['n']}, interleaved. {where(rows)}."
+    return table(header, body, note)
+
+
+def fidelity(rows: list[Row]) -> str:
+    """Write the table of what each preset costs and teaches."""
+    header = [
+        "fidelity",
+        "steps",
+        "solver",
+        "guidance",
+        "forwards",
+        "images/s",
+        "Frechet distance",
+        "student top-1",
+    ]
+    body = [
+        [
+            r["fidelity"],
+            str(r["num_steps"]),
+            r["solver"],
+            f"{r['guidance_scale']:g}",
+            str(r["forwards_per_image"]),
+            f"{r['images_per_s']:.0f}",
+            f"{r['frechet']:.3f}",
+            f"{r['top1']:.4f}",
+        ]
+        for r in rows
+    ]
+    seeds = rows[0]["seeds"]
+    counted = "one seed, so an observation without an interval" if seeds == 1 else f"{seeds} seeds"
+    note = (
+        f"{rows[0]['views']:,} views, {counted}; distance to real test images in the strong "
+        f"teacher's features. {where(rows)}."
+    )
+    return table(header, body, note)
+
+
+def _spread(rows: Sequence[Row], name: str, form: str) -> str:
+    """Mean and standard deviation; the value alone where all are equal."""
+    values = [row[name] for row in rows]
+    if len(set(values)) == 1:
+        return format(values[0], form)
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+
+
+def _range(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """Smallest and largest of some values."""
+    return " to ".join(dict.fromkeys((text(min(values)), text(max(values)))))
+
+
+def _gain(factor: float, once: bool) -> str:
+    return f"{factor:.2f}x" + (" (noise)" if once and 1 / DRIFT < factor < DRIFT else "")
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.0f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}x"
+
+
+def _seen(proof: Row) -> str:
+    """Return a short description of what a run was observed to do."""
+    parts = [proof["sampler"], proof["attention"], proof["sampler_dtype"]]
+    parts.append(f"{proof['png_files']:,} PNG files" if proof["png_files"] else "ring")
+    parts += [
+        name.removeprefix("aten::")
+        for name, calls in proof["ops"].items()
+        if calls and "scalar" not in name
+    ]
+    parts.append(f"{proof['teacher_batch_norms']} teacher norms")
+    parts.append(f"{proof['page_faults_per_step']:,} page faults a step")
+    if proof.get("channels_last"):
+        parts.append("channels-last")
+    return ", ".join([*parts, *(["compiled student"] if proof["compiled_graphs"] else [])])
+
+
+def imagenet(rows: list[Row]) -> str:
+    """Write the table at ImageNet size."""
+    body = []
+    for r in (r for r in rows if r["part"] == "sampler"):
+        what = f"{r['model']}, {r['side']} pixels, {r['steps']} guided steps, batch {r['batch']}"
+        body.append([what, r["arm"], f"{r['images_per_s']:,.2f} images/s", f"{r['peak_mib']:,.0f}"])
+    for r in (r for r in rows if r["part"] == "training"):
+        what = f"{r['teacher']} -> {r['student']}, {r['pixels']} pixels, batch {r['batch']}"
+        body.append([what, r["arm"], f"{r['views_per_s']:,.0f} views/s", f"{r['peak_mib']:,.0f}"])
+    for r in (r for r in rows if r["part"] == "outside"):
+        what = f"{r['teacher']} -> {r['student']}: share of a step outside the networks"
+        body.append([what, "ours", f"{r['share_outside_networks']:.1%}", ""])
+    for r in (r for r in rows if r["part"].startswith("job")):
+        what = (
+            f"whole job by arithmetic: {r['images']:,} images at {r['steps']} steps, reuse "
+            f"{r['reuse']}, {r['student']}"
+        )
+        parts = f"{r['generation_h']:,.1f} h + {r['training_h']:,.1f} h"
+        body.append([what, f"{r['images_by']}, {r['arm']}", parts, ""])
+    header = ["what", "arm", "figure", "peak MiB"]
+    return table(header, body, f"Random weights; `benchmarks/job/imagenet.py`. {where(rows)}.")
+
+
+JOB_TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "imagenet-gpu": imagenet,
+    "embedded": embedded,
+    "end-to-end": end_to_end,
+    "fewstep": fewstep,
+    "fidelity": fidelity,
+    "ladder": ladder,
+    "step": step,
+}

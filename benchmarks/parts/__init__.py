@@ -1,0 +1,1 @@
+"""Measurements of the parts of a job, each alone."""

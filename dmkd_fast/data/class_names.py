@@ -1,0 +1,143 @@
+"""Read, order and compare the names of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dmkd_fast.data.listing import CLASS_NAMES, MOST_BYTES, SourceError
+from dmkd_fast.runtime.errors import UserError, invalid, warn_once
+
+
+def read_class_names(path: Path, *, must_exist: bool) -> tuple[str, ...]:
+    """Read class names, one per line; return none if the file is optional and missing.
+
+    Raises:
+        UserError: The file is missing or is no list of different names.
+    """
+    if not path.is_file():
+        if must_exist or path.exists():
+            what = "got a folder" if path.is_dir() else "no such file"
+            raise UserError(f"{path}: {what}; give a text file with one class name a line")
+        return ()
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES).decode("utf-8-sig")  # Windows editors write a BOM
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: {reason}; save it with one class name a line") from None
+    names = tuple(line.strip() for line in text.splitlines())
+    if not names or not all(names) or len(set(names)) != len(names):
+        unique, empty = len(set(names)), names.count("")
+        what = f"{len(names)} lines, {unique} of them different and {empty} empty"
+        raise invalid(path, what, "one class name a line, each once")
+    return names
+
+
+def all_numbers(names: Sequence[str]) -> bool:
+    """Return whether all names are whole numbers, which do not describe the classes."""
+    return all(name.isascii() and name.isdigit() for name in names)
+
+
+def class_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort class folders by label: numbers by value, other names alphabetically."""
+    order = sorted(names)
+    return tuple(sorted(order, key=int) if all_numbers(order) else order)
+
+
+def order_folders(
+    folder: Path, found: Sequence[str], names: Sequence[str], *, owner: str = "the list of classes"
+) -> tuple[str, ...]:
+    """Return the class folders in the order of their labels.
+
+    One warning is logged if the labels differ from those of torchvision's ImageFolder.
+
+    Args:
+        folder: Folder that holds them, for messages.
+        found: Names of the class folders.
+        names: The same names in the order of the labels; if empty, `class_order` applies.
+        owner: What states `names`, for messages.
+
+    Raises:
+        SourceError: `names` and `found` are not the same names.
+    """
+    missing, extra = sorted(set(names) - set(found)), sorted(set(found) - set(names))
+    if names and (missing or extra):
+        what = f"no folder for class {missing[0]!r}" if missing else f"folder {extra[0]!r}"
+        more = len(missing or extra) - 1
+        raise SourceError(
+            f"{folder}: got {what}{f' and {more} more' if more else ''}, which {owner} "
+            f"{'has' if missing else 'does not have'}; make both agree"
+        )
+    if names:
+        return tuple(names)
+    order = class_order(found)
+    for label, (mine, other) in enumerate(zip(order, sorted(order), strict=True)):
+        if mine != other:
+            warn_once(
+                f"{folder}: class folders are in numeric order, so class {label} is {mine!r}; in "
+                f"alphabetical order, torchvision's ImageFolder has {other!r} there; to choose, "
+                f"list the names in {CLASS_NAMES}, eval.classes or --classes"
+            )
+            break
+    return order
+
+
+def teacher_order(
+    folder: Path, found: Sequence[str], num_classes: int, class_names: Sequence[str]
+) -> tuple[str, ...]:
+    """Return class folders in the order of a teacher's classes.
+
+    Args:
+        folder: Folder that holds them, for messages.
+        found: Names of the class folders.
+        num_classes: Number of the teacher's classes.
+        class_names: Names of the classes, in the order of the labels. Folders with these names are
+            matched by name, and numbered folders (0, 1, ...) by number. If `class_names` are only
+            numbers, the sorted folders are matched in order.
+
+    Raises:
+        SourceError: The folders cannot be matched.
+    """
+    if len(found) != num_classes:
+        expected = f"{num_classes}, one for each class of the teacher"
+        raise SourceError.invalid(folder, f"{len(found)} class sub-folders", expected)
+    if set(found) == set(class_names):
+        return tuple(class_names)
+    if all_numbers(found) and sorted(map(int, found)) != list(range(num_classes)):
+        what = f"class sub-folders {', '.join(class_order(found)[:5])} ..."
+        raise SourceError.invalid(folder, what, f"the numbers 0 to {num_classes - 1}")
+    if all_numbers(found) or all_numbers(class_names):
+        return order_folders(folder, found, ())
+    return order_folders(folder, found, class_names, owner="the test set")
+
+
+def compare_class_names(
+    owner: str, names: Sequence[str] | None, tested: Sequence[str], *, setting: str
+) -> None:
+    """Refuse classes that have other names in a part of a job than in the test set.
+
+    Case and punctuation are ignored. Names that are only numbers are not compared.
+
+    Args:
+        owner: Name of the part, for the message.
+        names: Class names of the part, in the order of the labels; None if it states none.
+        tested: Class names of the test set.
+        setting: Setting or option for the order of the test set's classes, for the message.
+
+    Raises:
+        UserError: A class has different names.
+    """
+    if names is None or all_numbers(names) or all_numbers(tested):
+        return
+    for label, (mine, other) in enumerate(zip(names, tested, strict=False)):
+        if _simplified(mine) != _simplified(other):
+            raise UserError(
+                f"classes: class {label} is {mine!r} in {owner} and {other!r} in the test set, "
+                f"expected the same; set {setting} to a file with the test set's class names, one "
+                f"a line, in the order of {owner}"
+            )
+
+
+def _simplified(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum()) or name

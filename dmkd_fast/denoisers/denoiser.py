@@ -1,0 +1,97 @@
+"""Describe a diffusion model: its modules and the facts that the sampler needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from dmkd_fast.runtime import checks
+from dmkd_fast.runtime.errors import invalid
+
+MOST_LATENTS = 2**28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoiser:
+    """Modules of a diffusion model and the facts about it that the sampler needs.
+
+    `load_denoiser` makes one from a folder. For a pixel model of your own, `module`, `scheduler`
+    and `latent_shape` suffice; a class-conditional one also has `num_classes`.
+
+    Raises:
+        TypeError, UserError: A field is of a wrong type or out of range, or two fields contradict
+            each other.
+    """
+
+    module: nn.Module
+    """`module(latents (B, c, h, w), timesteps (B,), labels (B,))` returns (B, c, h, w), or
+    (B, 2c, h, w) if it also predicts variances."""
+    scheduler: dict[str, Any]
+    """Content of the model's scheduler_config.json, `_class_name` included."""
+    latent_shape: tuple[int, int, int]
+    """Shape of one image's latents, (c, h, w)."""
+    image_shape: tuple[int, int, int] = None  # type: ignore[assignment]
+    """Shape of one image, (1 or 3, H, W); by default `latent_shape`, that of a pixel model."""
+    decoder: nn.Module | None = None
+    """Module that turns latents (B, c, h, w) into images (B, 1 or 3, H, W) in [-1, 1]; None for a
+    pixel model."""
+    num_classes: int = 1
+    """Number of labels."""
+    null_class: int | None = None
+    """Label that stands for "no class"; None if the model was not trained with one."""
+    class_map: tuple[int, ...] | None = None
+    """The module's own index of each of `num_classes` labels; None if both are the same."""
+    takes_guidance: bool = False
+    """Whether the module has a fourth input, the guidance scales (B,)."""
+    license: str = "unknown"
+    """License of the weights, as their model card states it."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("module", nn.Module), ("scheduler", dict)):
+            if not isinstance(got := getattr(self, name), kind):
+                raise TypeError(f"{name}: got {type(got).__name__}, expected {kind.__name__}")
+        if math.prod(checks.image_shape(self.latent_shape, name="latent_shape")) > MOST_LATENTS:
+            raise invalid("latent_shape", self.latent_shape, f"at most {MOST_LATENTS:,} numbers")
+        checks.whole("num_classes", self.num_classes, low=1)
+        if self.null_class is not None:
+            checks.whole("null_class", self.null_class)
+        if self.class_map is not None:
+            for label in self.class_map:
+                checks.whole("class_map", label)
+            if len(self.class_map) != self.num_classes:
+                raise invalid(
+                    "class_map",
+                    f"{len(self.class_map)} entries",
+                    f"one class of the model for each of num_classes={self.num_classes}",
+                )
+        if self.image_shape is None:
+            object.__setattr__(self, "image_shape", self.latent_shape)
+        shape = checks.image_shape(self.image_shape)
+        if self.decoder is None and shape != tuple(self.latent_shape):
+            raise invalid(
+                "image_shape",
+                shape,
+                f"latent_shape={tuple(self.latent_shape)} for a model without a decoder",
+                "leave it out, or give the decoder",
+            )
+
+    def restricted(self, class_map: tuple[int, ...]) -> Denoiser:
+        """Return the same model for a job with some of its classes, in job order.
+
+        Raises:
+            UserError: An entry is not a class of the model, or is repeated.
+        """
+        own = self.class_map or range(self.num_classes)
+        repeated = len(set(class_map)) < len(class_map)
+        if repeated or not set(class_map) <= set(own):
+            without = "" if self.class_map is None else f" without {self.null_class}"
+            raise invalid(
+                "denoiser.class_map",
+                f"{min(class_map)} to {max(class_map)}{', some twice' if repeated else ''}",
+                f"different classes from {min(own)} to {max(own)}{without}",
+                "correct the map",
+            )
+        return replace(self, num_classes=len(class_map), class_map=class_map)

@@ -1,0 +1,118 @@
+"""A stream of images that are generated during training: labels, and the samplers in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.sampling.labels import LabelStream
+from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
+
+
+class GeneratedImages:
+    """Generate the images of a run, and check that they are finite.
+
+    Args:
+        labels: Source of image ids and classes.
+        samplers: Pairs of the progress from which a sampler is used and the sampler, in order of
+            the progress, which is in [0, 1) and 0 for the first.
+        ranks: Processes whose images are counted together.
+
+    Raises:
+        UserError: The progress of the samplers does not rise from 0.
+    """
+
+    is_exhausted = False
+    may_wait = False
+
+    def __init__(
+        self,
+        labels: LabelStream,
+        samplers: Sequence[tuple[float, DiffusionSampler]],
+        *,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        starts = [start for start, _ in samplers]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
+            raise invalid("samplers", f"starts {starts}", "rising numbers from 0 to less than 1")
+        self.labels, self.samplers, self._ranks = labels, tuple(samplers), ranks
+
+    @property
+    def rewrites(self) -> list[Callable[..., Tensor]]:
+        """The `sample` methods of all samplers, in order."""
+        return [sampler.sample for _, sampler in self.samplers]
+
+    def next_block(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the next ids and classes, (count,) int64 each; the same until `advance`."""
+        return self.labels.peek(count)
+
+    def write(self, ids: Tensor, labels: Tensor, out: Tensor, *, progress: float) -> None:
+        """Generate one image per id with the sampler in use at this progress of the run.
+
+        Args:
+            ids: Image ids, (B,) int64.
+            labels: Classes, (B,) int64.
+            out: Tensor for the images, (B, c, H, W) uint8, written in place.
+            progress: Progress of the run in [0, 1].
+        """
+        sampler = [sampler for start, sampler in self.samplers if start <= progress][-1]
+        sampler.sample(ids, labels, out=out)
+
+    def advance(self, count: int) -> None:
+        """Move past the `count` images that each rank got from `next_block`."""
+        self.labels.advance(count)
+
+    def warm_up(self, scratch: Tensor) -> None:
+        """Make a block of images with each sampler, so that it compiles.
+
+        Args:
+            scratch: Tensor with the shape, dtype and device of a block of the ring; not changed.
+
+        Raises:
+            NotFiniteError: Too many images are not finite, found before a long fill.
+        """
+        made = torch.empty_like(scratch)
+        ids = torch.arange(len(made), device=made.device)
+        for _, sampler in self.samplers:
+            sampler.sample(ids, torch.zeros_like(ids), out=made)
+        self._check(int(self._ranks.total(self._num_broken(made.device))))
+
+    def counts(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the number of images so far that are not finite.
+
+        It is multiplied by the number of ranks, because `Metrics` reports the mean over ranks.
+        """
+        return {"broken_images": self._num_broken(device).float() * self._ranks.world_size}
+
+    def check(self, counts: Mapping[str, int]) -> None:
+        """Stop a run with too many images that are not finite.
+
+        Raises:
+            NotFiniteError: The fraction of such images since the start is too large.
+        """
+        self._check(counts["broken_images"])
+
+    def totals(self) -> dict[str, float]:
+        """Return no figures."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the labels."""
+        return self.labels.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.labels.load_state_dict(state)
+
+    def _check(self, num_broken: int) -> None:
+        num_made = sum(sampler.num_made for _, sampler in self.samplers)
+        check_broken(num_broken, num_made * self._ranks.world_size)
+
+    def _num_broken(self, device: torch.device) -> Tensor:
+        none = torch.zeros((), dtype=torch.int64, device=device)
+        return sum((sampler.num_broken for _, sampler in self.samplers), none)

@@ -1,0 +1,56 @@
+"""Run a function of fixed shapes with few launches: a compiled copy, and a CUDA graph."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compiled(function: Any, **options: Any) -> Any:
+    """Compile a copy of `function` that has its own code object.
+
+    torch.compile stores its graphs by code object and stops compiling after eight of them, so
+    several samplers that share a code object would exceed this limit.
+
+    Args:
+        function: Function without a closure.
+        options: Further arguments of torch.compile.
+    """
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(copy, fullgraph=True, dynamic=False, **options)
+
+
+class CudaGraph:
+    """A function of ids and labels as a CUDA graph: two small copies, then one launch.
+
+    Args:
+        make: Function of ids and labels, (B,) int64 each, that never waits for the device.
+        ids, labels: Inputs of the warm-up runs; later inputs have the same shape.
+    """
+
+    def __init__(
+        self, make: Callable[[Tensor, Tensor], Tensor], ids: Tensor, labels: Tensor
+    ) -> None:
+        self._ids, self._labels = ids.clone(), labels.clone()
+        # Compilation and lazy initialization must be done before the capture.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                make(self._ids, self._labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._images = make(self._ids, self._labels)
+
+    def __call__(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Replay the graph; the next call overwrites the result."""
+        self._ids.copy_(ids)
+        self._labels.copy_(labels)
+        self._graph.replay()
+        return self._images

@@ -1,0 +1,299 @@
+"""The studies measure what they say: sets, students, fidelity figures, intervals, no cell twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from benchmarks.findings import finding_1, finding_2, study, tables
+from dmkd_fast import RingBuffer
+
+
+def small_set(count: int, *, seed: int = 0) -> study.FixedSet:
+    """Test images, which a student can learn from at once."""
+    test = study.test_images()
+    part = slice(seed * count, (seed + 1) * count)
+    return study.FixedSet(images=test.images[part], labels=test.labels[part])
+
+
+def test_a_student_sees_exactly_the_set_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    real = study.FixedSet.sample
+
+    def watched(self: study.FixedSet, ids: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        real(self, ids, *args, **kwargs)
+        if self.next_id:  # Before that, a warm-up.
+            seen.update(ids.tolist())
+
+    monkeypatch.setattr(study.FixedSet, "sample", watched)
+    torch.set_num_threads(1)
+    row = study.train_student(
+        small_set(2_100), teacher="lenet5", student="lenet5_half", num_views=12_800, seed=0
+    )
+    assert row["images"] == 2_048 and seen == set(range(512, 2_048))
+    assert 0.5 < row["top1"] < 0.85 and row["views"] == 12_800
+
+
+def test_a_ring_of_n_holds_n_images_and_lets_the_whole_stream_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[int] = []
+    advance = study.FixedSet.advance
+    monkeypatch.setattr(
+        study.FixedSet, "advance", lambda self, n: (given.append(n), advance(self, n))[1]
+    )
+    rings: list[RingBuffer] = []
+    monkeypatch.setattr(
+        study, "RingBuffer", lambda *a, **kw: (rings.append(RingBuffer(*a, **kw)), rings[-1])[1]
+    )
+    torch.set_num_threads(1)
+    study.train_student(
+        small_set(4_096),
+        teacher="lenet5",
+        student="lenet5_half",
+        num_views=6_400,
+        seed=0,
+        capacity=1_024,
+    )
+    assert sum(given) == 4_096
+    assert [ring.num_filled for ring in rings] == [1_024]
+
+
+def test_a_cell_on_record_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path)
+    options = argparse.Namespace(record=True, threads=1, selects=())
+    cells = study.Cells("thing", options)
+    assert not cells.has(arm="real", seed=0)
+    cells.add({"arm": "real", "seed": 0}, {"top1": 0.5, "cpu_s": 1.0})
+    again = study.Cells("thing", options)
+    assert again.has(arm="real", seed=0) and not again.has(arm="real", seed=1)
+    (row,) = again.rows
+    assert row["arguments"] == {"threads": 1}
+    row["superseded"] = "one seed"
+    (tmp_path / "thing.jsonl").write_text(json.dumps(row) + "\n")
+    assert not study.Cells("thing", options).has(arm="real", seed=0)
+    assert "top1" in capsys.readouterr().err
+
+
+def test_generated_sets_grow_without_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "CACHE", tmp_path)
+    settings = [
+        "sampler.num_steps=1",
+        "sampler.guidance_scale=1",
+        "sampler.compile=false",
+        "sampler.micro_batch_images=16",
+        "num_threads=1",
+    ]
+    whole = study.generated(48, settings)
+    next(tmp_path.iterdir()).unlink()
+    study.generated(16, settings)
+    grown = study.generated(48, settings)
+    assert torch.equal(whole.images, grown.images) and torch.equal(whole.labels, grown.labels)
+    assert len(study.generated(32, settings).images) == 32
+
+
+def test_precision_and_recall_of_points_that_are_known() -> None:
+    torch.manual_seed(0)
+    one = torch.randn(400, 4, dtype=torch.float64)
+    other = torch.randn(400, 4, dtype=torch.float64)
+    assert finding_2.covered(one, one) == 1.0
+    assert finding_2.covered(one, other) > 0.85
+    assert finding_2.covered(one + 100, other) == 0.0
+    # A set that is half of the other covers half of it; all of it is covered.
+    halves = torch.cat([one, one + 100])
+    assert finding_2.covered(one, halves) == 1.0 and finding_2.covered(halves, one) == 0.5
+
+
+@pytest.mark.parametrize(("k", "reach"), [(1, -1.0), (2, -3.0), (3, -7.0)])
+def test_balls_reach_to_the_kth_other_point(k: int, reach: float) -> None:
+    """Points 0, 1, 3 and 7 on a line; the farthest place below them that a ball covers."""
+    others = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    inside, outside = torch.tensor([[reach + 0.01]]), torch.tensor([[reach - 0.01]])
+    assert finding_2.covered(inside, others, k=k) == 1.0
+    assert finding_2.covered(outside, others, k=k) == 0.0
+    if k == 3:  # the default, as in the paper
+        assert finding_2.covered(inside, others) == 1.0
+        assert finding_2.covered(outside, others) == 0.0
+
+
+def test_cells_at_equal_compute_cost_the_same() -> None:
+    spent = {
+        finding_2.FORWARDS // finding_2.forwards(s, k) * finding_2.forwards(s, k)
+        for s, k in finding_2.EQUAL_COMPUTE
+    }
+    assert spent == {finding_2.FORWARDS}
+    assert finding_2.forwards(1.0, 4) == 4 and finding_2.forwards(4.0, 50) == 100
+
+
+def test_intervals_are_those_of_students_t() -> None:
+    """Two cells of three: means 80 and 90, pooled variance 1 over 4 degrees of freedom."""
+    rows = [
+        {"cell": c, "top1": (m + d) / 100} for c, m in (("a", 80), ("b", 90)) for d in (-1, 0, 1)
+    ]
+    grid = tables.Grid(rows, lambda r: r["cell"])
+    assert grid.freedom == 4 and grid.deviation == pytest.approx(1.0)
+    assert grid.half("a") == pytest.approx(2.776 / 3**0.5)
+    assert tables.t_975(24) == pytest.approx(2.0639, abs=1e-3)
+    assert tables.t_975(10) == pytest.approx(2.2281, abs=4e-3)
+    assert math.isnan(tables.t_975(0))
+
+
+def test_differences_are_paired_by_the_seeds_that_both_have() -> None:
+    """What a seed does to both cells cancels: gaps of 1, 2 and 3 among accuracies of 60 to 90."""
+    top1 = {"a": (60, 75, 90), "b": (61, 77, 93), "c": (50, 50)}
+    rows = [
+        {"cell": c, "seed": seed, "top1": value / 100}
+        for c, values in top1.items()
+        for seed, value in enumerate(values)
+    ]
+    grid = tables.Grid(rows, lambda r: r["cell"])
+    assert grid.difference(["b"], ["a"]) == f"+2.00 ± {4.303 / 3**0.5:.2f} (3 seeds)"
+    # Means over cells are taken seed by seed; the third seed is not in all cells.
+    gaps = (61 - 55.0, 77 - 62.5)
+    half = 12.706 * abs(gaps[1] - gaps[0]) / 2
+    mean = sum(gaps) / 2
+    assert grid.difference(["b"], ["a", "c"]) == f"{mean:+.2f} ± {half:.2f} (2 seeds)"
+    alone = tables.Grid([*rows[:1], *rows[3:4]], lambda r: r["cell"])
+    assert alone.difference(["b"], ["a"]) == "+1.00 (1 seed)"
+    apart = tables.Grid([rows[0], rows[4]], lambda r: r["cell"])
+    assert apart.difference(["b"], ["a"]) == "no seed in common"
+
+
+def test_guidance_and_steps_are_compared_over_the_other_axis() -> None:
+    """Accuracy 80 - guidance + steps / 10, and half a point by seed where guidance is 4."""
+    stamp = {"device": "CPU", "date": "2026-01-01"}
+    rows = [
+        {
+            "part": "grid",
+            "guidance_scale": s,
+            "num_steps": k,
+            "seed": seed,
+            "images": 1,
+            "views": 1,
+            "top1": (80 - s + k / 10 + 0.5 * seed * (s == 4)) / 100,
+            "environment": stamp,
+        }
+        for s in (1.0, 2.0, 4.0)
+        for k in (4, 50)
+        for seed in (1, 2)
+    ]
+    text = tables.finding_2(rows)
+    # Gaps of seeds 1 and 2: 2 - 0.5 and 2 - 1; 3 - 0.5 and 3 - 1; twice 4.6.
+    half = 12.706 * 0.5 / 2
+    assert f"guidance 2 less 4: +1.25 ± {half:.2f} (2 seeds)" in text
+    assert f"guidance 1 less 4: +2.25 ± {half:.2f} (2 seeds)" in text
+    assert "50 steps less 4: +4.60 ± 0.00 (2 seeds)" in text
+
+
+def test_a_ring_that_held_a_block_more_is_shown_with_it() -> None:
+    stamp = {"device": "CPU", "date": "2026-01-01"}
+    old = {
+        "how": "ring",
+        "held_images": 1024,
+        "images": 4096,
+        "views": 8192,
+        "seed": 0,
+        "top1": 0.8,
+        "superseded": "ring of N + 512",
+        "environment": stamp,
+    }
+    new = {**old, "how": "frozen", "held_images": 4096, "top1": 0.9}
+    del new["superseded"]
+    text = tables.reuse([old, new])
+    assert "| ring, 4,096 pass | 1,536 | 1.1 | 2 | 80.00 | -10.00 (1 seed) |" in text
+    assert "| frozen set | 4,096 | 3.1 | 2 | 90.00 |  |" in text
+
+
+def likeness(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    """Largest cosine between weights of two networks, in standard deviations of unrelated ones."""
+    pairs = [
+        (a.flatten()[:n], b.flatten()[:n])
+        for a in one.parameters()
+        for b in other.parameters()
+        if (n := min(a.numel(), b.numel())) >= 64 and a.std() > 0 and b.std() > 0
+    ]
+    return max(float(cosine_similarity(a, b, dim=0).abs()) * len(a) ** 0.5 for a, b in pairs)
+
+
+@torch.no_grad()
+def test_no_student_starts_like_a_teacher() -> None:
+    """Trained teachers keep so much of their initial weights that a common seed shows."""
+    for name in study.EMBEDDED_TEACHERS:
+        teacher, spec = study.load_teacher(name)
+        for student in study.STUDENTS:
+            for seed in study.student_seeds(5):
+                assert likeness(study.new_student(student, seed, spec)[0], teacher) < 5
+        # Seed 0, which the teachers have, is what this would find.
+        if name in ("weak", "lenet5"):
+            assert likeness(study.new_student("lenet5_half", 0, spec)[0], teacher) > 6
+
+
+def test_tables_render_with_whatever_rows_exist() -> None:
+    stamp = {"device": "CPU", "date": "2026-01-01"}
+    one = {"arm": "real", "top1": 0.9, "agreement": 0.95, "views": 100, "environment": stamp}
+    assert "| real training images (55,000) | 90.00 |  | 1 | 95.00 |" in tables.finding_1([one])
+    cell = {
+        "part": "grid",
+        "guidance_scale": 1.0,
+        "num_steps": 4,
+        "seed": 0,
+        "top1": 0.8,
+        "images": 10,
+        "views": 100,
+        "cpu_s": 3600.0,
+        "environment": stamp,
+    }
+    text = tables.finding_2([cell])
+    assert "| 1 | 80.00 |" in text and "1.00 CPU hours" in text
+
+
+def test_teachers_are_compared_over_all_temperatures() -> None:
+    stamp = {"device": "CPU", "date": "2026-01-01"}
+    rows = [
+        {
+            "student": "s",
+            "teacher": t,
+            "temperature": k,
+            "seed": seed,
+            "top1": (m + seed) / 100,
+            "views": 10,
+            "environment": stamp,
+        }
+        for t, m in (("weak", 80), ("strong", 70))
+        for k in (1.0, 4.0)
+        for seed in (0, 1)
+    ]
+    rows[-1]["top1"] += 0.04  # strong, T = 4, seed 1: by seed the gaps are 10 and 8
+    text = tables.finding_3(rows)
+    assert f"weak less strong teacher +9.00 ± {12.706:.2f} (2 seeds)." in text
+    # A cell that started as its teacher is left out, and what it would change is said.
+    rows[0]["superseded"] = "starts as the teacher"
+    text = tables.finding_3(rows)
+    assert "weak less strong teacher +8.00 (1 seed), with the cells left out +9.00" in text
+
+
+def test_photo_crops_and_noise_are_what_they_are_called() -> None:
+    crops = finding_1.crops_of_a_photo(256).double()
+    assert 20 < crops.std(dim=(1, 2, 3)).mean() < 90
+    assert len(crops.flatten(1).unique(dim=0)) == 256
+    noise = finding_1.noise(512).double()
+    assert abs(noise.mean() - 127.5) < 1 and abs(noise.std() - 73.9) < 1
+
+
+def test_a_line_is_found_and_a_bend_is_told() -> None:
+    xs = [1.0, 2.0, 4.0, 8.0]
+    intercept, slope, worst = tables.line(xs, [3 + 2 * x for x in xs])
+    assert (intercept, slope) == (pytest.approx(3.0), pytest.approx(2.0)) and worst < 1e-9
+    assert tables.line(xs, [x**2 for x in xs])[2] > 0.2

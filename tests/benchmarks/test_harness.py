@@ -1,0 +1,47 @@
+"""The harness times arms in turn, and records rows, goals and arguments."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harness
+
+
+def test_arguments_that_change_no_figure_are_not_recorded() -> None:
+    parser = harness.arguments("thing", "", selects=["parts"])
+    for name in ("--data", "--views", "--parts"):
+        parser.add_argument(name, type=Path)
+    options = parser.parse_args(["--record", "--data", "a", "--views", "b", "--parts", "c"])
+    assert harness.recorded(options) == {"views": "b"}
+
+
+def test_arms_take_turns_and_medians_are_right() -> None:
+    order: list[str] = []
+    arms = {
+        "slow": lambda: (order.append("slow"), time.sleep(0.02)),
+        "fast": lambda: order.append("fast"),
+    }
+    timings = harness.time_interleaved(arms, n=3, warmup=1)
+    assert order == ["slow", "fast"] * 4
+    assert 20 <= timings["slow"]["median_ms"] < 60 > timings["fast"]["median_ms"]
+    assert harness.summary([5, 1, 4, 2, 3]) == {"median_ms": 3, "p20_ms": 2, "p80_ms": 4, "n": 5}
+
+
+def test_missed_goal_is_reported_and_rows_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    report = harness.Report(bench="thing", arguments={"n": 3})
+    report.rows.append({"x": 1})
+    report.at_least("speed", 2.0, 3.0)
+    report.at_most("time", 2.0, 3.0)
+    report.finish(record=True)
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["goals"]["speed"] == {"value": 2.0, "goal": 3.0, "met": False}
+    assert line["goals"]["time"]["met"] and line["environment"]["cores"] >= 1
+    (row,) = harness.read_rows("thing")
+    assert row["x"] == 1 and row["arguments"] == {"n": 3}

@@ -1,0 +1,54 @@
+"""Class names from files, folders and networks are read, ordered and compared in one way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dmkd_fast.data.class_names import (
+    class_order,
+    compare_class_names,
+    order_folders,
+    teacher_order,
+)
+from dmkd_fast.data.listing import SourceError
+from dmkd_fast.runtime.errors import UserError
+
+FOLDER = Path("set")
+
+
+def test_numbers_are_sorted_by_value_and_names_alphabetically() -> None:
+    assert class_order(["10", "2", "1"]) == ("1", "2", "10")
+    assert class_order(["b", "2", "10"]) == ("10", "2", "b")
+
+
+def test_class_names_in_another_order_are_refused() -> None:
+    def check(names: tuple[str, ...] | None, tested: list[str]) -> None:
+        compare_class_names("m", names, tested, setting="--classes")
+
+    check(None, ["a", "b"])
+    check(("T-shirt/top", "Ankle boot"), ["t_shirt top", "ankle-boot"])
+    check(("cat", "dog"), ["0", "1"])
+    check(("0", "1"), ["cat", "dog"])
+    check(("cat", "dog"), ["cat"])  # numbers of classes are compared elsewhere
+    with pytest.raises(UserError, match=r"class 0 is 'cat' in m and 'dog' in .*set --classes to"):
+        check(("cat", "dog"), ["dog", "cat"])
+
+
+def test_folders_and_the_list_of_classes_must_have_the_same_names() -> None:
+    assert order_folders(FOLDER, ["a", "b"], ("b", "a")) == ("b", "a")
+    with pytest.raises(SourceError, match="no folder for class 'b' and 1 more, which the list"):
+        order_folders(FOLDER, ["a"], ("a", "b", "c"))
+    with pytest.raises(SourceError, match="folder 'b', which the list of classes does not have"):
+        order_folders(FOLDER, ["a", "b"], ("a",))
+    with pytest.raises(SourceError, match="no folder for class '0'"):
+        order_folders(FOLDER, ["a", "b"], ("0", "1"))
+
+
+def test_a_teachers_classes_are_matched_by_name_or_number() -> None:
+    assert teacher_order(FOLDER, ["a", "b"], 2, ("b", "a")) == ("b", "a")
+    assert teacher_order(FOLDER, ["10", *map(str, range(10))], 11, ("x",) * 11)[-1] == "10"
+    assert teacher_order(FOLDER, ["b", "a"], 2, ("0", "1")) == ("a", "b")
+    with pytest.raises(SourceError, match="no folder for class 'c', which the test set has"):
+        teacher_order(FOLDER, ["a", "b"], 2, ("a", "c"))

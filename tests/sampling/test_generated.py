@@ -1,0 +1,37 @@
+"""Generated images as a stream: the sampler in use, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_jobs import tiny_sampler
+
+from dmkd_fast import GeneratedImages, LabelStream
+from dmkd_fast.runtime.errors import UserError
+
+
+def test_progress_selects_the_sampler_and_all_of_them_can_make_images_again() -> None:
+    samplers = [(0.0, tiny_sampler()), (0.5, tiny_sampler(num_steps=1))]
+    images = GeneratedImages(LabelStream(4), samplers)
+    ids, labels = images.next_block(16)
+    assert torch.equal(images.next_block(16)[0], ids)  # the same until `advance`
+    made = []
+    for progress in (0.0, 0.49, 0.5, 1.0):
+        out = torch.empty((16, 1, 8, 8), dtype=torch.uint8)
+        images.write(ids, labels, out, progress=progress)
+        made.append(out)
+    again = [torch.empty_like(made[0]) for _ in samplers]
+    for rewrite, out in zip(images.rewrites, again, strict=True):
+        rewrite(ids, labels, out=out)
+    expected = [again[0], again[0], again[1], again[1]]
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    assert not torch.equal(*again)
+    images.advance(16)
+    assert images.next_block(16)[0].tolist() == list(range(16, 32))
+
+
+@pytest.mark.parametrize("starts", [[], [0.1], [0.0, 0.0], [0.0, 0.6, 0.5], [0.0, 1.0]])
+def test_samplers_whose_progress_does_not_rise_from_0_are_refused(starts: list[float]) -> None:
+    samplers = [(start, tiny_sampler()) for start in starts]
+    with pytest.raises(UserError, match=r"^samplers: got starts .* expected rising numbers from 0"):
+        GeneratedImages(LabelStream(4), samplers)
