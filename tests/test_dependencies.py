@@ -159,7 +159,7 @@ def triton() -> None:
 
 
 def inductor() -> None:
-    import torch._inductor.config as config
+    from torch._inductor import config
 
     assert isinstance(config.deterministic, bool)
 
