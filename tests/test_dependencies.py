@@ -152,6 +152,14 @@ def functorch() -> None:
     assert not torch._C._are_functorch_transforms_active()
 
 
+def stores() -> None:
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    store = TCPStore("127.0.0.1", 0, 1, True)
+    PrefixStore("a/", store).set("key", "value")
+    assert store.get("a/key") == b"value"
+
+
 def triton() -> None:
     from torch.utils._triton import has_triton
 
@@ -166,6 +174,8 @@ def inductor() -> None:
 
 CANARIES = {
     "torch._C._are_functorch_transforms_active": functorch,
+    "torch._C._distributed_c10d.PrefixStore": stores,
+    "torch._C._distributed_c10d.TCPStore": stores,
     "torch._foreach_copy_": foreach,
     "torch._foreach_sub": foreach,
     "torch._foreach_mul_": foreach,
