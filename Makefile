@@ -1,7 +1,11 @@
 # make run    set up, then distill a student and test it on real images
 # make test   set up, then run the tests
 # make setup  .venv with the package, its extension and its extras
+#   EXTRAS=slim      leaves out DALI and xformers
+#   TORCH_INDEX=URL  package index of torch and torchvision
 PYTHON ?= python3
+EXTRAS ?= all
+slim := distill,text,tensorboard
 BIN := .venv/bin
 STAMP := .venv/.ready
 
@@ -26,9 +30,11 @@ setup: $(STAMP)
 # torch comes first: the extension is built against the torch that will load it.
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja \
-	  "$$($(BIN)/python -c 'import tomllib; d = tomllib.load(open("pyproject.toml", "rb")); print(next(r for r in d["project"]["dependencies"] if r.startswith("torch")))')"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dali,xformers,docs,dev]"
+	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+	  "torch>=2.10" "torchvision>=0.25"
+	$(BIN)/python -m pip install --quiet --no-build-isolation \
+	  -e ".[$(if $(filter slim,$(EXTRAS)),$(slim),$(EXTRAS)),docs,dev]"
 	touch $(STAMP)
 
 # Hashes that stay equal as long as code only moves.

@@ -11,9 +11,9 @@
 #include "kd_loss_cpu.h"
 
 #include <algorithm>
-#include <string>
 #include <vector>
 
+#include "instruction_sets.h"
 #include "scalar_types.h"
 
 namespace dmkd {
@@ -302,21 +302,16 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
   return -1;
 }
 
-// The same code compiled three times; the machine decides at run time. `flatten` pulls everything
-// into the function that carries the target attribute.
-__attribute__((
-    flatten, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))) int64_t
-run_avx512(const KdArguments& a, int64_t begin, int64_t end) {
+DMKD_FLATTEN_AVX512 int64_t run_avx512(const KdArguments& a, int64_t begin, int64_t end) {
   return rows<float, true>(a, begin, end);
 }
 
-__attribute__((flatten, target("avx2,fma"))) int64_t run_avx2(const KdArguments& a, int64_t begin,
-                                                              int64_t end) {
+DMKD_FLATTEN_AVX2 int64_t run_avx2(const KdArguments& a, int64_t begin, int64_t end) {
   return rows<float, true>(a, begin, end);
 }
 
-int64_t run_scalar(const KdArguments& a, int64_t begin, int64_t end) {
-  return rows<float, false>(a, begin, end);
+int64_t run_baseline(const KdArguments& a, int64_t begin, int64_t end) {
+  return rows<float, kBaselineHasFma>(a, begin, end);
 }
 
 // float64 is for checking gradients, not for speed.
@@ -326,20 +321,8 @@ int64_t run_double(const KdArguments& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const char* kd_loss_instruction_set() {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return "avx512";
-  }
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "avx2" : "scalar";
-}
-
 int64_t kd_loss_rows(const KdArguments& arguments, int64_t begin, int64_t end) {
-  using Run = int64_t (*)(const KdArguments&, int64_t, int64_t);
-  static const Run run = [] {
-    const std::string name = kd_loss_instruction_set();
-    return name == "avx512" ? run_avx512 : name == "avx2" ? run_avx2 : run_scalar;
-  }();
+  static const auto run = best_of(run_baseline, run_avx2, run_avx512);
   return (arguments.is_double ? run_double : run)(arguments, begin, end);
 }
 

@@ -46,7 +46,4 @@ struct KdArguments {
 // Computes rows [begin, end). Returns the first row whose class id is out of range, or -1.
 int64_t kd_loss_rows(const KdArguments& arguments, int64_t begin, int64_t end);
 
-// "avx512", "avx2" or "scalar": what this machine runs.
-const char* kd_loss_instruction_set();
-
 }  // namespace dmkd

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "instruction_sets.h"
 #include "scalar_types.h"
 
 namespace dmkd {
@@ -90,26 +91,22 @@ DMKD_INLINE void fill_rows(const NoiseArguments& a, int64_t begin, int64_t end) 
   }
 }
 
-__attribute__((flatten, target("avx512f,avx512dq,avx512vl,prefer-vector-width=512"))) void
-rows_avx512(const NoiseArguments& a, int64_t begin, int64_t end) {
+DMKD_FLATTEN_AVX512 void rows_avx512(const NoiseArguments& a, int64_t begin, int64_t end) {
   fill_rows(a, begin, end);
 }
 
-__attribute__((flatten, target("avx2"))) void rows_avx2(const NoiseArguments& a, int64_t begin,
-                                                        int64_t end) {
+DMKD_FLATTEN_AVX2 void rows_avx2(const NoiseArguments& a, int64_t begin, int64_t end) {
   fill_rows(a, begin, end);
 }
 
-void rows_scalar(const NoiseArguments& a, int64_t begin, int64_t end) { fill_rows(a, begin, end); }
+void rows_baseline(const NoiseArguments& a, int64_t begin, int64_t end) {
+  fill_rows(a, begin, end);
+}
 
 }  // namespace
 
 void normal_rows(const NoiseArguments& arguments, int64_t begin, int64_t end) {
-  using Run = void (*)(const NoiseArguments&, int64_t, int64_t);
-  static const Run run = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                                 __builtin_cpu_supports("avx512vl")
-                             ? rows_avx512
-                             : (__builtin_cpu_supports("avx2") ? rows_avx2 : rows_scalar);
+  static const auto run = best_of(rows_baseline, rows_avx2, rows_avx512);
   run(arguments, begin, end);
 }
 

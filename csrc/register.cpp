@@ -17,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "instruction_sets.h"
 #include "kd_loss_cpu.h"
 
 namespace dmkd {
@@ -229,7 +230,10 @@ STABLE_TORCH_LIBRARY_IMPL(dmkd_fast, CPU, m) {
 namespace {
 
 PyObject* instruction_set(PyObject*, PyObject*) {
-  return PyUnicode_FromString(dmkd::kd_loss_instruction_set());
+  const dmkd::Isa isa = dmkd::best_isa();
+  return PyUnicode_FromString(isa >= dmkd::Isa::kAvx512 ? "avx512"
+                              : isa == dmkd::Isa::kAvx2 ? "avx2"
+                                                        : "scalar");
 }
 
 PyMethodDef methods[] = {

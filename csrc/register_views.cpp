@@ -1,6 +1,8 @@
 // CPU implementations of the operators behind views, by libtorch's stable ABI (see register.cpp).
 
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,19 +26,21 @@ constexpr int64_t kElementsPerTask = 16384;
 constexpr int64_t kMaxSide = 8192;  // MAX_SIDE of dmkd_fast/views/ops.py
 // Results above this size are mapped anew by glibc each time, and every page of them faults.
 constexpr int64_t kMappedBytes = int64_t{32} << 20;
-#ifndef MADV_POPULATE_WRITE  // Linux 5.14
+#if defined(__linux__) && !defined(MADV_POPULATE_WRITE)  // Linux 5.14
 #define MADV_POPULATE_WRITE 23
 #endif
 
 // Maps the pages under a stretch of fresh memory in one call, shortly before it is written. Two
 // threads fill 77 MB in 13 to 15 ms so, in 22 fault by fault. Asking for 2 MiB pages instead is
 // faster at best (5 ms), but took 76 ms where the kernel had to make room for them first.
-void populate(char* data, int64_t bytes) {
+void populate([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
   constexpr uintptr_t page = 4096;
   const auto start = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = start / page * page;
   const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+#endif
 }
 
 // The stride of a dimension of one element means nothing.

@@ -4,11 +4,13 @@
 // them, each over memory; here keys and values of one head are packed once, and scores of a few
 // queries stay in the first-level cache from the first product to the last. T tokens, d head_dim.
 
+#include "instruction_sets.h"
+
+#if DMKD_X86
+
 // GCC 12 warns about its own _mm512_undefined (bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
-#include "transformer_avx512.h"
 
 #include <immintrin.h>
 
@@ -18,6 +20,7 @@
 #include <vector>
 
 #include "scalar_types.h"
+#include "transformer_avx512.h"
 
 #define DMKD_AVX512                                                \
   __attribute__((                                                  \
@@ -389,3 +392,5 @@ void attention_float(const Attention& work, int64_t begin, int64_t end) {
 }
 
 }  // namespace dmkd::avx512
+
+#endif

@@ -9,12 +9,11 @@
 
 #include "transformer_cpu.h"
 
-#include <immintrin.h>
-
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "instruction_sets.h"
 #include "scalar_types.h"
 #include "transformer_avx512.h"
 
@@ -133,37 +132,16 @@ DMKD_INLINE void norm(const ResidualNorm& w, int64_t begin, int64_t end) {
                                 bool bfloat16) {                                   \
     bfloat16 ? norm<BFloat16>(w, begin, end) : norm<float>(w, begin, end);         \
   }
-DMKD_FOR(avx512, __attribute__((flatten, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,"
-                                                "prefer-vector-width=512"))))
-DMKD_FOR(avx2, __attribute__((flatten, target("avx2,fma"))))
+DMKD_FOR(avx512, DMKD_FLATTEN_AVX512)
+DMKD_FOR(avx2, DMKD_FLATTEN_AVX2)
 DMKD_FOR(baseline, __attribute__((flatten)))
 #undef DMKD_FOR
 
-enum class Level { baseline, avx2, avx512, avx512_bf16 };
-
-Level level() {
-  static const Level found = [] {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return __builtin_cpu_supports("avx512bf16") ? Level::avx512_bf16 : Level::avx512;
-    }
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Level::avx2
-                                                                           : Level::baseline;
-  }();
-  return found;
-}
-
 template <typename scalar_t>
 void run_gelu(const GeluWork<scalar_t>& work) {
-  switch (level()) {
-    case Level::avx512_bf16:
-    case Level::avx512:
-      return gelu_avx512(work);
-    case Level::avx2:
-      return gelu_avx2(work);
-    case Level::baseline:
-      return gelu_baseline(work);
-  }
+  using Run = void(const GeluWork<scalar_t>&);
+  static const auto run = best_of<Run>(gelu_baseline, gelu_avx2, gelu_avx512);
+  run(work);
 }
 
 }  // namespace
@@ -179,31 +157,31 @@ void gelu_tanh(const void* in, const void* bias, void* out, int64_t begin, int64
                               columns};
   };
   if (!bfloat16) return run_gelu(work(0.0f));
-  if (level() == Level::avx512_bf16) return avx512::gelu(in, bias, out, begin, end, columns);
+#if DMKD_X86
+  if (can_attend(bfloat16)) return avx512::gelu(in, bias, out, begin, end, columns);
+#endif
   run_gelu(work(BFloat16{}));
 }
 
 void residual_norm(const ResidualNorm& work, int64_t begin, int64_t end, bool bfloat16) {
-  switch (level()) {
-    case Level::avx512_bf16:
-      if (bfloat16) return avx512::residual_norm(work, begin, end);
-      [[fallthrough]];
-    case Level::avx512:
-      return norm_avx512(work, begin, end, bfloat16);
-    case Level::avx2:
-      return norm_avx2(work, begin, end, bfloat16);
-    case Level::baseline:
-      return norm_baseline(work, begin, end, bfloat16);
-  }
+#if DMKD_X86
+  if (bfloat16 && can_attend(bfloat16)) return avx512::residual_norm(work, begin, end);
+#endif
+  static const auto run = best_of(norm_baseline, norm_avx2, norm_avx512);
+  run(work, begin, end, bfloat16);
 }
 
 bool can_attend(bool bfloat16) {
-  return level() == Level::avx512_bf16 || (level() == Level::avx512 && !bfloat16);
+  return best_isa() >= (bfloat16 ? Isa::kAvx512Bf16 : Isa::kAvx512);
 }
 
+#if DMKD_X86
 void attention(const Attention& work, int64_t begin, int64_t end, bool bfloat16) {
   bfloat16 ? avx512::attention_bfloat16(work, begin, end)
            : avx512::attention_float(work, begin, end);
 }
+#else
+void attention(const Attention&, int64_t, int64_t, bool) {}  // can_attend is false
+#endif
 
 }  // namespace dmkd

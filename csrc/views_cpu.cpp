@@ -15,13 +15,12 @@
 #include <cstddef>
 #include <vector>
 
+#include "instruction_sets.h"
 #include "scalar_types.h"
 #include "views_resample.h"
 
 namespace dmkd {
 namespace {
-
-enum class Isa { kScalar, kAvx2, kAvx512 };
 
 struct Scratch {
   Axis rows, columns;
@@ -97,7 +96,7 @@ DMKD_INLINE void copy_crop(const ViewsArguments& a, const Box& box, const scalar
 
 template <Isa isa, typename scalar_t>
 struct Resampler {
-  static constexpr bool has_fma = isa != Isa::kScalar;
+  static constexpr bool has_fma = isa != Isa::kBaseline || kBaselineHasFma;
   const ViewsArguments& a;
   Scratch& s;
   const Box& box;
@@ -117,11 +116,13 @@ struct Resampler {
       for (next = std::max(next, begin); next <= last; ++next) fill(next);
       for (int64_t k = 0; k < s.rows.taps; ++k) s.sources[k] = slot(std::min(begin + k, last));
       const float* weights = s.rows.weights.data() + i;
+#if DMKD_X86
       if constexpr (isa == Isa::kAvx512) {
         blend_avx512(s.sources.data(), weights, a.size, s.rows.taps, out + i * count, count);
-      } else {
-        blend<has_fma>(s.sources.data(), weights, a.size, s.rows.taps, out + i * count, count);
+        continue;
       }
+#endif
+      blend<has_fma>(s.sources.data(), weights, a.size, s.rows.taps, out + i * count, count);
     }
   }
 
@@ -143,6 +144,7 @@ struct Resampler {
       }
     }
     float* const target = slot(row);
+#if DMKD_X86
     if constexpr (isa == Isa::kAvx512) {
       if (a.channels == 3) {
         resample_lines_avx512<3>(s.columns, s.lines.data(), line_stride, target, a.size);
@@ -153,6 +155,7 @@ struct Resampler {
         return;
       }
     }
+#endif
     for (int64_t c = 0; c < a.channels; ++c) {
       resample_line<has_fma>(s.columns, s.lines.data() + c * line_stride, target + c, a.size,
                              a.channels);
@@ -196,19 +199,16 @@ DMKD_INLINE void render_any(const ViewsArguments& a, int64_t begin, int64_t end)
   }
 }
 
-// The same code compiled three times; the machine decides at run time.
-DMKD_AVX512 __attribute__((flatten)) void rows_avx512(const ViewsArguments& a, int64_t begin,
-                                                      int64_t end) {
+DMKD_FLATTEN_AVX512 void rows_avx512(const ViewsArguments& a, int64_t begin, int64_t end) {
   render_any<Isa::kAvx512>(a, begin, end);
 }
 
-__attribute__((flatten, target("avx2,fma"))) void rows_avx2(const ViewsArguments& a, int64_t begin,
-                                                            int64_t end) {
+DMKD_FLATTEN_AVX2 void rows_avx2(const ViewsArguments& a, int64_t begin, int64_t end) {
   render_any<Isa::kAvx2>(a, begin, end);
 }
 
-void rows_scalar(const ViewsArguments& a, int64_t begin, int64_t end) {
-  render_any<Isa::kScalar>(a, begin, end);
+void rows_baseline(const ViewsArguments& a, int64_t begin, int64_t end) {
+  render_any<Isa::kBaseline>(a, begin, end);
 }
 
 }  // namespace
@@ -224,15 +224,7 @@ bool is_inside(const ViewsArguments& a, int64_t row) {
 }
 
 void view_rows(const ViewsArguments& arguments, int64_t begin, int64_t end) {
-  using Run = void (*)(const ViewsArguments&, int64_t, int64_t);
-  static const Run run = [] {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return rows_avx512;
-    }
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? rows_avx2
-                                                                           : rows_scalar;
-  }();
+  static const auto run = best_of(rows_baseline, rows_avx2, rows_avx512);
   run(arguments, begin, end);
 }
 

@@ -9,23 +9,21 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "instruction_sets.h"
 #include "scalar_types.h"
+
+#if DMKD_X86
+#include <immintrin.h>
+#endif
 
 namespace dmkd {
 namespace {
 
 constexpr int64_t kSlack = 48;  // floats that vectors may read or write beyond a row
-
-#define DMKD_AVX512                                                                  \
-  __attribute__((                                                                    \
-      target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=" \
-             "512")))
 
 // How one axis of a crop becomes `size` pixels: pixel j is the sum over k of weights[k, j] *
 // source[first[j] + k]. No tap lies beyond the crop, but for the second one of a crop of one pixel,
@@ -104,9 +102,31 @@ DMKD_INLINE void resample_line(const Axis& axis, const float* __restrict line,
   }
 }
 
-// The same by vectors of 16 pixels, three channels interleaved where there are three. The sources
-// of 16 neighbours lie within 32 floats if there are two taps, so two registers are the table of
-// a permutation, which takes the place of a gather.
+// out[i] = sum_k weight(k) * sources[k][i]: the vertical pass, and the cast.
+template <bool has_fma, typename scalar_t>
+DMKD_INLINE void blend(const float* const* sources, const float* weights, int64_t stride,
+                       int64_t taps, scalar_t* __restrict out, int64_t count) {
+  constexpr int64_t block = 64;
+  for (int64_t begin = 0; begin < count; begin += block) {
+    const int64_t here = std::min(block, count - begin);
+    float sums[block];
+    const float* __restrict source = sources[0] + begin;
+    for (int64_t i = 0; i < here; ++i) sums[i] = weights[0] * source[i];
+    for (int64_t k = 1; k < taps; ++k) {
+      const float w = weights[k * stride];
+      source = sources[k] + begin;
+      for (int64_t i = 0; i < here; ++i) sums[i] = multiply_add<has_fma>(w, source[i], sums[i]);
+    }
+    for (int64_t i = 0; i < here; ++i) narrow(out + begin + i, sums[i]);
+  }
+}
+
+#if DMKD_X86
+#define DMKD_AVX512 __attribute__((target(DMKD_AVX512_TARGET)))
+
+// resample_line by vectors of 16 pixels, three channels interleaved where there are three. The
+// sources of 16 neighbours lie within 32 floats if there are two taps, so two registers are the
+// table of a permutation, which takes the place of a gather.
 template <int channels>
 DMKD_AVX512 void resample_lines_avx512(const Axis& axis, const float* lines, int64_t line_stride,
                                        float* out, int64_t size) {
@@ -189,25 +209,6 @@ DMKD_AVX512 DMKD_INLINE void store_avx512(BFloat16* out, __m512 value, __mmask16
   _mm256_mask_storeu_epi16(out, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-// out[i] = sum_k weight(k) * sources[k][i]: the vertical pass, and the cast.
-template <bool has_fma, typename scalar_t>
-DMKD_INLINE void blend(const float* const* sources, const float* weights, int64_t stride,
-                       int64_t taps, scalar_t* __restrict out, int64_t count) {
-  constexpr int64_t block = 64;
-  for (int64_t begin = 0; begin < count; begin += block) {
-    const int64_t here = std::min(block, count - begin);
-    float sums[block];
-    const float* __restrict source = sources[0] + begin;
-    for (int64_t i = 0; i < here; ++i) sums[i] = weights[0] * source[i];
-    for (int64_t k = 1; k < taps; ++k) {
-      const float w = weights[k * stride];
-      source = sources[k] + begin;
-      for (int64_t i = 0; i < here; ++i) sums[i] = multiply_add<has_fma>(w, source[i], sums[i]);
-    }
-    for (int64_t i = 0; i < here; ++i) narrow(out + begin + i, sums[i]);
-  }
-}
-
 template <typename scalar_t>
 DMKD_AVX512 void blend_avx512(const float* const* sources, const float* weights, int64_t stride,
                               int64_t taps, scalar_t* out, int64_t count) {
@@ -225,6 +226,7 @@ DMKD_AVX512 void blend_avx512(const float* const* sources, const float* weights,
     store_avx512(out + i, sum, mask);
   }
 }
+#endif  // DMKD_X86
 
 }  // namespace
 }  // namespace dmkd

@@ -1,28 +1,37 @@
-"""The build: one abi3 wheel, and an install without compiler or torch that says what it lacks."""
+"""The build: one abi3 wheel from the sdist, and an install that goes on without the extension."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
+from sysconfig import get_path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "setup.py", "--quiet", *arguments],
-        cwd=ROOT,
+        [sys.executable, *arguments],
+        cwd=cwd,
         check=True,
         text=True,
         capture_output=True,
         env=os.environ | environment,
     )
+
+
+def pip(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    return run("-m", "pip", arguments[0], *options, *arguments[1:], cwd=cwd, **environment)
 
 
 def test_extension_uses_stable_interfaces_only() -> None:
@@ -38,29 +47,104 @@ def test_extension_uses_stable_interfaces_only() -> None:
     assert any(name.startswith(("aoti_torch", "torch_")) for name in names)
 
 
-def test_without_a_compiler_setup_goes_on_and_says_so() -> None:
-    done = setup("--name", CXX="no-such-compiler")
-    assert "without the CPU kernels" in done.stderr and "torch.compile" in done.stderr
+def compile_all(compiler: str, folder: Path, *flags: str, sources: str = "*.cpp") -> None:
+    """Compile sources as setup.py does, with all warnings as errors."""
+    from torch.utils.cpp_extension import include_paths
+
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    flags += tuple(re.findall(r'^    "(-[^"]+)",$', text, re.MULTILINE))
+    assert "-std=c++20" in flags
+    flags += tuple(f"-isystem{path}" for path in [*include_paths(), get_path("include")])
+    for source in sorted((ROOT / "csrc").glob(sources)):
+        target = ["-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+        subprocess.run([compiler, *flags, "-fPIC", "-Werror", *target], check=True)
+
+
+def test_no_kernel_needs_intrinsics_of_x86(tmp_path: Path) -> None:
+    """The headers of intrinsics are not even included; a cross compiler is not needed for this."""
+    compile_all("g++", tmp_path, "-DDMKD_X86=0", "-fsyntax-only", sources="[!r]*.cpp")
 
 
 @pytest.mark.slow
-def test_wheel_is_one_for_all_pythons(tmp_path: Path) -> None:
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            ".",
-            "--no-deps",
-            "--no-build-isolation",
-            "--wheel-dir",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="needs Debian's g++-aarch64-linux-gnu"
+)
+def test_all_sources_compile_for_aarch64(tmp_path: Path) -> None:
+    compile_all("aarch64-linux-gnu-g++", tmp_path)
+    assert len(list(tmp_path.glob("*.o"))) == len(list(ROOT.glob("csrc/*.cpp")))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the build reads, with a single C++ source."""
+    folder = tmp_path / "checkout"
+    (folder / "csrc").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "csrc" / "register.cpp").write_text("int main() { return 0; }\n")
+    (folder / "dmkd_fast").mkdir()
+    (folder / "dmkd_fast" / "__init__.py").write_text("")
+    return folder
+
+
+FAILURES = [
+    "CXX=false",
+    pytest.param("#error stop here", marks=pytest.mark.slow),
+    pytest.param("no C++20", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_build_warns_once_and_the_install_goes_on(checkout: Path, failure: str) -> None:
+    environment = {}
+    if failure.startswith("CXX"):
+        environment["CXX"] = "false"
+    elif failure.startswith("#"):
+        (checkout / "csrc" / "register.cpp").write_text(failure)
+    else:
+        old = checkout / "old-compiler"
+        old.write_text('#!/bin/sh\ncase "$*" in *-std=c++20*) exit 1; esac\nexec g++ "$@"\n')
+        old.chmod(0o755)
+        environment["CXX"] = str(old)
+    done = run("setup.py", "build", "--build-base", "out", cwd=checkout, **environment)
+    assert done.stderr.count("dmkd_fast: warning: installing without the CPU kernels") == 1
+    assert list(checkout.glob("out/lib*/dmkd_fast/__init__.py"))
+    assert not list(checkout.rglob("*.so"))
+
+
+def test_without_torch_setup_goes_on_and_says_so(checkout: Path) -> None:
+    script = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--name']; "
+        "runpy.run_path('setup.py', run_name='__main__')"
     )
+    done = run("-c", script, cwd=checkout)
+    assert "without the CPU kernels" in done.stderr and "torch" in done.stderr
+    assert done.stdout.strip().endswith("dmkd_fast")
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run("setup.py", "--quiet", "egg_info", "-e", str(folder), "sdist", "-d", str(folder), cwd=ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def test_the_sdist_holds_all_that_a_build_reads(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for pattern in ("csrc/*", "dmkd_fast/**/*.py", "configs/**/*.yaml", "*.toml", "setup.py"):
+        for path in ROOT.glob(pattern):
+            name = path.relative_to(ROOT).as_posix()
+            assert name.replace("configs/", "dmkd_fast/assets/configs/") in names, name
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+@pytest.mark.slow
+def test_the_wheel_of_the_sdist_is_one_for_all_pythons_and_runs_in_an_empty_folder(
+    sdist: Path, tmp_path: Path
+) -> None:
+    pip("wheel", str(sdist), "--wheel-dir", str(tmp_path), cwd=tmp_path)
     (wheel,) = tmp_path.iterdir()
     assert wheel.name == "dmkd_fast-0.1.0-cp311-abi3-linux_x86_64.whl"
     names = zipfile.ZipFile(wheel).namelist()
@@ -69,3 +153,56 @@ def test_wheel_is_one_for_all_pythons(tmp_path: Path) -> None:
         assert f"dmkd_fast/{name}" in names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dmkd_fast").rglob("*.py")}
     assert modules <= set(names)
+
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    pip("install", str(wheel), "--target", str(site), cwd=tmp_path)
+    script = (
+        "import sys; from dmkd_fast import cli, runtime; from dmkd_fast.runtime import native\n"
+        f"assert cli.__file__.startswith({str(site)!r}) and native.INSTRUCTION_SET != 'none'\n"
+        "sys.exit(cli.main(['distill', 'configs/fashion_mnist.yaml', '--dry-run']))"
+    )
+    assert "ring images" in run("-c", script, cwd=empty, PYTHONPATH=str(site)).stdout
+
+
+@pytest.mark.slow
+def test_the_sdist_installs_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    done = pip("install", "-v", str(sdist), "--target", str(site), cwd=tmp_path, CXX="false")
+    assert (done.stdout + done.stderr).count("warning: installing without the CPU kernels") == 1
+    script = (
+        "import torch; from dmkd_fast import kd_loss; from dmkd_fast.runtime import native\n"
+        "assert native.INSTRUCTION_SET == 'none' and native.WHY_MISSING\n"
+        "print(kd_loss(torch.zeros(1, 2), torch.zeros(1, 2)).item())"
+    )
+    assert run("-c", script, cwd=tmp_path, PYTHONPATH=str(site)).stdout.strip() == "0.0"
+
+
+@pytest.mark.parametrize(("extras", "has_dali"), [("all", True), ("slim", False)])
+def test_make_setup_installs_the_extras_that_are_named(extras: str, has_dali: bool) -> None:
+    import tomllib
+
+    made = subprocess.run(
+        ["make", "-n", "-B", "setup", f"EXTRAS={extras}", "TORCH_INDEX=https://example.org/cpu"],
+        cwd=ROOT,
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout
+    assert "--index-url https://example.org/cpu" in made
+    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+
+    def packages(names: str) -> list[str]:
+        found: list[str] = []
+        for requirement in (r for name in names.split(",") for r in optional[name]):
+            inside = requirement.removeprefix("dmkd_fast[").removesuffix("]")
+            found += [requirement] if inside == requirement else packages(inside)
+        return found
+
+    named = packages(made.partition('-e ".[')[2].partition("]")[0])
+    for package in ("nvidia-dali", "xformers"):
+        assert any(name.startswith(package) for name in named) == has_dali
+    for package in ("diffusers", "timm", "transformers", "tensorboard", "pytest", "mkdocs"):
+        assert any(name.startswith(package) for name in named), package

@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from dmkd_fast import assets
 from dmkd_fast.config import yaml_text
 from dmkd_fast.runtime.errors import UserError, shortened
 
@@ -99,7 +100,8 @@ def load_config(kind: type[C], source: str | Path | C, overrides: Overrides = ()
 
     Args:
         kind: Class that the file mirrors.
-        source: Path of the YAML file, or a config.
+        source: Path of the YAML file, or a config; `configs/NAME` also names the file that the
+            package ships.
         overrides: Changes. A text `section.field=value` sets one value, which is parsed as YAML. A
             dictionary sets the values that it names, such as `{"train": {"batch_size": 64}}`.
 
@@ -174,6 +176,9 @@ def shown(value: Any) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    shipped = assets.ROOT / path
+    if path.parts[:1] == ("configs",) and not path.exists() and shipped.is_file():
+        path = shipped
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # Opening a named pipe would block.
             what = "a directory" if path.is_dir() else "no regular file"

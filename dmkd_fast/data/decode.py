@@ -35,7 +35,7 @@ def check_dali() -> None:
     except ImportError as error:
         raise SourceError(
             f"reading images takes NVIDIA DALI ({error}); install it with: "
-            "pip install 'dmkd_fast[dali]'"
+            "pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120)"
         ) from None
 
 

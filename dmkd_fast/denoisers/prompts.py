@@ -31,7 +31,7 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError:
         raise UserError(
-            "prompts: text-to-image models need transformers; pip install 'dmkd_fast[text]'"
+            "prompts: text-to-image models need transformers; pip install transformers"
         ) from None
     for part in ("tokenizer", "text_encoder"):
         check_plain(folder / part)

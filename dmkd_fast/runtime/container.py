@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -39,6 +38,8 @@ def available_bytes(root: Path = ROOT) -> int:
     Args:
         root: Folder that holds /proc and /sys.
     """
+    import resource  # Unix only
+
     left = [_free_bytes(root), *(_left_in(group) for group in _groups(root, "memory"))]
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space != resource.RLIM_INFINITY:
@@ -50,7 +51,7 @@ def available_bytes(root: Path = ROOT) -> int:
 def _free_bytes(root: Path) -> int:
     with contextlib.suppress(OSError, KeyError, ValueError):
         return 1024 * _table(root / "proc/meminfo")["MemAvailable"]
-    return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()  # macOS: all physical memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS: all physical memory
 
 
 def _left_in(group: Path) -> int | None:

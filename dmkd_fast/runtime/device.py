@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import resource
 import shutil
 import sysconfig
 from collections import deque
@@ -168,6 +167,8 @@ def available_bytes(device: torch.device) -> int:
 
 def peak_memory_mib() -> float:
     """Return the highest resident memory of this process so far, in MiB."""
+    import resource  # Unix only
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -8,7 +8,6 @@ so that tests can stop or fail each single call.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import queue
@@ -52,6 +51,8 @@ def locked(path: Path, *, wait_s: float = 0) -> Iterator[bool]:
 
 
 def _lock(handle: int, path: Path) -> bool:
+    import fcntl  # Unix only
+
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -65,13 +65,15 @@ class Metrics:
         """
         if not self._ranks.is_first:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         try:
             self._stats = (self._folder / "stats.jsonl").open("ab", buffering=0)
             self._written = min(self._written, self._stats.tell())
             self._stats.truncate(self._written)
-            self._board = SummaryWriter(str(self._folder), purge_step=views + 1 if views else None)
+            with contextlib.suppress(ImportError):  # no events without the extra [tensorboard]
+                from torch.utils.tensorboard import SummaryWriter
+
+                purge_step = views + 1 if views else None
+                self._board = SummaryWriter(str(self._folder), purge_step=purge_step)
         except OSError as error:
             raise files.SaveError(
                 f"{self._folder}: cannot write statistics ({error.strerror or error}); free space "

@@ -38,6 +38,19 @@ def test_saved_settings_load_unchanged(tmp_path: Path) -> None:
     assert config.sampler.attention == ("short" if able else "sdpa")
 
 
+def test_a_shipped_config_is_found_from_any_folder_unless_there_is_an_own_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "configs/many_steps.yaml"
+    shipped = load_config(DistillConfig, name)
+    assert shipped == load_config(DistillConfig, CONFIG)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / name).write_text("seed: 5\n")
+    with pytest.raises(ValueError, match="missing"):
+        load_config(DistillConfig, name)
+
+
 @pytest.mark.parametrize("path", sorted((Path(CONFIG).parent / "pretrain").glob("*.yaml")))
 def test_pretraining_configs_are_valid(path: Path) -> None:
     kinds = {"denoiser": PretrainDenoiserConfig, "fewstep": PretrainFewstepConfig}

@@ -16,7 +16,7 @@ import torch
 import torchvision.transforms.v2.functional as vision
 from PIL import Image
 from shard_files import encode, random_images, write_shards
-from small_jobs import fit_until, tiny_sampler
+from small_jobs import build_distiller, fit_until, tiny_sampler
 
 from dmkd_fast import Distiller, LabelStream
 from dmkd_fast.data.listing import SourceError
@@ -65,16 +65,26 @@ def test_offline_training_is_online_training_bit_for_bit(
     assert torch.equal(online.ring.ids, from_disk.ring.ids)
 
 
-@pytest.mark.parametrize("count", [40, 96])  # fits into the ring of 64; does not
+@pytest.fixture(scope="module", params=[40, 96])  # fits into the ring of 64; does not
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Distiller]:
+    """Shards, and a finished run that has read them."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_shards(folder / "set", *generated(request.param), per_shard=16)
+    whole = build_distiller(folder / "run", images=stored(folder / "set"))
+    whole.fit()
+    return folder / "set", whole
+
+
 @pytest.mark.parametrize("stop_at", [1, 7, 23, 39])
 def test_resumed_run_ends_like_an_uninterrupted_one(
-    make_distiller: Make, tmp_path: Path, stop_at: int, count: int
+    make_distiller: Make, undisturbed: tuple[Path, Distiller], stop_at: int
 ) -> None:
-    write_shards(tmp_path / "set", *generated(count), per_shard=16)
-    whole, broken = (make_distiller(images=stored(tmp_path / "set")) for _ in range(2))
-    whole.fit()
+    shards, whole = undisturbed
+    broken = make_distiller(images=stored(shards))
     fit_until(broken, stop_at)
-    again = make_distiller(run_dir=broken.run_dir, images=stored(tmp_path / "set"))
+    again = make_distiller(run_dir=broken.run_dir, images=stored(shards))
     again.restore()
     again.fit()
     assert same(whole, again) and torch.equal(whole.ring.ids, again.ring.ids)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import gzip
+import shutil
 import signal
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from dmkd_fast import (
     Views,
     ViewSpec,
 )
+from dmkd_fast.assets import resolve
 from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs.pretrain.denoiser import FLOW
 from dmkd_fast.runtime.distributed import ALONE, Ranks
@@ -34,6 +39,21 @@ from dmkd_fast.training.images import ImageStream
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "many_steps.yaml")
+
+
+def few_test_images(count: int = 500) -> Path:
+    """Write the first embedded test images as idx files, and return their folder."""
+    folder = Path(tempfile.mkdtemp(prefix="few-test-images-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, header, size in (("images-idx3", 16, 784), ("labels-idx1", 8, 1)):
+        file = f"t10k-{name}-ubyte.gz"
+        with gzip.open(resolve("embedded:fashion_mnist/test") / file) as whole:
+            data = bytearray(whole.read(header + count * size))
+        data[4:8] = count.to_bytes(4, "big")
+        (folder / file).write_bytes(gzip.compress(data, 1))
+    return folder
+
+
 SHORT = [
     "num_threads=1",
     "dtype=float32",
@@ -49,6 +69,7 @@ SHORT = [
     "train.num_views=640",
     "train.log_every_steps=5",
     "eval.num_points=1",
+    f"eval.path={few_test_images()}",
     "student={arch: lenet5_half}",
 ]
 
