@@ -15,6 +15,7 @@ import torch
 from small_models import class_unet_folder, dit_folder, stable_diffusion
 
 from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.model_files import RUNS_CODE
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def parts(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
 def refused(load: Callable[[], object], word: str) -> None:
     with pytest.raises(ValueError) as error:
         load()
-    assert type(error.value) is ValueError, error
+    assert type(error.value) is UserError, error
     assert word in str(error.value) and "\n" not in str(error.value), error
 
 
