@@ -308,7 +308,7 @@ class Bench:
             compile=compiles,
         )
         targets = Targets(teacher, views, dtype=self.half, compile=compiles)
-        images = GeneratedImages(labels, [(0.0, unused)])
+        images = GeneratedImages(labels, unused)
         return Distiller(images, ring, trainer, targets, folder / student, show=False)
 
     def _train(self, student: str, folder: Path) -> Callable[[], object]:

@@ -198,7 +198,7 @@ class CheckpointManager:
         """Return one object's state in each readable checkpoint, without tensors, dicts, lists."""
         states = []
         for path in step_folders.found(self.folder):
-            with contextlib.suppress(files.Damaged):
+            with contextlib.suppress(files.DamagedError):
                 pairs = step_folders.read_record(path)["objects"][name]["pairs"]
                 states.append({k: v for k, v in pairs if not isinstance(v, dict)})
         return states
@@ -225,7 +225,7 @@ class CheckpointManager:
                     if common:
                         first = self._first_folder / theirs[0][moment]
                         step_folders.load(first, common, is_subset=True)
-                except files.Damaged as error:
+                except files.DamagedError as error:
                     problem = problems[path] = str(error)
             others = ranks.gather(problem)
             if any(others):

@@ -25,12 +25,13 @@ from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.runtime.errors import UserError
 
-# Settings of section `sampler`, by the arguments of `DiffusionSampler` that they become.
+# Settings by the arguments of `DiffusionSampler` that they become.
 SETTINGS = {
-    "steps.count": "num_steps",
-    "steps.solver": "solver",
-    "guidance.scale": "guidance_scale",
-    "guidance.by_class": "class_guidance",
+    "steps.count": "sampler.num_steps",
+    "steps.solver": "sampler.solver",
+    "steps": "sampler.num_steps, sampler.solver",
+    "guidance.scale": "sampler.guidance_scale",
+    "guidance.by_class": "sampler.class_guidance",
 }
 
 
@@ -63,7 +64,7 @@ def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denois
 def open_source(
     config: SourceConfig, *, num_classes: int, channels: int, class_names: tuple[str, ...]
 ) -> OpenSource:
-    """Open the directory that the config name.
+    """Open the directory that a config names.
 
     Args:
         config: Section `source` of the config.
@@ -164,10 +165,7 @@ def named_as_settings() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = str(error)
-        for argument, setting in SETTINGS.items():
-            text = text.replace(argument, f"sampler.{setting}")
-        raise UserError(text) from None
+        raise error.renamed(SETTINGS.get(error.name, error.name)) from None
 
 
 def _steps(config: SamplerConfig) -> str:

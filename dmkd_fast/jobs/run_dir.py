@@ -216,8 +216,7 @@ def _folder(config: RunConfig) -> Path:
 
 def _exists(path: Path) -> bool:
     with _writing(path.parent):
-        found = path.exists()
-    return found
+        return path.exists()
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
 TIMEOUT = timedelta(seconds=600)
 
 
-class Lost(RuntimeError):
+class LostRankError(RuntimeError):
     """Error for a rank whose peer has ended or hangs; the message is one line for the user."""
 
 
@@ -333,4 +333,6 @@ def _lost_peer() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise Lost(f"another rank has ended or hangs ({reason}); this one ends too") from None
+        raise LostRankError(
+            f"another rank has ended or hangs ({reason}); this one ends too"
+        ) from None
