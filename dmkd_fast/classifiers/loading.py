@@ -165,12 +165,8 @@ def hub_repository(architecture: str) -> str:
     if config is None or not config.hf_hub_id:
         known = timm.list_pretrained(f"{architecture.partition('.')[0]}*")[:5]
         such = f" such as {', '.join(known)}" if known else ""
-        raise invalid(
-            "arch",
-            f"{architecture!r} with pretrained=true",
-            f"a timm name with weights on the Hub{such}",
-            "set path instead",
-        )
+        got = f"{architecture!r} with pretrained=true"
+        raise invalid("arch", got, f"a timm name with weights on the Hub{such}", "set path instead")
     return str(config.hf_hub_id)
 
 
@@ -337,12 +333,8 @@ def _torchvision(
     name = architecture.removeprefix(TORCHVISION)
     _check_torchvision_name(name)
     if in_chans != 3:
-        raise invalid(
-            architecture,
-            f"images with {in_chans} channel(s)",
-            "3, as torchvision's models take color only",
-            "use a timm model",
-        )
+        got, fix = f"images with {in_chans} channel(s)", "use a timm model"
+        raise invalid(architecture, got, "3, as torchvision's models take color only", fix)
     if name in ("googlenet", "inception_v3"):  # their auxiliary heads return more than logits
         model_args = {"aux_logits": False, "init_weights": True} | model_args
     model: nn.Module = get_model(name, weights=None, num_classes=num_classes, **model_args)
@@ -366,12 +358,8 @@ def _refuse_name(architecture: str) -> None:
     known = [*small_nets.EXAMPLES, *timm.list_models()]
     close = difflib.get_close_matches(architecture, known) or timm.list_models(f"*{architecture}*")
     such = f" such as {', '.join(close[:5])}" if close else ""
-    raise invalid(
-        "arch",
-        repr(architecture),
-        f"lenet5, lenet5_half, cifar_..., torchvision:NAME or a timm model{such}",
-        "" if close else "see timm.list_models()",
-    )
+    expected = f"lenet5, lenet5_half, cifar_..., torchvision:NAME or a timm model{such}"
+    raise invalid("arch", repr(architecture), expected, "" if close else "see timm.list_models()")
 
 
 def _use_small_stem(model: Any, architecture: str, stem: str, in_chans: int) -> None:

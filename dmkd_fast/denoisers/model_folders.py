@@ -101,12 +101,8 @@ def load_strictly(model: nn.Module, files: list[Path]) -> None:
             fix = "use the file of this architecture and class count"
             raise invalid(f"weights {files[0]}: {name}", got, str(want), fix)
         if not weights[name].is_floating_point():
-            raise invalid(
-                f"weights {files[0]}: {name}",
-                weights[name].dtype,
-                "floating-point numbers",
-                "fetch weights that are not quantized",
-            )
+            got, fix = weights[name].dtype, "fetch weights that are not quantized"
+            raise invalid(f"weights {files[0]}: {name}", got, "floating-point numbers", fix)
     model.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()})
 
 
@@ -140,12 +136,8 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(set(names.values()))]
     for path in files:
         if path.parent != index.parent or path.suffix != ".safetensors":
-            raise invalid(
-                f"{index}: weight_map",
-                f"{path.name!r:.60} outside of its folder or not safetensors",
-                "files beside it",
-                "fetch the model again",
-            )
+            got = f"{path.name!r:.60} outside of its folder or not safetensors"
+            raise invalid(f"{index}: weight_map", got, "files beside it", "fetch the model again")
         if not path.is_file():
             raise UserError(f"{path}: no such file, but {index.name} names it; fetch it again")
     if not files:

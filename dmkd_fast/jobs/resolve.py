@@ -52,12 +52,9 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> ResolvedJob:
             "false; set ring.overlap=false"
         )
     if config.source is not None and config.source.follow and ranks.world_size > 1:
-        raise invalid(
-            "source.follow",
-            f"true with {ranks.world_size} ranks",
-            "false, as each would find new shards at another time",
-            "let dmkd generate finish first",
-        )
+        got = f"true with {ranks.world_size} ranks"
+        expected = "false, as each would find new shards at another time"
+        raise invalid("source.follow", got, expected, "let dmkd generate finish first")
     compile_sampler = compiles(config.sampler.compile, device, name="sampler.compile")
     compile_student = compiles(config.train.compile, device)
     changes: dict[str, Any] = {

@@ -96,12 +96,8 @@ class RingBuffer:
         size = sum(plan.num_bytes.values())
         # A device that runs out of memory raises an error; the host ends the process.
         if device.type == "cpu" and size > (free := available_bytes(device)):
-            raise invalid(
-                "capacity_images",
-                f"{plan.capacity_images}, which takes {size:,} bytes",
-                f"at most {free:,}, what is free",
-                "lower it",
-            )
+            got = f"{plan.capacity_images}, which takes {size:,} bytes"
+            raise invalid("capacity_images", got, f"at most {free:,}, what is free", "lower it")
         self.plan, self.num_classes = plan, num_classes
         self.blocks, self._limiter = BlockTable(plan), Limiter(plan)
         self.capacity, self.block_images = plan.num_slots, plan.block_images

@@ -78,12 +78,8 @@ class RingPlan:
                 "raise it",
             )
         if self.min_fill_images > most:
-            raise invalid(
-                "min_fill_images",
-                self.min_fill_images,
-                f"at most {most} (capacity less {guard} block(s) of {block})",
-                "lower it",
-            )
+            expected = f"at most {most} (capacity less {guard} block(s) of {block})"
+            raise invalid("min_fill_images", self.min_fill_images, expected, "lower it")
         if self.max_uses is not None and self.max_uses < self.samples_per_insert:
             raise invalid(
                 "max_uses",

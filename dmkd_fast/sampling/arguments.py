@@ -92,12 +92,8 @@ def check_guidance(guidance: Guidance, denoiser: Denoiser) -> None:
     """
     highest = max(guidance.by_class, default=0)
     if highest >= denoiser.num_classes:
-        raise invalid(
-            "guidance.by_class",
-            f"class {highest}",
-            f"0 to {denoiser.num_classes - 1}, the classes of the denoiser",
-            "correct it",
-        )
+        expected = f"0 to {denoiser.num_classes - 1}, the classes of the denoiser"
+        raise invalid("guidance.by_class", f"class {highest}", expected, "correct it")
     scales = [("guidance.scale", guidance.scale)]
     scales += [("guidance.by_class", scale) for scale in guidance.by_class.values()]
     used = [(name, scale) for name, scale in scales if scale != 1]

@@ -148,11 +148,8 @@ class DiffusionSampler:
             batch = slice(start, start + size)
             images = self._images(_fill(ids[batch], size), _fill(labels[batch], size))
             if images.shape[1:] != shape[1:]:  # `copy_` would broadcast a single channel or row
-                raise invalid(
-                    "denoiser.image_shape",
-                    shape[1:],
-                    f"{tuple(images.shape[1:])}, the shape of the decoded images",
-                )
+                expected = f"{tuple(images.shape[1:])}, the shape of the decoded images"
+                raise invalid("denoiser.image_shape", shape[1:], expected)
             out[batch].copy_(images[: len(ids[batch])])
         return out
 

@@ -117,12 +117,9 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
         rows[:, SolverTable.COLUMNS.index(column)] = values
     rows = rows.float()
     if not (rows.isfinite().all() and math.isfinite(initial_scale)):
-        raise invalid(
-            "steps.count",
-            f"{count}, for which {solver} has coefficients that are not finite",
-            "fewer",
-            "lower it, or correct the betas in scheduler_config.json",
-        )
+        got = f"{count}, for which {solver} has coefficients that are not finite"
+        fix = "lower it, or correct the betas in scheduler_config.json"
+        raise invalid("steps.count", got, "fewer", fix)
     return SolverTable(
         rows=rows.to(device),
         initial_scale=initial_scale,

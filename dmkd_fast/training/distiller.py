@@ -62,11 +62,8 @@ class Distiller(TrainingLoop):
         self.images, self.ring, self.targets, self.test_set = images, ring, targets, test_set
         ring.plan.check_batch(student.batch_size)
         if ring.plan.guard_blocks and images.may_wait:
-            raise invalid(
-                "guard_blocks",
-                f"{ring.plan.guard_blocks} with stored images",
-                "0, as their blocks are not read ahead",
-            )
+            got = f"{ring.plan.guard_blocks} with stored images"
+            raise invalid("guard_blocks", got, "0, as their blocks are not read ahead")
         self.blocks = BlockFiles(
             ring,
             self.ranks.folder(self.run_dir / "blocks"),

@@ -70,12 +70,8 @@ class StudentTrainer:
     ) -> None:
         checks.number("temperature", temperature, low=0.01, high=1000)
         if not 0 < alpha <= 1:
-            raise invalid(
-                "alpha",
-                alpha,
-                "a number above 0 and at most 1",
-                "raise it, as with 0 the teacher would be ignored",
-            )
+            fix = "raise it, as with 0 the teacher would be ignored"
+            raise invalid("alpha", alpha, "a number above 0 and at most 1", fix)
         self.model, self.schedule, self.ranks = student.train(), schedule, ranks
         self._temperature, self._alpha = temperature, alpha
         self.batch_size = ranks.per_rank(
@@ -84,12 +80,8 @@ class StudentTrainer:
         self.micro_batch_size = self.batch_size // schedule.accumulate
         fast: Any = torch.compile(student, dynamic=False) if compile else student
         if not any(p.requires_grad for p in student.parameters()):
-            raise invalid(
-                "student",
-                f"a {type(student).__name__} without parameters that require a gradient",
-                "some to train",
-                "give another network or unfreeze it",
-            )
+            got = f"a {type(student).__name__} without parameters that require a gradient"
+            raise invalid("student", got, "some to train", "give another network or unfreeze it")
         self.device = device = next(student.parameters()).device
         self.network = ranks.parallel(fast, device)  # This copies rank 0's weights to all ranks.
         self.optimizer = build_optimizer(

@@ -94,12 +94,8 @@ def pretrain_denoiser(
 def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
     """Refuse patches that do not divide the images, and a transformer too large for memory."""
     if image_size % config.patch_size:
-        raise invalid(
-            "patch_size",
-            config.patch_size,
-            f"a divisor of the images' {image_size} pixels",
-            "change it",
-        )
+        expected = f"a divisor of the images' {image_size} pixels"
+        raise invalid("patch_size", config.patch_size, expected, "change it")
     width, tokens = config.num_heads * config.head_dim, (image_size // config.patch_size) ** 2
     weights = config.num_layers * (4 + 8 + 6) * width**2  # attention, MLP, modulation
     batch = config.train.batch_size // config.train.accumulate * tokens

@@ -64,19 +64,12 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
     given = resolve_path(config.denoiser.path, config.denoiser.revision)
     start = load_denoiser(given, device, null_class=config.denoiser.null_class)
     if start.scheduler.get("_class_name") != FLOW["_class_name"]:
-        raise invalid(
-            "denoiser.path",
-            f"a {start.scheduler.get('_class_name')}",
-            f"a flow model ({FLOW['_class_name']})",
-            "use one from `dmkd pretrain denoiser`",
-        )
+        got = f"a {start.scheduler.get('_class_name')}"
+        expected = f"a flow model ({FLOW['_class_name']})"
+        raise invalid("denoiser.path", got, expected, "use one from `dmkd pretrain denoiser`")
     if not isinstance(start.module, LeanDiT | PixelDiT) or start.decoder is not None:
-        raise invalid(
-            "denoiser.path",
-            f"a {type(start.module).__name__}{'' if start.decoder is None else ' on latents'}",
-            "a pixel DiT",
-            "use one from `dmkd pretrain denoiser`",
-        )
+        got = f"a {type(start.module).__name__}{'' if start.decoder is None else ' on latents'}"
+        raise invalid("denoiser.path", got, "a pixel DiT", "use one from `dmkd pretrain denoiser`")
     pool = Pool(start, config, device, dtype)
     model: Any = load_denoiser(given, device, lean=False).module
     share_embedder(model.dit)

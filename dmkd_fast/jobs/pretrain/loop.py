@@ -51,12 +51,8 @@ def load_real(folder: Path, device: torch.device) -> RealData:
     """
     full = test_sets.load_idx(folder, "train").to(device)
     if len(full.labels) <= HELD_OUT:
-        raise invalid(
-            str(folder),
-            f"{len(full.labels)} training images",
-            f"more than the {HELD_OUT} that are held out",
-            "use a larger set",
-        )
+        got, fix = f"{len(full.labels)} training images", "use a larger set"
+        raise invalid(str(folder), got, f"more than the {HELD_OUT} that are held out", fix)
     train, held_out = (
         test_sets.ImageSet(
             images=full.images[rows], labels=full.labels[rows], class_names=full.class_names
