@@ -23,7 +23,7 @@ from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet, open_set
 from dmkd_fast.jobs import memory, networks, run_dir
 from dmkd_fast.runtime.device import resolve_device, set_num_threads
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.runtime.model_files import CONFIG, pickle_hint
 from dmkd_fast.training import scoring
 
@@ -200,10 +200,9 @@ def _measure(
         teacher=None if teachers is None else teachers.predict,
     )
     if scores.num_not_finite == scores.num_images:
-        raise UserError(
-            f"{name}: got NaN or infinite logits for all of {scores.num_images} images, expected "
-            "finite ones; the weights are damaged or their training diverged, use others"
-        )
+        got = f"NaN or infinite logits for all of {scores.num_images} images"
+        fix = "the weights are damaged or their training diverged, use others"
+        raise invalid(name, got, "finite ones", fix)
     return Evaluation(
         scores=scores.result(),
         classes=dict(zip(images.class_names, scores.by_class(), strict=True)),

@@ -23,7 +23,7 @@ from dmkd_fast.data.listing import SourceError
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.loading import load_denoiser
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 
 # Settings by the arguments of `DiffusionSampler` that they become.
 SETTINGS = {
@@ -125,15 +125,12 @@ def check_count(config: DistillConfig, count: int) -> None:
         ("source.block_images", config.block_images),
     ):
         if least > count:
-            raise UserError(
-                f"{name}: got {least}, expected at most the {count} images of source.path; lower it"
-            )
+            raise invalid(name, least, f"at most the {count} images of source.path", "lower it")
     most, block = config.ring.max_uses, config.block_images
     if most is not None and count <= -(-config.ring.capacity_images // block) * block:
-        raise UserError(
-            f"ring.max_uses: got {most} with a source of {count} images that fits into the ring, "
-            "expected none, as its images are drawn until train.num_views; remove it"
-        )
+        got = f"{most} with a source of {count} images that fits into the ring"
+        expected = "none, as its images are drawn until train.num_views"
+        raise invalid("ring.max_uses", got, expected, "remove it")
 
 
 def describe_images(config: DistillConfig, images: Denoiser | OpenSource) -> str:
