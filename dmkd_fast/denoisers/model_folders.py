@@ -101,8 +101,8 @@ def load_strictly(model: nn.Module, files: list[Path]) -> None:
             fix = "use the file of this architecture and class count"
             raise invalid(f"weights {files[0]}: {name}", got, str(want), fix)
         if not weights[name].is_floating_point():
-            got, fix = weights[name].dtype, "fetch weights that are not quantized"
-            raise invalid(f"weights {files[0]}: {name}", got, "floating-point numbers", fix)
+            dtype, fix = weights[name].dtype, "fetch weights that are not quantized"
+            raise invalid(f"weights {files[0]}: {name}", dtype, "floating-point numbers", fix)
     model.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()})
 
 

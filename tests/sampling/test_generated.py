@@ -11,7 +11,7 @@ from dmkd_fast.runtime.errors import UserError
 
 
 def test_progress_selects_the_sampler_and_all_of_them_can_make_images_again() -> None:
-    later = [(0.5, tiny_sampler(num_steps=1))]
+    later = [(0.5, tiny_sampler(count=1))]
     images = GeneratedImages(LabelStream(4), tiny_sampler(), later=later)
     ids, labels = images.next_block(16)
     assert torch.equal(images.next_block(16)[0], ids)  # the same until `advance`
