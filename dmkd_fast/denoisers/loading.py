@@ -49,13 +49,15 @@ def load_denoiser(
     """Load a diffusion model in diffusers format, float32 and frozen.
 
     Args:
-        folder: Model folder; see the table at the top of this file.
+        folder: Folder with `scheduler/` and a class-conditional DiT in `transformer/` or a UNet in
+            `unet/`; `vae/` for a model of latents, `text_encoder/` and `tokenizer/` for text.
         device: Device of the modules.
         prompts: Prompts, one per class; for text-to-image models only.
         decoder: Folder of another autoencoder to decode with, for example a tiny one.
         null_class: Class that stood for dropped labels when a UNet was trained, which its files do
             not record. The model then has one class less.
-        lean: Whether to use `LeanDiT` for DiTs; False keeps diffusers' module, which is trainable.
+        lean: Whether to replace a DiT by a faster module for inference; False keeps diffusers'
+            module, which is trainable.
 
     Raises:
         UserError: A part is missing, damaged, or of a kind that is not supported.

@@ -76,8 +76,8 @@ def evaluate(
     """Evaluate the student of a run, or any trained classifier, on labeled images.
 
     Args:
-        path: Run directory of a finished run, or name of a classifier; see `load_trained` in
-            `jobs/networks.py`.
+        path: Run directory of a finished run, or a classifier: a folder with config.json,
+            `embedded:NAME`, `hf-hub:OWNER/NAME@COMMIT`, `torchvision:NAME` or a timm name.
         data: Labeled images; see `open_set`. None: the run's own test set.
         classes: File with the class names of `data`, one a line.
 

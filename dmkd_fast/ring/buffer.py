@@ -65,6 +65,9 @@ class Draw:
 class RingBuffer:
     """Hold images with labels, ids and use counts in a ring of slots on one device.
 
+    Images are inserted in blocks and drawn at random. Once the ring is full, each new block
+    overwrites the oldest one. `must_insert` and `may_insert` say when new images are due.
+
     Args:
         plan: Sizes of the ring and the reuse of its images.
         order: Order of the draws. "shuffled": passes over all images, so early images are drawn
@@ -79,6 +82,18 @@ class RingBuffer:
     Raises:
         TypeError, UserError: An argument is out of range, arguments do not fit together, or the
             ring does not fit into the memory of the host.
+
+    Examples:
+        >>> import torch
+        >>> from dmkd_fast import RingBuffer, RingPlan
+        >>> sizes = {"capacity_images": 8, "image_shape": (1, 2, 2), "block_images": 4}
+        >>> ring = RingBuffer(RingPlan(**sizes, samples_per_insert=2, min_fill_images=4))
+        >>> block = ring.reserve()
+        >>> block.images[:] = 255
+        >>> ring.commit(block, ids=torch.arange(4), labels=torch.tensor([0, 1, 0, 1]))
+        >>> draw = ring.sample(3)
+        >>> ring.images[draw.indices].shape, draw.uses.tolist()
+        (torch.Size([3, 1, 2, 2]), [0, 0, 0])
     """
 
     def __init__(

@@ -33,18 +33,20 @@ class RingPlan:
     """
 
     capacity_images: int
-    """Number of slots; rounded up to whole blocks."""
+    """Number of images that the ring holds; rounded up to whole blocks."""
     image_shape: tuple[int, int, int]
     """Shape of one image, (c, H, W)."""
     block_images: int
-    """Images per block, the batch size of the sampler."""
+    """Images that enter the ring together, for example the batch size of the sampler."""
     samples_per_insert: float
-    """Views per image that the limiter aims at, read as a decimal number: 0.1 is one tenth."""
+    """Reuse: views drawn per inserted image, on average. The ring asks for new images, and does not
+    ask too early, so that the reuse comes out. Read as a decimal number: 0.1 is one tenth."""
     min_fill_images: int
-    """Images before the first view; rounded up to whole blocks."""
+    """Images in the ring before the first draw; rounded up to whole blocks."""
     error_buffer: float | None = None
-    """Views by which reuse may be off in either direction. None means samples_per_insert *
-    min_fill_images; then the number of views never exceeds samples_per_insert * images."""
+    """Views by which the draws may be ahead of the intended reuse, or behind it. None means
+    samples_per_insert * min_fill_images; then the number of views never exceeds samples_per_insert
+    * images."""
     max_uses: int | None = None
     """Draws of an image after which it is not drawn again; only for orders that draw in passes. An
     image that is committed during a pass may get one draw fewer."""

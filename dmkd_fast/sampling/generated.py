@@ -17,6 +17,8 @@ from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
 class GeneratedImages:
     """Generate the images of a run, and check that they are finite.
 
+    `Distiller` takes blocks of images from this stream when its ring buffer needs new ones.
+
     Args:
         labels: Source of image ids and classes.
         sampler: Sampler in use from the start of the run.

@@ -19,14 +19,16 @@ MOST_NUMBERS = 2**26
 class LabelStream:
     """A stream of consecutive image ids and their classes.
 
-    The ranks take turns: if all of them request `count` ids, rank r gets the r-th run of `count`
-    ids.
+    The classes are balanced and shuffled: each run of `num_classes` consecutive ids holds every
+    class once. Several processes (ranks) take turns: if all of them request `count` ids, rank r
+    gets the r-th run of `count` ids.
 
     Args:
         num_classes: Number of classes, C.
         seed: Seed of the order of the classes.
         device: Device of the returned tensors.
-        rank, world_size: Number of this process; number of processes.
+        rank: Number of this process.
+        world_size: Number of processes.
     """
 
     def __init__(

@@ -34,9 +34,13 @@ from dmkd_fast.training.targets import Targets
 class Distiller(TrainingLoop):
     """Train a student on images that are generated (or read from disk) during training.
 
+    `fit` fills the ring buffer and then takes one training step after another: it draws a batch
+    from the ring, renders random views, computes the teachers' logits, and updates the student.
+    Between steps it inserts new images as the plan of the ring demands.
+
     Args:
         images: Source of the images; `GeneratedImages` or `StoredImages`.
-        ring: Buffer for the images of this rank, in the blocks in which they are written.
+        ring: Buffer that holds the newest images of this process on the device.
         student: Network to train, with its loss, optimizer and schedule.
         targets: Views of the images, and the teachers' logits for them.
         run_dir: Folder for all files of the run; shared by all ranks.

@@ -35,6 +35,8 @@ FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
 class StudentTrainer:
     """Train a student on the logits of a teacher.
 
+    `start`, one `learn` for each micro-batch, and `finish` make one optimizer step.
+
     Args:
         student: Network to train in place, (B, c, S, S) views -> (B, C) logits.
         schedule: Length and batch size (of all ranks together), optimizer, weight EMA, clipping.

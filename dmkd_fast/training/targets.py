@@ -32,7 +32,9 @@ class MicroBatch(NamedTuple):
 
 
 class Targets:
-    """Render each crop for every active network, and compute the teachers' logits.
+    """Make what a training step learns from: views of drawn images, and the teachers' logits.
+
+    Each crop is rendered for every active network, at its own size and normalization.
 
     Args:
         teachers: Classifier with the student's input, or `Teachers`, each of which sees the same
