@@ -160,7 +160,7 @@ class ProducerStream:
     @staticmethod
     def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record(stream)
+        stream.record_event(event)
         return event
 
 
