@@ -234,7 +234,7 @@ def train(
         "page_faults_per_step": round(faults / trainer.num_steps),
     }
     if wrong := contradictions(recipe, proof, num_images=len(images)):
-        raise RuntimeError(f"recipe: {'; '.join(wrong)}; mend the arm")
+        raise RuntimeError(f"recipe: {'; '.join(wrong)}; fix the arm")
     return {
         **times,
         **loop,

@@ -160,7 +160,7 @@ class Distiller(TrainingLoop):
         self.refill(is_fitting=True)
 
     def _wants_block_ahead(self) -> bool:
-        """Tell whether to make a block early: there is a guard, and remaining views need it."""
+        """Return whether to make a block early: there is a guard, and remaining views need it."""
         batch = self.student.batch_size
         return (
             self.ring.plan.guard_blocks > 0

@@ -92,7 +92,7 @@ class Schedule:
         return self.batch_size // self.accumulate
 
     def is_evaluated(self, step: int) -> bool:
-        """Tell whether to measure accuracy after `step` steps (`num_evaluations` times, evenly)."""
+        """Return whether to evaluate after `step` steps (`num_evaluations` times, evenly)."""
         nearest = -(-step * self.num_evaluations // self.num_steps)
         return step > 0 and self.num_steps * nearest // self.num_evaluations == step
 

@@ -116,7 +116,7 @@ class Pretraining(TrainingLoop):
     Args:
         student: Model to train, with its optimizer and schedule.
         loss_of: Loss function, (indices (B,), passes (B,)) -> scalar loss, mean over the examples.
-            An example's pass tells how often it has been used before.
+            An example's pass is how often it has been used before.
         num_examples: Number of examples in one pass.
         run_dir: Run directory.
         seed: Seed of the order of the examples, and of the random numbers of each step.
