@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dmkd_fast.checkpoint.state import call_functions, join_state, split_state
 from dmkd_fast.runtime import files, model_files
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 
 TENSORS, REST, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
 
@@ -198,7 +198,7 @@ def _fill(
         except files.DamagedError:
             raise
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error, most=1000)
             raise UserError(
                 f"checkpoint {path}: {name} does not fit ({reason}); resume with the settings of "
                 "the run"

@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from dmkd_fast.classifiers import small_nets
 from dmkd_fast.classifiers.spec import STEMS, ClassifierSpec, check_model_args, stated_license
 from dmkd_fast.runtime.device import exact_float32, is_out_of_memory
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import (
     CONFIG,
     WEIGHTS,
@@ -86,7 +86,7 @@ def build(
         # Constructors raise any of these for wrong types or combinations of arguments.
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"model_args of {architecture}: {reason}; change or remove") from None
     if stem != "own":
         _use_small_stem(model, architecture, stem, in_chans)
@@ -121,8 +121,7 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, Clas
         with torch.device("meta"):
             outline = build_classifier(spec)
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder / CONFIG}: {reason}") from None
+        raise UserError(f"{folder / CONFIG}: {error}") from None
     # Compare sizes before memory for the weights is allocated.
     match_weights(outline, folder / WEIGHTS)
     model = build_classifier(spec)
@@ -277,7 +276,7 @@ def _folded_if_equal(model: nn.Module, views: Tensor) -> nn.Module:
             error = (folded(views) - expected).abs().max() / expected.abs().max()
         reason = "" if error <= 1e-4 else f"logits differ by {error.item():.1e} of the largest"
     except Exception as stop:  # Tracing, and calling the traced module, fail in many ways.
-        reason = " ".join(str(stop).split())[:120] or type(stop).__name__
+        reason = one_line(stop, most=120)
     if not reason:
         return folded
     LOG.warning("teacher: its batch norms are not folded, so it is slower (%s)", reason)

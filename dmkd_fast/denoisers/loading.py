@@ -28,12 +28,11 @@ from dmkd_fast.denoisers.model_folders import (
     check_is_pipeline,
     load_strictly,
     num_stored,
-    one_line,
     weight_files,
 )
 from dmkd_fast.denoisers.prompts import encode_prompts
 from dmkd_fast.denoisers.wrappers import ClassUNet, Decoder, PixelDiT, TextUNet, import_diffusers
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import CONFIG, read_json, read_license
 
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import CONFIG, PICKLES, check_plain, read_json
 
 STEM = "diffusion_pytorch_model"
@@ -121,11 +121,6 @@ def num_stored(files: list[Path]) -> int:
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
     return total
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message on one line, cut to 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _shards(index: Path) -> list[Path]:

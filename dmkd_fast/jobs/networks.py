@@ -23,7 +23,7 @@ from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.networks import ClassifierConfig, TeachingConfig
 from dmkd_fast.jobs import memory
 from dmkd_fast.runtime.device import available_bytes
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.views.spec import InputSpec, check_logits
 
 
@@ -209,7 +209,7 @@ def _check_takes(
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, input.num_channels, size, size, device=device))
     except Exception as error:  # Networks raise any kind of error for a wrong shape.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise UserError(
             f"{name}: cannot take {input.num_channels} x {size} x {size} views ({reason}); use "
             "another architecture, stem or size"

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 
 LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
 # For a peer that hangs (a dead one closes its connections and is noticed at once). Long enough for
@@ -332,7 +332,7 @@ def _lost_peer() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise LostRankError(
             f"another rank has ended or hangs ({reason}); this one ends too"
         ) from None

@@ -62,6 +62,11 @@ def warn_once(text: str) -> None:
         LOGGER.warning("%s", text)
 
 
+def one_line(error: BaseException, *, most: int = 300) -> str:
+    """Return the message of any error on one line of at most `most` characters, or its class."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def shortened(text: str, length: int) -> str:
     """Cut out the middle of a text that is longer than `length`; the end holds the advice."""
     if len(text) <= length:

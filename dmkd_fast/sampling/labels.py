@@ -49,9 +49,6 @@ class LabelStream:
         self.rank, self.world_size = rank, world_size
         self.next_id = 0  # first id of the next turn, shared by all ranks
 
-    is_exhausted = False
-    """Always False: labels never run out, unlike images on disk (`data/stored.py`)."""
-
     def peek(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the next ids and their labels, (count,) int64 each.
 

@@ -86,11 +86,6 @@ class Schedule:
         """Number of optimizer steps; the last step may take the run beyond `num_views`."""
         return -(-self.num_views // self.batch_size)
 
-    @property
-    def micro_batch(self) -> int:
-        """Number of views that pass through the networks together."""
-        return self.batch_size // self.accumulate
-
     def is_evaluated(self, step: int) -> bool:
         """Return whether to evaluate after `step` steps (`num_evaluations` times, evenly)."""
         nearest = -(-step * self.num_evaluations // self.num_steps)
