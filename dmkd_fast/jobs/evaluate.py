@@ -90,10 +90,8 @@ def evaluate(
             raise UserError("--classes: got it without --data, expected both; add --data DIR")
         return evaluate_run(folder, data=data, classes=classes)
     if data is None:
-        raise UserError(
-            f"--data: got none for {path}, which is not the directory of a run; add --data DIR "
-            "with labeled images"
-        )
+        got = f"none for {path}, which is not the directory of a run"
+        raise invalid("--data", got, "labeled images", "add --data DIR")
     return evaluate_classifier(str(path), data=data, classes=classes)
 
 

@@ -15,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+from safetensors import SafetensorError
+
 from dmkd_fast.config.jobs import RunConfig
 from dmkd_fast.config.loading import Overrides, dump_config, load_config
 from dmkd_fast.runtime import files
@@ -186,6 +188,28 @@ def resume_hint(folder: Path, hint: str, ranks: Ranks = ALONE) -> Iterator[None]
         if is_known and ranks.is_first and has_checkpoint(folder):
             print(f"to go on: {hint}", file=sys.stderr)
         raise
+
+
+@contextlib.contextmanager
+def writing_results(folder: Path, resume: str) -> Iterator[None]:
+    """Turn an error of writing results into one line.
+
+    Args:
+        folder: Folder of the results, named if the error names no file.
+        resume: How to write the results again, once there is space.
+
+    Raises:
+        UserError: A file cannot be written. The last checkpoint holds the trained network.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        path = getattr(error, "filename", None) or folder
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path}: cannot write ({reason}); training is finished and saved; free space or fix "
+            f"the folder, then {resume}"
+        ) from None
 
 
 def has_checkpoint(folder: Path) -> bool:

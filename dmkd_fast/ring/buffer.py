@@ -326,13 +326,10 @@ class RingBuffer:
             UserError: `count` is not 0.
         """
         if count:
-            raise invalid(
-                "ring",
-                f"{count:,} labels outside of 0 to {(self.num_classes or 0) - 1} or images drawn "
-                f"{MOST_USES:,} times",
-                "none",
-                "correct the labels, or make samples_per_insert smaller",
-            )
+            labels = f"labels outside of 0 to {(self.num_classes or 0) - 1}"
+            got = f"{count:,} {labels} or images drawn {MOST_USES:,} times"
+            fix = "correct the labels, or make samples_per_insert smaller"
+            raise invalid("ring", got, "none", fix)
 
     def state_dict(self, *, images: bool = True) -> dict[str, Any]:
         """Return everything that draws depend on, without an open block; tensors are not copied.

@@ -105,10 +105,6 @@ def check_guidance(guidance: Guidance, denoiser: Denoiser) -> None:
         got = f"{scale} for a denoiser that has guidance {folded_in} folded in"
         raise invalid(name, got, "1", "turn guidance off")
     if denoiser.null_class is None and not denoiser.takes_guidance:
-        raise invalid(
-            name,
-            f"{scale} for a model without a null class",
-            "1",
-            "turn guidance off, or, for a UNet trained with dropped labels, set "
-            "denoiser.null_class",
-        )
+        got = f"{scale} for a model without a null class"
+        fix = "turn guidance off, or set denoiser.null_class of a UNet trained with dropped labels"
+        raise invalid(name, got, "1", fix)
