@@ -70,15 +70,15 @@ class Ranks:
         return folder if self.is_first else folder / f"rank-{self.rank}"
 
     def per_rank(self, name: str, count: int, *, unit: int = 1) -> int:
-        """Return this rank's equal share of a number.
+        """Divide a number equally among the ranks, and return the number of one rank.
 
         Args:
             name: Name of the setting, for the message.
             count: Number for the whole run.
-            unit: Number of which each share must be a multiple.
+            unit: Number of which the result must be a multiple.
 
         Raises:
-            UserError: `count` cannot be divided into such shares.
+            UserError: `count` cannot be divided in this way.
         """
         whole = self.world_size * unit
         if count % whole:

@@ -26,7 +26,7 @@ from dmkd_fast.runtime.errors import NotFiniteError, invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps, check_guidance
 from dmkd_fast.sampling.graph import CudaGraph, compiled
 from dmkd_fast.sampling.solvers import solver_table
-from dmkd_fast.sampling.step import StepSettings, advance, decode
+from dmkd_fast.sampling.step import StepConfig, advance, decode
 
 # Images decoded at a time. Activations of a decoder are hundreds of times larger than latents; on a
 # CPU, four images at a time are slower per image than two (docs/notebook.md, "Decoder on a CPU").
@@ -86,7 +86,7 @@ class DiffusionSampler:
         self.device, self.dtype, self.seed = torch.device(device), dtype, seed
         self.micro_batch_images = max(micro_batch_images, FEWEST_IMAGES)
         self.table = solver_table(denoiser.scheduler, steps, self.device)
-        self._settings = StepSettings(
+        self._config = StepConfig(
             takes_guidance=denoiser.takes_guidance,
             channels=guidance.channels,
             clip=self.table.clip,
@@ -217,7 +217,7 @@ class DiffusionSampler:
                 both if guided else labels,
                 fresh,
                 scale,
-                self._settings,
+                self._config,
             )
             yield x
 
