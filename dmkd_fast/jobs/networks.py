@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -166,18 +166,15 @@ def load_student(
             expected, fix = f"the teacher's {num_classes}", "use another student or a class_map"
             raise invalid("student.path", f"a student of {spec.num_classes} classes", expected, fix)
     else:
-        spec = ClassifierSpec(
+        spec = replace(
+            first,
             architecture=config.arch or "",
             num_classes=num_classes,
-            in_chans=first.in_chans,
             input_size=view_size,
-            mean=first.mean,
-            std=first.std,
-            crop_pct=first.crop_pct,
-            interpolation=first.interpolation,
-            crop_mode=first.crop_mode,
             model_args=config.model_args,
             stem=config.stem,
+            test_input_size=None,
+            label_names=None,
         )
         torch.manual_seed(seed)
         student = build_classifier(spec)

@@ -86,14 +86,7 @@ class StudentTrainer:
             raise invalid("student", got, "some to train", "give another network or unfreeze it")
         self.device = device = next(student.parameters()).device
         self.network = ranks.parallel(fast, device)  # This copies rank 0's weights to all ranks.
-        self.optimizer = build_optimizer(
-            student,
-            name=schedule.name,
-            lr=schedule.lr,
-            momentum=schedule.momentum,
-            nesterov=schedule.nesterov,
-            weight_decay=schedule.weight_decay,
-        )
+        self.optimizer = build_optimizer(student, schedule)
         self.average = WeightEMA(student, decay=schedule.ema_decay)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
