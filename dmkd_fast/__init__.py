@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from dmkd_fast.classifiers.loading import load_classifier, save_classifier
     from dmkd_fast.data.test_sets import EncodedSet, ImageSet, load_idx, open_set
     from dmkd_fast.denoisers.loading import load_denoiser
-    from dmkd_fast.loss.functional import DistillKL, kd_loss, kd_loss_and_grad
+    from dmkd_fast.loss.functional import kd_loss, kd_loss_and_grad
+    from dmkd_fast.loss.module import DistillKL
     from dmkd_fast.ring.buffer import RingBuffer
     from dmkd_fast.sampling.labels import LabelStream
     from dmkd_fast.sampling.sampler import DiffusionSampler
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DiffusionSampler": "sampling.sampler",
-    "DistillKL": "loss.functional",
+    "DistillKL": "loss.module",
     "Distiller": "training.distiller",
     "EncodedSet": "data.test_sets",
     "ImageSet": "data.test_sets",

@@ -12,15 +12,18 @@ so once.
 Arguments: student and teacher logits (B, C) of any float dtype and strides; target, class ids (B,)
 int64 or probabilities (B, C); weight, factors (B,), where 0 skips a row. A row adds
 alpha * kd_scale * KL + (1 - alpha) * ce_scale * CE to the loss. kd_scale and ce_scale contain the
-reduction's denominator, and kd_scale also T^2. The operators return the loss, the KL and CE parts
-(summed, or (B,) with per_row) and statistics of each row for the backward pass. Sums are
-accumulated in float32, or in float64 if student or teacher logits are float64.
+reduction's denominator, and kd_scale also T^2. temperatures (B, 2), if given, are each row's T and
+factor on KL, in place of `temperature`. divergences, from `divergences.terms_of`, replace KL.
+standardize gives the rows of both logits mean 0 and standard deviation 1 before they are divided
+by T. The operators return the loss, the KL and CE parts (summed, or (B,) with per_row) and
+statistics of each row for the backward pass. Sums are accumulated in float32, or in float64 if
+student or teacher logits are float64.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +32,8 @@ from torch import Tensor
 from dmkd_fast.loss.reference import (
     reference_cross_entropy,
     reference_cross_entropy_grad,
-    reference_grad,
-    reference_loss,
+    reference_divergence,
+    reference_divergence_grad,
 )
 from dmkd_fast.runtime import native
 from dmkd_fast.runtime.operators import warn_once
@@ -43,13 +46,14 @@ _PROBLEM = (
     "Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
     "float alpha, float kd_scale, float ce_scale, float label_smoothing"
 )
+_EXTRA = "Tensor? temperatures=None, float[] divergences=[], bool standardize=False"
 _LOSSES = "(Tensor loss, Tensor kd, Tensor ce, Tensor stats)"
 _LIBRARY = torch.library.Library("dmkd_fast", "DEF")
-_LIBRARY.define(f"kd_loss_forward({_PROBLEM}, bool per_row) -> {_LOSSES}")
-_LIBRARY.define(f"kd_loss_backward(Tensor upstream, Tensor stats, {_PROBLEM}) -> Tensor")
+_LIBRARY.define(f"kd_loss_forward({_PROBLEM}, bool per_row, {_EXTRA}) -> {_LOSSES}")
+_LIBRARY.define(f"kd_loss_backward(Tensor upstream, Tensor stats, {_PROBLEM}, {_EXTRA}) -> Tensor")
 _LIBRARY.define(
     "kd_loss_forward_backward(Tensor(a!) grad, Tensor? upstream, float grad_scale, "
-    f"{_PROBLEM}) -> {_LOSSES}"
+    f"{_PROBLEM}, {_EXTRA}) -> {_LOSSES}"
 )
 
 forward = torch.ops.dmkd_fast.kd_loss_forward.default
@@ -74,14 +78,26 @@ def _eager_forward(
     ce_scale: float,
     label_smoothing: float,
     per_row: bool,
+    temperatures: Tensor | None = None,
+    divergences: Sequence[float] = (),
+    standardize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _say_eager(student)
     dtype = accumulated_type(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
-    kd = reference_loss(student, teacher, temperature=temperature) / temperature**2  # (B,)
+    ids = None if target is None else _valid(target, weight)
+    kd = reference_divergence(  # (B,)
+        student,
+        teacher,
+        temperature=temperature if temperatures is None else temperatures[:, :1],
+        terms=divergences,
+        target=ids,
+        counted=None if weight is None else weight != 0,
+        standardize=standardize,
+    )
+    kd = kd if temperatures is None else kd * temperatures[:, 1]
     ce = torch.zeros_like(kd)
-    if target is not None:
-        ids = _valid(target, weight)
+    if ids is not None and alpha != 1:
         ce = reference_cross_entropy(student, ids, label_smoothing=label_smoothing)
     if weight is not None:
         kd, ce = (torch.where(weight == 0, 0, weight * rows) for rows in (kd, ce))
@@ -106,49 +122,40 @@ def _eager_backward(
     kd_scale: float,
     ce_scale: float,
     label_smoothing: float,
+    temperatures: Tensor | None = None,
+    divergences: Sequence[float] = (),
+    standardize: bool = False,
 ) -> Tensor:
     dtype = accumulated_type(student, teacher)
     wide, teacher = student.to(dtype), teacher.to(dtype)
-    grad = reference_grad(wide, teacher, temperature=temperature) / temperature**2
-    grad = grad * (alpha * kd_scale)
-    if target is not None:
-        ids = _valid(target, weight)
+    factors = upstream.reshape(-1).to(dtype).expand(len(wide))
+    factors = factors if weight is None else factors * weight
+    ids = None if target is None else _valid(target, weight)
+    grad = reference_divergence_grad(
+        wide,
+        teacher,
+        factors * (alpha * kd_scale) * (1 if temperatures is None else temperatures[:, 1]),
+        temperature=temperature if temperatures is None else temperatures[:, :1],
+        terms=divergences,
+        target=ids,
+        counted=None if weight is None else weight != 0,
+        standardize=standardize,
+    )
+    if ids is not None and alpha != 1:
         ce = reference_cross_entropy_grad(wide, ids, label_smoothing=label_smoothing)
-        grad = grad + ce * ((1 - alpha) * ce_scale)
-    grad = grad * upstream.reshape(-1, 1)
+        grad = grad + ce * (factors * ((1 - alpha) * ce_scale))[:, None]
     if weight is not None:
-        grad = torch.where(weight[:, None] == 0, 0, grad * weight[:, None])
+        grad = torch.where(weight[:, None] == 0, 0, grad)
     return grad.to(student.dtype, memory_format=torch.contiguous_format)
 
 
 def _eager_forward_backward(
-    grad: Tensor,
-    upstream: Tensor | None,
-    grad_scale: float,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    temperature: float,
-    alpha: float,
-    kd_scale: float,
-    ce_scale: float,
-    label_smoothing: float,
+    grad: Tensor, upstream: Tensor | None, grad_scale: float, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = (
-        student,
-        teacher,
-        target,
-        weight,
-        temperature,
-        alpha,
-        kd_scale,
-        ce_scale,
-        label_smoothing,
-    )
-    losses = _eager_forward(*problem, False)
+    problem, extra = arguments[:9], arguments[9:]
+    losses = _eager_forward(*problem, False, *extra)
     scale = losses[0].new_tensor(grad_scale) if upstream is None else upstream * grad_scale
-    grad.copy_(_eager_backward(scale, losses[3], *problem))
+    grad.copy_(_eager_backward(scale, losses[3], *problem, *extra))
     return losses
 
 
@@ -180,6 +187,7 @@ def _fake_forward(
     ce_scale: float,
     label_smoothing: float,
     per_row: bool,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulated_type(student, teacher)
     shape = student.shape[:1] if per_row else ()
