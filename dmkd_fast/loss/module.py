@@ -5,6 +5,7 @@ from __future__ import annotations
 from numbers import Real
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from dmkd_fast.loss.arguments import Reduction
@@ -113,6 +114,6 @@ def _is_temperature(value: object, student: Tensor, *, certain: bool, possible: 
     target.
     """
     if not isinstance(value, Tensor):
-        return isinstance(value, Real)
+        return isinstance(value, Real) or hasattr(value, "item")  # of Python or NumPy
     of_target = student.shape[:-1] if value.dtype == torch.int64 else student.shape
     return certain or (possible and value.shape != of_target)
