@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from dmkd_fast.data.test_sets import EncodedSet, ImageSet, load_idx, open_set
     from dmkd_fast.denoisers.loading import load_denoiser
     from dmkd_fast.loss.functional import kd_loss, kd_loss_and_grad
+    from dmkd_fast.loss.linear import linear_kd_loss
     from dmkd_fast.loss.module import DistillKL
+    from dmkd_fast.loss.topk import kd_loss_topk
     from dmkd_fast.ring.buffer import RingBuffer
     from dmkd_fast.sampling.labels import LabelStream
     from dmkd_fast.sampling.sampler import DiffusionSampler
@@ -48,6 +50,8 @@ _HOMES = {
     "Views": "views.crops",
     "kd_loss": "loss.functional",
     "kd_loss_and_grad": "loss.functional",
+    "kd_loss_topk": "loss.topk",
+    "linear_kd_loss": "loss.linear",
     "load_classifier": "classifiers.loading",
     "load_denoiser": "denoisers.loading",
     "load_idx": "data.test_sets",
@@ -73,6 +77,8 @@ __all__ = [
     "Views",
     "kd_loss",
     "kd_loss_and_grad",
+    "kd_loss_topk",
+    "linear_kd_loss",
     "load_classifier",
     "load_denoiser",
     "load_idx",

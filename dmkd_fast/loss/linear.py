@@ -33,8 +33,8 @@ def linear_kd_loss(
         student_weight, teacher_weight: Weights (C, D) of the heads. The teacher gets no gradient.
         target: Same as for `kd_loss`, with B rows.
         chunk_rows: Rows at a time; None: as many as make 8 million logits.
-        options: Further arguments of `kd_loss`, except `reduction="none"`, `divergence="dist"`, whose
-            terms span rows, `class_dim`, `num_classes` and `return_parts`.
+        options: Further arguments of `kd_loss`, except `reduction="none"`, dist, whose terms span
+            rows, `class_dim` and `return_parts`.
 
     Raises:
         TypeError, ValueError: For the same reasons as `kd_loss`, or shapes do not fit.
@@ -56,11 +56,8 @@ def linear_kd_loss(
             f"{len(teacher_hidden)} rows, expected {len(student_weight)} and {len(student_hidden)}"
         )
     reduction = options.setdefault("reduction", "batchmean")
-    for name, value in (("reduction", "none"), ("divergence", "dist")):
-        if options.get(name) == value or name in ("class_dim", "num_classes") and name in options:
-            raise ValueError(f"{name}: got {options[name]!r}, which spans chunks of rows")
-    if DIST in terms_of(options.get("divergence", "forward_kl"))[::4]:
-        raise ValueError("divergence: dist spans rows, expected another one")
+    if reduction == "none" or DIST in terms_of(options.get("divergence", "forward_kl"))[::4]:
+        raise ValueError('reduction="none" and dist: need all rows at once, expected others')
     rows, ids = len(student_hidden), target is not None and target.dtype == torch.int64
     if reduction != "sum" and options.get("num_items") is None:
         counts = [] if options.get("mask") is None else [options["mask"]]
