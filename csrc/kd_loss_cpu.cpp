@@ -171,6 +171,7 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
                            compute_t(a.columns_weight * (a.kl_gradient / temperature)));
       if (!a.standardize) top = id >= 0 && logits[id] > own[0] ? logits[id] : own[0];
       if (out && a.standardize) row.standardize_gradient();
+      if (losses) std::copy(own, own + kStats, stats);
       row.stats = stats;
     } else if (losses) {
       row.exponentials();
@@ -223,7 +224,9 @@ DMKD_INLINE int64_t column_sums(const KdArguments& a, int64_t begin, int64_t end
         row.standardize(memory + kStudentStd * padded, memory + kTeacherStd * padded);
       }
       const compute_t ratio = row.exponentials();
-      row.changes(ratio, p + filled * padded, change + filled * padded);
+      compute_t unused[4];
+      row.changes(ratio, p + filled * padded, change + filled * padded, 0, unused[0], unused[1],
+                  unused[2], unused[3]);
       ++filled;
       ++counted;
     }
@@ -309,11 +312,12 @@ int64_t kd_loss_column_sums(const KdArguments& arguments, int64_t begin, int64_t
   return dispatch(arguments, begin, end, sums);
 }
 
-double kd_loss_columns(double* sums, int64_t num_classes, int64_t num_rows) {
+double kd_loss_columns(const double* sums, int64_t num_classes, int64_t num_rows, bool is_double,
+                       void* columns) {
   double loss = 0;
   const double rows = double(num_rows);
   for (int64_t i = 0; i < num_classes; ++i) {
-    double* const at = sums + i;
+    const double* const at = sums + i;
     const double p = at[0] / rows, change = at[2 * num_classes] / rows;
     const double teacher = at[num_classes] - rows * p * p;
     const double covariance = at[3 * num_classes] - rows * p * change;
@@ -323,9 +327,14 @@ double kd_loss_columns(double* sums, int64_t num_classes, int64_t num_rows) {
         correlation(teacher, teacher + 2 * covariance + variance, covariance, variance,
                     kConstant * at[num_classes], kConstant * rows * q * q);
     loss += found.loss;
-    at[0] = found.by_p;
-    at[num_classes] = found.by_change;
-    at[2 * num_classes] = -(found.by_p * p + found.by_change * change);
+    const double values[] = {found.by_p, found.by_change, p, change};
+    for (int64_t k = 0; k < 4; ++k) {
+      if (is_double) {
+        static_cast<double*>(columns)[k * num_classes + i] = values[k];
+      } else {
+        static_cast<float*>(columns)[k * num_classes + i] = static_cast<float>(values[k]);
+      }
+    }
   }
   return loss / double(num_classes);
 }

@@ -27,8 +27,7 @@ struct Term {  // one of the divergences whose weighted sum is the KD term
 
 constexpr int kMaxTerms = 2;
 
-// What the columns of all rows say for Divergence::kDist, (3, C) after `kd_loss_columns`: factors of
-// p and q - p in the slope by a column's correlation, and a constant.
+// For kDist, by column over all rows: p, p^2, q - p, p (q - p), (q - p)^2.
 constexpr int64_t kColumnSums = 5;
 
 // What is kept of a row so that its gradient can be computed later in one sweep: maximum and sum of
@@ -62,7 +61,8 @@ struct KdArguments {
   Term terms[kMaxTerms];
   int64_t num_terms;       // 0: forward KL alone
   bool standardize;        // logits to mean 0 and standard deviation 1 by row
-  const double* columns;   // for kDist: (3, C) coefficients
+  const void* columns;     // for kDist: (4, C) accumulated type: factors of p and q - p in the
+                           // gradient by a column's correlation, and their means
   double columns_loss;     // for kDist: mean of 1 - correlation over the columns
   double columns_weight;   // for kDist: sum of the factors of all rows' KD terms
   void* losses;     // (2, B) accumulated type: weight * KL and weight * CE; null: gradient only
@@ -85,9 +85,9 @@ int64_t kd_loss_rows(const KdArguments& arguments, int64_t begin, int64_t end);
 int64_t kd_loss_column_sums(const KdArguments& arguments, int64_t begin, int64_t end,
                             double* sums);
 
-// From the sums over all rows to `KdArguments.columns` (3, C), in place of the first three sums;
-// returns `columns_loss`.
-double kd_loss_columns(double* sums, int64_t num_classes, int64_t num_rows);
+// From the sums over all rows to `KdArguments.columns`; returns `columns_loss`.
+double kd_loss_columns(const double* sums, int64_t num_classes, int64_t num_rows, bool is_double,
+                       void* columns);
 
 // "avx512", "avx2" or "scalar": what this machine runs.
 const char* kd_loss_instruction_set();

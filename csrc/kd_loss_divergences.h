@@ -27,9 +27,9 @@ DMKD_INLINE compute_t near_expm1(compute_t x) {
   return std::expm1(-x);
 }
 
-// log(1 + x) for -1 < x <= 0.
+// log(1 + x) for -1 < x <= 0, and x - log(1 + x) without cancellation as x -> 0.
 template <bool has_fma>
-DMKD_INLINE float log1p_of(float x) {
+DMKD_INLINE float log1p_of(float x, float& excess) {
   const float u = 1.0f + x;
   // u = m * 2^k with m from 0.75 to 1.5; there k = 0 leaves x as it is.
   const int32_t shifted = static_cast<int32_t>(float_to_bits(u)) - 0x3f400000;
@@ -37,18 +37,21 @@ DMKD_INLINE float log1p_of(float x) {
   const float m = bits_to_float(static_cast<uint32_t>((shifted & 0x007fffff) + 0x3f400000));
   const float f = k == 0 ? x : m - 1.0f;
   const float z = f / (2.0f + f), z2 = z * z;
-  float series = 0.11111111f;
-  series = multiply_add<has_fma>(series, z2, 0.14285714f);
-  series = multiply_add<has_fma>(series, z2, 0.2f);
-  series = multiply_add<has_fma>(series, z2, 0.33333333f);
-  const float twice = z + z;
-  return multiply_add<has_fma>(static_cast<float>(k), 0.69314718f,
-                               multiply_add<has_fma>(twice * z2, series, twice));
+  float series = 0.22222222f;
+  series = multiply_add<has_fma>(series, z2, 0.28571429f);
+  series = multiply_add<has_fma>(series, z2, 0.4f);
+  series = multiply_add<has_fma>(series, z2, 0.66666667f);
+  const float cubic = z * z2 * series;
+  const float log = multiply_add<has_fma>(static_cast<float>(k), 0.69314718f, z + z + cubic);
+  excess = k == 0 ? multiply_add<has_fma>(f, z, -cubic) : x - log;
+  return log;
 }
 
 template <bool has_fma>
-DMKD_INLINE double log1p_of(double x) {
-  return std::log1p(x);
+DMKD_INLINE double log1p_of(double x, double& excess) {
+  const double log = std::log1p(x);
+  excess = x - log;
+  return log;
 }
 
 // What the classes of a row share.
@@ -86,22 +89,25 @@ DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, comput
     const compute_t beta = shared.first, other = 1 - beta;
     compute_t unused, difference;
     divergence<has_fma>(p, q, d, shared.near_limit, unused, difference);
-    // With m = beta p + (1 - beta) q: log(m / q) and log(m / p) by the smaller ratio of p and q.
+    // With m = beta p + (1 - beta) q: log(m / larger) and log(m / smaller) of p and q.
     const compute_t larger = std::max(std::max(p, q), std::numeric_limits<compute_t>::min());
-    const bool above = d > 0;
-    const compute_t log_m = log1p_of<has_fma>(-(above ? other : beta) * std::abs(difference) /
-                                              larger);
-    const compute_t by_q = above ? log_m + d : log_m, by_p = above ? log_m : log_m - d;
+    const bool above = d > 0;  // p is the larger one
     const compute_t p_share = beta * p, q_share = other * q;
-    const compute_t near = p_share * near_excess<has_fma>(-by_p) +
-                           q_share * near_excess<has_fma>(-by_q);
-    compute_t p_far = -p_share * by_p, q_far = -q_share * by_q;
+    const compute_t larger_share = above ? p_share : q_share;
+    const compute_t smaller_share = above ? q_share : p_share;
+    compute_t excess;
+    const compute_t by_larger = log1p_of<has_fma>(
+        -(above ? other : beta) * std::abs(difference) / larger, excess);
+    const compute_t by_smaller = by_larger + std::abs(d);
+    const compute_t near =
+        larger_share * excess + smaller_share * near_excess<has_fma>(-by_smaller);
+    compute_t larger_far = -larger_share * by_larger, smaller_far = -smaller_share * by_smaller;
     if constexpr (with_zeros) {
-      p_far = p == 0 ? compute_t(0) : p_far;
-      q_far = q == 0 ? compute_t(0) : q_far;
+      larger_far = larger_share == 0 ? compute_t(0) : larger_far;
+      smaller_far = smaller_share == 0 ? compute_t(0) : smaller_far;
     }
-    term = std::abs(d) < half ? near : p_far + q_far;
-    slope = q_far;
+    term = std::abs(d) < half ? near : larger_far + smaller_far;
+    slope = above ? smaller_far : larger_far;
   } else if constexpr (kind == Divergence::kAlphaBeta) {
     const compute_t alpha = shared.first, beta = shared.second, gamma = shared.gamma;
     const compute_t q_power = power_of_2<has_fma>(log2_q, gamma, shared.lowest);

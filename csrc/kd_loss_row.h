@@ -34,27 +34,24 @@ struct Row {
     const compute_t scale2 = compute_t(kLog2E / temperature);
     const compute_t lowest = compute_t(-127) / scale2;
     compute_t s_max = -std::numeric_limits<compute_t>::infinity(), t_max = s_max;
+#pragma omp simd reduction(max : s_max, t_max)
+    for (int64_t i = 0; i < n; ++i) {
+      s_max = s[i] > s_max ? s[i] : s_max;
+      t_max = t[i] > t_max ? t[i] : t_max;
+    }
     if constexpr (with_skip) {
-#pragma omp simd reduction(max : s_max, t_max)
-      for (int64_t i = 0; i < n; ++i) {
-        s_max = s[i] > s_max && i != skip ? s[i] : s_max;
-        t_max = t[i] > t_max && i != skip ? t[i] : t_max;
-      }
-    } else {
-#pragma omp simd reduction(max : s_max, t_max)
-      for (int64_t i = 0; i < n; ++i) {
-        s_max = s[i] > s_max ? s[i] : s_max;
-        t_max = t[i] > t_max ? t[i] : t_max;
-      }
+      if (s[skip] == s_max) s_max = maximum_without(s, skip);
+      if (t[skip] == t_max) t_max = maximum_without(t, skip);
     }
     compute_t s_sum = 0, t_sum = 0, gap = 0;
+    const int32_t skip32 = static_cast<int32_t>(skip);
 #pragma omp simd reduction(+ : s_sum, t_sum, gap)
-    for (int64_t i = 0; i < n; ++i) {
+    for (int32_t i = 0; i < int32_t(n); ++i) {
       compute_t es = exp_scaled<has_fma>(s[i] - s_max, scale2, lowest);
       compute_t et = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest);
       if constexpr (with_skip) {
-        es = i == skip ? compute_t(0) : es;
-        et = i == skip ? compute_t(0) : et;
+        es = i == skip32 ? compute_t(0) : es;
+        et = i == skip32 ? compute_t(0) : et;
       }
       s_exp[i] = es;
       t_exp[i] = et;
@@ -73,6 +70,17 @@ struct Row {
                              : std::log(double(s_sum) / double(t_sum));
     stats[4] = compute_t((double(s_max) - double(t_max)) / temperature + ratio);
     return compute_t(ratio);
+  }
+
+  // The largest of all logits but one; 0 if these are all -inf.
+  DMKD_INLINE compute_t maximum_without(const compute_t* __restrict logits, int64_t skip) const {
+    constexpr compute_t none = -std::numeric_limits<compute_t>::infinity();
+    compute_t largest = none;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < skip; ++i) largest = logits[i] > largest ? logits[i] : largest;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = skip + 1; i < n; ++i) largest = logits[i] > largest ? logits[i] : largest;
+    return largest == none ? compute_t(0) : largest;
   }
 
   // Where d is the small difference of large numbers, its rounding weighs more than that of q - p.
@@ -203,7 +211,7 @@ struct Row {
 
   // From slopes to the gradient: slope - q * (sum of slopes), times `factor`.
   DMKD_INLINE void center(compute_t total, compute_t factor, bool first) {
-    const compute_t share = total / stats[1];
+    const compute_t share = total == 0 ? compute_t(0) : total / stats[1];
     if (first) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
@@ -227,38 +235,50 @@ struct Row {
     const double excess = ((double(s[id]) - double(stats[0])) -
                            (double(t[id]) - double(stats[2]))) / temperature - double(ratio);
     const double student = teacher + excess;
-    const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
-    const double p = sigmoid(teacher), p_rest = sigmoid(-teacher);
-    double change = excess > 0 ? -std::expm1(-excess) * sigmoid(student) * p_rest
-                               : std::expm1(excess) * p * sigmoid(-student);
+    // sigmoid(x) and sigmoid(-x), by one exponential.
+    const double t_small = std::exp(-std::abs(teacher)), s_small = std::exp(-std::abs(student));
+    const double t_large = 1 / (1 + t_small), s_large = 1 / (1 + s_small);
+    const double p = teacher > 0 ? t_large : t_small * t_large;
+    const double p_rest = teacher > 0 ? t_small * t_large : t_large;
+    const double q = student > 0 ? s_large : s_small * s_large;
+    const double q_rest = student > 0 ? s_small * s_large : s_large;
+    const double size = -std::expm1(-std::abs(excess));
+    double change = excess > 0 ? size * q * p_rest : -size * p * q_rest;  // q - p
     double binary = 0;
-    const bool alone = n == 1 || !(stats[1] > 0) || !(stats[3] > 0);
-    if (alone && stats[0] == stats[0] && stats[2] == stats[2]) {
+    const bool alone = n == 1 || stats[1] == 0 || stats[3] == 0;
+    if (alone) {
       change = 0;
+      binary = double(s[id] - s[id]) + double(t[id] - t[id]);  // 0 or nan
     } else {
-      if (p > 0) binary -= p * std::log1p(std::max(-1.0, change / p));
-      if (p_rest > 0) binary -= p_rest * std::log1p(std::max(-1.0, -change / p_rest));
+      if (p != 0) binary -= p * std::log1p(std::max(-1.0, change / p));
+      if (p_rest != 0) binary -= p_rest * std::log1p(std::max(-1.0, -change / p_rest));
       binary = binary < 0 ? 0 : binary;
     }
     const compute_t scale = compute_t(1 / temperature), s_max = stats[0], t_max = stats[2];
-    const compute_t s_inverse = stats[1] > 0 ? 1 / stats[1] : compute_t(0);
-    const compute_t t_inverse = stats[3] > 0 ? 1 / stats[3] : compute_t(0);
+    const compute_t s_inverse = alone ? compute_t(0) : 1 / stats[1];
+    const compute_t t_inverse = alone ? compute_t(0) : 1 / stats[3];
     const compute_t limit = std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0);
     const compute_t others = compute_t(term.second), binary_slope = compute_t(term.first * change);
+    compute_t* __restrict const part = out != nullptr && first ? out : slopes;
     compute_t loss = 0;
 #pragma omp simd reduction(+ : loss)
     for (int64_t i = 0; i < n; ++i) {
-      const compute_t q = s_exp[i] * s_inverse, p_i = t_exp[i] * t_inverse;
+      const compute_t q_i = s_exp[i] * s_inverse, p_i = t_exp[i] * t_inverse;
       const compute_t d = multiply_add<has_fma>((t[i] - t_max) - (s[i] - s_max), scale, ratio);
       compute_t value, difference;
-      divergence<has_fma>(p_i, q, d, limit, value, difference);
-      loss += p_i == 0 ? q : value;
-      slopes[i] = multiply_add<has_fma>(others, difference, -(binary_slope * q));
+      divergence<has_fma>(p_i, q_i, d, limit, value, difference);
+      loss += p_i == 0 ? q_i : value;
+      part[i] = multiply_add<has_fma>(others, difference, -(binary_slope * q_i)) * factor;
     }
     if (alone) loss = 0;
-    slopes[id] = binary_slope;
+    part[id] = binary_slope * factor;
     const compute_t whole = compute_t(term.first * binary) + others * loss;
-    if (out != nullptr) center(0, whole != whole ? whole : factor, first);
+    if (out != nullptr && (!first || whole != whole)) {
+      const compute_t nan_or_1 = whole != whole ? whole : compute_t(1);
+      for (int64_t i = 0; i < n; ++i) {
+        out[i] = (first ? compute_t(0) : out[i]) + part[i] * nan_or_1;
+      }
+    }
     return whole;
   }
 
@@ -266,17 +286,9 @@ struct Row {
   // 1 - correlation over the columns. `column_factor`: that of the latter's gradient.
   DMKD_INLINE compute_t correlations(const Term& term, compute_t ratio, compute_t factor,
                                      compute_t column_factor, bool first) {
-    changes(ratio, t_exp, slopes);
     const compute_t mean = compute_t(1.0 / double(n));
     compute_t teacher = 0, student = 0, covariance = 0, variance = 0;
-#pragma omp simd reduction(+ : teacher, student, covariance, variance)
-    for (int64_t i = 0; i < n; ++i) {
-      const compute_t b = t_exp[i] - mean, change = slopes[i], both = b + change;
-      teacher += b * b;
-      student += both * both;
-      covariance += b * change;
-      variance += change * change;
-    }
+    changes(ratio, t_exp, slopes, mean, teacher, student, covariance, variance);
     const Correlation found = correlation(teacher, student, covariance, variance,
                                           kConstant / double(n), kConstant / double(n));
     const compute_t row = factor * compute_t(term.first);
@@ -284,15 +296,19 @@ struct Row {
     const compute_t column_part = column_factor * compute_t(term.second / double(n));
     const compute_t parallel = compute_t(double(covariance) / double(teacher));
     const compute_t s_inverse = 1 / stats[1];
-    const double* const columns = a.columns;
+    const compute_t* const columns = static_cast<const compute_t*>(a.columns);
+    const compute_t* __restrict const column_p = columns;
+    const compute_t* __restrict const column_change = columns + n;
+    const compute_t* __restrict const p_mean = columns + 2 * n;
+    const compute_t* __restrict const change_mean = columns + 3 * n;
     compute_t total = 0, residual = 0;
 #pragma omp simd reduction(+ : total, residual)
     for (int64_t i = 0; i < n; ++i) {
       const compute_t b = t_exp[i] - mean, change = slopes[i];
       const compute_t apart = change - parallel * b;
       residual += apart * apart;
-      const compute_t column = compute_t(columns[i] * double(t_exp[i]) +
-                                         columns[n + i] * double(change) + columns[2 * n + i]);
+      const compute_t column = column_p[i] * (t_exp[i] - p_mean[i]) +
+                               column_change[i] * (change - change_mean[i]);
       const compute_t slope =
           s_exp[i] * s_inverse * (by_p * b + by_change * change + column_part * column);
       slopes[i] = slope;
@@ -304,20 +320,32 @@ struct Row {
     return compute_t(term.first * row_loss + term.second * a.columns_loss);
   }
 
-  // p and q - p of every class.
+  // p and q - p of every class, and the sums of a `Correlation`, p and q less `mean`.
   DMKD_INLINE void changes(compute_t ratio, compute_t* __restrict p_out,
-                           compute_t* __restrict change_out) {
+                           compute_t* __restrict change_out, compute_t mean, compute_t& teacher,
+                           compute_t& student, compute_t& covariance, compute_t& variance) {
     const compute_t scale = compute_t(1 / temperature), s_max = stats[0], t_max = stats[2];
     const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
     const compute_t limit = std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0);
-#pragma omp simd
+    compute_t b_squares = 0, a_squares = 0, products = 0, squares = 0;
+#pragma omp simd reduction(+ : b_squares, a_squares, products, squares)
     for (int64_t i = 0; i < n; ++i) {
       const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
       const compute_t d = multiply_add<has_fma>((t[i] - t_max) - (s[i] - s_max), scale, ratio);
-      compute_t value;
-      divergence<has_fma>(p, q, d, limit, value, change_out[i]);
+      compute_t value, change;
+      divergence<has_fma>(p, q, d, limit, value, change);
       p_out[i] = p;
+      change_out[i] = change;
+      const compute_t b = p - mean, both = b + change;
+      b_squares += b * b;
+      a_squares += both * both;
+      products += b * change;
+      squares += change * change;
     }
+    teacher = b_squares;
+    student = a_squares;
+    covariance = products;
+    variance = squares;
   }
 
   // Logits to mean 0 and standard deviation 1 in scratch. Returns the student's own maximum.

@@ -157,17 +157,16 @@ void add_gradient(KdArguments& a, const Problem& p, const Tensor& grad,
 
 // Kinds with a term by column: adds up the columns of all rows, in blocks of rows that the shape
 // alone decides, so that the sums do not depend on the threads.
-std::vector<double> add_columns(KdArguments& a, const Problem& p) {
-  std::vector<double> sums;
+std::vector<double> add_columns(KdArguments& a) {
   if (std::none_of(a.terms, a.terms + a.num_terms,
                    [](const Term& term) { return term.kind == Divergence::kDist; })) {
-    return sums;
+    return {};
   }
   constexpr int64_t kBlocks = 8;
   const int64_t size = kColumnSums * a.num_classes;
   const int64_t rows_per_block = std::max<int64_t>(64, (a.num_rows + kBlocks - 1) / kBlocks);
   const int64_t blocks = (a.num_rows + rows_per_block - 1) / rows_per_block;
-  sums.resize(size * std::max<int64_t>(1, blocks));
+  std::vector<double> sums(size * std::max<int64_t>(1, blocks));
   std::vector<int64_t> counts(blocks);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
@@ -182,8 +181,10 @@ std::vector<double> add_columns(KdArguments& a, const Problem& p) {
     for (int64_t i = 0; b > 0 && i < size; ++i) sums[i] += sums[b * size + i];
   }
   if (counted == 0) counted = 1;
-  a.columns_loss = kd_loss_columns(sums.data(), a.num_classes, counted);
-  a.columns = sums.data();
+  std::vector<double> columns(4 * a.num_classes);
+  a.columns_loss =
+      kd_loss_columns(sums.data(), a.num_classes, counted, a.is_double, columns.data());
+  a.columns = columns.data();
   const auto weight_sum = [&]<typename value_t>(value_t) {
     double total = 0;
     for (int64_t r = 0; r < a.num_rows; ++r) {
@@ -199,12 +200,12 @@ std::vector<double> add_columns(KdArguments& a, const Problem& p) {
     }
     return total;
   };
-  a.columns_weight = is_double(p) ? weight_sum(double()) : weight_sum(float());
-  return sums;
+  a.columns_weight = a.is_double ? weight_sum(double()) : weight_sum(float());
+  return columns;
 }
 
-void run(KdArguments& a, const Problem& p) {
-  const std::vector<double> columns = add_columns(a, p);
+void run(KdArguments& a) {
+  const std::vector<double> columns = add_columns(a);
   const int64_t grain =
       std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, a.num_classes));
   std::atomic<int64_t> bad{-1};
@@ -264,7 +265,7 @@ void reduce(const Problem& p, const value_t* rows, int64_t n, bool per_row, void
 Losses losses_of(KdArguments& a, const Problem& p, const Tensor& stats, bool per_row) {
   std::vector<double> rows(a.is_double ? 2 * a.num_rows : a.num_rows);  // or as many floats
   a.losses = rows.data();
-  run(a, p);
+  run(a);
   const ScalarType dtype = accumulated_type(p);
   const auto make = [&] {
     return per_row ? allocate<1>({a.num_rows}, dtype) : allocate<0>({}, dtype);
@@ -304,7 +305,7 @@ Tensor kd_loss_backward(const Tensor& upstream, const Tensor& stats, const Tenso
   const Tensor grad = allocate<2>({student.size(0), student.size(1)}, student.scalar_type());
   KdArguments a = arguments_for(p, stats);
   add_gradient(a, p, grad, upstream, 1);
-  run(a, p);
+  run(a);
   return grad;
 }
 

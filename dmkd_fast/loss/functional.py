@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dmkd_fast.loss import ops
 from dmkd_fast.loss.arguments import Reduction, arranged, grad_scale_of, output_rows, problem_of
+from dmkd_fast.loss.autograd import differentiable
 from dmkd_fast.loss.divergences import Divergence
 from dmkd_fast.runtime.operators import check_own_memory
 
@@ -189,8 +190,9 @@ def kd_loss(
         standardize_logits,
     )
     per_row = reduction == "none"
-    if torch.is_grad_enabled() and student_logits.requires_grad:
-        losses = _KdLoss.apply(per_row, return_parts, *problem, *extra)
+    losses: Any
+    if torch.is_grad_enabled() and problem[0].requires_grad:
+        losses = differentiable(per_row, return_parts, problem, extra)
     else:
         losses = ops.forward(*problem, per_row, *extra)
     if not return_parts:
@@ -309,60 +311,3 @@ def _arranged(
         arranged(teacher, class_dim, num_classes, "teacher_logits"),
         target,
     )
-
-
-class _KdLoss(torch.autograd.Function):
-    """Autograd function that returns loss, KD part and CE part; only the loss is differentiable.
-
-    On a CPU the forward pass also computes the gradient for an upstream gradient of 1, while the
-    row is in cache. The first backward pass returns it if the upstream gradient is 1. In all other
-    cases the backward pass recomputes the gradient from the logits and each row's statistics, and
-    multiplies the upstream gradient in before rounding. These cases are: another upstream gradient,
-    a second backward pass, `per_row`, torch.compile, float16 (whose stored gradient would
-    underflow), and other devices (where reading the upstream gradient would wait for the device).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, per_row: bool, parts: bool, *arguments: Any) -> Any:
-        problem, extra = arguments[:9], arguments[9:]
-        student, teacher, target, weight, *numbers = problem
-        compiling = torch.compiler.is_compiling()
-        ctx.grad = None
-        if per_row or compiling or student.device.type != "cpu" or student.dtype == torch.float16:
-            loss, kd, ce, stats = ops.forward(*problem, per_row, *extra)
-        else:
-            ctx.grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-            loss, kd, ce, stats = ops.forward_backward(ctx.grad, None, 1.0, *problem, *extra)
-        tensors = (stats, student, teacher, target, weight, extra[0] if extra else None)
-        # Tensors of torch.inference_mode() cannot be saved for backward; nothing can change them.
-        ctx.untracked = ()
-        if not compiling and any(map(_is_inference, tensors)):
-            ctx.untracked = [t if _is_inference(t) else None for t in tensors]
-            tensors = tuple(None if _is_inference(t) else t for t in tensors)
-        ctx.save_for_backward(*tensors)
-        ctx.numbers, ctx.extra = numbers, extra[1:]
-        if not parts:
-            return loss
-        ctx.mark_non_differentiable(kd, ce)
-        return loss, kd, ce
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
-            raise RuntimeError("kd_loss has no second derivative; do not pass create_graph=True")
-        grad, ctx.grad = ctx.grad, None
-        if grad is None or upstream.item() != 1:
-            del grad  # Free its memory before the new gradient is allocated.
-            saved = ctx.saved_tensors
-            if ctx.untracked:
-                saved = [a if b is None else b for a, b in zip(saved, ctx.untracked, strict=True)]
-            *tensors, temperatures = saved
-            extra = (temperatures, *ctx.extra) if ctx.extra else ()
-            grad = ops.backward(upstream, *tensors, *ctx.numbers, *extra)
-        missing = 3 + len(ctx.numbers) + (1 + len(ctx.extra) if ctx.extra else 0)
-        return None, None, grad, *[None] * missing
-
-
-def _is_inference(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_inference()

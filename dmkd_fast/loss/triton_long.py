@@ -256,13 +256,15 @@ def two_pass(
             out = slopes
             if not PLAIN:
                 slopes = tl.where(inside, slopes, 0.0)
-                z = tl.where(inside, s, 0.0)
                 if sweep == 0:
                     total += tl.sum(slopes, 0)
-                    if STANDARDIZE:
+                out = slopes - q * total
+                if STANDARDIZE:
+                    z = tl.where(inside, (raw - s_mean) * s_unit, 0.0)
+                    if sweep == 0:
                         by_slope += tl.sum(slopes * z, 0)
                         by_q += tl.sum(tl.where(inside, q * z, 0.0), 0)
-                out = (slopes - q * total) * s_unit - z * chain
+                    out = out * s_unit - z * chain
             out *= kl_factor
             if sweep == 0:
                 kd_lanes += tl.where(inside, terms, 0.0)
