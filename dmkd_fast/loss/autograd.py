@@ -15,9 +15,9 @@ def differentiable(
 ) -> Any:
     """Return the loss with its graph, or loss, KD and CE parts; only the loss has a gradient.
 
-    The forward pass may compute the gradient for an upstream gradient of 1. It does not in float16,
-    whose stored gradient would underflow, nor off the CPU, where reading the upstream gradient would
-    wait for the device, nor where the gradients of the rows are not known.
+    On a CPU the forward pass computes the gradient for an upstream gradient of 1 too, except for
+    rows, whose upstream gradients differ, and in float16, whose stored gradient would underflow. On
+    other devices, reading the upstream gradient would wait for the device.
     """
     student = problem[0]
     if (

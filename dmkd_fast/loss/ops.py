@@ -68,21 +68,16 @@ def accumulated_type(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _eager_forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    temperature: float,
-    alpha: float,
-    kd_scale: float,
-    ce_scale: float,
-    label_smoothing: float,
-    per_row: bool,
-    temperatures: Tensor | None = None,
-    divergences: Sequence[float] = (),
-    standardize: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def with_defaults(extra: Sequence[Any]) -> tuple[Any, ...]:
+    """Return temperatures, divergences and standardize; the dispatcher drops trailing defaults."""
+    return (*extra, *(None, (), False)[len(extra) :])
+
+
+def _eager_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student, teacher, target, weight, temperature, alpha, kd_scale, ce_scale, smoothing = arguments[
+        :9
+    ]
+    per_row, (temperatures, terms, standardize) = arguments[9], with_defaults(arguments[10:])
     _say_eager(student)
     dtype = accumulated_type(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
@@ -91,7 +86,7 @@ def _eager_forward(
         student,
         teacher,
         temperature=temperature if temperatures is None else temperatures[:, :1],
-        terms=divergences,
+        terms=terms,
         target=ids,
         counted=None if weight is None else weight != 0,
         standardize=standardize,
@@ -99,7 +94,7 @@ def _eager_forward(
     kd = kd if temperatures is None else kd * temperatures[:, 1]
     ce = torch.zeros_like(kd)
     if ids is not None and alpha != 1:
-        ce = reference_cross_entropy(student, ids, label_smoothing=label_smoothing)
+        ce = reference_cross_entropy(student, ids, label_smoothing=smoothing)
     if weight is not None:
         kd, ce = (torch.where(weight == 0, 0, weight * rows) for rows in (kd, ce))
     kd, ce = kd * kd_scale, ce * ce_scale
@@ -111,22 +106,11 @@ def _eager_forward(
     return loss, kd, ce, student.new_zeros(len(student), NUM_STATS)
 
 
-def _eager_backward(
-    upstream: Tensor,
-    stats: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    temperature: float,
-    alpha: float,
-    kd_scale: float,
-    ce_scale: float,
-    label_smoothing: float,
-    temperatures: Tensor | None = None,
-    divergences: Sequence[float] = (),
-    standardize: bool = False,
-) -> Tensor:
+def _eager_backward(upstream: Tensor, stats: Tensor, *arguments: Any) -> Tensor:
+    student, teacher, target, weight, temperature, alpha, kd_scale, ce_scale, smoothing = arguments[
+        :9
+    ]
+    temperatures, terms, standardize = with_defaults(arguments[9:])
     dtype = accumulated_type(student, teacher)
     wide, teacher = student.to(dtype), teacher.to(dtype)
     factors = upstream.reshape(-1).to(dtype).expand(len(wide))
@@ -137,13 +121,13 @@ def _eager_backward(
         teacher,
         factors * (alpha * kd_scale) * (1 if temperatures is None else temperatures[:, 1]),
         temperature=temperature if temperatures is None else temperatures[:, :1],
-        terms=divergences,
+        terms=terms,
         target=ids,
         counted=None if weight is None else weight != 0,
         standardize=standardize,
     )
     if ids is not None and alpha != 1:
-        ce = reference_cross_entropy_grad(wide, ids, label_smoothing=label_smoothing)
+        ce = reference_cross_entropy_grad(wide, ids, label_smoothing=smoothing)
         grad = grad + ce * (factors * ((1 - alpha) * ce_scale))[:, None]
     if weight is not None:
         grad = torch.where(weight[:, None] == 0, 0, grad)
@@ -178,18 +162,9 @@ def _say_eager(logits: Tensor) -> None:
 
 
 def _fake_forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    temperature: float,
-    alpha: float,
-    kd_scale: float,
-    ce_scale: float,
-    label_smoothing: float,
-    per_row: bool,
-    *_: object,
+    student: Tensor, teacher: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    per_row = arguments[7]
     dtype = accumulated_type(student, teacher)
     shape = student.shape[:1] if per_row else ()
     loss, kd, ce = (student.new_empty(shape, dtype=dtype) for _ in range(3))
@@ -208,7 +183,7 @@ def _fake_forward_backward(
     teacher: Tensor,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_forward(student, teacher, None, None, 1.0, 1.0, 1.0, 1.0, 0.0, False)
+    return _fake_forward(student, teacher, *[None] * 7, False)
 
 
 def _cuda(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:

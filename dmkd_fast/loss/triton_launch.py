@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from dmkd_fast.loss import triton_long, triton_tile
-from dmkd_fast.loss.ops import NUM_STATS
+from dmkd_fast.loss.ops import NUM_STATS, with_defaults
 from dmkd_fast.runtime.operators import Launch
 
 # The widest row and block of columns whose kernels do not spill registers: tests/golden/.
@@ -127,7 +127,7 @@ def _shared(
     student, teacher, target, weight, temperature, alpha, kd_scale, ce_scale, smoothing = problem[
         :9
     ]
-    temperatures, terms, standardize = problem[9:] or (None, (), False)
+    temperatures, terms, standardize = with_defaults(problem[9:])
     num_rows, num_classes = student.shape
     has_classes = target is not None and target.dtype == torch.int64
     kind = 0 if target is None else 1 if has_classes else 2
