@@ -80,8 +80,8 @@ DMKD_INLINE void store_row(const Matrix& m, int64_t r, const compute_t* row, int
 }
 
 // Scratch of a thread, in rows of `padded` values.
-enum Scratch { kStudent, kTeacher, kStudentExp, kTeacherExp, kTarget, kOut, kSlopes, kStudentStd,
-               kTeacherStd, kScratchRows };
+enum Scratch { kStudent, kTeacher, kStudentExp, kTeacherExp, kTarget, kOut, kSlopes, kStudentCopy,
+               kTeacherCopy, kScratchRows };
 
 template <typename compute_t>
 DMKD_INLINE compute_t* scratch_of(int64_t padded, int64_t extra_rows = 0) {
@@ -153,7 +153,9 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
                                 memory + kStudentExp * padded,
                                 memory + kTeacherExp * padded,
                                 memory + kSlopes * padded,
-                                stats};
+                                stats,
+                                memory + kStudentCopy * padded,
+                                memory + kTeacherCopy * padded};
     const compute_t* const logits = row.s;
     const compute_t upstream =
         weight *
@@ -164,9 +166,7 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
     if (!is_forward_kl) {
       compute_t own[kStats] = {};  // The backward pass leaves those of the forward pass alone.
       row.stats = own;
-      top = a.standardize
-                ? row.standardize(memory + kStudentStd * padded, memory + kTeacherStd * padded)
-                : compute_t(0);
+      top = a.standardize ? row.standardize() : compute_t(0);
       kd = row.divergences(id, factor,
                            compute_t(a.columns_weight * (a.kl_gradient / temperature)));
       if (!a.standardize) top = id >= 0 && logits[id] > own[0] ? logits[id] : own[0];
@@ -219,10 +219,10 @@ DMKD_INLINE int64_t column_sums(const KdArguments& a, int64_t begin, int64_t end
                                   memory + kStudentExp * padded,
                                   memory + kTeacherExp * padded,
                                   nullptr,
-                                  stats};
-      if (a.standardize) {
-        row.standardize(memory + kStudentStd * padded, memory + kTeacherStd * padded);
-      }
+                                  stats,
+                                  memory + kStudentCopy * padded,
+                                  memory + kTeacherCopy * padded};
+      if (a.standardize) row.standardize();
       const compute_t ratio = row.exponentials();
       compute_t unused[4];
       row.changes(ratio, p + filled * padded, change + filled * padded, 0, unused[0], unused[1],

@@ -27,23 +27,40 @@ DMKD_INLINE compute_t near_expm1(compute_t x) {
   return std::expm1(-x);
 }
 
+// exp(-x) - 1 for x >= 0.
+template <bool has_fma>
+DMKD_INLINE float expm1_of(float x) {
+  constexpr float log2e = 1.44269504f;
+  const float far = exp_scaled<has_fma>(-x, log2e, -127.0f / log2e) - 1.0f;
+  return x < 0.5f ? near_expm1<has_fma>(x) : far;
+}
+
+template <bool has_fma>
+DMKD_INLINE double expm1_of(double x) {
+  return std::expm1(-x);
+}
+
 // log(1 + x) for -1 < x <= 0, and x - log(1 + x) without cancellation as x -> 0.
 template <bool has_fma>
 DMKD_INLINE float log1p_of(float x, float& excess) {
-  const float u = 1.0f + x;
-  // u = m * 2^k with m from 0.75 to 1.5; there k = 0 leaves x as it is.
-  const int32_t shifted = static_cast<int32_t>(float_to_bits(u)) - 0x3f400000;
+  constexpr int32_t half_root = 0x3f3504f3;  // sqrt(1/2)
+  const int32_t shifted = static_cast<int32_t>(float_to_bits(1.0f + x)) - half_root;
+  // 1 + x = m * 2^k with m from sqrt(1/2) to sqrt(2); k = 0 leaves x as it is.
   const int32_t k = shifted >> 23;
-  const float m = bits_to_float(static_cast<uint32_t>((shifted & 0x007fffff) + 0x3f400000));
+  const float m = bits_to_float(static_cast<uint32_t>((shifted & 0x007fffff) + half_root));
   const float f = k == 0 ? x : m - 1.0f;
-  const float z = f / (2.0f + f), z2 = z * z;
-  float series = 0.22222222f;
-  series = multiply_add<has_fma>(series, z2, 0.28571429f);
-  series = multiply_add<has_fma>(series, z2, 0.4f);
-  series = multiply_add<has_fma>(series, z2, 0.66666667f);
-  const float cubic = z * z2 * series;
-  const float log = multiply_add<has_fma>(static_cast<float>(k), 0.69314718f, z + z + cubic);
-  excess = k == 0 ? multiply_add<has_fma>(f, z, -cubic) : x - log;
+  float series = 7.0376836292e-2f;  // minimax of cephes
+  series = multiply_add<has_fma>(series, f, -1.1514610310e-1f);
+  series = multiply_add<has_fma>(series, f, 1.1676998740e-1f);
+  series = multiply_add<has_fma>(series, f, -1.2420140846e-1f);
+  series = multiply_add<has_fma>(series, f, 1.4249322787e-1f);
+  series = multiply_add<has_fma>(series, f, -1.6668057665e-1f);
+  series = multiply_add<has_fma>(series, f, 2.0000714765e-1f);
+  series = multiply_add<has_fma>(series, f, -2.4999993993e-1f);
+  series = multiply_add<has_fma>(series, f, 3.3333331174e-1f);
+  const float near_excess = f * f * multiply_add<has_fma>(-f, series, 0.5f);
+  const float log = multiply_add<has_fma>(static_cast<float>(k), 0.69314718f, f - near_excess);
+  excess = k == 0 ? near_excess : x - log;
   return log;
 }
 
@@ -87,18 +104,15 @@ DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, comput
     slope = difference > 0 ? half * q : difference < 0 ? -half * q : compute_t(0);
   } else if constexpr (kind == Divergence::kJsd) {
     const compute_t beta = shared.first, other = 1 - beta;
-    compute_t unused, difference;
-    divergence<has_fma>(p, q, d, shared.near_limit, unused, difference);
     // With m = beta p + (1 - beta) q: log(m / larger) and log(m / smaller) of p and q.
-    const compute_t larger = std::max(std::max(p, q), std::numeric_limits<compute_t>::min());
     const bool above = d > 0;  // p is the larger one
-    const compute_t p_share = beta * p, q_share = other * q;
+    const compute_t p_share = beta * p, q_share = other * q, size = std::abs(d);
     const compute_t larger_share = above ? p_share : q_share;
     const compute_t smaller_share = above ? q_share : p_share;
+    const compute_t fall = expm1_of<has_fma>(size);  // smaller / larger - 1
     compute_t excess;
-    const compute_t by_larger = log1p_of<has_fma>(
-        -(above ? other : beta) * std::abs(difference) / larger, excess);
-    const compute_t by_smaller = by_larger + std::abs(d);
+    const compute_t by_larger = log1p_of<has_fma>((above ? other : beta) * fall, excess);
+    const compute_t by_smaller = by_larger + size;
     const compute_t near =
         larger_share * excess + smaller_share * near_excess<has_fma>(-by_smaller);
     compute_t larger_far = -larger_share * by_larger, smaller_far = -smaller_share * by_smaller;
@@ -106,7 +120,7 @@ DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, comput
       larger_far = larger_share == 0 ? compute_t(0) : larger_far;
       smaller_far = smaller_share == 0 ? compute_t(0) : smaller_far;
     }
-    term = std::abs(d) < half ? near : larger_far + smaller_far;
+    term = size < half ? near : larger_far + smaller_far;
     slope = above ? smaller_far : larger_far;
   } else if constexpr (kind == Divergence::kAlphaBeta) {
     const compute_t alpha = shared.first, beta = shared.second, gamma = shared.gamma;

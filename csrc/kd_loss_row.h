@@ -24,13 +24,14 @@ struct Row {
   compute_t* __restrict t_exp;
   compute_t* __restrict slopes;
   compute_t* stats;
+  compute_t* s_masked;          // scratch: logits for kDkd, or standardized
+  compute_t* t_masked;
   compute_t s_inverse_std = 1;  // of standardized logits: 1 / (standard deviation + 1e-7)
   compute_t s_chain = 0;        // and 1 / ((n - 1) standard deviation)
 
-  // Exponentials of both at temperature T into scratch; maxima and sums into stats. Class `skip` is
-  // left out: its exponentials are 0.
-  template <bool with_skip = false>
-  DMKD_INLINE compute_t exponentials(int64_t skip = -1) {
+  // Exponentials of both at temperature T into scratch; maxima and sums into stats. Returns the
+  // logarithm of the ratio of the sums.
+  DMKD_INLINE compute_t exponentials() {
     const compute_t scale2 = compute_t(kLog2E / temperature);
     const compute_t lowest = compute_t(-127) / scale2;
     compute_t s_max = -std::numeric_limits<compute_t>::infinity(), t_max = s_max;
@@ -39,20 +40,11 @@ struct Row {
       s_max = s[i] > s_max ? s[i] : s_max;
       t_max = t[i] > t_max ? t[i] : t_max;
     }
-    if constexpr (with_skip) {
-      if (s[skip] == s_max) s_max = maximum_without(s, skip);
-      if (t[skip] == t_max) t_max = maximum_without(t, skip);
-    }
     compute_t s_sum = 0, t_sum = 0, gap = 0;
-    const int32_t skip32 = static_cast<int32_t>(skip);
 #pragma omp simd reduction(+ : s_sum, t_sum, gap)
-    for (int32_t i = 0; i < int32_t(n); ++i) {
-      compute_t es = exp_scaled<has_fma>(s[i] - s_max, scale2, lowest);
-      compute_t et = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest);
-      if constexpr (with_skip) {
-        es = i == skip32 ? compute_t(0) : es;
-        et = i == skip32 ? compute_t(0) : et;
-      }
+    for (int64_t i = 0; i < n; ++i) {
+      const compute_t es = exp_scaled<has_fma>(s[i] - s_max, scale2, lowest);
+      const compute_t et = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest);
       s_exp[i] = es;
       t_exp[i] = et;
       s_sum += es;
@@ -70,17 +62,6 @@ struct Row {
                              : std::log(double(s_sum) / double(t_sum));
     stats[4] = compute_t((double(s_max) - double(t_max)) / temperature + ratio);
     return compute_t(ratio);
-  }
-
-  // The largest of all logits but one; 0 if these are all -inf.
-  DMKD_INLINE compute_t maximum_without(const compute_t* __restrict logits, int64_t skip) const {
-    constexpr compute_t none = -std::numeric_limits<compute_t>::infinity();
-    compute_t largest = none;
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < skip; ++i) largest = logits[i] > largest ? logits[i] : largest;
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = skip + 1; i < n; ++i) largest = logits[i] > largest ? logits[i] : largest;
-    return largest == none ? compute_t(0) : largest;
   }
 
   // Where d is the small difference of large numbers, its rounding weighs more than that of q - p.
@@ -134,13 +115,12 @@ struct Row {
   // `column_factor`: for kDist.
   DMKD_INLINE compute_t divergences(int64_t id, compute_t factor, compute_t column_factor) {
     compute_t loss = 0;
-    int64_t skipped = -2;  // what the exponentials in scratch leave out
+    bool is_ready = false;  // whether the exponentials in scratch are those of all classes
     compute_t ratio = 0;
     for (int64_t k = 0; k < a.num_terms; ++k) {
       const Term& term = a.terms[k];
-      const int64_t skip = term.kind == Divergence::kDkd ? id : -1;
-      if (skip != skipped) ratio = skip < 0 ? exponentials() : exponentials<true>(skip);
-      skipped = skip;
+      if (!is_ready && term.kind != Divergence::kDkd) ratio = exponentials();
+      is_ready = term.kind != Divergence::kDkd && term.kind != Divergence::kDist;
       const compute_t part = factor * compute_t(term.weight);
       compute_t value = 0;
       switch (term.kind) {
@@ -160,11 +140,10 @@ struct Row {
           value = sweep<Divergence::kTotalVariation>(term, ratio, part, k == 0);
           break;
         case Divergence::kDkd:
-          value = decoupled(term, id, ratio, part, k == 0);
+          value = decoupled(term, id, part, k == 0);
           break;
         case Divergence::kDist:
           value = correlations(term, ratio, part, column_factor * compute_t(term.weight), k == 0);
-          skipped = -2;  // its exponentials are overwritten
           break;
       }
       loss += term.weight == 0 ? compute_t(0) : compute_t(term.weight) * value;
@@ -226,14 +205,37 @@ struct Row {
   }
 
   // Decoupled KD: `first` times the KL of target against rest, plus `second` times that among the
-  // rest. The exponentials in scratch are those of the rest.
-  DMKD_INLINE compute_t decoupled(const Term& term, int64_t id, compute_t ratio, compute_t factor,
-                                  bool first) {
-    const double log_rest = std::log(double(stats[3]));
+  // rest, whose exponentials come from a copy of the logits with -inf at the target.
+  DMKD_INLINE compute_t decoupled(const Term& term, int64_t id, compute_t factor, bool first) {
+    const compute_t s_id = s[id], t_id = t[id];
+    if (s != s_masked) {
+      std::copy(s, s + n, s_masked);
+      std::copy(t, t + n, t_masked);
+    }
+    const compute_t *s_all = s, *t_all = t;
+    s = s_masked;
+    t = t_masked;
+    s_masked[id] = t_masked[id] = -std::numeric_limits<compute_t>::infinity();
+    const compute_t ratio = exponentials();
+    const compute_t whole = rest(term, id, s_id, t_id, ratio, factor, first);
+    s_masked[id] = s_id;
+    t_masked[id] = t_id;
+    s = s_all;
+    t = t_all;
+    return whole;
+  }
+
+  DMKD_INLINE compute_t rest(const Term& term, int64_t id, compute_t s_id, compute_t t_id,
+                             compute_t ratio, compute_t factor, bool first) {
+    const bool alone = stats[0] == -std::numeric_limits<compute_t>::infinity() ||
+                       stats[2] == -std::numeric_limits<compute_t>::infinity();
+    const compute_t s_max = stats[0], t_max = stats[2];
     // Log odds of the target for the teacher, and by how much the student's exceed them.
-    const double teacher = (double(t[id]) - double(stats[2])) / temperature - log_rest;
-    const double excess = ((double(s[id]) - double(stats[0])) -
-                           (double(t[id]) - double(stats[2]))) / temperature - double(ratio);
+    const double teacher =
+        (double(t_id) - double(t_max)) / temperature - std::log(double(stats[3]));
+    const double excess =
+        ((double(s_id) - double(s_max)) - (double(t_id) - double(t_max))) / temperature -
+        double(ratio);
     const double student = teacher + excess;
     // sigmoid(x) and sigmoid(-x), by one exponential.
     const double t_small = std::exp(-std::abs(teacher)), s_small = std::exp(-std::abs(student));
@@ -245,16 +247,15 @@ struct Row {
     const double size = -std::expm1(-std::abs(excess));
     double change = excess > 0 ? size * q * p_rest : -size * p * q_rest;  // q - p
     double binary = 0;
-    const bool alone = n == 1 || stats[1] == 0 || stats[3] == 0;
-    if (alone) {
+    if (alone) {  // as with one class
       change = 0;
-      binary = double(s[id] - s[id]) + double(t[id] - t[id]);  // 0 or nan
+      binary = double(s_id - s_id) + double(t_id - t_id);  // 0 or nan
     } else {
       if (p != 0) binary -= p * std::log1p(std::max(-1.0, change / p));
       if (p_rest != 0) binary -= p_rest * std::log1p(std::max(-1.0, -change / p_rest));
       binary = binary < 0 ? 0 : binary;
     }
-    const compute_t scale = compute_t(1 / temperature), s_max = stats[0], t_max = stats[2];
+    const compute_t scale = compute_t(1 / temperature);
     const compute_t s_inverse = alone ? compute_t(0) : 1 / stats[1];
     const compute_t t_inverse = alone ? compute_t(0) : 1 / stats[3];
     const compute_t limit = std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0);
@@ -270,7 +271,10 @@ struct Row {
       loss += p_i == 0 ? q_i : value;
       part[i] = multiply_add<has_fma>(others, difference, -(binary_slope * q_i)) * factor;
     }
-    if (alone) loss = 0;
+    if (alone) {
+      loss = 0;
+      std::fill(part, part + n, compute_t(0));
+    }
     part[id] = binary_slope * factor;
     const compute_t whole = compute_t(term.first * binary) + others * loss;
     if (out != nullptr && (!first || whole != whole)) {
@@ -349,8 +353,7 @@ struct Row {
   }
 
   // Logits to mean 0 and standard deviation 1 in scratch. Returns the student's own maximum.
-  DMKD_INLINE compute_t standardize(compute_t* __restrict s_scratch,
-                                    compute_t* __restrict t_scratch) {
+  DMKD_INLINE compute_t standardize() {
     compute_t top = -std::numeric_limits<compute_t>::infinity(), s_sum = 0, t_sum = 0;
 #pragma omp simd reduction(max : top) reduction(+ : s_sum, t_sum)
     for (int64_t i = 0; i < n; ++i) {
@@ -374,11 +377,11 @@ struct Row {
     const compute_t t_inverse_std = compute_t(1 / (t_std + 1e-7));
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      s_scratch[i] = (s[i] - s_mean) * s_inverse_std;
-      t_scratch[i] = (t[i] - t_mean) * t_inverse_std;
+      s_masked[i] = (s[i] - s_mean) * s_inverse_std;
+      t_masked[i] = (t[i] - t_mean) * t_inverse_std;
     }
-    s = s_scratch;
-    t = t_scratch;
+    s = s_masked;
+    t = t_masked;
     return top;
   }
 
