@@ -89,8 +89,8 @@ def plan_backward(problem: Problem, grad: Tensor, upstream: Tensor, stats: Tenso
     if num_classes <= MAX_TILE:
         rows, block, num_warps = _tile(num_classes)
         constants |= {"ROWS": rows, "BLOCK": block, "WITH_LOSS": False, "PER_ROW": False}
-        grid = (triton.cdiv(num_rows, rows),)
-        return Launch(triton_tile.tile, (*arguments, *unused), constants, grid, num_warps)
+        programs = triton.cdiv(num_rows, rows)
+        return Launch(triton_tile.tile, (*arguments, *unused), constants, (programs,), num_warps)
     constants["BLOCK"] = BLOCK
     if len(problem) > 9:
         constants |= {"WITH_LOSS": False, "PER_ROW": False}
