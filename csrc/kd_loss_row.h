@@ -60,7 +60,7 @@ struct Row {
     const double ratio = std::abs(gap) < compute_t(0.5) * t_sum
                              ? std::log1p(double(gap) / double(t_sum))
                              : std::log(double(s_sum) / double(t_sum));
-    stats[4] = compute_t((double(s_max) - double(t_max)) / temperature + ratio);
+    stats[4] = compute_t(((double(s_max) - double(t_max)) / temperature + ratio) * (n > 1));
     return compute_t(ratio);
   }
 
@@ -69,12 +69,17 @@ struct Row {
     return std::abs(stats[4]) < compute_t(1) ? compute_t(0.5) : compute_t(0);
   }
 
+  // With one class d is 0, which the rounding of its two parts would hide.
+  DMKD_INLINE compute_t scale_of_d() const {
+    return n > 1 ? compute_t(1 / temperature) : compute_t(0);
+  }
+
   // Forward KL by the exponentials in scratch, and its gradient times `factor` into `out`. Only rows
   // with infinite logits need 0 * log 0 = 0, and their loss alone: it is computed again with the
   // select.
   template <bool with_grad, bool with_zeros = false>
   DMKD_INLINE compute_t forward_kl(compute_t factor) {
-    const compute_t scale = compute_t(1 / temperature), common = stats[4], limit = near_limit();
+    const compute_t scale = scale_of_d(), common = stats[4], limit = near_limit();
     const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
     compute_t loss = 0;
 #pragma omp simd reduction(+ : loss)
@@ -95,7 +100,7 @@ struct Row {
 
   // The gradient of forward KL again from stats: the same operations in the same order as above.
   DMKD_INLINE void forward_kl_gradient(compute_t factor) {
-    const compute_t scale = compute_t(1 / temperature), common = stats[4], limit = near_limit();
+    const compute_t scale = scale_of_d(), common = stats[4], limit = near_limit();
     const compute_t scale2 = compute_t(kLog2E / temperature);
     const compute_t lowest = compute_t(-127) / scale2;
     const compute_t s_max = stats[0], s_inverse = 1 / stats[1];

@@ -154,7 +154,8 @@ def _shared(
         output.stride(0) // vec,
         0 if weight is None else weight.stride(0),
         0 if upstream is None or upstream.ndim == 0 else upstream.stride(0),
-        1 / temperature,
+        # With one class, d is 0, which the rounding of its two parts would hide.
+        1 / temperature if num_classes > 1 else 0.0,
         alpha,
         kd_scale,
         ce_scale,
