@@ -178,7 +178,8 @@ def tile(
     t = tl.load(t_at, inside, -float("inf")).to(tl.float32)
     s_max = tl.max(s, 1)
     t_max = tl.max(t, 1)
-    if len(TERMS) == 0 and not STANDARDIZE and not HAS_TEMPERATURES:
+    PLAIN: tl.constexpr = len(TERMS) == 0 and not STANDARDIZE and not HAS_TEMPERATURES
+    if PLAIN:
         scale2 = inverse_temperature * LOG2E
         s_exp = tl.exp2((s - s_max[:, None]) * scale2)
         t_exp = tl.exp2((t - t_max[:, None]) * scale2)
@@ -196,8 +197,6 @@ def tile(
             tl.broadcast_to(offset[:, None], s.shape),
         )
         terms, differences = divergence(p, q, d, offset[:, None])
-        kd = tl.sum(terms, 1)
-        kl_factor = alpha * kd_scale * inverse_temperature
     else:
         ids = tl.zeros([ROWS], tl.int64)
         if TARGET % 2 == 1:
@@ -216,7 +215,10 @@ def tile(
     up = factor * grad_scale
     if HAS_UPSTREAM:
         up *= tl.load(upstream + rows64 * upstream_stride, rows < num_rows, 0.0)
-    out = differences * (up * kl_factor)[:, None]
+    if PLAIN:
+        out = differences * (up * (alpha * kd_scale * inverse_temperature))[:, None]
+    else:
+        out = differences * (up * kl_factor)[:, None]
     ce = tl.zeros([ROWS], tl.float32)
     if TARGET == 1 or TARGET == 2:
         kept = 1 - smoothing
@@ -251,6 +253,8 @@ def tile(
         value = tl.where(counts[:, None], out, 0.0)
         tl.store(g_at, value.to(grad.dtype.element_ty), stored)
     if WITH_LOSS:
+        if PLAIN:
+            kd = tl.sum(terms, 1)
         kd = tl.where(counts, factor * kd, 0.0)
         ce = tl.where(counts, factor * ce, 0.0)
         if PER_ROW:
