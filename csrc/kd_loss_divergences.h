@@ -27,29 +27,15 @@ DMKD_INLINE compute_t near_expm1(compute_t x) {
   return std::expm1(-x);
 }
 
-// exp(-x) - 1 for x >= 0.
+// log x for x > 0, minimax of cephes.
 template <bool has_fma>
-DMKD_INLINE float expm1_of(float x) {
-  constexpr float log2e = 1.44269504f;
-  const float far = exp_scaled<has_fma>(-x, log2e, -127.0f / log2e) - 1.0f;
-  return x < 0.5f ? near_expm1<has_fma>(x) : far;
-}
-
-template <bool has_fma>
-DMKD_INLINE double expm1_of(double x) {
-  return std::expm1(-x);
-}
-
-// log(1 + x) for -1 < x <= 0, and x - log(1 + x) without cancellation as x -> 0.
-template <bool has_fma>
-DMKD_INLINE float log1p_of(float x, float& excess) {
-  constexpr int32_t half_root = 0x3f3504f3;  // sqrt(1/2)
-  const int32_t shifted = static_cast<int32_t>(float_to_bits(1.0f + x)) - half_root;
-  // 1 + x = m * 2^k with m from sqrt(1/2) to sqrt(2); k = 0 leaves x as it is.
-  const int32_t k = shifted >> 23;
-  const float m = bits_to_float(static_cast<uint32_t>((shifted & 0x007fffff) + half_root));
-  const float f = k == 0 ? x : m - 1.0f;
-  float series = 7.0376836292e-2f;  // minimax of cephes
+DMKD_INLINE float log_of(float x) {
+  constexpr int32_t half_root = 0x3f3504f3;  // sqrt(1/2): x = m * 2^k with m from it to sqrt(2)
+  const int32_t shifted = static_cast<int32_t>(float_to_bits(x)) - half_root;
+  const float k = static_cast<float>(shifted >> 23);
+  const float f =
+      bits_to_float(static_cast<uint32_t>((shifted & 0x007fffff) + half_root)) - 1.0f;
+  float series = 7.0376836292e-2f;
   series = multiply_add<has_fma>(series, f, -1.1514610310e-1f);
   series = multiply_add<has_fma>(series, f, 1.1676998740e-1f);
   series = multiply_add<has_fma>(series, f, -1.2420140846e-1f);
@@ -58,17 +44,13 @@ DMKD_INLINE float log1p_of(float x, float& excess) {
   series = multiply_add<has_fma>(series, f, 2.0000714765e-1f);
   series = multiply_add<has_fma>(series, f, -2.4999993993e-1f);
   series = multiply_add<has_fma>(series, f, 3.3333331174e-1f);
-  const float near_excess = f * f * multiply_add<has_fma>(-f, series, 0.5f);
-  const float log = multiply_add<has_fma>(static_cast<float>(k), 0.69314718f, f - near_excess);
-  excess = k == 0 ? near_excess : x - log;
-  return log;
+  const float log_m = multiply_add<has_fma>(f * f, multiply_add<has_fma>(f, series, -0.5f), f);
+  return multiply_add<has_fma>(k, 0.69314718f, log_m);
 }
 
 template <bool has_fma>
-DMKD_INLINE double log1p_of(double x, double& excess) {
-  const double log = std::log1p(x);
-  excess = x - log;
-  return log;
+DMKD_INLINE double log_of(double x) {
+  return std::log(x);
 }
 
 // What the classes of a row share.
@@ -77,9 +59,23 @@ struct Shared {
   compute_t near_limit;    // of `divergence`
   compute_t first, second; // the divergence's parameters: (beta) or (alpha, beta)
   compute_t gamma, lowest; // alpha + beta, and where 2^(gamma x) is 0
+  compute_t cumulants[7];  // of a draw that is 1 with probability beta: the n-th over n!, from 2 on
 };
 
-// p, q: the class's probabilities; d = log p - log q; log2 of both for alpha_beta alone. With
+template <typename compute_t>
+DMKD_INLINE void set_cumulants(Shared<compute_t>& shared, double beta) {
+  const double v = beta * (1 - beta), skew = 1 - 2 * beta;
+  const double values[] = {v / 2,
+                           v * skew / 6,
+                           v * (1 - 6 * v) / 24,
+                           v * skew * (1 - 12 * v) / 120,
+                           v * (1 + v * (-30 + 120 * v)) / 720,
+                           v * skew * (1 + v * (-60 + 360 * v)) / 5040,
+                           v * (1 + v * (-126 + v * (1680 - 5040 * v))) / 40320};
+  for (int i = 0; i < 7; ++i) shared.cumulants[i] = compute_t(values[i]);
+}
+
+// p, q: the class's probabilities; d = log p - log q; log2 of both for alpha_beta and jsd. With
 // `with_zeros`, a class of probability 0 follows 0 * log 0 = 0 and has a finite slope.
 template <Divergence kind, bool with_zeros, bool has_fma, typename compute_t>
 DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, compute_t q, compute_t d,
@@ -103,25 +99,35 @@ DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, comput
     term = half * std::abs(difference);
     slope = difference > 0 ? half * q : difference < 0 ? -half * q : compute_t(0);
   } else if constexpr (kind == Divergence::kJsd) {
-    const compute_t beta = shared.first, other = 1 - beta;
-    // With m = beta p + (1 - beta) q: log(m / larger) and log(m / smaller) of p and q.
-    const bool above = d > 0;  // p is the larger one
-    const compute_t p_share = beta * p, q_share = other * q, size = std::abs(d);
-    const compute_t larger_share = above ? p_share : q_share;
-    const compute_t smaller_share = above ? q_share : p_share;
-    const compute_t fall = expm1_of<has_fma>(size);  // smaller / larger - 1
-    compute_t excess;
-    const compute_t by_larger = log1p_of<has_fma>((above ? other : beta) * fall, excess);
-    const compute_t by_smaller = by_larger + size;
-    const compute_t near =
-        larger_share * excess + smaller_share * near_excess<has_fma>(-by_smaller);
-    compute_t larger_far = -larger_share * by_larger, smaller_far = -smaller_share * by_smaller;
+    // With m = beta p + (1 - beta) q, log(m / q) is the cumulant generating function K at d, and the
+    // term is m (d K' - K): near d = 0 by the cumulants, elsewhere by logarithms.
+    const compute_t beta = shared.first, p_part = beta * p, q_part = (1 - beta) * q;
+    const compute_t m = p_part + q_part, log_m = log_of<has_fma>(m);
+    constexpr compute_t log_2 = 0.69314718055994530942;
+    compute_t p_far = p_part * (log2_p * log_2 - log_m);
+    compute_t q_far = q_part * (log2_q * log_2 - log_m);
     if constexpr (with_zeros) {
-      larger_far = larger_share == 0 ? compute_t(0) : larger_far;
-      smaller_far = smaller_share == 0 ? compute_t(0) : smaller_far;
+      p_far = p == 0 ? compute_t(0) : p_far;
+      q_far = q == 0 ? compute_t(0) : q_far;
     }
-    term = size < half ? near : larger_far + smaller_far;
-    slope = above ? smaller_far : larger_far;
+    compute_t by_q, near;  // log(m / q), and the term
+    if constexpr (sizeof(compute_t) == sizeof(float)) {
+      const float* const c = shared.cumulants;
+      float k = c[6], bregman = 7 * c[6];
+      for (int n = 5; n >= 0; --n) {
+        k = multiply_add<has_fma>(k, d, c[n]);
+        bregman = multiply_add<has_fma>(bregman, d, float(n + 1) * c[n]);
+      }
+      by_q = d * multiply_add<has_fma>(d, k, beta);
+      near = m * (d * (d * bregman));
+    } else {
+      by_q = std::log1p(beta * std::expm1(d));
+      const compute_t by_p = by_q - d;
+      near = p_part * (std::expm1(by_p) - by_p) + q_part * (std::expm1(by_q) - by_q);
+    }
+    const bool is_near = std::abs(d) < half;
+    term = is_near ? near : p_far + q_far;
+    slope = is_near ? -q_part * by_q : q_far;
   } else if constexpr (kind == Divergence::kAlphaBeta) {
     const compute_t alpha = shared.first, beta = shared.second, gamma = shared.gamma;
     const compute_t q_power = power_of_2<has_fma>(log2_q, gamma, shared.lowest);

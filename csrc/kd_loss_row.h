@@ -165,9 +165,10 @@ struct Row {
     const compute_t s_log2 = compute_t(std::log2(double(stats[1])));
     const compute_t t_log2 = compute_t(std::log2(double(stats[3])));
     const compute_t gamma = compute_t(term.first + term.second);
-    const Shared<compute_t> shared{std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0),
+    Shared<compute_t> shared{std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0),
                                    compute_t(term.first), compute_t(term.second), gamma,
-                                   compute_t(-127) / gamma};
+                                   compute_t(-127) / gamma, {}};
+    if constexpr (kind == Divergence::kJsd) set_cumulants(shared, term.first);
     compute_t loss = 0, total = 0;
 #pragma omp simd reduction(+ : loss, total)
     for (int64_t i = 0; i < n; ++i) {
@@ -176,7 +177,7 @@ struct Row {
       const compute_t x = s[i] - s_max, y = t[i] - t_max;
       const compute_t d = multiply_add<has_fma>(y - x, scale, ratio);
       compute_t log2_p = 0, log2_q = 0, value, slope;
-      if constexpr (kind == Divergence::kAlphaBeta) {
+      if constexpr (kind == Divergence::kAlphaBeta || kind == Divergence::kJsd) {
         log2_p = multiply_add<has_fma>(y, scale2, -t_log2);
         log2_q = multiply_add<has_fma>(x, scale2, -s_log2);
       }
