@@ -171,9 +171,9 @@ std::vector<double> add_columns(KdArguments& a) {
   std::vector<int64_t> counts(blocks);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      counts[b] = kd_loss_column_sums(a, b * rows_per_block,
-                                      std::min(a.num_rows, (b + 1) * rows_per_block),
-                                      sums.data() + b * size);
+      counts[b] =
+          kd_loss_column_sums(a, b * rows_per_block, std::min(a.num_rows, (b + 1) * rows_per_block),
+                              sums.data() + b * size);
     }
   });
   int64_t counted = 0;
@@ -227,8 +227,8 @@ Tensor allocate(const std::array<int64_t, dims>& sizes, ScalarType dtype) {
   for (size_t i = dims; i-- > 0; step *= std::max<int64_t>(1, sizes[i])) strides[i] = step;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
