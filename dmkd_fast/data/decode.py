@@ -26,6 +26,7 @@ from dmkd_fast.runtime.errors import invalid, warn_once
 from dmkd_fast.views.spec import InputSpec
 
 _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_JPEG = b"\xff\xd8"
 # Pillow reads more formats, some of them with the help of other programs.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
 # Further kinds of pixels are read in one way by DALI and in another, or not at all, by Pillow.
@@ -33,6 +34,7 @@ _MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L
 _MODES_OF_FORMATS = ("PPM I", "JPEG2000 LA")
 _MEMORY = "memory is used up: set a smaller batch or device=cpu"
 _ORIENTATION = 0x0112  # EXIF tag
+_GRAY = (9797, 19234, 3737)  # of 2**15; DALI's decoders round down for PNG and JPEG
 
 
 class Decoder:
@@ -257,6 +259,8 @@ def _decode_one(
         if pixels.shape[:2] != size:
             raise ValueError("sizes of pixels and header differ")
         return [_cropped(pixels, spec) for spec in inputs] or [pixels]
+    except ImportError as error:
+        raise SourceError(f"{name}: reading 16 bits takes torchvision ({error})") from None
     except MemoryError:
         raise SourceError(f"{name}: {_MEMORY}") from None
     except Exception as error:  # Pillow raises many kinds of errors on damaged images
@@ -268,27 +272,49 @@ def _decode_one(
 
 def _pixels(data: bytes, num_channels: int) -> np.ndarray:
     """Decode an image to (h, w, c) uint8 with DALI's conversions, ignoring EXIF and alpha."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    if data.startswith(_PNG):
+    is_png = data.startswith(_PNG)
+    if is_png:
         Image.open(io.BytesIO(data)).verify()  # decoding ignores the checksums
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        if num_channels == 1:
-            image.draft("L", None)  # the luma of a JPEG, without a way over RGB
-        turned = image.getexif().get(_ORIENTATION) if image.format == "TIFF" else None
-        image.load()
-        image.info.pop("transparency", None)
-        if turned is not None and _ORIENTATION not in image.getexif():
-            image.getexif()[_ORIENTATION] = {6: 8, 8: 6}.get(turned, turned)
-            ImageOps.exif_transpose(image, in_place=True)  # the inverse of what Pillow did
-        if image.mode.startswith("I"):
-            deep = np.asarray(image).astype(np.uint32)
-            gray = ((deep + 128) // 257).astype(np.uint8)  # rounded, 257 is 65535 / 255
-            return np.repeat(gray[..., None], num_channels, axis=2)
-        if num_channels == 3:
-            return np.asarray(image.convert("RGB"))
-        gray_from = image if image.mode in ("L", "1", "LA") else image.convert("RGB")
-        return np.asarray(gray_from.convert("L"))[..., None]
+    if is_png and data[len(_PNG) + 8] == 16:
+        from torchvision.io import ImageReadMode, decode_png
+
+        read = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        values = decode_png(read, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    else:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            values = _values(image, is_gray=num_channels == 1)
+    values = values[..., : 3 if values.shape[2] > 2 else 1]
+    if num_channels < values.shape[2]:
+        is_rounded = values.dtype == np.uint16 or not (is_png or data.startswith(_JPEG))
+        total = sum(values[..., i].astype(np.uint32) * w for i, w in enumerate(_GRAY))
+        values = ((total + is_rounded * 2**14) >> 15)[..., None].astype(values.dtype)
+    if values.dtype == np.uint16:
+        values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return np.repeat(values, num_channels // values.shape[2], axis=2)
+
+
+def _values(image: Any, *, is_gray: bool) -> np.ndarray:
+    """Return the pixels of a Pillow image as stored: (h, w, 1 to 4) uint8 or uint16."""
+    from PIL import ImageOps
+
+    if is_gray:
+        image.draft("L", None)  # the luma of a JPEG, without a way over RGB
+    turned = image.getexif().get(_ORIENTATION) if image.format == "TIFF" else None
+    image.load()
+    if turned is not None and _ORIENTATION not in image.getexif():
+        image.getexif()[_ORIENTATION] = {6: 8, 8: 6}.get(turned, turned)
+        ImageOps.exif_transpose(image, in_place=True)  # the inverse of what Pillow did
+    if image.mode == "CMYK":
+        ink = 255 - np.asarray(image).astype(np.uint16)
+        return (ink[..., :3] * ink[..., 3:] // 255).astype(np.uint8)
+    if image.mode.startswith("I"):
+        return np.asarray(image).astype(np.uint16)[..., None]
+    image.info.pop("transparency", None)
+    is_plain = image.mode in ("1", "L", "LA")
+    values = np.asarray(image.convert("L" if is_plain else "RGB"))
+    return values[..., None] if is_plain else values
 
 
 def _cropped(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
