@@ -1,6 +1,6 @@
 """Decode image files, with NVIDIA DALI where it is installed and with Pillow elsewhere.
 
-Both decoders give the same images within one of 255 levels, see `docs/reference/image-files.md`.
+Both decoders give the same images within one of 255 levels, see `docs/guides/data.md`.
 `data/listing.py` and `data/tar_files.py` find the images, because DALI's own readers pad or drop
 images at the end of a pass. Shapes: b images of a batch, c channels, S input size, h x w pixels.
 """
