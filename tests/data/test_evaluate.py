@@ -372,7 +372,7 @@ def test_without_pillow_one_line_says_what_to_install(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ValueError, match="takes Pillow .*pip install pillow"):
+    with pytest.raises(ValueError, match=r"takes Pillow .*pip install pillow"):
         list(open_set(folder, CPU).batches([COLOUR]))
 
 
