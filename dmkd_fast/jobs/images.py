@@ -76,7 +76,6 @@ def open_source(
         UserError: There are no images, the set is incomplete, or its classes are not the
             teacher's.
     """
-    stored.check_dali()
     folder = Path(config.path)
     if config.follow:
         _wait_for_plan(folder, config.wait_s)

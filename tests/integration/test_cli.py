@@ -510,3 +510,16 @@ def test_no_real_training_image_is_opened(tmp_path: Path) -> None:
     if probe.stat().st_atime > 1:  # The file system records reads, so C code is seen as well.
         for name in decoy.iterdir():
             assert name.stat().st_atime == 1, name
+
+
+@pytest.mark.parametrize(("missing", "code"), [("pydantic", 2), ("yaml", 2)])
+def test_a_core_install_says_in_one_line_what_the_command_needs(missing: str, code: int) -> None:
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None; from dmkd_fast.cli import main; "
+        "sys.exit(main(['distill', 'x.yaml', '--dry-run']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code and "pip install 'dmkd_fast[distill]'" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -175,6 +175,16 @@ def test_properties_of_a_divergence() -> None:
     assert one == 0 and (grad == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0, 10.0])
+def test_one_class_has_loss_and_gradient_zero(temperature: float) -> None:
+    student, teacher = logits(200, 1, seed=0), logits(200, 1, seed=1)
+    loss, grad = kd_loss_and_grad(student, teacher, temperature=temperature, reduction="sum")
+    assert loss == 0 and (grad == 0).all()
+    leaf = student.requires_grad_()
+    (2 * kd_loss(leaf, teacher, temperature=temperature)).backward()
+    assert (leaf.grad == 0).all()
+
+
 def test_layouts_give_the_same_bits() -> None:
     student, teacher = logits(9, 103, seed=0), logits(9, 103, seed=1)
     expected = kd_loss_and_grad(student, teacher)
