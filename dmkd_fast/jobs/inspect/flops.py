@@ -104,9 +104,7 @@ def count(model: nn.Module, inputs: Sequence[Tensor], *, backward: bool = False)
     return None
 
 
-def _per_image(
-    model: nn.Module, inputs: Sequence[Tensor], *, backward: bool = False
-) -> int | None:
+def _per_image(model: nn.Module, inputs: Sequence[Tensor], *, backward: bool = False) -> int | None:
     total = count(model, inputs, backward=backward)
     return None if total is None else total // IMAGES
 

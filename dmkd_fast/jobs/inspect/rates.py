@@ -134,9 +134,7 @@ def fill(distiller: Distiller, made: Tensor) -> None:
         ring.commit(block, ids=ids + ring.num_inserted, labels=ids % (ring.num_classes or 1))
 
 
-def _image_seconds(
-    distiller: Distiller, job: ResolvedJob, made: Tensor, seconds: float
-) -> float:
+def _image_seconds(distiller: Distiller, job: ResolvedJob, made: Tensor, seconds: float) -> float:
     """Measure the mean seconds per image, weighted by the images of each phase."""
     images, total = distiller.images, 0.0
     phases = phase_weights(job, distiller.ring.plan)

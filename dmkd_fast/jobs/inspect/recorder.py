@@ -1,0 +1,82 @@
+"""Record which operators run, and which of them make the host wait for the device."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operators whose result the host reads, so that it waits for a device.
+READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "_unique2")
+# Checks of this package that read values on a CPU only, where reading does not wait.
+OWN_CHECKS = ("tensor_checks.py",)
+_TORCH = str(Path(torch.__file__).parent)
+
+
+class Recorder(TorchDispatchMode):
+    """Record the names of operators, and the places in the code from which values are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operator, and record it."""
+        del types
+        name = func.overloadpacket.__name__
+        self.names.add(name)
+        if name in READS:
+            place = _caller()
+            if not place.startswith(OWN_CHECKS):
+                self.reads.append(place)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def recorded_reads(device: torch.device) -> Iterator[list[str]]:
+    """Return a list that receives the places from which the host reads device values inside.
+
+    On CUDA, PyTorch itself reports each wait.
+    """
+    if device.type != "cuda":
+        with Recorder() as recorder:
+            yield recorder.reads
+        return
+    places: list[str] = []
+
+    def note(message: Warning | str, *_: object, **__: object) -> None:
+        if "synchroniz" in str(message):
+            places.append(_caller())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown: Callable[..., None] = warnings.showwarning
+        warnings.showwarning = note  # type: ignore[assignment]
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            warnings.showwarning = shown
+
+
+def _caller() -> str:
+    """Return file and line of the innermost frame outside of PyTorch and of this module."""
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith((_TORCH, "<")) and frame.filename != __file__:
+            if not frame.filename.endswith("warnings.py"):
+                return f"{Path(frame.filename).name}:{frame.lineno}"
+    return "unknown"
