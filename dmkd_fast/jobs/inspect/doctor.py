@@ -87,7 +87,7 @@ def examine_job(job: ResolvedJob, parts: Parts, distiller: Distiller) -> Iterato
     yield from training_step(distiller, images)
     yield compiled(job)
     yield from networks.understanding(parts, images, labels)
-    yield networks.test_set(parts)
+    yield networks.real_images(parts)
 
 
 def summary(findings: list[Finding]) -> dict[str, Any]:
@@ -197,16 +197,16 @@ def training_step(distiller: Distiller, images: Tensor) -> Iterator[Finding]:
     distiller.train_step()  # The first step sets up the optimizer.
     fill(distiller, made)
     with recorded_reads(distiller.device) as reads:
-        loss = float(distiller.train_step())
+        loss = distiller.train_step()
     reads = [*dict.fromkeys(reads)]
     yield networks.frozen(teachers, before)
     skipped = int(distiller.student.counts()["skipped_steps"])
-    if skipped or loss != loss:
+    if skipped or not loss.isfinite():
         means = "steps that are not finite change nothing"
         do = "lower optim.lr, or set dtype=float32"
-        yield wrong("loss", f"{loss:.4g}, {skipped} of 2 steps skipped", means, do)
+        yield wrong("loss", f"{loss.item():.4g}, {skipped} of 2 steps skipped", means, do)
     else:
-        yield ok("loss", f"{loss:.4g}")
+        yield ok("loss", f"{loss.item():.4g}")
     if reads:
         yield wrong(
             "step",

@@ -16,6 +16,7 @@ from dmkd_fast.jobs.inspect.findings import Finding, ok, wrong
 from dmkd_fast.jobs.parts import Parts
 from dmkd_fast.views.spec import InputSpec
 
+TEST_BATCHES = 2
 # A class whose images are mostly taken for one other class is in the wrong place.
 RARELY, MOSTLY = 0.2, 0.5
 # A normalization is wrong if another one recognizes so many more images ...
@@ -105,11 +106,11 @@ def understanding(parts: Parts, images: Tensor, labels: Tensor) -> Iterator[Find
         yield class_order(f"{section}: classes", guesses, wanted, names, "generated images")
 
 
-def test_set(parts: Parts, *, num_batches: int = 2) -> Finding:
+def real_images(parts: Parts) -> Finding:
     """Check the class order of the test set by the teachers' predictions."""
     together, guesses, labels = parts.teachers.together, [], []
     batches = parts.test_set.batches(together.inputs_at(1.0))
-    for views, wanted in itertools.islice(batches, num_batches):
+    for views, wanted in itertools.islice(batches, TEST_BATCHES):
         guesses.append(together.predict(views).argmax(dim=1))
         labels.append(wanted)
     found = torch.cat(guesses), torch.cat(labels)

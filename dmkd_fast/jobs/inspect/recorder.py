@@ -76,7 +76,8 @@ def recorded_reads(device: torch.device) -> Iterator[list[str]]:
 def _caller() -> str:
     """Return file and line of the innermost frame outside of PyTorch and of this module."""
     for frame in reversed(traceback.extract_stack()):
-        if not frame.filename.startswith((_TORCH, "<")) and frame.filename != __file__:
-            if not frame.filename.endswith("warnings.py"):
-                return f"{Path(frame.filename).name}:{frame.lineno}"
+        path = Path(frame.filename)
+        inside = frame.filename.startswith((_TORCH, "<")) or frame.filename == __file__
+        if not inside and path.name != "warnings.py":
+            return f"{path.name}:{frame.lineno}"
     return "unknown"
