@@ -441,7 +441,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def _doctor(options: argparse.Namespace) -> dict[str, Any] | None:
     from dmkd_fast.jobs.inspect import doctor
 
-    findings: list[doctor.Finding] = []
+    findings = []
     for finding in doctor.examine(options.config, options.overrides):
         findings.append(finding)
         if not options.json:

@@ -204,7 +204,7 @@ def test_too_small_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         free: int = 2**20
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage())
-    assert set(faults(f"run_dir={tmp_path}/run")) == {"disk"}
+    assert set(faults(f"run_dir={tmp_path}/run")) == {"run_dir"}
     assert not machine.disk(tmp_path / "none", 2**30).is_ok
 
 

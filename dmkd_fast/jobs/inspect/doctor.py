@@ -74,7 +74,7 @@ def examine_job(job: ResolvedJob, parts: Parts, distiller: Distiller) -> Iterato
         distiller: The assembled job, of which some steps are taken.
     """
     yield ok("job", f"{job.device.type}, {job.config.dtype}, fits into memory")
-    yield machine.disk(Path(job.config.run_dir), disk_bytes(job, parts))
+    yield machine.disk(Path(job.config.run_dir), disk_bytes(job, parts), name="run_dir")
     yield threads(job)
     weights = networks.weights(parts)
     yield weights

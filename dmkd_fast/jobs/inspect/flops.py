@@ -56,7 +56,8 @@ class Flops:
 
 def job_flops(parts: Parts) -> Flops:
     """Count the operations of all networks of a job."""
-    denoiser = decoder = 0
+    denoiser: int | None = 0
+    decoder: int | None = 0
     if isinstance(parts.origin, Denoiser):
         denoiser, decoder = generator_flops(parts.origin)
     spec = parts.student_spec
@@ -75,10 +76,9 @@ def generator_flops(denoiser: Denoiser) -> tuple[int | None, int | None]:
     latents = torch.empty(IMAGES, *denoiser.latent_shape)
     one = torch.zeros(IMAGES)
     inputs = (latents, one, one.long(), *([one] if denoiser.takes_guidance else []))
-    decoder = 0
-    if denoiser.decoder is not None:
-        decoder = _per_image(denoiser.decoder, (latents,))
-    return _per_image(denoiser.module, inputs), decoder
+    module, decoder = denoiser.module, denoiser.decoder
+    decode = 0 if decoder is None else _per_image(decoder, (latents,))
+    return _per_image(module, inputs), decode
 
 
 def count(model: nn.Module, inputs: Sequence[Tensor], *, backward: bool = False) -> int | None:

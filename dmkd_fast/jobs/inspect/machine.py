@@ -135,22 +135,23 @@ def decoders() -> Finding:
     return ok("decoders", ", ".join(found) or "none; only idx files can be read")
 
 
-def disk(folder: Path, need: int) -> Finding:
+def disk(folder: Path, need: int, *, name: str = "disk") -> Finding:
     """Check the free space and the permissions of a folder that may not exist yet.
 
     Args:
         folder: Folder for the results.
         need: Bytes that will be written.
+        name: Name of the finding.
     """
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     means, do = "checkpoints cannot be written", "set run_dir to another disk"
     if not os.access(place, os.W_OK | os.X_OK):
-        return wrong("disk", f"{place} is not writable", means, do)
+        return wrong(name, f"{place} is not writable", means, do)
     if free < need:
         what = f"{_gib(free)} free on the disk of {place}, {_gib(need)} needed"
-        return wrong("disk", what, means, f"free some space, or {do}")
-    return ok("disk", f"{_gib(free)} free, {_gib(need)} needed")
+        return wrong(name, what, means, f"free some space, or {do}")
+    return ok(name, f"{_gib(free)} free, {_gib(need)} needed")
 
 
 def memory(root: Path = container.ROOT) -> Finding:
@@ -227,9 +228,10 @@ def _requirements() -> Iterator[tuple[str, str]]:
     """Yield name and lowest version of each package that the command line needs."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for line in importlib.metadata.requires("dmkd_fast") or ():
-            found = re.match(r"([\w.-]+)>=([\d.]+)(?:; extra == ['\"](\w+)['\"])?", line)
-            if found and found[3] in (None, "distill"):
-                yield found[1], found[2]
+            found, _, extra = line.partition(";")
+            parts = re.fullmatch(r"([\w.-]+)>=([\d.]+)", found.strip())
+            if parts and ("extra" not in extra or "distill" in extra):
+                yield parts[1], parts[2]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

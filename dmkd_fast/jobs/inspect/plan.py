@@ -61,8 +61,8 @@ def plan(
     job, parts = prepare(load_config(DistillConfig, config, overrides))
     load_s = time.perf_counter() - started
     flops, have = job_flops(parts), None
-    given = {"images_per_s": images_per_s, "views_per_s": views_per_s}
-    given = {name: value for name, value in given.items() if value is not None}
+    both = {"images_per_s": images_per_s, "views_per_s": views_per_s}
+    given: dict[str, Any] = {name: value for name, value in both.items() if value is not None}
     if gpu is not None:
         rates = speeds.estimate(gpu, flops, forwards_per_image(job, parts))
         have = int(GPUS[gpu][1] * 1e9)

@@ -23,7 +23,7 @@ class Recorder(TorchDispatchMode):
     """Record the names of operators, and the places in the code from which values are read."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
         self.reads: list[str] = []
 
@@ -64,7 +64,7 @@ def recorded_reads(device: torch.device) -> Iterator[list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         shown: Callable[..., None] = warnings.showwarning
-        warnings.showwarning = note  # type: ignore[assignment]
+        warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield places
