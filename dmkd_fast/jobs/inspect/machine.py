@@ -26,7 +26,7 @@ LEAST_MEMORY, LEAST_DISK = 2**30, 2**30
 INSTRUCTION_SETS = ("none", "scalar", "avx2", "avx512")
 CAPABILITIES = {"AVX2": "avx2", "AVX512": "avx512"}
 LISTENS = "0A"
-PROC = Path("/proc/self")
+PROC, DRIVER = Path("/proc/self"), Path("/proc/driver/nvidia/version")
 
 
 def examine(folder: Path) -> Iterator[Finding]:
@@ -101,8 +101,11 @@ def gpu() -> Finding:
             f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
             for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         ]
-        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-        text = f"CUDA {torch.version.cuda}, driver for {driver // 1000}.{driver % 1000 // 10}"
+        driver = "of unknown version"
+        with contextlib.suppress(OSError):
+            found = re.search(r"  (\d+\.[\d.]+)  ", DRIVER.read_text(encoding="ascii"))
+            driver = found[1] if found else driver
+        text = f"CUDA {torch.version.cuda}, driver {driver}"
         old = [name for name in names if name.rpartition(" ")[2] < "8.0"]
         if old:
             means = "the kernels of dmkd_fast are untested below compute capability 8.0"
