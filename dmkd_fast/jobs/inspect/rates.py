@@ -201,6 +201,7 @@ def _evaluation_seconds(distiller: Distiller, parts: Parts) -> tuple[float, floa
         )
 
     with distiller.student.autocast:
+        score(None)  # The first call chooses kernels.
         during = _seconds(lambda: score(None), distiller.device)
     share = len(test_set) / count
     return share * during, share * _seconds(lambda: score(teachers.predict), distiller.device)
