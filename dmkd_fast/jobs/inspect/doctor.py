@@ -55,14 +55,13 @@ def examine(
     try:
         job, parts = prepare(loaded)
         memory.check(job, parts)
+        with tempfile.TemporaryDirectory(prefix="dmkd-") as folder:
+            # Nothing is written to the run directory.
+            elsewhere = job.config.model_copy(update={"run_dir": folder})
+            distiller = build(replace(job, config=elsewhere), parts, show=False)
+            yield from examine_job(job, parts, distiller)
     except UserError as error:
-        yield wrong("job", str(error), "it cannot start", "do what the message says")
-        return
-    with tempfile.TemporaryDirectory(prefix="dmkd-") as folder:
-        # Nothing is written to the run directory.
-        elsewhere = job.config.model_copy(update={"run_dir": folder})
-        distiller = build(replace(job, config=elsewhere), parts, show=False)
-        yield from examine_job(job, parts, distiller)
+        yield wrong("job", str(error), "it cannot run", "do what the message says")
 
 
 def examine_job(job: ResolvedJob, parts: Parts, distiller: Distiller) -> Iterator[Finding]:
@@ -73,7 +72,7 @@ def examine_job(job: ResolvedJob, parts: Parts, distiller: Distiller) -> Iterato
         parts: Loaded networks and data.
         distiller: The assembled job, of which some steps are taken.
     """
-    yield ok("job", f"{job.device.type}, {job.config.dtype}, fits into memory")
+    yield ok("settings", f"{job.device.type}, {job.config.dtype}, fits into memory")
     yield machine.disk(Path(job.config.run_dir), disk_bytes(job, parts), name="run_dir")
     yield threads(job)
     weights = networks.weights(parts)
