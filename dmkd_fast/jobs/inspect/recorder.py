@@ -14,9 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators whose result the host reads, so that it waits for a device.
 READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "_unique2")
-# Checks of this package that read values on a CPU only, where reading does not wait.
-OWN_CHECKS = ("tensor_checks.py",)
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parents[2])
 
 
 class Recorder(TorchDispatchMode):
@@ -39,9 +37,10 @@ class Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.names.add(name)
         if name in READS:
-            place = _caller()
-            if not place.startswith(OWN_CHECKS):
-                self.reads.append(place)
+            path, line = _caller()
+            # This package reads values on a CPU only to check them, and draws some on the host.
+            if not str(path).startswith(_OWN):
+                self.reads.append(f"{path.name}:{line}")
         return func(*args, **(kwargs or {}))
 
 
@@ -59,7 +58,8 @@ def recorded_reads(device: torch.device) -> Iterator[list[str]]:
 
     def note(message: Warning | str, *_: object, **__: object) -> None:
         if "synchroniz" in str(message):
-            places.append(_caller())
+            path, line = _caller()
+            places.append(f"{path.name}:{line}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -73,11 +73,11 @@ def recorded_reads(device: torch.device) -> Iterator[list[str]]:
             warnings.showwarning = shown
 
 
-def _caller() -> str:
+def _caller() -> tuple[Path, int]:
     """Return file and line of the innermost frame outside of PyTorch and of this module."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         inside = frame.filename.startswith((_TORCH, "<")) or frame.filename == __file__
         if not inside and path.name != "warnings.py":
-            return f"{path.name}:{frame.lineno}"
-    return "unknown"
+            return path, frame.lineno or 0
+    return Path("unknown"), 0
