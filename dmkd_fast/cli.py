@@ -85,7 +85,7 @@ def _report(error: Exception, options: argparse.Namespace, result: dict[str, Any
         if result:  # Standard output could not be written.
             print(json.dumps(result), file=sys.stderr)
         return 2
-    if isinstance(error, distributed.Lost):
+    if isinstance(error, distributed.LostRankError):
         print(f"dmkd: {error}", file=sys.stderr)
         return 1
     if ranks.world_size == 1:

@@ -197,7 +197,7 @@ class Metrics:
         views = row["views"]
         done = views - self._first_views
         spent = time.perf_counter() - self._first_time
-        left = spent * (self._total - views) / done if done > 0 else float("nan")
+        left = int(spent * (self._total - views) / done) if done > 0 else None
         parts = [f"{k} {row[k]:.4g}" for k in ("loss", "top1", "lr") if k in row]
         parts += [f"{row[f'{k}_per_s']:,.0f} {k}/s" for k in ("images", "views") if k in row]
         problems = {"skipped_steps": "skipped {:,} steps", "broken_images": "{:,} broken images"}
@@ -216,6 +216,6 @@ class Metrics:
                 self._bar.start()
             self._bar.update(self._task, completed=views, description=text)
         else:
-            eta = "" if left != left else f"  ETA {int(left) // 60}:{int(left) % 60:02d}"
+            eta = "" if left is None else f"  ETA {left // 60}:{left % 60:02d}"
             line = f"[{100 * views / self._total:3.0f}%] {views:,}/{self._total:,} views  {text}"
             print(line + eta, file=sys.stderr, flush=True)

@@ -115,7 +115,7 @@ def job(run_dir: Path, **changes: Any) -> Distiller:
         "ema_decay": 0.9,
     }
     return Distiller(
-        GeneratedImages(LabelStream(10, device="cuda"), [(0.0, sampler())]),
+        GeneratedImages(LabelStream(10, device="cuda"), sampler()),
         new_ring(image_shape=(3, 16, 16), device="cuda", num_classes=10, guard_blocks=1),
         StudentTrainer(
             student, Schedule(**(schedule | changes)), dtype=torch.float16, compile=True

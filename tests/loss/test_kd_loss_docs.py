@@ -1,4 +1,4 @@
-"""The loops in docs/kd_loss.md run and learn."""
+"""The loops in docs/concepts/loss.md run and learn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmkd_fast import kd_loss
 
-PAGE = (Path(__file__).parents[2] / "docs" / "kd_loss.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "concepts" / "loss.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 

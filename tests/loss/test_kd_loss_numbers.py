@@ -143,7 +143,7 @@ def test_error_is_never_above_that_of_eager(
 
 
 # Teacher logits 3 * normal, student = teacher + noise * normal, 256 x 1000; bounds leave a factor 3
-# over what docs/kd_loss.md shows.
+# over what docs/concepts/loss.md shows.
 @pytest.mark.parametrize(("temperature", "noise"), [(4, 0.5), (10, 2.0), (10, 0.5), (10, 0.1)])
 def test_accuracy_table_of_the_docs(temperature: int, noise: float) -> None:
     teacher = logits(256, 1000, seed=0)

@@ -22,16 +22,7 @@ from dmkd_fast.data import test_sets
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs import memory, report, run_dir
-from dmkd_fast.jobs.pretrain.loop import (
-    autocast,
-    compiles,
-    less_memory,
-    load_real,
-    prepare,
-    results,
-    train,
-    write_card,
-)
+from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps
@@ -40,7 +31,7 @@ from dmkd_fast.sampling.sampler import DiffusionSampler
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 
 
-@less_memory
+@loop.less_memory
 def pretrain_denoiser(
     config: PretrainDenoiserConfig, data: Path, *, resume: bool = False
 ) -> dict[str, Any]:
@@ -54,8 +45,9 @@ def pretrain_denoiser(
     Returns:
         held_out_loss, and the figures that `loop.train` returns.
     """
-    config, device, dtype = prepare(config, resume)
-    real = load_real(data, device)
+    job = loop.prepare(config, resume)
+    config, device = job.config, job.device
+    real = loop.load_real(data, device)
     channels, size = real.train.images.shape[1:3]
     num_classes = len(real.train.class_names)
     _check_size(config, size, device)
@@ -68,38 +60,32 @@ def pretrain_denoiser(
         num_heads=config.num_heads,
         head_dim=config.head_dim,
     ).to(device)
-    forward = torch.compile(model) if compiles(config, device) else model
+    forward = job.compiled(model)
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
         del uses  # Images are not augmented; uses differ in noise and timestep only.
         labels = drop_labels(real.train.labels[indices], num_classes, config.label_dropout)
-        return flow_loss(forward, real.train.images[indices], labels, device, dtype)
+        return flow_loss(forward, real.train.images[indices], labels, job)
 
     with run_dir.opened(config, resume=resume) as folder:
-        average, facts = train(
-            config, model, loss_of, len(real.train.labels), folder, resume, dtype
-        )
+        average, facts = loop.train(job, model, loss_of, len(real.train.labels), folder)
         torch.manual_seed(config.seed)
-        facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, device, dtype)
-        with results(folder) as target:
+        facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, job)
+        with loop.results(folder) as target:
             save_denoiser(average.module.dit, FLOW, target)
             for scale, images in _sample_grids(target, num_classes, device).items():
                 path = target / f"samples_guidance_{scale:g}.png"
                 report.grid(images, real.train.class_names, path)
             title = f"{config.name}: pixel DiT"
-            write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
+            loop.write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
     return facts
 
 
 def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
     """Refuse patches that do not divide the images, and a transformer too large for memory."""
     if image_size % config.patch_size:
-        raise invalid(
-            "patch_size",
-            config.patch_size,
-            f"a divisor of the images' {image_size} pixels",
-            "change it",
-        )
+        expected = f"a divisor of the images' {image_size} pixels"
+        raise invalid("patch_size", config.patch_size, expected, "change it")
     width, tokens = config.num_heads * config.head_dim, (image_size // config.patch_size) ** 2
     weights = config.num_layers * (4 + 8 + 6) * width**2  # attention, MLP, modulation
     batch = config.train.batch_size // config.train.accumulate * tokens
@@ -119,11 +105,7 @@ def drop_labels(labels: Tensor, null_class: int, probability: float) -> Tensor:
 
 
 def flow_loss(
-    forward: Callable[..., Tensor],
-    images: Tensor,
-    labels: Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
+    forward: Callable[..., Tensor], images: Tensor, labels: Tensor, job: loop.PretrainJob[Any]
 ) -> Tensor:
     """Compute the mean squared error of the predicted velocity, noise - image.
 
@@ -131,17 +113,16 @@ def flow_loss(
         forward: Denoiser to train or to measure.
         images: Images (B, c, H, W) uint8.
         labels: Classes (B,) int64, null class included.
-        device: Device of the images.
-        dtype: Compute dtype of the forward pass.
+        job: Job, for the device of the images and the dtype of the forward pass.
 
     Returns:
         Scalar loss, float32.
     """
     clean = images.float() / 127.5 - 1
     noise = torch.randn_like(clean)
-    levels = torch.sigmoid(torch.randn(len(clean), device=device))  # (B,)
+    levels = torch.sigmoid(torch.randn(len(clean), device=job.device))  # (B,)
     mixed = torch.lerp(clean, noise, levels[:, None, None, None])
-    with training_attention(device), autocast(device, dtype):
+    with training_attention(job.device), job.autocast():
         velocity = forward(mixed, levels * 1000, labels)
     return nn.functional.mse_loss(velocity.float(), noise - clean)
 
@@ -156,10 +137,10 @@ def training_attention(device: torch.device) -> contextlib.AbstractContextManage
 
 @torch.inference_mode()
 def _held_out_loss(
-    model: nn.Module, held_out: test_sets.ImageSet, device: torch.device, dtype: torch.dtype
+    model: nn.Module, held_out: test_sets.ImageSet, job: loop.PretrainJob[Any]
 ) -> float:
     losses = [
-        flow_loss(model, images, labels, device, dtype)
+        flow_loss(model, images, labels, job)
         for images, labels in zip(
             held_out.images.split(500), held_out.labels.split(500), strict=True
         )
