@@ -14,7 +14,7 @@ import torch
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import Overrides, load_config
 from dmkd_fast.jobs import memory
-from dmkd_fast.jobs.build import make_samplers
+from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.images import OpenSource
 from dmkd_fast.jobs.inspect import rates as speeds
 from dmkd_fast.jobs.inspect.flops import Flops, job_flops
@@ -148,11 +148,11 @@ def forwards_per_image(job: ResolvedJob, parts: Parts) -> float:
     if isinstance(parts.origin, OpenSource):
         return 0.0
     ring = memory.ring_plan(job.config, parts.origin.image_shape, job.ranks)
-    samplers, weights = make_samplers(job, parts.origin), speeds.phase_weights(job, ring)
-    return sum(
-        weight * sampler.forwards_per_image
-        for (_, sampler), (_, weight) in zip(samplers, weights, strict=True)
-    )
+    total = 0.0
+    phases = (None, *job.config.sampler.phases)
+    for phase, (_, weight) in zip(phases, speeds.phase_weights(job, ring), strict=True):
+        total += weight * make_sampler(job, parts.origin, phase).forwards_per_image
+    return total
 
 
 def memory_lines(counts: dict[str, int], *, num_ranks: int = 1) -> Iterator[str]:
