@@ -1,4 +1,4 @@
-"""The command line, `dmkd distill | generate | evaluate | pretrain | config`.
+"""The command line, `dmkd distill | generate | evaluate | plan | doctor | ...`.
 
 User errors end in one line on stderr and exit code 2. Ctrl-C ends with exit code 130 and a line
 that says how to continue. The last line of output is JSON. Under torchrun, only rank 0 prints all
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     result = None
     try:
         if verb is not _config:
-            _prepare_process(is_alone=verb in (_evaluate, _pretrain))
+            _prepare_process(is_alone=verb in (_evaluate, _pretrain, _plan, _doctor))
         result = verb(options)
         if result:
             print(json.dumps(result))
@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
         return 2
     except Exception as error:
         return _report(error, options, result)
-    return 0
+    return int(getattr(options, "failed", False))
 
 
 def _report(error: Exception, options: argparse.Namespace, result: dict[str, Any] | None) -> int:
@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     either.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved settings and the memory plan, and do nothing",
+        help="print the resolved settings and the plan of the run, and do nothing",
     )
     distill.set_defaults(verb=_distill)
 
@@ -262,6 +262,37 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(verb=_pretrain, kind=kind)
 
+    plan = verbs.add_parser(
+        "plan",
+        parents=[shared],
+        help="predict work, memory and time of a job",
+        epilog=OVERRIDES,
+        description="Predict what `distill` with the same settings takes: operations per image and "
+        "view, memory of every part, wall time, and what other reuse would cost. Measures images/s "
+        "and views/s here for some seconds, unless they are given.",
+    )
+    _config_arguments(plan)
+    plan.add_argument("--images-per-s", type=_rate, metavar="R", help="generated images per second")
+    plan.add_argument("--views-per-s", type=_rate, metavar="R", help="trained views per second")
+    plan.add_argument(
+        "--gpu", metavar="NAME", help="estimate both rates for a GPU, as h100, and plan its memory"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON instead of text")
+    plan.set_defaults(verb=_plan)
+
+    doctor = verbs.add_parser(
+        "doctor",
+        parents=[shared],
+        help="check this machine, and a job on it",
+        epilog=OVERRIDES,
+        description="Check versions, kernels, GPU, memory, disk and loopback; with a config also "
+        "the job: class order, normalization, frozen teachers, NaN, waits for the device. One line "
+        "each: what it is, what it means, what to do. Exit code 1 if something is wrong.",
+    )
+    _config_arguments(doctor, nargs="?")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    doctor.set_defaults(verb=_doctor)
+
     config = verbs.add_parser(
         "config",
         parents=[shared],
@@ -289,8 +320,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+def _config_arguments(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
+    parser.add_argument("config", metavar="CONFIG", nargs=nargs, help="YAML file, see configs/")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="settings to change"
     )
@@ -300,6 +331,16 @@ def _count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,15}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive whole number")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive number")
+    return rate
 
 
 def _job_slice(text: str) -> tuple[int, int]:
@@ -387,6 +428,35 @@ def _pretrain(options: argparse.Namespace) -> dict[str, Any]:
         denoiser = load_config(configs.PretrainDenoiserConfig, *source)
         return pretrain_denoiser(denoiser, options.data, resume=resume)
     return pretrain_fewstep(load_config(configs.PretrainFewstepConfig, *source), resume=resume)
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
+    from dmkd_fast.jobs.inspect import plan
+
+    found = plan.plan(
+        options.config,
+        options.overrides,
+        images_per_s=options.images_per_s,
+        views_per_s=options.views_per_s,
+        gpu=options.gpu,
+    )
+    if options.json:
+        return found
+    for line in [*plan.memory_lines(found["memory_bytes"]), *plan.lines(found)]:
+        print(line)
+    return None
+
+
+def _doctor(options: argparse.Namespace) -> dict[str, Any] | None:
+    from dmkd_fast.jobs.inspect import doctor
+
+    findings = []
+    for finding in doctor.examine(options.config, options.overrides):
+        findings.append(finding)
+        if not options.json:
+            print(finding, flush=True)
+    options.failed = not all(finding.is_ok for finding in findings)
+    return doctor.summary(findings) if options.json else None
 
 
 def _config(options: argparse.Namespace) -> None:

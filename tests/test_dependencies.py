@@ -172,6 +172,33 @@ def inductor() -> None:
     assert isinstance(config.deterministic, bool)
 
 
+def dispatch_mode() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        assert not bool(torch.zeros(1) > 0)
+    assert "_local_scalar_dense" in names
+
+
+def dynamo_counters() -> None:
+    from torch._dynamo.utils import counters
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    before = counters["stats"]["unique_graphs"]
+    torch.compile(doubled, backend="eager")(torch.zeros(2))
+    assert counters["stats"]["unique_graphs"] == before + 1
+    assert sum(counters["graph_break"].values()) >= 0
+
+
 CANARIES = {
     "torch._C._are_functorch_transforms_active": functorch,
     "torch._C._distributed_c10d.PrefixStore": stores,
@@ -186,6 +213,8 @@ CANARIES = {
     "torch.cpu._is_amx_tile_supported": cpu_features,
     "torch.utils._triton.has_triton": triton,
     "torch._inductor.config": inductor,
+    "torch.utils._python_dispatch.TorchDispatchMode": dispatch_mode,
+    "torch._dynamo.utils.counters": dynamo_counters,
 }
 
 

@@ -142,7 +142,7 @@ def bare_step(distiller: Distiller, views: Tensor, gradient: Tensor) -> None:
     targets, student = distiller.targets, distiller.student
     with student.autocast:
         with torch.no_grad():
-            targets._networks.networks[0](views.to(targets._dtype))
+            targets.networks.networks[0](views.to(targets._dtype))
         logits = student.network(views)
     logits.backward(gradient.to(logits.dtype))
     student.optimizer.step()

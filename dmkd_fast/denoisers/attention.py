@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from dmkd_fast.denoisers import kernels
 from dmkd_fast.runtime.errors import UserError
@@ -117,3 +118,9 @@ torch.library.register_fake(
     lambda query, key, value: torch.empty_like(query, memory_format=torch.contiguous_format),
     lib=_LIBRARY,
 )
+
+
+@register_flop_formula(torch.ops.dmkd_fast.xformers_attention)
+def _xformers_flops(query_shape: list[int], *_: object, **__: object) -> int:
+    images, tokens, heads, head_dim = query_shape
+    return 4 * images * heads * tokens * tokens * head_dim

@@ -14,6 +14,8 @@ from dmkd_fast.config.loading import Overrides, dump_config, load_config
 from dmkd_fast.jobs import memory, results, run_dir
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.images import describe_images
+from dmkd_fast.jobs.inspect import plan
+from dmkd_fast.jobs.inspect.rates import Rates
 from dmkd_fast.jobs.parts import Parts, prepare
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.runtime import distributed
@@ -90,7 +92,7 @@ def run(
 
 
 def dry_run(config: str | Path | DistillConfig, overrides: Overrides = ()) -> Iterator[str]:
-    """Yield the lines of the resolved config and of the memory plan, without writing anything.
+    """Yield the lines of the resolved config and of the plan, without measuring or writing.
 
     Raises:
         UserError: A setting or a file is wrong, or the run does not fit into memory.
@@ -102,10 +104,8 @@ def dry_run(config: str | Path | DistillConfig, overrides: Overrides = ()) -> It
         return
     job, parts = prepare(loaded, ranks)
     yield dump_config(job.config).rstrip("\n")
-    yield "memory plan:" if ranks.world_size == 1 else "memory plan of each rank:"
-    for name, count in memory.plan(job, parts).items():
-        yield f"  {name}: {count:,} bytes ({count / 2**20:.1f} MiB)"
-    yield f"largest ring.capacity_images that fits: {memory.check(job, parts):,}"
+    yield from plan.memory_lines(memory.plan(job, parts), num_ranks=ranks.world_size)
+    yield from plan.lines(plan.make(job, parts, Rates()))
 
 
 def _run(

@@ -146,12 +146,17 @@ def batch_plan(
     return {VIEWS: 4 * batch_size * channels * sum(size**2 for size in sizes), SAVED: saved}
 
 
-def _saved_bytes(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Count the bytes that autograd saves in a float32 forward pass, run on the meta device."""
+def on_meta(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers without memory, for `torch.func.functional_call`."""
     named = itertools.chain(model.named_parameters(), model.named_buffers())
-    weights = {
+    return {
         name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in named
     }
+
+
+def _saved_bytes(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Count the bytes that autograd saves in a float32 forward pass, run on the meta device."""
+    weights = on_meta(model)
     own = {value.untyped_storage()._cdata for value in weights.values()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -168,13 +173,14 @@ def _saved_bytes(model: nn.Module, shape: tuple[int, ...]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def check(job: ResolvedJob, parts: Parts) -> int:
+def check(job: ResolvedJob, parts: Parts, have: int | None = None) -> int:
     """Check that a run fits into memory; return the largest ring.capacity_images that fits.
 
     Args:
         job: Resolved job. Its ranks on one machine share the memory of the CPU; each has its own
             GPU.
         parts: Loaded networks and data of the run.
+        have: Bytes of each rank. None: those that are available on the device.
 
     Returns:
         The largest ring.capacity_images of the whole run that fits beside its other parts.
@@ -184,9 +190,10 @@ def check(job: ResolvedJob, parts: Parts) -> int:
     """
     ranks = job.ranks
     ring = ring_plan(job.config, parts.origin.image_shape, ranks)
-    have = available_bytes(job.device)
-    if job.device.type == "cpu":
-        have //= ranks.local_world_size
+    if have is None:
+        have = available_bytes(job.device)
+        if job.device.type == "cpu":
+            have //= ranks.local_world_size
     # Test images are loaded by now, so they are not part of what still has to fit.
     others = {
         name: count

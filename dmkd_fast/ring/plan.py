@@ -121,6 +121,16 @@ class RingPlan:
             "order": slots * 8,
         }
 
+    def images_for(self, views: int) -> int:
+        """Return the number of images, in whole blocks, after which `views` views can be drawn.
+
+        Args:
+            views: Views drawn from the ring in all.
+        """
+        behind = (views - self.reuse_buffer) / self.reuse  # images after the first fill
+        wanted = self.first_fill_images + math.ceil(max(Fraction(0), behind))
+        return _rounded_up(wanted, self.block_images)
+
     def largest_capacity(self, available_bytes: int) -> int:
         """Return the largest capacity, in whole blocks, of a ring that fits into some memory.
 

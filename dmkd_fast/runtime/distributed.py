@@ -300,6 +300,20 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def listener(port: int, *, backlog: int) -> socket.socket:
+    """Return a socket that listens on loopback only.
+
+    Args:
+        port: Port; 0 for any free one.
+        backlog: Number of connections that may wait.
+    """
+    server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.bind((LOOPBACK, port))
+    server.listen(backlog)
+    return server
+
+
 def _local_store(ranks: Ranks) -> TCPStore:
     """Open the store in which the ranks of one machine find each other."""
     port = int(os.environ["MASTER_PORT"])
@@ -307,11 +321,7 @@ def _local_store(ranks: Ranks) -> TCPStore:
     is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if ranks.is_first and not is_served:
         # By default the store listens on all interfaces, whatever host name it is given.
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((LOOPBACK, port))
-        listener.listen(ranks.world_size)
-        fd = listener.detach()
+        fd = listener(port, backlog=ranks.world_size).detach()
     extra: dict[str, Any] = {} if fd is None else {"master_listen_fd": fd}
     return TCPStore(
         LOOPBACK, port, ranks.world_size, fd is not None, TIMEOUT, wait_for_workers=False, **extra

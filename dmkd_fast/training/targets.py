@@ -48,6 +48,9 @@ class Targets:
     Raises:
         UserError: `input` does not match the views, or a mixer is combined with teachers that
             teach only some classes.
+
+    Attributes:
+        networks: Fast copies of the teachers, which make the logits.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class Targets:
             copy = for_inference(module, dtype, input)
             return torch.compile(copy, dynamic=False) if compile else copy  # type: ignore[return-value]
 
-        self._networks, self._dtype = ensemble.mapped(fast), dtype
+        self.networks, self._dtype = ensemble.mapped(fast), dtype
         self._renderings = {
             wanted: ViewSpec(
                 size=wanted.size,
@@ -108,7 +111,7 @@ class Targets:
         Returns:
             Views (B, c, S, S) for each input.
         """
-        needed = {self.input, *self._networks.inputs_at(progress)}
+        needed = {self.input, *self.networks.inputs_at(progress)}
         return self._render(slots, indices, ids, uses, needed)
 
     def mix(
@@ -151,16 +154,16 @@ class Targets:
 
     def logits(self, views: dict[InputSpec, Tensor], labels: Tensor, *, progress: float) -> Tensor:
         """Return the teachers' logits (B, C) for images of the classes `labels` (B,)."""
-        wanted = self._networks.inputs_at(progress)
+        wanted = self.networks.inputs_at(progress)
         inputs = {spec: views[spec].to(self._dtype) for spec in wanted}
-        logits: Tensor = self._networks(inputs, labels, progress)
+        logits: Tensor = self.networks(inputs, labels, progress)
         return logits
 
     @torch.no_grad()
     def warm_up(self, slots: Tensor, indices: Tensor) -> Tensor:
         """Run all teachers of the run once, so that they compile; return the student's views."""
         views = self._render(slots, indices, indices, indices, set(self._renderings))
-        for network, member in zip(self._networks.networks, self._networks.members, strict=True):
+        for network, member in zip(self.networks.networks, self.networks.members, strict=True):
             check_logits("teacher", network(views[member.input].to(self._dtype)), len(indices))
         return views[self.input]
 

@@ -1,0 +1,1 @@
+"""What is known about a job before it runs, while it runs and afterwards."""

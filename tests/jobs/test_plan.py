@@ -1,0 +1,172 @@
+"""The plan of a job: its operations, images, memory and time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_jobs import CONFIG, ROOT, SHORT
+from torch import Tensor, nn
+
+from dmkd_fast import cli
+from dmkd_fast.denoisers.dit import LeanDiT
+from dmkd_fast.denoisers.wrappers import PixelDiT, import_diffusers
+from dmkd_fast.jobs.inspect import plan, rates
+from dmkd_fast.jobs.inspect.flops import count
+from dmkd_fast.ring.limiter import Limiter
+from dmkd_fast.ring.plan import RingPlan
+from dmkd_fast.runtime.errors import UserError
+
+EMBEDDED = str(ROOT / "configs" / "fashion_mnist.yaml")
+DIT_XL_2 = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+    "attention_bias": True,
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+}
+SD_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
+}
+
+
+class Decode(nn.Module):
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents).sample  # type: ignore[operator]
+
+
+def published(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    if name.startswith("resnet"):
+        import timm
+
+        return timm.create_model(name).eval(), (torch.empty(1, 3, 224, 224),)
+    latents = torch.empty(1, 4, 32, 32)
+    if name == "vae":
+        return Decode(import_diffusers().AutoencoderKL(**SD_VAE).eval()), (latents,)
+    inputs = latents, torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    dit = import_diffusers().DiTTransformer2DModel(**DIT_XL_2).eval()
+    return (PixelDiT(dit) if name == "dit" else LeanDiT(dict(dit.config))), inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "gflop"),
+    [("dit", 237), ("lean dit", 237), ("vae", 622), ("resnet18", 3.63), ("resnet50", 8.18)],
+)
+def test_operations_are_the_published_ones(name: str, gflop: float) -> None:
+    with torch.device("meta"):
+        model, inputs = published(name)
+    assert count(model, inputs) == pytest.approx(gflop * 1e9, rel=0.01)
+
+
+def test_a_network_that_depends_on_values_is_not_counted() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    assert count(Branching(), (torch.zeros(2, 3),)) is None
+
+
+@pytest.mark.parametrize("reuse", [0.5, 1, 7, 20])
+@pytest.mark.parametrize(("fill", "buffer"), [(64, None), (130, 200.0), (256, 5000.0)])
+@pytest.mark.parametrize("views", [16, 1000, 12_000])
+def test_number_of_images_is_what_the_limiter_inserts(
+    reuse: float, fill: int, buffer: float | None, views: int
+) -> None:
+    ring = RingPlan(
+        capacity_images=512,
+        image_shape=(1, 4, 4),
+        block_images=64,
+        samples_per_insert=reuse,
+        min_fill_images=fill,
+        error_buffer=buffer,
+    )
+    limiter = Limiter(ring)
+    for _ in range(0, views - views % 8, 8):
+        while not limiter.may_sample(8):
+            limiter.num_inserted += ring.block_images
+        limiter.num_sampled += 8
+    assert ring.images_for(views - views % 8) == limiter.num_inserted
+
+
+def test_given_rates_give_time_balance_and_the_cost_of_reuse(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["plan", EMBEDDED, "--images-per-s", "100", "--views-per-s", "1000"]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"]["images"] == 10_240 and found["run"]["views"] == 200_000
+    seconds = found["seconds"]
+    assert seconds["generate"] == pytest.approx(102.4) and seconds["train"] == 200
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["total"])
+    assert found["balance_reuse"] == 10 and found["suggested"]["samples_per_insert"] == 10
+    assert found["suggested"]["capacity_images"] == 10_240 and found["suggested"]["ranks"] == 1
+    rows = {row["samples_per_insert"]: row for row in found["reuse"]}
+    assert rows[1]["images"] >= 200_000 and rows[500]["images"] == 9728
+    own = [row for row in found["reuse"] if row["is_set"]]
+    assert own == [rows[20]] and own[0]["total_s"] == pytest.approx(seconds["total"])
+    assert found["flops"]["view"] == (
+        found["flops"]["teachers_forward"] + found["flops"]["student_step"]
+    )
+    assert found["flops"]["image"] == 4 * found["flops"]["denoiser_forward"]
+    assert 2 < found["flops"]["student_step"] / found["flops"]["student_forward"] <= 3
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "samples_per_insert=10" in out and "ring images: " in out and "as given" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_prints_the_same_plan_without_measuring(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rates, "measure", lambda *_, **__: pytest.fail("measured"))
+    assert cli.main(["distill", CONFIG, *SHORT, "--dry-run"]) == 0
+    dry = capsys.readouterr().out.splitlines()
+    given = ["--images-per-s", "10", "--views-per-s", "10"]
+    assert cli.main(["plan", CONFIG, *given, *SHORT]) == 0
+    planned = capsys.readouterr().out.splitlines()
+    of_time = ("rates", "time:", "generation", "samples_per_insert", "*", "   ", "suggested")
+    same = [line for line in planned if not line.startswith(of_time)]
+    assert len(same) > 20 and [line for line in same if line not in dry] == []
+
+
+def test_rates_are_measured_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    phases = "sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 1}]"
+    found = plan.plan(CONFIG, [*SHORT, phases], seconds=0.1)
+    assert found["rates"]["origin"] == "measured here"
+    assert found["rates"]["images_per_s"] > 0 and found["rates"]["views_per_s"] > 0
+    assert found["seconds"]["evaluate"] > 0 and found["seconds"]["finish"] > 0
+    assert 1 < found["run"]["forwards_per_image"] < 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_is_estimated_and_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan.plan(CONFIG, SHORT, gpu="h100")
+    assert "estimates" in found["rates"]["origin"] and found["seconds"]["total"] > 0
+    assert found["largest_capacity_images"] > 10**7
+    with pytest.raises(UserError, match="--gpu: got h1000, expected one of a100"):
+        plan.plan(CONFIG, SHORT, gpu="h1000")
+    with pytest.raises(SystemExit):
+        cli.main(["plan", CONFIG, "--views-per-s", "0"])
+    assert "expected a positive number" in capsys.readouterr().err
