@@ -156,6 +156,10 @@ class RingBuffer:
         """
         return not self._limiter.may_sample(count) or self._is_used_up(count)
 
+    def num_missing(self, count: int) -> int:
+        """Return how many images the limiter demands before `count` more views are drawn."""
+        return self._limiter.num_missing(count)
+
     def may_insert(self, count: int) -> bool:
         """Return whether a block may be reserved now, before draws need it.
 
