@@ -112,6 +112,24 @@ def teacher_order(
     return order_folders(folder, found, class_names, owner="the test set")
 
 
+def order_by_name(names: Sequence[str], wanted: Sequence[str] | None) -> list[int] | None:
+    """Return the place in `wanted` of each of the names; None unless the sets agree.
+
+    Case and punctuation are ignored. Names that are only numbers are not mapped.
+
+    Args:
+        names: Class names of a set of images.
+        wanted: Class names in another order, or None if they are unknown.
+    """
+    if wanted is None or all_numbers(names) or all_numbers(wanted):
+        return None
+    places = {_simplified(name): place for place, name in enumerate(wanted)}
+    mine = [_simplified(name) for name in names]
+    if len(places) != len(wanted) or len(set(mine)) != len(mine) or set(mine) != set(places):
+        return None
+    return [places[name] for name in mine]
+
+
 def compare_class_names(
     owner: str, names: Sequence[str] | None, tested: Sequence[str], *, setting: str
 ) -> None:

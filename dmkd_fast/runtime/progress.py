@@ -174,18 +174,18 @@ class Progress:
         """Add a point to the line of accuracies of the live view."""
         self._accuracies.append(value)
 
-    def pictures(self, images: Callable[[], Tensor]) -> None:
-        """Show images in the live view, at most once in two seconds.
+    def pictures(self, images: Tensor) -> None:
+        """Show the first of some images in the live view, new ones at most every two seconds.
 
         Args:
-            images: Function that returns images (n, c, H, W) uint8; called only if they are shown.
+            images: Images (n, c, H, W) uint8, which this waits for if they are shown.
         """
         if self._live is None or time.monotonic() - self._drawn_at < 2:
             return
         console: Console = self._live.console
         if console.color_system in ("256", "truecolor") and console.encoding.startswith("utf"):
             count = min(console.width // (PICTURE_SIDE + 1), MOST_PICTURES)
-            self._pictures = half_blocks(images()[:count])
+            self._pictures = half_blocks(images[:count])
             self._drawn_at = time.monotonic()
 
     def _report(self, phase: Phase, is_row: bool) -> None:
@@ -282,7 +282,9 @@ def _bar(phase: Phase, width: int, is_plain: bool) -> Text:
     filled = min(length, length * phase.done // max(phase.total, 1))
     full, empty = ("#", ".") if is_plain else ("━", "━")
     line = Text(f"{phase.name:<11}", no_wrap=True)
-    line.append(full * filled, style="green").append(empty * (length - filled), style="bright_black")
+    line.append(full * filled, style="green").append(
+        empty * (length - filled), style="bright_black"
+    )
     return line.append(right)
 
 

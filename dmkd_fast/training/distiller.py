@@ -41,7 +41,7 @@ class Distiller(TrainingLoop):
         targets: Views of the images, and the teachers' logits for them.
         run_dir: Folder for all files of the run; shared by all ranks.
         test_set: Real images for the reported accuracy, which has no effect on the training.
-        display: Display of the progress; None: one that shows it.
+        show: Whether to show progress.
 
     Raises:
         UserError: The ring would stop the loop, or it has guard blocks and `images` may wait.
@@ -56,9 +56,9 @@ class Distiller(TrainingLoop):
         run_dir: Path | str,
         *,
         test_set: ImageSet | EncodedSet | None = None,
-        display: Progress | None = None,
+        show: bool = True,
     ) -> None:
-        super().__init__(student, run_dir, display)
+        super().__init__(student, run_dir, Progress(show=show and student.ranks.is_first))
         self.images, self.ring, self.targets, self.test_set = images, ring, targets, test_set
         ring.plan.check_batch(student.batch_size)
         if ring.plan.guard_blocks and images.may_wait:
@@ -114,7 +114,7 @@ class Distiller(TrainingLoop):
             self.blocks.append()
             self.ring.release()  # `append` has read the block's slots.
             self._save_if_due()
-            self.display.pictures(lambda: block.images)
+            self.display.pictures(block.images)
             if phase is not None:
                 phase.advance(len(ids) * self.ranks.world_size)
 

@@ -34,7 +34,7 @@ class TrainingLoop:
     Args:
         student: Network to train, with its optimizer and schedule.
         run_dir: Folder for all files of the run; shared by all ranks.
-        display: Display of the progress; only the first rank shows anything.
+        display: Display of the progress.
 
     Attributes:
         step: Number of steps taken.
@@ -42,19 +42,15 @@ class TrainingLoop:
         clock: Time that the run has taken.
     """
 
-    def __init__(
-        self, student: StudentTrainer, run_dir: Path | str, display: Progress | None = None
-    ) -> None:
+    def __init__(self, student: StudentTrainer, run_dir: Path | str, display: Progress) -> None:
         self.student, self.run_dir = student, Path(run_dir)
         self.schedule, self.ranks, self.device = student.schedule, student.ranks, student.device
         self.step, self.num_steps = 0, self.schedule.num_steps
         self.clock = Clock()
         self._cpu_elsewhere_s = 0.0
         self._num_views = self.num_steps * self.schedule.batch_size
-        self.display = display or Progress()
-        if not self.ranks.is_first:
-            self.display = Progress(show=False)
-        self._metrics = Metrics(self.run_dir, self.display, ranks=self.ranks)
+        self.display = display
+        self._metrics = Metrics(self.run_dir, display, ranks=self.ranks)
         self._interrupts = Interrupts(only_noted=self.ranks.world_size > 1)
         self.checkpoints = CheckpointManager(
             self.run_dir / "checkpoints",
@@ -256,7 +252,7 @@ class TrainingLoop:
                 **figures,
                 counts=self.student.counts() | counts,
             )
-            if self.display.show:
+            if self.ranks.is_first:
                 phase.update(self.num_views, row_text(row))
             self.student.check(row["skipped_in_a_row"])
             self._check(row)

@@ -130,7 +130,9 @@ class Metrics:
                 if name != "views" and self._board is not None:
                     self._board.add_scalar(name, number, views)
         except OSError as error:  # Lost statistics do not justify the end of the run.
-            self._display.note(f"statistics: not written ({error.strerror or error}); the run goes on")
+            self._display.note(
+                f"statistics: not written ({error.strerror or error}); the run goes on"
+            )
         return row
 
     def close(self) -> None:

@@ -15,6 +15,8 @@ from dmkd_fast.jobs import memory, run_dir
 from dmkd_fast.jobs.pretrain.loop import (
     autocast,
     compiles,
+    finish,
+    finished,
     less_memory,
     load_real,
     prepare,
@@ -29,18 +31,24 @@ from dmkd_fast.views.crops import Views, ViewSpec
 
 
 @less_memory
-def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False) -> dict[str, Any]:
+def pretrain_teacher(
+    config: TeacherConfig, data: Path, *, resume: bool = False, show: bool = True
+) -> dict[str, Any]:
     """Train a classifier with cross-entropy and save it as `model` in the run directory.
 
     Args:
         config: Settings of the job.
         data: Folder with idx files.
         resume: Whether to continue from the newest checkpoint.
+        show: Whether to show progress.
 
     Returns:
         held_out_top1, test_top1, and the figures that `loop.train` returns.
     """
-    config, device, dtype = prepare(config, resume)
+    job = prepare(config, resume=resume, show=show)
+    if (facts := finished(job)) is not None:
+        return facts
+    config, device, dtype = job.config, job.device, job.dtype
     real = load_real(data, device)
     if config.model.arch is None:
         raise invalid("model", "path", "arch", "name the architecture to train")
@@ -53,6 +61,7 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
         std=(config.std,) * real.train.images.shape[1],
         model_args=config.model.model_args,
         stem=config.model.stem,
+        label_names=real.train.class_names,
     )
     model = to_channels_last(build_classifier(spec).to(device))
     batch = memory.batch_plan(
@@ -81,18 +90,15 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
         )
 
     with run_dir.opened(config, resume=resume) as folder:
-        average, facts = train(
-            config, model, loss_of, len(real.train.labels), folder, resume, dtype
-        )
+        average, facts = train(job, model, loss_of, len(real.train.labels))
         final = average.module
         for name, images in (("held_out_top1", real.held_out), ("test_top1", real.test)):
-            scores = scoring.measure(
-                final, images.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
-            )
+            batches = scoring.tracked(images.batches([spec.input]), len(images), job.display)
+            scores = scoring.measure(final, batches, input=spec.input, num_classes=spec.num_classes)
             scoring.check_trained(scores)
             facts[name] = scores.result()["top1"]
         with results(folder) as target:
             save_classifier(final, spec, target)
             title = f"{config.name}: {spec.architecture}"
             write_card(target, title, "pretrain teacher CONFIG --data DIR", config, facts)
-    return facts
+        return finish(job, facts)

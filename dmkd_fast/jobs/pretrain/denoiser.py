@@ -9,7 +9,7 @@ distribution (Esser et al., arXiv 2403.03206, section 3.1).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs import memory, report, run_dir
 from dmkd_fast.jobs.pretrain.loop import (
+    Job,
     autocast,
     compiles,
+    finish,
+    finished,
     less_memory,
     load_real,
     prepare,
@@ -42,7 +45,7 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps":
 
 @less_memory
 def pretrain_denoiser(
-    config: PretrainDenoiserConfig, data: Path, *, resume: bool = False
+    config: PretrainDenoiserConfig, data: Path, *, resume: bool = False, show: bool = True
 ) -> dict[str, Any]:
     """Train a class-conditional pixel DiT by flow matching; save `model` in the run directory.
 
@@ -50,11 +53,15 @@ def pretrain_denoiser(
         config: Settings of the job.
         data: Folder with idx files.
         resume: Whether to continue from the newest checkpoint.
+        show: Whether to show progress.
 
     Returns:
         held_out_loss, and the figures that `loop.train` returns.
     """
-    config, device, dtype = prepare(config, resume)
+    job = prepare(config, resume=resume, show=show)
+    if (facts := finished(job)) is not None:
+        return facts
+    config, device, dtype = job.config, job.device, job.dtype
     real = load_real(data, device)
     channels, size = real.train.images.shape[1:3]
     num_classes = len(real.train.class_names)
@@ -76,19 +83,17 @@ def pretrain_denoiser(
         return flow_loss(forward, real.train.images[indices], labels, device, dtype)
 
     with run_dir.opened(config, resume=resume) as folder:
-        average, facts = train(
-            config, model, loss_of, len(real.train.labels), folder, resume, dtype
-        )
+        average, facts = train(job, model, loss_of, len(real.train.labels))
         torch.manual_seed(config.seed)
-        facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, device, dtype)
+        facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, job)
         with results(folder) as target:
             save_denoiser(average.module.dit, FLOW, target)
-            for scale, images in _sample_grids(target, num_classes, device).items():
+            for scale, images in _sample_grids(target, num_classes, job):
                 path = target / f"samples_guidance_{scale:g}.png"
                 report.grid(images, real.train.class_names, path)
             title = f"{config.name}: pixel DiT"
             write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
-    return facts
+        return finish(job, facts)
 
 
 def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
@@ -156,24 +161,28 @@ def training_attention(device: torch.device) -> contextlib.AbstractContextManage
 
 @torch.inference_mode()
 def _held_out_loss(
-    model: nn.Module, held_out: test_sets.ImageSet, device: torch.device, dtype: torch.dtype
+    model: nn.Module, held_out: test_sets.ImageSet, job: Job[PretrainDenoiserConfig]
 ) -> float:
+    batches = zip(held_out.images.split(500), held_out.labels.split(500), strict=True)
     losses = [
-        flow_loss(model, images, labels, device, dtype)
-        for images, labels in zip(
-            held_out.images.split(500), held_out.labels.split(500), strict=True
+        flow_loss(model, images, labels, job.device, job.dtype)
+        for images, labels in job.display.track(
+            batches, "evaluating", len(held_out), "images", size=lambda batch: len(batch[0])
         )
     ]
     return round(torch.stack(losses).mean().item(), 5)
 
 
-def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[float, Tensor]:
+def _sample_grids(
+    folder: Path, num_classes: int, job: Job[PretrainDenoiserConfig]
+) -> Iterator[tuple[float, Tensor]]:
     """Generate 8 images of each class at 3 guidance scales in 16 steps from saved weights."""
+    device = job.device
     loaded = load_denoiser(folder, device)
     labels = torch.arange(num_classes, device=device).repeat_interleave(8)
     ids = torch.arange(len(labels), device=device)
-    grids = {}
-    for scale in (1.0, 1.5, 2.0):
+    scales = job.display.track((1.0, 1.5, 2.0), "sampling", 3, "grids", size=lambda _: 1)
+    for scale in scales:
         sampler = DiffusionSampler(
             loaded,
             Steps(count=16),
@@ -182,5 +191,4 @@ def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[
             micro_batch_images=len(labels),
         )
         out = torch.empty((len(labels), *loaded.image_shape), dtype=torch.uint8, device=device)
-        grids[scale] = sampler.sample(ids, labels, out=out)
-    return grids
+        yield scale, sampler.sample(ids, labels, out=out)

@@ -26,8 +26,11 @@ from dmkd_fast.denoisers.wrappers import PixelDiT
 from dmkd_fast.jobs import memory, report, resolve, run_dir
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, training_attention
 from dmkd_fast.jobs.pretrain.loop import (
+    Job,
     autocast,
     compiles,
+    finish,
+    finished,
     less_memory,
     prepare,
     results,
@@ -45,7 +48,9 @@ HELD_OUT_ID = 2**40
 
 
 @less_memory
-def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> dict[str, Any]:
+def pretrain_fewstep(
+    config: PretrainFewstepConfig, *, resume: bool = False, show: bool = True
+) -> dict[str, Any]:
     """Train a flow denoiser to cross each of K intervals in one evaluation; save it as `model`.
 
     No images are needed: the training data are the given denoiser's own guided trajectories, which
@@ -54,13 +59,17 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
     Args:
         config: Settings of the job.
         resume: Whether to continue from the newest checkpoint.
+        show: Whether to show progress.
 
     Returns:
         The figures that `loop.train` returns, and two root mean square differences to the teacher's
         images from the same noise, in units of [-1, 1] pixels: rms_to_teacher of the trained
         denoiser, and rms_without_training of the teacher's own K guided steps.
     """
-    config, device, dtype = prepare(config, resume)
+    job = prepare(config, resume=resume, show=show)
+    if (facts := finished(job)) is not None:
+        return facts
+    config, device, dtype = job.config, job.device, job.dtype
     given = resolve_path(config.denoiser.path, config.denoiser.revision)
     start = load_denoiser(given, device, null_class=config.denoiser.null_class)
     if start.scheduler.get("_class_name") != FLOW["_class_name"]:
@@ -77,7 +86,7 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
             "a pixel DiT",
             "use one from `dmkd pretrain denoiser`",
         )
-    pool = Pool(start, config, device, dtype)
+    pool = Pool(start, job)
     model: Any = load_denoiser(given, device, lean=False).module
     share_embedder(model.dit)
     model.requires_grad_(True)
@@ -92,13 +101,10 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
 
     with run_dir.opened(config, resume=resume) as folder:
         average, facts = train(
-            config,
+            job,
             model,
             loss_of,
             config.pool_images * config.num_steps,
-            folder,
-            resume,
-            dtype,
             before_step=lambda uses: pool.make(int(uses[0]) // config.reuse),
         )
         scheduler = {
@@ -117,19 +123,14 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
                 facts,
                 source=f"trajectories of `{config.denoiser.path}`",
             )
-    return facts
+        return finish(job, facts)
 
 
 class Pool:
     """Guided trajectories of the teacher, kept at the K + 1 noise levels of the few-step model."""
 
-    def __init__(
-        self,
-        start: Denoiser,
-        config: PretrainFewstepConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, start: Denoiser, job: Job[PretrainFewstepConfig]) -> None:
+        config, device, self.display = job.config, job.device, job.display
         self.size, self.num_steps, self.device = config.pool_images, config.num_steps, device
         self.num_classes = start.num_classes
         self.stride = config.sampler.num_steps // config.num_steps
@@ -139,7 +140,7 @@ class Pool:
             Steps(count=config.sampler.num_steps, solver=config.sampler.solver),
             Guidance(scale=config.sampler.guidance_scale),
             micro_batch_images=config.sampler.micro_batch_images,
-            dtype=dtype,
+            dtype=job.dtype,
             device=device,
             seed=config.seed,
             compile=resolve.compiles(config.sampler.compile, device, name="sampler.compile"),
@@ -163,10 +164,12 @@ class Pool:
         ids = number * self.size + torch.arange(self.size, device=self.device)
         self._labels = ids % self.num_classes
         size = self.sampler.micro_batch_images
-        for first in range(0, self.size, size):
-            rows = slice(first, first + size)
-            with self._in_flight.piece():
-                self._states[:, rows] = self.trajectories(ids[rows], self._labels[rows])
+        with self.display.phase("generating", self.size, "images") as phase:
+            for first in range(0, self.size, size):
+                rows = slice(first, first + size)
+                with self._in_flight.piece():
+                    self._states[:, rows] = self.trajectories(ids[rows], self._labels[rows])
+                phase.advance(len(ids[rows]))
         self._number = number
 
     def trajectories(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -209,7 +212,10 @@ def _compare(
         **shared,
     )
     facts = {}
-    for name, sampler in (("rms_to_teacher", made), ("rms_without_training", untrained)):
+    compared = (("rms_to_teacher", made), ("rms_without_training", untrained))
+    for name, sampler in pool.display.track(
+        compared, "comparing", len(compared), "samplers", size=lambda _: 1
+    ):
         got = sampler.trajectory(ids, labels)[-1].clamp(-1, 1)
         facts[name] = round((got - wanted.clamp(-1, 1)).square().mean().sqrt().item(), 4)
     classes = torch.arange(start.num_classes, device=device).repeat_interleave(8)

@@ -7,11 +7,10 @@ them. The test set is evaluated once, after the last step, and is only reported.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +23,7 @@ from dmkd_fast.jobs import memory, resolve, run_dir
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.progress import Progress
 from dmkd_fast.training.ema import WeightEMA
 from dmkd_fast.training.loop import TrainingLoop
 from dmkd_fast.training.schedule import Schedule
@@ -32,6 +32,23 @@ from dmkd_fast.training.student import StudentTrainer
 P = TypeVar("P", bound=PretrainConfig)
 HELD_OUT = 5_000
 less_memory = memory.named("lower train.batch_size, or raise train.accumulate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Generic[P]):
+    """Settings of a run, and what follows from them on this machine."""
+
+    config: P
+    device: torch.device
+    dtype: torch.dtype
+    """Compute dtype."""
+    resume: bool
+    display: Progress
+
+    @property
+    def folder(self) -> Path:
+        """Run directory."""
+        return Path(self.config.run_dir)
 
 
 @dataclass(kw_only=True)
@@ -126,6 +143,7 @@ class Pretraining(TrainingLoop):
         seed: Seed of the order of the examples, and of the random numbers of each step.
         before_step: Function called with the passes (B,) before each step. It may take long, since
             it can be interrupted, unlike a step.
+        display: Display of the progress; None: one that shows it.
     """
 
     def __init__(
@@ -137,8 +155,9 @@ class Pretraining(TrainingLoop):
         *,
         seed: int,
         before_step: Callable[[Tensor], None] | None = None,
+        display: Progress | None = None,
     ) -> None:
-        super().__init__(student, run_dir)
+        super().__init__(student, run_dir, display or Progress())
         self._loss_of, self._before_step, self._seed = loss_of, before_step, seed
         self._examples = ShuffledPasses(num_examples, seed=seed)
         self._micro_batches: list[tuple[Tensor, Tensor]] = []
@@ -174,25 +193,19 @@ class Pretraining(TrainingLoop):
 
 
 def train(
-    config: PretrainConfig,
+    job: Job[P],
     model: nn.Module,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     num_examples: int,
-    folder: Path,
-    resume: bool,
-    dtype: torch.dtype,
     before_step: Callable[[Tensor], None] | None = None,
 ) -> tuple[WeightEMA, dict[str, Any]]:
     """Train a model with the settings of a job; a stopped run can be resumed.
 
     Args:
-        config: Settings of the job, of which length, batch, optimizer and seed are used.
+        job: Job, of whose settings length, batch, optimizer and seed are used.
         model: Model that is trained in place.
         loss_of: Loss function, see `Pretraining`.
         num_examples: Number of examples in one pass.
-        folder: Run directory.
-        resume: Whether to continue from the newest checkpoint.
-        dtype: Compute dtype of `loss_of`; with float16 the loss is scaled.
         before_step: Function called before each step, see `Pretraining`.
 
     Returns:
@@ -203,14 +216,20 @@ def train(
             infinite, and a checkpoint has been saved.
         KeyboardInterrupt: Training was interrupted; a checkpoint has been saved.
     """
+    config, folder = job.config, job.folder
     schedule = Schedule(**config.train.model_dump(exclude={"compile"}), **config.optim.model_dump())
-    student = StudentTrainer(model, schedule, dtype=dtype)
+    student = StudentTrainer(model, schedule, dtype=job.dtype)
     run = Pretraining(
-        student, loss_of, num_examples, folder, seed=config.seed, before_step=before_step
+        student,
+        loss_of,
+        num_examples,
+        folder,
+        seed=config.seed,
+        before_step=before_step,
+        display=job.display,
     )
-    if resume and run_dir.has_checkpoint(folder):
-        for note in run.restore().notes:
-            print(note, file=sys.stderr)
+    if job.resume:
+        run_dir.restore(run)
     with run_dir.resume_hint(folder, f"add run_dir={folder} --resume"):
         totals = run.fit()
     parameters = sum(p.numel() for p in model.parameters())
@@ -218,15 +237,33 @@ def train(
     return student.average, totals | facts
 
 
-def prepare(config: P, resume: bool) -> tuple[P, torch.device, torch.dtype]:
-    """Return the settings of the run (the saved ones on resume), its device and dtype."""
+def prepare(config: P, *, resume: bool, show: bool) -> Job[P]:
+    """Return the job with its settings (the saved ones on resume), device and dtype."""
     config = run_dir.find(config) if resume else run_dir.name_new(config)
     if not resume:
         run_dir.check_new(config)
     set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     device = resolve_device(config.device)
-    return config, device, resolve_dtype(config.dtype, device)
+    return Job(
+        config=config,
+        device=device,
+        dtype=resolve_dtype(config.dtype, device),
+        resume=resume,
+        display=Progress(show=show),
+    )
+
+
+def finished(job: Job[P]) -> dict[str, Any] | None:
+    """Return the figures of a run that is resumed but has ended; None for others."""
+    return run_dir.finished(job.config) if job.resume else None
+
+
+def finish(job: Job[P], facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the figures of a finished run, which mark it as finished, and return them."""
+    facts["run_dir"] = str(job.folder)
+    run_dir.finish(job.folder, facts)
+    return facts
 
 
 def compiles(config: PretrainConfig, device: torch.device) -> bool:
