@@ -12,7 +12,8 @@ from dmkd_fast.config import reference, yaml_text
 from dmkd_fast.runtime.errors import UserError, invalid
 
 CONFIGS = assets.ROOT / "configs"
-_SECTION = re.compile(r"^(\w+):(?: *\{(.*)\}| +([^ {*].*))? *$")
+_SECTION = re.compile(r"(\w+):(?: *\{(.*)\} *$)?")
+_FIELD = re.compile(r"  (\w+):")
 
 
 def shipped() -> dict[str, str]:
@@ -51,35 +52,32 @@ def commented(name: str) -> str:
     job = path.stem if path.stem in ("denoiser", "fewstep") else "teacher"
     settings = reference.describe(job if path.parent.name == "pretrain" else "distill")
     texts = {setting.name: setting.text for setting in settings}
-    texts |= {f"student.{key}": texts.get(f"teacher.{key}", "") for key in ("arch", "stem")}
-    lines = []
+    lines, section = [], ""
     for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# yaml-language-server:"):
+        if found := _SECTION.match(line):
+            section = found[1]
+            lines += ["", *_comment(texts.get(section, ""), "")]
+        if found and found[2] is not None and "*" not in found[2]:
+            lines.append(f"{section}:")
+            for field, value in yaml_text.parse(f"{{{found[2]}}}").items():
+                lines += _comment(texts.get(f"{section}.{field}", ""), "  ")
+                lines.append(f"  {field}: {yaml_text.dump_flow(value)}")
             continue
-        match = _SECTION.match(line)
-        if match is None or (match[2] is not None and "*" in match[2]):
+        if found := _FIELD.match(line):
+            lines += _comment(texts.get(f"{section}.{found[1]}", ""), "  ")
+        if not line.startswith("# yaml-language-server:"):
             lines.append(line.replace(f"configs/{name}.yaml", f"{path.stem}.yaml"))
-            continue
-        key, fields = match[1], match[2]
-        lines += ["", *_comment(texts.get(key, ""), "")]
-        if fields is None:
-            lines.append(line)
-            continue
-        lines.append(f"{key}:")
-        for field, value in yaml_text.parse(f"{{{fields}}}").items():
-            dumped = yaml_text.yaml.dump(
-                {field: value}, Dumper=yaml_text._Dumper, default_flow_style=None, width=90
-            )
-            lines += [*_comment(texts.get(f"{key}.{field}", ""), "  "), f"  {dumped.rstrip()}"]
     return "\n".join(lines) + "\n"
 
 
 def _comment(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+    start = f"{indent}# "
+    return textwrap.wrap(
+        text, 100, initial_indent=start, subsequent_indent=start, break_on_hyphens=False
+    )
 
 
 def _about(path: Path) -> str:
-    """Return the first sentence or clause that the comments of a config begin with."""
-    text = path.read_text(encoding="utf-8").splitlines()
-    comments = [line.removeprefix("#").strip() for line in text if line.startswith("#")][1:3]
-    return re.split(r"[.:;] ", " ".join(comments).removeprefix("Hardware: "))[0].rstrip(".;")
+    """Return what the second line of a config says, up to the end of its first sentence."""
+    line = path.read_text(encoding="utf-8").splitlines()[1]
+    return re.split(r"[.;:] ", line.removeprefix("# ").removeprefix("Hardware: "))[0].rstrip(".:")

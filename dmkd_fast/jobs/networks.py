@@ -99,7 +99,9 @@ def load_teachers(
         UserError: Weights are missing or do not fit, or some class has no teacher at some point of
             the run.
     """
-    members, specs, counts, names, licenses = [], {}, {}, {}, []
+    members: list[Teacher] = []
+    names: dict[str, tuple[str, ...] | None] = {}
+    specs, counts, licenses = {}, {}, []
     for section, config in sections.items():
         if config.path is not None:
             loaded = _load_saved(config.path, config.revision, device)
