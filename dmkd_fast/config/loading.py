@@ -170,7 +170,7 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 # Fields that mean nothing after the value of a field has been replaced.
-_NETWORK = ("path", "arch", "revision", "pretrained", "model_args", "stem", "class_map")
+_NETWORK = ("path", "arch", "revision", "pretrained", "model_args", "stem")
 _BELONGING = {
     "sampler.fidelity": ("num_steps", "solver", "guidance_scale"),
     "denoiser.path": ("revision",),
@@ -200,6 +200,8 @@ def _reset_replaced(
     """
     for name in sorted(given & _BELONGING.keys()):
         part, _, choice = name.partition(".")
+        if part not in kind.model_fields:
+            continue
         section, known = values[part], _section(kind.model_fields[part].annotation)
         chosen = section.get(choice)
         if known is None or chosen is None or before.get(part, {}).get(choice) == chosen:

@@ -136,7 +136,10 @@ class Progress:
             if self.show and self._live is None and len(self._phases) == 1 and _is_terminal():
                 self._start_live()
             yield phase
-            if phase.seconds >= 1:
+            is_outer = len(self._phases) == 1
+            # The last frame of an outer phase stays on a terminal.
+            is_told = self._live is None if is_outer else phase.seconds >= LINE_EVERY_S
+            if is_told and phase.seconds >= 1:
                 self.note(phase.last_line())
         finally:
             if len(self._phases) == 1:
