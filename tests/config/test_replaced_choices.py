@@ -23,9 +23,9 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     ("file", "override", "warning"),
     [
         (
-            "many_steps",
+            "fashion_mnist",
             "sampler.fidelity=high",
-            "sampler.fidelity='high' replaces the config's sampler.num_steps, sampler.solver, "
+            "sampler.fidelity='high' replaces the config's sampler.num_steps, "
             "sampler.guidance_scale",
         ),
         (
