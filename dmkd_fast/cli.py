@@ -255,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="class names, one a line, in the order of the classifier's outputs (default: "
-        "DIR/classes.txt, else the sorted class folders)",
+        "those that the classifier states, else DIR/classes.txt, else the sorted class folders)",
     )
     evaluation_parser.set_defaults(verb=_evaluate)
 

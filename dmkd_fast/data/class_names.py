@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def read_class_names(path: Path, *, must_exist: bool) -> tuple[str, ...]:
 def all_numbers(names: Sequence[str]) -> bool:
     """Return whether all names are whole numbers, which do not describe the classes."""
     return all(name.isascii() and name.isdigit() for name in names)
+
+
+def has_standard_order(names: Sequence[str]) -> bool:
+    """Return whether the names are numbers or WordNet ids, whose order is the sorted one."""
+    return all_numbers(names) or all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
 def class_order(names: Iterable[str]) -> tuple[str, ...]:

@@ -22,7 +22,8 @@ from dmkd_fast.classifiers.loading import load_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
-from dmkd_fast.data.class_names import compare_class_names
+from dmkd_fast.data.class_names import compare_class_names, has_standard_order
+from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet, in_order_of, open_set
 from dmkd_fast.jobs import memory, networks, run_dir
 from dmkd_fast.runtime.device import resolve_device, set_num_threads
@@ -223,7 +224,8 @@ def open_test_set(
             f"classes: {folder} has {len(images.class_names)}, the networks have {num_classes}, "
             "expected the same; use another set, or a classifier for these classes"
         )
-    if classes is None and names is None and isinstance(images, EncodedSet):
+    is_listed = classes is not None or (folder / CLASS_NAMES).is_file()
+    if names is None and not is_listed and not has_standard_order(images.class_names):
         first = ", ".join(images.class_names[:3])
         warn_once(
             f"{folder}: the networks state no class names, so the classes are taken in the order "
