@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from dmkd_fast import __version__
 from dmkd_fast.runtime.errors import UserError
-from dmkd_fast.runtime.streams import GuardedStream, open_closed_streams
+from dmkd_fast.runtime.output.streams import GuardedStream, open_closed_streams
 
 if TYPE_CHECKING:
     from dmkd_fast.runtime.distributed import Ranks

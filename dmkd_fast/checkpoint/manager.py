@@ -20,7 +20,7 @@ from dmkd_fast.checkpoint.step_folders import Stateful
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.distributed import ALONE, Ranks, Turns
 from dmkd_fast.runtime.errors import invalid
-from dmkd_fast.runtime.progress import Progress
+from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.runtime.signals import Interrupts
 
 

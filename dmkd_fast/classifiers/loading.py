@@ -37,8 +37,6 @@ from dmkd_fast.runtime.model_files import (
 from dmkd_fast.views.spec import InputSpec
 
 TORCHVISION = "torchvision:"
-RESULTS = ("student", "model")
-"""Folders in which the runs of `dmkd distill` and `dmkd pretrain` leave their result."""
 LOG = logging.getLogger("dmkd_fast")
 # Layers that torch can fold with the batch norm that follows.
 FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
@@ -122,9 +120,9 @@ def load_classifier(
         torch.Size([1, 10])
     """
     folder = assets.resolve(str(path))
-    if not (folder / CONFIG).exists():
-        inside = (folder / name for name in RESULTS)
-        folder = next((place for place in inside if (place / CONFIG).is_file()), folder)
+    # The result of a run is in one of these folders.
+    places = [folder, folder / "student", folder / "model"]
+    folder = next((place for place in places if (place / CONFIG).exists()), folder)
     check_folder(folder)
     config = read_json(folder / CONFIG)
     try:

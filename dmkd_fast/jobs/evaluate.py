@@ -29,7 +29,7 @@ from dmkd_fast.jobs import memory, networks, run_dir
 from dmkd_fast.runtime.device import resolve_device, set_num_threads
 from dmkd_fast.runtime.errors import UserError, warn_once
 from dmkd_fast.runtime.model_files import CONFIG, pickle_hint
-from dmkd_fast.runtime.progress import Progress
+from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.training import scoring
 
 STUDENT = "student"

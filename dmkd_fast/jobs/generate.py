@@ -40,7 +40,7 @@ from dmkd_fast.jobs.resolve import resolve, resolve_images
 from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError, invalid
-from dmkd_fast.runtime.progress import Phase, Progress
+from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken

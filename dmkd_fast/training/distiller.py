@@ -23,7 +23,7 @@ from dmkd_fast.ring.buffer import Block, RingBuffer
 from dmkd_fast.ring.storage import BlockFiles
 from dmkd_fast.runtime.device import InFlight
 from dmkd_fast.runtime.errors import invalid
-from dmkd_fast.runtime.progress import Phase, Progress
+from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.training import scoring
 from dmkd_fast.training.images import ImageStream
 from dmkd_fast.training.loop import TrainingLoop

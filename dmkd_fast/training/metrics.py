@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.progress import Progress
+from dmkd_fast.runtime.output.progress import Progress
 
 
 class Metrics:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dmkd_fast.runtime.device import exact_float32
 from dmkd_fast.runtime.errors import NotFiniteError
-from dmkd_fast.runtime.progress import Progress
+from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.views.spec import InputSpec, check_logits
 
 Views = dict[InputSpec, Tensor]

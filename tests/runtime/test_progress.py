@@ -12,12 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from dmkd_fast.runtime import progress
-from dmkd_fast.runtime.progress import Phase, Progress, half_blocks, sparkline
+from dmkd_fast.runtime.output import progress
+from dmkd_fast.runtime.output.progress import Phase, Progress, half_blocks, sparkline
 
 SCRIPT = """
 import sys, time
-from dmkd_fast.runtime.progress import Progress
+from dmkd_fast.runtime.output.progress import Progress
 display = Progress()
 with display.phase("training", 200_000, "views") as phase:
     for step in range(1, 4):

@@ -23,7 +23,7 @@ from dmkd_fast.jobs import memory, resolve, run_dir
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.errors import UserError, invalid
-from dmkd_fast.runtime.progress import Progress
+from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.training.ema import WeightEMA
 from dmkd_fast.training.loop import TrainingLoop
 from dmkd_fast.training.schedule import Schedule
