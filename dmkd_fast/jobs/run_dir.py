@@ -22,7 +22,7 @@ from dmkd_fast.config.loading import Overrides, dump_config, load_config
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, warn_once
 from dmkd_fast.training.loop import TrainingLoop
 
 LOG = logging.getLogger("dmkd_fast")
@@ -163,7 +163,7 @@ def finished(config: PretrainConfig | DistillConfig) -> dict[str, Any] | None:
     except (OSError, ValueError, LookupError, TypeError):  # damaged: the results are written again
         return None
     if is_whole:
-        LOG.warning("%s: the run has ended; nothing was changed", path.parent)
+        warn_once(f"{path.parent}: the run has ended; nothing was changed")
     return summary if is_whole else None
 
 

@@ -112,9 +112,9 @@ class Distiller(TrainingLoop):
                 continue
             # Not held, as it may wait for the disk. The next checkpoint queues missed blocks.
             self.blocks.append()
+            self.display.pictures(block.images)
             self.ring.release()  # `append` has read the block's slots.
             self._save_if_due()
-            self.display.pictures(block.images)
             if phase is not None:
                 phase.advance(len(ids) * self.ranks.world_size)
 

@@ -192,8 +192,11 @@ class Progress:
             self._drawn_at = time.monotonic()
 
     def _report(self, phase: Phase, is_row: bool) -> None:
-        now = time.monotonic()
-        if self.show and self._live is None and (is_row or now - phase.printed_at > LINE_EVERY_S):
+        if not self.show or self._live is not None:
+            return
+        now, wait_s = time.monotonic(), max(LINE_EVERY_S, phase.seconds / 50)
+        # Where there are rows, they alone are printed.
+        if is_row or (not phase.figures and now - phase.printed_at > wait_s):
             phase.printed_at = now
             self.note(phase.line())
 
