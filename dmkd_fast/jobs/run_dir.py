@@ -153,9 +153,13 @@ def restore(loop: TrainingLoop) -> None:
 
 
 def finished(config: PretrainConfig | DistillConfig) -> dict[str, Any] | None:
-    """Return the summary of a run that has ended; None if it has not, or was made longer."""
-    path = _folder(config) / SUMMARY
-    if not _exists(path):
+    """Return the summary of a run that has ended; None for one with something left to do.
+
+    That is a run that was stopped or made longer, or whose result is missing.
+    """
+    folder = _folder(config)
+    path, results = folder / SUMMARY, (folder / "student", folder / "model")
+    if not _exists(path) or not any(next(r.rglob("*.safetensors"), None) for r in results):
         return None
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
