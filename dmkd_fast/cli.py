@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = verbs.add_parser(
         "demo",
         parents=[job],
-        help="distill a student in about a minute, without any file or network",
+        help="distill a student in about 90 seconds, without any file or network",
         epilog=OVERRIDES,
         description="Generate images with the embedded denoiser, train a small student on them, "
         "and let it classify real images, which it has never seen. The job is configs/demo.yaml.",
