@@ -153,7 +153,7 @@ def test_checkpoints_are_written_in_the_background_and_a_full_disk_costs_no_step
 
     monkeypatch.setattr(files, "write", noted)
     run = make(checkpoint_every_s=1e-6)
-    run.checkpoints._note = notes.append
+    run.display.note = notes.append  # type: ignore[method-assign]
     step = run.train_step
 
     def on_a_full_disk() -> Tensor:
