@@ -1,11 +1,11 @@
-// Distillation loss KL(softmax(t / T) || softmax(s / T)), cross-entropy, and their gradient, by
+// Distillation loss of softmax(t / T) and softmax(s / T), cross-entropy, and their gradient, by
 // row.
 //
-// A row is swept from cache: maxima; exponentials into scratch (2 C values in L1/L2); then loss and
-// gradient together. Rows of other dtypes or strides are widened into scratch first, so there is
-// one set of loops. Rows are independent and each has a fixed order of operations: the result does
+// Rows of other dtypes or strides are widened into scratch first, so there is one set of loops
+// (kd_loss_row.h). Rows are independent and each has a fixed order of operations: the result does
 // not depend on the number of threads. With a row's maxima and sums already known (`stats`), the
-// gradient alone takes one sweep and comes out in the same bits.
+// gradient of forward KL takes one sweep; that of other divergences is computed as with the loss.
+// Both come out in the same bits.
 // B rows, C classes. Definition: dmkd_fast/loss/reference.py.
 
 #include "kd_loss_cpu.h"
@@ -14,12 +14,10 @@
 #include <vector>
 
 #include "instruction_sets.h"
-#include "scalar_types.h"
+#include "kd_loss_row.h"
 
 namespace dmkd {
 namespace {
-
-constexpr double kLog2E = 1.44269504088896340736;
 
 template <typename compute_t, typename scalar_t>
 DMKD_INLINE void widen_row(const scalar_t* __restrict source, int64_t stride,
@@ -82,178 +80,64 @@ DMKD_INLINE void store_row(const Matrix& m, int64_t r, const compute_t* row, int
   }
 }
 
-template <typename compute_t, bool has_fma>
-struct Row {
-  const KdArguments& a;
-  const int64_t n;
-  const compute_t* __restrict s;  // student's logits
-  const compute_t* __restrict t;  // teacher's
-  compute_t* __restrict out;      // gradient, or null
-  compute_t* __restrict s_exp;    // scratch
-  compute_t* __restrict t_exp;
-  compute_t* stats;
-
-  // Exponentials of both at temperature T into scratch; maxima and sums into stats.
-  DMKD_INLINE void exponentials() {
-    const compute_t scale2 = compute_t(kLog2E / a.temperature);
-    const compute_t lowest = compute_t(-127) / scale2;
-    compute_t s_max = -std::numeric_limits<compute_t>::infinity(), t_max = s_max;
-#pragma omp simd reduction(max : s_max, t_max)
-    for (int64_t i = 0; i < n; ++i) {
-      s_max = s[i] > s_max ? s[i] : s_max;
-      t_max = t[i] > t_max ? t[i] : t_max;
-    }
-    compute_t s_sum = 0, t_sum = 0, gap = 0;
-#pragma omp simd reduction(+ : s_sum, t_sum, gap)
-    for (int64_t i = 0; i < n; ++i) {
-      const compute_t es = exp_scaled<has_fma>(s[i] - s_max, scale2, lowest);
-      const compute_t et = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest);
-      s_exp[i] = es;
-      t_exp[i] = et;
-      s_sum += es;
-      t_sum += et;
-      gap += es - et;
-    }
-    stats[0] = s_max;
-    stats[1] = s_sum;
-    stats[2] = t_max;
-    stats[3] = t_sum;
-    // The gradient feels this one's error in full. Near the teacher the sums' own rounding would be
-    // most of it; that of their difference, added up separately, is not.
-    const double ratio = std::abs(gap) < compute_t(0.5) * t_sum
-                             ? std::log1p(double(gap) / double(t_sum))
-                             : std::log(double(s_sum) / double(t_sum));
-    stats[4] = compute_t((double(s_max) - double(t_max)) / a.temperature + ratio);
-  }
-
-  // Where d is the small difference of large numbers, its rounding weighs more than that of q - p.
-  DMKD_INLINE compute_t near_limit() const {
-    return std::abs(stats[4]) < compute_t(1) ? compute_t(0.5) : compute_t(0);
-  }
-
-  // KL by the exponentials in scratch, and its gradient times `factor` into `out`. Only rows with
-  // infinite logits need 0 * log 0 = 0, and their loss alone: it is computed again with the select.
-  template <bool with_grad, bool with_zeros = false>
-  DMKD_INLINE compute_t divergences(compute_t factor) {
-    const compute_t scale = compute_t(1 / a.temperature), common = stats[4], limit = near_limit();
-    const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
-    compute_t loss = 0;
-#pragma omp simd reduction(+ : loss)
-    for (int64_t i = 0; i < n; ++i) {
-      const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
-      const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
-      compute_t term, difference;
-      divergence<has_fma>(p, q, d, limit, term, difference);
-      loss += with_zeros && p == 0 ? q : term;
-      if constexpr (with_grad) out[i] = difference * factor;
-    }
-    if constexpr (!with_zeros) {
-      const bool finite = loss <= std::numeric_limits<compute_t>::max();
-      if (!finite) loss = divergences<false, true>(factor);
-    }
-    return loss;
-  }
-
-  // The gradient again from stats: the same operations in the same order as above.
-  DMKD_INLINE void gradient(compute_t factor) {
-    const compute_t scale = compute_t(1 / a.temperature), common = stats[4], limit = near_limit();
-    const compute_t scale2 = compute_t(kLog2E / a.temperature);
-    const compute_t lowest = compute_t(-127) / scale2;
-    const compute_t s_max = stats[0], s_inverse = 1 / stats[1];
-    const compute_t t_max = stats[2], t_inverse = 1 / stats[3];
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const compute_t q = exp_scaled<has_fma>(s[i] - s_max, scale2, lowest) * s_inverse;
-      const compute_t p = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest) * t_inverse;
-      const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
-      compute_t term, difference;
-      divergence<has_fma>(p, q, d, limit, term, difference);
-      out[i] = difference * factor;
-    }
-  }
-
-  // Cross-entropy at T = 1, and its gradient times `factor` added to `out`.
-  // id: class, or -1 with `target` as probabilities.
-  DMKD_INLINE compute_t cross_entropy(int64_t id, const compute_t* __restrict target,
-                                      bool with_loss, compute_t factor) {
-    const compute_t scale2 = compute_t(kLog2E), lowest = compute_t(-127) / scale2;
-    const compute_t spread = compute_t(a.label_smoothing / double(n));
-    const compute_t kept = compute_t(1 - a.label_smoothing);
-    const compute_t top = stats[0];
-    compute_t mass = 1, loss = 0;
-    if (id < 0 && !with_loss) {
-      mass = stats[6];
-    } else if (id < 0) {
-      mass = 0;
-#pragma omp simd reduction(+ : mass)
-      for (int64_t i = 0; i < n; ++i) mass += multiply_add<has_fma>(target[i], kept, spread);
-    }
-    if (with_loss) {
-      compute_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += exp_scaled<has_fma>(s[i] - top, scale2, lowest);
-      stats[5] = sum;
-      stats[6] = mass;
-      const compute_t log_sum = std::log(sum);
-      if (id < 0) {
-#pragma omp simd reduction(+ : loss)
-        for (int64_t i = 0; i < n; ++i) {
-          const compute_t weight = multiply_add<has_fma>(target[i], kept, spread);
-          const compute_t term = weight * (log_sum - (s[i] - top));
-          loss += weight == 0 ? compute_t(0) : term;  // 0 * log 0 = 0
-        }
-      } else {
-        loss = kept * (log_sum - (s[id] - top));
-        if (spread != 0) {
-          compute_t gap = 0;
-#pragma omp simd reduction(+ : gap)
-          for (int64_t i = 0; i < n; ++i) gap += top - s[i];
-          loss += spread * (gap + compute_t(n) * log_sum);
-        }
-      }
-    }
-    if (out == nullptr) return loss;
-    const compute_t inverse = mass / stats[5];
-    if (id < 0) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const compute_t q = exp_scaled<has_fma>(s[i] - top, scale2, lowest) * inverse;
-        const compute_t weight = multiply_add<has_fma>(target[i], kept, spread);
-        out[i] += (q - weight) * factor;
-      }
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const compute_t q = exp_scaled<has_fma>(s[i] - top, scale2, lowest) * inverse;
-        out[i] += (q - spread) * factor;
-      }
-      out[id] -= kept * factor;
-    }
-    return loss;
-  }
+// Scratch of a thread, in rows of `padded` values.
+enum Scratch {
+  kStudent,
+  kTeacher,
+  kStudentExp,
+  kTeacherExp,
+  kTarget,
+  kOut,
+  kSlopes,
+  kStudentCopy,
+  kTeacherCopy,
+  kScratchRows
 };
+
+template <typename compute_t>
+DMKD_INLINE compute_t* scratch_of(int64_t padded, int64_t extra_rows = 0) {
+  thread_local std::vector<compute_t> scratch;
+  scratch.resize((kScratchRows + extra_rows) * padded);
+  return scratch.data();
+}
+
+DMKD_INLINE int64_t padded_size(int64_t n) { return (n + 15) / 16 * 16; }
+
+// A row's temperature, and the factor on its KD term.
+template <typename compute_t>
+DMKD_INLINE double temperature_of(const KdArguments& a, int64_t r, double& kd_factor) {
+  if (a.temperatures == nullptr) {
+    kd_factor = 1;
+    return a.temperature;
+  }
+  const auto* pair = static_cast<const compute_t*>(a.temperatures) + r * a.temperatures_stride;
+  kd_factor = pair[a.temperatures_class_stride];
+  return pair[0];
+}
+
+template <typename compute_t>
+DMKD_INLINE compute_t weight_of(const KdArguments& a, int64_t r) {
+  return a.weight ? static_cast<const compute_t*>(a.weight)[r * a.weight_stride] : compute_t(1);
+}
 
 template <typename compute_t, bool has_fma>
 DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
-  const int64_t n = a.num_classes;
-  const int64_t padded = (n + 15) / 16 * 16;
-  thread_local std::vector<compute_t> scratch;
-  scratch.resize(6 * padded);
-  compute_t* const memory = scratch.data();
+  const int64_t n = a.num_classes, padded = padded_size(n);
+  compute_t* const memory = scratch_of<compute_t>(padded);
   const bool in_place = a.gradient.dtype == ScalarKind::kFloat
                             ? sizeof(compute_t) == sizeof(float)
                             : a.gradient.dtype == ScalarKind::kDouble;
-  const bool has_target = a.probabilities.data != nullptr || a.classes != nullptr;
+  const bool has_target = a.probabilities.data != nullptr || (a.classes != nullptr && a.has_ce);
+  const bool is_forward_kl = a.num_terms == 0 && !a.standardize;
   auto* const losses = static_cast<compute_t*>(a.losses);
 
   for (int64_t r = begin; r < end; ++r) {
-    const compute_t weight =
-        a.weight ? static_cast<const compute_t*>(a.weight)[r * a.weight_stride] : compute_t(1);
+    const compute_t weight = weight_of<compute_t>(a, r);
     compute_t* const stats = static_cast<compute_t*>(a.stats) + r * kStats;
     compute_t* out = nullptr;
     if (a.gradient.data != nullptr) {
       out = in_place ? static_cast<compute_t*>(a.gradient.data) + r * a.gradient.row_stride
-                     : memory + 5 * padded;
+                     : memory + kOut * padded;
     }
     if (weight == 0) {  // Skipped, whatever its logits are.
       if (losses) {
@@ -269,32 +153,53 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
     const int64_t id = a.classes ? a.classes[r * a.classes_stride] : -1;
     if (a.classes && (id < 0 || id >= n)) return r;
 
+    double kd_factor;
+    const double temperature = temperature_of<compute_t>(a, r, kd_factor);
     Row<compute_t, has_fma> row{a,
                                 n,
-                                row_of(a.student, r, memory, n),
-                                row_of(a.teacher, r, memory + padded, n),
+                                temperature,
+                                row_of(a.student, r, memory + kStudent * padded, n),
+                                row_of(a.teacher, r, memory + kTeacher * padded, n),
                                 out,
-                                memory + 2 * padded,
-                                memory + 3 * padded,
-                                stats};
+                                memory + kStudentExp * padded,
+                                memory + kTeacherExp * padded,
+                                memory + kSlopes * padded,
+                                stats,
+                                memory + kStudentCopy * padded,
+                                memory + kTeacherCopy * padded};
+    const compute_t* const logits = row.s;
     const compute_t upstream =
         weight *
         (a.upstream ? static_cast<const compute_t*>(a.upstream)[r * a.upstream_stride] : 1);
     // In one factor each, so that nothing is rounded to the gradient's dtype before it is scaled.
-    const compute_t factor = upstream * compute_t(a.kl_gradient / a.temperature);
-    if (losses) {
+    compute_t factor = upstream * compute_t(a.kl_gradient / temperature * kd_factor);
+    compute_t top, kd = 0;
+    if (!is_forward_kl) {
+      compute_t own[kStats] = {};  // The backward pass leaves those of the forward pass alone.
+      row.stats = own;
+      top = a.standardize ? row.standardize() : compute_t(0);
+      kd = row.divergences(id, factor, compute_t(a.columns_weight * (a.kl_gradient / temperature)));
+      if (!a.standardize) top = id >= 0 && logits[id] > own[0] ? logits[id] : own[0];
+      if (out && a.standardize) row.standardize_gradient();
+      if (losses) std::copy(own, own + kStats, stats);
+      row.stats = stats;
+    } else if (losses) {
       row.exponentials();
-      losses[r] = weight * (out ? row.template divergences<true>(factor)
-                                : row.template divergences<false>(factor));
-      losses[a.num_rows + r] = stats[5] = stats[6] = 0;
+      kd = out ? row.template forward_kl<true>(factor) : row.template forward_kl<false>(factor);
+      top = stats[0];
     } else {
-      row.gradient(factor);
+      row.forward_kl_gradient(factor);
+      top = stats[0];
+    }
+    if (losses) {
+      losses[r] = weight * compute_t(kd_factor) * kd;
+      losses[a.num_rows + r] = stats[5] = stats[6] = 0;
     }
     if (has_target) {
       const compute_t* target =
-          a.classes ? nullptr : row_of(a.probabilities, r, memory + 4 * padded, n);
-      const compute_t ce =
-          row.cross_entropy(id, target, losses != nullptr, upstream * compute_t(a.ce_gradient));
+          a.classes ? nullptr : row_of(a.probabilities, r, memory + kTarget * padded, n);
+      const compute_t ce = row.cross_entropy(logits, top, id, target, losses != nullptr,
+                                             upstream * compute_t(a.ce_gradient));
       if (losses) losses[a.num_rows + r] = weight * ce;
     }
     if (out) store_row(a.gradient, r, out, n);
@@ -302,28 +207,133 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
   return -1;
 }
 
-DMKD_FLATTEN_AVX512 int64_t run_avx512(const KdArguments& a, int64_t begin, int64_t end) {
-  return rows<float, true>(a, begin, end);
+constexpr int64_t kGroup = 8;  // rows whose columns are added up together
+
+template <typename compute_t, bool has_fma>
+DMKD_INLINE int64_t column_sums(const KdArguments& a, int64_t begin, int64_t end, double* sums) {
+  const int64_t n = a.num_classes, padded = padded_size(n);
+  compute_t* const memory = scratch_of<compute_t>(padded, 2 * kGroup);
+  compute_t* const p = memory + kScratchRows * padded;
+  compute_t* const change = p + kGroup * padded;
+  int64_t filled = 0, counted = 0;
+  for (int64_t r = begin; r < end; ++r) {
+    if (weight_of<compute_t>(a, r) != 0) {
+      double kd_factor;
+      compute_t stats[kStats];
+      Row<compute_t, has_fma> row{a,
+                                  n,
+                                  temperature_of<compute_t>(a, r, kd_factor),
+                                  row_of(a.student, r, memory + kStudent * padded, n),
+                                  row_of(a.teacher, r, memory + kTeacher * padded, n),
+                                  nullptr,
+                                  memory + kStudentExp * padded,
+                                  memory + kTeacherExp * padded,
+                                  nullptr,
+                                  stats,
+                                  memory + kStudentCopy * padded,
+                                  memory + kTeacherCopy * padded};
+      if (a.standardize) row.standardize();
+      const compute_t ratio = row.exponentials();
+      compute_t unused[4];
+      row.changes(ratio, p + filled * padded, change + filled * padded, 0, unused[0], unused[1],
+                  unused[2], unused[3]);
+      ++filled;
+      ++counted;
+    }
+    if (filled == 0 || (filled < kGroup && r + 1 < end)) continue;
+    std::fill(p + filled * padded, p + kGroup * padded, compute_t(0));
+    std::fill(change + filled * padded, change + kGroup * padded, compute_t(0));
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      double p_sum = 0, squares = 0, change_sum = 0, products = 0, change_squares = 0;
+      for (int64_t k = 0; k < kGroup; ++k) {
+        const double x = p[k * padded + i], y = change[k * padded + i];
+        p_sum += x;
+        squares += x * x;
+        change_sum += y;
+        products += x * y;
+        change_squares += y * y;
+      }
+      sums[i] += p_sum;
+      sums[n + i] += squares;
+      sums[2 * n + i] += change_sum;
+      sums[3 * n + i] += products;
+      sums[4 * n + i] += change_squares;
+    }
+    filled = 0;
+  }
+  return counted;
 }
 
-DMKD_FLATTEN_AVX2 int64_t run_avx2(const KdArguments& a, int64_t begin, int64_t end) {
-  return rows<float, true>(a, begin, end);
+// The same code compiled three times; the machine decides at run time. `flatten` pulls everything
+// into the function that carries the target attribute. With `sums` the columns are added up.
+using Run = int64_t (*)(const KdArguments&, int64_t, int64_t, double*);
+
+template <typename compute_t, bool has_fma>
+DMKD_INLINE int64_t run(const KdArguments& a, int64_t begin, int64_t end, double* sums) {
+  return sums == nullptr ? rows<compute_t, has_fma>(a, begin, end)
+                         : column_sums<compute_t, has_fma>(a, begin, end, sums);
 }
 
-int64_t run_baseline(const KdArguments& a, int64_t begin, int64_t end) {
-  return rows<float, kBaselineHasFma>(a, begin, end);
+DMKD_FLATTEN_AVX512 int64_t run_avx512(const KdArguments& a, int64_t begin, int64_t end,
+                                       double* sums) {
+  return run<float, true>(a, begin, end, sums);
+}
+
+DMKD_FLATTEN_AVX2 int64_t run_avx2(const KdArguments& a, int64_t begin, int64_t end, double* sums) {
+  return run<float, true>(a, begin, end, sums);
+}
+
+int64_t run_baseline(const KdArguments& a, int64_t begin, int64_t end, double* sums) {
+  return run<float, kBaselineHasFma>(a, begin, end, sums);
 }
 
 // float64 is for checking gradients, not for speed.
-int64_t run_double(const KdArguments& a, int64_t begin, int64_t end) {
-  return rows<double, false>(a, begin, end);
+int64_t run_double(const KdArguments& a, int64_t begin, int64_t end, double* sums) {
+  return run<double, false>(a, begin, end, sums);
+}
+
+int64_t dispatch(const KdArguments& arguments, int64_t begin, int64_t end, double* sums) {
+  static const Run chosen = best_of(run_baseline, run_avx2, run_avx512);
+  return (arguments.is_double ? run_double : chosen)(arguments, begin, end, sums);
 }
 
 }  // namespace
 
 int64_t kd_loss_rows(const KdArguments& arguments, int64_t begin, int64_t end) {
-  static const auto run = best_of(run_baseline, run_avx2, run_avx512);
-  return (arguments.is_double ? run_double : run)(arguments, begin, end);
+  return dispatch(arguments, begin, end, nullptr);
+}
+
+int64_t kd_loss_column_sums(const KdArguments& arguments, int64_t begin, int64_t end,
+                            double* sums) {
+  return dispatch(arguments, begin, end, sums);
+}
+
+double kd_loss_columns(const double* sums, int64_t num_classes, int64_t num_rows, bool is_double,
+                       void* columns) {
+  double loss = 0;
+  const double rows = double(num_rows);
+  for (int64_t i = 0; i < num_classes; ++i) {
+    const double* const at = sums + i;
+    const double p = at[0] / rows, change = at[2 * num_classes] / rows;
+    const double teacher = at[num_classes] - rows * p * p;
+    const double covariance = at[3 * num_classes] - rows * p * change;
+    const double variance = at[4 * num_classes] - rows * change * change;
+    const double q = p + change;
+    const Correlation found =
+        correlation(teacher, teacher + 2 * covariance + variance, covariance, variance,
+                    kConstant * at[num_classes], kConstant * rows * q * q);
+    loss += found.loss;
+    const double values[] = {found.by_p, found.by_change, p, change};
+    for (int64_t k = 0; k < 4; ++k) {
+      if (is_double) {
+        static_cast<double*>(columns)[k * num_classes + i] = values[k];
+      } else {
+        static_cast<float*>(columns)[k * num_classes + i] = static_cast<float>(values[k]);
+      }
+    }
+  }
+  return loss / double(num_classes);
 }
 
 }  // namespace dmkd

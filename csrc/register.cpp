@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <optional>
@@ -36,6 +37,9 @@ struct Problem {
   const std::optional<Tensor>& target;
   const std::optional<Tensor>& weight;
   double temperature, alpha, kd_scale, ce_scale, label_smoothing;
+  const std::optional<Tensor>& temperatures;
+  const std::vector<double>& divergences;
+  bool standardize;
 };
 
 ScalarKind kind_of(const Tensor& tensor) {
@@ -79,6 +83,26 @@ int64_t vector_stride(const Tensor& tensor, const Problem& p, ScalarType dtype, 
   return tensor.stride(0);
 }
 
+// Four numbers a term: kind, weight, and two parameters.
+void add_terms(KdArguments& a, const Problem& p) {
+  const int64_t numbers = p.divergences.size();
+  STD_TORCH_CHECK(numbers % 4 == 0 && numbers <= 4 * kMaxTerms,
+                  "divergences: expected four numbers for each of at most two terms");
+  a.num_terms = numbers / 4;
+  for (int64_t k = 0; k < a.num_terms; ++k) {
+    const double* const at = p.divergences.data() + 4 * k;
+    const bool known = at[0] >= 0 && at[0] <= static_cast<int>(Divergence::kDist);
+    STD_TORCH_CHECK(known, "divergences: got an unknown kind");
+    a.terms[k] = {static_cast<Divergence>(static_cast<int>(at[0])), at[1], at[2], at[3]};
+    STD_TORCH_CHECK(a.terms[k].kind != Divergence::kDkd || a.classes != nullptr,
+                    "divergences: dkd needs class ids");
+  }
+  if (a.num_terms == 0 && a.standardize) {
+    a.num_terms = 1;
+    a.terms[0] = {Divergence::kForwardKl, 1, 0, 0};
+  }
+}
+
 KdArguments arguments_for(const Problem& p, const Tensor& stats) {
   KdArguments a{};
   a.student = matrix(p.student, p, "student");
@@ -103,6 +127,18 @@ KdArguments arguments_for(const Problem& p, const Tensor& stats) {
   a.stats = const_cast<void*>(stats.const_data_ptr());
   a.temperature = p.temperature;
   a.label_smoothing = p.label_smoothing;
+  a.standardize = p.standardize;
+  a.has_ce = p.alpha != 1;
+  if (p.temperatures) {
+    STD_TORCH_CHECK(p.temperatures->dim() == 2 && p.temperatures->size(0) == a.num_rows &&
+                        p.temperatures->size(1) == 2 &&
+                        p.temperatures->scalar_type() == accumulated_type(p),
+                    "temperatures: expected (B, 2)");
+    a.temperatures = p.temperatures->const_data_ptr();
+    a.temperatures_stride = p.temperatures->stride(0);
+    a.temperatures_class_stride = p.temperatures->stride(1);
+  }
+  add_terms(a, p);
   return a;
 }
 
@@ -120,7 +156,57 @@ void add_gradient(KdArguments& a, const Problem& p, const Tensor& grad,
   a.ce_gradient = (1 - p.alpha) * p.ce_scale * grad_scale;
 }
 
-void run(const KdArguments& a) {
+// Kinds with a term by column: adds up the columns of all rows, in blocks of rows that the shape
+// alone decides, so that the sums do not depend on the threads.
+std::vector<double> add_columns(KdArguments& a) {
+  if (std::none_of(a.terms, a.terms + a.num_terms,
+                   [](const Term& term) { return term.kind == Divergence::kDist; })) {
+    return {};
+  }
+  constexpr int64_t kBlocks = 8;
+  const int64_t size = kColumnSums * a.num_classes;
+  const int64_t rows_per_block = std::max<int64_t>(64, (a.num_rows + kBlocks - 1) / kBlocks);
+  const int64_t blocks = (a.num_rows + rows_per_block - 1) / rows_per_block;
+  std::vector<double> sums(size * std::max<int64_t>(1, blocks));
+  std::vector<int64_t> counts(blocks);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      counts[b] =
+          kd_loss_column_sums(a, b * rows_per_block, std::min(a.num_rows, (b + 1) * rows_per_block),
+                              sums.data() + b * size);
+    }
+  });
+  int64_t counted = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    counted += counts[b];
+    for (int64_t i = 0; b > 0 && i < size; ++i) sums[i] += sums[b * size + i];
+  }
+  if (counted == 0) counted = 1;
+  std::vector<double> columns(4 * a.num_classes);
+  a.columns_loss =
+      kd_loss_columns(sums.data(), a.num_classes, counted, a.is_double, columns.data());
+  a.columns = columns.data();
+  const auto weight_sum = [&]<typename value_t>(value_t) {
+    double total = 0;
+    for (int64_t r = 0; r < a.num_rows; ++r) {
+      const auto at = [&](const void* data, int64_t stride) {
+        return data ? static_cast<const value_t*>(data)[r * stride] : value_t(1);
+      };
+      const value_t weight = at(a.weight, a.weight_stride);
+      const value_t* const pair =
+          a.temperatures ? static_cast<const value_t*>(a.temperatures) + r * a.temperatures_stride
+                         : nullptr;
+      const value_t factor = pair ? pair[a.temperatures_class_stride] : value_t(1);
+      if (weight != 0) total += double(weight) * at(a.upstream, a.upstream_stride) * factor;
+    }
+    return total;
+  };
+  a.columns_weight = a.is_double ? weight_sum(double()) : weight_sum(float());
+  return columns;
+}
+
+void run(KdArguments& a) {
+  const std::vector<double> columns = add_columns(a);
   const int64_t grain =
       std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, a.num_classes));
   std::atomic<int64_t> bad{-1};
@@ -133,8 +219,21 @@ void run(const KdArguments& a) {
                   " in row ", row, ", expected 0 to ", a.num_classes - 1, " or ignore_index");
 }
 
-Tensor losses_like(const Problem& p, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(p.student, shape, accumulated_type(p));
+// Uninitialized memory on the CPU, without a call of the dispatcher.
+template <size_t dims>
+Tensor allocate(const std::array<int64_t, dims>& sizes, ScalarType dtype) {
+  std::array<int64_t, dims> strides;
+  int64_t step = 1;
+  for (size_t i = dims; i-- > 0; step *= std::max<int64_t>(1, sizes[i])) strides[i] = step;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor stats_for(const Problem& p) {
+  return allocate<2>({p.student.size(0), kStats}, accumulated_type(p));
 }
 
 // The loss from its terms: alpha * kd + (1 - alpha) * ce, where a factor of 0 drops an infinite
@@ -168,7 +267,10 @@ Losses losses_of(KdArguments& a, const Problem& p, const Tensor& stats, bool per
   std::vector<double> rows(a.is_double ? 2 * a.num_rows : a.num_rows);  // or as many floats
   a.losses = rows.data();
   run(a);
-  const auto make = [&] { return per_row ? losses_like(p, {a.num_rows}) : losses_like(p, {}); };
+  const ScalarType dtype = accumulated_type(p);
+  const auto make = [&] {
+    return per_row ? allocate<1>({a.num_rows}, dtype) : allocate<0>({}, dtype);
+  };
   Tensor loss = make(), kd = make(), ce = make();
   if (a.is_double) {
     reduce(p, static_cast<const double*>(a.losses), a.num_rows, per_row, loss.mutable_data_ptr(),
@@ -183,10 +285,12 @@ Losses losses_of(KdArguments& a, const Problem& p, const Tensor& stats, bool per
 Losses kd_loss_forward(const Tensor& student, const Tensor& teacher,
                        const std::optional<Tensor>& target, const std::optional<Tensor>& weight,
                        double temperature, double alpha, double kd_scale, double ce_scale,
-                       double label_smoothing, bool per_row) {
-  const Problem p{student, teacher,  target,   weight,         temperature,
-                  alpha,   kd_scale, ce_scale, label_smoothing};
-  const Tensor stats = losses_like(p, {student.size(0), kStats});
+                       double label_smoothing, bool per_row,
+                       const std::optional<Tensor>& temperatures,
+                       const std::vector<double>& divergences, bool standardize) {
+  const Problem p{student,  teacher,  target,          weight,       temperature, alpha,
+                  kd_scale, ce_scale, label_smoothing, temperatures, divergences, standardize};
+  const Tensor stats = stats_for(p);
   KdArguments a = arguments_for(p, stats);
   return losses_of(a, p, stats, per_row);
 }
@@ -194,10 +298,12 @@ Losses kd_loss_forward(const Tensor& student, const Tensor& teacher,
 Tensor kd_loss_backward(const Tensor& upstream, const Tensor& stats, const Tensor& student,
                         const Tensor& teacher, const std::optional<Tensor>& target,
                         const std::optional<Tensor>& weight, double temperature, double alpha,
-                        double kd_scale, double ce_scale, double label_smoothing) {
-  const Problem p{student, teacher,  target,   weight,         temperature,
-                  alpha,   kd_scale, ce_scale, label_smoothing};
-  const Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
+                        double kd_scale, double ce_scale, double label_smoothing,
+                        const std::optional<Tensor>& temperatures,
+                        const std::vector<double>& divergences, bool standardize) {
+  const Problem p{student,  teacher,  target,          weight,       temperature, alpha,
+                  kd_scale, ce_scale, label_smoothing, temperatures, divergences, standardize};
+  const Tensor grad = allocate<2>({student.size(0), student.size(1)}, student.scalar_type());
   KdArguments a = arguments_for(p, stats);
   add_gradient(a, p, grad, upstream, 1);
   run(a);
@@ -209,10 +315,11 @@ Losses kd_loss_forward_backward(const Tensor& grad, const std::optional<Tensor>&
                                 const std::optional<Tensor>& target,
                                 const std::optional<Tensor>& weight, double temperature,
                                 double alpha, double kd_scale, double ce_scale,
-                                double label_smoothing) {
-  const Problem p{student, teacher,  target,   weight,         temperature,
-                  alpha,   kd_scale, ce_scale, label_smoothing};
-  const Tensor stats = losses_like(p, {student.size(0), kStats});
+                                double label_smoothing, const std::optional<Tensor>& temperatures,
+                                const std::vector<double>& divergences, bool standardize) {
+  const Problem p{student,  teacher,  target,          weight,       temperature, alpha,
+                  kd_scale, ce_scale, label_smoothing, temperatures, divergences, standardize};
+  const Tensor stats = stats_for(p);
   KdArguments a = arguments_for(p, stats);
   add_gradient(a, p, grad, upstream, grad_scale);
   return losses_of(a, p, stats, false);

@@ -24,7 +24,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kElementsPerTask = 16384;
 constexpr int64_t kMaxSide = 8192;  // MAX_SIDE of dmkd_fast/views/ops.py
-// Results above this size are mapped anew by glibc each time, and every page of them faults.
+// Results above this size are mapped again by glibc each time, and every page of them faults.
 constexpr int64_t kMappedBytes = int64_t{32} << 20;
 #if defined(__linux__) && !defined(MADV_POPULATE_WRITE)  // Linux 5.14
 #define MADV_POPULATE_WRITE 23

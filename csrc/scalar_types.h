@@ -139,24 +139,40 @@ DMKD_INLINE double exp_scaled(double x, double scale2, double) {
   return std::exp(x * (scale2 * 0.69314718055994530942));
 }
 
-// One class's share of the divergence, p * (expm1(-d) + d) with d = log p - log q, and q - p.
+// 2^(x * factor) for x * factor <= 0, where `lowest` = -127 / factor.
+template <bool has_fma>
+DMKD_INLINE float power_of_2(float x, float factor, float lowest) {
+  return exp_scaled<has_fma>(x, factor, lowest);
+}
+
+template <bool has_fma>
+DMKD_INLINE double power_of_2(double x, double factor, double) {
+  return std::exp2(x * factor);
+}
+
+// (e^-d - 1 + d) / d^2 where |d| < 1/2, minimax of degree 5 (2e-8).
+template <bool has_fma>
+DMKD_INLINE float excess_series(float d) {
+  float series = -1.98756289e-4f;
+  series = multiply_add<has_fma>(series, d, 1.39819970e-3f);
+  series = multiply_add<has_fma>(series, d, -8.33345205e-3f);
+  series = multiply_add<has_fma>(series, d, 4.16657962e-2f);
+  series = multiply_add<has_fma>(series, d, -0.166666657f);
+  return multiply_add<has_fma>(series, d, 0.5f);
+}
+
+// One class's share of KL(p || q), p * (expm1(-d) + d) with d = log p - log q, and q - p.
 //
-// Where |d| < 1/2 the first comes from (e^-d - 1 + d) / d^2, minimax of degree 5 (2e-8). So does
-// the second where |d| < near_limit: p * expm1(-d) keeps its digits however close student and
-// teacher are, which the difference of two rounded softmaxes does not. Elsewhere nothing cancels.
+// Where |d| < 1/2 the first comes from `excess_series`. So does the second where |d| < near_limit:
+// p * expm1(-d) keeps its digits however close student and teacher are, which the difference of two
+// rounded softmaxes does not. Elsewhere nothing cancels.
 template <bool has_fma, typename compute_t>
 DMKD_INLINE void divergence(compute_t p, compute_t q, compute_t d, compute_t near_limit,
                             compute_t& term, compute_t& difference) {
   compute_t near, near_difference;
   const compute_t pd = p * d;
   if constexpr (sizeof(compute_t) == sizeof(float)) {
-    float series = -1.98756289e-4f;
-    series = multiply_add<has_fma>(series, d, 1.39819970e-3f);
-    series = multiply_add<has_fma>(series, d, -8.33345205e-3f);
-    series = multiply_add<has_fma>(series, d, 4.16657962e-2f);
-    series = multiply_add<has_fma>(series, d, -0.166666657f);
-    series = multiply_add<has_fma>(series, d, 0.5f);
-    near = pd * (d * series);
+    near = pd * (d * excess_series<has_fma>(d));
     near_difference = near - pd;
   } else {
     near_difference = p * std::expm1(-d);

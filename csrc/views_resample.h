@@ -5,7 +5,7 @@
 
 #pragma once
 
-// GCC 12 takes the don't-care operands in its own headers for uninitialised variables.
+// GCC 12 takes the don't-care operands in its own headers for uninitialized variables.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 

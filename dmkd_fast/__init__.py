@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from dmkd_fast.denoisers.loading import load_denoiser
     from dmkd_fast.jobs.distill import distill
     from dmkd_fast.jobs.evaluate import evaluate
-    from dmkd_fast.loss.functional import DistillKL, kd_loss, kd_loss_and_grad
+    from dmkd_fast.loss.functional import kd_loss, kd_loss_and_grad
+    from dmkd_fast.loss.linear import linear_kd_loss
+    from dmkd_fast.loss.module import DistillKL
+    from dmkd_fast.loss.topk import kd_loss_topk
     from dmkd_fast.ring.buffer import RingBuffer
     from dmkd_fast.ring.plan import RingPlan
     from dmkd_fast.runtime.errors import UserError
@@ -43,7 +46,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Denoiser": "denoisers.denoiser",
     "DiffusionSampler": "sampling.sampler",
-    "DistillKL": "loss.functional",
+    "DistillKL": "loss.module",
     "Distiller": "training.distiller",
     "EncodedSet": "data.test_sets",
     "Guidance": "sampling.arguments",
@@ -67,6 +70,8 @@ _HOMES = {
     "evaluate": "jobs.evaluate",
     "kd_loss": "loss.functional",
     "kd_loss_and_grad": "loss.functional",
+    "kd_loss_topk": "loss.topk",
+    "linear_kd_loss": "loss.linear",
     "load_classifier": "classifiers.loading",
     "load_denoiser": "denoisers.loading",
     "load_idx": "data.test_sets",
@@ -102,6 +107,8 @@ __all__ = [
     "evaluate",
     "kd_loss",
     "kd_loss_and_grad",
+    "kd_loss_topk",
+    "linear_kd_loss",
     "load_classifier",
     "load_denoiser",
     "load_idx",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dmkd_fast.runtime.distributed import Ranks
 
 OVERRIDES = "Any setting can be changed with section.field=value, for example sampler.num_steps=4."
+# Import names of the packages in the extra `distill`; another one that is missing is a bug.
+_EXTRA = "diffusers timm torchvision huggingface_hub pydantic yaml rich matplotlib PIL pyarrow"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,6 +68,13 @@ def _run(options: argparse.Namespace) -> int:
         if verb is _generate or _ranks().is_first:
             print("dmkd: stopped", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA.split():
+            return _report(error, options, result)
+        fix = "install what the command needs: pip install 'dmkd_fast[distill]'"
+        print(f"dmkd: {package} is not installed; {fix}", file=sys.stderr)
+        return 2
     except Exception as error:
         return _report(error, options, result)
     return 0
@@ -85,7 +94,7 @@ def _report(error: Exception, options: argparse.Namespace, result: dict[str, Any
         if result:  # Standard output could not be written.
             print(json.dumps(result), file=sys.stderr)
         return 2
-    if isinstance(error, distributed.Lost):
+    if isinstance(error, distributed.LostRankError):
         print(f"dmkd: {error}", file=sys.stderr)
         return 1
     if ranks.world_size == 1:

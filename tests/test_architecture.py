@@ -122,6 +122,8 @@ def test_public_names_are_stable_and_importable() -> None:
         "evaluate",
         "kd_loss",
         "kd_loss_and_grad",
+        "kd_loss_topk",
+        "linear_kd_loss",
         "load_classifier",
         "load_denoiser",
         "load_idx",

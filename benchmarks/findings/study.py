@@ -240,8 +240,8 @@ def train_student(
     Returns:
         top1, agreement with the teacher, images, views, wall_s and cpu_s.
     """
-    judge, judge_spec = load_teacher(teacher)
-    network, spec = new_student(student, seed, judge_spec)
+    scorer, teacher_spec = load_teacher(teacher)
+    network, spec = new_student(student, seed, teacher_spec)
     optim = OPTIM[student]
     count = len(images.images) // BLOCK * BLOCK
     source = images.first(count)
@@ -271,18 +271,18 @@ def train_student(
             source,
             RingBuffer(plan, seed=seed),
             StudentTrainer(network, schedule, temperature=temperature, dtype=dtype),
-            Targets(judge, views, dtype=dtype),
+            Targets(scorer, views, dtype=dtype),
             folder,
             show=False,
         )
         distiller.fit()
-    input, scored = spec.input, judge_spec.input
+    input, scored = spec.input, teacher_spec.input
     scores = measure(
         distiller.student.average.module,
         test_images().batches([input, scored]),
         input=input,
         num_classes=10,
-        teacher=lambda views: judge(views[scored]),
+        teacher=lambda views: scorer(views[scored]),
     ).result()
     return {
         "top1": round(scores["top1"], 4),
@@ -340,12 +340,12 @@ def say(text: str) -> None:
 
 
 def _sample(sampler: DiffusionSampler, ids: Tensor, labels: Tensor, out: Tensor, size: int) -> None:
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     for start in range(0, len(ids), size):
         part = slice(start, start + size)
         sampler.sample(ids[part], labels[part], out=out[part])
-        if time.monotonic() - told > 20:
-            told = time.monotonic()
-            rate = (start + size) / (told - began)
+        if time.monotonic() - reported > 20:
+            reported = time.monotonic()
+            rate = (start + size) / (reported - began)
             left = (len(ids) - start - size) / rate
             say(f"{start + size:,} of {len(ids):,} images, {rate:.0f} images/s, ETA {left:.0f} s")

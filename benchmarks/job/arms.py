@@ -269,7 +269,7 @@ def run_job(study: Study, name: str) -> dict[str, Any]:
     }
     ops = seen["ops"]
     if (ops[ladder.FUSED_VIEWS], ops[ladder.FUSED_LOSS], ops[ladder.EAGER_LOSS]) != (1, 1, 0):
-        raise RuntimeError(f"{name}: not the job's own operators ({proof}); mend the arm")
+        raise RuntimeError(f"{name}: not the job's own operators ({proof}); fix the arm")
     return {
         "wall_s": summary["wall_s"],
         "cpu_s": summary["cpu_s"],
@@ -360,7 +360,7 @@ def _ours(study: Study, name: str, clock: Clock) -> Made:
         "sampler_dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
     }
     if (proof["sampler_compiled_graphs"] > 0) != job.compile_sampler:
-        raise RuntimeError(f"{name}: the sampler was not compiled ({proof}); mend the arm")
+        raise RuntimeError(f"{name}: the sampler was not compiled ({proof}); fix the arm")
     return images, labels, {"setup": setup, "images": before.state_dict()}, proof
 
 

@@ -1,10 +1,10 @@
 """The paper's way of working, for a pixel DiT: eager pipeline, PNG files, DataLoader, eager loss.
 
-Written anew from what paper and published code do (arXiv 2305.12954): diffusers' module and
+Written from what paper and published code do (arXiv 2305.12954): diffusers' module and
 scheduler in fp32 with a doubled batch for guidance, one PNG per image in class folders, an
 ImageFolder with torchvision's transforms, the loss and two accuracies in plain PyTorch, each read
 on every step. What only slows the published code down is left out: features nobody uses, a
-validation set of its own size, workers started anew for each epoch, images opened in color.
+validation set of its own size, workers started again for each epoch, images opened in color.
 B batch, C classes, N images.
 """
 

@@ -308,7 +308,7 @@ class Bench:
             compile=compiles,
         )
         targets = Targets(teacher, views, dtype=self.half, compile=compiles)
-        images = GeneratedImages(labels, [(0.0, unused)])
+        images = GeneratedImages(labels, unused)
         return Distiller(images, ring, trainer, targets, folder / student, show=False)
 
     def _train(self, student: str, folder: Path) -> Callable[[], object]:
@@ -325,12 +325,12 @@ class Bench:
         return partial(_as_dmkd_runs_it, partial(bare_step, distiller, views, gradient))
 
     def _published(self, student: str) -> Callable[[], object]:
-        teacher, learner, optimizer, batch = self._eager_parts(student)
+        teacher, net, optimizer, batch = self._eager_parts(student)
 
         def step() -> float:
             torch.backends.cudnn.benchmark = True  # as published; ours does without
             views = batch.to(self.device, non_blocking=True)
-            loss = eager_loss(learner(views), teacher(views))
+            loss = eager_loss(net(views), teacher(views))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -340,8 +340,8 @@ class Bench:
         return step
 
     def _eager_half(self, student: str) -> Callable[[], object]:
-        teacher, learner, optimizer, batch = self._eager_parts(student)
-        teacher, learner = (m.to(memory_format=torch.channels_last) for m in (teacher, learner))
+        teacher, net, optimizer, batch = self._eager_parts(student)
+        teacher, net = (m.to(memory_format=torch.channels_last) for m in (teacher, net))
 
         def step() -> None:
             torch.backends.cudnn.benchmark = True
@@ -349,9 +349,9 @@ class Bench:
             views = views.contiguous(memory_format=torch.channels_last)
             with torch.autocast(self.device.type, dtype=self.half):
                 with torch.no_grad():
-                    judged = teacher(views)
-                logits = learner(views)
-            loss = eager_loss(logits.float(), judged.float())
+                    teacher_logits = teacher(views)
+                logits = net(views)
+            loss = eager_loss(logits.float(), teacher_logits.float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -361,12 +361,12 @@ class Bench:
 
     def _eager_parts(self, student: str) -> tuple[nn.Module, nn.Module, Any, Tensor]:
         s = self.settings
-        teacher, learner = self._network(s.teacher).eval(), self._network(student)
-        optimizer = torch.optim.SGD(learner.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
+        teacher, net = self._network(s.teacher).eval(), self._network(student)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
         batch = torch.randn(
             s.batch, 3, s.view_size, s.view_size, pin_memory=self.device.type == "cuda"
         )
-        return teacher, learner, optimizer, batch
+        return teacher, net, optimizer, batch
 
     def _network(self, name: str) -> nn.Module:
         import timm

@@ -104,14 +104,7 @@ class Trainer:
         if recipe.compiled_student:
             self._forward = torch.compile(student, dynamic=False)
         self.autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-        self.optimizer = build_optimizer(
-            student,
-            name=schedule.name,
-            lr=schedule.lr,
-            momentum=schedule.momentum,
-            nesterov=schedule.nesterov,
-            weight_decay=schedule.weight_decay,
-        )
+        self.optimizer = build_optimizer(student, schedule)
         self.average = WeightEMA(student, decay=schedule.ema_decay)
         self.num_steps, self.steps = schedule.num_steps, 0
 
@@ -234,7 +227,7 @@ def train(
         "page_faults_per_step": round(faults / trainer.num_steps),
     }
     if wrong := contradictions(recipe, proof, num_images=len(images)):
-        raise RuntimeError(f"recipe: {'; '.join(wrong)}; mend the arm")
+        raise RuntimeError(f"recipe: {'; '.join(wrong)}; fix the arm")
     return {
         **times,
         **loop,

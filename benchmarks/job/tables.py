@@ -13,7 +13,7 @@ from dmkd_fast import assets
 
 Row = dict[str, Any]
 DRIFT = 1.2
-"""Smaller gains are not told from drift where each arm ran once: in the two runs of whole jobs the
+"""Smaller gains may be drift where each arm ran once: in the two runs of whole jobs the
 same arm differed by more (`drift`)."""
 
 

@@ -9,6 +9,7 @@ a process of its own, beyond its inputs, in units of the gradient.
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,19 @@ TEMPERATURE = 10.0
 SHAPES = ((256, 100), (256, 1000), (4096, 1000), (256, 21841), (512, 32000))
 DTYPES = (torch.float32, torch.bfloat16)
 MEMORY_SHAPE = "4096x1000"
+# Divergence: most time in units of forward KL's, in float32 at both FAMILY_SHAPES.
+FAMILY = {
+    "reverse_kl": 1.2,
+    "total_variation": 1.2,
+    "dkd": 1.2,
+    "jsd": 1.6,
+    "alpha_beta": 1.6,
+    "standardized": 1.6,
+    "dist": 2.0,
+}
+FAMILY_SHAPES = ((256, 1000), (4096, 1000))
+FAMILY_GAIN = 4.0  # over eager of the same divergence, at the second one
+FIXED_COST_SHAPE = (8, 10)
 # (shape, dtype): how many times faster than eager and than compile, with all threads.
 GOALS = {
     ((256, 1000), torch.float32): (8, 3),
@@ -60,6 +74,9 @@ def main(argv: list[str]) -> None:
                 medians = _measure(report, shape, dtype, options.n)
                 if threads == 0:
                     _judge(report, shape, dtype, medians)
+            if shape in FAMILY_SHAPES:
+                _measure_family(report, shape, options.n)
+        _measure_fixed_cost(report, options.n)
     for arm in ("ours", "ours, one pass", "eager"):
         peak = _memory(arm, MEMORY_SHAPE)
         report.rows.append(
@@ -81,6 +98,104 @@ def eager(student: Tensor, teacher: Tensor) -> Tensor:
     log_q = F.log_softmax(student / TEMPERATURE, dim=1)
     p = F.softmax(teacher / TEMPERATURE, dim=1)
     return F.kl_div(log_q, p, reduction="batchmean") * TEMPERATURE**2
+
+
+def _textbook(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A divergence as its paper's code writes it, with autograd."""
+
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+    def correlation(a: Tensor, b: Tensor) -> Tensor:
+        return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
+
+    def standardized(x: Tensor) -> Tensor:
+        return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-7)
+
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        if name == "standardized":
+            student, teacher = standardized(student), standardized(teacher)
+        s, t = student / TEMPERATURE, teacher / TEMPERATURE
+        log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+        if name in ("forward_kl", "standardized"):
+            value = kl(log_p, log_q)
+        elif name == "reverse_kl":
+            value = kl(log_q, log_p)
+        elif name == "total_variation":
+            value = (log_p.exp() - log_q.exp()).abs().sum(1).mean() / 2
+        elif name == "jsd":
+            log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+            value = (kl(log_p, log_m) + kl(log_q, log_m)) / 2
+        elif name == "alpha_beta":
+            a, b = 0.2, 0.7
+            inner = (a * log_p + b * log_q).exp() - a / (a + b) * ((a + b) * log_p).exp()
+            inner = inner - b / (a + b) * ((a + b) * log_q).exp()
+            value = -inner.sum(1).mean() / (a * b)
+        elif name == "dkd":
+            mask = F.one_hot(target, s.shape[1]).bool()
+            p, q = log_p.exp(), log_q.exp()
+            p, q = (torch.stack((x[mask], x.masked_fill(mask, 0).sum(1)), 1) for x in (p, q))
+            rest = [(x - 1000 * mask).log_softmax(1) for x in (t, s)]
+            value = kl(p.log(), q.log()) + 8 * kl(*rest)
+        else:
+            p, q = log_p.exp(), log_q.exp()
+            value = 2 - correlation(p, q).mean() - correlation(p.t(), q.t()).mean()
+        return value * TEMPERATURE**2
+
+    return loss
+
+
+def _measure_family(report: Report, shape: tuple[int, int], n: int) -> None:
+    """Each divergence beside forward KL, and beside its own eager definition."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(shape).requires_grad_(), torch.randn(shape)
+    target = torch.randint(shape[1], shape[:1])
+    calls: dict[str, Callable[[], None]] = {}
+    for name in ("forward_kl", *FAMILY):
+        named = {"divergence": name} if name != "standardized" else {"standardize_logits": True}
+        ours = partial(kd_loss, temperature=TEMPERATURE, **named)
+        theirs = partial(_textbook(name), target=target)
+        hard = partial(ours, target=target) if name == "dkd" else ours
+        calls[name] = backward(hard, student, teacher)
+        calls[f"{name}, eager"] = backward(theirs, student, teacher)
+    timings = time_interleaved(calls, n=n)
+    medians = {name: timing["median_ms"] for name, timing in timings.items()}
+    for name in ("forward_kl", *FAMILY):
+        gain = medians[f"{name}, eager"] / medians[name]
+        ratio = medians[name] / medians["forward_kl"]
+        report.rows.append(
+            {
+                "shape": f"{shape[0]}x{shape[1]}",
+                "dtype": "float32",
+                "arm": name,
+                "set": "family",
+                "threads": torch.get_num_threads(),
+                **timings[name],
+                "times_forward_kl": round(ratio, 2),
+                "times_faster_than_eager": round(gain, 2),
+            }
+        )
+        if name in FAMILY:
+            report.at_most(f"{name} {shape[0]}x{shape[1]} vs forward KL", ratio, FAMILY[name])
+        if shape == FAMILY_SHAPES[1]:
+            report.at_least(f"{name} {shape[0]}x{shape[1]} vs eager", gain, FAMILY_GAIN)
+
+
+def _measure_fixed_cost(report: Report, n: int) -> None:
+    """Loss and backward pass of a batch so small that only the calls cost time."""
+    student, teacher = torch.randn(FIXED_COST_SHAPE).requires_grad_(), torch.randn(FIXED_COST_SHAPE)
+    call = backward(partial(kd_loss, temperature=TEMPERATURE), student, teacher)
+    timing = time_interleaved({"fixed": call}, n=max(n, 200))["fixed"]
+    report.rows.append(
+        {
+            "shape": "8x10",
+            "dtype": "float32",
+            "arm": "ours",
+            "set": "fixed cost",
+            "threads": torch.get_num_threads(),
+            **timing,
+        }
+    )
 
 
 def backward(

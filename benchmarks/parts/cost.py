@@ -177,7 +177,7 @@ def _distiller(folder: Path, batch: int, here: distributed.Ranks = distributed.A
     dtype = resolve_dtype("auto", torch.device("cpu"))
     labels = LabelStream(10, rank=here.rank, world_size=here.world_size)
     return Distiller(
-        GeneratedImages(labels, [(0.0, _sampler(512, num_steps=1))], ranks=here),
+        GeneratedImages(labels, _sampler(512, num_steps=1), ranks=here),
         _ring(2048, min_fill_images=1024),
         StudentTrainer(
             student.to(memory_format=torch.channels_last),

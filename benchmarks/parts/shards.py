@@ -72,8 +72,9 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
                 writer.add(i, i % 2, png, {"seed": 0})
             writer.commit()
 
-    def read(source: Source) -> None:
+    def read(source: Source, *, by_pillow: bool = False) -> None:
         decoder = ImageDecoder(shape, num_threads=threads)
+        decoder._decoder._has_dali &= not by_pillow
         images = StoredImages(source, decoder, ring_images=1, show=False)
         out = torch.empty((BATCH, *shape), dtype=torch.uint8)
         for _ in range(count // BATCH):
@@ -101,6 +102,7 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
         "read shards": lambda: read(source),
         "read class folders": lambda: read(files),
         "torchvision ImageFolder": lambda: [None for _ in loader],
+        "read shards by Pillow": lambda: read(source, by_pillow=True),
     }
     timings = time_interleaved(arms, n=5, warmup=1)
     return [

@@ -1,9 +1,9 @@
 """Time views of images in memory: ours, DALI's CPU pipeline, torchvision, eager PyTorch.
 
-Timed: from slot numbers and image ids to a batch of normalized views, crops drawn anew each time,
+Timed: from slot numbers and image ids to a batch of normalized views, new crops drawn each time,
 bilinear everywhere. "256 -> 224" is a random resized crop (area 0.08 to 1) and flip; no crop there
 shrinks by more than 1.15, so nothing needs antialiasing. "32 -> 32" pads by 4, crops and flips. Two
-sets of rows: every arm allocates its result anew ("fresh"), or writes into memory that is already
+sets of rows: every arm allocates a new result ("fresh"), or writes into memory that is already
 there, where it can ("reused"; DALI's pipeline has buffers of its own). The copy is a strided copy
 of as many numbers from planar to channels-last.
 """

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, one_line
 
 ROOT = Path(__file__).parent
 PREFIX, HUB = "embedded:", "hf-hub:"
@@ -72,8 +72,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        which = revision or "its newest commit"
+        reason, which = one_line(error), revision or "its newest commit"
         raise UserError(
             f"{HUB}{repository} at {which}: {reason}; check name, revision, network and log-in"
         ) from None

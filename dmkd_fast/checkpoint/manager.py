@@ -73,12 +73,8 @@ class CheckpointManager:
             UserError: The folder holds checkpoints that this object neither restored nor wrote.
         """
         if not self._is_ours and step_folders.found(self.folder):
-            raise invalid(
-                str(self.folder),
-                "checkpoints of another run",
-                "none",
-                "restore them first, or choose another folder",
-            )
+            fix = "restore them first, or choose another folder"
+            raise invalid(str(self.folder), "checkpoints of another run", "none", fix)
 
     def restore(
         self, own: Mapping[str, Stateful], *, common: Mapping[str, Stateful] | None = None
@@ -206,7 +202,7 @@ class CheckpointManager:
         """Return one object's state in each readable checkpoint, without tensors, dicts, lists."""
         states = []
         for path in step_folders.found(self.folder):
-            with contextlib.suppress(files.Damaged):
+            with contextlib.suppress(files.DamagedError):
                 pairs = step_folders.read_record(path)["objects"][name]["pairs"]
                 states.append({k: v for k, v in pairs if not isinstance(v, dict)})
         return states
@@ -233,7 +229,7 @@ class CheckpointManager:
                     if common:
                         first = self._first_folder / theirs[0][moment]
                         step_folders.load(first, common, is_subset=True)
-                except files.Damaged as error:
+                except files.DamagedError as error:
                     problem = problems[path] = str(error)
             others = ranks.gather(problem)
             if any(others):
@@ -251,12 +247,9 @@ class CheckpointManager:
         if strange := counts - {self._ranks.world_size}:
             count = strange.pop()
             how = "without torchrun" if count == 1 else f"with --nproc-per-node {count}"
-            raise invalid(
-                str(self._first_folder),
-                f"checkpoints of {count} rank{'s' * (count > 1)}",
-                f"{self._ranks.world_size}, as many as there are now",
-                f"resume {how}",
-            )
+            got = f"checkpoints of {count} rank{'s' * (count > 1)}"
+            expected = f"{self._ranks.world_size}, as many as there are now"
+            raise invalid(str(self._first_folder), got, expected, f"resume {how}")
 
     def _restore_nothing(self, paths: list[Path], problems: Mapping[Path, str]) -> Restored:
         """Start from the beginning if a first checkpoint was not finished; else raise an error."""
@@ -268,12 +261,9 @@ class CheckpointManager:
             notes = [f"checkpoint {p.name}: not on all ranks; started again" for p in paths]
             return Restored(0, notes)
         reasons = "; ".join(note for notes in all_notes for note in notes)
-        raise invalid(
-            str(self._first_folder),
-            f"no whole checkpoint ({reasons})" if reasons else "no checkpoint",
-            "one" if reasons else "step-N folders",
-            "start a new run",
-        )
+        got = f"no whole checkpoint ({reasons})" if reasons else "no checkpoint"
+        expected = "one" if reasons else "step-N folders"
+        raise invalid(str(self._first_folder), got, expected, "start a new run")
 
 
 def _withdraw(written: Future[Path]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dmkd_fast.checkpoint.state import call_functions, join_state, split_state
 from dmkd_fast.runtime import files, model_files
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 
 TENSORS, REST, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
 
@@ -142,7 +142,7 @@ def moments(paths: list[Path]) -> tuple[dict[tuple[int, ...], str], dict[Path, s
     for path in reversed(paths):
         try:
             record = read_record(path)
-        except files.Damaged as error:
+        except files.DamagedError as error:
             problems[path] = str(error)
             continue
         moment = record["step"], record["mark"], record["world_size"]
@@ -163,7 +163,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read everything of a checkpoint but its tensors.
 
     Raises:
-        Damaged: The file is missing or damaged, or the checkpoint was moved to another name.
+        DamagedError: The file is missing or damaged, or the checkpoint was moved to another name.
     """
     return _record(path, _read(path, names=(REST,))[REST])
 
@@ -175,9 +175,9 @@ def _read(path: Path, *, names: tuple[str, ...] = (TENSORS, REST)) -> dict[str, 
     expected = _sums({name: files.sha256([data]) for name, data in contents.items()})
     for name, line in zip(names, expected, strict=True):
         if line not in sums:
-            raise files.Damaged(f"{name} does not have the SHA-256 in {SUMS}")
+            raise files.DamagedError(f"{name} does not have the SHA-256 in {SUMS}")
     if len(names) == 2 and sums != b"".join(expected):
-        raise files.Damaged(f"{SUMS} was changed")
+        raise files.DamagedError(f"{SUMS} was changed")
     return contents
 
 
@@ -188,7 +188,7 @@ def _sums(digests: Mapping[str, str]) -> list[bytes]:
 def _record(path: Path, text: bytes) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(text)
     if record["name"] != path.name:
-        raise files.Damaged(f"it is {record['name']} in another place")
+        raise files.DamagedError(f"it is {record['name']} in another place")
     return record
 
 
@@ -205,10 +205,10 @@ def _fill(
     for name, item in objects.items():
         try:
             item.load_state_dict(join_state(states[name], tensors))
-        except files.Damaged:
+        except files.DamagedError:
             raise
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error, most=1000)
             raise UserError(
                 f"checkpoint {path}: {name} does not fit ({reason}); resume with the settings of "
                 "the run"

@@ -148,9 +148,9 @@ class Teachers(nn.Module):
                 masks.append(torch.ones(len(logits), dtype=torch.bool, device=logits.device))
             else:
                 masks.append(self.get_buffer(f"_teaches{k}")[labels])
-        judges = torch.stack(masks)[..., None]  # (K, B, 1)
-        log_p = torch.stack(parts).where(judges, -math.inf)  # (K, B, C)
-        mean = log_p.logsumexp(dim=0) - judges.sum(dim=0).log()
+        teaches = torch.stack(masks)[..., None]  # (K, B, 1)
+        log_p = torch.stack(parts).where(teaches, -math.inf)  # (K, B, C)
+        mean = log_p.logsumexp(dim=0) - teaches.sum(dim=0).log()
         return temperature * mean  # (B, C)
 
     def _keep(self, name: str, values: Tensor) -> None:

@@ -23,7 +23,7 @@ from dmkd_fast import assets
 from dmkd_fast.classifiers import small_nets
 from dmkd_fast.classifiers.spec import STEMS, ClassifierSpec, check_model_args, stated_license
 from dmkd_fast.runtime.device import exact_float32, is_out_of_memory
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import (
     CONFIG,
     WEIGHTS,
@@ -87,7 +87,7 @@ def build(
         # Constructors raise any of these for wrong types or combinations of arguments.
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"model_args of {architecture}: {reason}; change or remove") from None
     if stem != "own":
         _use_small_stem(model, architecture, stem, in_chans)
@@ -130,8 +130,7 @@ def load_classifier(
         with torch.device("meta"):
             outline = build_classifier(spec)
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder / CONFIG}: {reason}") from None
+        raise UserError(f"{folder / CONFIG}: {error}") from None
     # Compare sizes before memory for the weights is allocated.
     match_weights(outline, folder / WEIGHTS)
     model = build_classifier(spec)
@@ -174,12 +173,8 @@ def hub_repository(architecture: str) -> str:
     if config is None or not config.hf_hub_id:
         known = timm.list_pretrained(f"{architecture.partition('.')[0]}*")[:5]
         such = f" such as {', '.join(known)}" if known else ""
-        raise invalid(
-            "arch",
-            f"{architecture!r} with pretrained=true",
-            f"a timm name with weights on the Hub{such}",
-            "set path instead",
-        )
+        got = f"{architecture!r} with pretrained=true"
+        raise invalid("arch", got, f"a timm name with weights on the Hub{such}", "set path instead")
     return str(config.hf_hub_id)
 
 
@@ -290,7 +285,7 @@ def _folded_if_equal(model: nn.Module, views: Tensor) -> nn.Module:
             error = (folded(views) - expected).abs().max() / expected.abs().max()
         reason = "" if error <= 1e-4 else f"logits differ by {error.item():.1e} of the largest"
     except Exception as stop:  # Tracing, and calling the traced module, fail in many ways.
-        reason = " ".join(str(stop).split())[:120] or type(stop).__name__
+        reason = one_line(stop, most=120)
     if not reason:
         return folded
     LOG.warning("teacher: its batch norms are not folded, so it is slower (%s)", reason)
@@ -346,12 +341,8 @@ def _torchvision(
     name = architecture.removeprefix(TORCHVISION)
     _check_torchvision_name(name)
     if in_chans != 3:
-        raise invalid(
-            architecture,
-            f"images with {in_chans} channel(s)",
-            "3, as torchvision's models take color only",
-            "use a timm model",
-        )
+        got, fix = f"images with {in_chans} channel(s)", "use a timm model"
+        raise invalid(architecture, got, "3, as torchvision's models take color only", fix)
     if name in ("googlenet", "inception_v3"):  # their auxiliary heads return more than logits
         model_args = {"aux_logits": False, "init_weights": True} | model_args
     model: nn.Module = get_model(name, weights=None, num_classes=num_classes, **model_args)
@@ -375,12 +366,8 @@ def _refuse_name(architecture: str) -> None:
     known = [*small_nets.EXAMPLES, *timm.list_models()]
     close = difflib.get_close_matches(architecture, known) or timm.list_models(f"*{architecture}*")
     such = f" such as {', '.join(close[:5])}" if close else ""
-    raise invalid(
-        "arch",
-        repr(architecture),
-        f"lenet5, lenet5_half, cifar_..., torchvision:NAME or a timm model{such}",
-        "" if close else "see timm.list_models()",
-    )
+    expected = f"lenet5, lenet5_half, cifar_..., torchvision:NAME or a timm model{such}"
+    raise invalid("arch", repr(architecture), expected, "" if close else "see timm.list_models()")
 
 
 def _use_small_stem(model: Any, architecture: str, stem: str, in_chans: int) -> None:

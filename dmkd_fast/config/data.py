@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dmkd_fast.config.loading import PathText, Section
+from dmkd_fast.runtime.errors import invalid
 
 
 class SourceConfig(Section):
@@ -30,10 +31,9 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def _follow(self) -> SourceConfig:
         if self.follow and self.kind in ("imagefolder", "paper"):
-            raise ValueError(
-                f"follow: got true with kind={self.kind}, expected kind=shards, as only shards say "
-                "when they are finished; remove one of the two"
-            )
+            got = f"true with kind={self.kind}"
+            expected = "kind=shards, as only shards say when they are finished"
+            raise invalid("follow", got, expected, "remove one of the two")
         if not self.follow and self.wait_s != 3600:
             raise ValueError("wait_s: got it without follow=true, which it is for; remove it")
         return self

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dmkd_fast.config.loading import MAX_CLASSES, Fraction, Section, Switch, shown
+from dmkd_fast.runtime.errors import invalid
 
 # `python -m benchmarks fidelity` measures cost and student accuracy of each preset.
 FIDELITY: dict[str, dict[str, Any]] = {
@@ -86,10 +87,8 @@ class SamplerConfig(Section):
         ranges = sorted((_classes_in(key) for key in self.class_guidance), key=lambda r: r.start)
         for before, after in pairwise(ranges):
             if after.start < before.stop:
-                raise ValueError(
-                    f"class_guidance: got class {after.start} twice, expected it once; change a "
-                    "range"
-                )
+                got = f"class {after.start} twice"
+                raise invalid("class_guidance", got, "it once", "change a range")
         return self
 
     @model_validator(mode="after")
@@ -125,8 +124,6 @@ def _classes_in(key: str) -> range:
     """Parse a key of `class_guidance`: `7` means class 7, `10-19` classes 10 to 19."""
     found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", key)  # below MAX_CLASSES
     if not found or int(found[2] or found[1]) < int(found[1]):
-        raise ValueError(
-            f"class_guidance: got {shown(key)}, expected a class or a range of classes such "
-            f"as 3 or 10-19, below {MAX_CLASSES:,}; correct it"
-        )
+        expected = f"a class or a range of classes such as 3 or 10-19, below {MAX_CLASSES:,}"
+        raise invalid("class_guidance", shown(key), expected, "correct it")
     return range(int(found[1]), int(found[2] or found[1]) + 1)

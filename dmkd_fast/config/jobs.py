@@ -14,6 +14,7 @@ from dmkd_fast.config.generator import SamplerConfig
 from dmkd_fast.config.loading import Count, PathText, Section
 from dmkd_fast.config.networks import ClassifierConfig, DenoiserConfig, TeachingConfig
 from dmkd_fast.config.training import LossConfig, MixConfig, OptimConfig, TrainConfig
+from dmkd_fast.runtime.errors import invalid
 
 
 class RingConfig(Section):
@@ -62,9 +63,7 @@ class ViewsConfig(Section):
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if low > high:
-                raise ValueError(
-                    f"{name}: got [{low}, {high}], expected low <= high; put the smaller first"
-                )
+                raise invalid(name, f"[{low}, {high}]", "low <= high", "put the smaller first")
         return self
 
 
@@ -144,10 +143,9 @@ class DistillConfig(RunConfig):
         if values.get("source") is not None:
             for name in ("denoiser", "sampler"):
                 if values.get(name) is not None:
-                    raise ValueError(
-                        f"{name}: got it beside source, expected one of the two, as images on disk "
-                        f"are not made again; remove one, for example with {name}=null"
-                    )
+                    got = "it beside source"
+                    expected = "one of the two, as images on disk are not made again"
+                    raise invalid(name, got, expected, f"remove one, for example with {name}=null")
             values = {k: v for k, v in values.items() if k not in ("denoiser", "sampler")}
         return values
 
@@ -169,32 +167,23 @@ class DistillConfig(RunConfig):
         block, ring = self.block_images, self.ring
         if ring.capacity_images < 2 * block:
             where = self.block_name
-            raise ValueError(
-                f"ring.capacity_images: got {ring.capacity_images}, expected at least two blocks "
-                f"of {where}={block}; raise the capacity to {2 * block} or lower "
-                f"{where.partition('.')[2]}"
-            )
+            expected = f"at least two blocks of {where}={block}"
+            fix = f"raise the capacity to {2 * block} or lower {where.partition('.')[2]}"
+            raise invalid("ring.capacity_images", ring.capacity_images, expected, fix)
         if self.source is not None and ring.overlap:
-            raise ValueError(
-                "ring.overlap: got true with a source, expected false, as images on disk are only "
-                "read; remove it"
-            )
+            expected = "false, as images on disk are only read"
+            raise invalid("ring.overlap", "true with a source", expected, "remove it")
         if ring.overlap and self.sampler.phases:
-            raise ValueError(
-                "ring.overlap: got true with sampler.phases, expected false, as a block made ahead "
-                "would be of the phase before; remove one of the two"
-            )
+            got = "true with sampler.phases"
+            expected = "false, as a block made ahead would be of the phase before"
+            raise invalid("ring.overlap", got, expected, "remove one of the two")
         if ring.min_fill_images < self.train.batch_size <= ring.capacity_images:
-            raise ValueError(
-                f"ring.min_fill_images: got {ring.min_fill_images}, expected at least "
-                f"train.batch_size={self.train.batch_size}; raise it"
-            )
+            expected = f"at least train.batch_size={self.train.batch_size}"
+            raise invalid("ring.min_fill_images", ring.min_fill_images, expected, "raise it")
         for name, teacher in self.teachers.items():
             if self.mix.is_on and teacher.teaches is not None:
-                raise ValueError(
-                    f"{name}.teaches: got classes with mix, expected none, as a mixed view is of "
-                    "two classes; remove one of the two"
-                )
+                got, expected = "classes with mix", "none, as a mixed view is of two classes"
+                raise invalid(f"{name}.teaches", got, expected, "remove one of the two")
         return self
 
 
@@ -259,18 +248,13 @@ class PretrainFewstepConfig(PretrainConfig):
             given = getattr(self, section)
             for name in names:
                 if getattr(given, name) != type(given).model_fields[name].default:
-                    raise ValueError(
-                        f"{section}.{name}: got {getattr(given, name)}, expected none, as it has "
-                        "no effect on a few-step denoiser's training; remove it"
-                    )
+                    got = getattr(given, name)
+                    expected = "none, as it has no effect on a few-step denoiser's training"
+                    raise invalid(f"{section}.{name}", got, expected, "remove it")
         if self.sampler.num_steps % self.num_steps:
-            raise ValueError(
-                f"num_steps: got {self.num_steps}, expected a divisor of "
-                f"sampler.num_steps={self.sampler.num_steps}; change one of the two"
-            )
+            expected = f"a divisor of sampler.num_steps={self.sampler.num_steps}"
+            raise invalid("num_steps", self.num_steps, expected, "change one of the two")
         if self.pool_images * self.num_steps % self.train.batch_size:
-            raise ValueError(
-                f"train.batch_size: got {self.train.batch_size}, expected a divisor of "
-                f"pool_images * num_steps={self.pool_images * self.num_steps}; change one"
-            )
+            expected = f"a divisor of pool_images * num_steps={self.pool_images * self.num_steps}"
+            raise invalid("train.batch_size", self.train.batch_size, expected, "change one")
         return self

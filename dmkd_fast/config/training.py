@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from dmkd_fast.config.loading import Count, Section, Switch
 from dmkd_fast.runtime.checks import check_accumulate, check_milestones
+from dmkd_fast.runtime.errors import invalid
 
 
 class LossConfig(Section):
@@ -70,10 +71,8 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _nothing_ignored(self) -> OptimConfig:
         if self.name != "sgd" and not self.nesterov:
-            raise ValueError(
-                f"nesterov: got false with name={self.name}, which has no such momentum, expected "
-                "it to be left out; remove it or set name=sgd"
-            )
+            got = f"false with name={self.name}, which has no such momentum"
+            raise invalid("nesterov", got, "it to be left out", "remove it or set name=sgd")
         if self.decay != OptimConfig.model_fields["decay"].default and not self.milestones:
             raise ValueError(
                 f"decay: got {self.decay} without milestones, where it has no effect; add "

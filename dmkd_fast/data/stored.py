@@ -1,4 +1,4 @@
-"""A stream of images from disk, decoded by NVIDIA DALI.
+"""A stream of images from disk.
 
 The order of images is a function of (seed, pass, position). The only state is a cursor and the
 order in which shards were found.
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.data import decode
-from dmkd_fast.data.decode import check_dali as check_dali
+from dmkd_fast.data.decode import Decoder
 from dmkd_fast.data.listing import SourceError as SourceError
 from dmkd_fast.data.sources import Source
 from dmkd_fast.rng import philox
 from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.views.spec import InputSpec
 
 POLL_S = 0.5
 
@@ -131,8 +132,6 @@ class StoredImages:
         places = [int(i) % self.source.num_images for i in ids.tolist()]
         encoded = [self.source.read(place) for place in places]
         out.copy_(self.decoder.decode([self.source.name_of(p) for p in places], encoded))
-        if out.is_cuda:  # DALI reuses its buffer without waiting for this copy
-            torch.cuda.current_stream(out.device).synchronize()
         return out
 
     def warm_up(self, scratch: Tensor) -> None:
@@ -209,17 +208,14 @@ class StoredImages:
 
 
 class ImageDecoder:
-    """Decode images to one shape with DALI, and name the image that cannot be decoded.
+    """Decode images to one shape.
 
     Args:
         image_shape: Shape of the decoded images, (c, H, W).
-        resize: Whether to resize images of other sizes (so that they cover H x W; bilinear,
-            antialiased) and crop the center; otherwise another size is an error.
+        resize: Whether to resize and crop images of other sizes to the square `image_shape`, as an
+            `InputSpec` of this size does; otherwise another size is an error.
         device: CPU, or a CUDA device with its index, which then decodes what DALI can decode there.
         num_threads: Number of decoding threads.
-
-    Raises:
-        SourceError: DALI is not installed.
     """
 
     def __init__(
@@ -230,14 +226,15 @@ class ImageDecoder:
         device: torch.device | str = "cpu",
         num_threads: int = 1,
     ) -> None:
-        check_dali()
         self.image_shape, self.resize = image_shape, resize
-        self.device, self.num_threads = torch.device(device), num_threads
-        self._pipeline: Any = None
-        self._pipeline_batch = 0
+        channels, height, _ = image_shape
+        spec = InputSpec(size=height, mean=(0.0,) * channels, std=(1.0,) * channels)
+        self._decoder = Decoder(
+            channels, [spec] if resize else [], device=torch.device(device), num_threads=num_threads
+        )
 
     def decode(self, names: list[str], encoded: list[bytes]) -> Tensor:
-        """Decode images to (B, c, H, W) uint8, on the CPU or on the device of DALI.
+        """Decode images to (B, c, H, W) uint8 on the device of the decoder.
 
         Args:
             names: Names of the images, for messages.
@@ -246,83 +243,13 @@ class ImageDecoder:
         Raises:
             SourceError: An image is damaged or has another size.
         """
-        for name, data in zip(names, encoded, strict=True):
-            self._check_size(name, data)
-        if self._pipeline is None or len(encoded) > self._pipeline_batch:
-            self._pipeline, self._pipeline_batch = self._build(len(encoded)), len(encoded)
-        try:
-            # NumPy, because DALI asks torch tensors for a CUDA stream, even without a driver.
-            arrays = [np.frombuffer(data, dtype=np.uint8) for data in encoded]
-            self._pipeline.feed_input("encoded", arrays)
-            (images,) = self._pipeline.run()
-            if self.device.type == "cuda":
-                decoded = torch.from_dlpack(images.as_tensor())
-            else:
-                decoded = torch.from_numpy(images.as_array())
-            if decoded.shape[1:] != self.image_shape:
-                raise RuntimeError(f"got {tuple(decoded.shape[1:])}, expected {self.image_shape}")
-            return decoded
-        except torch.OutOfMemoryError:
-            raise  # not caused by an image
-        except RuntimeError as error:
-            self._pipeline = None  # DALI pipelines cannot be used after an error
-            reason = decode.reason_of(error)
-            raise SourceError(self._blame(names, encoded, reason)) from None
-
-    def _check_size(self, name: str, data: bytes) -> None:
-        """Check the size of an image in its header, before anything is decoded."""
         rows, columns = self.image_shape[1:]
-        short_side = max(rows, columns) if self.resize else 1
-        height, width = decode.image_size(name, data, short_side=short_side)
-        if not self.resize and (height, width) != (rows, columns):
-            raise SourceError(
-                f"{name}: got {width} x {height} pixels, expected {columns} x {rows}; set "
-                "source.image_size to scale all images"
-            )
-
-    def _blame(self, names: list[str], encoded: list[bytes], reason: str) -> str:
-        """Find the image that could not be decoded, which DALI does not report.
-
-        Returns:
-            A message of one line.
-        """
-        for name, data in zip(names, encoded, strict=True):
-            try:
-                pipeline = self._build(1)
-                pipeline.feed_input("encoded", [np.frombuffer(data, dtype=np.uint8)])
-                pipeline.run()
-            except RuntimeError:
-                return f"{name}: damaged, cannot be decoded; replace it"
-        return f"{names[0]} or one of the next: cannot be decoded ({reason})"
-
-    def _build(self, batch_size: int) -> Any:
-        """Build the DALI pipeline: decode, resize and crop if wanted, channels first."""
-        channels, height, width = self.image_shape
-        pipeline = decode.new_pipeline(
-            batch_size=batch_size,
-            num_threads=self.num_threads,
-            device=self.device,
-            prefetch_queue_depth=1,
-        )
-        from nvidia import dali
-
-        fn: Any = dali.fn
-        types: Any = dali.types
-        with pipeline:
-            data = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, batch=True)
-            images = decode.decoded(data, self.device, channels)  # each (h, w, c)
-            if self.resize:
-                images = fn.resize(
-                    images,
-                    mode="not_smaller",
-                    size=[height, width],
-                    antialias=True,
-                    interp_type=types.INTERP_LINEAR,
-                )
-                images = fn.crop(images, crop=(height, width))
-            pipeline.set_outputs(fn.transpose(images, perm=[2, 0, 1]))
-        pipeline.build()
-        return pipeline
+        for name, data in () if self.resize else zip(names, encoded, strict=True):
+            height, width = decode.image_size(name, data)
+            if (height, width) != (rows, columns):
+                expected, fix = f"{columns} x {rows}", "set source.image_size to scale all images"
+                raise SourceError.invalid(name, f"{width} x {height} pixels", expected, fix)
+        return self._decoder.decode(names, encoded)[0]
 
 
 def image_size(source: Source) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from dmkd_fast.data.listing import EXTENSIONS, Item, SourceError
 
 _BLOCK, _MOST_DIGITS = 512, 32
 # Writers pad a tar with zeros to a multiple of a record; this is the largest record in use.
-_MOST_PADDING = 2**20
+MOST_PADDING = 2**20
 _AGAIN = "fetch or make it again"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
@@ -51,7 +51,7 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
                     length = min(member.size, _MOST_DIGITS + 1) if is_label else 0
                     yield member, os.pread(file.fileno(), length, position)
                 # tarfile stops silently at a damaged header or a cut.
-                _check_end(path, tar.offset, os.pread(file.fileno(), _MOST_PADDING + 1, tar.offset))
+                check_end(path, tar.offset, os.pread(file.fileno(), MOST_PADDING + 1, tar.offset))
     except SourceError:
         raise
     except OSError as error:
@@ -61,12 +61,12 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         raise SourceError(f"{path}: damaged ({reason}); {_AGAIN}") from None
 
 
-def _check_end(path: Path, position: int, rest: bytes) -> None:
+def check_end(path: Path, position: int, rest: bytes) -> None:
     """Refuse a tar that does not end with two blocks of zeros and then only zeros."""
     if len(rest) < 2 * _BLOCK:
         where, expected = f"{path}: cut off at byte {position}", "two blocks of zeros"
         raise SourceError.invalid(where, f"{len(rest)} bytes", expected, _AGAIN)
-    if len(rest) > _MOST_PADDING or rest.count(0) != len(rest):
+    if len(rest) > MOST_PADDING or rest.count(0) != len(rest):
         where, what = f"{path}: damaged at byte {position}", "more bytes after the last member"
         raise SourceError.invalid(where, what, "only zeros", _AGAIN)
 

@@ -1,7 +1,7 @@
 """Labeled real images for evaluation: idx files, ImageFolder, WebDataset shards.
 
 `open_set` opens a folder as an `ImageSet` (idx files, in memory) or as an `EncodedSet` (image files
-or tar members, decoded by NVIDIA DALI when needed). For both, `batches(inputs)` yields each image
+or tar members, decoded when needed). For both, `batches(inputs)` yields each image
 once, prepared for every network. Image i belongs to rank i mod world_size and nothing is padded, so
 the ranks together see each image exactly once.
 
@@ -18,7 +18,9 @@ import math
 import os
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmkd_fast.data.class_names import order_by_name, order_folders, read_class_names
-from dmkd_fast.data.decode import decode
+from dmkd_fast.data.decode import Decoder
 from dmkd_fast.data.listing import CLASS_NAMES, Item, left_out_text, list_images, report_left_out
 from dmkd_fast.data.tar_files import list_shards
 from dmkd_fast.runtime.device import available_bytes
@@ -38,6 +40,8 @@ from dmkd_fast.views.spec import InputSpec
 MOST_CLASSES = 2**20
 # Largest ratio by which deflate can compress.
 _MOST_COMPRESSION = 1032
+# Batches of image files that are decoded ahead of the one in use.
+_AHEAD = 2
 Batch = tuple[dict[InputSpec, Tensor], Tensor]
 """Prepared images (b, c, S, S) float32 of each input, channels_last; labels (b,) int64."""
 
@@ -111,13 +115,31 @@ class EncodedSet:
         """Yield each image of this rank once, in order, prepared for every input.
 
         Raises:
-            UserError: The channels of the inputs do not agree, DALI is not installed, or an image
-                cannot be decoded.
+            UserError: The channels of the inputs do not agree, or an image cannot be decoded.
         """
         inputs = check_inputs(inputs, None)
-        mine = self.items[rank::world_size]
-        for views, labels in decode(mine, inputs, batch_images(inputs), self.device):
-            yield dict(zip(inputs, views, strict=True)), labels
+        mine, size = self.items[rank::world_size], batch_images(inputs)
+        decoder = Decoder(
+            inputs[0].num_channels, inputs, device=self.device, num_threads=torch.get_num_threads()
+        )
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+        def load(items: tuple[Item, ...]) -> Batch:
+            with torch.cuda.stream(stream):  # as for tensors that are made by the caller
+                images = decoder.decode([i.name for i in items], [i.read() for i in items])
+            views = {s: normalized(x, s) for s, x in zip(inputs, images, strict=True)}
+            return views, torch.tensor([i.label for i in items], device=self.device)
+
+        pool, waiting = ThreadPoolExecutor(1), deque[Future[Batch]]()
+        try:
+            for start in range(0, len(mine), size):
+                waiting.append(pool.submit(load, mine[start : start + size]))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            for future in waiting:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def open_set(
@@ -237,8 +259,13 @@ def prepare(images: Tensor, spec: InputSpec) -> Tensor:
         pixels = pixels.round().clamp(0, 255)
     top, left = (round((side - spec.size) / 2) for side in pixels.shape[-2:])
     pixels = pixels[..., top : top + spec.size, left : left + spec.size]
+    return normalized(pixels, spec)
+
+
+def normalized(pixels: Tensor, spec: InputSpec) -> Tensor:
+    """Return levels 0 to 255, (b, c, S, S), as a network takes them: float32, channels_last."""
     mean, std = (
-        torch.tensor(v, device=images.device)[:, None, None] for v in (spec.mean, spec.std)
+        torch.tensor(v, device=pixels.device)[:, None, None] for v in (spec.mean, spec.std)
     )
     return ((pixels / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 

@@ -62,21 +62,14 @@ class Denoiser:
             for label in self.class_map:
                 checks.whole("class_map", label)
             if len(self.class_map) != self.num_classes:
-                raise invalid(
-                    "class_map",
-                    f"{len(self.class_map)} entries",
-                    f"one class of the model for each of num_classes={self.num_classes}",
-                )
+                expected = f"one class of the model for each of num_classes={self.num_classes}"
+                raise invalid("class_map", f"{len(self.class_map)} entries", expected)
         if self.image_shape is None:
             object.__setattr__(self, "image_shape", self.latent_shape)
         shape = checks.image_shape(self.image_shape)
         if self.decoder is None and shape != tuple(self.latent_shape):
-            raise invalid(
-                "image_shape",
-                shape,
-                f"latent_shape={tuple(self.latent_shape)} for a model without a decoder",
-                "leave it out, or give the decoder",
-            )
+            expected = f"latent_shape={tuple(self.latent_shape)} for a model without a decoder"
+            raise invalid("image_shape", shape, expected, "leave it out, or give the decoder")
 
     def restricted(self, class_map: tuple[int, ...]) -> Denoiser:
         """Return the same model for a job with some of its classes, in job order.
@@ -88,10 +81,7 @@ class Denoiser:
         repeated = len(set(class_map)) < len(class_map)
         if repeated or not set(class_map) <= set(own):
             without = "" if self.class_map is None else f" without {self.null_class}"
-            raise invalid(
-                "denoiser.class_map",
-                f"{min(class_map)} to {max(class_map)}{', some twice' if repeated else ''}",
-                f"different classes from {min(own)} to {max(own)}{without}",
-                "correct the map",
-            )
+            got = f"{min(class_map)} to {max(class_map)}{', some twice' if repeated else ''}"
+            expected = f"different classes from {min(own)} to {max(own)}{without}"
+            raise invalid("denoiser.class_map", got, expected, "correct the map")
         return replace(self, num_classes=len(class_map), class_map=class_map)

@@ -28,12 +28,11 @@ from dmkd_fast.denoisers.model_folders import (
     check_is_pipeline,
     load_strictly,
     num_stored,
-    one_line,
     weight_files,
 )
 from dmkd_fast.denoisers.prompts import encode_prompts
 from dmkd_fast.denoisers.wrappers import ClassUNet, Decoder, PixelDiT, TextUNet, import_diffusers
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import CONFIG, read_json, read_license
 
 
@@ -49,13 +48,15 @@ def load_denoiser(
     """Load a diffusion model in diffusers format, float32 and frozen.
 
     Args:
-        folder: Model folder; see the table at the top of this file.
+        folder: Folder with `scheduler/` and a class-conditional DiT in `transformer/` or a UNet in
+            `unet/`; `vae/` for a model of latents, `text_encoder/` and `tokenizer/` for text.
         device: Device of the modules.
         prompts: Prompts, one per class; for text-to-image models only.
         decoder: Folder of another autoencoder to decode with, for example a tiny one.
         null_class: Class that stood for dropped labels when a UNet was trained, which its files do
             not record. The model then has one class less.
-        lean: Whether to use `LeanDiT` for DiTs; False keeps diffusers' module, which is trainable.
+        lean: Whether to replace a DiT by a faster module for inference; False keeps diffusers'
+            module, which is trainable.
 
     Raises:
         UserError: A part is missing, damaged, or of a kind that is not supported.
@@ -73,20 +74,13 @@ def load_denoiser(
         "UNet2DConditionModel": partial(_load_text_unet, prompts=prompts or ()),
     }
     if not isinstance(kind, str) or kind not in builders:
-        raise invalid(
-            f"{folder / part / CONFIG}",
-            f"_class_name {kind!r:.60}",
-            f"one of {', '.join(builders)}",
-            "use a class-conditional or text-to-image model",
-        )
+        got, fix = f"_class_name {kind!r:.60}", "use a class-conditional or text-to-image model"
+        raise invalid(f"{folder / part / CONFIG}", got, f"one of {', '.join(builders)}", fix)
     is_text = kind == "UNet2DConditionModel"
     if not (prompts if is_text else prompts is None):
-        raise invalid(
-            "prompts",
-            f"{len(prompts or ()) or 'no'} prompts for a {kind}",
-            "one per class for text-to-image models and none for others",
-            "change denoiser.prompts",
-        )
+        got = f"{len(prompts or ()) or 'no'} prompts for a {kind}"
+        expected = "one per class for text-to-image models and none for others"
+        raise invalid("prompts", got, expected, "change denoiser.prompts")
     denoiser = builders[kind](folder, config, scheduler)
     if null_class is not None:
         denoiser = _with_null_class(denoiser, null_class)
@@ -96,12 +90,8 @@ def load_denoiser(
     elif decoder is not None:
         raise UserError(f"decoder: {decoder}: no such folder; check denoiser.decoder")
     elif denoiser.latent_shape[0] not in (1, 3):
-        raise invalid(
-            f"{folder}",
-            f"a model of {denoiser.latent_shape[0]}-channel latents without vae/",
-            "an autoencoder there",
-            "fetch it, or set denoiser.decoder",
-        )
+        got = f"a model of {denoiser.latent_shape[0]}-channel latents without vae/"
+        raise invalid(f"{folder}", got, "an autoencoder there", "fetch it, or set denoiser.decoder")
     for module in (denoiser.module, denoiser.decoder):
         if module is not None:
             module.to(device).eval().requires_grad_(False)
@@ -146,12 +136,8 @@ def _load_class_unet(folder: Path, config: dict[str, Any], scheduler: dict[str, 
     path = folder / "unet" / CONFIG
     num_classes, kind = config.get("num_class_embeds"), config.get("class_embed_type")
     if not num_classes or kind is not None:
-        raise invalid(
-            f"{path}",
-            f"num_class_embeds={num_classes!r:.60}, class_embed_type={kind!r:.60}",
-            "a table of classes",
-            "use a class-conditional model",
-        )
+        got = f"num_class_embeds={num_classes!r:.60}, class_embed_type={kind!r:.60}"
+        raise invalid(f"{path}", got, "a table of classes", "use a class-conditional model")
     num_classes = whole(path, config, "num_class_embeds")
     shape = (_channels(path, config), *sides(path, config, "sample_size"))
     unet = _pretrained(
@@ -200,12 +186,9 @@ def _channels(path: Path, config: dict[str, Any]) -> int:
     channels = whole(path, config, "in_channels")
     made = config.get("out_channels") or channels
     if made not in (channels, 2 * channels):
-        raise invalid(
-            f"{path}",
-            f"{channels} input and {made!r:.60} output channels",
-            "as many or twice as many",
-            "use a model that is not for inpainting or upscaling",
-        )
+        got = f"{channels} input and {made!r:.60} output channels"
+        fix = "use a model that is not for inpainting or upscaling"
+        raise invalid(f"{path}", got, "as many or twice as many", fix)
     return channels
 
 
@@ -239,12 +222,8 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
         raise invalid(f"{path}", got, expected, "use another decoder")
     channels, height, width = denoiser.latent_shape
     if (given := config.get("latent_channels", 4)) != channels:
-        raise invalid(
-            f"{path}",
-            f"{given!r:.60} latent channels",
-            f"the denoiser's {channels}",
-            "use the autoencoder that belongs to it",
-        )
+        got, expected = f"{given!r:.60} latent channels", f"the denoiser's {channels}"
+        raise invalid(f"{path}", got, expected, "use the autoencoder that belongs to it")
     vae = _pretrained(name, folder, lambda vae: vae.decode(torch.zeros(1, *denoiser.latent_shape)))
     for key in ("latents_mean", "latents_std"):
         if (given := vae.config.get(key)) is not None:
@@ -290,12 +269,8 @@ def _check_config(
     wanted = sum(p.numel() for p in described.parameters())
     stored = num_stored(files)
     if wanted > 2 * stored:
-        raise invalid(
-            f"{path}",
-            f"a config of {wanted:,} weights, but {files[0].name} holds {stored:,}",
-            "as many",
-            "use the file of this architecture",
-        )
+        got = f"a config of {wanted:,} weights, but {files[0].name} holds {stored:,}"
+        raise invalid(f"{path}", got, "as many", "use the file of this architecture")
     try:
         with torch.device("meta"), torch.no_grad():
             trial(described)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import CONFIG, PICKLES, check_plain, read_json
 
 STEM = "diffusion_pytorch_model"
@@ -101,12 +101,8 @@ def load_strictly(model: nn.Module, files: list[Path]) -> None:
             fix = "use the file of this architecture and class count"
             raise invalid(f"weights {files[0]}: {name}", got, str(want), fix)
         if not weights[name].is_floating_point():
-            raise invalid(
-                f"weights {files[0]}: {name}",
-                weights[name].dtype,
-                "floating-point numbers",
-                "fetch weights that are not quantized",
-            )
+            dtype, fix = weights[name].dtype, "fetch weights that are not quantized"
+            raise invalid(f"weights {files[0]}: {name}", dtype, "floating-point numbers", fix)
     model.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()})
 
 
@@ -127,11 +123,6 @@ def num_stored(files: list[Path]) -> int:
     return total
 
 
-def one_line(error: Exception) -> str:
-    """Return an error's message on one line, cut to 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def _shards(index: Path) -> list[Path]:
     """Return the files that an index names; all must be in the folder of the index."""
     names = read_json(index).get("weight_map")
@@ -140,12 +131,8 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(set(names.values()))]
     for path in files:
         if path.parent != index.parent or path.suffix != ".safetensors":
-            raise invalid(
-                f"{index}: weight_map",
-                f"{path.name!r:.60} outside of its folder or not safetensors",
-                "files beside it",
-                "fetch the model again",
-            )
+            got = f"{path.name!r:.60} outside of its folder or not safetensors"
+            raise invalid(f"{index}: weight_map", got, "files beside it", "fetch the model again")
         if not path.is_file():
             raise UserError(f"{path}: no such file, but {index.name} names it; fetch it again")
     if not files:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmkd_fast.denoisers.model_folders import one_line
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, one_line
 from dmkd_fast.runtime.model_files import check_plain
 
 

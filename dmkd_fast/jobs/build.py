@@ -100,14 +100,9 @@ def make_stream(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    return GeneratedImages(labels, make_samplers(job, images), ranks=ranks)
-
-
-def make_samplers(job: ResolvedJob, denoiser: Denoiser) -> list[tuple[float, DiffusionSampler]]:
-    """Build the samplers of all phases, each with the progress at which it starts."""
     phases = job.config.sampler.phases
-    later = [(phase.start, make_sampler(job, denoiser, phase)) for phase in phases]
-    return [(0.0, make_sampler(job, denoiser)), *later]
+    later = [(phase.start, make_sampler(job, images, phase)) for phase in phases]
+    return GeneratedImages(labels, make_sampler(job, images), later=later, ranks=ranks)
 
 
 def make_sampler(

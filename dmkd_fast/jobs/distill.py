@@ -19,7 +19,7 @@ from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.distributed import Ranks
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import invalid
 
 LOG = logging.getLogger("dmkd_fast")
 
@@ -141,9 +141,7 @@ def _place(config: DistillConfig, resume: bool, ranks: Ranks) -> tuple[DistillCo
     answer = ""
     with ranks.agreed():
         if ranks.world_size > ranks.local_world_size and config.run_dir == "auto":
-            raise UserError(
-                "run_dir: got auto on several machines, expected a directory that all of them see"
-            )
+            raise invalid("run_dir", "auto on several machines", "a directory that all of them see")
         if ranks.is_first:
             ours = run_dir.find_launched(config, ranks.launch) if ranks.restarts else None
             if ours is not None:

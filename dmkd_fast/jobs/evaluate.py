@@ -27,7 +27,7 @@ from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet, in_order_of, open_set
 from dmkd_fast.jobs import memory, networks, run_dir
 from dmkd_fast.runtime.device import resolve_device, set_num_threads
-from dmkd_fast.runtime.errors import UserError, warn_once
+from dmkd_fast.runtime.errors import UserError, invalid, warn_once
 from dmkd_fast.runtime.model_files import CONFIG, pickle_hint
 from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.training import scoring
@@ -88,8 +88,8 @@ def evaluate(
     """Evaluate the student of a run, or any trained classifier, on labeled images.
 
     Args:
-        path: Run directory of a finished run, or name of a classifier; see `load_trained` in
-            `jobs/networks.py`.
+        path: Run directory of a finished run, or a classifier: a folder with config.json,
+            `embedded:NAME`, `hf-hub:OWNER/NAME@COMMIT`, `torchvision:NAME` or a timm name.
         data: Labeled images; see `open_set`. None: the run's own test set.
         classes: File with the class names of `data`, one a line.
         show: Whether to show progress.
@@ -104,10 +104,8 @@ def evaluate(
         return evaluate_run(folder, data=data, classes=classes, display=display)
     _check_exists(str(path), folder)
     if data is None:
-        raise UserError(
-            f"--data: got none for {path}, which is not the directory of a run; add --data DIR "
-            "with labeled images"
-        )
+        got = f"none for {path}, which is not the directory of a run"
+        raise invalid("--data", got, "labeled images", "add --data DIR")
     return evaluate_classifier(str(path), data=data, classes=classes, display=display)
 
 
@@ -260,10 +258,9 @@ def _evaluation(
     run_dir: Path | None,
 ) -> Evaluation:
     if scores.num_not_finite == scores.num_images:
-        raise UserError(
-            f"{name}: got NaN or infinite logits for all of {scores.num_images} images, expected "
-            "finite ones; the weights are damaged or their training diverged, use others"
-        )
+        got = f"NaN or infinite logits for all of {scores.num_images} images"
+        fix = "the weights are damaged or their training diverged, use others"
+        raise invalid(name, got, "finite ones", fix)
     return Evaluation(
         scores=scores.result(),
         classes=dict(zip(images.class_names, scores.by_class(), strict=True)),

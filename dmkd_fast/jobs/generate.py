@@ -158,10 +158,9 @@ def _prepare(
     if config.source is not None:
         raise UserError("source: got it, expected a denoiser to make images with; change config")
     if config.sampler.phases:
-        raise UserError(
-            "sampler.phases: got some, expected none, as a directory's images are all made alike; "
-            "set sampler.phases=[], or make a directory for each phase"
-        )
+        expected = "none, as a directory's images are all made alike"
+        fix = "set sampler.phases=[], or make a directory for each phase"
+        raise invalid("sampler.phases", "some", expected, fix)
     job = resolve(config, distributed.read())
     device = job.device
     denoiser = open_denoiser(config.denoiser, device)

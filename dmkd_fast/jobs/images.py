@@ -23,14 +23,15 @@ from dmkd_fast.data.listing import SourceError
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.loading import load_denoiser
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 
-# Settings of section `sampler`, by the arguments of `DiffusionSampler` that they become.
+# Settings by the arguments of `DiffusionSampler` that they become.
 SETTINGS = {
-    "steps.count": "num_steps",
-    "steps.solver": "solver",
-    "guidance.scale": "guidance_scale",
-    "guidance.by_class": "class_guidance",
+    "steps.count": "sampler.num_steps",
+    "steps.solver": "sampler.solver",
+    "steps": "sampler.num_steps, sampler.solver",
+    "guidance.scale": "sampler.guidance_scale",
+    "guidance.by_class": "sampler.class_guidance",
 }
 
 
@@ -63,7 +64,7 @@ def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denois
 def open_source(
     config: SourceConfig, *, num_classes: int, channels: int, class_names: tuple[str, ...]
 ) -> OpenSource:
-    """Open the directory that the config name.
+    """Open the directory that a config names.
 
     Args:
         config: Section `source` of the config.
@@ -75,7 +76,6 @@ def open_source(
         UserError: There are no images, the set is incomplete, or its classes are not the
             teacher's.
     """
-    stored.check_dali()
     folder = Path(config.path)
     if config.follow:
         _wait_for_plan(folder, config.wait_s)
@@ -124,15 +124,12 @@ def check_count(config: DistillConfig, count: int) -> None:
         ("source.block_images", config.block_images),
     ):
         if least > count:
-            raise UserError(
-                f"{name}: got {least}, expected at most the {count} images of source.path; lower it"
-            )
+            raise invalid(name, least, f"at most the {count} images of source.path", "lower it")
     most, block = config.ring.max_uses, config.block_images
     if most is not None and count <= -(-config.ring.capacity_images // block) * block:
-        raise UserError(
-            f"ring.max_uses: got {most} with a source of {count} images that fits into the ring, "
-            "expected none, as its images are drawn until train.num_views; remove it"
-        )
+        got = f"{most} with a source of {count} images that fits into the ring"
+        expected = "none, as its images are drawn until train.num_views"
+        raise invalid("ring.max_uses", got, expected, "remove it")
 
 
 def describe_images(config: DistillConfig, images: Denoiser | OpenSource) -> str:
@@ -164,10 +161,7 @@ def named_as_settings() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = str(error)
-        for argument, setting in SETTINGS.items():
-            text = text.replace(argument, f"sampler.{setting}")
-        raise UserError(text) from None
+        raise error.renamed(SETTINGS.get(error.name, error.name)) from None
 
 
 def _steps(config: SamplerConfig) -> str:

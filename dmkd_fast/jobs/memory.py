@@ -19,7 +19,7 @@ from dmkd_fast.ring.plan import RingPlan
 from dmkd_fast.runtime.checks import check_accumulate
 from dmkd_fast.runtime.device import available_bytes, is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 
 if TYPE_CHECKING:
     from dmkd_fast.jobs.images import OpenSource
@@ -215,10 +215,8 @@ def check_fits(parts: dict[str, int], have: int) -> None:
     need, most = sum(parts.values()), max(parts, key=lambda name: parts[name])
     if need > have:
         helps = _WHAT_HELPS.get(most, "use a smaller model")
-        raise UserError(
-            f"memory: got {_gib(have)} GiB available, expected at least {_gib(need)} GiB "
-            f"({most}: {_gib(parts[most])} GiB); {helps}"
-        )
+        expected = f"at least {_gib(need)} GiB ({most}: {_gib(parts[most])} GiB)"
+        raise invalid("memory", f"{_gib(have)} GiB available", expected, helps)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from dmkd_fast.config.networks import ClassifierConfig, TeachingConfig
 from dmkd_fast.data.class_names import order_by_name
 from dmkd_fast.jobs import memory
 from dmkd_fast.runtime.device import available_bytes
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.views.spec import InputSpec, check_logits
 
 
@@ -62,10 +62,8 @@ def load_trained(name: str, device: torch.device) -> tuple[nn.Module, Classifier
     if name.startswith(assets.HUB):
         path, _, revision = name.partition("@")
         if len(revision) != 40 or set(revision) - set("0123456789abcdef"):
-            raise UserError(
-                f"{path}: got revision {revision!r}, expected {path}@COMMIT with 40 hexadecimal "
-                "digits, so that the weights never change"
-            )
+            expected = f"{path}@COMMIT with 40 hexadecimal digits, so that the weights never change"
+            raise invalid(path, f"revision {revision!r}", expected)
         return _load_saved(path, revision, device)
     if "/" in name or name.startswith(assets.PREFIX) or Path(name).exists():
         return _load_saved(name, None, device)
@@ -115,10 +113,8 @@ def load_teachers(
             class_map = None if places is None else tuple(places)
         highest = max(class_map or (0,))
         if highest >= spec.num_classes:
-            raise UserError(
-                f"{section}.class_map: got {highest}, expected 0 to {spec.num_classes - 1}, the "
-                "teacher's classes; correct the map"
-            )
+            expected = f"0 to {spec.num_classes - 1}, the teacher's classes"
+            raise invalid(f"{section}.class_map", highest, expected, "correct the map")
         _check_takes(section, module, spec.input, spec.num_classes, device)
         members.append(
             Teacher(
@@ -169,33 +165,24 @@ def load_student(
         folder = assets.resolve(config.path, config.revision)
         student, spec = load_classifier(folder, device)
         if spec.input_size != view_size:
-            raise UserError(
-                f"student.path: got a student for {spec.input_size} pixels, expected "
-                f"views.size={view_size}; set views.size={spec.input_size}"
-            )
+            got, expected = f"a student for {spec.input_size} pixels", f"views.size={view_size}"
+            raise invalid("student.path", got, expected, f"set views.size={spec.input_size}")
         if spec.in_chans != first.in_chans:
-            raise UserError(
-                f"student.path: got a student for {spec.in_chans} channels, expected the teacher's "
-                f"{first.in_chans}; use another student"
-            )
+            got, fix = f"a student for {spec.in_chans} channels", "use another student"
+            raise invalid("student.path", got, f"the teacher's {first.in_chans}", fix)
         if spec.num_classes != num_classes:
-            raise UserError(
-                f"student.path: got a student of {spec.num_classes} classes, expected the "
-                f"teacher's {num_classes}; use another student or a class_map"
-            )
+            expected, fix = f"the teacher's {num_classes}", "use another student or a class_map"
+            raise invalid("student.path", f"a student of {spec.num_classes} classes", expected, fix)
     else:
-        spec = ClassifierSpec(
+        spec = replace(
+            first,
             architecture=config.arch or "",
             num_classes=num_classes,
-            in_chans=first.in_chans,
             input_size=view_size,
-            mean=first.mean,
-            std=first.std,
-            crop_pct=first.crop_pct,
-            interpolation=first.interpolation,
-            crop_mode=first.crop_mode,
             model_args=config.model_args,
             stem=config.stem,
+            test_input_size=None,
+            label_names=None,
         )
         torch.manual_seed(seed)
         student = build_classifier(spec)
@@ -227,7 +214,7 @@ def _check_takes(
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, input.num_channels, size, size, device=device))
     except Exception as error:  # Networks raise any kind of error for a wrong shape.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise UserError(
             f"{name}: cannot take {input.num_channels} x {size} x {size} views ({reason}); use "
             "another architecture, stem or size"
@@ -236,7 +223,5 @@ def _check_takes(
         model.train(was_training)
     check_logits(name, logits, 2, num_classes)
     if not logits.isfinite().all():
-        raise UserError(
-            f"{name}: got NaN or infinite logits for a gray image, expected finite ones; the "
-            "weights are damaged or their training diverged, use others"
-        )
+        fix = "the weights are damaged or their training diverged, use others"
+        raise invalid(name, "NaN or infinite logits for a gray image", "finite ones", fix)

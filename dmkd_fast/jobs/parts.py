@@ -76,9 +76,7 @@ def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[ResolvedJob, P
         UserError: A setting or a file is wrong, or the machine cannot run the job.
     """
     job = resolve(config, ranks)
-    memory.ring_plan(
-        job.config, ranks=ranks
-    )  # Refuse bad settings of the ring before anything is loaded.
+    memory.ring_plan(job.config, ranks=ranks)  # Refuse a bad ring before anything is loaded.
     with memory.explained(job):
         parts = load_parts(job)
     return resolve_images(job, parts.origin), parts

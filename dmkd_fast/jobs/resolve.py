@@ -15,7 +15,7 @@ from dmkd_fast.jobs import networks, run_dir
 from dmkd_fast.jobs.images import OpenSource, check_count, named_as_settings
 from dmkd_fast.runtime.device import can_compile, resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.distributed import ALONE, Ranks, use_device
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.noise_levels import choose_solver
 from dmkd_fast.training.schedule import Schedule
 
@@ -47,17 +47,12 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> ResolvedJob:
     dtype = resolve_dtype(config.dtype, device)
     first, *more = (networks.pin(teacher) for teacher in config.teachers.values())
     if config.ring.overlap and device.type != "cuda":
-        raise UserError(
-            f"ring.overlap: got true with device {device.type}, which has one stream, expected "
-            "false; set ring.overlap=false"
-        )
+        got = f"true with device {device.type}, which has one stream"
+        raise invalid("ring.overlap", got, "false", "set ring.overlap=false")
     if config.source is not None and config.source.follow and ranks.world_size > 1:
-        raise invalid(
-            "source.follow",
-            f"true with {ranks.world_size} ranks",
-            "false, as each would find new shards at another time",
-            "let dmkd generate finish first",
-        )
+        got = f"true with {ranks.world_size} ranks"
+        expected = "false, as each would find new shards at another time"
+        raise invalid("source.follow", got, expected, "let dmkd generate finish first")
     compile_sampler = compiles(config.sampler.compile, device, name="sampler.compile")
     compile_student = compiles(config.train.compile, device)
     changes: dict[str, Any] = {
@@ -135,8 +130,6 @@ def _choose_attention(job: ResolvedJob, denoiser: Denoiser) -> str:
     if isinstance(denoiser.module, LeanDiT):
         return denoiser.module.choose_attention(name, device=job.device, dtype=job.dtype)
     if name not in ("auto", "sdpa"):
-        raise UserError(
-            f"sampler.attention: got {name} for a {type(denoiser.module).__name__}, expected "
-            "sdpa; set sampler.attention=auto"
-        )
+        got = f"{name} for a {type(denoiser.module).__name__}"
+        raise invalid("sampler.attention", got, "sdpa", "set sampler.attention=auto")
     return "sdpa"

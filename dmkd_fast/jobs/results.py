@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from dmkd_fast.classifiers.loading import save_classifier, timm_lines
 from dmkd_fast.config.jobs import DistillConfig
@@ -20,7 +19,6 @@ from dmkd_fast.jobs import report, run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, evaluate_run
 from dmkd_fast.jobs.images import card_sentence
 from dmkd_fast.runtime import files
-from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.training.distiller import Distiller
 
 if TYPE_CHECKING:
@@ -36,7 +34,8 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
         UserError: A file cannot be written. The last checkpoint holds the trained student.
     """
     folder = Path(config.run_dir)
-    try:
+    resume = f"run: {run_dir.resume_command(folder)}"
+    with run_dir.writing_results(folder / STUDENT, resume):
         with files.new_folder(folder / STUDENT) as partial:
             spec = replace(parts.student_spec, label_names=parts.test_set.class_names)
             save_classifier(distiller.student.average.module, spec, partial)
@@ -52,13 +51,6 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
         _write_card(folder, config, parts, summary)
         files.replace(folder / SUMMARY, [json.dumps(summary, indent=2).encode() + b"\n"])
         files.sync(folder)
-    except (OSError, SafetensorError) as error:
-        path = getattr(error, "filename", None) or folder / STUDENT
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{path}: cannot write ({reason}); training is finished and saved; free space or fix "
-            f"the folder, then: {run_dir.resume_command(folder)}"
-        ) from None
     return summary
 
 

@@ -17,12 +17,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 from dmkd_fast.config.jobs import DistillConfig, PretrainConfig, RunConfig
 from dmkd_fast.config.loading import Overrides, dump_config, load_config
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.errors import UserError, warn_once
+from dmkd_fast.runtime.errors import UserError, invalid, warn_once
 from dmkd_fast.training.loop import TrainingLoop
 
 LOG = logging.getLogger("dmkd_fast")
@@ -122,17 +124,13 @@ def find(config: C) -> C:
     if config.run_dir != "auto":
         folder = _folder(config)
         if not _exists(folder / CONFIG):
-            raise UserError(
-                f"--resume: got no run and no checkpoint in {folder}, expected {CONFIG}; start a "
-                "new run"
-            )
+            got = f"no run and no checkpoint in {folder}"
+            raise invalid("--resume", got, CONFIG, "start a new run")
     else:
         found = sorted(Path("runs").glob(f"{config.name}-[0-9]*/{CONFIG}"))
         if not found:
-            raise UserError(
-                f"--resume: got no run in runs/{config.name}-*, expected one; start without "
-                "--resume or set run_dir"
-            )
+            got = f"no run in runs/{config.name}-*"
+            raise invalid("--resume", got, "one", "start without --resume or set run_dir")
         # Two runs may have equal times of writing; the later name is then the newer run.
         folder = max((path.parent for path in found), key=lambda p: (_last_written(p), p.name))
     return load_config(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})
@@ -186,10 +184,8 @@ def refuse_changes(overrides: Overrides) -> None:
     """
     changed = [text for text in overrides if text.partition("=")[0] != "run_dir"]
     if changed:
-        raise UserError(
-            f"--resume: got {changed[0]}, expected no setting but run_dir, as the saved ones are "
-            "used; remove it, or change config.yaml in the run directory"
-        )
+        got, fix = changed[0], "remove it, or change config.yaml in the run directory"
+        raise invalid("--resume", got, "no setting but run_dir, as the saved ones are used", fix)
 
 
 def find_launched(config: C, launch: str) -> C | None:
@@ -239,6 +235,28 @@ def resume_hint(folder: Path, hint: str, ranks: Ranks = ALONE) -> Iterator[None]
         raise
 
 
+@contextlib.contextmanager
+def writing_results(folder: Path, resume: str) -> Iterator[None]:
+    """Turn an error of writing results into one line.
+
+    Args:
+        folder: Folder of the results, named if the error names no file.
+        resume: How to write the results again, once there is space.
+
+    Raises:
+        UserError: A file cannot be written. The last checkpoint holds the trained network.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        path = getattr(error, "filename", None) or folder
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path}: cannot write ({reason}); training is finished and saved; free space or fix "
+            f"the folder, then {resume}"
+        ) from None
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether the run, or any of its ranks, has a checkpoint, complete or not."""
     return any(any((folder / CHECKPOINTS).glob(names)) for names in ("step-*", "rank-*/step-*"))
@@ -252,17 +270,14 @@ def _last_written(folder: Path) -> float:
 def _folder(config: RunConfig) -> Path:
     """Return the run directory that a config names."""
     if not config.run_dir.strip() or "\0" in config.run_dir:
-        raise UserError(
-            f"run_dir: got {config.run_dir!r}, expected the path of a directory; set run_dir=DIR, "
-            "or run_dir=auto"
-        )
+        got = repr(config.run_dir)
+        raise invalid("run_dir", got, "the path of a directory", "set run_dir=DIR, or run_dir=auto")
     return Path(config.run_dir)
 
 
 def _exists(path: Path) -> bool:
     with _writing(path.parent):
-        found = path.exists()
-    return found
+        return path.exists()
 
 
 @contextlib.contextmanager

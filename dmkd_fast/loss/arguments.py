@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dmkd_fast.loss.divergences import DKD, Divergence, terms_of
 from dmkd_fast.loss.ops import accumulated_type
 from dmkd_fast.runtime.errors import warn_once
 
 Reduction = Literal["batchmean", "mean", "sum", "none"]
+REDUCTIONS = get_args(Reduction)
 # Within these limits float32 gradients are close to float64's; at 1e6 they are not.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -30,7 +32,7 @@ def problem_of(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     alpha: float | None,
     reduction: str,
     t_squared: bool,
@@ -39,16 +41,28 @@ def problem_of(
     ignore_index: int,
     label_smoothing: float,
     num_items: float | Tensor | None,
-) -> tuple[Any, ...]:
-    """Check the arguments of `kd_loss` and return those of its operators.
+    divergence: Divergence = "forward_kl",
+    standardize: bool = False,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Check the arguments of `kd_loss` and return those of its operators: nine, and the extra ones.
 
     Logits and targets become rows. `kd_scale` contains T^2, and both scales contain the
-    denominators that are not part of the row weights.
+    denominators that are not part of the row weights. The extra arguments are left out where they
+    have their defaults.
     """
     _refuse_transforms(
         student, teacher, target, row_weight, temperature, alpha, label_smoothing, num_items
     )
     _check_logits(student, teacher)
+    shape = student.shape
+    classes = shape[-1]
+    terms = [] if divergence == "forward_kl" else terms_of(divergence)
+    if standardize is not False and standardize is not True:
+        raise TypeError(f"standardize_logits: got {type(standardize).__name__}, expected a bool")
+    temperatures = None
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        temperatures = _temperatures(temperature, student, teacher, t_squared)
+        temperature = 1.0
     temperature = _number("temperature", temperature)
     if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         raise ValueError(
@@ -59,16 +73,16 @@ def problem_of(
         alpha = _number("alpha", alpha)
     if num_items is not None and not isinstance(num_items, Tensor):
         num_items = _number("num_items", num_items)
-    _one_of("reduction", reduction, get_args(Reduction))
-    alpha = _check_target(student, target, alpha, ignore_index, label_smoothing)
-    classes = student.shape[-1]
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, expected one of {REDUCTIONS}")
+    alpha = _check_target(student, target, alpha, ignore_index, label_smoothing, DKD in terms[::4])
     rows = student.numel() // classes
     kd_scale = temperature**2 if t_squared else 1.0
     ce_scale = 1.0
     weight = _row_weights(
         student, teacher, target, reduction, mask, row_weight, ignore_index, num_items
     )
-    if reduction in ("batchmean", "mean"):
+    if reduction == "batchmean" or reduction == "mean":
         # A denominator that is counted on the device is part of the row weights.
         counted = mask is not None or (target is not None and target.dtype == torch.int64)
         if num_items is None and not counted:
@@ -80,9 +94,16 @@ def problem_of(
     if target is not None:
         target = target.detach()
         target = target.reshape(-1) if target.dtype == torch.int64 else target.reshape(-1, classes)
+    if teacher.requires_grad:
+        teacher = teacher.detach()
+    if len(shape) != 2:
+        student, teacher = student.reshape(-1, classes), teacher.reshape(-1, classes)
+    extra: tuple[Any, ...] = ()
+    if terms or standardize or temperatures is not None:
+        extra = (temperatures, terms, standardize)
     return (
-        student.reshape(-1, classes),
-        teacher.detach().reshape(-1, classes),
+        student,
+        teacher,
         target,
         weight,
         temperature,
@@ -90,7 +111,53 @@ def problem_of(
         kd_scale,
         ce_scale,
         label_smoothing,
-    )
+    ), extra
+
+
+def arranged(
+    tensor: Tensor, class_dim: int, num_classes: int | None, name: str = "student_logits"
+) -> Tensor:
+    """Return a view of logits with the classes last, and the first `num_classes` of them alone."""
+    _floating(name, tensor)
+    if class_dim != -1:
+        if not isinstance(class_dim, int) or not -tensor.ndim <= class_dim < tensor.ndim:
+            raise ValueError(
+                f"class_dim: got {class_dim!r}, expected one of the dimensions of {name} "
+                f"{tuple(tensor.shape)}"
+            )
+        tensor = tensor.movedim(class_dim, -1)
+    if num_classes is not None:
+        most = tensor.shape[-1] if tensor.ndim else 0
+        if not isinstance(num_classes, int) or not 1 <= num_classes <= most:
+            raise ValueError(
+                f"num_classes: got {num_classes!r}, expected 1 to {most}, the classes of {name}"
+            )
+        tensor = tensor[..., :num_classes]
+    return tensor
+
+
+def _temperatures(temperature: Tensor, student: Tensor, teacher: Tensor, t_squared: bool) -> Tensor:
+    """Check the temperatures of all rows; return them and the factors on their KD terms (B, 2)."""
+    leading = student.shape[:-1]
+    _floating("temperature", temperature)
+    _refuse_grad("temperature", temperature)
+    if temperature.shape not in (leading, (*leading, 1)):
+        raise ValueError(
+            f"temperature: got shape {tuple(temperature.shape)}, expected one number, or one of "
+            f"each row: {tuple(leading)}"
+        )
+    _same_device("temperature", temperature, student)
+    each = temperature.detach().reshape(-1).to(accumulated_type(student, teacher))
+    inside = (each >= MIN_TEMPERATURE) & (each <= MAX_TEMPERATURE)
+    if each.device.type == "cpu" and not torch.compiler.is_compiling() and not inside.all():
+        wrong = each[~inside][0].item()
+        raise ValueError(
+            f"temperature: got {wrong:g} in a row, expected {MIN_TEMPERATURE:g} to "
+            f"{MAX_TEMPERATURE:g}"
+        )
+    # Elsewhere an error would wait for the device: the loss of the row is nan.
+    each = torch.where(inside, each, math.nan)
+    return torch.stack((each, each**2 if t_squared else torch.ones_like(each)), 1)
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
@@ -115,28 +182,36 @@ def _check_target(
     alpha: float | None,
     ignore_index: int,
     label_smoothing: float,
+    is_dkd: bool,
 ) -> float:
     """Check the arguments of the hard-label term and return the weight of the KD term."""
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}, expected a number in [0, 1)")
-    if target is None:
+    has_ids = isinstance(target, Tensor) and target.dtype == torch.int64
+    if is_dkd and not has_ids:
+        got = "None" if target is None else getattr(target, "dtype", type(target).__name__)
+        raise ValueError(f"target: got {got}, expected int64 class ids, which dkd needs")
+    without = "a target" if target is None else "a hard-label term"
+    if target is None or (is_dkd and (alpha is None or alpha == 1)):
         for name, is_set in (
             ("alpha", alpha is not None and alpha != 1),
             ("label_smoothing", label_smoothing != 0),
-            ("ignore_index", ignore_index != -100),
+            ("ignore_index", ignore_index != -100 and target is None),
         ):
             if is_set:
                 raise ValueError(
-                    f"{name}: set without a target, where it would be ignored; pass "
-                    "target or leave it out"
+                    f"{name}: set without {without}, where it would be ignored; pass "
+                    f"{'target' if target is None else 'alpha'} or leave it out"
                 )
+        if target is not None:
+            _like("target", target, student, student.shape[:-1])
         return 1.0
     if alpha is None or not 0 <= alpha < 1:
         raise ValueError(
             f"alpha: got {alpha} with a target, expected a number in [0, 1); with 1 or None the "
             "target would be ignored"
         )
-    if isinstance(target, Tensor) and target.dtype == torch.int64:
+    if has_ids:
         _like("target", target, student, student.shape[:-1])
         return alpha
     _floating("target", target, "int64 class ids (...) or probabilities (..., C)")
@@ -162,6 +237,8 @@ def _row_weights(
 
     Does not wait for the device.
     """
+    if target is None and mask is None and row_weight is None and num_items is None:
+        return None
     leading, dtype = student.shape[:-1], accumulated_type(student, teacher)
     averages = reduction in ("batchmean", "mean")
     if num_items is not None and not averages:
@@ -237,9 +314,10 @@ def output_rows(out: Tensor, student: Tensor) -> Tensor:
 
 def _like(name: str, tensor: Tensor, student: Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
+        fix = "; num_classes leaves padding out" if name == "teacher_logits" else ""
         raise ValueError(
             f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)} to fit "
-            f"student_logits {tuple(student.shape)}"
+            f"student_logits {tuple(student.shape)}{fix}"
         )
     _same_device(name, tensor, student)
 
@@ -272,17 +350,13 @@ def _number(name: str, value: object) -> float:
         return value
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            per_row = (
-                "; for one per row divide both logits by it and pass temperature=1, "
-                "row_weight=temperature**2"
-                if name == "temperature"
-                else ""
-            )
             raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}, expected one number for all rows{per_row}"
+                f"{name}: got shape {tuple(value.shape)}, expected one number for all rows"
             )
         _refuse_grad(name, value)
         value = value.item()
+    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):
+        value = value.item()  # a NumPy array
     if not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     try:
@@ -299,18 +373,6 @@ def _refuse_grad(name: str, tensor: Tensor) -> None:
         )
 
 
-def is_temperature(value: object, student: Tensor, *, certain: bool, possible: bool) -> bool:
-    """Tell whether the third argument of `DistillKL` is a temperature, not a target or None.
-
-    A number always is. A tensor is one if `certain`, or if `possible` and its shape does not fit a
-    target.
-    """
-    if not isinstance(value, Tensor):
-        return isinstance(value, Real)
-    of_target = student.shape[:-1] if value.dtype == torch.int64 else student.shape
-    return certain or (possible and value.shape != of_target)
-
-
 def _refuse_transforms(*arguments: object) -> None:
     """Reject transforms and forward mode: the operators would silently drop a tangent."""
     if torch._C._are_functorch_transforms_active() or (
@@ -324,8 +386,3 @@ def _refuse_transforms(*arguments: object) -> None:
             "kd_loss: got a forward-mode tangent or a transform of torch.func, expected a plain "
             "call; only reverse mode works: loss.backward() or torch.autograd.grad"
         )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, expected one of {allowed}")

@@ -12,19 +12,15 @@ Source: Hinton et al., "Distilling the knowledge in a neural network" (arXiv 150
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmkd_fast.loss import ops
-from dmkd_fast.loss.arguments import (
-    Reduction,
-    grad_scale_of,
-    is_temperature,
-    output_rows,
-    problem_of,
-)
+from dmkd_fast.loss.arguments import Reduction, arranged, grad_scale_of, output_rows, problem_of
+from dmkd_fast.loss.autograd import differentiable
+from dmkd_fast.loss.divergences import Divergence
 from dmkd_fast.runtime.operators import check_own_memory
 
 
@@ -45,7 +41,7 @@ def kd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     alpha: float | None = ...,
     reduction: Reduction = ...,
     t_squared: bool = ...,
@@ -54,6 +50,10 @@ def kd_loss(
     ignore_index: int = ...,
     label_smoothing: float = ...,
     num_items: float | Tensor | None = ...,
+    divergence: Divergence = ...,
+    standardize_logits: bool = ...,
+    class_dim: int = ...,
+    num_classes: int | None = ...,
     return_parts: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -62,7 +62,7 @@ def kd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     alpha: float | None = ...,
     reduction: Reduction = ...,
     t_squared: bool = ...,
@@ -71,6 +71,10 @@ def kd_loss(
     ignore_index: int = ...,
     label_smoothing: float = ...,
     num_items: float | Tensor | None = ...,
+    divergence: Divergence = ...,
+    standardize_logits: bool = ...,
+    class_dim: int = ...,
+    num_classes: int | None = ...,
     return_parts: bool,
 ) -> Tensor | KdLossParts: ...
 def kd_loss(
@@ -78,7 +82,7 @@ def kd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
     alpha: float | None = None,
     reduction: Reduction = "batchmean",
     t_squared: bool = True,
@@ -87,6 +91,10 @@ def kd_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     num_items: float | Tensor | None = None,
+    divergence: Divergence = "forward_kl",
+    standardize_logits: bool = False,
+    class_dim: int = -1,
+    num_classes: int | None = None,
     return_parts: bool = False,
 ) -> Tensor | KdLossParts:
     """Compute the distillation loss in one pass over the logits.
@@ -122,10 +130,10 @@ def kd_loss(
             any strides; gradients flow into them.
         teacher_logits: Logits (..., C) of the teacher, any of these dtypes; never get a gradient.
         target: Class ids (...) int64, or probabilities (..., C) of any of these dtypes.
-        temperature: Softmax temperature T of the KD term, 1e-4 to 1e4; the CE term has T = 1. One
-            number for all rows: a Python or NumPy number, or a tensor of one element that does not
-            require grad (reading it from a GPU waits for the GPU). `alpha` and `label_smoothing`
-            accept the same types.
+        temperature: Softmax temperature T of the KD term, 1e-4 to 1e4; the CE term has T = 1. A
+            Python or NumPy number, or a tensor that does not require grad: of one element
+            (reading it from a GPU waits for the GPU), or of one per row, (...) or (..., 1).
+            `alpha` and `label_smoothing` are numbers of the same types.
         alpha: Weight of the KD term, in [0, 1). Without a target it must be None (or 1), meaning 1.
         reduction: How the rows' losses are combined: see the table above.
         t_squared: Whether to multiply the KD term by T^2, so that the size of its gradient hardly
@@ -137,6 +145,17 @@ def kd_loss(
         num_items: Number of rows to divide by, for batches that are parts of a larger one (gradient
             accumulation, data parallelism): a number, or a tensor of one element on the logits'
             device.
+        divergence: KD term in place of KL(p || q), for teacher p and student q at temperature T:
+            "forward_kl", "reverse_kl", "jsd", "alpha_beta", "total_variation", "dkd" (needs class
+            ids as target; `alpha` may be None), or "dist" (its second term correlates over all
+            rows that count); {"jsd": {"beta": 0.1}} sets parameters and {"forward_kl": 0.5,
+            "reverse_kl": 0.5} adds two. See `loss/divergences.py` for parameters.
+        standardize_logits: Whether each row of both logits gets mean 0 and standard deviation 1
+            before it is divided by T in the KD term.
+        class_dim: Dimension of the classes; 1 for (B, C, H, W). Another one than the last is
+            copied.
+        num_classes: Number of classes that count, where student and teacher are padded to
+            different sizes: the rest of each row is ignored and gets a zero gradient.
         return_parts: Whether to return `KdLossParts(loss, kd, ce)`.
 
     Returns:
@@ -150,7 +169,11 @@ def kd_loss(
         RuntimeError: A class id is out of range. On CUDA the loss is nan instead, because an error
             would have to wait for the device.
     """
-    problem = problem_of(
+    if class_dim != -1 or num_classes is not None:
+        student_logits, teacher_logits, target = _arranged(
+            student_logits, teacher_logits, target, class_dim, num_classes
+        )
+    problem, extra = problem_of(
         student_logits,
         teacher_logits,
         target,
@@ -163,16 +186,23 @@ def kd_loss(
         ignore_index,
         label_smoothing,
         num_items,
+        divergence,
+        standardize_logits,
     )
     per_row = reduction == "none"
-    if torch.is_grad_enabled() and student_logits.requires_grad:
-        loss, kd, ce = _KdLoss.apply(per_row, *problem)
+    losses: Any
+    if torch.is_grad_enabled() and problem[0].requires_grad:
+        losses = differentiable(per_row, return_parts, problem, extra)
     else:
-        loss, kd, ce, _ = ops.forward(*problem, per_row)
+        losses = ops.forward(*problem, per_row, *extra)
+    if not return_parts:
+        loss = losses if isinstance(losses, Tensor) else losses[0]
+        return loss.view(student_logits.shape[:-1]) if per_row else loss
+    loss, kd, ce = losses[:3]
     if per_row:
         shape = student_logits.shape[:-1]
         loss, kd, ce = loss.view(shape), kd.view(shape), ce.view(shape)
-    return KdLossParts(loss, kd, None if target is None else ce) if return_parts else loss
+    return KdLossParts(loss, kd, None if target is None or problem[5] == 1 else ce)
 
 
 def kd_loss_and_grad(
@@ -180,7 +210,7 @@ def kd_loss_and_grad(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
     alpha: float | None = None,
     reduction: Literal["batchmean", "mean", "sum"] = "batchmean",
     t_squared: bool = True,
@@ -189,6 +219,10 @@ def kd_loss_and_grad(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     num_items: float | Tensor | None = None,
+    divergence: Divergence = "forward_kl",
+    standardize_logits: bool = False,
+    class_dim: int = -1,
+    num_classes: int | None = None,
     grad_scale: float | Tensor = 1.0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -199,8 +233,8 @@ def kd_loss_and_grad(
 
     Args:
         student_logits, teacher_logits, target, temperature, alpha, reduction, t_squared, mask,
-            row_weight, ignore_index, label_smoothing, num_items: Same as for `kd_loss`, except
-            that `reduction` cannot be "none".
+            row_weight, ignore_index, label_smoothing, num_items, divergence, standardize_logits,
+            class_dim, num_classes: Same as for `kd_loss`, except that `reduction` cannot be "none".
         grad_scale: Factor on the gradient alone, applied in float32 before rounding: a number, or a
             tensor of one element on the logits' device, such as the scale of a GradScaler.
         out: Tensor for the gradient, with shape, dtype and device of `student_logits`, dense
@@ -213,7 +247,12 @@ def kd_loss_and_grad(
     Raises:
         TypeError, ValueError, NotImplementedError: For the same reasons as `kd_loss`.
     """
-    problem = problem_of(
+    whole = student_logits
+    if class_dim != -1 or num_classes is not None:
+        student_logits, teacher_logits, target = _arranged(
+            student_logits, teacher_logits, target, class_dim, num_classes
+        )
+    problem, extra = problem_of(
         student_logits.detach(),
         teacher_logits,
         target,
@@ -226,18 +265,20 @@ def kd_loss_and_grad(
         ignore_index,
         label_smoothing,
         num_items,
+        divergence,
+        standardize_logits,
     )
     if reduction == "none":
         raise ValueError('reduction: got "none", expected "batchmean", "mean" or "sum"')
     student, teacher = problem[:2]
     upstream, factor = grad_scale_of(grad_scale, student, teacher)
     if out is None:
-        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-        out = grad.view(student_logits.shape)
+        out = torch.empty_like(whole.detach(), memory_format=torch.contiguous_format)
+        rows = out.view(-1, whole.shape[-1])
     else:
-        grad = output_rows(out, student_logits)
+        rows = output_rows(out, whole)
         check_own_memory(
-            grad,
+            rows,
             {
                 "student_logits": student,
                 "teacher_logits": teacher,
@@ -247,126 +288,26 @@ def kd_loss_and_grad(
             },
         )
         torch.autograd.graph.increment_version(out)
-    loss = ops.forward_backward(grad, upstream, factor, *problem)[0]
+    if class_dim != -1:
+        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+    else:
+        grad = rows if num_classes is None else rows[:, :num_classes]
+    loss = ops.forward_backward(grad, upstream, factor, *problem, *extra)[0]
+    if num_classes is not None:
+        arranged(out.detach(), class_dim, None)[..., num_classes:] = 0
+    if class_dim != -1:
+        arranged(out.detach(), class_dim, num_classes).copy_(grad.view(student_logits.shape))
     return loss, out
 
 
-class DistillKL(nn.Module):
-    """Compute `kd_loss` as a module.
-
-    The call of the published DM-KD code works too: `DistillKL()(y_s, y_t, temp, opt)`, with the
-    temperature as third argument. `opt` is ignored, as in that code.
-
-    Args:
-        temperature: Softmax temperature T; None: the default of `kd_loss`, unless a call gives one.
-        alpha, reduction, t_squared, ignore_index, label_smoothing: Same as for `kd_loss`.
-    """
-
-    def __init__(
-        self,
-        temperature: float | None = None,
-        *,
-        alpha: float | None = None,
-        reduction: Reduction = "batchmean",
-        t_squared: bool = True,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
-        self.t_squared, self.ignore_index = t_squared, ignore_index
-        self.label_smoothing = label_smoothing
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor | float | None = None,
-        opt: object = None,
-        *,
-        mask: Tensor | None = None,
-        row_weight: Tensor | None = None,
-        num_items: float | Tensor | None = None,
-        return_parts: bool = False,
-    ) -> Tensor | KdLossParts:
-        """Compute the loss; see `kd_loss` for the arguments.
-
-        A number as third argument is the temperature, as in the published code. A tensor as third
-        argument is the temperature if `opt` follows, or if the module has neither temperature nor
-        alpha and the shape of the tensor does not fit a target.
-        """
-        temperature = self.temperature
-        is_free = temperature is None and self.alpha is None
-        if is_temperature(target, student_logits, certain=opt is not None, possible=is_free):
-            if temperature is not None:
-                raise ValueError(
-                    f"temperature: got {target} with the call and {temperature} before, expected "
-                    "one; write DistillKL() to give it with each call"
-                )
-            temperature, target = cast(float, target), None
-        elif opt is not None:
-            raise ValueError(
-                "opt: expected after a temperature, as in DistillKL()(s, t, temp, opt)"
-            )
-        given = {} if temperature is None else {"temperature": temperature}
-        return kd_loss(
-            student_logits,
-            teacher_logits,
-            cast("Tensor | None", target),
-            alpha=self.alpha,
-            reduction=self.reduction,
-            t_squared=self.t_squared,
-            mask=mask,
-            row_weight=row_weight,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            num_items=num_items,
-            return_parts=return_parts,
-            **given,
-        )
-
-    def extra_repr(self) -> str:
-        """Return the settings that print() shows."""
-        return f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
-
-
-class _KdLoss(torch.autograd.Function):
-    """Autograd function that returns loss, KD part and CE part; only the loss is differentiable.
-
-    On a CPU the forward pass also computes the gradient for an upstream gradient of 1, while the
-    row is in cache. The first backward pass returns it if the upstream gradient is 1. In all other
-    cases the backward pass recomputes the gradient from the logits and each row's statistics, and
-    multiplies the upstream gradient in before rounding. These cases are: another upstream gradient,
-    a second backward pass, `per_row`, torch.compile, float16 (whose stored gradient would
-    underflow), and other devices (where reading the upstream gradient would wait for the device).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, per_row: bool, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
-        student, teacher, target, weight, *numbers = problem
-        ctx.grad = None
-        if (
-            per_row
-            or student.device.type != "cpu"
-            or student.dtype == torch.float16
-            or torch.compiler.is_compiling()
-        ):
-            loss, kd, ce, stats = ops.forward(*problem, per_row)
-        else:
-            ctx.grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-            loss, kd, ce, stats = ops.forward_backward(ctx.grad, None, 1.0, *problem)
-        ctx.save_for_backward(stats, student, teacher, target, weight)
-        ctx.numbers = numbers
-        ctx.mark_non_differentiable(kd, ce)
-        return loss, kd, ce
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
-            raise RuntimeError("kd_loss has no second derivative; do not pass create_graph=True")
-        grad, ctx.grad = ctx.grad, None
-        if grad is None or upstream.item() != 1:
-            del grad  # Free its memory before the new gradient is allocated.
-            grad = ops.backward(upstream, *ctx.saved_tensors, *ctx.numbers)
-        return None, grad, *[None] * (3 + len(ctx.numbers))
+def _arranged(
+    student: Tensor, teacher: Tensor, target: Tensor | None, class_dim: int, num_classes: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return logits and target with the classes that count in the last dimension."""
+    if target is not None and target.is_floating_point():
+        target = arranged(target, class_dim, None, "target")
+    return (
+        arranged(student, class_dim, num_classes),
+        arranged(teacher, class_dim, num_classes, "teacher_logits"),
+        target,
+    )

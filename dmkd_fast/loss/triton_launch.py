@@ -1,10 +1,11 @@
 """The raw operators of kd_loss on CUDA: choose a Triton kernel and its tile, and launch it.
 
-`loss/ops.py` imports this module at the first call with CUDA tensors. The kernels are in
-`loss/triton_kernels.py`. Rows of up to MAX_TILE classes are read once and stay in registers;
-several short rows share a program. Longer rows are read twice (first for maxima and sums, then for
-loss and gradient); their backward pass reads them once, in blocks of columns. Nothing waits for the
-device, so all operators can be captured in a CUDA graph.
+`loss/ops.py` imports this module at the first call with CUDA tensors. Rows of up to MAX_TILE
+classes are read once and stay in registers (`loss/triton_tile.py`); several short rows share a
+program. Longer rows (`loss/triton_long.py`) are read twice for forward KL, first for maxima and
+sums, then for loss and gradient, and once more for other divergences and for standardized logits;
+the backward pass of forward KL reads them once, in blocks of columns. Nothing waits for the device,
+so all operators can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from dmkd_fast.loss import triton_kernels as kernels
-from dmkd_fast.loss.ops import NUM_STATS
+from dmkd_fast.loss import triton_long, triton_tile
+from dmkd_fast.loss.ops import NUM_STATS, with_defaults
 from dmkd_fast.runtime.operators import Launch
 
 # The widest row and block of columns whose kernels do not spill registers: tests/golden/.
@@ -25,13 +26,14 @@ MAX_TILE = 8192
 BLOCK = 4096
 PACKED_TILE = 4096  # logits per program for short rows
 
-Problem = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, float, float, float, float]
+# The arguments that all operators share; the last three of `loss/ops.py` may be left out.
+Problem = tuple[Any, ...]
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the operator `kd_loss_forward`."""
-    *problem, per_row = arguments
-    return _losses(tuple(problem), None, None, 1.0, per_row)
+    problem, per_row, extra = arguments[:9], arguments[9], arguments[10:]
+    return _losses((*problem, *extra), None, None, 1.0, per_row)
 
 
 def backward(upstream: Tensor, stats: Tensor, *problem: Any) -> Tensor:
@@ -65,12 +67,12 @@ def plan_losses(
     """
     student, *_ = problem
     num_rows, num_classes = student.shape
-    one_tile = num_classes <= MAX_TILE
+    one_tile = num_classes <= _widest_tile(problem)
     rows, block, num_warps = _tile(num_classes) if one_tile else (1, BLOCK, 8)
     programs = triton.cdiv(num_rows, rows)
     partials = student.new_empty((programs, 2), dtype=torch.float32)
     arguments, constants = _shared(problem, grad, upstream, grad_scale)
-    kernel = kernels.tile if one_tile else kernels.two_pass
+    kernel = triton_tile.tile if one_tile else triton_long.two_pass
     if one_tile:
         constants["ROWS"] = rows
     constants |= {"BLOCK": block, "WITH_LOSS": True, "PER_ROW": per_row}
@@ -83,15 +85,20 @@ def plan_backward(problem: Problem, grad: Tensor, upstream: Tensor, stats: Tenso
     """Plan the launch that writes the gradient alone; for long rows it reads `stats`."""
     num_rows, num_classes = problem[0].shape
     arguments, constants = _shared(problem, grad, upstream, 1.0)
-    if num_classes <= MAX_TILE:
+    unused = [stats] * 6
+    if num_classes <= _widest_tile(problem):
         rows, block, num_warps = _tile(num_classes)
         constants |= {"ROWS": rows, "BLOCK": block, "WITH_LOSS": False, "PER_ROW": False}
-        arguments = (*arguments, *[stats] * 6)  # Six pointers that this launch does not use.
-        return Launch(kernels.tile, arguments, constants, (triton.cdiv(num_rows, rows),), num_warps)
-    del constants["WITH_GRAD"]
+        programs = triton.cdiv(num_rows, rows)
+        return Launch(triton_tile.tile, (*arguments, *unused), constants, (programs,), num_warps)
     constants["BLOCK"] = BLOCK
+    if len(problem) > 9:
+        constants |= {"WITH_LOSS": False, "PER_ROW": False}
+        return Launch(triton_long.two_pass, (*arguments, *unused), constants, (num_rows,), 8)
+    for name in ("WITH_GRAD", "TERMS", "STANDARDIZE", "HAS_TEMPERATURES"):
+        del constants[name]
     grid = (num_rows, triton.cdiv(num_classes, BLOCK))
-    return Launch(kernels.columns, (*arguments, stats), constants, grid, 8)
+    return Launch(triton_long.columns, (*arguments, stats), constants, grid, 8)
 
 
 def _losses(
@@ -117,10 +124,14 @@ def _shared(
     problem: Problem, grad: Tensor | None, upstream: Tensor | None, grad_scale: float
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments and constants that all kernels share."""
-    student, teacher, target, weight, temperature, alpha, kd_scale, ce_scale, smoothing = problem
+    student, teacher, target, weight, temperature, alpha, kd_scale, ce_scale, smoothing = problem[
+        :9
+    ]
+    temperatures, terms, standardize = with_defaults(problem[9:])
     num_rows, num_classes = student.shape
     has_classes = target is not None and target.dtype == torch.int64
     kind = 0 if target is None else 1 if has_classes else 2
+    kind = 3 if kind == 1 and alpha == 1 else kind  # for dkd alone
     student, teacher = _dense(student), _dense(teacher)
     if target is not None and kind == 2:
         target = _dense(target)
@@ -133,16 +144,18 @@ def _shared(
         third,
         student if weight is None else weight,
         student if upstream is None else upstream,
+        student if temperatures is None else temperatures.contiguous(),
         output,
         num_rows,
         num_classes // vec,
         student.stride(0) // vec,
         teacher.stride(0) // vec,
-        third.stride(0) if kind == 1 else third.stride(0) // vec,
+        third.stride(0) if has_classes else third.stride(0) // vec,
         output.stride(0) // vec,
         0 if weight is None else weight.stride(0),
         0 if upstream is None or upstream.ndim == 0 else upstream.stride(0),
-        1 / temperature,
+        # With one class, d is 0, which the rounding of its two parts would hide.
+        1 / temperature if num_classes > 1 else 0.0,
         alpha,
         kd_scale,
         ce_scale,
@@ -154,6 +167,9 @@ def _shared(
         "TARGET": kind,
         "HAS_WEIGHT": weight is not None,
         "HAS_UPSTREAM": upstream is not None,
+        "TERMS": tuple(terms),
+        "STANDARDIZE": standardize,
+        "HAS_TEMPERATURES": temperatures is not None,
         "VEC": vec,
     }
     return arguments, constants
@@ -175,6 +191,11 @@ def _vector(num_classes: int, matrices: list[Tensor]) -> int:
         size = matrix.element_size()
         vec = math.gcd(vec, 16 // size, matrix.stride(0), matrix.data_ptr() // size)
     return vec
+
+
+def _widest_tile(problem: Problem) -> int:
+    """Return the most classes of a row in registers; sums of two divergences hold twice as much."""
+    return MAX_TILE // 2 if len(with_defaults(problem[9:])[1]) > 4 else MAX_TILE
 
 
 def _tile(num_classes: int) -> tuple[int, int, int]:

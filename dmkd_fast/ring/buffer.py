@@ -65,6 +65,9 @@ class Draw:
 class RingBuffer:
     """Hold images with labels, ids and use counts in a ring of slots on one device.
 
+    Images are inserted in blocks and drawn at random. Once the ring is full, each new block
+    overwrites the oldest one. `must_insert` and `may_insert` say when new images are due.
+
     Args:
         plan: Sizes of the ring and the reuse of its images.
         order: Order of the draws. "shuffled": passes over all images, so early images are drawn
@@ -79,6 +82,18 @@ class RingBuffer:
     Raises:
         TypeError, UserError: An argument is out of range, arguments do not fit together, or the
             ring does not fit into the memory of the host.
+
+    Examples:
+        >>> import torch
+        >>> from dmkd_fast import RingBuffer, RingPlan
+        >>> sizes = {"capacity_images": 8, "image_shape": (1, 2, 2), "block_images": 4}
+        >>> ring = RingBuffer(RingPlan(**sizes, samples_per_insert=2, min_fill_images=4))
+        >>> block = ring.reserve()
+        >>> block.images[:] = 255
+        >>> ring.commit(block, ids=torch.arange(4), labels=torch.tensor([0, 1, 0, 1]))
+        >>> draw = ring.sample(3)
+        >>> ring.images[draw.indices].shape, draw.uses.tolist()
+        (torch.Size([3, 1, 2, 2]), [0, 0, 0])
     """
 
     def __init__(
@@ -96,12 +111,8 @@ class RingBuffer:
         size = sum(plan.num_bytes.values())
         # A device that runs out of memory raises an error; the host ends the process.
         if device.type == "cpu" and size > (free := available_bytes(device)):
-            raise invalid(
-                "capacity_images",
-                f"{plan.capacity_images}, which takes {size:,} bytes",
-                f"at most {free:,}, what is free",
-                "lower it",
-            )
+            got = f"{plan.capacity_images}, which takes {size:,} bytes"
+            raise invalid("capacity_images", got, f"at most {free:,}, what is free", "lower it")
         self.plan, self.num_classes = plan, num_classes
         self.blocks, self._limiter = BlockTable(plan), Limiter(plan)
         self.capacity, self.block_images = plan.num_slots, plan.block_images
@@ -319,13 +330,10 @@ class RingBuffer:
             UserError: `count` is not 0.
         """
         if count:
-            raise invalid(
-                "ring",
-                f"{count:,} labels outside of 0 to {(self.num_classes or 0) - 1} or images drawn "
-                f"{MOST_USES:,} times",
-                "none",
-                "correct the labels, or make samples_per_insert smaller",
-            )
+            labels = f"labels outside of 0 to {(self.num_classes or 0) - 1}"
+            got = f"{count:,} {labels} or images drawn {MOST_USES:,} times"
+            fix = "correct the labels, or make samples_per_insert smaller"
+            raise invalid("ring", got, "none", fix)
 
     def state_dict(self, *, images: bool = True) -> dict[str, Any]:
         """Return everything that draws depend on, without an open block; tensors are not copied.

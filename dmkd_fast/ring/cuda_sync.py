@@ -159,7 +159,9 @@ class ProducerStream:
 
     @staticmethod
     def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
-        return stream.record_event(torch.cuda.Event(enable_timing=True))
+        event = torch.cuda.Event(enable_timing=True)
+        stream.record_event(event)
+        return event
 
 
 def streams_for(device: torch.device, *, guard_blocks: int) -> SingleStream | ProducerStream:

@@ -332,12 +332,8 @@ def check_order(name: OrderName, *, max_uses: int | None, num_classes: int | Non
     elif name == "balanced":
         raise invalid("num_classes", "None with order=balanced", "their number", "set it")
     if max_uses is not None and name not in ("shuffled", "equal"):
-        raise invalid(
-            "max_uses",
-            f"{max_uses} with order={name}, which does not draw in passes",
-            "order=shuffled or equal",
-            "change one of the two",
-        )
+        got = f"{max_uses} with order={name}, which does not draw in passes"
+        raise invalid("max_uses", got, "order=shuffled or equal", "change one of the two")
 
 
 def make_order(

@@ -33,18 +33,20 @@ class RingPlan:
     """
 
     capacity_images: int
-    """Number of slots; rounded up to whole blocks."""
+    """Number of images that the ring holds; rounded up to whole blocks."""
     image_shape: tuple[int, int, int]
     """Shape of one image, (c, H, W)."""
     block_images: int
-    """Images per block, the batch size of the sampler."""
+    """Images that enter the ring together, for example the batch size of the sampler."""
     samples_per_insert: float
-    """Views per image that the limiter aims at, read as a decimal number: 0.1 is one tenth."""
+    """Reuse: views drawn per inserted image, on average. The ring asks for new images, and does not
+    ask too early, so that the reuse comes out. Read as a decimal number: 0.1 is one tenth."""
     min_fill_images: int
-    """Images before the first view; rounded up to whole blocks."""
+    """Images in the ring before the first draw; rounded up to whole blocks."""
     error_buffer: float | None = None
-    """Views by which reuse may be off in either direction. None means samples_per_insert *
-    min_fill_images; then the number of views never exceeds samples_per_insert * images."""
+    """Views by which the draws may be ahead of the intended reuse, or behind it. None means
+    samples_per_insert * min_fill_images; then the number of views never exceeds samples_per_insert
+    * images."""
     max_uses: int | None = None
     """Draws of an image after which it is not drawn again; only for orders that draw in passes. An
     image that is committed during a pass may get one draw fewer."""
@@ -70,28 +72,14 @@ class RingPlan:
         block, guard = self.block_images, max(1, self.guard_blocks)
         least, most = (1 + guard) * block, self.num_slots - guard * block
         if self.capacity_images < least:
-            raise invalid(
-                "capacity_images",
-                self.capacity_images,
-                f"at least {least} ({1 + guard} blocks of {block}: one to draw from and the others "
-                "to write)",
-                "raise it",
-            )
+            expected = f"at least {least} ({1 + guard} blocks of {block}, one to draw from)"
+            raise invalid("capacity_images", self.capacity_images, expected, "raise it")
         if self.min_fill_images > most:
-            raise invalid(
-                "min_fill_images",
-                self.min_fill_images,
-                f"at most {most} (capacity less {guard} block(s) of {block})",
-                "lower it",
-            )
+            expected = f"at most {most} (capacity less {guard} block(s) of {block})"
+            raise invalid("min_fill_images", self.min_fill_images, expected, "lower it")
         if self.max_uses is not None and self.max_uses < self.samples_per_insert:
-            raise invalid(
-                "max_uses",
-                self.max_uses,
-                f"at least samples_per_insert={self.samples_per_insert:g}, the views per image "
-                "asked for",
-                "raise it",
-            )
+            expected = f"at least samples_per_insert={self.samples_per_insert:g}, the reuse"
+            raise invalid("max_uses", self.max_uses, expected, "raise it")
 
     @property
     def num_slots(self) -> int:
@@ -153,27 +141,22 @@ class RingPlan:
         """
         checks.whole("batch_size", batch_size, low=1)
         if batch_size > self.drawable_images:
-            raise invalid(
-                "batch_size",
-                batch_size,
-                f"at most {self.drawable_images}, the images that can be drawn from (capacity less "
-                "guard)",
-                "lower it or raise capacity_images",
-            )
+            expected = f"at most {self.drawable_images}, the images that can be drawn"
+            raise invalid("batch_size", batch_size, expected, "lower it or raise capacity_images")
         step = self.reuse * self.block_images
         grid = _gcd(step, Fraction(batch_size))
         points = 2 * (self.reuse_buffer // grid) + 1  # x begins at 0, so 0 is a grid point
         if points < (step + batch_size) / grid:
             is_default = self.error_buffer is None
             name = "samples_per_insert" if is_default else "error_buffer"
-            raise invalid(
-                name,
-                f"{getattr(self, name):g}, which lets reuse be off by {float(self.reuse_buffer):g} "
-                "views",
-                f"{float((step + batch_size) / 2):g} views or more, as inserts of block_images="
-                f"{self.block_images} and draws of batch_size={batch_size} would deadlock",
-                f"raise {name}{' or min_fill_images' if is_default else ''}",
+            off_by, least = float(self.reuse_buffer), float((step + batch_size) / 2)
+            got = f"{getattr(self, name):g}, which lets reuse be off by {off_by:g} views"
+            expected = (
+                f"{least:g} views or more, as inserts of block_images={self.block_images} and "
+                f"draws of batch_size={batch_size} would deadlock"
             )
+            fix = f"raise {name}{' or min_fill_images' if is_default else ''}"
+            raise invalid(name, got, expected, fix)
 
     def per_rank(self, ranks: Ranks) -> RingPlan:
         """Return the plan of one rank: the same reuse, and its part of all sizes.

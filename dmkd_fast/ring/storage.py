@@ -94,7 +94,7 @@ class BlockFiles:
 
         Raises:
             UserError: The state belongs to a ring of another shape.
-            Damaged: A file is damaged, and its images cannot be made again.
+            DamagedError: A file is damaged, and its images cannot be made again.
         """
         expected = [self.ring.block_images, *self.ring.images.shape]
         if state["shape"] != expected:
@@ -107,12 +107,12 @@ class BlockFiles:
             try:
                 data = files.read(path)
                 if files.sha256([data]) != digest:
-                    raise files.Damaged(f"{path.name} has the wrong SHA-256")
+                    raise files.DamagedError(f"{path.name} has the wrong SHA-256")
                 self.ring.images[slots].copy_(load(data)["images"])
                 self._digests[number] = digest
-            except files.Damaged as error:
+            except files.DamagedError as error:
                 if not self._remade(slots, digest):
-                    raise files.Damaged(
+                    raise files.DamagedError(
                         f"{error}; its images could not be made again bit for bit"
                     ) from None
                 self.notes.append(f"{path}: damaged ({error}); its images were made again")

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 
 LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
 # For a peer that hangs (a dead one closes its connections and is noticed at once). Long enough for
@@ -35,7 +35,7 @@ LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
 TIMEOUT = timedelta(seconds=600)
 
 
-class Lost(RuntimeError):
+class LostRankError(RuntimeError):
     """Error for a rank whose peer has ended or hangs; the message is one line for the user."""
 
 
@@ -70,15 +70,15 @@ class Ranks:
         return folder if self.is_first else folder / f"rank-{self.rank}"
 
     def per_rank(self, name: str, count: int, *, unit: int = 1) -> int:
-        """Return this rank's equal share of a number.
+        """Divide a number equally among the ranks, and return the number of one rank.
 
         Args:
             name: Name of the setting, for the message.
             count: Number for the whole run.
-            unit: Number of which each share must be a multiple.
+            unit: Number of which the result must be a multiple.
 
         Raises:
-            UserError: `count` cannot be divided into such shares.
+            UserError: `count` cannot be divided in this way.
         """
         whole = self.world_size * unit
         if count % whole:
@@ -332,5 +332,7 @@ def _lost_peer() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Lost(f"another rank has ended or hangs ({reason}); this one ends too") from None
+        reason = one_line(error)
+        raise LostRankError(
+            f"another rank has ended or hangs ({reason}); this one ends too"
+        ) from None

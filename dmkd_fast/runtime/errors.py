@@ -17,8 +17,10 @@ class UserError(ValueError):
     The command line prints the message without a traceback and exits with code 2.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, name: str = "") -> None:
         super().__init__(shortened(" ".join(message.split()), MAX_MESSAGE))
+        self.name = name
+        """Setting, argument or file that the message begins with; empty if none is known."""
 
     @classmethod
     def invalid(cls, name: object, got: object, expected: str, fix: str = "") -> Self:
@@ -30,7 +32,8 @@ class UserError(ValueError):
             expected: Noun phrase for the values that are accepted.
             fix: Imperative phrase; leave it out where the fix is obvious.
         """
-        return cls(f"{name}: got {got}, expected {expected}{f'; {fix}' if fix else ''}")
+        message = f"{name}: got {got}, expected {expected}{f'; {fix}' if fix else ''}"
+        return cls(message, name=str(name))
 
     def within(self, section: str) -> Self:
         """Return the same error with its name put into a section: `size` becomes `ring.size`.
@@ -38,7 +41,11 @@ class UserError(ValueError):
         Args:
             section: Name of the section, as the caller of the failed check calls it.
         """
-        return type(self)(f"{section}.{self}")
+        return type(self)(f"{section}.{self}", name=f"{section}.{self.name}")
+
+    def renamed(self, name: str) -> Self:
+        """Return the same error about `name`, as the caller of the failed check calls it."""
+        return type(self)(name + str(self).removeprefix(self.name), name=name)
 
 
 class NotFiniteError(UserError):
@@ -53,6 +60,11 @@ def warn_once(text: str) -> None:
     if text not in _warned and os.environ.get("RANK", "0") == "0":
         _warned.add(text)
         LOGGER.warning("%s", text)
+
+
+def one_line(error: BaseException, *, most: int = 300) -> str:
+    """Return the message of any error on one line of at most `most` characters, or its class."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def shortened(text: str, length: int) -> str:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 CHUNK_BYTES = 16 * 2**20
 
 
-class Damaged(UserError):
+class DamagedError(UserError):
     """Error for a file that is missing or differs from what was written."""
 
 
@@ -144,7 +144,7 @@ def read(path: Path) -> bytes:
     """Return the bytes of a file.
 
     Raises:
-        Damaged: The file is missing, or the disk cannot read it.
+        DamagedError: The file is missing, or the disk cannot read it.
         PermissionError: The file exists, but this user may not read it.
     """
     try:
@@ -152,9 +152,9 @@ def read(path: Path) -> bytes:
     except PermissionError:
         raise
     except FileNotFoundError:
-        raise Damaged(f"{path.name} is missing") from None
+        raise DamagedError(f"{path.name} is missing") from None
     except OSError as error:
-        raise Damaged(f"{path.name} cannot be read: {error.strerror}") from None
+        raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
 
 
 def sha256(parts: Iterable[bytes | memoryview]) -> str:

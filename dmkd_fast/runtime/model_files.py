@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 COMPILED = "_orig_mod."
@@ -87,7 +87,7 @@ def match_weights(model: nn.Module, path: Path) -> dict[str, str]:
             given = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"weights {path}: damaged ({_first_line(error)}); fetch or save them again"
+            f"weights {path}: damaged ({one_line(error)}); fetch or save them again"
         ) from None
     expected = model.state_dict(keep_vars=True)
     names: dict[str, str] = {}
@@ -283,7 +283,3 @@ def _kind(dtype: str) -> str:
 def _shown(name: str) -> str:
     """Return a name from a file, with line breaks and terminal control characters escaped."""
     return ascii(name)[1:-1][:120]
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -92,12 +92,8 @@ def check_guidance(guidance: Guidance, denoiser: Denoiser) -> None:
     """
     highest = max(guidance.by_class, default=0)
     if highest >= denoiser.num_classes:
-        raise invalid(
-            "guidance.by_class",
-            f"class {highest}",
-            f"0 to {denoiser.num_classes - 1}, the classes of the denoiser",
-            "correct it",
-        )
+        expected = f"0 to {denoiser.num_classes - 1}, the classes of the denoiser"
+        raise invalid("guidance.by_class", f"class {highest}", expected, "correct it")
     scales = [("guidance.scale", guidance.scale)]
     scales += [("guidance.by_class", scale) for scale in guidance.by_class.values()]
     used = [(name, scale) for name, scale in scales if scale != 1]
@@ -109,10 +105,6 @@ def check_guidance(guidance: Guidance, denoiser: Denoiser) -> None:
         got = f"{scale} for a denoiser that has guidance {folded_in} folded in"
         raise invalid(name, got, "1", "turn guidance off")
     if denoiser.null_class is None and not denoiser.takes_guidance:
-        raise invalid(
-            name,
-            f"{scale} for a model without a null class",
-            "1",
-            "turn guidance off, or, for a UNet trained with dropped labels, set "
-            "denoiser.null_class",
-        )
+        got = f"{scale} for a model without a null class"
+        fix = "turn guidance off, or set denoiser.null_class of a UNet trained with dropped labels"
+        raise invalid(name, got, "1", fix)

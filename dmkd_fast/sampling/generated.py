@@ -17,14 +17,17 @@ from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
 class GeneratedImages:
     """Generate the images of a run, and check that they are finite.
 
+    `Distiller` takes blocks of images from this stream when its ring buffer needs new ones.
+
     Args:
         labels: Source of image ids and classes.
-        samplers: Pairs of the progress from which a sampler is used and the sampler, in order of
-            the progress, which is in [0, 1) and 0 for the first.
+        sampler: Sampler in use from the start of the run.
+        later: Samplers that replace it later in the run: pairs of a progress in (0, 1), from which
+            on a sampler is used, and the sampler, in order of the progress.
         ranks: Processes whose images are counted together.
 
     Raises:
-        UserError: The progress of the samplers does not rise from 0.
+        UserError: The progress of the later samplers does not rise between 0 and 1.
     """
 
     is_exhausted = False
@@ -33,14 +36,17 @@ class GeneratedImages:
     def __init__(
         self,
         labels: LabelStream,
-        samplers: Sequence[tuple[float, DiffusionSampler]],
+        sampler: DiffusionSampler,
         *,
+        later: Sequence[tuple[float, DiffusionSampler]] = (),
         ranks: Ranks = ALONE,
     ) -> None:
-        starts = [start for start, _ in samplers]
-        if not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
-            raise invalid("samplers", f"starts {starts}", "rising numbers from 0 to less than 1")
-        self.labels, self.samplers, self._ranks = labels, tuple(samplers), ranks
+        starts = [start for start, _ in later]
+        if starts != sorted(set(starts)) or not all(0 < start < 1 for start in starts):
+            raise invalid("later", f"starts {starts}", "rising numbers between 0 and 1")
+        self.labels, self._ranks = labels, ranks
+        self.samplers = ((0.0, sampler), *later)
+        """All samplers, each after the progress of the run from which on it is used."""
 
     @property
     def rewrites(self) -> list[Callable[..., Tensor]]:

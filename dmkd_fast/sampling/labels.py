@@ -19,14 +19,16 @@ MOST_NUMBERS = 2**26
 class LabelStream:
     """A stream of consecutive image ids and their classes.
 
-    The ranks take turns: if all of them request `count` ids, rank r gets the r-th run of `count`
-    ids.
+    The classes are balanced and shuffled: each run of `num_classes` consecutive ids holds every
+    class once. Several processes (ranks) take turns: if all of them request `count` ids, rank r
+    gets the r-th run of `count` ids.
 
     Args:
         num_classes: Number of classes, C.
         seed: Seed of the order of the classes.
         device: Device of the returned tensors.
-        rank, world_size: Number of this process; number of processes.
+        rank: Number of this process.
+        world_size: Number of processes.
     """
 
     def __init__(
@@ -46,9 +48,6 @@ class LabelStream:
         self.device = torch.device(device)
         self.rank, self.world_size = rank, world_size
         self.next_id = 0  # first id of the next turn, shared by all ranks
-
-    is_exhausted = False
-    """Always False: labels never run out, unlike images on disk (`data/stored.py`)."""
 
     def peek(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the next ids and their labels, (count,) int64 each.

@@ -26,7 +26,7 @@ from dmkd_fast.runtime.errors import NotFiniteError, invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps, check_guidance
 from dmkd_fast.sampling.graph import CudaGraph, compiled
 from dmkd_fast.sampling.solvers import solver_table
-from dmkd_fast.sampling.step import StepSettings, advance, decode
+from dmkd_fast.sampling.step import StepConfig, advance, decode
 
 # Images decoded at a time. Activations of a decoder are hundreds of times larger than latents; on a
 # CPU, four images at a time are slower per image than two (docs/notebook.md, "Decoder on a CPU").
@@ -86,7 +86,7 @@ class DiffusionSampler:
         self.device, self.dtype, self.seed = torch.device(device), dtype, seed
         self.micro_batch_images = max(micro_batch_images, FEWEST_IMAGES)
         self.table = solver_table(denoiser.scheduler, steps, self.device)
-        self._settings = StepSettings(
+        self._config = StepConfig(
             takes_guidance=denoiser.takes_guidance,
             channels=guidance.channels,
             clip=self.table.clip,
@@ -148,11 +148,8 @@ class DiffusionSampler:
             batch = slice(start, start + size)
             images = self._images(_fill(ids[batch], size), _fill(labels[batch], size))
             if images.shape[1:] != shape[1:]:  # `copy_` would broadcast a single channel or row
-                raise invalid(
-                    "denoiser.image_shape",
-                    shape[1:],
-                    f"{tuple(images.shape[1:])}, the shape of the decoded images",
-                )
+                expected = f"{tuple(images.shape[1:])}, the shape of the decoded images"
+                raise invalid("denoiser.image_shape", shape[1:], expected)
             out[batch].copy_(images[: len(ids[batch])])
         return out
 
@@ -220,7 +217,7 @@ class DiffusionSampler:
                 both if guided else labels,
                 fresh,
                 scale,
-                self._settings,
+                self._config,
             )
             yield x
 

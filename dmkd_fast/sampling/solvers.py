@@ -105,9 +105,7 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
     distilled = scheduler.get("distilled_steps")
     if distilled is not None and (count, solver) != (distilled, "euler"):
         got = f"{count}, {solver!r} for a denoiser distilled to {distilled!r:.60} steps"
-        raise invalid(
-            "steps.count, steps.solver", got, f"{distilled!r:.60}, 'euler'", "set them so"
-        )
+        raise invalid("steps", got, f"{distilled!r:.60}, 'euler'", "set them so")
     if scheduler["_class_name"] == FLOW:
         columns, initial_scale, clip = _flow(scheduler, count, trained, solver == "dpm++2m")
     else:
@@ -119,12 +117,9 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
         rows[:, SolverTable.COLUMNS.index(column)] = values
     rows = rows.float()
     if not (rows.isfinite().all() and math.isfinite(initial_scale)):
-        raise invalid(
-            "steps.count",
-            f"{count}, for which {solver} has coefficients that are not finite",
-            "fewer",
-            "lower it, or correct the betas in scheduler_config.json",
-        )
+        got = f"{count}, for which {solver} has coefficients that are not finite"
+        fix = "lower it, or correct the betas in scheduler_config.json"
+        raise invalid("steps.count", got, "fewer", fix)
     return SolverTable(
         rows=rows.to(device),
         initial_scale=initial_scale,

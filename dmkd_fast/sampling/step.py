@@ -14,7 +14,7 @@ from dmkd_fast.sampling.solvers import SolverTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSettings:
+class StepConfig:
     """What all steps of a sampler have in common."""
 
     takes_guidance: bool
@@ -37,7 +37,7 @@ def advance(
     labels: Tensor,
     fresh: Tensor | None,
     scale: float | Tensor,
-    settings: StepSettings,
+    config: StepConfig,
 ) -> tuple[Tensor, Tensor]:
     """Take one step of any solver.
 
@@ -49,18 +49,18 @@ def advance(
         labels: Labels (B,); for a guided step (2B,), with the null class in the second half.
         fresh: Fresh noise, (B, c, h, w), or None.
         scale: Guidance scale: a number, or (B, 1, 1, 1).
-        settings: Settings of all steps.
+        config: Values of all steps.
 
     Returns:
         The next x and `before`.
     """
     is_guided = len(labels) > len(x)
     values = dict(zip(SolverTable.COLUMNS, row.unbind(), strict=True))
-    inputs = (values["input_scale"] * x).to(settings.dtype)
+    inputs = (values["input_scale"] * x).to(config.dtype)
     if is_guided:
         inputs = torch.cat((inputs, inputs))
     timesteps = values["timestep"].expand(len(inputs))
-    if settings.takes_guidance:
+    if config.takes_guidance:
         scales = scale.flatten() if isinstance(scale, Tensor) else torch.full_like(timesteps, scale)
         output = module(inputs, timesteps, labels, scales)
     else:
@@ -72,16 +72,16 @@ def advance(
         prediction = unconditional + scale * (conditional - unconditional)
         if isinstance(scale, Tensor):  # scale 1 must give exactly the conditional prediction
             prediction = torch.where(scale == 1, conditional, prediction)
-        if settings.channels is not None:
-            guided, rest = prediction[:, : settings.channels], conditional[:, settings.channels :]
+        if config.channels is not None:
+            guided, rest = prediction[:, : config.channels], conditional[:, config.channels :]
             prediction = torch.cat((guided, rest), dim=1)
     estimate = values["skip"] * x + values["out"] * prediction
-    clip = settings.clip
+    clip = config.clip
     newest = estimate if clip is None else estimate.clamp(-clip, clip)
     x = values["a"] * x + values["b0"] * newest + values["b1"] * before + values["u"] * estimate
     if fresh is not None:
         deviation = values["n"]
-        if settings.learned_variance:
+        if config.learned_variance:
             place = (variance + 1) / 2
             low, high = values["log_variance_low"], values["log_variance_high"]
             deviation = deviation * torch.exp((place * high + (1 - place) * low) / 2)

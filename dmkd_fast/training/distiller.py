@@ -34,9 +34,13 @@ from dmkd_fast.training.targets import Targets
 class Distiller(TrainingLoop):
     """Train a student on images that are generated (or read from disk) during training.
 
+    `fit` fills the ring buffer and then takes one training step after another: it draws a batch
+    from the ring, renders random views, computes the teachers' logits, and updates the student.
+    Between steps it inserts new images as the plan of the ring demands.
+
     Args:
         images: Source of the images; `GeneratedImages` or `StoredImages`.
-        ring: Buffer for the images of this rank, in the blocks in which they are written.
+        ring: Buffer that holds the newest images of this process on the device.
         student: Network to train, with its loss, optimizer and schedule.
         targets: Views of the images, and the teachers' logits for them.
         run_dir: Folder for all files of the run; shared by all ranks.
@@ -62,11 +66,8 @@ class Distiller(TrainingLoop):
         self.images, self.ring, self.targets, self.test_set = images, ring, targets, test_set
         ring.plan.check_batch(student.batch_size)
         if ring.plan.guard_blocks and images.may_wait:
-            raise invalid(
-                "guard_blocks",
-                f"{ring.plan.guard_blocks} with stored images",
-                "0, as their blocks are not read ahead",
-            )
+            got = f"{ring.plan.guard_blocks} with stored images"
+            raise invalid("guard_blocks", got, "0, as their blocks are not read ahead")
         self.blocks = BlockFiles(
             ring,
             self.ranks.folder(self.run_dir / "blocks"),
@@ -164,7 +165,7 @@ class Distiller(TrainingLoop):
         self.refill(is_fitting=True)
 
     def _wants_block_ahead(self) -> bool:
-        """Tell whether to make a block early: there is a guard, and remaining views need it."""
+        """Return whether to make a block early: there is a guard, and remaining views need it."""
         batch = self.student.batch_size
         return (
             self.ring.plan.guard_blocks > 0

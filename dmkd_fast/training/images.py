@@ -51,7 +51,7 @@ class ImageStream(Protocol):
         ...
 
     def check(self, counts: Mapping[str, int]) -> None:
-        """Stop a run whose images are not usable, judging by what `counts` returned."""
+        """Stop a run whose images are not usable, by what `counts` returned."""
         ...
 
     def totals(self) -> dict[str, float]:

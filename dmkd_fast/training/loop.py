@@ -80,7 +80,7 @@ class TrainingLoop:
         return {}, {}
 
     def _check(self, counts: Mapping[str, int]) -> None:
-        """Stop a run that cannot continue, judging by the counts of `_figures`."""
+        """Stop a run that cannot continue, by the counts of `_figures`."""
 
     def _is_scored(self) -> bool:
         """Return whether the student is evaluated after the current step."""

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from dmkd_fast.training.schedule import Schedule
 
-def build_optimizer(
-    model: nn.Module,
-    *,
-    name: Literal["sgd", "adamw"],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool = True,
-) -> torch.optim.Optimizer:
+
+def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     """Build a fused SGD or AdamW without weight decay on vectors (biases, normalization).
 
-    `momentum` is beta1 of AdamW. The optimizer's state is allocated here, as zeros: if the first
-    step were skipped (`found_inf`), SGD would otherwise keep uninitialized momentum, and a lack of
-    memory would show only during training.
+    The optimizer's state is allocated here, as zeros: if the first step were skipped (`found_inf`),
+    SGD would otherwise keep uninitialized momentum, and a lack of memory would show only during
+    training.
     """
+    momentum = schedule.momentum
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if name == "adamw":
-        adamw = torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.99), fused=True)
+    if schedule.name == "adamw":
+        adamw = torch.optim.AdamW(groups, lr=schedule.lr, betas=(momentum, 0.99), fused=True)
         for p in parameters:
             adamw.state[p] = {
                 "step": torch.zeros((), device=p.device),
@@ -37,9 +32,8 @@ def build_optimizer(
                 "exp_avg_sq": torch.zeros_like(p),
             }
         return adamw
-    sgd = torch.optim.SGD(
-        groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True
-    )
+    nesterov = schedule.nesterov and momentum > 0
+    sgd = torch.optim.SGD(groups, lr=schedule.lr, momentum=momentum, nesterov=nesterov, fused=True)
     if momentum > 0:
         for p in parameters:
             sgd.state[p] = {"momentum_buffer": torch.zeros_like(p)}

@@ -17,9 +17,7 @@ from dmkd_fast.runtime.errors import invalid
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Optimizer settings, length and intervals of a run.
-
-    `OptimConfig` and `TrainConfig` in `config/training.py` describe the fields.
+    """Length, batch size and intervals of a run, its optimizer and its learning rate.
 
     Raises:
         TypeError, UserError: A number is out of range, `accumulate` does not divide the batch
@@ -27,22 +25,39 @@ class Schedule:
     """
 
     batch_size: int
+    """Views per optimizer step, all processes together."""
     num_views: int
+    """Views in the whole run."""
     lr: float
+    """Peak learning rate."""
     name: Literal["sgd", "adamw"] = "adamw"
+    """Optimizer."""
     momentum: float = 0.9
+    """Momentum of SGD, or beta1 of AdamW."""
     nesterov: bool = True
+    """Whether SGD uses Nesterov momentum."""
     weight_decay: float = 0.0
+    """Weight decay, decoupled for AdamW; biases and normalization are never decayed."""
     warmup: float = 0.05
+    """Fraction of the steps with a rising learning rate."""
     milestones: tuple[float, ...] = ()
+    """Fractions of the steps at which the rate is multiplied by `decay`; empty: cosine to zero."""
     decay: float = 0.1
+    """Factor at each milestone."""
     ema_decay: float = 0.0
+    """Decay per step of the weight EMA, which is evaluated and saved; 0: the student itself."""
     max_grad_norm: float = 0.0
+    """Norm to which larger gradients are scaled down; 0: no limit."""
     accumulate: int = 1
+    """Number of equal micro-batches of a step, which pass through the networks one by one."""
     max_skipped_steps: int = 20
+    """Steps in a row with a loss or gradient that is not finite, after which the run ends."""
     checkpoint_every_s: float = 600.0
+    """Seconds between checkpoints."""
     log_every_steps: int = 50
+    """Optimizer steps between log lines."""
     num_evaluations: int = 8
+    """Evaluations during a run, the last step included; only with a test set."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -71,13 +86,8 @@ class Schedule:
         """Number of optimizer steps; the last step may take the run beyond `num_views`."""
         return -(-self.num_views // self.batch_size)
 
-    @property
-    def micro_batch(self) -> int:
-        """Number of views that pass through the networks together."""
-        return self.batch_size // self.accumulate
-
     def is_evaluated(self, step: int) -> bool:
-        """Tell whether to measure accuracy after `step` steps (`num_evaluations` times, evenly)."""
+        """Return whether to evaluate after `step` steps (`num_evaluations` times, evenly)."""
         nearest = -(-step * self.num_evaluations // self.num_steps)
         return step > 0 and self.num_steps * nearest // self.num_evaluations == step
 

@@ -71,9 +71,9 @@ class Scores:
         gaps.index_add_(0, (confidence * BINS).long().clamp_max(BINS - 1), first - confidence)
         if teacher_logits is not None:
             guess = teacher_logits.argmax(dim=1)
-            judged = teacher_logits.softmax(dim=1).amax(dim=1).isfinite()
-            totals[0] += ((guess == labels) & judged).sum()
-            totals[1] += ((guess == top[:, 0]) & judged & finite).sum()
+            has_teacher = teacher_logits.softmax(dim=1).amax(dim=1).isfinite()
+            totals[0] += ((guess == labels) & has_teacher).sum()
+            totals[1] += ((guess == top[:, 0]) & has_teacher & finite).sum()
             totals[2] += len(labels)
         totals[3] += finite.logical_not().sum()
 
@@ -87,10 +87,10 @@ class Scores:
         sums, count = self.sums.cpu(), self.num_classes
         images, top1, top5 = sums[: 3 * count].view(3, count).sum(dim=1)
         gaps = sums[3 * count : 3 * count + BINS]
-        hits, agreements, judged, _ = sums[-4:]
+        hits, agreements, compared, _ = sums[-4:]
         scores = {"top1": top1 / images, "top5": top5 / images, "ece": gaps.abs().sum() / images}
-        if judged > 0:
-            scores |= {"teacher_top1": hits / judged, "agreement": agreements / judged}
+        if compared > 0:
+            scores |= {"teacher_top1": hits / compared, "agreement": agreements / compared}
         return {name: value.item() for name, value in scores.items()}
 
     @property
@@ -140,10 +140,10 @@ def measure(
     try:
         for views, labels in batches:
             scores = scores or Scores(num_classes, labels.device)
-            judged = None if teacher is None else teacher(views).float()
+            teacher_logits = None if teacher is None else teacher(views).float()
             logits = model(views[input])
             check_logits("model", logits, len(labels), num_classes)
-            scores.add(logits.float(), labels, judged)
+            scores.add(logits.float(), labels, teacher_logits)
     finally:
         model.train(was_training)
     # A rank without images still takes part in the sum over ranks, on its device.

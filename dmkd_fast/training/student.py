@@ -35,6 +35,8 @@ FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
 class StudentTrainer:
     """Train a student on the logits of a teacher.
 
+    `start`, one `learn` for each micro-batch, and `finish` make one optimizer step.
+
     Args:
         student: Network to train in place, (B, c, S, S) views -> (B, C) logits.
         schedule: Length and batch size (of all ranks together), optimizer, weight EMA, clipping.
@@ -70,12 +72,8 @@ class StudentTrainer:
     ) -> None:
         checks.number("temperature", temperature, low=0.01, high=1000)
         if not 0 < alpha <= 1:
-            raise invalid(
-                "alpha",
-                alpha,
-                "a number above 0 and at most 1",
-                "raise it, as with 0 the teacher would be ignored",
-            )
+            fix = "raise it, as with 0 the teacher would be ignored"
+            raise invalid("alpha", alpha, "a number above 0 and at most 1", fix)
         self.model, self.schedule, self.ranks = student.train(), schedule, ranks
         self._temperature, self._alpha = temperature, alpha
         self.batch_size = ranks.per_rank(
@@ -84,22 +82,11 @@ class StudentTrainer:
         self.micro_batch_size = self.batch_size // schedule.accumulate
         fast: Any = torch.compile(student, dynamic=False) if compile else student
         if not any(p.requires_grad for p in student.parameters()):
-            raise invalid(
-                "student",
-                f"a {type(student).__name__} without parameters that require a gradient",
-                "some to train",
-                "give another network or unfreeze it",
-            )
+            got = f"a {type(student).__name__} without parameters that require a gradient"
+            raise invalid("student", got, "some to train", "give another network or unfreeze it")
         self.device = device = next(student.parameters()).device
         self.network = ranks.parallel(fast, device)  # This copies rank 0's weights to all ranks.
-        self.optimizer = build_optimizer(
-            student,
-            name=schedule.name,
-            lr=schedule.lr,
-            momentum=schedule.momentum,
-            nesterov=schedule.nesterov,
-            weight_decay=schedule.weight_decay,
-        )
+        self.optimizer = build_optimizer(student, schedule)
         self.average = WeightEMA(student, decay=schedule.ema_decay)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

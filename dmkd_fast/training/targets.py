@@ -32,7 +32,9 @@ class MicroBatch(NamedTuple):
 
 
 class Targets:
-    """Render each crop for every active network, and compute the teachers' logits.
+    """Make what a training step learns from: views of drawn images, and the teachers' logits.
+
+    Each crop is rendered for every active network, at its own size and normalization.
 
     Args:
         teachers: Classifier with the student's input, or `Teachers`, each of which sees the same
@@ -63,23 +65,16 @@ class Targets:
             size=spec.size, mean=tuple(spec.mean.tolist()), std=tuple(spec.std.tolist())
         )
         if self.input.size != spec.size or len(self.input.mean) != len(spec.mean):
-            raise invalid(
-                "input",
-                f"{self.input.num_channels} channels of {self.input.size} pixels",
-                f"the views' {len(spec.mean)} of {spec.size}",
-                "make both agree",
-            )
+            got = f"{self.input.num_channels} channels of {self.input.size} pixels"
+            expected = f"the views' {len(spec.mean)} of {spec.size}"
+            raise invalid("input", got, expected, "make both agree")
         self.teachers, self.views = freeze(teachers), views
         ensemble = self.teachers
         if not isinstance(ensemble, Teachers):
             ensemble = Teachers([Teacher(module=ensemble, input=self.input)])
         if mixer is not None and any(member.teaches is not None for member in ensemble.members):
-            raise invalid(
-                "mixer",
-                "one with teachers that teach some classes only",
-                "none, as a mixed view is of two classes",
-                "leave one of the two out",
-            )
+            got, fix = "one with teachers that teach some classes only", "leave one of the two out"
+            raise invalid("mixer", got, "none, as a mixed view is of two classes", fix)
         self._mixer = mixer
 
         def fast(module: nn.Module, input: InputSpec) -> nn.Module:

@@ -27,7 +27,8 @@ class ViewSpec:
 
     Args:
         size: Side of a view, in pixels.
-        mean, std: Mean and standard deviation per channel, of pixel values in [0, 1].
+        mean: Mean of each channel, of pixel values in [0, 1].
+        std: Standard deviation of each channel, of pixel values in [0, 1].
         dtype: Dtype of the views: float32, float16 or bfloat16.
         device: Device of the images.
 
@@ -148,7 +149,8 @@ class Views:
         Args:
             ids: (B,) int64 image ids, non-negative.
             uses: (B,) int64 use counts, below 2**24.
-            height, width: Sides of the images, in pixels.
+            height: Height of the images, in pixels.
+            width: Width of the images, in pixels.
 
         Returns:
             Boxes (B, 4) int32 (top, left, height, width), and flips (B,) bool.

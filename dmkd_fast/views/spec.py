@@ -103,17 +103,10 @@ def check_logits(name: str, logits: Any, num_images: int, num_classes: int | Non
     """
     shape = f"({num_images}, {'' if num_classes is None else f'{num_classes} '}classes)"
     if not isinstance(logits, Tensor):
-        raise invalid(
-            name,
-            f"a {type(logits).__name__} from forward",
-            f"a tensor of logits {shape}",
-            "return the logits alone, or wrap the network",
-        )
+        got, expected = f"a {type(logits).__name__} from forward", f"a tensor of logits {shape}"
+        raise invalid(name, got, expected, "return the logits alone, or wrap the network")
     good = logits.ndim == 2 and logits.shape[0] == num_images
     if not good or num_classes not in (None, logits.shape[1]):
-        raise invalid(
-            name,
-            f"logits of shape {tuple(logits.shape)} for {num_images} images",
-            f"{shape}, classes last",
-            "use a classifier of that many classes, or pool and transpose its output",
-        )
+        got = f"logits of shape {tuple(logits.shape)} for {num_images} images"
+        fix = "use a classifier of that many classes, or pool and transpose its output"
+        raise invalid(name, got, f"{shape}, classes last", fix)

@@ -218,7 +218,7 @@ def with_teachers(
 
 def with_later(distiller: Distiller, late: DiffusionSampler) -> GeneratedImages:
     """The same images, but of another sampler from the middle of the run on."""
-    return GeneratedImages(labels_of(distiller), [(0.0, sampler_of(distiller)), (0.5, late)])
+    return GeneratedImages(labels_of(distiller), sampler_of(distiller), later=[(0.5, late)])
 
 
 def test_every_teacher_sees_the_students_crop_in_its_own_size_and_scale(
@@ -364,9 +364,7 @@ def test_distilling_some_of_a_teachers_classes_from_some_of_a_generators(
         base,
         teachers,
         student=student,
-        images=GeneratedImages(
-            LabelStream(2), [(0.0, tiny_sampler(num_classes=2, class_map=(3, 1)))]
-        ),
+        images=GeneratedImages(LabelStream(2), tiny_sampler(num_classes=2, class_map=(3, 1))),
     )
     distiller.refill()
     before = distiller.train_step().item()

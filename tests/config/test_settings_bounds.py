@@ -179,9 +179,9 @@ def test_every_field_takes_its_documented_range_and_refuses_the_rest_in_one_line
                     if isinstance(config, DistillConfig) and config.device != "cuda":
                         resolve(config)
                 except UserError as error:
-                    told = str(error)
-                    assert len(told) <= 1000 and "\n" not in told, told
-                    expects(value, annotation, metadata, told)
+                    printed = str(error)
+                    assert len(printed) <= 1000 and "\n" not in printed, printed
+                    expects(value, annotation, metadata, printed)
                 else:
                     accepted += 1
                     within_bounds(at(config.model_dump(), path), annotation, metadata, name)
@@ -200,11 +200,11 @@ def within_bounds(value: Any, annotation: Any, metadata: Any, name: str) -> None
             assert any(is_in(leaf, bounds) for _, bounds in allowed), (name, leaf)
 
 
-def expects(value: str, annotation: Any, metadata: Any, told: str) -> None:
+def expects(value: str, annotation: Any, metadata: Any, printed: str) -> None:
     """A plain number in range may only be refused because of another setting."""
     if annotation in (int, float) and value in ("0", "1", "-1"):
         is_valid = is_in(float(value), metadata)
-        assert is_valid != ("change it or pass" in told), told
+        assert is_valid != ("change it or pass" in printed), printed
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,6 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
         ["generate", CONFIG, "--out", "x", "--num-images", "1", "--shard", "1" * 5000],
         ["distill", CONFIG, "--" + "x" * 10**6],
         ["x" * 10**6],
-        [],
     ],
 )
 def test_wrong_arguments_are_one_line(
@@ -269,9 +268,9 @@ def test_wrong_arguments_are_one_line(
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
-    told = capsys.readouterr().err
-    assert stop.value.code == 2 and told.startswith("dmkd: ") and told.count("\n") == 1
-    assert len(told) < 1200
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.startswith("dmkd: ") and printed.count("\n") == 1
+    assert len(printed) < 1200
 
 
 def test_did_you_mean_reaches_into_lists() -> None:

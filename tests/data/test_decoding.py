@@ -32,10 +32,10 @@ def dali(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     return recorder
 
 
-def build(folder: Path, device: str) -> None:
+def build(device: str) -> None:
     """Both pipelines: that of test sets and that of images for the ring."""
-    decode._pipeline(iter([]), [COLOUR], 4, torch.device(device))
-    ImageDecoder((3, 8, 8), device=device)._build(4)
+    for inputs in ([COLOUR], []):
+        decode.Decoder(3, inputs, device=torch.device(device), num_threads=1)._build(4)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def build(folder: Path, device: str) -> None:
     [("cuda:0", 0, "mixed"), ("cuda:1", 1, "mixed"), ("cpu", None, "cpu")],
 )
 def test_dali_gets_the_index_of_the_device_and_interpolates_chroma(
-    dali: MagicMock, tmp_path: Path, device: str, index: int | None, kind: str
+    dali: MagicMock, device: str, index: int | None, kind: str
 ) -> None:
-    build(tmp_path, device)
+    build(device)
     made = [call.kwargs for call in dali.Pipeline.call_args_list]
     assert [options["device_id"] for options in made] == [index, index]
     decoders = [call.kwargs for call in dali.fn.decoders.image.call_args_list]
@@ -55,13 +55,8 @@ def test_dali_gets_the_index_of_the_device_and_interpolates_chroma(
         assert options["adjust_orientation"] is False
 
 
-def test_no_device_without_an_index_reaches_dali(dali: MagicMock, tmp_path: Path) -> None:
-    item = Item("a.png", 0)
-    for use in (
-        lambda: decode._pipeline(iter([]), [COLOUR], 4, torch.device("cuda")),
-        lambda: list(decode.decode([item], [COLOUR], 4, torch.device("cuda"))),
-        lambda: build(tmp_path, "cuda"),
-    ):
+def test_no_device_without_an_index_reaches_dali(dali: MagicMock) -> None:
+    for use in (lambda: build("cuda"), lambda: ImageDecoder((3, 8, 8), device="cuda")):
         with pytest.raises(ValueError, match=r"got cuda without an index, expected .* cuda:0"):
             use()
     dali.Pipeline.assert_not_called()
@@ -82,9 +77,11 @@ def test_jpegs_with_halved_chroma_are_decoded_as_pillow_decodes_them(
     decoded = ImageDecoder((channels, 48, 48)).decode(["a.jpg"], [buffer.getvalue()])
     read = decoded[0].permute(1, 2, 0).numpy()
     spec = InputSpec(size=48, mean=(0.0,) * channels, std=(1.0,) * channels)
-    items = [Item(str(path), 0)]
-    ((views, _),) = decode.decode(items, [spec], 1, torch.device("cpu"))
-    tested = (views[0][0] * 255).round().permute(1, 2, 0).numpy()
+    images = test_sets.EncodedSet(
+        items=(Item(str(path), 0),), class_names=("a",), device=torch.device("cpu")
+    )
+    ((views, _),) = images.batches([spec])
+    tested = (views[spec][0] * 255).round().permute(1, 2, 0).numpy()
     # Pillow makes grey from rounded RGB, DALI takes the stored luma.
     tolerance = 2 if channels == 3 else 4
     assert abs(read - expected).max() <= tolerance and abs(tested - expected).max() <= tolerance
@@ -158,11 +155,13 @@ def test_a_range_beyond_its_file_is_one_line(tmp_path: Path) -> None:
         Item(str(path), 0, "0.png", 2, 5).read()
 
 
-def test_memory_that_is_used_up_is_not_blamed_on_an_image() -> None:
-    assert "memory is used up" in decode.reason_of(RuntimeError("x: std::bad_alloc\ny"))
-    assert decode.reason_of(RuntimeError("Critical error in pipeline:\n  odd\nfile")) == (
-        "odd file"
-    )
+def test_memory_that_is_used_up_is_not_blamed_on_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("x: std::bad_alloc\ny")
+
+    monkeypatch.setattr(decode.Decoder, "_decode_by_dali", fail)
+    with pytest.raises(SourceError, match="memory is used up"):
+        ImageDecoder((1, 8, 8)).decode(["a"], [encode(np.zeros((8, 8), dtype=np.uint8))])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

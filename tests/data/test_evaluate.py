@@ -359,13 +359,21 @@ def test_networks_and_images_must_agree_on_channels(folder: Path) -> None:
         list(open_set(folder, CPU).batches([five]))
 
 
-def test_without_dali_one_line_says_what_to_install(
+def test_without_dali_test_sets_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = open_set(folder, CPU)
+    expected, labels = all_of(images, COLOUR)
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+    found, same = all_of(images, COLOUR)
+    levels = (found - expected).abs() * torch.tensor(COLOUR.std)[:, None, None] * 255
+    assert levels.max() < 1.01 and torch.equal(labels, same)
+
+
+def test_without_pillow_one_line_says_what_to_install(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia", None)
-    images = open_set(folder, CPU)
-    with pytest.raises(ValueError, match=r"pip install 'dmkd_fast\[dali\]'"):
-        list(images.batches([COLOUR]))
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ValueError, match=r"takes Pillow .*pip install pillow"):
+        list(open_set(folder, CPU).batches([COLOUR]))
 
 
 def test_float32_is_not_rounded_to_tf32_while_a_classifier_is_measured() -> None:

@@ -245,3 +245,17 @@ def test_a_crash_before_any_disk_call_leaves_only_whole_shards(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
     assert counts["crashes"] > 40 and counts["torn"] == counts["differing"] == 0, counts
+
+
+def test_shards_are_indexed_by_position_as_tarfile_indexes_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = shards.read_plan(folder)
+    for number in range(plan.num_shards):
+        fast = shards.load_shard(folder, plan, number)
+        assert shards._plain_places(fast.path, plan.ids(number), fast.labels) is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, "_plain_places", lambda *args: None)
+            slow = shards.load_shard(folder, plan, number)
+        assert fast.offsets.tolist() == slow.offsets.tolist()
+        assert fast.sizes.tolist() == slow.sizes.tolist()

@@ -358,7 +358,7 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
                     temperature=made["temperature"],
                 )
                 distiller = Distiller(
-                    GeneratedImages(made["labels"], [(0.0, made["sampler"])]),
+                    GeneratedImages(made["labels"], made["sampler"]),
                     ring,
                     student,
                     Targets(made["teacher"], made["views"]),

@@ -217,15 +217,15 @@ def test_random_settings_are_a_config_or_one_line(
         else:
             overrides = [an_override(pick, trees[path]) for _ in range(pick.randrange(1, 3))]
         file.write_bytes(data)
-        started, config, told = time.process_time(), None, ""
+        started, config, line = time.process_time(), None, ""
         try:
             config = load_config(kind, file, overrides)
             is_good = True
         except UserError as error:
-            told = str(error)
-            is_good = "\n" not in told and 10 < len(told) <= 1000
+            line = str(error)
+            is_good = "\n" not in line and 10 < len(line) <= 1000
         except Exception as error:
-            is_good, told = False, repr(error)[:200]
+            is_good, line = False, repr(error)[:200]
         took = time.process_time() - started
         if took > 0.1:  # once more, as a busy machine is slower
             started = time.process_time()
@@ -237,12 +237,12 @@ def test_random_settings_are_a_config_or_one_line(
             copy_file = tmp_path / "copy.yaml"
             copy_file.write_text(dump_config(config), encoding="utf-8", errors="surrogatepass")
             again = load_config(kind, copy_file)
-            is_good, told = dump_config(again) == dump_config(config), "not saved as it is"
+            is_good, line = dump_config(again) == dump_config(config), "not saved as it is"
         slowest = max(slowest, took)
         if not is_good or took > 0.1:
             failures.append(number)
             print(
-                f"case {number} of {path.name}, way {way}, {took:.2f} s: {told} {overrides}"[:400]
+                f"case {number} of {path.name}, way {way}, {took:.2f} s: {line} {overrides}"[:400]
             )
     print(f"{valid} of {cases} are valid; the slowest took {slowest:.3f} s")
     record_property("claim", "random settings files and overrides: a config or one line, no hang")

@@ -9,6 +9,7 @@ After a deliberate change of a kernel or of Triton's version, write the golden f
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -22,13 +23,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dmkd_fast.loss import ops, triton_launch
+from dmkd_fast.loss import ops, triton_launch, triton_long
+from dmkd_fast.loss.divergences import terms_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "kd_loss_kernels.json"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 CLASSES = (100, 1000, 1003, 21841, 32000, 128256)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = ("forward", "one_pass", "backward", "one_pass_target")
+# Divergences beside forward KL, in one pass; "standardized" is forward KL of standardized logits.
+DIVERGENCES = ("reverse_kl", "jsd", "alpha_beta", "total_variation", "dkd", "standardized", "two")
+FAMILY_CASES = ((80, 90, 100), (1000, 32000), ("float32", "bfloat16"))
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float32: "*fp32",
@@ -43,7 +48,8 @@ BATCH = 256
 
 def all_cases() -> list[tuple[int, int, str, str]]:
     """List all cases: (architecture, classes, dtype, kind)."""
-    return [(a, c, d, k) for a in ARCHITECTURES for c in CLASSES for d in DTYPES for k in KINDS]
+    plain = [(a, c, d, k) for a in ARCHITECTURES for c in CLASSES for d in DTYPES for k in KINDS]
+    return plain + list(itertools.product(*FAMILY_CASES, DIVERGENCES))
 
 
 def key(case: tuple[int, int, str, str]) -> str:
@@ -54,9 +60,11 @@ def key(case: tuple[int, int, str, str]) -> str:
 def plan(classes: int, dtype: str, kind: str) -> triton_launch.Launch:
     """Plan the launch of the kernel of this kind for a batch."""
     student = torch.empty(BATCH, classes, dtype=DTYPES[dtype])
-    target = torch.zeros(BATCH, dtype=torch.int64) if kind == "one_pass_target" else None
+    has_target = kind in ("one_pass_target", "dkd")
+    target = torch.zeros(BATCH, dtype=torch.int64) if has_target else None
     weight = torch.empty(BATCH) if target is not None else None
-    problem = (student, student, target, weight, 4.0, 0.9, 1.0, 1.0, 0.1)
+    alpha = 1.0 if kind == "dkd" else 0.9
+    problem = (student, student, target, weight, 4.0, alpha, 1.0, 1.0, 0.1, *extra_of(kind))
     grad, stats = torch.empty_like(student), torch.empty(BATCH, ops.NUM_STATS)
     if kind == "backward":
         return triton_launch.plan_backward(problem, grad, torch.tensor(1.0), stats)
@@ -66,6 +74,14 @@ def plan(classes: int, dtype: str, kind: str) -> triton_launch.Launch:
     return triton_launch.plan_losses(
         problem, gradient, None, 1.0, outputs, stats, ticket, per_row=False
     )
+
+
+def extra_of(kind: str) -> tuple:
+    """Return the extra arguments of the operators for a kind, none for forward KL."""
+    if kind not in DIVERGENCES:
+        return ()
+    names = {"standardized": "forward_kl", "two": {"forward_kl": 0.5, "jsd": 0.5}}
+    return None, terms_of(names.get(kind, kind)), kind == "standardized"
 
 
 def build(case: tuple[int, int, str, str]) -> dict[str, Any]:
@@ -105,7 +121,7 @@ def expected_accesses(case: tuple[int, int, str, str]) -> dict[str, tuple[int, i
     per_thread = constants.get("ROWS", 1) * constants["BLOCK"] // (32 * launch.num_warps)
     # A vector is never longer than the part of the tile that a thread holds.
     vector = min(constants["VEC"], per_thread)
-    reads = 4 if launch.kernel is triton_launch.kernels.two_pass else 2
+    reads = 4 if launch.kernel is triton_long.two_pass else 2
     accesses = {"LDG": (8 * size * vector, reads * per_thread // vector)}
     if kind != "forward":
         accesses["STG"] = (8 * size * vector, per_thread // vector)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmkd_fast.loss import ops, triton_launch
+from dmkd_fast.loss.divergences import terms_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LONG = triton_launch.MAX_TILE + 809  # two passes, three blocks
@@ -60,13 +61,14 @@ def run(problem: tuple, scale: float = 1.0) -> tuple[Tensor, ...]:
     return *losses, grad, again
 
 
-def exact(problem: tuple, scale: float = 1.0) -> tuple[Tensor, ...]:
+def exact(problem: tuple, scale: float = 1.0, extra: tuple = ()) -> tuple[Tensor, ...]:
     student, teacher, target, weight, *numbers = problem
     if target is not None and target.is_floating_point():
         target = target.double()
     wide = (student.double(), teacher.double(), target, weight.double(), *numbers)
-    losses = ops._eager_forward(*wide, False)
-    return *losses[:3], ops._eager_backward(torch.tensor(scale).double(), losses[3], *wide)
+    losses = ops._eager_forward(*wide, False, *extra)
+    upstream = torch.tensor(scale).double()
+    return *losses[:3], ops._eager_backward(upstream, losses[3], *wide, *extra)
 
 
 @pytest.mark.parametrize("target", ["none", "ids", "probabilities"])
@@ -117,6 +119,61 @@ def test_kernels_agree_over_shapes_temperatures_and_spreads(
     # The rounding of the two sums, 1e-7 of p, limits the accuracy of q - p.
     allowed = 1e-6 * size * (grad64.norm() + 16 / temperature)
     assert (grad.double() - grad64).norm() <= allowed
+
+
+FORMS = (
+    "reverse_kl",
+    "jsd",
+    {"jsd": {"beta": 0.1}},
+    "alpha_beta",
+    "total_variation",
+    "dkd",
+    {"forward_kl": 0.5, "reverse_kl": 0.25},
+    "forward_kl",
+)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_divergences_agree_with_float64(form: str | dict, standardize: bool) -> None:
+    for rows, classes, target in (
+        (5, 100, "ids"),
+        (3, 1003, "none"),
+        (2, LONG, "ids"),
+        (1, 1, "ids"),
+    ):
+        if form == "dkd" and target == "none":
+            continue
+        problem = make(rows, classes, torch.float32, target)
+        if target == "ids" and classes == 100:  # dkd without a hard-label term
+            problem = (*problem[:5], 1.0, *problem[6:])
+        temperatures = torch.tensor([[2.0 + row, 4.0] for row in range(rows)])
+        for each in (None, temperatures):
+            extra = (each, terms_of(form), standardize)
+            loss, kd, ce, grad, again = run((*problem, *extra), 3.0)
+            wide = None if each is None else each.double()
+            *losses64, grad64 = exact(problem, 3.0, (wide, *extra[1:]))
+            for value, expected in zip((loss, kd, ce), losses64, strict=True):
+                torch.testing.assert_close(value.double(), expected, rtol=5e-6, atol=1e-6)
+            assert (grad.double() - grad64).norm() <= 1e-5 * grad64.norm() + 1e-7
+            torch.testing.assert_close(again, grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_divergences_stay_exact_near_the_teacher(form: str | dict) -> None:
+    for classes in (1000, LONG):
+        teacher = make(2, classes, torch.float32, "none")[1].contiguous()
+        generator = torch.Generator().manual_seed(1)
+        student = teacher + 1e-2 * torch.randn(teacher.shape, generator=generator)
+        target = torch.tensor([3, 5])
+        problem = (student, teacher, target, torch.ones(2), 4.0, 1.0, 1.0, 1.0, 0.0)
+        extra = (None, terms_of(form), False)
+        loss, _, _, grad, _ = run((*problem, *extra))
+        loss64, _, _, grad64 = exact(problem, 1.0, extra)
+        torch.testing.assert_close(loss.double(), loss64, rtol=1e-3, atol=0)
+        assert (grad.double() - grad64).norm() < 1e-3 * grad64.norm()
+        same = run((teacher, *problem[1:], *extra))
+        assert same[0] == 0 and (same[3] == 0).all()
 
 
 def test_per_row_losses_are_bitwise_those_of_the_row_alone() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dmkd_fast import kd_loss, kd_loss_and_grad
 from dmkd_fast.loss import ops
 from dmkd_fast.loss.arguments import problem_of
+from dmkd_fast.loss.divergences import NAMES
 
 ROUNDING = {F32: 1e-6, F64: 1e-12, F16: 2**-10, BF16: 2**-7}
 
@@ -34,6 +35,10 @@ def kd_arguments(draw: Draw) -> tuple[tuple, dict]:
     if target is not None:
         named["alpha"] = draw.choice((0.0, 0.3, 0.9))
         named["label_smoothing"] = draw.choice((0.0, 0.1))
+    if draw.random() < 0.5:
+        # Not total variation, whose gradient jumps where p equals q.
+        names = [n for n in NAMES if n != "total_variation" and (kind == "ids" or n != "dkd")]
+        named["divergence"] = draw.choice((*names, {"forward_kl": 0.5, "jsd": {"beta": 0.2}}))
     if draw.random() < 0.3:
         named["mask"] = draw.place(torch.rand(leading) < 0.7)
     if draw.random() < 0.3:
@@ -54,6 +59,8 @@ def kd_expected(tensors: tuple, named: dict) -> tuple[list, tuple]:
         "ignore_index": -100,
         "label_smoothing": 0.0,
         "num_items": None,
+        "divergence": "forward_kl",
+        "standardize_logits": False,
     }
     order = (
         "temperature",
@@ -65,12 +72,14 @@ def kd_expected(tensors: tuple, named: dict) -> tuple[list, tuple]:
         "ignore_index",
         "label_smoothing",
         "num_items",
+        "divergence",
+        "standardize_logits",
     )
-    problem = problem_of(*tensors, *((defaults | named)[name] for name in order))
+    problem, extra = problem_of(*tensors, *((defaults | named)[name] for name in order))
     wide = tuple(
         x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in problem
     )
-    return ops._eager_forward(*wide, named["reduction"] == "none"), wide
+    return ops._eager_forward(*wide, named["reduction"] == "none", *extra), (*wide, *extra)
 
 
 def kd_tolerance(tensors: tuple) -> float:

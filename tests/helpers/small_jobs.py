@@ -145,7 +145,7 @@ def build_distiller(
     """
     if images is None:
         labels = LabelStream(4, seed=seed, rank=ranks.rank, world_size=ranks.world_size)
-        images = GeneratedImages(labels, [(0.0, tiny_sampler(seed=seed))], ranks=ranks)
+        images = GeneratedImages(labels, tiny_sampler(seed=seed), ranks=ranks)
     torch.manual_seed(5)
     teacher = small_classifier()
     torch.manual_seed(7 + seed)

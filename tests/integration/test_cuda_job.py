@@ -37,8 +37,9 @@ from dmkd_fast import (
     measure,
     open_set,
 )
-from dmkd_fast.data.decode import decode
+from dmkd_fast.data import test_sets
 from dmkd_fast.data.listing import Item
+from dmkd_fast.data.test_sets import EncodedSet
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.wrappers import Decoder
 from dmkd_fast.ring.cuda_sync import ProducerStream, SingleStream
@@ -115,7 +116,7 @@ def job(run_dir: Path, **changes: Any) -> Distiller:
         "ema_decay": 0.9,
     }
     return Distiller(
-        GeneratedImages(LabelStream(10, device="cuda"), [(0.0, sampler())]),
+        GeneratedImages(LabelStream(10, device="cuda"), sampler()),
         new_ring(image_shape=(3, 16, 16), device="cuda", num_classes=10, guard_blocks=1),
         StudentTrainer(
             student, Schedule(**(schedule | changes)), dtype=torch.float16, compile=True
@@ -302,19 +303,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def decoded(folder: Path, device: str) -> tuple[Tensor, Tensor]:
+def decoded(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
     spec = InputSpec(size=24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     paths = sorted(folder.rglob("*.*"))
     items = [Item(str(p), int(p.parent.name)) for p in paths]
-    found = list(decode(items, [spec], 4, torch.device(device)))
+    images = EncodedSet(items=tuple(items), class_names=("0", "1"), device=torch.device(device))
+    monkeypatch.setattr(test_sets, "batch_images", lambda inputs: 4)
+    found = [(views[spec], labels) for views, labels in images.batches([spec])]
     assert [len(labels) for _, labels in found] == [4, 2]
-    assert all(str(views[0].device) == device for views, _ in found)
-    return torch.cat([v[0] for v, _ in found]).cpu(), torch.cat([x for _, x in found]).cpu()
+    assert all(str(views.device) == device for views, _ in found)
+    return torch.cat([v for v, _ in found]).cpu(), torch.cat([x for _, x in found]).cpu()
 
 
 @pytest.mark.skipif(not HAS_DRIVER, reason="DALI asks for a driver")
-def test_image_files_decoded_on_the_gpu_are_those_of_the_cpu(folder: Path) -> None:
-    (there, labels), (here, same) = decoded(folder, "cuda:0"), decoded(folder, "cpu")
+def test_image_files_decoded_on_the_gpu_are_those_of_the_cpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (there, labels), (here, same) = (decoded(folder, d, monkeypatch) for d in ("cuda:0", "cpu"))
     assert torch.equal(labels, same)
     # JPEG decoders and resampling round differently: 3 of 255 levels, over a std of 0.2.
     assert (there - here).abs().max() < 3 / 255 / 0.2

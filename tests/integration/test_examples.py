@@ -29,7 +29,7 @@ MODULES = sorted(
     if ">>> " in path.read_text(encoding="utf-8")
 )
 # Pages whose examples have a test of their own, or stand for a program of several processes.
-ELSEWHERE = {"kd_loss.md": "tests/loss/test_kd_loss_docs.py", "several-processes.md": "compiled"}
+ELSEWHERE = {"loss.md": "tests/loss/test_kd_loss_docs.py", "several-processes.md": "compiled"}
 PAGES = sorted(
     path.relative_to(DOCS)
     for path in DOCS.rglob("*.md")

@@ -93,7 +93,7 @@ def job(run_dir: Path) -> Distiller:
         [Teacher(module=classifier(size), input=InputSpec(size=size, **spec)) for size in (16, 20)]
     )
     return Distiller(
-        GeneratedImages(LabelStream(10), [(0.0, sampler)]),
+        GeneratedImages(LabelStream(10), sampler),
         new_ring(image_shape=(3, 16, 16), num_classes=10, guard_blocks=1),
         StudentTrainer(
             classifier(16),

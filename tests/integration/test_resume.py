@@ -173,8 +173,8 @@ def test_a_full_disk_during_training_costs_no_step(
 ) -> None:
     whole = make_distiller()
     whole.fit()
-    run, told = make_distiller(checkpoint_every_s=1e-6), []
-    run.display.note = told.append  # type: ignore[method-assign]
+    run, noted = make_distiller(checkpoint_every_s=1e-6), []
+    run.display.note = noted.append  # type: ignore[method-assign]
     step = run.train_step
 
     def on_a_full_disk() -> torch.Tensor:
@@ -186,7 +186,7 @@ def test_a_full_disk_during_training_costs_no_step(
 
     run.train_step = on_a_full_disk  # type: ignore[method-assign]
     run.fit()
-    notes = [line for line in told if "No space left on device" in line]
+    notes = [line for line in noted if "No space left on device" in line]
     assert notes and all("the run goes on" in line for line in notes)
     assert fingerprint(run) == fingerprint(whole)
     again = make_distiller(run_dir=run.run_dir)
@@ -383,12 +383,12 @@ def test_a_second_signal_ends_the_process_even_while_work_is_held(first: int) ->
 
 
 def test_a_signal_is_served_while_blocks_wait_for_a_disk_that_hangs(make_distiller: Make) -> None:
-    run, gate, told = make_distiller(), threading.Event(), []
+    run, gate, noted = make_distiller(), threading.Event(), []
     run.checkpoints.writer.submit(gate.wait)  # Four more jobs, and the next block has to wait.
     save = run._save_last
 
     def saved_last() -> Path:
-        told.append(time.monotonic())
+        noted.append(time.monotonic())
         return save()
 
     run._save_last = saved_last  # type: ignore[method-assign]
@@ -402,5 +402,5 @@ def test_a_signal_is_served_while_blocks_wait_for_a_disk_that_hangs(make_distill
     finally:
         signal.signal(signal.SIGINT, handler)
         gate.set()
-    assert told and told[0] - start < 1.2 <= time.monotonic() - start < 5
+    assert noted and noted[0] - start < 1.2 <= time.monotonic() - start < 5
     run.checkpoints.writer.close()

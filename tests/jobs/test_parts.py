@@ -12,7 +12,7 @@ from checkpoints import restore, save
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from small_jobs import TinyDenoiser, small_classifier, tiny_sampler
 
-from dmkd_fast import DiffusionSampler, Guidance, LabelStream, Steps
+from dmkd_fast import DiffusionSampler, Guidance, LabelStream, Schedule, Steps
 from dmkd_fast.assets import resolve
 from dmkd_fast.checkpoint import step_folders
 from dmkd_fast.classifiers.loading import build_classifier, freeze, load_classifier, save_classifier
@@ -377,10 +377,10 @@ def test_checkpoint_restores_everything_and_keeps_the_last_two(
     model[1] = torch.nn.Conv2d(4, 8, 3, padding=1)
     other[1] = torch.nn.Conv2d(4, 8, 3, padding=1)
     model, other = model.to(memory_format=layout), other.to(memory_format=layout)
-    optimizer = build_optimizer(model, name="adamw", lr=0.1, momentum=0.9, weight_decay=0)
+    optimizer = build_optimizer(model, Schedule(batch_size=1, num_views=1, lr=0.1))
     model(torch.randn(4, 1, 8, 8)).sum().backward()
     optimizer.step()
-    twin = build_optimizer(other, name="adamw", lr=0.1, momentum=0.9, weight_decay=0)
+    twin = build_optimizer(other, Schedule(batch_size=1, num_views=1, lr=0.1))
     for step in (1, 2, 3):
         save(tmp_path, step, {"model": model, "optimizer": optimizer})
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-000000002", "step-000000003"]

@@ -281,20 +281,8 @@ def test_third_place_takes_what_cannot_be_a_target_for_a_temperature() -> None:
     with pytest.raises(ValueError, match="alpha: got None with a target"):
         DistillKL()(*one, label)
     assert torch.equal(DistillKL()(*one, label, object()), kd_loss(*one, temperature=3))
-    with pytest.raises(ValueError, match=r"temperature: got shape \(4, 1\)"):
-        DistillKL()(torch.zeros(4, 10), torch.zeros(4, 10), torch.ones(4, 1))
-
-
-def test_a_temperature_for_each_row_is_what_the_message_says() -> None:
-    student, teacher = logits(6, 10, seed=0).requires_grad_(), logits(6, 10, seed=1)
-    each = torch.rand(6, 1, dtype=torch.float64) + 1
-    with pytest.raises(ValueError, match=r"temperature: got shape \(6, 1\), .*row_weight=temp"):
-        kd_loss(student, teacher, temperature=each)
-    mine = kd_loss(student / each, teacher / each, temperature=1, row_weight=each[:, 0] ** 2)
-    rows = [kd_loss(student[i], teacher[i], temperature=each[i]) for i in range(6)]
-    expected = torch.stack(rows).mean()
-    close(mine, expected)
-    close(*(torch.autograd.grad(loss, student)[0] for loss in (mine, expected)))
+    with pytest.raises(ValueError, match=r"temperature: got shape \(4, 2\)"):
+        DistillKL()(torch.zeros(4, 10), torch.zeros(4, 10), torch.ones(4, 2))
 
 
 @pytest.mark.parametrize("name", ["temperature", "alpha", "label_smoothing", "num_items"])

@@ -1,4 +1,4 @@
-"""The loops in docs/kd_loss.md run and learn."""
+"""The loops in docs/concepts/loss.md run and learn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmkd_fast import kd_loss
 
-PAGE = (Path(__file__).parents[2] / "docs" / "kd_loss.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "concepts" / "loss.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -82,3 +82,17 @@ def test_language_models_tokens_need_one_buffer() -> None:
     expected = kd_loss(model(ids), teacher(ids).detach(), mask=labels != -100, temperature=2.0)
     torch.testing.assert_close(loss, expected.detach())
     assert model.weight.grad.abs().sum() > 0 and buffer[labels == -100].abs().sum() == 0
+
+
+def test_stored_and_linear_teachers_of_the_page() -> None:
+    torch.manual_seed(0)
+    heads = nn.Linear(6, 11, bias=False), nn.Linear(4, 11, bias=False)
+    student_hidden, teacher_hidden = torch.randn(5, 6), torch.randn(5, 4)
+    student, teacher = heads[0](student_hidden), heads[1](teacher_hidden).detach()
+    expected = kd_loss(student, teacher, temperature=2.0)
+    loss = shown("distill_heads")(student_hidden, heads[0], teacher_hidden, heads[1])
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    values, indices = teacher.topk(10)
+    stored = {"values": values, "indices": indices, "logsumexp": (teacher / 2).logsumexp(-1)}
+    loss = shown("distill_from_stored")(student, stored)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)  # one class is the bucket

@@ -143,7 +143,7 @@ def test_error_is_never_above_that_of_eager(
 
 
 # Teacher logits 3 * normal, student = teacher + noise * normal, 256 x 1000; bounds leave a factor 3
-# over what docs/kd_loss.md shows.
+# over what docs/concepts/loss.md shows.
 @pytest.mark.parametrize(("temperature", "noise"), [(4, 0.5), (10, 2.0), (10, 0.5), (10, 0.1)])
 def test_accuracy_table_of_the_docs(temperature: int, noise: float) -> None:
     teacher = logits(256, 1000, seed=0)
@@ -173,6 +173,16 @@ def test_properties_of_a_divergence() -> None:
     assert grad.sum(1).abs().max() < 1e-5
     one, grad = kd_loss_and_grad(student[:, :1], teacher[:, :1])
     assert one == 0 and (grad == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0, 10.0])
+def test_one_class_has_loss_and_gradient_zero(temperature: float) -> None:
+    student, teacher = logits(200, 1, seed=0), logits(200, 1, seed=1)
+    loss, grad = kd_loss_and_grad(student, teacher, temperature=temperature, reduction="sum")
+    assert loss == 0 and (grad == 0).all()
+    leaf = student.requires_grad_()
+    (2 * kd_loss(leaf, teacher, temperature=temperature)).backward()
+    assert (leaf.grad == 0).all()
 
 
 def test_layouts_give_the_same_bits() -> None:

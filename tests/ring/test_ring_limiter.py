@@ -1,4 +1,4 @@
-"""The limiter: its bounds, and exactly which settings let a loop run for ever."""
+"""The limiter: its bounds, and exactly which settings let a loop run without end."""
 
 from __future__ import annotations
 

@@ -87,6 +87,13 @@ def test_the_number_out_of_range_is_named(low: int, bad: int) -> None:
         tensor_checks.within("labels", torch.tensor([low, bad, 9]), low=low, high=9)
 
 
+def test_a_renamed_error_keeps_its_kind_and_the_rest_of_its_message() -> None:
+    error = invalid("steps.count", "9 for steps.count", "at most 4").renamed("sampler.num_steps")
+    assert str(error) == "sampler.num_steps: got 9 for steps.count, expected at most 4"
+    assert error.name == "sampler.num_steps"
+    assert type(NotFiniteError.invalid("loss", 1, "0").renamed("kd")) is NotFiniteError
+
+
 def test_an_error_within_a_section_keeps_its_kind() -> None:
     error = invalid("capacity_images", 3, "at least 4", "set it to 4").within("ring")
     assert str(error) == "ring.capacity_images: got 3, expected at least 4; set it to 4"

@@ -109,7 +109,7 @@ def test_resumed_ranks_end_bit_equal(
 def test_ranks_killed_at_random_end_like_undisturbed_ones(
     serve: Serve, tmp_path: Path, count: int, record_property: Record
 ) -> None:
-    record_property("claim", "kill -9 of one of two ranks: all start anew and end bit-equal")
+    record_property("claim", "kill -9 of one of two ranks: all start again and end bit-equal")
     record_property("cases", count)
     chance, hits, number = random.Random(count), 0, 0
     begun = time.monotonic()

@@ -12,12 +12,12 @@ from sampler_cases import Counts, dit_sampler, embedded, make
 from small_jobs import CONFIG, SHORT, tiny_sampler
 from torch import Tensor, nn
 
-from dmkd_fast import Guidance, cli
+from dmkd_fast import GeneratedImages, Guidance, cli
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import dump_config, load_config
 from dmkd_fast.data import shards
 from dmkd_fast.jobs import generate
-from dmkd_fast.jobs.build import make_samplers
+from dmkd_fast.jobs.build import make_stream
 from dmkd_fast.jobs.images import card_sentence
 from dmkd_fast.jobs.parts import prepare
 
@@ -126,7 +126,9 @@ def test_later_phases_keep_the_scales_of_named_classes() -> None:
     phases = "sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 2}]"
     overrides = [*SHORT, phases, "sampler.class_guidance={3: 3}"]
     job, parts = prepare(load_config(DistillConfig, CONFIG, overrides))
-    _, (start, later) = make_samplers(job, parts.origin)
+    stream = make_stream(job, parts.origin, ring_images=1, show=False)
+    assert isinstance(stream, GeneratedImages)
+    _, (start, later) = stream.samplers
     assert (start, later.guidance) == (0.5, Guidance(scale=2.0, by_class={3: 3.0}))
     assert "3 for class 3" in card_sentence(job.config)
 

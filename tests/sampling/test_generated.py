@@ -11,8 +11,8 @@ from dmkd_fast.runtime.errors import UserError
 
 
 def test_progress_selects_the_sampler_and_all_of_them_can_make_images_again() -> None:
-    samplers = [(0.0, tiny_sampler()), (0.5, tiny_sampler(num_steps=1))]
-    images = GeneratedImages(LabelStream(4), samplers)
+    later = [(0.5, tiny_sampler(count=1))]
+    images = GeneratedImages(LabelStream(4), tiny_sampler(), later=later)
     ids, labels = images.next_block(16)
     assert torch.equal(images.next_block(16)[0], ids)  # the same until `advance`
     made = []
@@ -20,7 +20,7 @@ def test_progress_selects_the_sampler_and_all_of_them_can_make_images_again() ->
         out = torch.empty((16, 1, 8, 8), dtype=torch.uint8)
         images.write(ids, labels, out, progress=progress)
         made.append(out)
-    again = [torch.empty_like(made[0]) for _ in samplers]
+    again = [torch.empty_like(made[0]) for _ in images.rewrites]
     for rewrite, out in zip(images.rewrites, again, strict=True):
         rewrite(ids, labels, out=out)
     expected = [again[0], again[0], again[1], again[1]]
@@ -30,8 +30,8 @@ def test_progress_selects_the_sampler_and_all_of_them_can_make_images_again() ->
     assert images.next_block(16)[0].tolist() == list(range(16, 32))
 
 
-@pytest.mark.parametrize("starts", [[], [0.1], [0.0, 0.0], [0.0, 0.6, 0.5], [0.0, 1.0]])
-def test_samplers_whose_progress_does_not_rise_from_0_are_refused(starts: list[float]) -> None:
-    samplers = [(start, tiny_sampler()) for start in starts]
-    with pytest.raises(UserError, match=r"^samplers: got starts .* expected rising numbers from 0"):
-        GeneratedImages(LabelStream(4), samplers)
+@pytest.mark.parametrize("starts", [[0.0], [0.5, 0.5], [0.6, 0.5], [1.0], [-0.1]])
+def test_later_samplers_whose_progress_does_not_rise_are_refused(starts: list[float]) -> None:
+    later = [(start, tiny_sampler()) for start in starts]
+    with pytest.raises(UserError, match=r"^later: got starts .* expected rising numbers between 0"):
+        GeneratedImages(LabelStream(4), tiny_sampler(), later=later)

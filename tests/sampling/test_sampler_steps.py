@@ -61,7 +61,7 @@ def test_a_step_without_noise_adds_none_whatever_variance_the_model_predicts() -
             ids,
             torch.full_like(output, 1e3),
             1.0,
-            sampler._settings,
+            sampler._config,
         )  # type: ignore[arg-type]
     torch.testing.assert_close(x, plain[-1], rtol=1e-5, atol=1e-5)
 

@@ -226,14 +226,14 @@ def test_out_of_memory_is_one_line_and_leaves_a_checkpoint(
         failing(*((StudentTrainer, "learn") if where == "learn" else (WeightEMA, "update")), 8)
     run = tmp_path / "run"
     assert cli.main(["distill", CONFIG, *SHORT, f"run_dir={run}"]) == 2
-    told = capsys.readouterr().err
-    assert re.search(LINE, told), told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert re.search(LINE, printed), printed
+    assert "Traceback" not in printed
     monkeypatch.undo()
     if where in ("build", "finish"):  # Nothing was done, or weights were half changed.
         assert not list((run / "checkpoints").glob("step-*"))
         return
-    assert "to go on: dmkd distill" in told
+    assert "to go on: dmkd distill" in printed
     assert cli.main(["distill", str(run / "config.yaml"), "--resume"]) == 0
     rows = (run / "stats.jsonl").read_text()
     assert f'"skipped_steps": {int(where == "learn")}' in rows.splitlines()[-1]
@@ -260,7 +260,7 @@ def test_a_run_that_learns_nothing_ends_in_one_line(
     )
     overrides = [*SHORT, "train.max_skipped_steps=7", f"run_dir={tmp_path / 'run'}"]
     assert cli.main(["distill", CONFIG, *overrides]) == 2
-    told = capsys.readouterr().err
-    assert "dmkd: 10 steps in a row had a loss or gradient that is not finite" in told
-    assert "skipped 5 steps" in told and "to go on: dmkd distill" in told
+    printed = capsys.readouterr().err
+    assert "dmkd: 10 steps in a row had a loss or gradient that is not finite" in printed
+    assert "skipped 5 steps" in printed and "to go on: dmkd distill" in printed
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))

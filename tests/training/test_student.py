@@ -128,7 +128,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
 
 
 def test_a_skipped_step_leaves_the_run_as_if_its_views_had_not_been_seen(tmp_path: Any) -> None:
-    """The steps after it end where those of a learner that never took it end."""
+    """The steps after it end where those of a trainer that never took it end."""
     torch.manual_seed(0)
     views, teacher = torch.randn(6, 16, 12), torch.randn(6, 16, 4)
     ends = []
@@ -341,7 +341,7 @@ def test_so_many_skipped_steps_in_a_row_stop_the_run(make_distiller: Make, first
     assert distiller.step == (10 if first == 0 else 20)  # the next log line
     again = make(run_dir=distiller.run_dir)
     assert again.restore().step == distiller.step
-    again.fit()  # What was told is over: it goes on.
+    again.fit()  # The reported streak is over, so the run goes on.
     assert again.step == 40
     rows = [json.loads(r) for r in (again.run_dir / "stats.jsonl").read_text().splitlines()]
     assert [row["views"] for row in rows] == [160, 320, 480, 640]
@@ -367,7 +367,7 @@ def test_a_generator_that_breaks_stops_the_run(make_distiller: Make, first: int)
     assert distiller.ring.num_inserted == (0 if first == 0 else 64)
     broken, distiller = distiller, make(run_dir=distiller.run_dir)
     assert distiller.restore().step == broken.step
-    first = 1000  # It was mended.
+    first = 1000  # It was fixed.
     distiller.fit()
     assert distiller.step == 40
 

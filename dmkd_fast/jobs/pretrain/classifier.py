@@ -5,32 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dmkd_fast.classifiers.loading import build_classifier, save_classifier, to_channels_last
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import TeacherConfig
 from dmkd_fast.jobs import memory, run_dir
-from dmkd_fast.jobs.pretrain.loop import (
-    autocast,
-    compiles,
-    finish,
-    finished,
-    less_memory,
-    load_real,
-    prepare,
-    results,
-    train,
-    write_card,
-)
+from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.training import scoring
 from dmkd_fast.views.crops import Views, ViewSpec
 
 
-@less_memory
+@loop.less_memory
 def pretrain_teacher(
     config: TeacherConfig, data: Path, *, resume: bool = False, show: bool = True
 ) -> dict[str, Any]:
@@ -45,11 +33,11 @@ def pretrain_teacher(
     Returns:
         held_out_top1, test_top1, and the figures that `loop.train` returns.
     """
-    job = prepare(config, resume=resume, show=show)
-    if (facts := finished(job)) is not None:
-        return facts
-    config, device, dtype = job.config, job.device, job.dtype
-    real = load_real(data, device)
+    job = loop.prepare(config, resume=resume, show=show)
+    if (ended := job.finished()) is not None:
+        return ended
+    config, device = job.config, job.device
+    real = loop.load_real(data, device)
     if config.model.arch is None:
         raise invalid("model", "path", "arch", "name the architecture to train")
     spec = ClassifierSpec(
@@ -70,11 +58,11 @@ def pretrain_teacher(
         config.train.accumulate,
         spec.in_chans,
         [spec.input_size],
-        dtype=dtype,
-        compiled=compiles(config, device),
+        dtype=job.dtype,
+        compiled=job.compiles,
     )
     memory.check_fits(batch, available_bytes(device))
-    forward = torch.compile(model) if compiles(config, device) else model
+    forward = job.compiled(model)
     views = Views(
         ViewSpec(size=config.views.size, mean=spec.mean, std=spec.std, device=device),
         **config.views.model_dump(exclude={"size"}),
@@ -83,22 +71,22 @@ def pretrain_teacher(
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
         batch = views(real.train.images, indices, indices, uses)
-        with autocast(device, dtype):
+        with job.autocast():
             logits = forward(batch)
         return nn.functional.cross_entropy(
             logits.float(), real.train.labels[indices], label_smoothing=config.label_smoothing
         )
 
     with run_dir.opened(config, resume=resume) as folder:
-        average, facts = train(job, model, loss_of, len(real.train.labels))
+        average, facts = loop.train(job, model, loss_of, len(real.train.labels), folder)
         final = average.module
         for name, images in (("held_out_top1", real.held_out), ("test_top1", real.test)):
             batches = scoring.tracked(images.batches([spec.input]), len(images), job.display)
             scores = scoring.measure(final, batches, input=spec.input, num_classes=spec.num_classes)
             scoring.check_trained(scores)
             facts[name] = scores.result()["top1"]
-        with results(folder) as target:
+        with loop.results(folder) as target:
             save_classifier(final, spec, target)
             title = f"{config.name}: {spec.architecture}"
-            write_card(target, title, "pretrain teacher CONFIG --data DIR", config, facts)
-        return finish(job, facts)
+            loop.write_card(target, title, "pretrain teacher CONFIG --data DIR", config, facts)
+    return job.finish(facts)

@@ -22,19 +22,7 @@ from dmkd_fast.data import test_sets
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs import memory, report, run_dir
-from dmkd_fast.jobs.pretrain.loop import (
-    Job,
-    autocast,
-    compiles,
-    finish,
-    finished,
-    less_memory,
-    load_real,
-    prepare,
-    results,
-    train,
-    write_card,
-)
+from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps
@@ -43,7 +31,7 @@ from dmkd_fast.sampling.sampler import DiffusionSampler
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 
 
-@less_memory
+@loop.less_memory
 def pretrain_denoiser(
     config: PretrainDenoiserConfig, data: Path, *, resume: bool = False, show: bool = True
 ) -> dict[str, Any]:
@@ -58,11 +46,11 @@ def pretrain_denoiser(
     Returns:
         held_out_loss, and the figures that `loop.train` returns.
     """
-    job = prepare(config, resume=resume, show=show)
-    if (facts := finished(job)) is not None:
-        return facts
-    config, device, dtype = job.config, job.device, job.dtype
-    real = load_real(data, device)
+    job = loop.prepare(config, resume=resume, show=show)
+    if (ended := job.finished()) is not None:
+        return ended
+    config, device = job.config, job.device
+    real = loop.load_real(data, device)
     channels, size = real.train.images.shape[1:3]
     num_classes = len(real.train.class_names)
     _check_size(config, size, device)
@@ -75,36 +63,32 @@ def pretrain_denoiser(
         num_heads=config.num_heads,
         head_dim=config.head_dim,
     ).to(device)
-    forward = torch.compile(model) if compiles(config, device) else model
+    forward = job.compiled(model)
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
         del uses  # Images are not augmented; uses differ in noise and timestep only.
         labels = drop_labels(real.train.labels[indices], num_classes, config.label_dropout)
-        return flow_loss(forward, real.train.images[indices], labels, device, dtype)
+        return flow_loss(forward, real.train.images[indices], labels, job)
 
     with run_dir.opened(config, resume=resume) as folder:
-        average, facts = train(job, model, loss_of, len(real.train.labels))
+        average, facts = loop.train(job, model, loss_of, len(real.train.labels), folder)
         torch.manual_seed(config.seed)
         facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, job)
-        with results(folder) as target:
+        with loop.results(folder) as target:
             save_denoiser(average.module.dit, FLOW, target)
             for scale, images in _sample_grids(target, num_classes, job):
                 path = target / f"samples_guidance_{scale:g}.png"
                 report.grid(images, real.train.class_names, path)
             title = f"{config.name}: pixel DiT"
-            write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
-        return finish(job, facts)
+            loop.write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
+    return job.finish(facts)
 
 
 def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
     """Refuse patches that do not divide the images, and a transformer too large for memory."""
     if image_size % config.patch_size:
-        raise invalid(
-            "patch_size",
-            config.patch_size,
-            f"a divisor of the images' {image_size} pixels",
-            "change it",
-        )
+        expected = f"a divisor of the images' {image_size} pixels"
+        raise invalid("patch_size", config.patch_size, expected, "change it")
     width, tokens = config.num_heads * config.head_dim, (image_size // config.patch_size) ** 2
     weights = config.num_layers * (4 + 8 + 6) * width**2  # attention, MLP, modulation
     batch = config.train.batch_size // config.train.accumulate * tokens
@@ -124,11 +108,7 @@ def drop_labels(labels: Tensor, null_class: int, probability: float) -> Tensor:
 
 
 def flow_loss(
-    forward: Callable[..., Tensor],
-    images: Tensor,
-    labels: Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
+    forward: Callable[..., Tensor], images: Tensor, labels: Tensor, job: loop.PretrainJob[Any]
 ) -> Tensor:
     """Compute the mean squared error of the predicted velocity, noise - image.
 
@@ -136,17 +116,16 @@ def flow_loss(
         forward: Denoiser to train or to measure.
         images: Images (B, c, H, W) uint8.
         labels: Classes (B,) int64, null class included.
-        device: Device of the images.
-        dtype: Compute dtype of the forward pass.
+        job: Job, for the device of the images and the dtype of the forward pass.
 
     Returns:
         Scalar loss, float32.
     """
     clean = images.float() / 127.5 - 1
     noise = torch.randn_like(clean)
-    levels = torch.sigmoid(torch.randn(len(clean), device=device))  # (B,)
+    levels = torch.sigmoid(torch.randn(len(clean), device=job.device))  # (B,)
     mixed = torch.lerp(clean, noise, levels[:, None, None, None])
-    with training_attention(device), autocast(device, dtype):
+    with training_attention(job.device), job.autocast():
         velocity = forward(mixed, levels * 1000, labels)
     return nn.functional.mse_loss(velocity.float(), noise - clean)
 
@@ -161,11 +140,11 @@ def training_attention(device: torch.device) -> contextlib.AbstractContextManage
 
 @torch.inference_mode()
 def _held_out_loss(
-    model: nn.Module, held_out: test_sets.ImageSet, job: Job[PretrainDenoiserConfig]
+    model: nn.Module, held_out: test_sets.ImageSet, job: loop.PretrainJob[Any]
 ) -> float:
     batches = zip(held_out.images.split(500), held_out.labels.split(500), strict=True)
     losses = [
-        flow_loss(model, images, labels, job.device, job.dtype)
+        flow_loss(model, images, labels, job)
         for images, labels in job.display.track(
             batches, "evaluating", len(held_out), "images", size=lambda batch: len(batch[0])
         )
@@ -174,7 +153,7 @@ def _held_out_loss(
 
 
 def _sample_grids(
-    folder: Path, num_classes: int, job: Job[PretrainDenoiserConfig]
+    folder: Path, num_classes: int, job: loop.PretrainJob[Any]
 ) -> Iterator[tuple[float, Tensor]]:
     """Generate 8 images of each class at 3 guidance scales in 16 steps from saved weights."""
     device = job.device

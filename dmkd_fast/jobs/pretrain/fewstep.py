@@ -24,19 +24,8 @@ from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import save_denoiser, share_embedder
 from dmkd_fast.denoisers.wrappers import PixelDiT
 from dmkd_fast.jobs import memory, report, resolve, run_dir
+from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, training_attention
-from dmkd_fast.jobs.pretrain.loop import (
-    Job,
-    autocast,
-    compiles,
-    finish,
-    finished,
-    less_memory,
-    prepare,
-    results,
-    train,
-    write_card,
-)
 from dmkd_fast.runtime.device import InFlight, available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps
@@ -47,7 +36,7 @@ from dmkd_fast.sampling.sampler import DiffusionSampler
 HELD_OUT_ID = 2**40
 
 
-@less_memory
+@loop.less_memory
 def pretrain_fewstep(
     config: PretrainFewstepConfig, *, resume: bool = False, show: bool = True
 ) -> dict[str, Any]:
@@ -66,45 +55,39 @@ def pretrain_fewstep(
         images from the same noise, in units of [-1, 1] pixels: rms_to_teacher of the trained
         denoiser, and rms_without_training of the teacher's own K guided steps.
     """
-    job = prepare(config, resume=resume, show=show)
-    if (facts := finished(job)) is not None:
-        return facts
-    config, device, dtype = job.config, job.device, job.dtype
+    job = loop.prepare(config, resume=resume, show=show)
+    if (ended := job.finished()) is not None:
+        return ended
+    config, device = job.config, job.device
     given = resolve_path(config.denoiser.path, config.denoiser.revision)
     start = load_denoiser(given, device, null_class=config.denoiser.null_class)
     if start.scheduler.get("_class_name") != FLOW["_class_name"]:
-        raise invalid(
-            "denoiser.path",
-            f"a {start.scheduler.get('_class_name')}",
-            f"a flow model ({FLOW['_class_name']})",
-            "use one from `dmkd pretrain denoiser`",
-        )
+        got = f"a {start.scheduler.get('_class_name')}"
+        expected = f"a flow model ({FLOW['_class_name']})"
+        raise invalid("denoiser.path", got, expected, "use one from `dmkd pretrain denoiser`")
     if not isinstance(start.module, LeanDiT | PixelDiT) or start.decoder is not None:
-        raise invalid(
-            "denoiser.path",
-            f"a {type(start.module).__name__}{'' if start.decoder is None else ' on latents'}",
-            "a pixel DiT",
-            "use one from `dmkd pretrain denoiser`",
-        )
+        got = f"a {type(start.module).__name__}{'' if start.decoder is None else ' on latents'}"
+        raise invalid("denoiser.path", got, "a pixel DiT", "use one from `dmkd pretrain denoiser`")
     pool = Pool(start, job)
     model: Any = load_denoiser(given, device, lean=False).module
     share_embedder(model.dit)
     model.requires_grad_(True)
-    forward = torch.compile(model) if compiles(config, device) else model
+    forward = job.compiled(model)
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
         del uses
         states, timesteps, velocity, labels = pool.intervals(indices)
-        with training_attention(device), autocast(device, dtype):
+        with training_attention(device), job.autocast():
             predicted = forward(states, timesteps, labels)
         return nn.functional.mse_loss(predicted.float(), velocity)
 
     with run_dir.opened(config, resume=resume) as folder:
-        average, facts = train(
+        average, facts = loop.train(
             job,
             model,
             loss_of,
             config.pool_images * config.num_steps,
+            folder,
             before_step=lambda uses: pool.make(int(uses[0]) // config.reuse),
         )
         scheduler = {
@@ -112,10 +95,10 @@ def pretrain_fewstep(
             "distilled_steps": config.num_steps,
             "distilled_guidance_scale": config.sampler.guidance_scale,
         }
-        with results(folder) as target:
+        with loop.results(folder) as target:
             save_denoiser(average.module.dit, scheduler, target)
-            facts |= _compare(target, pool, start, config, device)
-            write_card(
+            facts |= _compare(target, pool, start, job)
+            loop.write_card(
                 target,
                 f"{config.name}: {config.num_steps}-step pixel DiT",
                 "pretrain fewstep CONFIG",
@@ -123,13 +106,13 @@ def pretrain_fewstep(
                 facts,
                 source=f"trajectories of `{config.denoiser.path}`",
             )
-        return finish(job, facts)
+    return job.finish(facts)
 
 
 class Pool:
     """Guided trajectories of the teacher, kept at the K + 1 noise levels of the few-step model."""
 
-    def __init__(self, start: Denoiser, job: Job[PretrainFewstepConfig]) -> None:
+    def __init__(self, start: Denoiser, job: loop.PretrainJob[PretrainFewstepConfig]) -> None:
         config, device, self.display = job.config, job.device, job.display
         self.size, self.num_steps, self.device = config.pool_images, config.num_steps, device
         self.num_classes = start.num_classes
@@ -195,9 +178,10 @@ class Pool:
 
 @torch.inference_mode()
 def _compare(
-    folder: Path, pool: Pool, start: Denoiser, config: PretrainFewstepConfig, device: torch.device
+    folder: Path, pool: Pool, start: Denoiser, job: loop.PretrainJob[PretrainFewstepConfig]
 ) -> dict[str, Any]:
     """Compare the saved few-step model with its teacher on new noise; draw samples.png."""
+    config, device = job.config, job.device
     loaded = load_denoiser(folder, device)
     size = pool.sampler.micro_batch_images
     ids = HELD_OUT_ID + torch.arange(size, device=device)
@@ -213,7 +197,7 @@ def _compare(
     )
     facts = {}
     compared = (("rms_to_teacher", made), ("rms_without_training", untrained))
-    for name, sampler in pool.display.track(
+    for name, sampler in job.display.track(
         compared, "comparing", len(compared), "samplers", size=lambda _: 1
     ):
         got = sampler.trajectory(ids, labels)[-1].clamp(-1, 1)

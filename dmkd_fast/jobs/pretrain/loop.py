@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dmkd_fast.config.jobs import PretrainConfig
@@ -22,7 +21,7 @@ from dmkd_fast.data import test_sets
 from dmkd_fast.jobs import memory, resolve, run_dir
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.training.ema import WeightEMA
 from dmkd_fast.training.loop import TrainingLoop
@@ -35,20 +34,37 @@ less_memory = memory.named("lower train.batch_size, or raise train.accumulate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Generic[P]):
-    """Settings of a run, and what follows from them on this machine."""
+class PretrainJob(Generic[P]):
+    """The config of a run of `dmkd pretrain`, and what follows from it on this machine."""
 
     config: P
     device: torch.device
     dtype: torch.dtype
-    """Compute dtype."""
+    """Compute dtype of the networks; with float16 the loss is scaled."""
+    compiles: bool
+    """Whether the trained network is compiled."""
     resume: bool
+    """Whether to continue from the newest checkpoint."""
     display: Progress
 
-    @property
-    def folder(self) -> Path:
-        """Run directory."""
-        return Path(self.config.run_dir)
+    def finished(self) -> dict[str, Any] | None:
+        """Return the figures of a run that is resumed but has ended; None for others."""
+        return run_dir.finished(self.config) if self.resume else None
+
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Write the figures of a finished run, which mark it as finished, and return them."""
+        facts["run_dir"] = self.config.run_dir
+        run_dir.finish(Path(self.config.run_dir), facts)
+        return facts
+
+    def compiled(self, model: nn.Module) -> Any:
+        """Return the model to call in training: compiled if the job compiles."""
+        return torch.compile(model) if self.compiles else model
+
+    def autocast(self) -> torch.autocast:
+        """Return a context that computes in the job's dtype."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
 
 @dataclass(kw_only=True)
@@ -68,12 +84,8 @@ def load_real(folder: Path, device: torch.device) -> RealData:
     """
     full = test_sets.load_idx(folder, "train").to(device)
     if len(full.labels) <= HELD_OUT:
-        raise invalid(
-            str(folder),
-            f"{len(full.labels)} training images",
-            f"more than the {HELD_OUT} that are held out",
-            "use a larger set",
-        )
+        got, fix = f"{len(full.labels)} training images", "use a larger set"
+        raise invalid(str(folder), got, f"more than the {HELD_OUT} that are held out", fix)
     train, held_out = (
         test_sets.ImageSet(
             images=full.images[rows], labels=full.labels[rows], class_names=full.class_names
@@ -92,16 +104,10 @@ def results(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: The folder cannot be written. The last checkpoint holds the trained model.
     """
-    try:
-        with files.new_folder(folder / "model") as partial:
-            yield partial
-    except (OSError, SafetensorError) as error:
-        path = getattr(error, "filename", None) or folder / "model"
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{path}: cannot write ({reason}); training is finished and saved; free space or fix "
-            "the folder, then run it again with --resume"
-        ) from None
+    target = folder / "model"
+    resume = "run it again with --resume"
+    with run_dir.writing_results(target, resume), files.new_folder(target) as partial:
+        yield partial
 
 
 class ShuffledPasses:
@@ -137,7 +143,7 @@ class Pretraining(TrainingLoop):
     Args:
         student: Model to train, with its optimizer and schedule.
         loss_of: Loss function, (indices (B,), passes (B,)) -> scalar loss, mean over the examples.
-            An example's pass tells how often it has been used before.
+            An example's pass is how often it has been used before.
         num_examples: Number of examples in one pass.
         run_dir: Run directory.
         seed: Seed of the order of the examples, and of the random numbers of each step.
@@ -193,19 +199,22 @@ class Pretraining(TrainingLoop):
 
 
 def train(
-    job: Job[P],
+    job: PretrainJob[Any],
     model: nn.Module,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     num_examples: int,
+    folder: Path,
+    *,
     before_step: Callable[[Tensor], None] | None = None,
 ) -> tuple[WeightEMA, dict[str, Any]]:
-    """Train a model with the settings of a job; a stopped run can be resumed.
+    """Train a model with the config of a job; a stopped run can be resumed.
 
     Args:
-        job: Job, of whose settings length, batch, optimizer and seed are used.
+        job: Job, of whose config length, batch, optimizer and seed are used.
         model: Model that is trained in place.
         loss_of: Loss function, see `Pretraining`.
         num_examples: Number of examples in one pass.
+        folder: Run directory.
         before_step: Function called before each step, see `Pretraining`.
 
     Returns:
@@ -216,7 +225,7 @@ def train(
             infinite, and a checkpoint has been saved.
         KeyboardInterrupt: Training was interrupted; a checkpoint has been saved.
     """
-    config, folder = job.config, job.folder
+    config: PretrainConfig = job.config
     schedule = Schedule(**config.train.model_dump(exclude={"compile"}), **config.optim.model_dump())
     student = StudentTrainer(model, schedule, dtype=job.dtype)
     run = Pretraining(
@@ -237,43 +246,22 @@ def train(
     return student.average, totals | facts
 
 
-def prepare(config: P, *, resume: bool, show: bool) -> Job[P]:
-    """Return the job with its settings (the saved ones on resume), device and dtype."""
+def prepare(config: P, *, resume: bool, show: bool) -> PretrainJob[P]:
+    """Resolve a job, with the config that was saved with the run on resume."""
     config = run_dir.find(config) if resume else run_dir.name_new(config)
     if not resume:
         run_dir.check_new(config)
     set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     device = resolve_device(config.device)
-    return Job(
+    return PretrainJob(
         config=config,
         device=device,
         dtype=resolve_dtype(config.dtype, device),
+        compiles=resolve.compiles(config.train.compile, device),
         resume=resume,
         display=Progress(show=show),
     )
-
-
-def finished(job: Job[P]) -> dict[str, Any] | None:
-    """Return the figures of a run that is resumed but has ended; None for others."""
-    return run_dir.finished(job.config) if job.resume else None
-
-
-def finish(job: Job[P], facts: dict[str, Any]) -> dict[str, Any]:
-    """Write the figures of a finished run, which mark it as finished, and return them."""
-    facts["run_dir"] = str(job.folder)
-    run_dir.finish(job.folder, facts)
-    return facts
-
-
-def compiles(config: PretrainConfig, device: torch.device) -> bool:
-    """Return whether to compile the model."""
-    return resolve.compiles(config.train.compile, device)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return an autocast context for `dtype`, disabled for float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def write_card(

@@ -1,0 +1,168 @@
+// One class's part of each divergence D(p, q) of teacher p and student q at temperature T.
+//
+// `class_part` returns the class's term of D and its slope q * dD/dq. The gradient by s / T is then
+// slope - q * (sum of slopes). Terms are written so that each is non-negative and keeps its digits
+// as q -> p, which sums of rounded logarithms do not. Definitions: dmkd_fast/loss/reference.py.
+
+#pragma once
+
+#include <algorithm>
+
+#include "kd_loss_cpu.h"
+#include "scalar_types.h"
+
+namespace dmkd {
+
+// exp(-x) - 1 + x. In float only where |x| < 1/2.
+template <bool has_fma, typename compute_t>
+DMKD_INLINE compute_t near_excess(compute_t x) {
+  if constexpr (sizeof(compute_t) == sizeof(float)) return x * (x * excess_series<has_fma>(x));
+  return std::expm1(-x) + x;
+}
+
+// exp(-x) - 1. In float only where |x| < 1/2.
+template <bool has_fma, typename compute_t>
+DMKD_INLINE compute_t near_expm1(compute_t x) {
+  if constexpr (sizeof(compute_t) == sizeof(float)) return near_excess<has_fma>(x) - x;
+  return std::expm1(-x);
+}
+
+// log x for x > 0, minimax of cephes.
+template <bool has_fma>
+DMKD_INLINE float log_of(float x) {
+  constexpr int32_t half_root = 0x3f3504f3;  // sqrt(1/2): x = m * 2^k with m from it to sqrt(2)
+  const int32_t shifted = static_cast<int32_t>(float_to_bits(x)) - half_root;
+  const float k = static_cast<float>(shifted >> 23);
+  const float f = bits_to_float(static_cast<uint32_t>((shifted & 0x007fffff) + half_root)) - 1.0f;
+  float series = 7.0376836292e-2f;
+  series = multiply_add<has_fma>(series, f, -1.1514610310e-1f);
+  series = multiply_add<has_fma>(series, f, 1.1676998740e-1f);
+  series = multiply_add<has_fma>(series, f, -1.2420140846e-1f);
+  series = multiply_add<has_fma>(series, f, 1.4249322787e-1f);
+  series = multiply_add<has_fma>(series, f, -1.6668057665e-1f);
+  series = multiply_add<has_fma>(series, f, 2.0000714765e-1f);
+  series = multiply_add<has_fma>(series, f, -2.4999993993e-1f);
+  series = multiply_add<has_fma>(series, f, 3.3333331174e-1f);
+  const float log_m = multiply_add<has_fma>(f * f, multiply_add<has_fma>(f, series, -0.5f), f);
+  return multiply_add<has_fma>(k, 0.69314718f, log_m);
+}
+
+template <bool has_fma>
+DMKD_INLINE double log_of(double x) {
+  return std::log(x);
+}
+
+// What the classes of a row share.
+template <typename compute_t>
+struct Shared {
+  compute_t near_limit;     // of `divergence`
+  compute_t first, second;  // the divergence's parameters: (beta) or (alpha, beta)
+  compute_t gamma, lowest;  // alpha + beta, and where 2^(gamma x) is 0
+  compute_t cumulants[7];  // of a draw that is 1 with probability beta: the n-th over n!, from 2 on
+};
+
+template <typename compute_t>
+DMKD_INLINE void set_cumulants(Shared<compute_t>& shared, double beta) {
+  const double v = beta * (1 - beta), skew = 1 - 2 * beta;
+  const double values[] = {v / 2,
+                           v * skew / 6,
+                           v * (1 - 6 * v) / 24,
+                           v * skew * (1 - 12 * v) / 120,
+                           v * (1 + v * (-30 + 120 * v)) / 720,
+                           v * skew * (1 + v * (-60 + 360 * v)) / 5040,
+                           v * (1 + v * (-126 + v * (1680 - 5040 * v))) / 40320};
+  for (int i = 0; i < 7; ++i) shared.cumulants[i] = compute_t(values[i]);
+}
+
+// p, q: the class's probabilities; d = log p - log q; log2 of both for alpha_beta and jsd. With
+// `with_zeros`, a class of probability 0 follows 0 * log 0 = 0 and has a finite slope.
+template <Divergence kind, bool with_zeros, bool has_fma, typename compute_t>
+DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, compute_t q, compute_t d,
+                            compute_t log2_p, compute_t log2_q, compute_t& term, compute_t& slope) {
+  constexpr compute_t half = 0.5;
+  if constexpr (kind == Divergence::kForwardKl) {
+    divergence<has_fma>(p, q, d, shared.near_limit, term, slope);
+    if constexpr (with_zeros) term = p == 0 ? q : term;
+  } else if constexpr (kind == Divergence::kReverseKl) {
+    compute_t unused;
+    divergence<has_fma>(q, p, -d, shared.near_limit, term, unused);
+    slope = -(q * d);
+    if constexpr (with_zeros) {
+      term = q == 0 ? p : term;
+      slope = std::abs(d) <= std::numeric_limits<compute_t>::max() ? slope : compute_t(0);
+    }
+  } else if constexpr (kind == Divergence::kTotalVariation) {
+    compute_t unused, difference;
+    divergence<has_fma>(p, q, d, shared.near_limit, unused, difference);
+    term = half * std::abs(difference);
+    slope = difference > 0 ? half * q : difference < 0 ? -half * q : compute_t(0);
+  } else if constexpr (kind == Divergence::kJsd) {
+    // With m = beta p + (1 - beta) q, log(m / q) is the cumulant generating function K at d, and
+    // the term is m (d K' - K): near d = 0 by the cumulants, elsewhere by logarithms.
+    const compute_t beta = shared.first, p_part = beta * p, q_part = (1 - beta) * q;
+    const compute_t m = p_part + q_part, log_m = log_of<has_fma>(m);
+    constexpr compute_t log_2 = 0.69314718055994530942;
+    compute_t p_far = p_part * (log2_p * log_2 - log_m);
+    compute_t q_far = q_part * (log2_q * log_2 - log_m);
+    if constexpr (with_zeros) {
+      p_far = p == 0 ? compute_t(0) : p_far;
+      q_far = q == 0 ? compute_t(0) : q_far;
+    }
+    compute_t by_q, near;  // log(m / q), and the term
+    if constexpr (sizeof(compute_t) == sizeof(float)) {
+      const float* const c = shared.cumulants;
+      float k = c[6], bregman = 7 * c[6];
+      for (int n = 5; n >= 0; --n) {
+        k = multiply_add<has_fma>(k, d, c[n]);
+        bregman = multiply_add<has_fma>(bregman, d, float(n + 1) * c[n]);
+      }
+      by_q = d * multiply_add<has_fma>(d, k, beta);
+      near = m * (d * (d * bregman));
+    } else {
+      by_q = std::log1p(beta * std::expm1(d));
+      const compute_t by_p = by_q - d;
+      near = p_part * (std::expm1(by_p) - by_p) + q_part * (std::expm1(by_q) - by_q);
+    }
+    const bool is_near = std::abs(d) < half;
+    term = is_near ? near : p_far + q_far;
+    slope = is_near ? -q_part * by_q : q_far;
+  } else if constexpr (kind == Divergence::kAlphaBeta) {
+    const compute_t alpha = shared.first, beta = shared.second, gamma = shared.gamma;
+    const compute_t q_power = power_of_2<has_fma>(log2_q, gamma, shared.lowest);
+    const compute_t p_power = power_of_2<has_fma>(log2_p, gamma, shared.lowest);
+    const compute_t mixed = multiply_add<has_fma>(alpha, log2_p, beta * log2_q);  // p^alpha q^beta
+    const compute_t mixed_power = power_of_2<has_fma>(mixed, compute_t(1), compute_t(-127));
+    const compute_t p_part = alpha / gamma, q_part = beta / gamma, scale = 1 / (alpha * beta);
+    const bool is_near = std::abs(d) * gamma < half;
+    const compute_t near =
+        p_power * (q_part * near_excess<has_fma>(gamma * d) - near_excess<has_fma>(beta * d));
+    const compute_t far = p_part * p_power + q_part * q_power - mixed_power;
+    term = (is_near ? near : far) * scale;
+    slope = (is_near ? -(q_power * near_expm1<has_fma>(-(alpha * d))) : q_power - mixed_power) *
+            (1 / alpha);
+  }
+}
+
+// 1 - correlation of a and b, with centered b and a = b + change; the gradient by a is
+// by_p * b + by_change * change, which loses no digits as a -> b.
+struct Correlation {
+  double loss, by_p, by_change;
+  double by_norms;  // 1 - correlation divided by |change - its part along b|^2; 0: use `loss`
+};
+
+// A vector counts as constant, with correlation 0, where its squares around the mean are at most
+// this share of its squares.
+constexpr double kConstant = 1e-13;
+
+// From the squares of b and a, their floors, and the sums of b * change and change^2.
+DMKD_INLINE Correlation correlation(double teacher, double student, double covariance,
+                                    double variance, double teacher_floor, double student_floor) {
+  if (teacher <= teacher_floor || student <= student_floor) return {1, 0, 0, 0};
+  const double norms = std::sqrt(teacher * student), dot = teacher + covariance;
+  const double by_norms = dot > 0 ? teacher / (norms * (norms + dot)) : 0;
+  const double apart = std::max(0.0, variance - covariance * covariance / teacher);
+  return {dot > 0 ? by_norms * apart : 1 - dot / norms,
+          -(covariance + variance) / (student * norms), dot / (norms * student), by_norms};
+}
+
+}  // namespace dmkd

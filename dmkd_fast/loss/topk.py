@@ -1,0 +1,81 @@
+"""The loss against the teacher's K largest logits, for teachers that are stored or far away."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.loss.functional import KdLossParts, kd_loss
+
+Rest = Literal["bucket", "renormalize"]
+
+
+def kd_loss_topk(
+    student_logits: Tensor,
+    teacher_values: Tensor,
+    teacher_indices: Tensor,
+    target: Tensor | None = None,
+    *,
+    teacher_logsumexp: Tensor | None = None,
+    rest: Rest = "bucket",
+    temperature: float = 4.0,
+    t_squared: bool = True,
+    **options: Any,
+) -> Tensor | KdLossParts:
+    """Compute the distillation loss against K of the teacher's C logits.
+
+    With K = C it is `kd_loss`, bit for bit.
+
+    Args:
+        student_logits: Logits (..., C) of the student.
+        teacher_values: Logits (..., K) of the teacher, of any float dtype.
+        teacher_indices: Their classes (..., K) int64, each at most once in a row.
+        target: Must be None: add a cross-entropy of your own.
+        teacher_logsumexp: logsumexp(teacher_logits / temperature, -1) over all C classes (...); for
+            "bucket" alone.
+        rest: What becomes of the other C - K classes. "bucket": teacher and student give them one
+            probability, the sum of theirs. "renormalize": both softmaxes are over the K classes.
+        temperature: One number, that of `teacher_logsumexp`.
+        t_squared: Whether to multiply by T^2.
+        options: Further arguments of `kd_loss`: reduction, mask, row_weight, num_items, divergence.
+
+    Raises:
+        TypeError, ValueError: Shapes differ, or an argument is missing or would be ignored.
+    """
+    if rest not in get_args(Rest):
+        raise ValueError(f"rest: got {rest!r}, expected one of {get_args(Rest)}")
+    if target is not None:
+        raise ValueError("target: got a tensor, expected None; add a cross-entropy to the loss")
+    if teacher_indices.dtype != torch.int64:
+        raise TypeError(f"teacher_indices: got {teacher_indices.dtype}, expected torch.int64")
+    shape, classes = student_logits.shape, student_logits.shape[-1]
+    for name, tensor in (("teacher_values", teacher_values), ("teacher_indices", teacher_indices)):
+        if tensor.shape[:-1] != shape[:-1] or not 1 <= tensor.shape[-1] <= classes:
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, expected (..., K) with K from 1 to C, "
+                f"to fit student_logits {tuple(shape)}"
+            )
+    options |= {"temperature": temperature, "t_squared": t_squared}
+    if teacher_values.shape[-1] == classes:
+        teacher = torch.empty_like(teacher_values).scatter_(-1, teacher_indices, teacher_values)
+        return kd_loss(student_logits, teacher, **options)
+    if rest == "renormalize":
+        if teacher_logsumexp is not None:
+            raise ValueError('teacher_logsumexp: would be ignored with rest="renormalize"')
+        return kd_loss(student_logits.gather(-1, teacher_indices), teacher_values, **options)
+    if teacher_logsumexp is None or teacher_logsumexp.shape != shape[:-1]:
+        got = None if teacher_logsumexp is None else tuple(teacher_logsumexp.shape)
+        raise ValueError(
+            f"teacher_logsumexp: got {got}, expected {tuple(shape[:-1])}, one of each row"
+        )
+    # Logits times 1 / T whose softmax has the K probabilities and the sum of the others.
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    student, teacher = student_logits.to(wide) / temperature, teacher_values.to(wide) / temperature
+    others = student.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
+    lse = teacher_logsumexp.to(wide)[..., None]
+    left = (1 - (teacher - lse).exp().sum(-1, keepdim=True)).clamp(min=0)
+    student = torch.cat((student.gather(-1, teacher_indices), others), -1)
+    teacher = torch.cat((teacher, lse + left.log()), -1)
+    return kd_loss(temperature * student, temperature * teacher, **options)

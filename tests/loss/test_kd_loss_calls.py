@@ -1,0 +1,164 @@
+"""Calls of kd_loss as users make them: images of classes, padded vocabularies, inference mode."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad
+
+
+def logits(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_classes_may_be_in_any_dimension() -> None:
+    student, teacher = logits(2, 5, 3, 4, seed=0), logits(2, 5, 3, 4, seed=1)
+    target = torch.randint(5, (2, 3, 4))
+    last = [x.movedim(1, -1).contiguous() for x in (student, teacher)]
+    for hard in (target, torch.nn.functional.one_hot(target, 5).movedim(-1, 1).float()):
+        moved = hard if hard.dtype == torch.int64 else hard.movedim(1, -1)
+        expected, expected_grad = kd_loss_and_grad(*last, moved, alpha=0.5)
+        loss, grad = kd_loss_and_grad(student, teacher, hard, alpha=0.5, class_dim=1)
+        assert torch.equal(loss, expected)
+        assert torch.equal(grad.movedim(1, -1), expected_grad) and grad.is_contiguous()
+        leaf = student.clone().requires_grad_()
+        DistillKL(alpha=0.5, class_dim=1)(leaf, teacher, hard).backward()
+        assert torch.equal(leaf.grad, grad)
+        out = torch.empty_like(student)
+        assert kd_loss_and_grad(student, teacher, hard, alpha=0.5, class_dim=1, out=out)[1] is out
+        assert torch.equal(out, grad)
+    rows = kd_loss(student, teacher, class_dim=1, reduction="none")
+    assert rows.shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="class_dim: got 4"):
+        kd_loss(student, teacher, class_dim=4)
+
+
+def test_vocabularies_may_be_padded_to_different_sizes() -> None:
+    student, teacher = logits(2, 3, 12, seed=0), logits(2, 3, 16, seed=1)
+    target = torch.randint(10, (2, 3))
+    expected, expected_grad = kd_loss_and_grad(
+        student[..., :10].contiguous(), teacher[..., :10].contiguous(), target, alpha=0.5
+    )
+    for out in (None, torch.full_like(student, 7)):
+        loss, grad = kd_loss_and_grad(student, teacher, target, alpha=0.5, num_classes=10, out=out)
+        assert torch.equal(loss, expected) and torch.equal(grad[..., :10], expected_grad)
+        assert (grad[..., 10:] == 0).all() and grad.shape == student.shape
+    leaf = student.clone().requires_grad_()
+    kd_loss(leaf, teacher, target, alpha=0.5, num_classes=10).backward()
+    assert torch.equal(leaf.grad, grad)
+    with pytest.raises(ValueError, match="num_classes: got 13, expected 1 to 12"):
+        kd_loss(student, teacher, num_classes=13)
+    with pytest.raises(ValueError, match="num_classes leaves padding out"):
+        kd_loss(student, teacher)
+
+
+def test_teacher_logits_may_come_from_inference_mode() -> None:
+    model, images = nn.Linear(6, 10), logits(5, 6, seed=0)
+    with torch.inference_mode():
+        teacher = nn.Linear(6, 10)(images)
+        target = torch.zeros(5, dtype=torch.int64)
+    for hard in (None, target):
+        loss = kd_loss(model(images), teacher, hard, alpha=None if hard is None else 0.5)
+        loss.backward(retain_graph=True)
+        first = model.weight.grad.clone()
+        (3 * loss).backward()
+        torch.testing.assert_close(model.weight.grad, 4 * first)
+        model.weight.grad = None
+    with torch.inference_mode():
+        assert kd_loss(model(images), teacher).isfinite()
+        assert kd_loss_and_grad(model(images), teacher)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("form", [np.array(4.0), np.array([4.0]), np.float16(4), torch.tensor([4])])
+def test_a_temperature_may_be_an_array_of_one_number(form: object) -> None:
+    student, teacher = logits(6, 10, seed=0), logits(6, 10, seed=1)
+    expected = kd_loss(student, teacher, temperature=4.0)
+    assert torch.equal(kd_loss(student, teacher, temperature=form), expected)
+    assert torch.equal(DistillKL()(student, teacher, form, object()), expected)
+    assert torch.equal(DistillKL()(student, teacher, form), expected)
+
+
+def test_each_row_may_have_its_own_temperature() -> None:
+    student = logits(6, 10, seed=0, dtype=torch.float64).requires_grad_()
+    teacher = logits(6, 10, seed=1, dtype=torch.float64)
+    each = torch.rand(6, 1, dtype=torch.float64) + 1
+    target = torch.arange(6)
+    for named in ({}, {"divergence": "jsd"}, {"target": target, "alpha": 0.3}):
+        rows = [
+            kd_loss(student[i], teacher[i], temperature=each[i], **single)
+            for i in range(6)
+            for single in [named | ({"target": target[i]} if "target" in named else {})]
+        ]
+        expected = torch.stack(rows).mean()
+        for given in (each, each[:, 0]):
+            mine = kd_loss(student, teacher, temperature=given, **named)
+            torch.testing.assert_close(mine, expected, rtol=1e-12, atol=0)
+            a, b = (torch.autograd.grad(x, student, retain_graph=True)[0] for x in (mine, expected))
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    published = DistillKL()(student, teacher, each, object())
+    assert torch.equal(published, kd_loss(student, teacher, temperature=each))
+    with pytest.raises(ValueError, match=r"temperature: got shape \(5,\)"):
+        kd_loss(student, teacher, temperature=torch.ones(5))
+    with pytest.raises(ValueError, match="temperature: got 0 in a row"):
+        kd_loss(student, teacher, temperature=torch.arange(6.0))
+    with pytest.raises(ValueError, match="temperature: got a tensor that requires grad"):
+        kd_loss(student, teacher, temperature=torch.ones(6, requires_grad=True))
+
+
+EXPORT = """
+import torch
+from torch import nn
+from dmkd_fast import DistillKL
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.loss = nn.Linear(6, 10), DistillKL(2.0)
+    def forward(self, images, teacher):
+        return self.loss(self.head(images), teacher)
+
+model, images, teacher = Both(), torch.randn(5, 6), torch.randn(5, 10)
+for strict in (False, True):
+    exported = torch.export.export(model, (images, teacher), strict=strict)
+    assert torch.equal(exported.module()(images, teacher), model(images, teacher))
+"""
+
+
+def test_exports() -> None:
+    # In a process of its own: export refuses some settings of cuDNN that other tests make.
+    subprocess.run([sys.executable, "-c", EXPORT], check=True)
+
+
+def test_every_divergence_compiles_as_a_full_graph() -> None:
+    student, teacher, target = logits(8, 10, seed=0), logits(8, 10, seed=1), torch.arange(8)
+    for named in (
+        {"divergence": "dkd"},
+        {"divergence": {"jsd": {"beta": 0.2}}, "alpha": 0.5, "standardize_logits": True},
+    ):
+        torch.compiler.reset()
+        compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
+        mine, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
+        loss, expected = (
+            compiled(mine, teacher, target, **named),
+            kd_loss(theirs, teacher, target, **named),
+        )
+        loss.backward()
+        expected.backward()
+        assert torch.equal(loss, expected) and torch.equal(mine.grad, theirs.grad)
+
+
+def test_losses_of_rows_pass_their_gradients_back() -> None:
+    student, teacher = logits(4, 10, seed=0).requires_grad_(), logits(4, 10, seed=1)
+    rows = kd_loss(student, teacher, reduction="none", divergence="reverse_kl")
+    (rows * torch.tensor([1.0, 0.0, 2.0, 3.0])).sum().backward()
+    parts = [
+        kd_loss_and_grad(student[i], teacher[i], divergence="reverse_kl", grad_scale=factor)[1]
+        for i, factor in enumerate((1.0, 0.0, 2.0, 3.0))
+    ]
+    torch.testing.assert_close(student.grad, torch.stack(parts), rtol=1e-6, atol=1e-8)

@@ -1,0 +1,309 @@
+"""The divergences: values, gradients and errors against their definitions in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from textbook import rows as textbook
+from torch import Tensor
+
+from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad
+from dmkd_fast.loss import ops
+from dmkd_fast.loss.divergences import NAMES, PARAMETERS, terms_of
+
+FORMS = [
+    *NAMES,
+    {"jsd": {"beta": 0.1}},
+    {"jsd": {"beta": 0.9}},
+    {"alpha_beta": {"alpha": 0.5, "beta": 0.5}},
+    {"alpha_beta": {"alpha": 1.0, "beta": 1.5}},
+    {"dkd": {"alpha": 2.0, "beta": 0.5}},
+    {"dist": {"beta": 2.0, "gamma": 0.0}},
+    {"forward_kl": 0.5, "reverse_kl": 0.5},
+    {"dkd": {"weight": 0.3, "beta": 2.0}, "jsd": 0.7},
+    {"dist": 0.5, "alpha_beta": 0.25},
+]
+BOUNDED = [form for form in FORMS if "dist" not in form]
+
+
+def logits(
+    *shape: int, seed: int, dtype: torch.dtype = torch.float32, spread: float = 3.0
+) -> Tensor:
+    return (spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def ids_for(form: str | dict, rows: int, classes: int) -> Tensor | None:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(classes, (rows,), generator=generator) if "dkd" in form else None
+
+
+def exact(
+    student: Tensor, teacher: Tensor, target: Tensor | None, form: str | dict, **named: object
+) -> tuple[Tensor, Tensor]:
+    """Mean loss and gradient by autograd in float64."""
+    leaf = student.detach().double().requires_grad_()
+    loss = textbook(leaf, teacher.double(), target, form, **named).mean()
+    loss.backward()
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_values_and_gradients_are_those_of_the_definition(
+    form: str | dict, standardize: bool
+) -> None:
+    for rows, classes, dtype in ((7, 10, torch.float64), (33, 103, torch.float32)):
+        student = logits(rows, classes, seed=0, dtype=dtype)
+        teacher = logits(rows, classes, seed=1, dtype=dtype)
+        target = ids_for(form, rows, classes)
+        expected, expected_grad = exact(
+            student, teacher, target, form, temperature=2.0, standardize=standardize
+        )
+        named = {"temperature": 2.0, "divergence": form, "standardize_logits": standardize}
+        loss, grad = kd_loss_and_grad(student, teacher, target, **named)
+        leaf = student.clone().requires_grad_()
+        again = kd_loss(leaf, teacher, target, **named)
+        again.backward(retain_graph=True)
+        assert torch.equal(loss, again.detach()) and torch.equal(grad, leaf.grad)
+        (recomputed,) = torch.autograd.grad(again, leaf)
+        assert torch.equal(recomputed, grad)
+        assert torch.equal(DistillKL(**named)(student, teacher, target), loss)
+        unit = 1e-11 if dtype == torch.float64 else 1e-5
+        assert abs(loss.double() - expected) <= unit * expected
+        assert (grad.double() - expected_grad).norm() <= unit * expected_grad.norm()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_eager_definition_equals_the_kernel(form: str | dict) -> None:
+    student, teacher = (logits(6, 10, seed=s, dtype=torch.float64) for s in (0, 1))
+    target = torch.tensor([3, 0, 9, 9, 1, 5])
+    weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+    temperatures = torch.stack((weight + 1, weight + 2), 1)
+    for standardize in (False, True):
+        extra = (temperatures, terms_of(form), standardize)
+        problem = (student, teacher, target, weight, 1.0, 0.3, 1.0, 0.5, 0.1)
+        losses = ops.forward(*problem, True, *extra)
+        expected = ops._eager_forward(*problem, True, *extra)
+        for a, b in zip(losses[:3], expected[:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+        upstream = torch.arange(6.0, dtype=torch.float64)
+        grad = ops.backward(upstream, losses[3], *problem, *extra)
+        other = ops._eager_backward(upstream, expected[3], *problem, *extra)
+        torch.testing.assert_close(grad, other, rtol=1e-9, atol=1e-12)
+        assert (grad[2] == 0).all()
+        torch.library.opcheck(ops.forward, (*problem, True, *extra))
+        torch.library.opcheck(ops.backward, (upstream, losses[3], *problem, *extra))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_gradcheck(form: str | dict) -> None:
+    student = logits(5, 7, seed=0, dtype=torch.float64).requires_grad_()
+    teacher = logits(5, 7, seed=1, dtype=torch.float64)
+    target = torch.tensor([0, 6, -100, 2, 3])
+    hard = {} if "dkd" in form else {"alpha": 0.3, "label_smoothing": 0.1}
+    for reduction in ("batchmean", "none"):
+        for standardize in (False, True):
+            torch.autograd.gradcheck(
+                lambda s, r=reduction, z=standardize: kd_loss(
+                    s,
+                    teacher,
+                    target,
+                    temperature=torch.tensor([1.0, 2.0, 3.0, 4.0, 0.5]),
+                    reduction=r,
+                    row_weight=torch.arange(1.0, 6),
+                    divergence=form,
+                    standardize_logits=z,
+                    **hard,
+                ),
+                (student,),
+            )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    form=st.sampled_from(BOUNDED),
+    rows=st.integers(1, 9),
+    classes=st.sampled_from([1, 2, 3, 10, 16, 17, 100, 1003]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    temperature=st.sampled_from([0.5, 1.0, 4.0, 20.0]),
+    noise=st.sampled_from([1e-3, 0.1, 3.0]),
+    dominant=st.sampled_from([0.0, 8.0, 30.0]),
+    shift=st.sampled_from([0.0, 100.0]),
+    seed=st.integers(0, 1000),
+)
+def test_errors_are_within_rounding_or_below_eagers(
+    form: str | dict,
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    temperature: float,
+    noise: float,
+    dominant: float,
+    shift: float,
+    seed: int,
+) -> None:
+    teacher = logits(rows, classes, seed=seed)
+    student = teacher + noise * logits(rows, classes, seed=seed + 1) + shift
+    student[:, 0] += dominant * temperature
+    teacher[:, 0] += dominant * temperature
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    target = ids_for(form, rows, classes)
+    loss, grad = kd_loss_and_grad(
+        student, teacher, target, temperature=temperature, divergence=form, reduction="sum"
+    )
+    assert loss >= 0 and grad.isfinite().all()
+    if classes == 1:
+        assert loss == 0 and (grad == 0).all()
+        return
+    wide, wide_teacher = student.double(), teacher.double()
+    problem = (wide, wide_teacher, target, None, temperature, 1.0, 1.0, 1.0, 0.0)
+    extra = (None, terms_of(form), False)
+    stats = torch.zeros(rows, ops.NUM_STATS, dtype=torch.float64)
+    scale = torch.tensor(temperature**2, dtype=torch.float64)
+    expected = ops._eager_backward(scale, stats, *problem, *extra)
+    leaf = student.float().requires_grad_()
+    textbook(leaf, teacher.float(), target, form, temperature).sum().backward()
+    theirs = (leaf.grad.double() - expected).abs().nan_to_num(nan=torch.inf).amax(1)
+    mine = (grad.double() - expected).abs()
+    rounding = 2**-8 * expected.abs() if dtype == torch.bfloat16 else 0.0
+    largest = torch.maximum(
+        (wide / temperature).softmax(1).amax(1), (wide_teacher / temperature).softmax(1).amax(1)
+    )
+    weight = sum(  # of each divergence's gradient by a probability
+        w * max(1.0, a, b) for _, w, a, b in zip(*[iter(extra[1] or [0, 1, 0, 0])] * 4, strict=True)
+    )
+    unit = 4 * 2**-24 * temperature * weight * largest
+    # Rounding of logits / T reaches every softmax, eager's too, multiplied by their size.
+    size = 1 + (student.float() - student.float().amax(1, True)).abs().amax() / temperature
+    allowed = torch.maximum(1.25 * theirs, unit * size)
+    assert ((mine - rounding) <= allowed[:, None] + 1e-37).all()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_near_the_teacher_nothing_cancels(form: str | dict) -> None:
+    teacher = logits(8, 1000, seed=0)
+    student = teacher + 1e-3 * logits(8, 1000, seed=1)
+    target = ids_for(form, 8, 1000)
+    problem = (student.double(), teacher.double(), target, None, 4.0, 1.0, 2.0, 1.0, 0.0)
+    extra = (None, terms_of(form), False)
+    expected, *_, stats = ops.forward(*problem, False, *extra)
+    one = torch.ones((), dtype=torch.float64)
+    expected_grad = ops.backward(one, stats, *problem, *extra)
+    loss, grad = kd_loss_and_grad(student, teacher, target, divergence=form)
+    assert abs(loss.double() - expected) <= 2e-4 * expected and loss > 0
+    assert (grad.double() - expected_grad).norm() <= 2e-4 * expected_grad.norm()
+    same, zero = kd_loss_and_grad(teacher, teacher, target, divergence=form)
+    assert same == 0 and (zero == 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_infinite_logits_leave_finite_gradients(form: str | dict) -> None:
+    inf = float("inf")
+    teacher = torch.tensor([[0.0, -inf, 1.0, 2.0], [0.0, 1.0, 2.0, 1.0], [0.0, -inf, 1.0, 0.5]])
+    student = torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, -inf, 1.0, 1.5], [0.0, -inf, 1.0, 1.0]])
+    target = torch.tensor([0, 0, 2]) if "dkd" in form else None
+    loss, grad = kd_loss_and_grad(
+        student.repeat(1, 5), teacher.repeat(1, 5), target, divergence=form, temperature=1.0
+    )
+    assert grad.isfinite().all() and not loss.isnan()
+    rows = kd_loss(student, teacher, target, divergence=form, reduction="none")
+    assert rows[2].isfinite()
+    expected = ops._eager_forward(
+        student, teacher, target, None, 4.0, 1.0, 16.0, 1.0, 0.0, True, None, terms_of(form)
+    )[0]
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
+    nan = kd_loss_and_grad(student + float("nan"), teacher, target, divergence=form)
+    assert nan[0].isnan() and nan[1].isnan().all()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_bits_do_not_depend_on_threads(form: str | dict) -> None:
+    student, teacher = logits(300, 103, seed=0), logits(300, 103, seed=1)
+    target, threads, results = torch.arange(300) % 103, torch.get_num_threads(), []
+    named = {"alpha": 0.5} if "dkd" not in form else {}
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(kd_loss_and_grad(student, teacher, target, divergence=form, **named))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0]) and torch.equal(results[0][1], other[1])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_rows_that_do_not_count_may_hold_anything(form: str | dict) -> None:
+    student, teacher = logits(6, 10, seed=0), logits(6, 10, seed=1)
+    target = torch.tensor([1, 2, 3, -100, 4, 5])
+    student[3] = teacher[3] = float("nan")
+    named = {"divergence": form} | ({} if "dkd" in form else {"alpha": 0.5})
+    loss, grad = kd_loss_and_grad(student, teacher, target, **named)
+    keep = target >= 0
+    alone, alone_grad = kd_loss_and_grad(student[keep], teacher[keep], target[keep], **named)
+    torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad[keep], alone_grad, rtol=1e-5, atol=1e-7)
+    assert (grad[3] == 0).all()
+
+
+def test_hard_labels_mix_with_any_divergence() -> None:
+    student, teacher = (logits(6, 10, seed=s, dtype=torch.float64) for s in (0, 1))
+    target = torch.tensor([1, 2, 3, 0, 4, 5])
+    for form in FORMS:
+        leaf = student.clone().requires_grad_()
+        kd = textbook(leaf, teacher, target, form, 3.0).mean()
+        expected = 0.25 * kd + 0.75 * F.cross_entropy(leaf, target, label_smoothing=0.1)
+        expected.backward()
+        loss, grad = kd_loss_and_grad(
+            student,
+            teacher,
+            target,
+            alpha=0.25,
+            temperature=3.0,
+            label_smoothing=0.1,
+            divergence=form,
+        )
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
+        torch.testing.assert_close(grad, leaf.grad, rtol=1e-9, atol=1e-13)
+
+
+def test_a_constant_student_has_a_finite_gradient() -> None:
+    """A head that starts at zero gives equal logits, for which correlations are not defined."""
+    teacher, student = logits(6, 10, seed=0), torch.zeros(6, 10)
+    for named in ({"divergence": "dist"}, {"standardize_logits": True}):
+        loss, grad = kd_loss_and_grad(student, teacher, **named)
+        assert loss.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("divergence", "error", "words"),
+    [
+        ("kl", ValueError, "divergence: got 'kl', expected one of"),
+        (3, TypeError, "divergence: got int"),
+        ({}, ValueError, "divergence: got 0 terms"),
+        ({"jsd": {"beta": 1.0}}, ValueError, r"jsd.beta: got 1, expected 0 to 1 \(exclusive\)"),
+        ({"jsd": {"gamma": 1.0}}, ValueError, r"jsd got \['gamma'\], expected some of"),
+        ({"jsd": {"beta": "x"}}, TypeError, "jsd.beta: got str"),
+        ({"forward_kl": 0.0}, ValueError, "forward_kl.weight: got 0"),
+        ({"forward_kl": float("nan")}, ValueError, "weight: got nan"),
+        (dict.fromkeys(("forward_kl", "jsd", "reverse_kl"), 1.0), ValueError, "got 3 terms"),
+        ("dkd", ValueError, "target: got None, expected int64 class ids"),
+    ],
+)
+def test_wrong_divergences_say_what_to_change(
+    divergence: object, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        kd_loss(torch.zeros(4, 10), torch.ones(4, 10), divergence=divergence)
+    if divergence != "dkd":
+        with pytest.raises(error, match=words):
+            DistillKL(divergence=divergence)
+
+
+def test_every_parameter_has_a_usual_value_within_its_limits() -> None:
+    for name, parameters in PARAMETERS.items():
+        usual = {p.name: p.usual for p in parameters}
+        assert terms_of({name: usual}) == terms_of(name)

@@ -1,0 +1,131 @@
+"""kd_loss_topk and linear_kd_loss against the loss of the full logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmkd_fast import kd_loss, kd_loss_and_grad, kd_loss_topk, linear_kd_loss
+
+
+def logits(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_all_classes_give_the_full_loss_bit_for_bit() -> None:
+    student = logits(6, 10, seed=0, dtype=torch.float32).requires_grad_()
+    teacher = logits(6, 10, seed=1, dtype=torch.float32)
+    values, indices = teacher.topk(10)
+    expected = kd_loss(student, teacher, temperature=3.0)
+    for rest in ("bucket", "renormalize"):
+        loss = kd_loss_topk(student, values, indices, rest=rest, temperature=3.0)
+        assert torch.equal(loss, expected)
+        a, b = (torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss, expected))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rest", ["bucket", "renormalize"])
+def test_the_rest_is_one_bucket_or_left_out(rest: str) -> None:
+    student, teacher = logits(2, 3, 10, seed=0).requires_grad_(), logits(2, 3, 10, seed=1)
+    values, indices = teacher.topk(4)
+    temperature = 2.0
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    p, q = p.gather(-1, indices), q.gather(-1, indices)
+    if rest == "bucket":
+        p, q = (torch.cat((x, 1 - x.sum(-1, keepdim=True)), -1) for x in (p, q))
+    else:
+        p, q = (x / x.sum(-1, keepdim=True) for x in (p, q))
+    expected = F.kl_div(q.log(), p, reduction="none").sum(-1).mean() * temperature**2
+    named = {"rest": rest, "temperature": temperature}
+    if rest == "bucket":
+        named["teacher_logsumexp"] = (teacher / temperature).logsumexp(-1)
+    loss = kd_loss_topk(student, values, indices, **named)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    a, b = (torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss, expected))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+    stored = kd_loss_topk(student, values.half(), indices, **named)
+    torch.testing.assert_close(stored, expected, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({}, ValueError, "teacher_logsumexp: got None"),
+        ({"rest": "drop"}, ValueError, "rest: got 'drop'"),
+        ({"teacher_logsumexp": torch.zeros(3)}, ValueError, r"got \(3,\)"),
+        (
+            {"rest": "renormalize", "teacher_logsumexp": torch.zeros(4)},
+            ValueError,
+            "would be ignored",
+        ),
+        ({"teacher_indices": torch.zeros(4, 3)}, TypeError, "teacher_indices: got torch.float32"),
+        ({"teacher_values": torch.zeros(3, 3)}, ValueError, r"teacher_values: got shape \(3, 3\)"),
+        ({"target": torch.zeros(4, dtype=torch.int64)}, ValueError, "target"),
+    ],
+)
+def test_wrong_calls_say_what_to_change(change: dict, error: type[Exception], words: str) -> None:
+    plain = {
+        "student_logits": torch.zeros(4, 10),
+        "teacher_values": torch.zeros(4, 3),
+        "teacher_indices": torch.arange(3).expand(4, 3),
+    }
+    with pytest.raises(error, match=words):
+        kd_loss_topk(**(plain | change))
+
+
+def heads(dtype: torch.dtype) -> list[Tensor]:
+    shapes = ((20, 6), (33, 6), (20, 4), (33, 4))
+    return [logits(*shape, seed=i, dtype=dtype) / 3 for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+@pytest.mark.parametrize("kind", ["none", "ids", "probabilities", "mask"])
+def test_heads_without_logits_give_the_loss_of_the_logits(reduction: str, kind: str) -> None:
+    hidden, weight, teacher_hidden, teacher_weight = heads(torch.float64)
+    target = {
+        "ids": torch.where(torch.arange(20) % 5 == 0, -100, torch.arange(20)),
+        "probabilities": logits(20, 33, seed=9).softmax(1),
+    }.get(kind)
+    named = {"reduction": reduction, "temperature": 2.0, "row_weight": torch.arange(20.0)}
+    named |= {} if target is None else {"alpha": 0.4, "label_smoothing": 0.1}
+    named |= {"mask": torch.arange(20) % 3 > 0} if kind == "mask" else {}
+    results = []
+    for chunk_rows in (None, 7, 100):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if chunk_rows is None:
+            student, teacher = leaves[0] @ leaves[1].t(), teacher_hidden @ teacher_weight.t()
+            loss = kd_loss(student, teacher, target, **named)
+        else:
+            loss = linear_kd_loss(
+                *leaves, teacher_hidden, teacher_weight, target, chunk_rows=chunk_rows, **named
+            )
+        (3 * loss).backward()
+        results.append((loss.detach(), *(leaf.grad for leaf in leaves)))
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_heads_in_bfloat16_and_their_errors() -> None:
+    tensors = heads(torch.bfloat16)
+    tensors[0].requires_grad_()
+    tensors[1].requires_grad_()
+    loss = linear_kd_loss(*tensors, divergence="reverse_kl", chunk_rows=6)
+    loss.backward(retain_graph=True)
+    first = tensors[1].grad.clone()
+    loss.backward()
+    torch.testing.assert_close(tensors[1].grad, 2 * first)
+    student, teacher = (tensors[i].detach() @ tensors[i + 1].detach().t() for i in (0, 2))
+    expected, grad = kd_loss_and_grad(student, teacher, divergence="reverse_kl")
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        first.float(), (grad.t() @ tensors[0].detach()).float(), rtol=5e-2, atol=2e-2
+    )
+    with pytest.raises(ValueError, match="need all rows"):
+        linear_kd_loss(*tensors, divergence="dist")
+    with pytest.raises(ValueError, match="student_weight: got shape"):
+        linear_kd_loss(tensors[0], tensors[3], *tensors[2:])
+    with pytest.raises(ValueError, match="got 32 classes and 20 rows, expected 33 and 20"):
+        linear_kd_loss(*tensors[:3], tensors[3][:32])
