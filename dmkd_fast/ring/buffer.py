@@ -179,9 +179,7 @@ class RingBuffer:
         Args:
             count: Views that will be drawn next.
         """
-        if self._open is not None:
-            return False
-        return self._limiter.may_insert() or self._is_used_up(count)
+        return self._open is None and (self._limiter.may_insert() or self._is_used_up(count))
 
     def reserve(self) -> Block:
         """Reserve the next block of slots; in a full ring, these hold the oldest images.
