@@ -1,4 +1,4 @@
-"""The command line, `dmkd distill | generate | evaluate | plan | doctor | ...`.
+"""The command line, `dmkd demo | init | distill | generate | evaluate | plan | ...`.
 
 User errors end in one line on stderr and exit code 2. Ctrl-C ends with exit code 130 and a line
 that says how to continue. The last line of output is JSON. Under torchrun, only rank 0 prints all
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from dmkd_fast import __version__
 from dmkd_fast.runtime.errors import UserError
-from dmkd_fast.runtime.streams import GuardedStream, open_closed_streams
+from dmkd_fast.runtime.output.streams import GuardedStream, open_closed_streams
 
 if TYPE_CHECKING:
     from dmkd_fast.runtime.distributed import Ranks
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     out, err = GuardedStream(sys.stdout, "stdout"), GuardedStream(sys.stderr)
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)), _logging():
         code = _run(options)
-        if options.verb is not _config and _ranks().world_size > 1:
+        if options.verb not in _NO_PYTORCH and _ranks().world_size > 1:
             from dmkd_fast.runtime import distributed
 
             distributed.end_process(code)
@@ -58,8 +58,9 @@ def _run(options: argparse.Namespace) -> int:
     verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
     result = None
     try:
-        if verb is not _config:
-            _prepare_process(is_alone=verb in (_evaluate, _pretrain, _plan, _doctor))
+        if verb not in _NO_PYTORCH:
+            alone = (_evaluate, _pretrain, _plan, _doctor, _demo)
+            _prepare_process(is_alone=verb in alone)
         result = verb(options)
         if result:
             print(json.dumps(result))
@@ -127,14 +128,21 @@ def _ranks() -> Ranks:
 @contextmanager
 def _logging() -> Iterator[None]:
     """Print the warnings that the package logs, one line each."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler = _Handler()
     logger = logging.getLogger("dmkd_fast")
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+class _Handler(logging.Handler):
+    """Print records on the stderr of the moment, which a live view replaces by its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record in one line."""
+        print(f"{record.levelname}: {record.getMessage()}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -156,9 +164,33 @@ def _parser() -> argparse.ArgumentParser:
         "--traceback", action="store_true", help="also print where an error was raised"
     )
 
+    job = _Parser(add_help=False, parents=[shared])
+    job.add_argument("--quiet", action="store_true", help="show no progress")
+
+    demo = verbs.add_parser(
+        "demo",
+        parents=[job],
+        help="distill a student in about 90 seconds, without any file or network",
+        epilog=OVERRIDES,
+        description="Generate images with the embedded denoiser, train a small student on them, "
+        "and let it classify real images, which it has never seen. The job is configs/demo.yaml.",
+    )
+    _overrides_argument(demo)
+    demo.set_defaults(verb=_demo)
+
+    init = verbs.add_parser(
+        "init",
+        parents=[shared],
+        help="write a config to start from",
+        description="Write one of the shipped configs into the current folder, with a comment on "
+        "every setting. Without a name, list the configs.",
+    )
+    init.add_argument("name", nargs="?", metavar="NAME", help="name of a shipped config")
+    init.set_defaults(verb=_init)
+
     distill = verbs.add_parser(
         "distill",
-        parents=[shared],
+        parents=[job],
         help="train a student from generated images",
         epilog=OVERRIDES,
         description="Generate images, distill a student from a teacher on them, evaluate it on "
@@ -181,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = verbs.add_parser(
         "generate",
-        parents=[shared],
+        parents=[job],
         help="make images for later, as shards on disk",
         epilog=OVERRIDES,
         description="Make the images that `distill` with the same settings would make, and write "
@@ -210,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation_parser = verbs.add_parser(
         "evaluate",
-        parents=[shared],
+        parents=[job],
         help="accuracy of a student or any classifier on real images",
         description="Measure the student that a run saved, or any trained classifier, on labeled "
         "images: top-1, top-5, calibration error, agreement with the run's teachers, and a table "
@@ -233,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="class names, one a line, in the order of the classifier's outputs (default: "
-        "DIR/classes.txt, else the sorted class folders)",
+        "those that the classifier states, else DIR/classes.txt, else the sorted class folders)",
     )
     evaluation_parser.set_defaults(verb=_evaluate)
 
@@ -250,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         ("fewstep", "a denoiser to do in a few steps what it does in many"),
     ):
         sub = kinds.add_parser(
-            kind, parents=[shared], help=text, description=f"Train {text}.", epilog=OVERRIDES
+            kind, parents=[job], help=text, description=f"Train {text}.", epilog=OVERRIDES
         )
         _config_arguments(sub)
         if kind != "fewstep":
@@ -322,6 +354,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _config_arguments(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs=nargs, help="YAML file, see configs/")
+    _overrides_argument(parser)
+
+
+def _overrides_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="settings to change"
     )
@@ -351,6 +387,34 @@ def _job_slice(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def _demo(options: argparse.Namespace) -> dict[str, Any]:
+    from dmkd_fast.config.shipped import CONFIGS
+    from dmkd_fast.jobs import distill
+
+    summary = distill.run(CONFIGS / "demo.yaml", options.overrides, show=not options.quiet)
+    page = Path(summary["run_dir"]) / "report.html"
+    print(
+        f"A student that has seen no real image gets {summary['top1']:.1%} of 10,000 real ones "
+        f"right, its teacher {summary['teacher_top1']:.1%}; {summary['wall_s']:.0f} s in all."
+    )
+    if page.is_file():
+        print(f"report: {page}")
+    print("next: dmkd init fashion_mnist; dmkd distill fashion_mnist.yaml")
+    return summary
+
+
+def _init(options: argparse.Namespace) -> dict[str, Any] | None:
+    from dmkd_fast.config import shipped
+
+    if options.name is None:
+        for name, text in shipped.shipped().items():
+            print(f"{name:<22} {text}")
+        return None
+    path = shipped.init(options.name, Path())
+    print(path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
+    return {"config": str(path)}
+
+
 def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
     from dmkd_fast.jobs import distill
 
@@ -358,7 +422,8 @@ def _distill(options: argparse.Namespace) -> dict[str, Any] | None:
         for line in distill.dry_run(options.config, options.overrides):
             print(line)
         return None
-    return distill.run(options.config, options.overrides, resume=options.resume)
+    resume, show = options.resume, not options.quiet
+    return distill.run(options.config, options.overrides, resume=resume, show=show)
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
@@ -379,13 +444,15 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
         job_slice=options.shard,
         images_per_shard=options.images_per_shard,
         command=shlex.join(words),
+        show=not options.quiet,
     )
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from dmkd_fast.jobs.evaluate import evaluate
 
-    found = evaluate(options.what, options.data, classes=options.classes)
+    show = not options.quiet
+    found = evaluate(options.what, options.data, classes=options.classes, show=show)
     print(found.describe_input())
     _print_classes(found.classes)
     return found.summary()
@@ -420,14 +487,15 @@ def _pretrain(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.resume:
         run_dir.refuse_changes(options.overrides)
-    source, resume = (options.config, options.overrides), options.resume
+    source = (options.config, options.overrides)
+    how = {"resume": options.resume, "show": not options.quiet}
     if options.kind == "teacher":
         teacher = load_config(configs.TeacherConfig, *source)
-        return pretrain_teacher(teacher, options.data, resume=resume)
+        return pretrain_teacher(teacher, options.data, **how)
     if options.kind == "denoiser":
         denoiser = load_config(configs.PretrainDenoiserConfig, *source)
-        return pretrain_denoiser(denoiser, options.data, resume=resume)
-    return pretrain_fewstep(load_config(configs.PretrainFewstepConfig, *source), resume=resume)
+        return pretrain_denoiser(denoiser, options.data, **how)
+    return pretrain_fewstep(load_config(configs.PretrainFewstepConfig, *source), **how)
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -467,3 +535,6 @@ def _config(options: argparse.Namespace) -> None:
         return
     for setting in reference.describe(options.job, options.name):
         print(setting)
+
+
+_NO_PYTORCH = (_config, _init)

@@ -172,7 +172,7 @@ def train(
         keep_freed_memory()
     set_num_threads(config.num_threads)
     student, teacher, spec = networks(recipe, config)
-    test_set = open_test_set(config.eval.path, config.eval.classes, CPU, spec.num_classes)
+    test_set = open_test_set(config.eval.path, config.eval.classes, CPU, spec.num_classes, None)
     schedule = schedule_of(config)
     settings: dict[str, Any] = {
         "schedule": schedule,

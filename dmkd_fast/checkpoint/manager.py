@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +20,8 @@ from dmkd_fast.checkpoint.step_folders import Stateful
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.distributed import ALONE, Ranks, Turns
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.runtime.signals import Interrupts
-
-logger = logging.getLogger("dmkd_fast")
 
 
 class Restored(NamedTuple):
@@ -43,7 +41,7 @@ class CheckpointManager:
         keep: Number of checkpoints to keep.
         ranks: Ranks of the run, which start and finish checkpoints together.
         interrupts: Signals to hold while the state is copied; a pending one stops the run.
-        note: Function that logs one line, called when a checkpoint could not be written.
+        display: Display of the last checkpoint's progress, and of checkpoints that failed.
 
     Attributes:
         writer: Thread that hashes and writes the files; close it after the last checkpoint.
@@ -57,12 +55,12 @@ class CheckpointManager:
         keep: int = 2,
         ranks: Ranks = ALONE,
         interrupts: Interrupts | None = None,
-        note: Callable[[str], None] = logger.warning,
+        display: Progress | None = None,
     ) -> None:
         self.folder, self.every_s, self.keep = ranks.folder(folder), every_s, keep
         self.writer = files.Writer()
         self._ranks, self._first_folder, self._turns = ranks, folder, Turns(ranks)
-        self._interrupts, self._note = interrupts or Interrupts(), note
+        self._interrupts, self._display = interrupts or Interrupts(), display or Progress()
         self._last = time.monotonic()
         self._saving: Future[Path] | None = None
         self._latest: Future[Path] | None = None
@@ -116,7 +114,7 @@ class CheckpointManager:
             KeyboardInterrupt: One of several ranks was asked to stop.
         """
         if problem := self.problem():
-            self._note(problem)
+            self._display.note(problem)
         now = self._turns.next(
             due=self.is_due(),
             busy=self.is_busy,
@@ -144,7 +142,7 @@ class CheckpointManager:
         """
         self._turns.end()
         if problem := self.problem():
-            self._note(problem)
+            self._display.note(problem)
         with self._ranks.agreed(files.SaveError):
             return self.finish(step, objects, mark=mark)
 
@@ -163,9 +161,13 @@ class CheckpointManager:
         Returns:
             Future folder of the checkpoint.
         """
-        snapshot = step_folders.Snapshot(
-            step, objects, mark=mark, world_size=self._ranks.world_size
-        )
+        return self._queue(self._copy(step, objects, mark))
+
+    def _copy(self, step: int, objects: Mapping[str, Stateful], mark: int) -> step_folders.Snapshot:
+        size = self._ranks.world_size
+        return step_folders.Snapshot(step, objects, mark=mark, world_size=size)
+
+    def _queue(self, snapshot: step_folders.Snapshot) -> Future[Path]:
         self._is_ours = True
         self._saving = self._latest = self.writer.submit(
             lambda: step_folders.write(self.folder, snapshot, keep=self.keep)
@@ -179,7 +181,13 @@ class CheckpointManager:
         Raises:
             SaveError: The checkpoint could not be written.
         """
-        return self.start(step, objects, mark=mark).result()
+        snapshot = self._copy(step, objects, mark)
+        future = self._queue(snapshot)
+        with self._display.phase("saving", snapshot.num_bytes // 1000, "kB") as phase:
+            while not future.done():
+                wait([future], timeout=0.5)
+                phase.update(snapshot.num_written // 1000)
+        return future.result()
 
     def problem(self) -> str | None:
         """Return once why the last checkpoint could not be written; the run goes on without it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,6 +62,8 @@ class Snapshot:
             name: split_state(item.state_dict(), name, self.tensors)
             for name, item in objects.items()
         }
+        self.num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        self.num_written = 0
         self._copied: torch.cuda.Event | None = None
         if torch.cuda.is_initialized():
             self._copied = torch.cuda.Event()
@@ -71,6 +73,12 @@ class Snapshot:
         """Wait until the copies from the device are complete."""
         if self._copied is not None:
             self._copied.synchronize()
+
+    def counted(self, parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        """Yield the parts of a file, and count the bytes of those before in `num_written`."""
+        for part in parts:
+            yield part
+            self.num_written += len(part)
 
 
 def write(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
@@ -98,7 +106,9 @@ def write(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
         facts = {"step": step, "mark": snapshot.mark, "world_size": snapshot.world_size}
         record = {"name": final.name, **facts, "objects": states}
         digests = {
-            TENSORS: files.write(partial / TENSORS, model_files.file_parts(snapshot.tensors)),
+            TENSORS: files.write(
+                partial / TENSORS, snapshot.counted(model_files.file_parts(snapshot.tensors))
+            ),
             REST: files.write(partial / REST, [json.dumps(record).encode()]),
         }
         files.write(partial / SUMS, _sums(digests))

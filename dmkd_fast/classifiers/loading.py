@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from dmkd_fast import assets
 from dmkd_fast.classifiers import small_nets
 from dmkd_fast.classifiers.spec import STEMS, ClassifierSpec, check_model_args, stated_license
 from dmkd_fast.runtime.device import exact_float32, is_out_of_memory
@@ -99,8 +100,14 @@ def save_classifier(model: nn.Module, spec: ClassifierSpec, folder: Path) -> Non
     (folder / CONFIG).write_text(json.dumps(spec.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
-def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, ClassifierSpec]:
+def load_classifier(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, ClassifierSpec]:
     """Load a classifier that `save_classifier` or timm wrote, in float32 and eval mode.
+
+    Args:
+        path: Folder of the classifier, directory of a finished run, or `embedded:NAME`.
+        device: Device to load the model to.
 
     Raises:
         UserError: A file is missing or damaged, or does not match the architecture.
@@ -108,12 +115,14 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[nn.Module, Clas
     Examples:
         >>> import torch
         >>> from dmkd_fast import load_classifier
-        >>> from dmkd_fast.assets import resolve
-        >>> folder = resolve("embedded:fashion_mnist/weak")
-        >>> model, spec = load_classifier(folder, torch.device("cpu"))
+        >>> model, spec = load_classifier("embedded:fashion_mnist/weak")
         >>> model(torch.zeros(1, spec.in_chans, spec.input_size, spec.input_size)).shape
         torch.Size([1, 10])
     """
+    folder = assets.resolve(str(path))
+    # The result of a run is in one of these folders.
+    places = [folder, folder / "student", folder / "model"]
+    folder = next((place for place in places if (place / CONFIG).exists()), folder)
     check_folder(folder)
     config = read_json(folder / CONFIG)
     try:

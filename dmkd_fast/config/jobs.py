@@ -74,7 +74,8 @@ class EvalConfig(Section):
     """Directory with idx files, class folders or WebDataset shards, or `embedded:NAME`."""
     classes: PathText | None = None
     """Text file with one class name per line, in the job's order. null: classes.txt in the
-    directory, otherwise the sorted names of the class folders."""
+    directory, otherwise the sorted names of the class folders; both in the teacher's order if its
+    file states the same names."""
     num_points: int = Field(8, ge=1, le=10_000)
     """Number of evaluations during a run, the last one included."""
 

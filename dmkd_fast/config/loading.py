@@ -28,7 +28,7 @@ from pydantic_core import PydanticCustomError
 
 from dmkd_fast import assets
 from dmkd_fast.config import yaml_text
-from dmkd_fast.runtime.errors import UserError, shortened
+from dmkd_fast.runtime.errors import UserError, shortened, warn_once
 
 MAX_CLASSES = 100_000
 _REPR = reprlib.Repr()
@@ -113,10 +113,12 @@ def load_config(kind: type[C], source: str | Path | C, overrides: Overrides = ()
         values, where = source.model_dump(), ""
     else:
         values, where = _read_yaml(Path(source)), f"{source}: "
+    before = {name: dict(part) for name, part in values.items() if isinstance(part, dict)}
     if isinstance(overrides, Mapping):
         _merge(values, overrides)
     else:
         apply_overrides(values, overrides)
+    _reset_replaced(kind, values, before, _given(overrides))
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -167,6 +169,53 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
             values[name] = str(value) if isinstance(value, Path) else value
 
 
+# Fields that mean nothing after the value of a field has been replaced.
+_NETWORK = ("path", "arch", "revision", "pretrained", "model_args", "stem")
+_BELONGING = {
+    "sampler.fidelity": ("num_steps", "solver", "guidance_scale"),
+    "denoiser.path": ("revision",),
+    "optim.name": ("nesterov",),
+    **{f"{part}.{field}": _NETWORK for part in ("teacher", "student") for field in _NETWORK[:2]},
+}
+
+
+def _given(overrides: Overrides) -> set[str]:
+    """Return the dotted names of two parts that overrides set."""
+    if not isinstance(overrides, Mapping):
+        return {text.partition("=")[0] for text in overrides}
+    sections = {name: part for name, part in overrides.items() if isinstance(part, Mapping)}
+    return {f"{name}.{field}" for name, part in sections.items() for field in part}
+
+
+def _reset_replaced(
+    kind: type[Section], values: dict[str, Any], before: dict[str, Any], given: set[str]
+) -> None:
+    """Drop the fields that belong to a choice that overrides have replaced, and log which.
+
+    Args:
+        kind: Class that the file mirrors.
+        values: All values, changed in place.
+        before: Sections before the overrides.
+        given: Names of the fields that the overrides set.
+    """
+    for name in sorted(given & _BELONGING.keys()):
+        part, _, choice = name.partition(".")
+        if part not in kind.model_fields:
+            continue
+        section, known = values[part], _section(kind.model_fields[part].annotation)
+        chosen = section.get(choice)
+        if known is None or chosen is None or before.get(part, {}).get(choice) == chosen:
+            continue
+        dropped = []
+        for field in _BELONGING[name]:
+            if field != choice and field in section and f"{part}.{field}" not in given:
+                default = known.model_fields[field].get_default(call_default_factory=True)
+                if section.pop(field) != default:
+                    dropped.append(f"{part}.{field}")
+        if dropped:
+            warn_once(f"{name}={shown(chosen)} replaces the config's {', '.join(dropped)}")
+
+
 def shown(value: Any) -> str:
     """Format a value for a message, cut to about 100 characters."""
     try:
@@ -189,9 +238,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(
-            f"config {path}: {error.strerror or error}; give the path of a YAML file (see configs/)"
-        ) from None
+        names = [f"configs/{known.relative_to(assets.ROOT / 'configs')}" for known in _shipped()]
+        close = difflib.get_close_matches(path.stem, [Path(name).stem for name in names], n=1)
+        similar = [name for name in names if close and Path(name).stem == close[0]]
+        hint = f"did you mean {similar[0]}?" if similar else "`dmkd init` lists the shipped ones"
+        raise UserError(f"config {path}: {error.strerror or error}; {hint}") from None
     except UnicodeDecodeError:
         raise UserError(
             f"config {path}: not valid YAML (not UTF-8 text); save it as UTF-8"
@@ -205,6 +256,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"config {path}: got {type(values).__name__}, expected key: value lines")
     return values
+
+
+def _shipped() -> list[Path]:
+    return sorted((assets.ROOT / "configs").rglob("*.yaml"))
 
 
 def _explain(kind: type[Section], problem: Any) -> str:

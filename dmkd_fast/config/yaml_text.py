@@ -85,6 +85,12 @@ def dump(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
+def dump_flow(value: Any) -> str:
+    """Write a value in one line, as `{key: [1, 2]}`."""
+    text: str = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=10**6)
+    return text.strip()[1:-1]
+
+
 def _check_limits(text: str) -> None:
     """Refuse too many values or levels, aliases expanded, before anything is built."""
     total = 0

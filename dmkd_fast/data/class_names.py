@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def read_class_names(path: Path, *, must_exist: bool) -> tuple[str, ...]:
 def all_numbers(names: Sequence[str]) -> bool:
     """Return whether all names are whole numbers, which do not describe the classes."""
     return all(name.isascii() and name.isdigit() for name in names)
+
+
+def has_standard_order(names: Sequence[str]) -> bool:
+    """Return whether the names are numbers or WordNet ids, whose order is the sorted one."""
+    return all_numbers(names) or all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
 def class_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -110,6 +116,24 @@ def teacher_order(
     if all_numbers(found) or all_numbers(class_names):
         return order_folders(folder, found, ())
     return order_folders(folder, found, class_names, owner="the test set")
+
+
+def order_by_name(names: Sequence[str], wanted: Sequence[str] | None) -> list[int] | None:
+    """Return the place in `wanted` of each of the names; None unless the sets agree.
+
+    Case and punctuation are ignored. Names that are only numbers are not mapped.
+
+    Args:
+        names: Class names of a set of images.
+        wanted: Class names in another order, or None if they are unknown.
+    """
+    if wanted is None or all_numbers(names) or all_numbers(wanted):
+        return None
+    places = {_simplified(name): place for place, name in enumerate(wanted)}
+    mine = [_simplified(name) for name in names]
+    if len(places) != len(wanted) or len(set(mine)) != len(mine) or set(mine) != set(places):
+        return None
+    return [places[name] for name in mine]
 
 
 def compare_class_names(

@@ -19,7 +19,7 @@ import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmkd_fast.data.class_names import order_folders, read_class_names
+from dmkd_fast.data.class_names import order_by_name, order_folders, read_class_names
 from dmkd_fast.data.decode import Decoder
 from dmkd_fast.data.listing import CLASS_NAMES, Item, left_out_text, list_images, report_left_out
 from dmkd_fast.data.tar_files import list_shards
@@ -182,6 +182,28 @@ def open_set(
     names = names or tuple(str(i) for i in range(num_classes or worst.label + 1))
     report_left_out(path, left_out)
     return EncodedSet(items=tuple(items), class_names=names, device=device)
+
+
+def in_order_of(
+    images: ImageSet | EncodedSet, names: Sequence[str] | None
+) -> ImageSet | EncodedSet:
+    """Return the set with its classes in another order; the same set if the names differ.
+
+    Args:
+        images: Labeled images.
+        names: Names of the same classes in the wanted order, or None if they are unknown.
+    """
+    places = order_by_name(images.class_names, names)
+    if names is None or places is None:
+        return images
+    if isinstance(images, ImageSet):
+        labels = torch.tensor(places, device=images.labels.device)[images.labels]
+        return replace(images, labels=labels, class_names=tuple(names))
+    items = sorted(
+        (replace(item, label=places[item.label]) for item in images.items),
+        key=lambda item: item.label,
+    )
+    return replace(images, items=tuple(items), class_names=tuple(names))
 
 
 def _open_folder(folder: Path, names: tuple[str, ...], device: torch.device) -> EncodedSet:

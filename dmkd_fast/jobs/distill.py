@@ -84,6 +84,8 @@ def run(
         if resume:
             run_dir.refuse_changes(overrides)
     loaded, resume = _place(loaded, resume, ranks)
+    if resume and (summary := run_dir.finished(loaded)) is not None:
+        return summary if ranks.is_first else {}
     with ranks.agreed():
         job, parts = prepare(run_dir.find(loaded) if resume else loaded, ranks)
         memory.check(job, parts)
@@ -118,9 +120,8 @@ def _run(
         if not resume:  # Refuse the folder before anything is written to it.
             distiller.checkpoints.check_folder()
     with run_dir.locked(folder, ranks=ranks):
-        if resume and run_dir.has_checkpoint(folder):
-            for note in distiller.restore().notes:
-                LOG.warning(note)
+        if resume:
+            run_dir.restore(distiller)
         with ranks.agreed():
             distiller.checkpoints.check_folder()
             if ranks.is_first and resume:

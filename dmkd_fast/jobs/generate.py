@@ -40,6 +40,7 @@ from dmkd_fast.jobs.resolve import resolve, resolve_images
 from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
@@ -115,7 +116,7 @@ def run(
         UserError: A setting, the directory or the machine does not allow this job.
         KeyboardInterrupt: Ctrl-C or SIGTERM arrived; the directory is consistent.
     """
-    started, ranks = time.monotonic(), distributed.read()
+    started, ranks, display = time.monotonic(), distributed.read(), Progress(show=show)
     job_slice = job_slice or (ranks.rank, ranks.world_size)
     advice = f"lower sampler.micro_batch_images={config.sampler.micro_batch_images}"
     with ThreadPoolExecutor() as pool, memory.named(advice):
@@ -124,13 +125,12 @@ def run(
         shards.claim(folder, plan)
         name = "{}-of-{}".format(*job_slice)
         with shards.locked(folder, name):
-            missing = _missing(folder, plan, job_slice, show)
-            progress = _Progress(sum(len(plan.ids(s)) for s in missing), show)
-            interrupts = Interrupts()
+            missing = _missing(folder, plan, job_slice, display)
+            total, interrupts = sum(len(plan.ids(s)) for s in missing), Interrupts()
             try:
-                with interrupts:
+                with interrupts, display.phase("generating", total, "images") as phase:
                     for number in missing:
-                        _make_shard(maker, plan, folder, number, name, interrupts, progress)
+                        _make_shard(maker, plan, folder, number, name, interrupts, phase)
             except KeyboardInterrupt:
                 print(f"every finished shard is kept; to go on: {command}", file=sys.stderr)
                 raise
@@ -140,14 +140,14 @@ def run(
     wall_s = time.monotonic() - started
     return {
         "part": "{}/{}".format(*job_slice),
-        "made_images": progress.total,
+        "made_images": total,
         "images": there,
         "num_images": num_images,
         "is_complete": there == num_images,
-        "images_per_s": round(progress.rate(), 1),
+        "images_per_s": round(phase.rate(), 1),
         "wall_s": round(wall_s, 1),
         "denoiser_license": plan.license,
-        "out": str(folder),
+        "run_dir": str(folder),
     }
 
 
@@ -170,7 +170,10 @@ def _prepare(
     teachers = networks.load_teachers(
         config.teachers, temperature=config.loss.temperature, device=device
     )
-    test_set = open_test_set(config.eval.path, config.eval.classes, device, denoiser.num_classes)
+    names = teachers.class_names["teacher"]
+    test_set = open_test_set(
+        config.eval.path, config.eval.classes, device, denoiser.num_classes, names
+    )
     check_fit(config, denoiser, teachers, test_set)
     batch = config.sampler.micro_batch_images
     made = {memory.BLOCK: 4 * batch * math.prod(denoiser.image_shape)}
@@ -225,7 +228,7 @@ def _make_shard(
     number: int,
     job_slice: str,
     interrupts: Interrupts,
-    progress: _Progress,
+    phase: Phase,
 ) -> None:
     ids, size = plan.ids(number), maker.sampler.micro_batch_images
     writer = shards.ShardWriter(folder, number, job_slice)
@@ -234,18 +237,21 @@ def _make_shard(
             batch = range(start, min(start + size, ids.stop))
             for image in maker.make(batch):
                 writer.add(*image)
-            progress.add(len(batch))
+            phase.advance(len(batch))
         with interrupts.held():
             writer.commit()
     finally:
         writer.discard()
 
 
-def _missing(folder: Path, plan: shards.Plan, job_slice: tuple[int, int], show: bool) -> list[int]:
+def _missing(
+    folder: Path, plan: shards.Plan, job_slice: tuple[int, int], display: Progress
+) -> list[int]:
     """Return the missing shards of this slice; finished shards are read once and checked."""
     done = set(shards.finished(folder))
     mine = range(job_slice[0], plan.num_shards, job_slice[1])
-    for number in done & set(mine):
+    there = done & set(mine)
+    for number in display.track(there, "checking", len(there), "shards", size=lambda _: 1):
         try:
             shard = shards.load_shard(folder, plan, number)
             for image_id in plan.ids(number):
@@ -255,8 +261,8 @@ def _missing(folder: Path, plan: shards.Plan, job_slice: tuple[int, int], show: 
             shards.withdraw(folder, number)
             done.discard(number)
     missing = [number for number in mine if number not in done]
-    if show and len(missing) < len(mine):
-        print(f"{len(mine) - len(missing)} of {len(mine)} shards are there", file=sys.stderr)
+    if len(missing) < len(mine):
+        display.note(f"{len(mine) - len(missing)} of {len(mine)} shards are there")
     return missing
 
 
@@ -307,30 +313,3 @@ def _sha256(*modules: nn.Module) -> str:
 
 def _bytes(value: Tensor) -> np.ndarray:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-class _Progress:
-    """Prints the number of images, rate and time left on stderr every few seconds."""
-
-    def __init__(self, total: int, show: bool) -> None:
-        self.total, self._show = total, show
-        self._done = 0
-        self._start = self._printed = time.monotonic()
-
-    def add(self, count: int) -> None:
-        """Count `count` more images as made."""
-        self._done += count
-        now = time.monotonic()
-        if self._show and (now - self._printed > 2 or self._done == self.total):
-            left = round((self.total - self._done) / self.rate())
-            print(
-                f"[{100 * self._done / self.total:3.0f}%] {self._done:,}/{self.total:,} images  "
-                f"{self.rate():,.0f} images/s  ETA {left // 60}:{left % 60:02d}",
-                file=sys.stderr,
-                flush=True,
-            )
-            self._printed = now
-
-    def rate(self) -> float:
-        """Return the images per second so far."""
-        return self._done / max(time.monotonic() - self._start, 1e-9)

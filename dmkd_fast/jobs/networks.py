@@ -21,6 +21,7 @@ from dmkd_fast.classifiers.loading import (
 )
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.networks import ClassifierConfig, TeachingConfig
+from dmkd_fast.data.class_names import order_by_name
 from dmkd_fast.jobs import memory
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
@@ -96,14 +97,21 @@ def load_teachers(
         UserError: Weights are missing or do not fit, or some class has no teacher at some point of
             the run.
     """
-    members, specs, counts, names, licenses = [], {}, {}, {}, []
+    members: list[Teacher] = []
+    names: dict[str, tuple[str, ...] | None] = {}
+    specs, counts, licenses = {}, {}, []
     for section, config in sections.items():
         if config.path is not None:
             loaded = _load_saved(config.path, config.revision, device)
         else:
             loaded = load_trained(config.arch or "", device)
         module, spec, license = loaded
-        highest = max(config.class_map or (0,))
+        class_map = config.class_map
+        if class_map is None and spec.label_names is not None and members:
+            # A further teacher with the first one's class names in another order.
+            places = order_by_name(names["teacher"] or (), spec.label_names)
+            class_map = None if places is None else tuple(places)
+        highest = max(class_map or (0,))
         if highest >= spec.num_classes:
             expected = f"0 to {spec.num_classes - 1}, the teacher's classes"
             raise invalid(f"{section}.class_map", highest, expected, "correct the map")
@@ -112,17 +120,17 @@ def load_teachers(
             Teacher(
                 module=module,
                 input=spec.input,
-                class_map=config.class_map,
+                class_map=class_map,
                 teaches=config.teaches,
                 start=config.start,
                 stop=config.stop,
             )
         )
         specs[section] = spec
-        counts[section] = len(config.class_map or ()) or spec.num_classes
+        counts[section] = len(class_map or ()) or spec.num_classes
         names[section] = spec.label_names
-        if spec.label_names is not None and config.class_map is not None:
-            names[section] = tuple(spec.label_names[k] for k in config.class_map)
+        if spec.label_names is not None and class_map is not None:
+            names[section] = tuple(spec.label_names[k] for k in class_map)
         licenses.append(license)
     if len(set(counts.values())) > 1:
         given = ", ".join(f"{section} has {count}" for section, count in counts.items())

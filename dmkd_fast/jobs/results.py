@@ -24,7 +24,7 @@ from dmkd_fast.training.distiller import Distiller
 if TYPE_CHECKING:
     from dmkd_fast.jobs.parts import Parts
 
-SUMMARY = "summary.json"
+SUMMARY = run_dir.SUMMARY
 
 
 def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
         with files.new_folder(folder / STUDENT) as partial:
             spec = replace(parts.student_spec, label_names=parts.test_set.class_names)
             save_classifier(distiller.student.average.module, spec, partial)
-        scores = evaluate_run(folder).scores
+        scores = evaluate_run(folder, display=distiller.display).scores
         _draw(distiller, parts, folder, scores["teacher_top1"])
         summary = {
             **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
@@ -75,9 +75,8 @@ def _write_card(folder: Path, config: DistillConfig, parts: Parts, summary: dict
         f"Teacher {teachers}, images from {card_sentence(config)} "
         "Accuracies are fractions of the real test set, which decided nothing.\n\n"
         f"| figure | value |\n|---|---|\n{rows}\n\n"
-        "```python\nfrom pathlib import Path\nimport torch\n"
-        "from dmkd_fast import load_classifier\n\n"
-        'model, spec = load_classifier(Path("."), torch.device("cpu"))\n```\n'
+        "```python\nfrom dmkd_fast import load_classifier\n\n"
+        'model, spec = load_classifier(".")\n```\n'
         f"{timm_lines(spec)}"
         f"Inputs: {spec.in_chans} x {spec.input_size} x {spec.input_size}, pixels in [0, 1] "
         f"normalized with mean {list(spec.mean)} and std {list(spec.std)}.\n"

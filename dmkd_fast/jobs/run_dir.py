@@ -9,23 +9,28 @@ process at a time uses a run directory; it holds a lock on `.lock`.
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from dmkd_fast.config.jobs import RunConfig
+from dmkd_fast.config.jobs import DistillConfig, PretrainConfig, RunConfig
 from dmkd_fast.config.loading import Overrides, dump_config, load_config
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, warn_once
+from dmkd_fast.training.loop import TrainingLoop
 
+LOG = logging.getLogger("dmkd_fast")
 C = TypeVar("C", bound=RunConfig)
 CONFIG, CHECKPOINTS, LAUNCH, LOCK = "config.yaml", "checkpoints", ".launch", ".lock"
+SUMMARY = "summary.json"
 # torchrun restarts ranks after it has asked their predecessors to end; on another machine a
 # predecessor may still run and hold the lock.
 RESTART_WAIT_S = 30
@@ -129,6 +134,46 @@ def find(config: C) -> C:
         # Two runs may have equal times of writing; the later name is then the newer run.
         folder = max((path.parent for path in found), key=lambda p: (_last_written(p), p.name))
     return load_config(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})
+
+
+def restore(loop: TrainingLoop) -> None:
+    """Continue a run from its newest checkpoint, if it has one, and say where it goes on."""
+    if not has_checkpoint(loop.run_dir):
+        loop.display.note(f"{loop.run_dir}: no checkpoint yet; going on at the beginning")
+        return
+    restored = loop.restore()
+    for note in restored.notes:
+        LOG.warning(note)
+    loop.display.note(
+        f"{loop.run_dir}: going on at step {restored.step:,} of {loop.num_steps:,}, "
+        f"{loop.num_views:,} views"
+    )
+
+
+def finished(config: PretrainConfig | DistillConfig) -> dict[str, Any] | None:
+    """Return the summary of a run that has ended; None for one with something left to do.
+
+    That is a run that was stopped or made longer, or whose result is missing.
+    """
+    folder = _folder(config)
+    path, results = folder / SUMMARY, (folder / "student", folder / "model")
+    if not _exists(path) or not any(next(r.rglob("*.safetensors"), None) for r in results):
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        is_whole = summary["views"] >= config.train.num_views
+    except (OSError, ValueError, LookupError, TypeError):  # damaged: the results are written again
+        return None
+    if is_whole:
+        warn_once(f"{path.parent}: the run has ended; nothing was changed")
+    return summary if is_whole else None
+
+
+def finish(folder: Path, summary: dict[str, Any]) -> None:
+    """Write the summary of a run, which marks it as finished."""
+    with _writing(folder):
+        files.replace(folder / SUMMARY, [json.dumps(summary, indent=2).encode() + b"\n"])
+        files.sync(folder)
 
 
 def refuse_changes(overrides: Overrides) -> None:

@@ -167,6 +167,10 @@ class RingBuffer:
         """
         return not self._limiter.may_sample(count) or self._is_used_up(count)
 
+    def num_missing(self, count: int) -> int:
+        """Return how many images the limiter demands before `count` more views are drawn."""
+        return self._limiter.num_missing(count)
+
     def may_insert(self, count: int) -> bool:
         """Return whether a block may be reserved now, before draws need it.
 
@@ -175,9 +179,7 @@ class RingBuffer:
         Args:
             count: Views that will be drawn next.
         """
-        if self._open is not None:
-            return False
-        return self._limiter.may_insert() or self._is_used_up(count)
+        return self._open is None and (self._limiter.may_insert() or self._is_used_up(count))
 
     def reserve(self) -> Block:
         """Reserve the next block of slots; in a full ring, these hold the oldest images.

@@ -45,6 +45,12 @@ class Limiter:
             return False
         return self._distance(self.num_inserted) - count * self._scale >= -self._band
 
+    def num_missing(self, count: int) -> int:
+        """Return how many images, in whole blocks, must come before `count` more views."""
+        views = self._scale * (self.num_sampled + count) - self._band
+        needed = self.min_fill_images + max(0, -(-views // self._per_image))
+        return -(-max(0, needed - self.num_inserted) // self.block_images) * self.block_images
+
     def may_insert(self) -> bool:
         """Return whether one more block may be reserved; an open block counts as inserted."""
         if self.num_reserved < self.min_fill_images:

@@ -8,7 +8,6 @@ Source: arXiv 2305.12954.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from dmkd_fast.ring.buffer import Block, RingBuffer
 from dmkd_fast.ring.storage import BlockFiles
 from dmkd_fast.runtime.device import InFlight
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.training import scoring
 from dmkd_fast.training.images import ImageStream
 from dmkd_fast.training.loop import TrainingLoop
@@ -45,7 +45,7 @@ class Distiller(TrainingLoop):
         targets: Views of the images, and the teachers' logits for them.
         run_dir: Folder for all files of the run; shared by all ranks.
         test_set: Real images for the reported accuracy, which has no effect on the training.
-        show: Whether to print progress.
+        show: Whether to show progress.
 
     Raises:
         UserError: The ring would stop the loop, or it has guard blocks and `images` may wait.
@@ -62,7 +62,7 @@ class Distiller(TrainingLoop):
         test_set: ImageSet | EncodedSet | None = None,
         show: bool = True,
     ) -> None:
-        super().__init__(student, run_dir, show=show)
+        super().__init__(student, run_dir, Progress(show=show and student.ranks.is_first))
         self.images, self.ring, self.targets, self.test_set = images, ring, targets, test_set
         ring.plan.check_batch(student.batch_size)
         if ring.plan.guard_blocks and images.may_wait:
@@ -89,9 +89,19 @@ class Distiller(TrainingLoop):
         Does nothing once all images of a stream that fits into the ring are there.
 
         Args:
-            is_fitting: Whether to write block files, due checkpoints and log lines meanwhile.
+            is_fitting: Whether to write block files and due checkpoints, and to show progress.
         """
-        before, started = self.ring.num_inserted, (reported := time.monotonic())
+        missing = self.ring.num_missing(self.student.batch_size) * self.ranks.world_size
+        # One block is the usual refill during training, which its rates show.
+        if is_fitting and missing > self.ring.block_images * self.ranks.world_size:
+            with self.display.phase("filling", missing, "images") as phase:
+                self._refill(is_fitting, phase)
+        else:
+            self._refill(is_fitting)
+        if self._wants_block_ahead():
+            self._ahead = self._write_block()
+
+    def _refill(self, is_fitting: bool, phase: Phase | None = None) -> None:
         while self.ring.must_insert(self.student.batch_size) and not self.images.is_exhausted:
             block, ids, labels = self._ahead or self._write_block()
             with self._interrupts.held():
@@ -103,16 +113,11 @@ class Distiller(TrainingLoop):
                 continue
             # Not held, as it may wait for the disk. The next checkpoint queues missed blocks.
             self.blocks.append()
+            self.display.pictures(block.images)
             self.ring.release()  # `append` has read the block's slots.
             self._save_if_due()
-            now = time.monotonic()
-            if now - reported > 5:
-                made = (self.ring.num_inserted - before) * self.ranks.world_size
-                rate = made / (now - started)
-                self._metrics.note(f"filling: {made:,} images, {rate:,.0f} images/s")
-                reported = now
-        if self._wants_block_ahead():
-            self._ahead = self._write_block()
+            if phase is not None:
+                phase.advance(len(ids) * self.ranks.world_size)
 
     def train_step(self) -> Tensor:
         """Take one optimizer step and return its loss without waiting for the device."""
@@ -215,12 +220,15 @@ class Distiller(TrainingLoop):
         model, wanted, ranks = self.student.average.module, self.targets.input, self.ranks
         ranks.follow_first(list(model.buffers()))
         batches = self.test_set.batches([wanted], rank=ranks.rank, world_size=ranks.world_size)
+        shown = scoring.tracked(batches, -(-len(self.test_set) // ranks.world_size), self.display)
         num_classes = len(self.test_set.class_names)
         with self.student.autocast:
-            scores = scoring.measure(model, batches, input=wanted, num_classes=num_classes)
+            scores = scoring.measure(model, shown, input=wanted, num_classes=num_classes)
         scores.sums = ranks.total(scores.sums)
         scoring.check_trained(scores)
-        return {"top1": scores.result()["top1"]}
+        top1 = scores.result()["top1"]
+        self.display.accuracy(top1)
+        return {"top1": top1}
 
     def _own_state(self) -> dict[str, Stateful]:
         return {

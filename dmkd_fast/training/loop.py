@@ -19,8 +19,9 @@ from dmkd_fast.runtime import files
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.runtime.signals import Interrupts
-from dmkd_fast.training.metrics import Metrics
+from dmkd_fast.training.metrics import Metrics, row_text
 from dmkd_fast.training.student import StudentTrainer
 
 
@@ -33,7 +34,7 @@ class TrainingLoop:
     Args:
         student: Network to train, with its optimizer and schedule.
         run_dir: Folder for all files of the run; shared by all ranks.
-        show: Whether to print progress.
+        display: Display of the progress.
 
     Attributes:
         step: Number of steps taken.
@@ -41,21 +42,22 @@ class TrainingLoop:
         clock: Time that the run has taken.
     """
 
-    def __init__(self, student: StudentTrainer, run_dir: Path | str, *, show: bool = True) -> None:
+    def __init__(self, student: StudentTrainer, run_dir: Path | str, display: Progress) -> None:
         self.student, self.run_dir = student, Path(run_dir)
         self.schedule, self.ranks, self.device = student.schedule, student.ranks, student.device
         self.step, self.num_steps = 0, self.schedule.num_steps
         self.clock = Clock()
         self._cpu_elsewhere_s = 0.0
         self._num_views = self.num_steps * self.schedule.batch_size
-        self._metrics = Metrics(self.run_dir, self._num_views, show=show, ranks=self.ranks)
+        self.display = display
+        self._metrics = Metrics(self.run_dir, display, ranks=self.ranks)
         self._interrupts = Interrupts(only_noted=self.ranks.world_size > 1)
         self.checkpoints = CheckpointManager(
             self.run_dir / "checkpoints",
             every_s=self.schedule.checkpoint_every_s,
             ranks=self.ranks,
             interrupts=self._interrupts,
-            note=self._metrics.note,
+            display=self.display,
         )
 
     def train_step(self) -> Tensor:
@@ -154,8 +156,13 @@ class TrainingLoop:
         files.make_folder(self.run_dir)
         self.checkpoints.writer.start()  # Before signals can stop the start of the thread half-way.
         try:
-            with self._interrupts:
-                self._run()
+            with (
+                self._interrupts,
+                self.display.phase(
+                    "training", self._num_views, "views", done=self.num_views
+                ) as phase,
+            ):
+                self._run(phase)
         finally:
             gc.unfreeze()
             self._metrics.close()
@@ -166,7 +173,7 @@ class TrainingLoop:
 
     def warm_up(self) -> None:
         """Run all networks once on scratch inputs; weights, buffers and random states stay."""
-        self._metrics.note("warming up ...")
+        self.display.note("warming up ...")
         started = time.monotonic()
         is_cuda = self.device.type == "cuda"
         try:
@@ -177,7 +184,7 @@ class TrainingLoop:
                 self._run_once()
         finally:
             self.student.undo_warm_up()
-        self._metrics.note(f"warm after {time.monotonic() - started:.0f} s")
+        self.display.note(f"warm after {time.monotonic() - started:.0f} s")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step; the other parts have state dicts of their own."""
@@ -187,14 +194,14 @@ class TrainingLoop:
         """Restore the state from `state_dict`."""
         self.step = state["step"]
 
-    def _run(self) -> None:
+    def _run(self, phase: Phase) -> None:
         """Run the loop, and write a checkpoint when something ends it early."""
         try:
-            self._loop()
+            self._loop(phase)
         except (KeyboardInterrupt, SourceError, NotFiniteError):
             saved = self._save_last()  # A second signal stops the save at once.
             seen = f"{self.num_views:,} of {self._num_views:,} views"
-            self._metrics.note(f"interrupted at {seen}; saved {saved}")
+            self.display.note(f"interrupted at {seen}; saved {saved}")
             raise
         except Exception as error:
             # Saving is collective, and the other ranks have not reached it.
@@ -203,7 +210,7 @@ class TrainingLoop:
             self.checkpoints.writer.close()
             raise
 
-    def _loop(self) -> None:
+    def _loop(self, phase: Phase) -> None:
         self.warm_up()
         # A collection over all objects of imports and compilation is slow, and the copies for a
         # checkpoint would trigger one. `fit` unfreezes them.
@@ -212,18 +219,22 @@ class TrainingLoop:
         self._metrics.begin(
             views=self.num_views, wall_s_before=self.clock.wall_s(), **self._rated_counts()
         )
+        first_step = self.step
         while True:
-            self._report()
+            self._report(phase)
             self._save_if_due()
             if self.step >= self.num_steps:
                 break
             self._prepare_step()
+            if self.step == first_step:  # The first fill says nothing about the time left.
+                phase.start_clock()
             with self._interrupts.held():
                 self._metrics.add("loss", self.train_step())
+            phase.update(self.num_views)
         with self._interrupts.held():
             self._save_last()
 
-    def _report(self) -> None:
+    def _report(self, phase: Phase) -> None:
         """Write a row of statistics if one is due; an interrupted row is due after a resume."""
         is_scored = self._is_scored()
         is_due = is_scored or self.step % self.schedule.log_every_steps == 0
@@ -241,6 +252,8 @@ class TrainingLoop:
                 **figures,
                 counts=self.student.counts() | counts,
             )
+            if self.ranks.is_first:
+                phase.update(self.num_views, row_text(row))
             self.student.check(row["skipped_in_a_row"])
             self._check(row)
 
@@ -259,7 +272,7 @@ class TrainingLoop:
         """Write a checkpoint after an error, unless the error left weights partly updated."""
         with contextlib.suppress(Exception):  # The first error is the one to report.
             self.step += self.student.give_up()  # The views of an unfinished step were drawn.
-            self._metrics.note(f"saved {self._save_last()}")
+            self.display.note(f"saved {self._save_last()}")
 
     def _state(self) -> dict[str, Stateful]:
         """Return the objects of the run that this rank saves."""

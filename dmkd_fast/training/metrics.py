@@ -1,4 +1,4 @@
-"""Statistics of a run: printed progress, stats.jsonl and TensorBoard events.
+"""Statistics of a run: stats.jsonl, TensorBoard events, and figures for the progress display.
 
 Values are summed on the device; only `flush` waits for the device. With several ranks, `flush`
 adds up the sums of all ranks, and rank 0 reports them.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import sys
 import time
 from collections.abc import Mapping
 from io import FileIO
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.distributed import ALONE, Ranks
+from dmkd_fast.runtime.output.progress import Progress
 
 
 class Metrics:
@@ -30,28 +28,22 @@ class Metrics:
 
     Args:
         folder: Run directory, for `stats.jsonl` and TensorBoard events.
-        total: Views of the whole run, for the progress bar and the estimate of time left.
-        show: Whether to print progress: a bar on a terminal, else plain lines.
+        display: Display that says when rows cannot be written.
         ranks: Processes of the run; all add values of the same names and flush together.
     """
 
-    def __init__(
-        self, folder: Path, total: int, *, show: bool = True, ranks: Ranks = ALONE
-    ) -> None:
-        self._folder, self._ranks = folder, ranks
+    def __init__(self, folder: Path, display: Progress, *, ranks: Ranks = ALONE) -> None:
+        self._folder, self._display, self._ranks = folder, display, ranks
         # Bytes of rows on disk, and rows that are still to be written because the disk was full.
         self._written, self._waiting = 0, b""
         self._stats: FileIO | None = None
         self._board: Any = None
         self._sums: dict[str, Tensor] = {}  # sum and number of values
-        self._total, self._show = total, show and ranks.is_first
         self._start = self._last_time = time.perf_counter()
         self._last: dict[str, float] = {}
-        self._first_views, self._first_time = 0.0, self._last_time
-        self._bar: Progress | None = None
 
     def begin(self, *, views: int, wall_s_before: float = 0.0, **totals: float) -> None:
-        """Open the files, and start to measure rates and the time left.
+        """Open the files, and start to measure rates.
 
         Rows that a killed run wrote after its last checkpoint are dropped.
 
@@ -81,8 +73,7 @@ class Metrics:
             ) from None
         self._start = time.perf_counter() - wall_s_before
         self._last = {"views": float(views), **totals}
-        self._first_views, self._first_time = views, time.perf_counter()
-        self._last_time = self._first_time
+        self._last_time = time.perf_counter()
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a scalar tensor to the running mean of `name`, without waiting for the device.
@@ -139,28 +130,13 @@ class Metrics:
                 if name != "views" and self._board is not None:
                     self._board.add_scalar(name, number, views)
         except OSError as error:  # Lost statistics do not justify the end of the run.
-            self.note(f"statistics: not written ({error.strerror or error}); the run goes on")
-        if self._show:
-            with contextlib.suppress(OSError):
-                self._report(row)
+            self._display.note(
+                f"statistics: not written ({error.strerror or error}); the run goes on"
+            )
         return row
 
-    def note(self, text: str) -> None:
-        """Print one line, above the progress bar if there is one."""
-        if not self._show:
-            return
-        with contextlib.suppress(OSError):  # The run continues when the terminal is closed.
-            if self._bar is not None:
-                self._bar.console.print(text, highlight=False)
-            else:
-                print(text, file=sys.stderr, flush=True)
-
     def close(self) -> None:
-        """Stop the progress bar and close the files."""
-        if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.stop()
-            self._bar = None
+        """Close the files."""
         if self._stats is not None:
             self._stats.close()
         if self._board is not None:
@@ -193,29 +169,11 @@ class Metrics:
             files.sync(path)
         return written
 
-    def _report(self, row: dict[str, Any]) -> None:
-        views = row["views"]
-        done = views - self._first_views
-        spent = time.perf_counter() - self._first_time
-        left = int(spent * (self._total - views) / done) if done > 0 else None
-        parts = [f"{k} {row[k]:.4g}" for k in ("loss", "top1", "lr") if k in row]
-        parts += [f"{row[f'{k}_per_s']:,.0f} {k}/s" for k in ("images", "views") if k in row]
-        problems = {"skipped_steps": "skipped {:,} steps", "broken_images": "{:,} broken images"}
-        parts += [words.format(row[k]) for k, words in problems.items() if row.get(k)]
-        text = "  ".join(parts)
-        if sys.stderr.isatty():
-            if self._bar is None:
-                self._bar = Progress(
-                    TextColumn("{task.percentage:3.0f}%"),
-                    BarColumn(),
-                    TimeRemainingColumn(),
-                    TextColumn("{task.description}"),
-                    console=Console(stderr=True),
-                )
-                self._task = self._bar.add_task(text, total=self._total, completed=views)
-                self._bar.start()
-            self._bar.update(self._task, completed=views, description=text)
-        else:
-            eta = "" if left is None else f"  ETA {left // 60}:{left % 60:02d}"
-            line = f"[{100 * views / self._total:3.0f}%] {views:,}/{self._total:,} views  {text}"
-            print(line + eta, file=sys.stderr, flush=True)
+
+def row_text(row: Mapping[str, Any]) -> str:
+    """Return the figures of a row that progress shows."""
+    parts = [f"{k} {row[k]:.4g}" for k in ("loss", "top1", "lr") if k in row]
+    parts += [f"{row[f'{k}_per_s']:,.0f} {k}/s" for k in ("images", "views") if k in row]
+    problems = {"skipped_steps": "skipped {:,} steps", "broken_images": "{:,} broken images"}
+    parts += [words.format(row[k]) for k, words in problems.items() if row.get(k)]
+    return "  ".join(parts)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dmkd_fast.runtime.device import exact_float32
 from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.views.spec import InputSpec, check_logits
 
 Views = dict[InputSpec, Tensor]
@@ -147,6 +148,15 @@ def measure(
         model.train(was_training)
     # A rank without images still takes part in the sum over ranks, on its device.
     return scores or Scores(num_classes, next((p.device for p in model.parameters()), "cpu"))
+
+
+def tracked(
+    batches: Iterable[tuple[Views, Tensor]], num_images: int, display: Progress
+) -> Iterable[tuple[Views, Tensor]]:
+    """Yield the batches of an evaluation, and show how many images they have had."""
+    return display.track(
+        batches, "evaluating", num_images, "images", size=lambda batch: len(batch[1])
+    )
 
 
 def check_trained(scores: Scores) -> None:

@@ -174,7 +174,7 @@ def test_a_full_disk_during_training_costs_no_step(
     whole = make_distiller()
     whole.fit()
     run, noted = make_distiller(checkpoint_every_s=1e-6), []
-    run.checkpoints._note = noted.append
+    run.display.note = noted.append  # type: ignore[method-assign]
     step = run.train_step
 
     def on_a_full_disk() -> torch.Tensor:

@@ -70,7 +70,7 @@ def test_training_goes_on_when_its_progress_cannot_be_printed(
     make_distiller: Callable[..., Distiller], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_distiller()
-    run._metrics._show = True
+    run.display.show = True
     with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", full)
         run.fit()

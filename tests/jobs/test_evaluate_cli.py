@@ -189,7 +189,7 @@ def test_a_job_of_some_classes_in_another_order(
         (["embedded:fashion_mnist/best", "--data", "{folder}"], ["no such asset"]),
         (["resnet1800", "--data", "{folder}"], ["resnet1800", "timm"]),
         (["hf-hub:acme/tiny", "--data", "{folder}"], ["revision", "40 hexadecimal"]),
-        (["{tmp}/nowhere", "--data", "{folder}"], ["config.json", "No such file"]),
+        (["{tmp}/nowhere", "--data", "{folder}"], ["nowhere", "no such run or classifier"]),
     ],
 )
 def test_mistakes_of_evaluate_end_in_one_line(

@@ -117,3 +117,17 @@ def test_the_limiter_is_exact_at_its_band() -> None:
     assert not rule.may_insert()
     rule.num_sampled = 2
     assert rule.may_insert() and rule.error == -2.0
+
+
+def test_the_missing_images_are_the_fewest_blocks_that_allow_the_views() -> None:
+    pick = random.Random(5)
+    for _ in range(300):
+        rule = limiter(pick.choice((0.5, 3, 16)), pick.randrange(1, 30), pick.randrange(1, 9))
+        rule.num_inserted = rule.block_images * pick.randrange(20)
+        rule.num_sampled, count = pick.randrange(200), pick.randrange(1, 100)
+        missing = rule.num_missing(count)
+        assert missing % rule.block_images == 0 and (missing == 0) == rule.may_sample(count)
+        rule.num_inserted += missing
+        assert rule.may_sample(count)
+        rule.num_inserted -= rule.block_images
+        assert missing == 0 or not rule.may_sample(count)

@@ -19,18 +19,23 @@ from dmkd_fast.views.crops import Views, ViewSpec
 
 
 @loop.less_memory
-def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False) -> dict[str, Any]:
+def pretrain_teacher(
+    config: TeacherConfig, data: Path, *, resume: bool = False, show: bool = True
+) -> dict[str, Any]:
     """Train a classifier with cross-entropy and save it as `model` in the run directory.
 
     Args:
         config: Settings of the job.
         data: Folder with idx files.
         resume: Whether to continue from the newest checkpoint.
+        show: Whether to show progress.
 
     Returns:
         held_out_top1, test_top1, and the figures that `loop.train` returns.
     """
-    job = loop.prepare(config, resume)
+    job = loop.prepare(config, resume=resume, show=show)
+    if (ended := job.finished()) is not None:
+        return ended
     config, device = job.config, job.device
     real = loop.load_real(data, device)
     if config.model.arch is None:
@@ -44,6 +49,7 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
         std=(config.std,) * real.train.images.shape[1],
         model_args=config.model.model_args,
         stem=config.model.stem,
+        label_names=real.train.class_names,
     )
     model = to_channels_last(build_classifier(spec).to(device))
     batch = memory.batch_plan(
@@ -75,13 +81,12 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
         average, facts = loop.train(job, model, loss_of, len(real.train.labels), folder)
         final = average.module
         for name, images in (("held_out_top1", real.held_out), ("test_top1", real.test)):
-            scores = scoring.measure(
-                final, images.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
-            )
+            batches = scoring.tracked(images.batches([spec.input]), len(images), job.display)
+            scores = scoring.measure(final, batches, input=spec.input, num_classes=spec.num_classes)
             scoring.check_trained(scores)
             facts[name] = scores.result()["top1"]
         with loop.results(folder) as target:
             save_classifier(final, spec, target)
             title = f"{config.name}: {spec.architecture}"
             loop.write_card(target, title, "pretrain teacher CONFIG --data DIR", config, facts)
-    return facts
+    return job.finish(facts)

@@ -9,7 +9,7 @@ distribution (Esser et al., arXiv 2403.03206, section 3.1).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps":
 
 @loop.less_memory
 def pretrain_denoiser(
-    config: PretrainDenoiserConfig, data: Path, *, resume: bool = False
+    config: PretrainDenoiserConfig, data: Path, *, resume: bool = False, show: bool = True
 ) -> dict[str, Any]:
     """Train a class-conditional pixel DiT by flow matching; save `model` in the run directory.
 
@@ -41,11 +41,14 @@ def pretrain_denoiser(
         config: Settings of the job.
         data: Folder with idx files.
         resume: Whether to continue from the newest checkpoint.
+        show: Whether to show progress.
 
     Returns:
         held_out_loss, and the figures that `loop.train` returns.
     """
-    job = loop.prepare(config, resume)
+    job = loop.prepare(config, resume=resume, show=show)
+    if (ended := job.finished()) is not None:
+        return ended
     config, device = job.config, job.device
     real = loop.load_real(data, device)
     channels, size = real.train.images.shape[1:3]
@@ -73,12 +76,12 @@ def pretrain_denoiser(
         facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, job)
         with loop.results(folder) as target:
             save_denoiser(average.module.dit, FLOW, target)
-            for scale, images in _sample_grids(target, num_classes, device).items():
+            for scale, images in _sample_grids(target, num_classes, job):
                 path = target / f"samples_guidance_{scale:g}.png"
                 report.grid(images, real.train.class_names, path)
             title = f"{config.name}: pixel DiT"
             loop.write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
-    return facts
+    return job.finish(facts)
 
 
 def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
@@ -139,22 +142,26 @@ def training_attention(device: torch.device) -> contextlib.AbstractContextManage
 def _held_out_loss(
     model: nn.Module, held_out: test_sets.ImageSet, job: loop.PretrainJob[Any]
 ) -> float:
+    batches = zip(held_out.images.split(500), held_out.labels.split(500), strict=True)
     losses = [
         flow_loss(model, images, labels, job)
-        for images, labels in zip(
-            held_out.images.split(500), held_out.labels.split(500), strict=True
+        for images, labels in job.display.track(
+            batches, "evaluating", len(held_out), "images", size=lambda batch: len(batch[0])
         )
     ]
     return round(torch.stack(losses).mean().item(), 5)
 
 
-def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[float, Tensor]:
+def _sample_grids(
+    folder: Path, num_classes: int, job: loop.PretrainJob[Any]
+) -> Iterator[tuple[float, Tensor]]:
     """Generate 8 images of each class at 3 guidance scales in 16 steps from saved weights."""
+    device = job.device
     loaded = load_denoiser(folder, device)
     labels = torch.arange(num_classes, device=device).repeat_interleave(8)
     ids = torch.arange(len(labels), device=device)
-    grids = {}
-    for scale in (1.0, 1.5, 2.0):
+    scales = job.display.track((1.0, 1.5, 2.0), "sampling", 3, "grids", size=lambda _: 1)
+    for scale in scales:
         sampler = DiffusionSampler(
             loaded,
             Steps(count=16),
@@ -163,5 +170,4 @@ def _sample_grids(folder: Path, num_classes: int, device: torch.device) -> dict[
             micro_batch_images=len(labels),
         )
         out = torch.empty((len(labels), *loaded.image_shape), dtype=torch.uint8, device=device)
-        grids[scale] = sampler.sample(ids, labels, out=out)
-    return grids
+        yield scale, sampler.sample(ids, labels, out=out)

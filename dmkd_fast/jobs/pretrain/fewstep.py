@@ -37,7 +37,9 @@ HELD_OUT_ID = 2**40
 
 
 @loop.less_memory
-def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> dict[str, Any]:
+def pretrain_fewstep(
+    config: PretrainFewstepConfig, *, resume: bool = False, show: bool = True
+) -> dict[str, Any]:
     """Train a flow denoiser to cross each of K intervals in one evaluation; save it as `model`.
 
     No images are needed: the training data are the given denoiser's own guided trajectories, which
@@ -46,13 +48,16 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
     Args:
         config: Settings of the job.
         resume: Whether to continue from the newest checkpoint.
+        show: Whether to show progress.
 
     Returns:
         The figures that `loop.train` returns, and two root mean square differences to the teacher's
         images from the same noise, in units of [-1, 1] pixels: rms_to_teacher of the trained
         denoiser, and rms_without_training of the teacher's own K guided steps.
     """
-    job = loop.prepare(config, resume)
+    job = loop.prepare(config, resume=resume, show=show)
+    if (ended := job.finished()) is not None:
+        return ended
     config, device = job.config, job.device
     given = resolve_path(config.denoiser.path, config.denoiser.revision)
     start = load_denoiser(given, device, null_class=config.denoiser.null_class)
@@ -101,14 +106,14 @@ def pretrain_fewstep(config: PretrainFewstepConfig, *, resume: bool = False) -> 
                 facts,
                 source=f"trajectories of `{config.denoiser.path}`",
             )
-    return facts
+    return job.finish(facts)
 
 
 class Pool:
     """Guided trajectories of the teacher, kept at the K + 1 noise levels of the few-step model."""
 
     def __init__(self, start: Denoiser, job: loop.PretrainJob[PretrainFewstepConfig]) -> None:
-        config, device = job.config, job.device
+        config, device, self.display = job.config, job.device, job.display
         self.size, self.num_steps, self.device = config.pool_images, config.num_steps, device
         self.num_classes = start.num_classes
         self.stride = config.sampler.num_steps // config.num_steps
@@ -142,10 +147,12 @@ class Pool:
         ids = number * self.size + torch.arange(self.size, device=self.device)
         self._labels = ids % self.num_classes
         size = self.sampler.micro_batch_images
-        for first in range(0, self.size, size):
-            rows = slice(first, first + size)
-            with self._in_flight.piece():
-                self._states[:, rows] = self.trajectories(ids[rows], self._labels[rows])
+        with self.display.phase("generating", self.size, "images") as phase:
+            for first in range(0, self.size, size):
+                rows = slice(first, first + size)
+                with self._in_flight.piece():
+                    self._states[:, rows] = self.trajectories(ids[rows], self._labels[rows])
+                phase.advance(len(ids[rows]))
         self._number = number
 
     def trajectories(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -189,7 +196,10 @@ def _compare(
         **shared,
     )
     facts = {}
-    for name, sampler in (("rms_to_teacher", made), ("rms_without_training", untrained)):
+    compared = (("rms_to_teacher", made), ("rms_without_training", untrained))
+    for name, sampler in job.display.track(
+        compared, "comparing", len(compared), "samplers", size=lambda _: 1
+    ):
         got = sampler.trajectory(ids, labels)[-1].clamp(-1, 1)
         facts[name] = round((got - wanted.clamp(-1, 1)).square().mean().sqrt().item(), 4)
     classes = torch.arange(start.num_classes, device=device).repeat_interleave(8)

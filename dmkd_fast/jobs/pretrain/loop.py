@@ -7,7 +7,6 @@ them. The test set is evaluated once, after the last step, and is only reported.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from dmkd_fast.jobs import memory, resolve, run_dir
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.training.ema import WeightEMA
 from dmkd_fast.training.loop import TrainingLoop
 from dmkd_fast.training.schedule import Schedule
@@ -45,6 +45,17 @@ class PretrainJob(Generic[P]):
     """Whether the trained network is compiled."""
     resume: bool
     """Whether to continue from the newest checkpoint."""
+    display: Progress
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the figures of a run that is resumed but has ended; None for others."""
+        return run_dir.finished(self.config) if self.resume else None
+
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Write the figures of a finished run, which mark it as finished, and return them."""
+        facts["run_dir"] = self.config.run_dir
+        run_dir.finish(Path(self.config.run_dir), facts)
+        return facts
 
     def compiled(self, model: nn.Module) -> Any:
         """Return the model to call in training: compiled if the job compiles."""
@@ -138,6 +149,7 @@ class Pretraining(TrainingLoop):
         seed: Seed of the order of the examples, and of the random numbers of each step.
         before_step: Function called with the passes (B,) before each step. It may take long, since
             it can be interrupted, unlike a step.
+        display: Display of the progress; None: one that shows it.
     """
 
     def __init__(
@@ -149,8 +161,9 @@ class Pretraining(TrainingLoop):
         *,
         seed: int,
         before_step: Callable[[Tensor], None] | None = None,
+        display: Progress | None = None,
     ) -> None:
-        super().__init__(student, run_dir)
+        super().__init__(student, run_dir, display or Progress())
         self._loss_of, self._before_step, self._seed = loss_of, before_step, seed
         self._examples = ShuffledPasses(num_examples, seed=seed)
         self._micro_batches: list[tuple[Tensor, Tensor]] = []
@@ -216,11 +229,16 @@ def train(
     schedule = Schedule(**config.train.model_dump(exclude={"compile"}), **config.optim.model_dump())
     student = StudentTrainer(model, schedule, dtype=job.dtype)
     run = Pretraining(
-        student, loss_of, num_examples, folder, seed=config.seed, before_step=before_step
+        student,
+        loss_of,
+        num_examples,
+        folder,
+        seed=config.seed,
+        before_step=before_step,
+        display=job.display,
     )
-    if job.resume and run_dir.has_checkpoint(folder):
-        for note in run.restore().notes:
-            print(note, file=sys.stderr)
+    if job.resume:
+        run_dir.restore(run)
     with run_dir.resume_hint(folder, f"add run_dir={folder} --resume"):
         totals = run.fit()
     parameters = sum(p.numel() for p in model.parameters())
@@ -228,7 +246,7 @@ def train(
     return student.average, totals | facts
 
 
-def prepare(config: P, resume: bool) -> PretrainJob[P]:
+def prepare(config: P, *, resume: bool, show: bool) -> PretrainJob[P]:
     """Resolve a job, with the config that was saved with the run on resume."""
     config = run_dir.find(config) if resume else run_dir.name_new(config)
     if not resume:
@@ -242,6 +260,7 @@ def prepare(config: P, resume: bool) -> PretrainJob[P]:
         dtype=resolve_dtype(config.dtype, device),
         compiles=resolve.compiles(config.train.compile, device),
         resume=resume,
+        display=Progress(show=show),
     )
 
 

@@ -1,0 +1,1 @@
+"""What a process prints: progress, and streams that may fail."""
