@@ -1,4 +1,4 @@
-"""The command line, `dmkd distill | generate | evaluate | pretrain | config`.
+"""The command line, `dmkd distill | generate | evaluate | report | pretrain | config`.
 
 User errors end in one line on stderr and exit code 2. Ctrl-C ends with exit code 130 and a line
 that says how to continue. The last line of output is JSON. Under torchrun, only rank 0 prints all
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     out, err = GuardedStream(sys.stdout, "stdout"), GuardedStream(sys.stderr)
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)), _logging():
         code = _run(options)
-        if options.verb is not _config and _ranks().world_size > 1:
+        if options.verb not in _NO_PYTORCH and _ranks().world_size > 1:
             from dmkd_fast.runtime import distributed
 
             distributed.end_process(code)
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
     verb: Callable[[argparse.Namespace], dict[str, Any] | None] = options.verb
     result = None
     try:
-        if verb is not _config:
+        if verb not in _NO_PYTORCH:
             _prepare_process(is_alone=verb in (_evaluate, _pretrain))
         result = verb(options)
         if result:
@@ -228,6 +228,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation_parser.set_defaults(verb=_evaluate)
 
+    report = verbs.add_parser(
+        "report",
+        parents=[shared],
+        help="pages about runs: results, curves, images, mistakes, time",
+        description="Without arguments, list the runs in runs/. With one run, write report.html in "
+        "its directory; a run that goes on keeps that page up to date by itself. With several "
+        "runs, write one page that compares them.",
+    )
+    report.add_argument("runs", nargs="*", metavar="RUN_DIR", help="directories of runs")
+    report.add_argument("--out", type=Path, metavar="FILE", help="HTML file to write")
+    report.add_argument("--json", action="store_true", help="print all figures as one JSON line")
+    report.set_defaults(verb=_report_runs)
+
     pretraining = verbs.add_parser(
         "pretrain",
         help="train a small teacher or denoiser",
@@ -334,30 +347,21 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from dmkd_fast.jobs.evaluate import evaluate
+    from dmkd_fast.jobs.inspect.report import print_classes
 
     found = evaluate(options.what, options.data, classes=options.classes)
     print(found.describe_input())
-    _print_classes(found.classes)
+    print_classes(found.classes)
     return found.summary()
 
 
-def _print_classes(classes: dict[str, dict[str, Any]]) -> None:
-    """Print a table of all classes, or of the 20 with the lowest top-1 if there are over 100."""
-    from rich.console import Console
-    from rich.table import Table
+def _report_runs(options: argparse.Namespace) -> dict[str, Any] | None:
+    from dmkd_fast.jobs.inspect import report
 
-    rows = [(name, row) for name, row in classes.items() if row["images"]]
-    title = None
-    if len(rows) > 100:
-        rows = sorted(rows, key=lambda row: row[1]["top1"])[:20]
-        title = f"the 20 lowest of {len(classes)} classes"
-    table = Table(title=title)
-    table.add_column("class", overflow="fold")
-    for column in ("images", "top-1", "top-5"):
-        table.add_column(column, justify="right")
-    for name, row in rows:
-        table.add_row(name, f"{row['images']:,}", f"{row['top1']:.4f}", f"{row['top5']:.4f}")
-    Console(markup=False).print(table)
+    if options.runs:
+        found = report.report(options.runs, options.out)
+        return found if options.json else {"report": found["report"]}
+    return report.show_runs(as_json=options.json)
 
 
 def _pretrain(options: argparse.Namespace) -> dict[str, Any]:
@@ -388,3 +392,7 @@ def _config(options: argparse.Namespace) -> None:
         return
     for setting in reference.describe(options.job, options.name):
         print(setting)
+
+
+# Verbs that start at once, as they neither train nor run a network.
+_NO_PYTORCH = (_config, _report_runs)

@@ -6,12 +6,12 @@ a later evaluation agree in every digit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmkd_fast import assets
 from dmkd_fast.classifiers.ensemble import Teachers
@@ -44,6 +44,8 @@ class Evaluation:
     """Number of images whose logits are NaN or infinite; they count as wrong."""
     spec: ClassifierSpec
     """Spec of the classifier."""
+    guesses: dict[str, Tensor] = field(repr=False)
+    """Guesses for every image; see `Guesses.result` in `training/scoring.py`."""
 
     def summary(self) -> dict[str, Any]:
         """Return the scores, numbers of images, size and crop of the input, and top-1 by class."""
@@ -192,12 +194,14 @@ def _measure(
     name: str,
 ) -> Evaluation:
     inputs = [spec.input, *([] if teachers is None else teachers.inputs_at(1.0))]
+    guesses = scoring.Guesses()
     scores = scoring.measure(
         model,
         images.batches(inputs),
         input=spec.input,
         num_classes=len(images.class_names),
         teacher=None if teachers is None else teachers.predict,
+        guesses=guesses,
     )
     if scores.num_not_finite == scores.num_images:
         raise UserError(
@@ -210,4 +214,5 @@ def _measure(
         num_images=scores.num_images,
         num_not_finite=scores.num_not_finite,
         spec=spec,
+        guesses=guesses.result(),
     )

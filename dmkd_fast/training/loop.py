@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class TrainingLoop:
         step: Number of steps taken.
         checkpoints: Writer and reader of the checkpoints.
         clock: Time that the run has taken.
+        on_row: Function called with each row of statistics, on the rank that writes them.
     """
 
     def __init__(self, student: StudentTrainer, run_dir: Path | str, *, show: bool = True) -> None:
@@ -46,6 +47,7 @@ class TrainingLoop:
         self.schedule, self.ranks, self.device = student.schedule, student.ranks, student.device
         self.step, self.num_steps = 0, self.schedule.num_steps
         self.clock = Clock()
+        self.on_row: Callable[[dict[str, Any]], None] | None = None
         self._cpu_elsewhere_s = 0.0
         self._num_views = self.num_steps * self.schedule.batch_size
         self._metrics = Metrics(self.run_dir, self._num_views, show=show, ranks=self.ranks)
@@ -169,8 +171,9 @@ class TrainingLoop:
         self._metrics.note("warming up ...")
         started = time.monotonic()
         is_cuda = self.device.type == "cuda"
+        devices = [self.device] if is_cuda else []
         try:
-            with torch.random.fork_rng(devices=[self.device] if is_cuda else []):
+            with self.clock.part("warm_up"), torch.random.fork_rng(devices=devices):
                 if is_cuda:
                     # The producer's stream does not wait for this one, which prepares the weights.
                     torch.cuda.synchronize(self.device)
@@ -230,8 +233,11 @@ class TrainingLoop:
         is_due = is_due or self.step >= self.num_steps
         if not (is_due and self._metrics.has_values):
             return
-        scores = self._scores() if is_scored else {}
-        with self._interrupts.held():
+        scores: dict[str, float] = {}
+        if is_scored:
+            with self.clock.part("evaluate"):
+                scores = self._scores()
+        with self._interrupts.held(), self.clock.part("log"):
             figures, counts = self._figures()
             row = self._metrics.flush(
                 views=self.num_views,
@@ -239,20 +245,26 @@ class TrainingLoop:
                 lr=self.lr(),
                 **scores,
                 **figures,
+                **{f"{name}_s": round(spent, 3) for name, spent in self.clock.parts.items()},
                 counts=self.student.counts() | counts,
             )
             self.student.check(row["skipped_in_a_row"])
             self._check(row)
+        if self.on_row is not None and self.ranks.is_first:
+            with self.clock.part("log"):
+                self.on_row(row)
 
     def _save_if_due(self) -> None:
-        if self.checkpoints.save_if_due(self.step, self._state(), mark=self._mark()):
-            self._after_save()
+        with self.clock.part("save"):
+            if self.checkpoints.save_if_due(self.step, self._state(), mark=self._mark()):
+                self._after_save()
 
     def _save_last(self) -> Path:
         self.student.undo_warm_up()  # Again, in case an interrupt stopped it.
-        saved = self.checkpoints.save_last(self.step, self._state(), mark=self._mark())
-        self._after_save()
-        self.checkpoints.writer.close()
+        with self.clock.part("save"):
+            saved = self.checkpoints.save_last(self.step, self._state(), mark=self._mark())
+            self._after_save()
+            self.checkpoints.writer.close()
         return saved
 
     def _save_what_is_left(self) -> None:

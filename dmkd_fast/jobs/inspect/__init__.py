@@ -1,0 +1,1 @@
+"""Look at runs: reports of finished and running ones."""
