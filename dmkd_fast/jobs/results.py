@@ -44,7 +44,8 @@ def write(
         with files.new_folder(folder / STUDENT) as partial:
             spec = replace(parts.student_spec, label_names=parts.test_set.class_names)
             save_classifier(distiller.student.average.module, spec, partial)
-        found = evaluate_run(folder)
+        with distiller.clock.part("evaluate"):
+            found = evaluate_run(folder)
         scores = found.scores
         _draw_samples(distiller, parts.test_set.class_names, folder / "samples.png")
         summary = {

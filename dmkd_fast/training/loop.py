@@ -245,7 +245,6 @@ class TrainingLoop:
                 lr=self.lr(),
                 **scores,
                 **figures,
-                **{f"{name}_s": round(spent, 3) for name, spent in self.clock.parts.items()},
                 counts=self.student.counts() | counts,
             )
             self.student.check(row["skipped_in_a_row"])

@@ -89,10 +89,10 @@ class RunData:
 
     def times(self) -> dict[str, float]:
         """Return host seconds by part of the run, and those that no part accounts for."""
-        last = self.rows[-1] if self.rows else {}
-        spent = {name: last[f"{name}_s"] for name in PARTS if f"{name}_s" in last}
+        found = self.facts.get("seconds", {})
+        spent = {name: found[name] for name in PARTS if name in found}
         if spent:
-            spent["other"] = max(0.0, last["wall_s"] - sum(spent.values()))
+            spent["other"] = max(0.0, found["whole"] - sum(spent.values()))
         return spent
 
 
@@ -105,7 +105,7 @@ PARTS = {
     "evaluate": "evaluate on the test set",
     "save": "checkpoints",
     "log": "statistics and this page",
-    "other": "loading, filling the ring, everything else",
+    "other": "loading and everything else",
 }
 
 

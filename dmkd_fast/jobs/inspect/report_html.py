@@ -25,21 +25,21 @@ h3{font-size:14px;margin:18px 0 6px}
 p{margin:6px 0;max-width:75ch}
 a{color:var(--c0)}
 .soft,figcaption,.caption{color:var(--soft)}
-figcaption,.caption{font-size:13px;line-height:1.4;max-width:75ch}
+figcaption,.caption{font-size:13px;line-height:1.4;max-width:75ch;margin-top:8px}
 figure{margin:8px 0}
 .state{border-left:4px solid var(--c0);background:var(--fill);padding:8px 12px;margin:12px 0}
 .state.finished{border-color:var(--good)}
 .state.killed,.state.interrupted,.state.failed{border-color:var(--bad)}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:12px;
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(114px,1fr));gap:12px;
 margin:16px 0 4px}
 .facts div{border-top:2px solid var(--line);padding-top:4px}
-.facts b{display:block;font-size:24px;font-weight:600;line-height:1.2;
+.facts b{display:block;font-size:21px;font-weight:600;line-height:1.2;
 font-variant-numeric:tabular-nums}
 .facts span{font-size:13px;color:var(--soft)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(280px,100%),1fr));
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(280px,100%),1fr));
 gap:8px 16px;align-items:start}
 .charts figure{min-width:0}
-svg{display:block;width:100%;height:auto;max-width:440px;font-size:11px}
+svg{display:block;width:100%;height:auto;max-width:400px;font-size:11px}
 svg.wide{max-width:620px}
 svg text{fill:var(--soft)}
 svg .title{fill:var(--ink);font-weight:600}
@@ -62,7 +62,7 @@ margin-right:6px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;margin:8px 0}
 th{font-weight:600;text-align:left;border-bottom:1px solid var(--soft)}
-th,td{padding:3px 14px 3px 0;vertical-align:top;overflow-wrap:anywhere}
+th,td{padding:3px 14px 3px 0;vertical-align:top;overflow-wrap:break-word}
 td{border-bottom:1px solid var(--line)}
 th.n,td.n{text-align:right;white-space:nowrap}
 td.bar{width:35%;min-width:90px;vertical-align:middle}
@@ -76,12 +76,13 @@ img.small{image-rendering:pixelated}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(132px,1fr));gap:14px 12px}
 .tiles figure{margin:0;min-width:0}
 .tiles img{width:84px;height:84px;object-fit:contain;display:block}
-.tiles figcaption{font-size:12px;overflow-wrap:anywhere}
+.tiles figcaption{font-size:12px;overflow-wrap:anywhere;margin-top:2px}
 .good{color:var(--good)}.bad{color:var(--bad)}
 pre{background:var(--fill);padding:10px 12px;overflow-x:auto;font:12.5px/1.45 ui-monospace,
 SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
 overflow-wrap:anywhere;margin:8px 0}
 img.confusion{width:min(100%,500px);image-rendering:pixelated;border:1px solid var(--line)}
+@media(max-width:600px){th,td{padding-right:10px}th.bar,td.bar{display:none}}
 @media print{body{font-size:11px}main{max-width:none;padding:0}h2{break-after:avoid}
 figure,tr,.tiles figure{break-inside:avoid}a{color:inherit}
 .charts{grid-template-columns:repeat(3,1fr)}.scroll{overflow:visible}
@@ -105,7 +106,7 @@ def shorten(value: object, length: int) -> str:
 
 def percent(value: float | None, digits: int = 2) -> str:
     """Format a fraction in [0, 1] as a percentage; a dash for None."""
-    return "\u2013" if value is None else f"{100 * value:.{digits}f} %"
+    return "\u2013" if value is None else f"{100 * value:.{digits}f}\u00a0%"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -140,8 +141,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: str = 
     kinds = numbers.ljust(len(head))
 
     def cell(tag: str, kind: str, value: Any) -> str:
-        if kind == "b" and tag == "td":
-            return f'<td class="bar"><i style="width:{100 * (value or 0):.1f}%"></i></td>'
+        if kind == "b":
+            drawn = f'<i style="width:{100 * value:.1f}%"></i>' if tag == "td" else value
+            return f'<{tag} class="bar">{drawn}</{tag}>'
         return f'<{tag} class="n">{value}</{tag}>' if kind == "n" else f"<{tag}>{value}</{tag}>"
 
     lines = ["".join(cell("th", k, v) for k, v in zip(kinds, head, strict=True))]
@@ -151,8 +153,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: str = 
 
 
 def figure(content: str, caption: str) -> str:
-    """Return content with a caption, which is not escaped."""
-    return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
+    """Return content with a caption, which is not escaped; none if it is empty."""
+    below = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f"<figure>{content}{below}</figure>"
 
 
 def section(title: str, *parts: str) -> str:

@@ -59,13 +59,13 @@ def cells(images: Tensor, indices: Tensor, *, most_side: int = MOST_SIDE) -> Ten
         (C, n, c, H, W) uint8.
     """
     flat = indices.flatten()
-    chosen = images[flat.clamp(min=0).to(images.device)]
+    chosen: Tensor = images[flat.clamp(min=0).to(images.device)]
     if (side := max(chosen.shape[-2:])) > most_side:
         size = [max(1, round(s * most_side / side)) for s in chosen.shape[-2:]]
         chosen = F.interpolate(chosen.float(), size, mode="area").round().byte()
     chosen = chosen.cpu()
     chosen[flat < 0] = 255
-    return chosen.unflatten(0, tuple(indices.shape))
+    return chosen.view(*indices.shape, *chosen.shape[1:])
 
 
 def grid(rows: Tensor, names: Sequence[str], path: Path) -> None:

@@ -17,6 +17,7 @@ from dmkd_fast import __version__
 from dmkd_fast.jobs.inspect import report_data, report_page
 from dmkd_fast.jobs.inspect.report_images import by_class, cells, evenly, sheet_uris
 from dmkd_fast.runtime import files
+from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.errors import UserError, shortened, warn_once
 
 if TYPE_CHECKING:
@@ -36,13 +37,18 @@ class LivePage:
     Args:
         folder: Run directory, which holds the config.
         facts: What the page says and the files of the run do not.
-        look: Function that returns the facts that change while the run goes on.
+        clock: Clock of the run.
+        look: Function that returns further facts that change while the run goes on.
     """
 
     def __init__(
-        self, folder: Path, facts: dict[str, Any], look: Callable[[], dict[str, Any]] = dict
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        clock: Clock | None = None,
+        look: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        self.folder, self.facts, self._look = folder, facts, look
+        self.folder, self.facts, self._clock, self._look = folder, facts, clock, look
         self.rows, self.num_rows = report_data.read_rows(folder / report_data.STATS)
         self._next = 0.0
 
@@ -69,6 +75,10 @@ class LivePage:
         started = time.monotonic()
         try:
             self.facts |= self._look()
+            if self._clock is not None:
+                spent = {name: round(s, 2) for name, s in self._clock.parts.items()}
+                self.facts["seconds"] = {**spent, "whole": round(self._clock.wall_s(), 2)}
+                self.facts["cpu_s"] = round(self._clock.cpu_s(), 1)
             self.facts |= {"state": state, "message": message, "written": _now()}
             data = json.dumps(self.facts, default=str).encode()
             run = report_data.from_parts(
@@ -122,10 +132,11 @@ def page_of(distiller: Distiller, job: ResolvedJob, parts: Parts) -> LivePage:
         "licenses": {"images' generator": parts.origin.license, "teacher": parts.teachers.license},
         "versions": _versions(distiller.device),
     }
-    samplers = getattr(distiller.images, "samplers", ())
+    samplers: Any = getattr(distiller.images, "samplers", ())
     if len(samplers) == 1:
         facts["forwards_per_image"] = samplers[0][1].forwards_per_image
-    page = LivePage(Path(config.run_dir), facts, lambda: ring_facts(distiller, names))
+    folder = Path(config.run_dir)
+    page = LivePage(folder, facts, distiller.clock, lambda: ring_facts(distiller, names))
     distiller.on_row = page.add
     return page
 
@@ -135,9 +146,9 @@ def ring_facts(distiller: Distiller, names: tuple[str, ...]) -> dict[str, Any]:
 
     The row of statistics has just been read, so the device has nothing left to wait for.
     """
-    ring, facts = distiller.ring, {"cpu_s": round(distiller.clock.cpu_s(), 1)}
+    ring = distiller.ring
     if not ring.num_filled:
-        return facts
+        return {}
     classes = evenly(len(names), _SHOWN_CLASSES)
     indices = by_class(ring.labels[: ring.num_filled], classes, _PER_CLASS)
     shown = [row for row, first in enumerate(indices[:, 0].tolist()) if first >= 0]
@@ -151,10 +162,10 @@ def ring_facts(distiller: Distiller, names: tuple[str, ...]) -> dict[str, Any]:
     if (statistics := distiller.ring_statistics) is not None:
         ages = statistics.ages[statistics.ages >= 0]
         found |= {"uses": statistics.uses.tolist(), "ages": torch.bincount(ages).tolist()}
-    return {**facts, "samples": samples, "ring": found}
+    return {"samples": samples, "ring": found}
 
 
-def pretraining_page(folder: Path, kind: str, device: torch.device) -> LivePage:
+def pretraining_page(folder: Path, kind: str, device: torch.device, clock: Clock) -> LivePage:
     """Return the page of a pretraining job, which has curves, times and settings only."""
     facts = {
         "command": f"dmkd pretrain {kind}",
@@ -162,7 +173,7 @@ def pretraining_page(folder: Path, kind: str, device: torch.device) -> LivePage:
         "title": f"Pretraining of a {kind}.",
         "versions": _versions(device),
     }
-    return LivePage(folder, facts)
+    return LivePage(folder, facts, clock)
 
 
 def finish(folder: Path) -> None:

@@ -390,8 +390,8 @@ def _times(run: RunData) -> str:
         else ""
     )
     return table(("part", "seconds", "share", ""), rows, numbers="tnnb") + (
-        '<p class="caption">Wall-clock seconds of the process up to the last row of statistics, '
-        f"by what it was doing.{note}</p>"
+        '<p class="caption">Wall-clock seconds of the process when this page was written, by what '
+        f"it was doing.{note}</p>"
     )
 
 

@@ -115,7 +115,7 @@ def _examples(
     pictures = sheet_uris(rows, most_bytes=_EXAMPLE_BYTES)
     shown = []
     for picture, index in zip(pictures, chosen.tolist(), strict=True):
-        row = {name: column[index].item() for name, column in guesses.items()}
+        row: dict[str, Any] = {name: column[index].item() for name, column in guesses.items()}
         shown.append(
             {
                 **picture,

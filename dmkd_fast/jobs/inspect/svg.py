@@ -177,7 +177,7 @@ def heat_map(rows: Sequence[Sequence[int]], names: Sequence[str]) -> str:
                 f'height="{cell - 1:.1f}"><title>{text(names[i])} taken for {text(names[j])}: '
                 f"{count:,} of {total:,}</title></rect>"
             )
-            if size <= 12 and share >= 0.005:
+            if size <= 12 and share > 0.005:
                 parts.append(
                     f'<text class="{"on" if share > 0.4 else "off"}" text-anchor="middle" '
                     f'x="{x + cell / 2:.1f}" y="{y + cell / 2 + 4:.1f}">{100 * share:.0f}</text>'

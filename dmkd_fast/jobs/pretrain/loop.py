@@ -215,7 +215,7 @@ def train(
     if resume and run_dir.has_checkpoint(folder):
         for note in run.restore().notes:
             print(note, file=sys.stderr)
-    page = report_live.pretraining_page(folder, _kind(config), student.device)
+    page = report_live.pretraining_page(folder, _kind(config), student.device, run.clock)
     run.on_row = page.add
     with page.watching(), run_dir.resume_hint(folder, f"add run_dir={folder} --resume"):
         totals = run.fit()
