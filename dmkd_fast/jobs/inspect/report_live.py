@@ -76,8 +76,8 @@ class LivePage:
         try:
             self.facts |= self._look()
             if self._clock is not None:
-                spent = {name: round(s, 2) for name, s in self._clock.parts.items()}
-                self.facts["seconds"] = {**spent, "whole": round(self._clock.wall_s(), 2)}
+                parts = {name: round(s, 2) for name, s in self._clock.parts.items()}
+                self.facts["seconds"] = {**parts, "whole": round(self._clock.wall_s(), 2)}
                 self.facts["cpu_s"] = round(self._clock.cpu_s(), 1)
             self.facts |= {"state": state, "message": message, "written": _now()}
             data = json.dumps(self.facts, default=str).encode()

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from dmkd_fast.jobs.inspect import svg
-from dmkd_fast.jobs.inspect.report_data import PARTS, STATES, RunData, go_on_command, repeat_command
+from dmkd_fast.jobs.inspect import report_spent, svg
+from dmkd_fast.jobs.inspect.report_data import STATES, RunData, go_on_command, repeat_command
 from dmkd_fast.jobs.inspect.report_html import (
     document,
     duration,
@@ -34,9 +34,9 @@ def render(run: RunData) -> str:
         section("Real test images", _examples(run)),
         section("Classes", _classes(run), _confusion(run)),
         section("Calibration", _calibration(run)),
-        section("Ring of images", _ring(run)),
-        section("Where the time went", _times(run)),
-        section("Cost", _cost(run)),
+        section("Ring of images", report_spent.ring(run)),
+        section("Where the time went", report_spent.times(run)),
+        section("Cost", report_spent.cost(run)),
         section("Commands", _commands(run)),
         section("Licenses and versions", _licenses(run)),
         section("Settings", f"<pre>{text(run.config_text)}</pre>"),
@@ -323,106 +323,6 @@ def _calibration(run: RunData) -> str:
         f"itself. The mean distance from the line (expected calibration error) of the student is "
         f"{percent(error)}.</p>"
     )
-
-
-def _ring(run: RunData) -> str:
-    charts: list[str] = []
-    for key, head, label, scale in (
-        ("ring_fill", "Filled slots", "slots (%)", 100),
-        ("ring_uses", "Mean uses of an image", "views per image", 1),
-        ("ring_age_blocks", "Mean age of an image", "age (blocks)", 1),
-    ):
-        points = [(r["wall_s"], scale * r[key]) for r in run.rows if key in r]
-        if points:
-            x = svg.time_axis([a for a, _ in points])
-            y = svg.axis([b for _, b in points], label, start=0.0)
-            charts.append(figure(svg.curves(head, [svg.Curve(points=points)], x, y), ""))
-    ring = run.facts.get("ring", {})
-    for key, head, label in (
-        ("uses", "Images by number of uses", "views drawn from the image"),
-        ("ages", "Images by age", "age (blocks made since)"),
-    ):
-        counts, names = _bins(ring.get(key, []), is_open=key == "uses")
-        if counts:
-            chart = svg.histogram(head, counts, names, label, "images (number)")
-            charts.append(figure(chart, ""))
-    if not charts:
-        return ""
-    fact = f" It has {ring['slots']:,} slots." if "slots" in ring else ""
-    return (
-        f'<div class="charts">{"".join(charts)}</div><p class="caption">The ring holds the images '
-        f"that can be drawn now; new blocks of images overwrite the oldest.{fact} The bars show "
-        "the images in the ring at the last look.</p>"
-    )
-
-
-def _bins(counts: Sequence[int], *, is_open: bool, most: int = 32) -> tuple[list[int], list[str]]:
-    """Merge counts of 0, 1, 2 ... into at most `most` bins, and name the bins."""
-    last = max((i for i, count in enumerate(counts) if count), default=-1)
-    if last < 0:
-        return [], []
-    first = next(i for i, count in enumerate(counts) if count)
-    first = 0 if first < last / 3 else first
-    width = -(-(last + 1 - first) // most)
-    starts = range(first, last + 1, width)
-    merged = [sum(counts[start : start + width]) for start in starts]
-    names = [str(s) if width == 1 else f"{s}\u2013{s + width - 1}" for s in starts]
-    if is_open and last == len(counts) - 1:
-        names[-1] = f"{starts[-1]}+"
-    return merged, names
-
-
-def _times(run: RunData) -> str:
-    spent = run.times()
-    whole = sum(spent.values())
-    if not whole:
-        return ""
-    rows = [
-        (PARTS[name], f"{seconds:,.1f}", percent(seconds / whole, 1), seconds / whole)
-        for name, seconds in spent.items()
-        if seconds >= 0.05 or seconds / whole >= 0.001
-    ]
-    device = run.config.get("device")
-    note = (
-        " Work is queued on the GPU, so a part shows how long the host took to queue it or waited "
-        "for it, which is mostly in the statistics; a profiler shows the GPU's own times."
-        if device == "cuda"
-        else ""
-    )
-    return table(("part", "seconds", "share", ""), rows, numbers="tnnb") + (
-        '<p class="caption">Wall-clock seconds of the process when this page was written, by what '
-        f"it was doing.{note}</p>"
-    )
-
-
-def _cost(run: RunData) -> str:
-    facts, images = run.facts, run.images
-    forwards = facts.get("forwards_per_image")
-    teachers = facts.get("num_teachers", 1)
-    seconds = run.wall_s
-    rows: list[tuple[str, str]] = []
-    if images:
-        made = "images made" if forwards else "images read"
-        rows.append((made, number(images)))
-    if images and forwards:
-        rows.append(("denoiser forwards", f"{images * forwards:,.0f} ({forwards:g} per image)"))
-    if images and run.views:
-        rows.append(("views per image", f"{run.views / images:.2f}"))
-    rows.append(("student forwards and backwards", number(run.views)))
-    if run.command == "dmkd distill":
-        rows.append(("teacher forwards", number(run.views * teachers)))
-    for name, key in (("student", "student_parameters"), ("teacher", "teacher_parameters")):
-        if key in facts:
-            rows.append((f"parameters of the {name}", f"{facts[key]:,}"))
-    rows.append(("wall-clock time", duration(seconds)))
-    cpu_s = run.summary.get("cpu_s", facts.get("cpu_s"))
-    if cpu_s is not None:
-        rows.append(("CPU time, all threads", duration(cpu_s)))
-    if run.config.get("device") == "cuda" and seconds is not None:
-        rows.append(("GPU time reserved", duration(seconds * facts.get("world_size", 1))))
-    if run.views and seconds:
-        rows.append(("views per second, whole run", number(run.views / seconds)))
-    return table(("what", "amount"), rows, numbers="tn")
 
 
 def _commands(run: RunData) -> str:
