@@ -133,8 +133,8 @@ def page_of(distiller: Distiller, job: ResolvedJob, parts: Parts) -> LivePage:
         "versions": _versions(distiller.device),
     }
     samplers: Any = getattr(distiller.images, "samplers", ())
-    if len(samplers) == 1:
-        facts["forwards_per_image"] = samplers[0][1].forwards_per_image
+    if samplers:
+        facts["forwards_per_image"] = [(at, one.forwards_per_image) for at, one in samplers]
     folder = Path(config.run_dir)
     page = LivePage(folder, facts, distiller.clock, lambda: ring_facts(distiller, names))
     distiller.on_row = page.add
@@ -178,9 +178,8 @@ def pretraining_page(folder: Path, kind: str, device: torch.device, clock: Clock
 
 def finish(folder: Path) -> None:
     """Write the page of a run again once its results are complete, while the run is locked."""
-    run = report_data.load(folder)
-    page = LivePage(folder, run.facts)
-    page.write("finished")
+    with contextlib.suppress(UserError):  # A lost page does not justify a failed run.
+        LivePage(folder, report_data.load(folder).facts).write("finished")
 
 
 def _versions(device: torch.device) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +54,7 @@ def training_charts(runs: Sequence[RunData]) -> str:
             scale = 100 if name == "top1" else 1
             lines = [
                 svg.Curve(
-                    points=[(r[key], scale * r[name]) for r in run.rows if name in r and key in r],
+                    points=_points(run.rows, key, name, scale),
                     color=i % 8,
                     has_marks=name == "top1",
                 )
@@ -87,6 +88,13 @@ def training_charts(runs: Sequence[RunData]) -> str:
         most = max(runs, key=lambda run: run.num_rows)
         captions.append(f"{len(most.rows):,} of {most.num_rows:,} points are drawn.")
     return f'<div class="charts">{"".join(charts)}</div><p class="caption">{" ".join(captions)}</p>'
+
+
+def _points(
+    rows: Sequence[dict[str, Any]], x: str, y: str, scale: float
+) -> list[tuple[float, float]]:
+    pairs = [(row[x], scale * row[y]) for row in rows if x in row and y in row]
+    return [pair for pair in pairs if all(map(math.isfinite, pair))]
 
 
 def _levels(runs: Sequence[RunData]) -> list[tuple[float, int]]:

@@ -84,15 +84,19 @@ def times(run: RunData) -> str:
 def cost(run: RunData) -> str:
     """Return the table of images, forwards and seconds."""
     facts, images = run.facts, run.images
-    forwards = facts.get("forwards_per_image")
+    forwards = facts.get("forwards_per_image", [])
     teachers = facts.get("num_teachers", 1)
     seconds = run.wall_s
     rows: list[tuple[str, str]] = []
     if images:
         made = "images made" if forwards else "images read"
         rows.append((made, number(images)))
-    if images and forwards:
-        rows.append(("denoiser forwards", f"{images * forwards:,.0f} ({forwards:g} per image)"))
+    if images and len(forwards) == 1:
+        each = forwards[0][1]
+        rows.append(("denoiser forwards", f"{images * each:,.0f} ({each} per image)"))
+    elif forwards:
+        each = "; ".join(f"{count} from {start:.0%} of the run" for start, count in forwards)
+        rows.append(("denoiser forwards per image", each))
     if images and run.views:
         rows.append(("views per image", f"{run.views / images:.2f}"))
     rows.append(("student forwards and backwards", number(run.views)))
