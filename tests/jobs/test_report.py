@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from report_runs import many_class_facts, write_run
-from small_jobs import CONFIG, SHORT
+from small_jobs import CONFIG, SHORT, build_distiller
 from torch import Tensor
 
 from dmkd_fast import UserError, cli
@@ -252,6 +252,18 @@ def test_a_folder_that_is_no_run_is_one_line(
     run = write_run(tmp_path / "run")
     assert cli.main(["report", str(run), "--out", str(tmp_path / "no" / "x.html")]) == 2
     assert "cannot write the page (No such file or directory)" in capsys.readouterr().err
+
+
+def test_classes_without_images_in_the_ring_are_not_shown(tmp_path: Path) -> None:
+    distiller = build_distiller(tmp_path / "run")
+    distiller.refill()
+    names = tuple(str(i) for i in range(4))
+    shown = report_live.ring_facts(distiller, names)["samples"]
+    assert [row["class"] for row in shown] == list(names)
+    distiller.ring.labels.fill_(3)
+    shown = report_live.ring_facts(distiller, names)["samples"]
+    assert [row["class"] for row in shown] == ["3"]
+    assert report_live.ring_facts(distiller, names[:3])["samples"] == []
 
 
 def test_confusion_and_calibration_count_every_image() -> None:

@@ -152,8 +152,11 @@ def ring_facts(distiller: Distiller, names: tuple[str, ...]) -> dict[str, Any]:
     classes = evenly(len(names), _SHOWN_CLASSES)
     indices = by_class(ring.labels[: ring.num_filled], classes, _PER_CLASS)
     shown = [row for row, first in enumerate(indices[:, 0].tolist()) if first >= 0]
-    rows = cells(ring.images, indices[shown], most_side=48)
-    pictures = sheet_uris(rows, most_bytes=_SAMPLE_BYTES)
+    indices = indices[:, (indices >= 0).any(dim=0)][shown]
+    pictures = []
+    if shown:
+        rows = cells(ring.images, indices, most_side=48)
+        pictures = sheet_uris(rows, most_bytes=_SAMPLE_BYTES)
     samples = [
         {"class": names[classes[row]], **picture}
         for row, picture in zip(shown, pictures, strict=True)
