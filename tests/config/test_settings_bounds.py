@@ -261,7 +261,6 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
         ["generate", CONFIG, "--out", "x", "--num-images", "1", "--shard", "1" * 5000],
         ["distill", CONFIG, "--" + "x" * 10**6],
         ["x" * 10**6],
-        [],
     ],
 )
 def test_wrong_arguments_are_one_line(

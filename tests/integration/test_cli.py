@@ -295,7 +295,7 @@ MISTAKES = [
     (["teacher.path=hf-hub:acme/tiny"], ["teacher", "40 hexadecimal digits"]),
     (["teacher.class_map=[0, 1, 2, 10]"], ["teacher.class_map", "got 10", "0 to 9"]),
     (["teacher.class_map=[0, 1]"], ["classes", "teacher.path has 2", "denoiser.path has 10"]),
-    (["teacher.class_map=[0, 1, 2, 3, 4, 5, 6, 7, 8, 8]"], ["class_map", "9 of them different"]),
+    (["teacher.class_map=[0, 1, 2, 3, 4, 5, 6, 7, 8, 8]"], ["class_map", "different numbers"]),
     (["teacher.teaches=[0, 1]"], ["no teacher for class 2"]),
     (["teacher.stop=0.5"], ["no teacher from progress 0.5"]),
     (["more_teachers=[{path: {tmp}/weak, strat: 0.5}]"], ["strat", "did you mean 'start'"]),
@@ -499,6 +499,7 @@ def test_no_real_training_image_is_opened(tmp_path: Path) -> None:
         """
     )
     command = [sys.executable, "-c", script, "distill", CONFIG, f"run_dir={tmp_path}/run", *SHORT]
+    command.append("eval.path=embedded:fashion_mnist/test")
     (tmp_path / "scratch").mkdir()
     environment = os.environ | {"TMPDIR": str(tmp_path / "scratch")}
     done = subprocess.run(

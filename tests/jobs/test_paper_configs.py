@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def pairs(path: Path) -> list[tuple[float, list[str]]]:
     return [(float(m[1]), m[2].split()) for m in found if m]
 
 
-def load(path: Path, overrides: list[str] | None = None) -> DistillConfig:
+def load(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
     return load_config(DistillConfig, path, overrides)
 
 
