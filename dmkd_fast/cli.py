@@ -228,19 +228,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation_parser.set_defaults(verb=_evaluate)
 
-    report = verbs.add_parser(
-        "report",
-        parents=[shared],
-        help="pages about runs: results, curves, images, mistakes, time",
-        description="Without arguments, list the runs in runs/. With one run, write report.html in "
-        "its directory; a run that goes on keeps that page up to date by itself. With several "
-        "runs, write one page that compares them.",
-    )
-    report.add_argument("runs", nargs="*", metavar="RUN_DIR", help="directories of runs")
-    report.add_argument("--out", type=Path, metavar="FILE", help="HTML file to write")
-    report.add_argument("--json", action="store_true", help="print all figures as one JSON line")
-    report.set_defaults(verb=_report_runs)
-
     pretraining = verbs.add_parser(
         "pretrain",
         help="train a small teacher or denoiser",
@@ -265,6 +252,19 @@ def _parser() -> argparse.ArgumentParser:
             "--resume", action="store_true", help="go on from the newest checkpoint of run_dir"
         )
         sub.set_defaults(verb=_pretrain, kind=kind)
+
+    report = verbs.add_parser(
+        "report",
+        parents=[shared],
+        help="pages about runs: results, curves, images, mistakes, time",
+        description="Without arguments, list the runs in runs/. With one run, write report.html in "
+        "its directory; a run that goes on keeps that page up to date by itself. With several "
+        "runs, write one page that compares them.",
+    )
+    report.add_argument("runs", nargs="*", metavar="RUN_DIR", help="directories of runs")
+    report.add_argument("--out", type=Path, metavar="FILE", help="HTML file to write")
+    report.add_argument("--json", action="store_true", help="print all figures as one JSON line")
+    report.set_defaults(verb=_report_runs)
 
     config = verbs.add_parser(
         "config",
