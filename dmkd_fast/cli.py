@@ -325,6 +325,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     doctor.set_defaults(verb=_doctor)
 
+    report = verbs.add_parser(
+        "report",
+        parents=[shared],
+        help="pages about runs: results, curves, images, mistakes, time",
+        description="Without arguments, list the runs in runs/. With one run, write report.html in "
+        "its directory; a run that goes on keeps that page up to date by itself. With several "
+        "runs, write one page that compares them.",
+    )
+    report.add_argument("runs", nargs="*", metavar="RUN_DIR", help="directories of runs")
+    report.add_argument("--out", type=Path, metavar="FILE", help="HTML file to write")
+    report.add_argument("--json", action="store_true", help="print all figures as one JSON line")
+    report.set_defaults(verb=_report_runs)
+
     config = verbs.add_parser(
         "config",
         parents=[shared],
@@ -450,31 +463,22 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from dmkd_fast.jobs.evaluate import evaluate
+    from dmkd_fast.jobs.inspect.report import print_classes
 
     show = not options.quiet
     found = evaluate(options.what, options.data, classes=options.classes, show=show)
     print(found.describe_input())
-    _print_classes(found.classes)
+    print_classes(found.classes)
     return found.summary()
 
 
-def _print_classes(classes: dict[str, dict[str, Any]]) -> None:
-    """Print a table of all classes, or of the 20 with the lowest top-1 if there are over 100."""
-    from rich.console import Console
-    from rich.table import Table
+def _report_runs(options: argparse.Namespace) -> dict[str, Any] | None:
+    from dmkd_fast.jobs.inspect import report
 
-    rows = [(name, row) for name, row in classes.items() if row["images"]]
-    title = None
-    if len(rows) > 100:
-        rows = sorted(rows, key=lambda row: row[1]["top1"])[:20]
-        title = f"the 20 lowest of {len(classes)} classes"
-    table = Table(title=title)
-    table.add_column("class", overflow="fold")
-    for column in ("images", "top-1", "top-5"):
-        table.add_column(column, justify="right")
-    for name, row in rows:
-        table.add_row(name, f"{row['images']:,}", f"{row['top1']:.4f}", f"{row['top5']:.4f}")
-    Console(markup=False).print(table)
+    if options.runs:
+        found = report.report(options.runs, options.out)
+        return found if options.json else {"report": found["report"]}
+    return report.show_runs(as_json=options.json)
 
 
 def _pretrain(options: argparse.Namespace) -> dict[str, Any]:
@@ -537,4 +541,5 @@ def _config(options: argparse.Namespace) -> None:
         print(setting)
 
 
-_NO_PYTORCH = (_config, _init)
+# Verbs that start at once, as they neither train nor run a network.
+_NO_PYTORCH = (_config, _init, _report_runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -16,6 +17,7 @@ from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.images import describe_images
 from dmkd_fast.jobs.inspect import plan
 from dmkd_fast.jobs.inspect.rates import Rates
+from dmkd_fast.jobs.inspect.report_live import page_of
 from dmkd_fast.jobs.parts import Parts, prepare
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.runtime import distributed
@@ -131,9 +133,11 @@ def _run(
         if show:
             print(describe_images(job.config, parts.origin), file=sys.stderr)
             print(f"teacher: weights under license {parts.teachers.license}", file=sys.stderr)
-        with run_dir.resume_hint(folder, run_dir.resume_command(folder, ranks), ranks):
-            distiller.fit()
-        return results.write(distiller, job.config, parts) if ranks.is_first else {}
+        page = page_of(distiller, job, parts) if ranks.is_first else None
+        with contextlib.nullcontext() if page is None else page.watching():
+            with run_dir.resume_hint(folder, run_dir.resume_command(folder, ranks), ranks):
+                distiller.fit()
+            return {} if page is None else results.write(distiller, job.config, parts, page)
 
 
 def _place(config: DistillConfig, resume: bool, ranks: Ranks) -> tuple[DistillConfig, bool]:

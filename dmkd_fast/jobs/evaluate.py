@@ -9,12 +9,12 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmkd_fast import assets
 from dmkd_fast.classifiers.ensemble import Teachers
@@ -51,6 +51,8 @@ class Evaluation:
     """Spec of the classifier."""
     run_dir: str | None
     """Directory of the run that the classifier belongs to, if any."""
+    guesses: dict[str, Tensor] = field(repr=False)
+    """Guesses for every image; see `Guesses.result` in `training/scoring.py`."""
 
     def summary(self) -> dict[str, Any]:
         """Return the scores, numbers of images, size and crop of the input, and top-1 by class."""
@@ -163,8 +165,8 @@ def evaluate_run(
             for section, names in named.items():
                 setting = "eval.classes" if data is None else "--classes"
                 compare_class_names(section, names, images.class_names, setting=setting)
-        scores = _measure(student, spec, images, teachers.together, display)
-        return _evaluation(scores, spec, images, name=str(folder / STUDENT), run_dir=folder)
+        found = _measure(student, spec, images, teachers.together, display)
+        return _evaluation(found, spec, images, name=str(folder / STUDENT), run_dir=folder)
 
 
 def evaluate_classifier(
@@ -188,10 +190,10 @@ def evaluate_classifier(
         images = open_test_set(data, classes, device, spec.num_classes, spec.label_names)
         if classes is None:
             compare_class_names(name, spec.label_names, images.class_names, setting="--classes")
-        scores = _measure(model, spec, images, None, display)
+        found = _measure(model, spec, images, None, display)
         owner = Path(name).parent
         has_run = (owner / run_dir.CONFIG).is_file()
-        return _evaluation(scores, spec, images, name=name, run_dir=owner if has_run else None)
+        return _evaluation(found, spec, images, name=name, run_dir=owner if has_run else None)
 
 
 def open_test_set(
@@ -238,25 +240,29 @@ def _measure(
     images: ImageSet | EncodedSet,
     teachers: Teachers | None,
     display: Progress,
-) -> scoring.Scores:
+) -> tuple[scoring.Scores, scoring.Guesses]:
     inputs = [spec.input, *([] if teachers is None else teachers.inputs_at(1.0))]
-    return scoring.measure(
+    guesses = scoring.Guesses()
+    scores = scoring.measure(
         model,
         scoring.tracked(images.batches(inputs), len(images), display),
         input=spec.input,
         num_classes=len(images.class_names),
         teacher=None if teachers is None else teachers.predict,
+        guesses=guesses,
     )
+    return scores, guesses
 
 
 def _evaluation(
-    scores: scoring.Scores,
+    found: tuple[scoring.Scores, scoring.Guesses],
     spec: ClassifierSpec,
     images: ImageSet | EncodedSet,
     *,
     name: str,
     run_dir: Path | None,
 ) -> Evaluation:
+    scores, guesses = found
     if scores.num_not_finite == scores.num_images:
         got = f"NaN or infinite logits for all of {scores.num_images} images"
         fix = "the weights are damaged or their training diverged, use others"
@@ -268,4 +274,5 @@ def _evaluation(
         num_not_finite=scores.num_not_finite,
         spec=spec,
         run_dir=None if run_dir is None else str(run_dir),
+        guesses=guesses.result(),
     )

@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dmkd_fast.classifiers.loading import save_classifier, timm_lines
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.jobs import report, run_dir
+from dmkd_fast.jobs import run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, evaluate_run
 from dmkd_fast.jobs.images import card_sentence
+from dmkd_fast.jobs.inspect import report_images
+from dmkd_fast.jobs.inspect.report_live import LivePage
+from dmkd_fast.jobs.inspect.report_scores import evaluation_facts
 from dmkd_fast.runtime import files
 from dmkd_fast.training.distiller import Distiller
 
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 SUMMARY = run_dir.SUMMARY
 
 
-def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str, Any]:
-    """Write student, pictures, summary and model card; return the summary.
+def write(
+    distiller: Distiller, config: DistillConfig, parts: Parts, page: LivePage
+) -> dict[str, Any]:
+    """Write student, samples, summary, model card and page; return the summary.
 
     Raises:
         UserError: A file cannot be written. The last checkpoint holds the trained student.
@@ -39,8 +42,10 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
         with files.new_folder(folder / STUDENT) as partial:
             spec = replace(parts.student_spec, label_names=parts.test_set.class_names)
             save_classifier(distiller.student.average.module, spec, partial)
-        scores = evaluate_run(folder, display=distiller.display).scores
-        _draw(distiller, parts, folder, scores["teacher_top1"])
+        with distiller.clock.part("evaluate"):
+            found = evaluate_run(folder, display=distiller.display)
+        scores = found.scores
+        _draw_samples(distiller, parts.test_set.class_names, folder / "samples.png")
         summary = {
             **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
             **distiller.totals(),
@@ -50,18 +55,19 @@ def write(distiller: Distiller, config: DistillConfig, parts: Parts) -> dict[str
         }
         _write_card(folder, config, parts, summary)
         files.replace(folder / SUMMARY, [json.dumps(summary, indent=2).encode() + b"\n"])
+        page.facts["evaluation"] = evaluation_facts(found, parts.test_set)
+        page.write("finished", summary=summary)
         files.sync(folder)
     return summary
 
 
-def _draw(distiller: Distiller, parts: Parts, folder: Path, teacher_top1: float) -> None:
-    """Draw samples.png from the ring, and curves.png from the statistics."""
-    ring, names = distiller.ring, parts.test_set.class_names
-    filled = ring.labels[: ring.num_filled]
-    chosen = [(filled == label).nonzero()[:10, 0] for label in range(len(names))]
-    if all(len(slots) == 10 for slots in chosen):
-        report.grid(ring.images[torch.cat(chosen)], names, folder / "samples.png")
-    report.curves(folder / "stats.jsonl", folder / "curves.png", teacher_top1=teacher_top1)
+def _draw_samples(distiller: Distiller, names: tuple[str, ...], path: Path) -> None:
+    """Draw ten images of the ring for each class, of at most 100 classes."""
+    ring = distiller.ring
+    classes = report_images.evenly(len(names), report_images.MOST_ROWS)
+    indices = report_images.by_class(ring.labels[: ring.num_filled], classes, 10)
+    rows = report_images.cells(ring.images, indices)
+    report_images.grid(rows, [names[label] for label in classes], path)
 
 
 def _write_card(folder: Path, config: DistillConfig, parts: Parts, summary: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ SUMMARY = "summary.json"
 # torchrun restarts ranks after it has asked their predecessors to end; on another machine a
 # predecessor may still run and hold the lock.
 RESTART_WAIT_S = 30
+# `dmkd report` holds the lock for a moment to see whether a run goes on.
+_LOOK_S = 0.3
 
 
 def name_new(config: C) -> C:
@@ -71,7 +73,7 @@ def locked(folder: Path, *, ranks: Ranks = ALONE) -> Iterator[None]:
         with ranks.agreed(), _writing(folder):
             if ranks.is_first:
                 files.make_folder(folder)
-                wait_s = RESTART_WAIT_S if ranks.restarts else 0
+                wait_s = RESTART_WAIT_S if ranks.restarts else _LOOK_S
                 if not stack.enter_context(files.locked(folder / LOCK, wait_s=wait_s)):
                     raise UserError(
                         f"run_dir: another process uses {folder} now; wait until it has ended, or "

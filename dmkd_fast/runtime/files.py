@@ -50,6 +50,20 @@ def locked(path: Path, *, wait_s: float = 0) -> Iterator[bool]:
         yield is_ours
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds this lock file; it is held for a moment to find out."""
+    import fcntl  # Unix only
+
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # There is no such file, or the file system cannot lock.
+        return False
+    return False
+
+
 def _lock(handle: int, path: Path) -> bool:
     import fcntl  # Unix only
 
@@ -106,6 +120,20 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> str:
         discard(partial)
         raise
     return digest
+
+
+def replace_unsynced(path: Path, data: bytes) -> None:
+    """Write a file under a hidden name and rename it, without waiting for the disk.
+
+    Readers see the old or the new content. A crash of the machine may lose the file.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        os.rename(partial, path)
+    except OSError:
+        discard(partial)
+        raise
 
 
 @contextlib.contextmanager

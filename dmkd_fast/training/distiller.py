@@ -20,6 +20,7 @@ from dmkd_fast.checkpoint.random_state import Generators
 from dmkd_fast.checkpoint.step_folders import Stateful
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.ring.buffer import Block, RingBuffer
+from dmkd_fast.ring.statistics import Statistics
 from dmkd_fast.ring.storage import BlockFiles
 from dmkd_fast.runtime.device import InFlight
 from dmkd_fast.runtime.errors import invalid
@@ -46,6 +47,9 @@ class Distiller(TrainingLoop):
         run_dir: Folder for all files of the run; shared by all ranks.
         test_set: Real images for the reported accuracy, which has no effect on the training.
         show: Whether to show progress.
+
+    Attributes:
+        ring_statistics: Statistics of the ring at the last row; None before the first row.
 
     Raises:
         UserError: The ring would stop the loop, or it has guard blocks and `images` may wait.
@@ -77,6 +81,7 @@ class Distiller(TrainingLoop):
         self._generators = Generators(self.device)
         self._in_flight = InFlight(self.device)
         self._ahead: tuple[Block, Tensor, Tensor] | None = None
+        self.ring_statistics: Statistics | None = None
 
     @property
     def num_images(self) -> int:
@@ -99,11 +104,13 @@ class Distiller(TrainingLoop):
         else:
             self._refill(is_fitting)
         if self._wants_block_ahead():
-            self._ahead = self._write_block()
+            with self.clock.part("generate"):
+                self._ahead = self._write_block()
 
     def _refill(self, is_fitting: bool, phase: Phase | None = None) -> None:
         while self.ring.must_insert(self.student.batch_size) and not self.images.is_exhausted:
-            block, ids, labels = self._ahead or self._write_block()
+            with self.clock.part("generate"):
+                block, ids, labels = self._ahead or self._write_block()
             with self._interrupts.held():
                 # Ids and labels of stored images are on the host.
                 self.ring.commit(block, ids=ids.to(self.device), labels=labels.to(self.device))
@@ -122,19 +129,24 @@ class Distiller(TrainingLoop):
     def train_step(self) -> Tensor:
         """Take one optimizer step and return its loss without waiting for the device."""
         self.student.start(self.lr())
-        draw = self.ring.sample(self.student.batch_size)
-        views = self.targets.render(
-            self.ring.images, draw.indices, draw.ids, draw.uses, progress=self.progress
-        )
-        labels = self.ring.labels[draw.indices]  # (B,)
-        self.ring.release()
-        views, mixed = self.targets.mix(views, step=self.step)
+        with self.clock.part("views"):
+            draw = self.ring.sample(self.student.batch_size)
+            views = self.targets.render(
+                self.ring.images, draw.indices, draw.ids, draw.uses, progress=self.progress
+            )
+            labels = self.ring.labels[draw.indices]  # (B,)
+            self.ring.release()
+            views, mixed = self.targets.mix(views, step=self.step)
         # The teachers run on one micro-batch at a time.
         micro_batches = self.targets.micro_batches(
             views, labels, mixed, progress=self.progress, size=self.student.micro_batch_size
         )
-        losses = [self.student.learn(*micro_batch) for micro_batch in micro_batches]
-        self.student.finish()
+        losses = []
+        for micro_batch in self.clock.making("teacher", micro_batches):
+            with self.clock.part("student"):
+                losses.append(self.student.learn(*micro_batch))
+        with self.clock.part("student"):
+            self.student.finish()
         self.step += 1
         return sum(losses[1:], losses[0])
 
@@ -201,7 +213,7 @@ class Distiller(TrainingLoop):
         return {"images": self.num_images}
 
     def _figures(self) -> tuple[dict[str, float], dict[str, Tensor]]:
-        statistics = self.ring.statistics()
+        self.ring_statistics = statistics = self.ring.statistics()
         for name, value in statistics.means().items():
             self._metrics.add(name, value)
         faults = self.ring.num_faults().float() * self.ranks.world_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class TrainingLoop:
         step: Number of steps taken.
         checkpoints: Writer and reader of the checkpoints.
         clock: Time that the run has taken.
+        on_row: Function called with each row of statistics, on the rank that writes them.
     """
 
     def __init__(self, student: StudentTrainer, run_dir: Path | str, display: Progress) -> None:
@@ -47,6 +48,7 @@ class TrainingLoop:
         self.schedule, self.ranks, self.device = student.schedule, student.ranks, student.device
         self.step, self.num_steps = 0, self.schedule.num_steps
         self.clock = Clock()
+        self.on_row: Callable[[dict[str, Any]], None] | None = None
         self._cpu_elsewhere_s = 0.0
         self._num_views = self.num_steps * self.schedule.batch_size
         self.display = display
@@ -176,8 +178,9 @@ class TrainingLoop:
         self.display.note("warming up ...")
         started = time.monotonic()
         is_cuda = self.device.type == "cuda"
+        devices = [self.device] if is_cuda else []
         try:
-            with torch.random.fork_rng(devices=[self.device] if is_cuda else []):
+            with self.clock.part("warm_up"), torch.random.fork_rng(devices=devices):
                 if is_cuda:
                     # The producer's stream does not wait for this one, which prepares the weights.
                     torch.cuda.synchronize(self.device)
@@ -241,8 +244,11 @@ class TrainingLoop:
         is_due = is_due or self.step >= self.num_steps
         if not (is_due and self._metrics.has_values):
             return
-        scores = self._scores() if is_scored else {}
-        with self._interrupts.held():
+        scores: dict[str, float] = {}
+        if is_scored:
+            with self.clock.part("evaluate"):
+                scores = self._scores()
+        with self._interrupts.held(), self.clock.part("log"):
             figures, counts = self._figures()
             row = self._metrics.flush(
                 views=self.num_views,
@@ -256,16 +262,21 @@ class TrainingLoop:
                 phase.update(self.num_views, row_text(row))
             self.student.check(row["skipped_in_a_row"])
             self._check(row)
+        if self.on_row is not None and self.ranks.is_first:
+            with self.clock.part("log"):
+                self.on_row(row)
 
     def _save_if_due(self) -> None:
-        if self.checkpoints.save_if_due(self.step, self._state(), mark=self._mark()):
-            self._after_save()
+        with self.clock.part("save"):
+            if self.checkpoints.save_if_due(self.step, self._state(), mark=self._mark()):
+                self._after_save()
 
     def _save_last(self) -> Path:
         self.student.undo_warm_up()  # Again, in case an interrupt stopped it.
-        saved = self.checkpoints.save_last(self.step, self._state(), mark=self._mark())
-        self._after_save()
-        self.checkpoints.writer.close()
+        with self.clock.part("save"):
+            saved = self.checkpoints.save_last(self.step, self._state(), mark=self._mark())
+            self._after_save()
+            self.checkpoints.writer.close()
         return saved
 
     def _save_what_is_left(self) -> None:

@@ -112,6 +112,37 @@ class Scores:
         return rows
 
 
+class Guesses:
+    """Keep the guess for every image, of the model and of the teacher, with its probability."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> None:
+        """Keep one batch, without waiting for the device; see `Scores.add`."""
+        both = (logits, logits if teacher_logits is None else teacher_logits)
+        best = [given.double().softmax(dim=1).max(dim=1) for given in both]
+        columns = [labels.double(), *(column for pair in best for column in pair)]
+        self._parts.append(torch.stack(columns))
+
+    def result(self) -> dict[str, Tensor]:
+        """Return a tensor (N,) on the host for each column, in the order of the images.
+
+        Returns:
+            label, guess, probability, teacher_guess, teacher_probability. A probability is 0
+            where the logits have no softmax. Without a teacher, the guesses of the model are
+            repeated.
+        """
+        label, p, guess, teacher_p, teacher_guess = torch.cat(self._parts, dim=1).cpu()
+        return {
+            "label": label.long(),
+            "guess": guess.long(),
+            "probability": p.nan_to_num(0.0),
+            "teacher_guess": teacher_guess.long(),
+            "teacher_probability": teacher_p.nan_to_num(0.0),
+        }
+
+
 @exact_float32()
 @torch.inference_mode()
 def measure(
@@ -121,6 +152,7 @@ def measure(
     input: InputSpec,
     num_classes: int,
     teacher: Callable[[Views], Tensor] | None = None,
+    guesses: Guesses | None = None,
 ) -> Scores:
     """Count a classifier's correct predictions in eval mode, then restore the model's mode.
 
@@ -130,6 +162,7 @@ def measure(
         input: Key of the views that the model takes.
         num_classes: Number of classes C.
         teacher: Function from the same views to logits (B, C), for teacher_top1 and agreement.
+        guesses: Object that keeps the guess for every image.
 
     Raises:
         UserError: The logits do not have C classes.
@@ -144,6 +177,8 @@ def measure(
             logits = model(views[input])
             check_logits("model", logits, len(labels), num_classes)
             scores.add(logits.float(), labels, teacher_logits)
+            if guesses is not None:
+                guesses.add(logits.float(), labels, teacher_logits)
     finally:
         model.train(was_training)
     # A rank without images still takes part in the sum over ranks, on its device.

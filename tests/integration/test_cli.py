@@ -65,7 +65,7 @@ def test_distill_leaves_a_complete_run_that_evaluate_reproduces(
     assert 0 <= summary["top1"] <= summary["top5"] <= 1
     run = tmp_path / "a"
     pictures, student = (
-        ("samples.png", "curves.png"),
+        ("samples.png", "report.html", "report.json"),
         ("model.safetensors", "config.json", "README.md"),
     )
     names = ["config.yaml", "stats.jsonl", "summary.json", *pictures]

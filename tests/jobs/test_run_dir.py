@@ -20,7 +20,8 @@ from small_jobs import CONFIG, SHORT
 from dmkd_fast import Distiller, cli
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
-from dmkd_fast.jobs import report, run_dir
+from dmkd_fast.jobs import run_dir
+from dmkd_fast.jobs.inspect import report_images
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.distributed import Ranks
 from dmkd_fast.runtime.errors import UserError
@@ -206,13 +207,13 @@ def test_a_new_folder_shows_when_it_is_whole(tmp_path: Path) -> None:
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, path = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), tmp_path / "samples.png"
-    report.grid(images, ["a", "b"], path)
+    images, path = torch.zeros(2, 2, 1, 8, 8, dtype=torch.uint8), tmp_path / "samples.png"
+    report_images.grid(images, ["a", "b"], path)
     before = path.read_bytes()
     assert before.startswith(b"\x89PNG")
     monkeypatch.setattr(files, "os", FailingOs(1, errno.ENOSPC))
     with pytest.raises(OSError, match=r"No space left on device: .*samples\.png"):
-        report.grid(images + 9, ["a", "b"], path)
+        report_images.grid(images + 9, ["a", "b"], path)
     assert [p.name for p in tmp_path.iterdir()] == ["samples.png"] and path.read_bytes() == before
 
 

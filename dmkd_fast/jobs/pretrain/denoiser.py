@@ -21,7 +21,8 @@ from dmkd_fast.config.jobs import PretrainDenoiserConfig
 from dmkd_fast.data import test_sets
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
-from dmkd_fast.jobs import memory, report, run_dir
+from dmkd_fast.jobs import memory, run_dir
+from dmkd_fast.jobs.inspect import report_images
 from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
@@ -78,7 +79,7 @@ def pretrain_denoiser(
             save_denoiser(average.module.dit, FLOW, target)
             for scale, images in _sample_grids(target, num_classes, job):
                 path = target / f"samples_guidance_{scale:g}.png"
-                report.grid(images, real.train.class_names, path)
+                report_images.grid(images, real.train.class_names, path)
             title = f"{config.name}: pixel DiT"
             loop.write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
     return job.finish(facts)
@@ -170,4 +171,4 @@ def _sample_grids(
             micro_batch_images=len(labels),
         )
         out = torch.empty((len(labels), *loaded.image_shape), dtype=torch.uint8, device=device)
-        yield scale, sampler.sample(ids, labels, out=out)
+        yield scale, sampler.sample(ids, labels, out=out).cpu().unflatten(0, (-1, 8))

@@ -23,7 +23,8 @@ from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import save_denoiser, share_embedder
 from dmkd_fast.denoisers.wrappers import PixelDiT
-from dmkd_fast.jobs import memory, report, resolve, run_dir
+from dmkd_fast.jobs import memory, resolve, run_dir
+from dmkd_fast.jobs.inspect import report_images
 from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, training_attention
 from dmkd_fast.runtime.device import InFlight, available_bytes
@@ -206,5 +207,5 @@ def _compare(
     out = torch.empty((len(classes), *start.image_shape), dtype=torch.uint8, device=device)
     made.sample(HELD_OUT_ID + torch.arange(len(classes), device=device), classes, out=out)
     names = [str(label) for label in range(start.num_classes)]
-    report.grid(out, names, folder / "samples.png")
+    report_images.grid(out.cpu().unflatten(0, (-1, 8)), names, folder / "samples.png")
     return facts

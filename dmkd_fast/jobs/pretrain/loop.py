@@ -15,10 +15,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast.config.jobs import PretrainConfig
+from dmkd_fast.config.jobs import PretrainConfig, PretrainDenoiserConfig, TeacherConfig
 from dmkd_fast.config.loading import dump_config
 from dmkd_fast.data import test_sets
 from dmkd_fast.jobs import memory, resolve, run_dir
+from dmkd_fast.jobs.inspect import report_live
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.errors import invalid
@@ -108,6 +109,7 @@ def results(folder: Path) -> Iterator[Path]:
     resume = "run it again with --resume"
     with run_dir.writing_results(target, resume), files.new_folder(target) as partial:
         yield partial
+    report_live.finish(folder)
 
 
 class ShuffledPasses:
@@ -172,12 +174,13 @@ class Pretraining(TrainingLoop):
         """Take one optimizer step and return its loss without waiting for the device."""
         # One seed per step makes a resumed run draw the same random numbers.
         torch.manual_seed((self._seed * 1_000_003 + self.step) % 2**63)
-        self.student.start(self.lr())
-        losses = [
-            self.student.backward(self._loss_of(*micro_batch) / self.schedule.accumulate)
-            for micro_batch in self._micro_batches
-        ]
-        self.student.finish()
+        with self.clock.part("student"):
+            self.student.start(self.lr())
+            losses = [
+                self.student.backward(self._loss_of(*micro_batch) / self.schedule.accumulate)
+                for micro_batch in self._micro_batches
+            ]
+            self.student.finish()
         self.step += 1
         return sum(losses[1:], losses[0])
 
@@ -185,7 +188,8 @@ class Pretraining(TrainingLoop):
         batch, size = self.schedule.batch_size, self.student.micro_batch_size
         indices, passes = self._examples.batch(self.step * batch, batch)
         if self._before_step is not None:
-            self._before_step(passes)
+            with self.clock.part("generate"):
+                self._before_step(passes)
         self._micro_batches = list(
             zip(
                 indices.to(self.device).split(size), passes.to(self.device).split(size), strict=True
@@ -239,11 +243,21 @@ def train(
     )
     if job.resume:
         run_dir.restore(run)
-    with run_dir.resume_hint(folder, f"add run_dir={folder} --resume"):
+    page = report_live.pretraining_page(folder, _kind(config), student.device, run.clock)
+    run.on_row = page.add
+    with page.watching(), run_dir.resume_hint(folder, f"add run_dir={folder} --resume"):
         totals = run.fit()
+    page.write("running")  # `results` follows.
     parameters = sum(p.numel() for p in model.parameters())
     facts = {"num_threads": torch.get_num_threads(), "parameters": parameters}
     return student.average, totals | facts
+
+
+def _kind(config: PretrainConfig) -> str:
+    """Return the word after `dmkd pretrain`."""
+    if isinstance(config, TeacherConfig):
+        return "teacher"
+    return "denoiser" if isinstance(config, PretrainDenoiserConfig) else "fewstep"
 
 
 def prepare(config: P, *, resume: bool, show: bool) -> PretrainJob[P]:
