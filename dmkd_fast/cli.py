@@ -1,4 +1,4 @@
-"""The command line, `dmkd distill | generate | evaluate | pretrain | config`.
+"""The command line, `dmkd distill | generate | evaluate | predict | export | ...`.
 
 User errors end in one line on stderr and exit code 2. Ctrl-C ends with exit code 130 and a line
 that says how to continue. The last line of output is JSON. Under torchrun, only rank 0 prints all
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from dmkd_fast import __version__
+from dmkd_fast.jobs.exchange import commands
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.streams import GuardedStream, open_closed_streams
 
@@ -57,7 +58,7 @@ def _run(options: argparse.Namespace) -> int:
     result = None
     try:
         if verb is not _config:
-            _prepare_process(is_alone=verb in (_evaluate, _pretrain))
+            _prepare_process(is_alone=verb not in (_distill, _generate))
         result = verb(options)
         if result:
             print(json.dumps(result))
@@ -227,6 +228,8 @@ def _parser() -> argparse.ArgumentParser:
         "DIR/classes.txt, else the sorted class folders)",
     )
     evaluation_parser.set_defaults(verb=_evaluate)
+
+    commands.add_verbs(verbs, shared)
 
     pretraining = verbs.add_parser(
         "pretrain",

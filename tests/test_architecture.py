@@ -13,11 +13,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dmkd_fast"
 # Where each library may be imported. Files in integrations/ import their framework on use.
 HOMES = {
-    "timm": {"classifiers/loading.py"},
+    "timm": {"classifiers/loading.py", "jobs/exchange/export.py"},
     "torchvision": {"classifiers/loading.py"},
     "diffusers": {"denoisers/wrappers.py"},
     "transformers": {"denoisers/prompts.py"},
     "xformers": {"denoisers/attention.py"},
+    "onnx": {"jobs/exchange/export.py"},
+    "onnxruntime": {"jobs/exchange/export.py"},
     "huggingface_hub": {"assets/__init__.py"},
     "pyarrow": {"data/shards.py"},
     "nvidia": {"data/decode.py", "data/stored.py"},
@@ -127,6 +129,7 @@ def test_public_names_are_stable_and_importable() -> None:
         "load_idx",
         "measure",
         "open_set",
+        "predict",
         "save_classifier",
     ]
     for name in dmkd_fast.__all__:
