@@ -68,6 +68,48 @@ def add_verbs(verbs: Any, shared: argparse.ArgumentParser) -> None:
     )
     export.set_defaults(verb=_export)
 
+    importing = verbs.add_parser(
+        "import",
+        help="take over a network trained elsewhere",
+        description="Turn a network trained elsewhere into a folder that is safe to load.",
+    )
+    kinds = importing.add_subparsers(required=True, metavar="KIND")
+    teacher = kinds.add_parser(
+        "teacher",
+        parents=[shared],
+        help="a classifier from a PyTorch checkpoint",
+        description="Turn a checkpoint of timm's train.py, torchvision, Lightning or torch.save "
+        "into a folder with config.json and model.safetensors. It is read with weights_only=True, "
+        "which runs no code. Averaged weights are preferred.",
+    )
+    teacher.add_argument("checkpoint", metavar="CHECKPOINT", help="file of torch.save, safetensors")
+    teacher.add_argument("--arch", required=True, metavar="NAME", help="as in `student.arch`")
+    for name, what in (("mean", "means"), ("std", "standard deviations")):
+        teacher.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            metavar="X",
+            help=f"{what} by channel, of pixels in [0, 1] (default: those in the checkpoint or of "
+            "the architecture)",
+        )
+    teacher.add_argument(
+        "--input-size", type=_count, metavar="N", help="side of the input in pixels"
+    )
+    teacher.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="class names, one a line, in the order of the outputs",
+    )
+    teacher.add_argument(
+        "--data", metavar="DIR", help="labeled images to check the accuracy on, as for `evaluate`"
+    )
+    teacher.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to create (default: teachers/NAME)"
+    )
+    teacher.set_defaults(verb=_import_teacher)
+
 
 def _count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) == 0:
@@ -99,3 +141,25 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
         classes=options.classes,
         normalize=options.normalize,
     )
+
+
+def _import_teacher(options: argparse.Namespace) -> dict[str, Any]:
+    from dmkd_fast.jobs.exchange.teacher import import_teacher
+
+    facts = import_teacher(
+        options.checkpoint,
+        options.arch,
+        out=options.out,
+        mean=options.mean,
+        std=options.std,
+        input_size=options.input_size,
+        classes=options.classes,
+        data=options.data,
+    )
+    print(f"read {options.checkpoint} ({facts['weights']}) with weights_only, which runs no code")
+    if "top1" in facts:
+        print(f"top-1 {facts['top1']:.4f} on {facts['num_images']:,} images")
+        if facts["top1"] <= 2 / facts["num_classes"]:
+            print("that is close to chance: check --mean, --std, --input-size and --classes")
+    print(f"use it as teacher: {{path: {facts['path']}}}")
+    return facts
