@@ -249,7 +249,12 @@ def _parser() -> argparse.ArgumentParser:
         _config_arguments(sub)
         if kind != "fewstep":
             sub.add_argument(
-                "--data", type=Path, required=True, metavar="DIR", help="folder with idx files"
+                "--data",
+                type=Path,
+                required=True,
+                metavar="DIR",
+                help="folder with idx files, one folder per class, or WebDataset shards; or with "
+                "train/ and test/ of these",
             )
         sub.add_argument(
             "--resume", action="store_true", help="go on from the newest checkpoint of run_dir"

@@ -17,7 +17,7 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.parts import prepare
-from dmkd_fast.jobs.pretrain.loop import load_real
+from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.jobs.report import pairs
 
 NUM_IMAGES = 1_000

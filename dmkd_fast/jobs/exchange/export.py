@@ -22,6 +22,7 @@ from dmkd_fast.classifiers.loading import TORCHVISION, save_classifier, timm_lin
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
+from dmkd_fast.data.class_names import write_class_names
 from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.jobs import networks, run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, open_test_set
@@ -302,4 +303,4 @@ def _write_card(folder: Path, to: Format, exported: _Exported, facts: dict[str, 
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     names = spec.label_names or tuple(map(str, range(spec.num_classes)))
-    (folder / CLASS_NAMES).write_text("\n".join(names) + "\n", encoding="utf-8")
+    write_class_names(folder / CLASS_NAMES, names)

@@ -16,12 +16,12 @@ from dmkd_fast.jobs.pretrain.loop import (
     autocast,
     compiles,
     less_memory,
-    load_real,
     prepare,
     results,
     train,
     write_card,
 )
+from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.training import scoring
@@ -34,14 +34,14 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
 
     Args:
         config: Settings of the job.
-        data: Folder with idx files.
+        data: Folder of labeled images; see `load_real` in `real_data.py`.
         resume: Whether to continue from the newest checkpoint.
 
     Returns:
-        held_out_top1, test_top1, and the figures that `loop.train` returns.
+        held_out_top1, with a test set test_top1, and the figures that `loop.train` returns.
     """
     config, device, dtype = prepare(config, resume)
-    real = load_real(data, device)
+    real = load_real(data, device, config.data)
     if config.model.arch is None:
         raise invalid("model", "path", "arch", "name the architecture to train")
     spec = ClassifierSpec(
@@ -53,6 +53,7 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
         std=(config.std,) * real.train.images.shape[1],
         model_args=config.model.model_args,
         stem=config.model.stem,
+        label_names=real.train.class_names,
     )
     model = to_channels_last(build_classifier(spec).to(device))
     batch = memory.batch_plan(
@@ -81,11 +82,14 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
         )
 
     with run_dir.opened(config, resume=resume) as folder:
+        real.write_record(folder)
         average, facts = train(
             config, model, loss_of, len(real.train.labels), folder, resume, dtype
         )
         final = average.module
         for name, images in (("held_out_top1", real.held_out), ("test_top1", real.test)):
+            if images is None:
+                continue
             scores = scoring.measure(
                 final, images.batches([spec.input]), input=spec.input, num_classes=spec.num_classes
             )
@@ -94,5 +98,6 @@ def pretrain_teacher(config: TeacherConfig, data: Path, *, resume: bool = False)
         with results(folder) as target:
             save_classifier(final, spec, target)
             title = f"{config.name}: {spec.architecture}"
-            write_card(target, title, "pretrain teacher CONFIG --data DIR", config, facts)
+            verb = "pretrain teacher CONFIG --data DIR"
+            write_card(target, title, verb, config, facts, source=real.source)
     return facts

@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmkd_fast.config.jobs import PretrainDenoiserConfig
 from dmkd_fast.data import test_sets
+from dmkd_fast.data.class_names import write_class_names
+from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs import memory, report, run_dir
@@ -26,12 +28,12 @@ from dmkd_fast.jobs.pretrain.loop import (
     autocast,
     compiles,
     less_memory,
-    load_real,
     prepare,
     results,
     train,
     write_card,
 )
+from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps
@@ -48,15 +50,18 @@ def pretrain_denoiser(
 
     Args:
         config: Settings of the job.
-        data: Folder with idx files.
+        data: Folder of labeled images; see `load_real` in `real_data.py`.
         resume: Whether to continue from the newest checkpoint.
 
     Returns:
         held_out_loss, and the figures that `loop.train` returns.
     """
     config, device, dtype = prepare(config, resume)
-    real = load_real(data, device)
-    channels, size = real.train.images.shape[1:3]
+    real = load_real(data, device, config.data)
+    channels, size, width = real.train.images.shape[1:]
+    if size != width:
+        fix = "set it, for example data.image_size=32"
+        raise invalid("data.image_size", f"null for images of {size} x {width}", "a size", fix)
     num_classes = len(real.train.class_names)
     _check_size(config, size, device)
     model = new_pixel_dit(
@@ -76,6 +81,7 @@ def pretrain_denoiser(
         return flow_loss(forward, real.train.images[indices], labels, device, dtype)
 
     with run_dir.opened(config, resume=resume) as folder:
+        real.write_record(folder)
         average, facts = train(
             config, model, loss_of, len(real.train.labels), folder, resume, dtype
         )
@@ -83,11 +89,13 @@ def pretrain_denoiser(
         facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, device, dtype)
         with results(folder) as target:
             save_denoiser(average.module.dit, FLOW, target)
+            write_class_names(target / CLASS_NAMES, real.train.class_names)
             for scale, images in _sample_grids(target, num_classes, device).items():
                 path = target / f"samples_guidance_{scale:g}.png"
                 report.grid(images, real.train.class_names, path)
             title = f"{config.name}: pixel DiT"
-            write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
+            verb = "pretrain denoiser CONFIG --data DIR"
+            write_card(target, title, verb, config, facts, source=real.source)
     return facts
 
 
