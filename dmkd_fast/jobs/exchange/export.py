@@ -56,6 +56,9 @@ class _Exported:
 class _Normalized(nn.Module):
     """Take pixels in [0, 1], normalize them, and call a classifier."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, spec: ClassifierSpec) -> None:
         super().__init__()
         self.model = model
