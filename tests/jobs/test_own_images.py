@@ -116,7 +116,7 @@ def test_names_and_split_travel_from_the_folder_to_the_job(
         "name": "job",
         "denoiser": {"path": str(tmp_path / "few" / "model")},
         "sampler": {"num_steps": 1, "micro_batch_images": 8, "compile": False},
-        "ring": {"capacity_images": 32, "min_fill_images": 8},
+        "ring": {"capacity_images": 64, "min_fill_images": 16, "samples_per_insert": 4},
         "views": {"size": 16},
         "teacher": {"path": str(saved)},
         "student": {"arch": "cifar_resnet8"},
