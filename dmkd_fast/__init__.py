@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dmkd_fast.denoisers.loading import load_denoiser
     from dmkd_fast.jobs.distill import distill
     from dmkd_fast.jobs.evaluate import evaluate
+    from dmkd_fast.jobs.exchange.predict import predict
     from dmkd_fast.loss.functional import kd_loss, kd_loss_and_grad
     from dmkd_fast.loss.linear import linear_kd_loss
     from dmkd_fast.loss.module import DistillKL
@@ -77,6 +78,7 @@ _HOMES = {
     "load_idx": "data.test_sets",
     "measure": "training.scoring",
     "open_set": "data.test_sets",
+    "predict": "jobs.exchange.predict",
     "save_classifier": "classifiers.loading",
 }
 
@@ -114,6 +116,7 @@ __all__ = [
     "load_idx",
     "measure",
     "open_set",
+    "predict",
     "save_classifier",
 ]
 

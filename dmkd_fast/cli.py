@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from dmkd_fast import __version__
+from dmkd_fast.jobs.exchange import commands
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.output.streams import GuardedStream, open_closed_streams
 
@@ -59,8 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     result = None
     try:
         if verb not in _NO_PYTORCH:
-            alone = (_evaluate, _pretrain, _plan, _doctor, _demo)
-            _prepare_process(is_alone=verb in alone)
+            _prepare_process(is_alone=verb not in (_distill, _generate))
         result = verb(options)
         if result:
             print(json.dumps(result))
@@ -269,6 +269,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation_parser.set_defaults(verb=_evaluate)
 
+    commands.add_verbs(verbs, shared)
+
     pretraining = verbs.add_parser(
         "pretrain",
         help="train a small teacher or denoiser",
@@ -287,7 +289,12 @@ def _parser() -> argparse.ArgumentParser:
         _config_arguments(sub)
         if kind != "fewstep":
             sub.add_argument(
-                "--data", type=Path, required=True, metavar="DIR", help="folder with idx files"
+                "--data",
+                type=Path,
+                required=True,
+                metavar="DIR",
+                help="folder with idx files, one folder per class, or WebDataset shards; or with "
+                "train/ and test/ of these",
             )
         sub.add_argument(
             "--resume", action="store_true", help="go on from the newest checkpoint of run_dir"

@@ -18,7 +18,7 @@ from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.inspect.report_images import pairs
 from dmkd_fast.jobs.parts import prepare
-from dmkd_fast.jobs.pretrain.loop import load_real
+from dmkd_fast.jobs.pretrain.real_data import load_real
 
 NUM_IMAGES = 1_000
 

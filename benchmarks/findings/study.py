@@ -177,7 +177,7 @@ def generated(count: int, overrides: Sequence[str], *, file: str = "many_steps.y
 
 def real(folder: Path) -> tuple[FixedSet, ImageSet]:
     """The training images that the denoiser saw, and the 5,000 that nothing saw."""
-    from dmkd_fast.jobs.pretrain.loop import load_real
+    from dmkd_fast.jobs.pretrain.real_data import load_real
 
     data = load_real(folder, torch.device("cpu"))
     return FixedSet(images=data.train.images, labels=data.train.labels), data.held_out

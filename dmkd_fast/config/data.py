@@ -10,6 +10,19 @@ from dmkd_fast.config.loading import PathText, Section
 from dmkd_fast.runtime.errors import invalid
 
 
+class RealImagesConfig(Section):
+    """The real images of `--data`: idx files, class folders or WebDataset shards."""
+
+    image_size: int | None = Field(None, ge=1, le=8192)
+    """Resize to this many pixels, short side first (antialiased), and crop to the center. Image
+    files and shards need it. null: as stored."""
+    channels: Literal[1, 3] = 3
+    """Channels that image files are decoded to. idx files have one."""
+    held_out: float | None = Field(None, gt=0, lt=1)
+    """Fraction of the training images of each class that is never trained on, chosen by the hashes
+    of their names. null: 0.1, and of idx files the last 5,000."""
+
+
 class SourceConfig(Section):
     """Images on disk in place of a denoiser: shards of `dmkd generate`, or single files."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from dmkd_fast.config.data import SourceConfig
+from dmkd_fast.config.data import RealImagesConfig, SourceConfig
 from dmkd_fast.config.generator import SamplerConfig
 from dmkd_fast.config.loading import Count, PathText, Section
 from dmkd_fast.config.networks import ClassifierConfig, DenoiserConfig, TeachingConfig
@@ -201,6 +201,7 @@ class TeacherConfig(PretrainConfig):
     """Mean of the pixels, in [0, 1], that inputs are normalized with."""
     std: float = Field(1.0, ge=1e-3, le=1)
     """Standard deviation of the pixels that inputs are normalized with."""
+    data: RealImagesConfig = RealImagesConfig()
     model: ClassifierConfig
     views: ViewsConfig
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -210,6 +211,7 @@ class TeacherConfig(PretrainConfig):
 class PretrainDenoiserConfig(PretrainConfig):
     """A class-conditional pixel DiT trained on real images: `dmkd pretrain denoiser`."""
 
+    data: RealImagesConfig = RealImagesConfig()
     patch_size: int = Field(4, ge=1, le=8192)
     """Side of a patch in pixels. It must divide the side of the images."""
     num_layers: int = Field(ge=1, le=1000)

@@ -35,6 +35,11 @@ def read_class_names(path: Path, *, must_exist: bool) -> tuple[str, ...]:
     return names
 
 
+def write_class_names(path: Path, names: Sequence[str]) -> None:
+    """Write class names, one per line, for `read_class_names`."""
+    path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
 def all_numbers(names: Sequence[str]) -> bool:
     """Return whether all names are whole numbers, which do not describe the classes."""
     return all(name.isascii() and name.isdigit() for name in names)

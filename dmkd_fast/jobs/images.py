@@ -18,8 +18,8 @@ from dmkd_fast.config.generator import SamplerConfig
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.networks import DenoiserConfig
 from dmkd_fast.data import sources, stored
-from dmkd_fast.data.class_names import compare_class_names
-from dmkd_fast.data.listing import SourceError
+from dmkd_fast.data.class_names import compare_class_names, read_class_names
+from dmkd_fast.data.listing import CLASS_NAMES, SourceError
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.loading import load_denoiser
@@ -59,6 +59,21 @@ def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denois
     if config.class_map is not None:
         loaded = loaded.restricted(config.class_map)
     return replace(loaded, license=license(config.path) or loaded.license)
+
+
+def denoiser_class_names(config: DenoiserConfig | None) -> tuple[str, ...] | None:
+    """Return the names in the denoiser's classes.txt, in the order of the job's classes.
+
+    Returns:
+        The names, or None if the file is missing or does not have the classes of `class_map`.
+    """
+    assert config is not None
+    path = resolve_path(config.path, config.revision) / CLASS_NAMES
+    names = read_class_names(path, must_exist=False)
+    if config.class_map is not None:
+        known = max(config.class_map, default=0) < len(names)
+        names = tuple(names[label] for label in config.class_map) if known else ()
+    return names or None
 
 
 def open_source(

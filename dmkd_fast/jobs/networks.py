@@ -25,6 +25,7 @@ from dmkd_fast.data.class_names import order_by_name
 from dmkd_fast.jobs import memory
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
+from dmkd_fast.runtime.model_files import CONFIG
 from dmkd_fast.views.spec import InputSpec, check_logits
 
 
@@ -47,8 +48,9 @@ def load_trained(name: str, device: torch.device) -> tuple[nn.Module, Classifier
     """Load any trained classifier by its name.
 
     Args:
-        name: A folder, `embedded:NAME`, `hf-hub:OWNER/NAME@COMMIT`, `torchvision:NAME` or a timm
-            name; the last two mean their published weights.
+        name: A folder, the directory of a finished run, `embedded:NAME`,
+            `hf-hub:OWNER/NAME@COMMIT`, `torchvision:NAME` or a timm name; the last two mean their
+            published weights.
         device: Device to load the model to.
 
     Returns:
@@ -66,10 +68,19 @@ def load_trained(name: str, device: torch.device) -> tuple[nn.Module, Classifier
             raise invalid(path, f"revision {revision!r}", expected)
         return _load_saved(path, revision, device)
     if "/" in name or name.startswith(assets.PREFIX) or Path(name).exists():
-        return _load_saved(name, None, device)
+        return _load_saved(_in_run(name), None, device)
     repository = hub_repository(name)
     _, commit = assets.newest(repository)
     return _load_saved(assets.HUB + repository, commit, device)
+
+
+def _in_run(name: str) -> str:
+    """Return the folder of the classifier that a run saved; other names unchanged."""
+    folder = Path(name)
+    if (folder / CONFIG).is_file():
+        return name
+    inner = (folder / part for part in ("student", "model"))
+    return next((str(path) for path in inner if (path / CONFIG).is_file()), name)
 
 
 def pin(config: TeachingConfig) -> TeachingConfig:

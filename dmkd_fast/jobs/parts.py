@@ -13,7 +13,7 @@ from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.evaluate import open_test_set
-from dmkd_fast.jobs.images import OpenSource, open_denoiser, open_source
+from dmkd_fast.jobs.images import OpenSource, denoiser_class_names, open_denoiser, open_source
 from dmkd_fast.jobs.resolve import ResolvedJob, resolve, resolve_images
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
@@ -49,6 +49,9 @@ def load_parts(job: ResolvedJob) -> Parts:
         num_classes = images.num_classes
     names = teachers.class_names["teacher"]
     test_set = open_test_set(config.eval.path, config.eval.classes, device, num_classes, names)
+    if config.source is None and config.eval.classes is None:
+        names = denoiser_class_names(config.denoiser)
+        compare_class_names("denoiser.path", names, test_set.class_names, setting="eval.classes")
     if config.source is not None:
         images = open_source(
             config.source,

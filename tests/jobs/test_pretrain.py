@@ -20,7 +20,7 @@ from dmkd_fast.data import test_sets
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, _sample_grids
-from dmkd_fast.jobs.pretrain.loop import load_real
+from dmkd_fast.jobs.pretrain.real_data import load_real
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 

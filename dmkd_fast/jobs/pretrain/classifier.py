@@ -12,6 +12,7 @@ from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import TeacherConfig
 from dmkd_fast.jobs import memory, run_dir
 from dmkd_fast.jobs.pretrain import loop
+from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.training import scoring
@@ -26,18 +27,18 @@ def pretrain_teacher(
 
     Args:
         config: Settings of the job.
-        data: Folder with idx files.
+        data: Folder of labeled images; see `load_real` in `real_data.py`.
         resume: Whether to continue from the newest checkpoint.
         show: Whether to show progress.
 
     Returns:
-        held_out_top1, test_top1, and the figures that `loop.train` returns.
+        held_out_top1, with a test set test_top1, and the figures that `loop.train` returns.
     """
     job = loop.prepare(config, resume=resume, show=show)
     if (ended := job.finished()) is not None:
         return ended
     config, device = job.config, job.device
-    real = loop.load_real(data, device)
+    real = load_real(data, device, config.data)
     if config.model.arch is None:
         raise invalid("model", "path", "arch", "name the architecture to train")
     spec = ClassifierSpec(
@@ -78,9 +79,12 @@ def pretrain_teacher(
         )
 
     with run_dir.opened(config, resume=resume) as folder:
+        real.write_record(folder)
         average, facts = loop.train(job, model, loss_of, len(real.train.labels), folder)
         final = average.module
         for name, images in (("held_out_top1", real.held_out), ("test_top1", real.test)):
+            if images is None:
+                continue
             batches = scoring.tracked(images.batches([spec.input]), len(images), job.display)
             scores = scoring.measure(final, batches, input=spec.input, num_classes=spec.num_classes)
             scoring.check_trained(scores)
@@ -88,5 +92,6 @@ def pretrain_teacher(
         with loop.results(folder) as target:
             save_classifier(final, spec, target)
             title = f"{config.name}: {spec.architecture}"
-            loop.write_card(target, title, "pretrain teacher CONFIG --data DIR", config, facts)
+            verb = "pretrain teacher CONFIG --data DIR"
+            loop.write_card(target, title, verb, config, facts, source=real.source)
     return job.finish(facts)

@@ -19,11 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmkd_fast.config.jobs import PretrainDenoiserConfig
 from dmkd_fast.data import test_sets
+from dmkd_fast.data.class_names import write_class_names
+from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs import memory, run_dir
 from dmkd_fast.jobs.inspect import report_images
 from dmkd_fast.jobs.pretrain import loop
+from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps
@@ -40,7 +43,7 @@ def pretrain_denoiser(
 
     Args:
         config: Settings of the job.
-        data: Folder with idx files.
+        data: Folder of labeled images; see `load_real` in `real_data.py`.
         resume: Whether to continue from the newest checkpoint.
         show: Whether to show progress.
 
@@ -51,8 +54,11 @@ def pretrain_denoiser(
     if (ended := job.finished()) is not None:
         return ended
     config, device = job.config, job.device
-    real = loop.load_real(data, device)
-    channels, size = real.train.images.shape[1:3]
+    real = load_real(data, device, config.data)
+    channels, size, width = real.train.images.shape[1:]
+    if size != width:
+        fix = "set it, for example data.image_size=32"
+        raise invalid("data.image_size", f"null for images of {size} x {width}", "a size", fix)
     num_classes = len(real.train.class_names)
     _check_size(config, size, device)
     model = new_pixel_dit(
@@ -72,16 +78,19 @@ def pretrain_denoiser(
         return flow_loss(forward, real.train.images[indices], labels, job)
 
     with run_dir.opened(config, resume=resume) as folder:
+        real.write_record(folder)
         average, facts = loop.train(job, model, loss_of, len(real.train.labels), folder)
         torch.manual_seed(config.seed)
         facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, job)
         with loop.results(folder) as target:
             save_denoiser(average.module.dit, FLOW, target)
+            write_class_names(target / CLASS_NAMES, real.train.class_names)
             for scale, images in _sample_grids(target, num_classes, job):
                 path = target / f"samples_guidance_{scale:g}.png"
                 report_images.grid(images, real.train.class_names, path)
             title = f"{config.name}: pixel DiT"
-            loop.write_card(target, title, "pretrain denoiser CONFIG --data DIR", config, facts)
+            verb = "pretrain denoiser CONFIG --data DIR"
+            loop.write_card(target, title, verb, config, facts, source=real.source)
     return job.finish(facts)
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.config.jobs import PretrainFewstepConfig
+from dmkd_fast.data.class_names import read_class_names, write_class_names
+from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.loading import load_denoiser
@@ -98,6 +100,8 @@ def pretrain_fewstep(
         }
         with loop.results(folder) as target:
             save_denoiser(average.module.dit, scheduler, target)
+            if names := read_class_names(given / CLASS_NAMES, must_exist=False):
+                write_class_names(target / CLASS_NAMES, names)
             facts |= _compare(target, pool, start, job)
             loop.write_card(
                 target,
@@ -206,6 +210,7 @@ def _compare(
     classes = torch.arange(start.num_classes, device=device).repeat_interleave(8)
     out = torch.empty((len(classes), *start.image_shape), dtype=torch.uint8, device=device)
     made.sample(HELD_OUT_ID + torch.arange(len(classes), device=device), classes, out=out)
-    names = [str(label) for label in range(start.num_classes)]
+    names = read_class_names(folder / CLASS_NAMES, must_exist=False)
+    names = names or tuple(str(label) for label in range(start.num_classes))
     report_images.grid(out.cpu().unflatten(0, (-1, 8)), names, folder / "samples.png")
     return facts

@@ -1,8 +1,4 @@
-"""The training loop that all kinds of `dmkd pretrain` share, and the real images they train on.
-
-The last `HELD_OUT` training images are never trained on; all settings are chosen by results on
-them. The test set is evaluated once, after the last step, and is only reported. Shapes: batch B.
-"""
+"""The training loop that all kinds of `dmkd pretrain` share. Shapes: batch B."""
 
 from __future__ import annotations
 
@@ -17,12 +13,10 @@ from torch import Tensor, nn
 
 from dmkd_fast.config.jobs import PretrainConfig, PretrainDenoiserConfig, TeacherConfig
 from dmkd_fast.config.loading import dump_config
-from dmkd_fast.data import test_sets
 from dmkd_fast.jobs import memory, resolve, run_dir
 from dmkd_fast.jobs.inspect import report_live
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads
-from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.training.ema import WeightEMA
 from dmkd_fast.training.loop import TrainingLoop
@@ -30,7 +24,6 @@ from dmkd_fast.training.schedule import Schedule
 from dmkd_fast.training.student import StudentTrainer
 
 P = TypeVar("P", bound=PretrainConfig)
-HELD_OUT = 5_000
 less_memory = memory.named("lower train.batch_size, or raise train.accumulate")
 
 
@@ -66,36 +59,6 @@ class PretrainJob(Generic[P]):
         """Return a context that computes in the job's dtype."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
-
-
-@dataclass(kw_only=True)
-class RealData:
-    """Real images on the training device, in three sets."""
-
-    train: test_sets.ImageSet
-    held_out: test_sets.ImageSet
-    test: test_sets.ImageSet
-
-
-def load_real(folder: Path, device: torch.device) -> RealData:
-    """Read an idx folder; the last 5,000 training images become the held-out set.
-
-    Raises:
-        UserError: A file is missing or damaged, or there are too few images.
-    """
-    full = test_sets.load_idx(folder, "train").to(device)
-    if len(full.labels) <= HELD_OUT:
-        got, fix = f"{len(full.labels)} training images", "use a larger set"
-        raise invalid(str(folder), got, f"more than the {HELD_OUT} that are held out", fix)
-    train, held_out = (
-        test_sets.ImageSet(
-            images=full.images[rows], labels=full.labels[rows], class_names=full.class_names
-        )
-        for rows in (slice(None, -HELD_OUT), slice(-HELD_OUT, None))
-    )
-    return RealData(
-        train=train, held_out=held_out, test=test_sets.load_idx(folder, "t10k").to(device)
-    )
 
 
 @contextlib.contextmanager
@@ -285,10 +248,18 @@ def write_card(
     config: PretrainConfig,
     facts: dict[str, Any],
     *,
-    source: str = f"the training images less the last {HELD_OUT:,}; the test images decided "
-    "nothing",
+    source: str,
 ) -> None:
-    """Write README.md beside the weights: command, settings and figures."""
+    """Write README.md beside the weights: command, settings and figures.
+
+    Args:
+        folder: Folder of the weights.
+        title: Heading.
+        verb: Command after `dmkd`.
+        config: Settings of the job.
+        facts: Figures of the run.
+        source: Noun phrase for what the model was trained on.
+    """
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     text = (
         f"# {title}\n\nMade by `dmkd {verb}` with the settings below, from {source}. The figures "

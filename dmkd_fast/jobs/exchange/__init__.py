@@ -1,0 +1,1 @@
+"""Networks out and in: `dmkd predict`, `dmkd export`, `dmkd import`."""

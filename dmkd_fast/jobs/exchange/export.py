@@ -1,0 +1,309 @@
+"""Write a student for use elsewhere, and compare it with the original: `dmkd export`.
+
+The exported file is loaded again by the loader of its own ecosystem and run on the test images, in
+float32 on the CPU. Its top-1 predictions must be the same, and its logits equal within 1e-4.
+
+Shapes: B images, c channels, S input size, C classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dmkd_fast.classifiers.loading import TORCHVISION, save_classifier, timm_lines
+from dmkd_fast.classifiers.spec import ClassifierSpec
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.data.class_names import write_class_names
+from dmkd_fast.data.listing import CLASS_NAMES
+from dmkd_fast.jobs import networks, run_dir
+from dmkd_fast.jobs.evaluate import STUDENT, open_test_set
+from dmkd_fast.runtime import files
+from dmkd_fast.runtime.device import exact_float32, set_num_threads
+from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.model_files import read_json
+from dmkd_fast.views.spec import InputSpec
+
+Format = Literal["timm", "pt2", "onnx"]
+FORMATS: tuple[Format, ...] = ("timm", "pt2", "onnx")
+TOLERANCE = 1e-4
+CPU = torch.device("cpu")
+Network = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Exported:
+    """A network on its way out, with what its model card states."""
+
+    model: nn.Module
+    """Network in eval mode on the CPU; it takes `input`."""
+    spec: ClassifierSpec
+    """Spec of the classifier; its mean and std are those of the original."""
+    input: InputSpec
+    """Images that `model` takes: with `--normalize`, pixels in [0, 1]."""
+    licenses: dict[str, str]
+    """License of each of the inputs, by what it is."""
+
+
+class _Normalized(nn.Module):
+    """Take pixels in [0, 1], normalize them, and call a classifier."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, spec: ClassifierSpec) -> None:
+        super().__init__()
+        self.model = model
+        for name, values in (("mean", spec.mean), ("std", spec.std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the logits (B, C) of pixels (B, c, S, S) in [0, 1]."""
+        logits: Tensor = self.model((pixels - self.mean) / self.std)
+        return logits
+
+
+def export(
+    what: str | Path,
+    to: Format,
+    *,
+    out: str | Path | None = None,
+    data: str | Path | None = None,
+    classes: str | Path | None = None,
+    normalize: bool = False,
+) -> dict[str, Any]:
+    """Write a trained classifier in another format, after a comparison on the test images.
+
+    Args:
+        what: Run directory of a finished run, or name of a classifier; see `load_trained` in
+            `jobs/networks.py`.
+        to: timm: a folder for timm and the Hub. pt2: a program of torch.export. onnx: an ONNX file.
+        out: Folder to create. None: export-FORMAT in the run directory.
+        data: Labeled images for the comparison; see `open_set`. None: the run's own test set.
+        classes: File with the class names of `data`, one a line.
+        normalize: Whether the exported network takes pixels in [0, 1] and normalizes them itself.
+
+    Returns:
+        path, format, top1, num_images, largest_difference of the logits.
+
+    Raises:
+        UserError: The classifier cannot be loaded or has no such format, `out` exists, or the
+            exported network predicts something else.
+    """
+    set_num_threads(0)
+    folder = Path(what)
+    target = folder / f"export-{to}" if out is None else Path(out)
+    if out is None and not (folder / run_dir.CONFIG).is_file():
+        raise UserError(f"--out: got none for {what}, which is not a run directory; add --out DIR")
+    if target.exists():
+        raise UserError(f"{target}: exists already; choose another with --out DIR or remove it")
+    if normalize and to == "timm":
+        fix = "remove it, as timm reads mean and std from config.json"
+        raise invalid("--normalize", "it with --to timm", "pt2 or onnx", fix)
+    if to == "onnx":
+        _check_onnx()
+    model, spec, license = networks.load_trained(str(what), CPU)
+    data, classes = _test_images(folder, data, classes)
+    images = open_test_set(data, classes, CPU, spec.num_classes)
+    spec = replace(spec, label_names=spec.label_names or images.class_names)
+    exported = _Exported(
+        model=_Normalized(model, spec).eval() if normalize else model,
+        spec=spec,
+        input=_pixels(spec.input) if normalize else spec.input,
+        licenses=_licenses(folder, license),
+    )
+    with files.new_folder(target) as partial:
+        write: Callable[[_Exported, Path], Network] = {
+            "timm": _write_timm,
+            "pt2": _write_pt2,
+            "onnx": _write_onnx,
+        }[to]
+        again = write(exported, partial)
+        batches = images.batches([spec.input, exported.input])
+        facts = _compare(model, again, batches, spec.input, exported.input)
+        _write_card(partial, to, exported, facts)
+    return {"path": str(target), "format": to, **facts}
+
+
+def _test_images(
+    folder: Path, data: str | Path | None, classes: str | Path | None
+) -> tuple[str | Path, str | Path | None]:
+    """Return the images to compare on and the file of their class names."""
+    if data is not None:
+        return data, classes
+    if not (folder / STUDENT).is_dir():
+        raise UserError(
+            f"--data: got none for {folder}, which is not the directory of a distillation; add "
+            "--data DIR with labeled images to compare on"
+        )
+    config = load_config(DistillConfig, folder / run_dir.CONFIG)
+    return config.eval.path, config.eval.classes
+
+
+def _licenses(folder: Path, license: str) -> dict[str, str]:
+    summary = folder / "summary.json"
+    found = read_json(summary) if summary.is_file() else {}
+    parts = ("denoiser", "teacher")
+    licenses = {part: str(found.get(f"{part}_license", "unknown")) for part in parts}
+    return licenses if found else {"weights": license}
+
+
+def _pixels(spec: InputSpec) -> InputSpec:
+    """Return the same input without normalization."""
+    count = spec.num_channels
+    return replace(spec, mean=(0.0,) * count, std=(1.0,) * count)
+
+
+def _write_timm(exported: _Exported, folder: Path) -> Network:
+    """Write a folder in timm's layout, and load it with timm."""
+    import timm
+
+    spec = exported.spec
+    if spec.architecture.startswith(TORCHVISION):
+        fix = "use --to pt2 or --to onnx"
+        raise invalid("--to", f"timm for {spec.architecture}", "an architecture of timm", fix)
+    save_classifier(exported.model, spec, folder)
+    # Registers the architectures of this package with timm; no layer below may import it.
+    importlib.import_module("dmkd_fast.integrations.timm")
+    model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return model.eval()
+
+
+def _write_pt2(exported: _Exported, folder: Path) -> Network:
+    """Write a program of torch.export with a dynamic batch, and load it."""
+    path = folder / "model.pt2"
+    torch.export.save(_program(exported), path)
+    return torch.export.load(path).module()
+
+
+def _write_onnx(exported: _Exported, folder: Path) -> Network:
+    """Write an ONNX file with a dynamic batch, and load it with ONNX Runtime."""
+    import onnxruntime
+
+    path = folder / "model.onnx"
+    torch.onnx.export(
+        _program(exported),
+        (),
+        str(path),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def call(images: Tensor) -> Tensor:
+        (logits,) = session.run(None, {"images": images.contiguous().numpy()})
+        return torch.from_numpy(logits)
+
+    return call
+
+
+def _check_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--to onnx: takes onnx, onnxscript and onnxruntime ({error}); install them with: "
+            "pip install 'dmkd_fast[onnx]'"
+        ) from None
+
+
+def _program(exported: _Exported) -> torch.export.ExportedProgram:
+    """Trace the network for any number of images."""
+    size = exported.input.size
+    example = torch.zeros(2, exported.input.num_channels, size, size)
+    batch = torch.export.Dim("batch")
+    try:
+        return torch.export.export(exported.model, (example,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # torch.export raises many kinds of errors for what it cannot trace.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{exported.spec.architecture}: torch.export cannot trace it for any number of images "
+            f"({reason}); use --to timm"
+        ) from None
+
+
+@exact_float32()
+@torch.inference_mode()
+def _compare(
+    model: nn.Module,
+    again: Network,
+    batches: Iterator[tuple[dict[InputSpec, Tensor], Tensor]],
+    original: InputSpec,
+    taken: InputSpec,
+) -> dict[str, Any]:
+    """Compare the logits of the original and the exported network on all images."""
+    hits = count = changed = 0
+    largest = 0.0
+    for views, labels in batches:
+        logits = model(views[original])
+        # A batch of one image and one of all others show that the batch is dynamic.
+        split = views[taken].split([1, len(labels) - 1]) if len(labels) > 1 else [views[taken]]
+        others = torch.cat([again(part) for part in split])
+        largest = max(largest, (logits - others).abs().max().item())
+        changed += int((logits.argmax(1) != others.argmax(1)).sum())
+        hits += int((others.argmax(1) == labels).sum())
+        count += len(labels)
+    if changed or not largest <= TOLERANCE:
+        raise UserError(
+            f"exported network: got {changed:,} of {count:,} predictions changed and logits that "
+            f"differ by up to {largest:.1e}, expected the same predictions and at most "
+            f"{TOLERANCE:.0e}; nothing is kept, use another format"
+        )
+    return {"top1": hits / count, "num_images": count, "largest_difference": largest}
+
+
+def _write_card(folder: Path, to: Format, exported: _Exported, facts: dict[str, Any]) -> None:
+    """Write README.md with metadata that the Hub reads, and the class names; no local path."""
+    spec, different = exported.spec, set(exported.licenses.values())
+    license = different.pop() if len(different) == 1 else "other"
+    library = {"timm": "timm", "pt2": "pytorch", "onnx": "onnx"}[to]
+    metric = {"type": "accuracy", "value": round(facts["top1"], 6)}
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": "real test images", "type": "image-folder"},
+        "metrics": [metric],
+    }
+    index = json.dumps([{"name": spec.architecture, "results": [result]}])
+    stated = "; ".join(f"{part}: {text}" for part, text in exported.licenses.items())
+    shape = f"{spec.in_chans} x {spec.input_size} x {spec.input_size}"
+    loading = {
+        "timm": timm_lines(spec),
+        "pt2": '```python\nimport torch\nmodel = torch.export.load("model.pt2").module()\n```\n',
+        "onnx": "```python\nimport onnxruntime\n"
+        'session = onnxruntime.InferenceSession("model.onnx")\n'
+        '(logits,) = session.run(None, {"images": images})\n```\n',
+    }[to]
+    prepared = (
+        "which the network normalizes itself"
+        if exported.input.mean != spec.mean or exported.input.std != spec.std
+        else f"normalized with mean {list(spec.mean)} and std {list(spec.std)}"
+    )
+    text = (
+        f"---\nlibrary_name: {library}\npipeline_tag: image-classification\n"
+        f"license: {json.dumps(license if license != 'unknown' else 'other')}\n"
+        "tags: [image-classification, knowledge-distillation, synthetic-data]\n"
+        f"model-index: {index}\n---\n# {spec.architecture}\n\n"
+        f"Top-1 accuracy {facts['top1']:.4f} on {facts['num_images']:,} real test images. On these "
+        "images, the file and the original network predict the same classes, and their logits "
+        f"differ by at most {facts['largest_difference']:.1e}.\n\n{loading}\n"
+        f"Input: float32 images (B, {shape}) for any B, pixels in [0, 1], {prepared}. The short "
+        f"side is resized to {exported.input.short_side} ({spec.interpolation}, antialiased), then "
+        f"the center is cut out. Output: logits (B, {spec.num_classes}), in the order of "
+        f"{CLASS_NAMES}.\n\nLicenses: {stated}.\n"
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    names = spec.label_names or tuple(map(str, range(spec.num_classes)))
+    write_class_names(folder / CLASS_NAMES, names)

@@ -1,0 +1,215 @@
+"""Real images that `dmkd pretrain` trains on: idx files, class folders or WebDataset shards.
+
+Part of the training images is held out: it is never trained on, and all settings are chosen by
+results on it. The test set, if there is one, is evaluated once, after the last step, and is only
+reported. Images are kept on the training device as uint8.
+
+Shapes: N images, c channels, H x W pixels, S image size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dmkd_fast.config.data import RealImagesConfig
+from dmkd_fast.data import test_sets
+from dmkd_fast.data.class_names import compare_class_names
+from dmkd_fast.data.listing import CLASS_NAMES, Item
+from dmkd_fast.data.test_sets import EncodedSet, ImageSet, load_idx, open_set
+from dmkd_fast.runtime import files
+from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.views.spec import InputSpec
+
+HELD_OUT, HELD_OUT_FRACTION = 5_000, 0.1
+HELD_OUT_FILE = "held_out.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealData:
+    """Real images on the training device, in three sets."""
+
+    train: ImageSet
+    held_out: ImageSet
+    test: ImageSet | None
+    source: str
+    """Which images are trained on, for the model card."""
+    record: str
+    """Text that names the held-out images; equal text means an equal split."""
+
+    def write_record(self, folder: Path) -> None:
+        """Record the split in a run directory, or compare it with the one of the run to resume.
+
+        Raises:
+            UserError: The images have changed since the run began.
+        """
+        path = folder / HELD_OUT_FILE
+        if not path.is_file():
+            files.replace(path, [self.record.encode("utf-8", "surrogateescape")])
+        elif path.read_bytes() != self.record.encode("utf-8", "surrogateescape"):
+            raise UserError(
+                f"--data: images were added, removed or renamed since {path} was written; put them "
+                "back, or start a new run"
+            )
+
+
+def load_real(
+    folder: Path, device: torch.device, config: RealImagesConfig | None = None
+) -> RealData:
+    """Read labeled images, and hold out some of them.
+
+    Args:
+        folder: Folder with idx files (`train` and `t10k`), with one folder per class, or with
+            shards; or with two such folders, `train`, and `test` or `val`.
+        device: Device of the images.
+        config: Sizes and fractions.
+
+    Raises:
+        UserError: A file is missing or damaged, there are too few images, or a setting does not
+            fit them.
+    """
+    config = config or RealImagesConfig()
+    if any(folder.glob("*-images-idx3-ubyte*")):
+        return _load_idx(folder, device, config)
+    return _load_files(folder, device, config)
+
+
+def _load_idx(folder: Path, device: torch.device, config: RealImagesConfig) -> RealData:
+    """Read an idx folder; the last training images become the held-out set."""
+    full = load_idx(folder, "train").to(device)
+    total = len(full)
+    count = HELD_OUT if config.held_out is None else max(1, round(config.held_out * total))
+    if total <= count:
+        raise invalid(
+            str(folder),
+            f"{total} training images",
+            f"more than the {count} that are held out",
+            "use a larger set",
+        )
+    full = _resized(full, config.image_size)
+    return RealData(
+        train=_rows(full, slice(None, -count)),
+        held_out=_rows(full, slice(-count, None)),
+        test=_resized(load_idx(folder, "t10k").to(device), config.image_size),
+        source=f"the training images less the last {count:,}; the test images decided nothing",
+        record=f"# the last {count} of {total} training images\n",
+    )
+
+
+def _load_files(folder: Path, device: torch.device, config: RealImagesConfig) -> RealData:
+    """Read image files or shards; a fraction of each class becomes the held-out set."""
+    if config.image_size is None:
+        fix = "set it to the size to train at, for example data.image_size=32"
+        raise invalid("data.image_size", "null for image files", "a number of pixels", fix)
+    has_parts = (folder / "train").is_dir()
+    tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    listed = folder / CLASS_NAMES
+    classes = listed if has_parts and listed.is_file() else None
+    full = _open(folder / "train" if has_parts else folder, device, classes, None)
+    fraction = HELD_OUT_FRACTION if config.held_out is None else config.held_out
+    kept, held_out = _split(full.items, len(full.class_names), fraction, folder)
+    test = None
+    if has_parts and tests:
+        test = _open(tests[0], device, classes, len(full.class_names))
+        names, tested = full.class_names, test.class_names
+        compare_class_names(str(folder / "train"), names, tested, setting=str(listed))
+        if len(test.class_names) != len(full.class_names):
+            what = f"{len(test.class_names)} classes in {tests[0]}"
+            raise invalid("--data", what, f"{len(full.class_names)}, as in train")
+    shape = config.channels, config.image_size, config.image_size
+    count = len(full.items) + (0 if test is None else len(test.items))
+    need, have = count * shape[0] * shape[1] * shape[2], available_bytes(device)
+    if need > have:
+        what = f"{count:,} images of {' x '.join(map(str, shape))}, {need / 2**30:.1f} GiB"
+        raise invalid("--data", what, f"at most {have / 2**30:.1f} GiB", "lower data.image_size")
+    every = "\n".join(sorted(_name(item, folder) for item in full.items))
+    digest = hashlib.sha256(every.encode("utf-8", "surrogateescape")).hexdigest()
+    return RealData(
+        train=_decoded(replace(full, items=kept), config),
+        held_out=_decoded(replace(full, items=held_out), config),
+        test=None if test is None else _decoded(test, config),
+        source=f"{len(kept):,} images of {len(full.class_names)} classes; {len(held_out):,} others "
+        f"were held out ({HELD_OUT_FILE} in the run directory)",
+        record=f"# held out of {len(full.items)} images, sha256 of their names {digest}\n"
+        + "".join(f"{_name(item, folder)}\n" for item in held_out),
+    )
+
+
+def _open(
+    folder: Path, device: torch.device, classes: Path | None, num_classes: int | None
+) -> EncodedSet:
+    images = open_set(folder, device, classes=classes, num_classes=num_classes)
+    assert isinstance(images, EncodedSet)  # `load_real` reads folders with idx files
+    return images
+
+
+def _split(
+    items: Sequence[Item], num_classes: int, fraction: float, folder: Path
+) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """Split images into those to train on and the held-out ones, both in the given order.
+
+    In each class, the images whose names have the lowest SHA-256 are held out. The split therefore
+    does not depend on the order of the files, nor on where the folder lies.
+    """
+    chosen: set[int] = set()
+    for label in range(num_classes):
+        mine = [place for place, item in enumerate(items) if item.label == label]
+        if len(mine) < 2:
+            what = f"{len(mine)} images of class {label}"
+            raise invalid(folder, what, "at least 2, of which one is held out", "add images")
+        count = min(len(mine) - 1, max(1, round(fraction * len(mine))))
+        chosen |= set(sorted(mine, key=lambda place: _digest(items[place], folder))[:count])
+    kept = tuple(item for place, item in enumerate(items) if place not in chosen)
+    return kept, tuple(items[place] for place in sorted(chosen))
+
+
+def _digest(item: Item, folder: Path) -> bytes:
+    return hashlib.sha256(_name(item, folder).encode("utf-8", "surrogateescape")).digest()
+
+
+def _name(item: Item, folder: Path) -> str:
+    """Return the path of an image below the folder, with its member if it is in a tar."""
+    path = Path(item.path).relative_to(folder).as_posix()
+    return f"{path}: {item.member}" if item.member else path
+
+
+def _pixels(size: int, channels: int) -> InputSpec:
+    """Return an input of pixels in [0, 1], resized by the short side and cut to the center."""
+    return InputSpec(size=size, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def _decoded(images: EncodedSet, config: RealImagesConfig) -> ImageSet:
+    """Decode, resize and crop all images, to (N, c, S, S) uint8."""
+    assert config.image_size is not None
+    spec, place = _pixels(config.image_size, config.channels), 0
+    shape = len(images), config.channels, config.image_size, config.image_size
+    pixels = torch.empty(shape, dtype=torch.uint8, device=images.device)
+    labels = torch.empty(len(images), dtype=torch.int64, device=images.device)
+    for views, classes in images.batches([spec]):
+        rows = slice(place, place + len(classes))
+        pixels[rows], labels[rows] = _levels(views[spec]), classes
+        place += len(classes)
+    return ImageSet(images=pixels, labels=labels, class_names=images.class_names)
+
+
+def _resized(images: ImageSet, size: int | None) -> ImageSet:
+    """Return a set with images of `size` pixels; None leaves them unchanged."""
+    if size is None:
+        return images
+    spec = _pixels(size, images.images.shape[1])
+    pixels = [_levels(test_sets.prepare(part, spec)) for part in images.images.split(1000)]
+    return replace(images, images=torch.cat(pixels))
+
+
+def _levels(pixels: Tensor) -> Tensor:
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _rows(images: ImageSet, rows: slice) -> ImageSet:
+    return replace(images, images=images.images[rows], labels=images.labels[rows])

@@ -1,0 +1,162 @@
+"""Pretraining on folders of image files and on shards: sizes, classes, and the held-out split."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from real_sets import NAMES, encoded, write_shard
+
+from dmkd_fast import InputSpec, cli, load_classifier, open_set
+from dmkd_fast.config.data import RealImagesConfig
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.jobs.images import denoiser_class_names
+from dmkd_fast.jobs.parts import load_parts
+from dmkd_fast.jobs.pretrain import real_data
+from dmkd_fast.jobs.pretrain.real_data import load_real
+from dmkd_fast.jobs.resolve import resolve
+from dmkd_fast.runtime.errors import UserError
+
+CPU = torch.device("cpu")
+SMALL = RealImagesConfig(image_size=16, held_out=0.25)
+COMMON: dict[str, Any] = {
+    "num_threads": 1,
+    "dtype": "float32",
+    "data": {"image_size": 16, "held_out": 0.25},
+    "optim": {"name": "adamw", "lr": 1e-3},
+    "train": {"batch_size": 8, "num_views": 16, "compile": False, "log_every_steps": 1},
+}
+
+
+def names_in(record: str) -> list[str]:
+    return record.splitlines()[1:]
+
+
+def pretrained(kind: str, config: dict[str, Any], data: Path, out: Path, capsys: Any) -> dict:
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({"name": kind, **COMMON, **config}))
+    assert cli.main(["pretrain", kind, str(path), f"run_dir={out}", "--data", str(data)]) == 0
+    facts: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return facts
+
+
+@pytest.fixture(scope="module")
+def parts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The class folders as `train`, and some images of theirs as `test`."""
+    root = tmp_path_factory.mktemp("parts")
+    shutil.copytree(folder, root / "train")
+    shutil.copytree(folder, root / "test", ignore=shutil.ignore_patterns("deeper"))
+    return root
+
+
+def test_images_are_those_of_the_evaluation_and_the_split_is_by_name(
+    folder: Path, tmp_path: Path
+) -> None:
+    real = load_real(folder, CPU, SMALL)
+    assert real.train.images.shape == (17, 3, 16, 16) and len(real.held_out) == 6
+    assert real.train.class_names == NAMES and real.test is None
+    assert sorted(real.held_out.labels.tolist()) == [0, 0, 1, 1, 2, 2]
+    held_out = names_in(real.record)
+    opened = open_set(folder, CPU)
+    spec = InputSpec(size=16, mean=(0.0,) * 3, std=(1.0,) * 3)
+    ((views, _),) = opened.batches([spec])
+    names = [str(Path(item.path).relative_to(folder)) for item in opened.items]
+    wanted = torch.stack([views[spec][names.index(name)] for name in held_out])
+    assert torch.equal(real.held_out.images, (wanted * 255).round().to(torch.uint8))
+    shutil.copytree(folder, tmp_path / "moved")
+    assert load_real(tmp_path / "moved", CPU, SMALL).record == real.record
+    gray = load_real(folder, CPU, SMALL.model_copy(update={"channels": 1}))
+    assert gray.train.images.shape[1] == 1
+
+
+def test_shards_give_the_same_images(folder: Path, shards: Path) -> None:
+    real = load_real(shards, CPU, SMALL)
+    assert real.train.class_names == ("0", "1", "2")
+    assert all(".tar: part/" in name for name in names_in(real.record))
+    both = [load_real(place, CPU, SMALL) for place in (folder, shards)]
+    totals = [sum(int(part.images.sum()) for part in (r.train, r.held_out)) for r in both]
+    assert totals[0] == totals[1]
+
+
+def test_names_and_split_travel_from_the_folder_to_the_job(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Teacher, denoiser and few-step denoiser of a color folder fit into a job with it."""
+    model = {"model": {"arch": "cifar_resnet8"}, "views": {"size": 16}}
+    facts = pretrained("teacher", model, parts, tmp_path / "teacher", capsys)
+    saved = tmp_path / "teacher" / "model"
+    assert load_classifier(saved, CPU)[1].label_names == NAMES
+    assert len(names_in((tmp_path / "teacher" / "held_out.txt").read_text())) == 6
+    assert cli.main(["evaluate", str(saved), "--data", str(parts / "test")]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["top1"] == facts["test_top1"] and set(found["class_top1"]) == set(NAMES)
+
+    dit = {"patch_size": 4, "num_layers": 1, "num_heads": 2, "head_dim": 8}
+    pretrained("denoiser", dit, parts, tmp_path / "denoiser", capsys)
+    few = {
+        "denoiser": {"path": str(tmp_path / "denoiser" / "model")},
+        "sampler": {"num_steps": 2, "micro_batch_images": 8, "compile": False},
+        "num_steps": 1,
+        "pool_images": 8,
+    }
+    shared = {name: value for name, value in COMMON.items() if name != "data"}
+    path = tmp_path / "few.yaml"
+    path.write_text(yaml.safe_dump({"name": "few", **shared, **few}))
+    assert cli.main(["pretrain", "fewstep", str(path), f"run_dir={tmp_path / 'few'}"]) == 0
+    for name in ("denoiser", "few"):
+        assert (tmp_path / name / "model" / "classes.txt").read_text().split() == list(NAMES)
+
+    job = {
+        "name": "job",
+        "denoiser": {"path": str(tmp_path / "few" / "model")},
+        "sampler": {"num_steps": 1, "micro_batch_images": 8, "compile": False},
+        "ring": {"capacity_images": 64, "min_fill_images": 16, "samples_per_insert": 4},
+        "views": {"size": 16},
+        "teacher": {"path": str(saved)},
+        "student": {"arch": "cifar_resnet8"},
+        "optim": COMMON["optim"],
+        "train": COMMON["train"],
+        "eval": {"path": str(parts / "test")},
+    }
+    path.write_text(yaml.safe_dump(job))
+    assert load_parts(resolve(load_config(DistillConfig, path))).student_spec.in_chans == 3
+    (tmp_path / "few" / "model" / "classes.txt").write_text("bee\nant\ncat\n")
+    with pytest.raises(UserError, match=r"class 0 is 'bee' in denoiser.path and 'ant'"):
+        load_parts(resolve(load_config(DistillConfig, path)))
+    config_of = load_config(DistillConfig, path, ["denoiser.class_map=[2, 0]"]).denoiser
+    assert denoiser_class_names(config_of) == ("cat", "bee")
+
+
+def test_a_run_is_not_resumed_with_other_images(parts: Path, tmp_path: Path, capsys: Any) -> None:
+    model = {"model": {"arch": "cifar_resnet8"}, "views": {"size": 16}}
+    pretrained("teacher", model, parts, tmp_path / "run", capsys)
+    data, _ = encoded(1)
+    changed = shutil.copytree(parts, tmp_path / "changed")
+    (changed / "train" / "ant" / "new.png").write_bytes(data)
+    command = ["pretrain", "teacher", str(tmp_path / "run.yaml"), f"run_dir={tmp_path / 'run'}"]
+    assert cli.main([*command, "--resume", "--data", str(changed)]) == 2
+    assert "images were added, removed or renamed" in capsys.readouterr().err
+
+
+def test_mistakes_are_refused_in_one_line(
+    folder: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"data\.image_size: got null for image files"):
+        load_real(folder, CPU)
+    data, kind = encoded(0)
+    write_shard(tmp_path / "a.tar", [(f"a.{kind}", data), ("a.cls", b"0")])
+    with pytest.raises(UserError, match="got 1 images of class 0, expected at least 2"):
+        load_real(tmp_path, CPU, SMALL)
+    other = shutil.copytree(parts, tmp_path / "other")
+    (other / "test" / "cat").rename(other / "test" / "dog")
+    with pytest.raises(UserError, match=r"class 2 is 'cat' in .*train and 'dog'"):
+        load_real(other, CPU, SMALL)
+    monkeypatch.setattr(real_data, "available_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match=r"expected at most .* GiB; lower data\.image_size"):
+        load_real(folder, CPU, SMALL)
