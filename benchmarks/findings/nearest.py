@@ -16,9 +16,9 @@ from benchmarks.harness import ROOT, Report, arguments, recorded
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs.build import build
-from dmkd_fast.jobs.inspect.report_images import pairs
 from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.jobs.pretrain.real_data import load_real
+from dmkd_fast.jobs.report.images import pairs
 
 NUM_IMAGES = 1_000
 

@@ -154,7 +154,8 @@ def _measure_family(report: Report, shape: tuple[int, int], n: int) -> None:
     for name in ("forward_kl", *FAMILY):
         named = {"divergence": name} if name != "standardized" else {"standardize_logits": True}
         ours = partial(kd_loss, temperature=TEMPERATURE, **named)
-        theirs = partial(_textbook(name), target=target)
+        textbook: Callable[..., Tensor] = _textbook(name)
+        theirs = partial(textbook, target=target)
         hard = partial(ours, target=target) if name == "dkd" else ours
         calls[name] = backward(hard, student, teacher)
         calls[f"{name}, eager"] = backward(theirs, student, teacher)

@@ -17,8 +17,8 @@ from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.images import describe_images
 from dmkd_fast.jobs.inspect import plan
 from dmkd_fast.jobs.inspect.rates import Rates
-from dmkd_fast.jobs.inspect.report_live import page_of
 from dmkd_fast.jobs.parts import Parts, prepare
+from dmkd_fast.jobs.report.live import page_of
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.clock import Clock

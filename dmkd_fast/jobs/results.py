@@ -16,9 +16,9 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.jobs import run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, evaluate_run
 from dmkd_fast.jobs.images import card_sentence
-from dmkd_fast.jobs.inspect import report_images
-from dmkd_fast.jobs.inspect.report_live import LivePage
-from dmkd_fast.jobs.inspect.report_scores import evaluation_facts
+from dmkd_fast.jobs.report import images as report_images
+from dmkd_fast.jobs.report.live import LivePage
+from dmkd_fast.jobs.report.scores import evaluation_facts
 from dmkd_fast.runtime import files
 from dmkd_fast.training.distiller import Distiller
 

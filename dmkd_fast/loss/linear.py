@@ -66,9 +66,10 @@ def linear_kd_loss(
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_LOGITS // len(student_weight))
     teacher = (teacher_hidden.detach(), teacher_weight.detach())
-    return _LinearKdLoss.apply(
+    loss: Tensor = _LinearKdLoss.apply(
         student_hidden, student_weight, *teacher, target, chunk_rows, options
     )
+    return loss
 
 
 class _LinearKdLoss(torch.autograd.Function):

@@ -58,13 +58,16 @@ def kd_loss_topk(
                 f"to fit student_logits {tuple(shape)}"
             )
     options |= {"temperature": temperature, "t_squared": t_squared}
+    loss: Tensor | KdLossParts
     if teacher_values.shape[-1] == classes:
         teacher = torch.empty_like(teacher_values).scatter_(-1, teacher_indices, teacher_values)
-        return kd_loss(student_logits, teacher, **options)
+        loss = kd_loss(student_logits, teacher, **options)
+        return loss
     if rest == "renormalize":
         if teacher_logsumexp is not None:
             raise ValueError('teacher_logsumexp: would be ignored with rest="renormalize"')
-        return kd_loss(student_logits.gather(-1, teacher_indices), teacher_values, **options)
+        loss = kd_loss(student_logits.gather(-1, teacher_indices), teacher_values, **options)
+        return loss
     if teacher_logsumexp is None or teacher_logsumexp.shape != shape[:-1]:
         got = None if teacher_logsumexp is None else tuple(teacher_logsumexp.shape)
         raise ValueError(
@@ -78,4 +81,5 @@ def kd_loss_topk(
     left = (1 - (teacher - lse).exp().sum(-1, keepdim=True)).clamp(min=0)
     student = torch.cat((student.gather(-1, teacher_indices), others), -1)
     teacher = torch.cat((teacher, lse + left.log()), -1)
-    return kd_loss(temperature * student, temperature * teacher, **options)
+    loss = kd_loss(temperature * student, temperature * teacher, **options)
+    return loss

@@ -11,8 +11,8 @@ import torch
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs.evaluate import Evaluation
-from dmkd_fast.jobs.inspect.report_images import by_class, cells, evenly, sheet_uris
-from dmkd_fast.jobs.inspect.report_scores import evaluation_facts
+from dmkd_fast.jobs.report.images import by_class, cells, evenly, sheet_uris
+from dmkd_fast.jobs.report.scores import evaluation_facts
 from dmkd_fast.training.scoring import Guesses, Scores
 
 CONFIG = "name: {name}\nseed: {seed}\ndevice: cpu\ntrain:\n  num_views: 64000\n"

@@ -181,7 +181,7 @@ def test_a_bug_keeps_its_traceback(
     def bug(_: object) -> None:
         raise ValueError("a bug, not a wrong setting")
 
-    monkeypatch.setattr(cli, "_distill", bug)
+    monkeypatch.setattr(cli.verbs, "distill", bug)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["distill", CONFIG])
     assert capsys.readouterr().err == ""
@@ -191,7 +191,7 @@ def test_warnings_of_the_package_are_printed_by_the_command_line_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = logging.getLogger("dmkd_fast")
-    monkeypatch.setattr(cli, "_distill", lambda _: logger.warning("a slow path"))
+    monkeypatch.setattr(cli.verbs, "distill", lambda _: logger.warning("a slow path"))
     for _ in range(2):
         assert logger.handlers == []
         assert cli.main(["distill", CONFIG]) == 0

@@ -41,7 +41,7 @@ def verb(_: argparse.Namespace) -> dict[str, Any]:
 def test_stdout_that_fails_is_one_line_and_the_result_is_not_lost(
     broken: TextIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_distill", verb)
+    monkeypatch.setattr(cli.verbs, "distill", verb)
     monkeypatch.setattr(sys, "stdout", broken)
     assert cli.main(["distill", CONFIG]) == 2
     *_, line, result = capsys.readouterr().err.splitlines()
@@ -60,7 +60,7 @@ def test_a_dry_run_whose_output_is_lost_is_an_error(
 def test_stderr_that_fails_changes_nothing(
     broken: TextIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_distill", verb)
+    monkeypatch.setattr(cli.verbs, "distill", verb)
     monkeypatch.setattr(sys, "stderr", broken)
     assert cli.main(["distill", CONFIG]) == 0
     assert json.loads(capsys.readouterr().out) == RESULT
@@ -91,7 +91,7 @@ def verb(_):
         file.write(str(file.fileno() > 2))
     return {{"top1": 1}}
 
-cli._distill = verb
+cli.verbs.distill = verb
 sys.exit(cli.main(["distill", "config"]))
 """)
     command = f"exec {sys.executable} {script} <&- >&- 2>&-"

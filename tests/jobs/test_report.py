@@ -15,9 +15,12 @@ from small_jobs import CONFIG, SHORT, build_distiller
 from torch import Tensor
 
 from dmkd_fast import UserError, cli
-from dmkd_fast.jobs.inspect import report, report_data, report_images, report_live
-from dmkd_fast.jobs.inspect.report_live import LivePage
-from dmkd_fast.jobs.inspect.report_scores import calibration, confusion
+from dmkd_fast.jobs.report import data as report_data
+from dmkd_fast.jobs.report import images as report_images
+from dmkd_fast.jobs.report import live as report_live
+from dmkd_fast.jobs.report import runs as report
+from dmkd_fast.jobs.report.live import LivePage
+from dmkd_fast.jobs.report.scores import calibration, confusion
 from dmkd_fast.runtime import files
 from dmkd_fast.training.distiller import Distiller
 

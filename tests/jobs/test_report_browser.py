@@ -9,7 +9,7 @@ import pytest
 from browser import CHROMIUM, Browser, browser
 from report_runs import many_class_facts, write_run
 
-from dmkd_fast.jobs.inspect import report
+from dmkd_fast.jobs.report import runs as report
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
 IMAGES = "[...document.images].map(image => image.complete ? image.naturalWidth : 0)"

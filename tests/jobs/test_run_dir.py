@@ -21,7 +21,7 @@ from dmkd_fast import Distiller, cli
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import run_dir
-from dmkd_fast.jobs.inspect import report_images
+from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.distributed import Ranks
 from dmkd_fast.runtime.errors import UserError

@@ -112,7 +112,7 @@ def export(
         _check_onnx()
     model, spec, license = networks.load_trained(str(what), CPU)
     data, classes = _test_images(folder, data, classes)
-    images = open_test_set(data, classes, CPU, spec.num_classes)
+    images = open_test_set(data, classes, CPU, spec.num_classes, spec.label_names)
     spec = replace(spec, label_names=spec.label_names or images.class_names)
     exported = _Exported(
         model=_Normalized(model, spec).eval() if normalize else model,

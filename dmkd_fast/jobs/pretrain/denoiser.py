@@ -24,9 +24,9 @@ from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs import memory, run_dir
-from dmkd_fast.jobs.inspect import report_images
 from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.jobs.pretrain.real_data import load_real
+from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps

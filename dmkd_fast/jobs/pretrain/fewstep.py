@@ -26,9 +26,9 @@ from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import save_denoiser, share_embedder
 from dmkd_fast.denoisers.wrappers import PixelDiT
 from dmkd_fast.jobs import memory, resolve, run_dir
-from dmkd_fast.jobs.inspect import report_images
 from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, training_attention
+from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.runtime.device import InFlight, available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmkd_fast.config.jobs import PretrainConfig, PretrainDenoiserConfig, TeacherConfig
 from dmkd_fast.config.loading import dump_config
 from dmkd_fast.jobs import memory, resolve, run_dir
-from dmkd_fast.jobs.inspect import report_live
+from dmkd_fast.jobs.report import live as report_live
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.output.progress import Progress

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.jobs.evaluate import Evaluation
-from dmkd_fast.jobs.inspect.report_images import cells, shade_uri, sheet_uris
+from dmkd_fast.jobs.report.images import cells, shade_uri, sheet_uris
 from dmkd_fast.training.scoring import BINS
 
 MOST_CELLS = 20

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dmkd_fast.jobs.inspect.report_html import shorten, text
+from dmkd_fast.jobs.report.html import shorten, text
 
 WIDTH, HEIGHT = 340, 216
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 22, 36

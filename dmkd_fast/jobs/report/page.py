@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from dmkd_fast.jobs.inspect import report_spent, svg
-from dmkd_fast.jobs.inspect.report_data import STATES, RunData, go_on_command, repeat_command
-from dmkd_fast.jobs.inspect.report_html import (
+from dmkd_fast.jobs.report import spent as report_spent
+from dmkd_fast.jobs.report import svg
+from dmkd_fast.jobs.report.data import STATES, RunData, go_on_command, repeat_command
+from dmkd_fast.jobs.report.html import (
     document,
     duration,
     figure,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dmkd_fast.jobs.inspect import report_compare, report_page
-from dmkd_fast.jobs.inspect.report_data import CONFIG, PAGE, RunData, load
-from dmkd_fast.jobs.inspect.report_html import duration
+from dmkd_fast.jobs.report import compare as report_compare
+from dmkd_fast.jobs.report import page as report_page
+from dmkd_fast.jobs.report.data import CONFIG, PAGE, RunData, load
+from dmkd_fast.jobs.report.html import duration
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.errors import UserError, warn_once
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dmkd_fast.jobs.inspect.report_data import PARTS, STATES, RunData
-from dmkd_fast.jobs.inspect.report_html import (
+from dmkd_fast.jobs.report.data import PARTS, STATES, RunData
+from dmkd_fast.jobs.report.html import (
     document,
     duration,
     number,
@@ -18,7 +18,7 @@ from dmkd_fast.jobs.inspect.report_html import (
     table,
     text,
 )
-from dmkd_fast.jobs.inspect.report_page import training_charts
+from dmkd_fast.jobs.report.page import training_charts
 
 MOST_SETTINGS, MOST_CLASSES = 60, 20
 _ALWAYS_DIFFER = ("run_dir", "name")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dmkd_fast.jobs.inspect import svg
-from dmkd_fast.jobs.inspect.report_data import PARTS, RunData
-from dmkd_fast.jobs.inspect.report_html import duration, figure, number, percent, table
+from dmkd_fast.jobs.report import svg
+from dmkd_fast.jobs.report.data import PARTS, RunData
+from dmkd_fast.jobs.report.html import duration, figure, number, percent, table
 
 
 def ring(run: RunData) -> str:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dmkd_fast import __version__
-from dmkd_fast.jobs.inspect import report_data, report_page
-from dmkd_fast.jobs.inspect.report_images import by_class, cells, evenly, sheet_uris
+from dmkd_fast.jobs.report import data as report_data
+from dmkd_fast.jobs.report import page as report_page
+from dmkd_fast.jobs.report.images import by_class, cells, evenly, sheet_uris
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.errors import UserError, shortened, warn_once
