@@ -170,7 +170,8 @@ def _prepare(
     teachers = networks.load_teachers(
         config.teachers, temperature=config.loss.temperature, device=device
     )
-    names = teachers.class_names["teacher"]
+    # A class_map states the order of the classes, so that other names are compared, not mapped.
+    names = () if config.teacher.class_map else teachers.class_names["teacher"]
     test_set = open_test_set(
         config.eval.path, config.eval.classes, device, denoiser.num_classes, names
     )

@@ -47,7 +47,8 @@ def load_parts(job: ResolvedJob) -> Parts:
     if config.source is None:
         images = open_denoiser(config.denoiser, device)
         num_classes = images.num_classes
-    names = teachers.class_names["teacher"]
+    # A class_map states the order of the classes, so that other names are compared, not mapped.
+    names = () if config.teacher.class_map else teachers.class_names["teacher"]
     test_set = open_test_set(config.eval.path, config.eval.classes, device, num_classes, names)
     if config.source is None and config.eval.classes is None:
         names = denoiser_class_names(config.denoiser)

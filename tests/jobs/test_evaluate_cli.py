@@ -262,12 +262,16 @@ def test_evaluation_says_what_size_it_used(
         assert (found["input_size"], found["crop_pct"], found["crop_mode"]) == (24, 0.75, "center")
 
 
-def test_classes_in_another_order_than_the_classifiers_are_refused(
+def test_classes_in_another_order_are_mapped_by_name_and_other_names_are_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Names in the classifier's file; `--classes` states the order and ends the comparison."""
+    mapped = saved_classifier(tmp_path / "mapped", label_names=("bee", "ant", "cat"))
+    assert cli.main(["evaluate", str(mapped), "--data", str(folder)]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(last["class_top1"]) == ["bee", "ant", "cat"]
     right = saved_classifier(tmp_path / "right", label_names=("Ant", "bee", "cat"))
-    wrong = saved_classifier(tmp_path / "wrong", label_names=("bee", "ant", "cat"))
+    wrong = saved_classifier(tmp_path / "wrong", label_names=("bee", "ant", "dog"))
     order = tmp_path / "order.txt"
     order.write_text("bee\nant\ncat\n")
     assert cli.main(["evaluate", str(right), "--data", str(folder)]) == 0
