@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +127,8 @@ def export(
             "pt2": _write_pt2,
             "onnx": _write_onnx,
         }[to]
-        again = write(exported, partial)
+        with _one_tf32_setting():
+            again = write(exported, partial)
         batches = images.batches([spec.input, exported.input])
         facts = _compare(model, again, batches, spec.input, exported.input)
         _write_card(partial, to, exported, facts)
@@ -220,10 +222,28 @@ def _check_onnx() -> None:
         ) from None
 
 
+@contextmanager
+def _one_tf32_setting() -> Iterator[None]:
+    """Let torch.export run whatever the TF32 settings of cuDNN are; restore them afterwards.
+
+    torch.export reads the older flag of all of cuDNN, which raises if a program has set
+    convolutions apart from it. On the CPU the settings change no result.
+    """
+    cudnn: Any = torch.backends.cudnn
+    parts = (cudnn.conv, cudnn.rnn)
+    before = [part.fp32_precision for part in parts]
+    cudnn.allow_tf32 = True  # the default; sets both parts as well
+    try:
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
+
+
 def _program(exported: _Exported) -> torch.export.ExportedProgram:
     """Trace the network for any number of images."""
     size = exported.input.size
-    example = torch.zeros(2, exported.input.num_channels, size, size)
+    example = torch.zeros(4, exported.input.num_channels, size, size)
     batch = torch.export.Dim("batch")
     try:
         return torch.export.export(exported.model, (example,), dynamic_shapes=({0: batch},))
