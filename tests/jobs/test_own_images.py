@@ -136,6 +136,7 @@ def test_names_and_split_travel_from_the_folder_to_the_job(
 def test_a_run_is_not_resumed_with_other_images(parts: Path, tmp_path: Path, capsys: Any) -> None:
     model = {"model": {"arch": "cifar_resnet8"}, "views": {"size": 16}}
     pretrained("teacher", model, parts, tmp_path / "run", capsys)
+    (tmp_path / "run" / "summary.json").unlink()  # what an interrupted run does not have
     data, _ = encoded(1)
     changed = shutil.copytree(parts, tmp_path / "changed")
     (changed / "train" / "ant" / "new.png").write_bytes(data)
