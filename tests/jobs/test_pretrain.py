@@ -21,6 +21,7 @@ from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, _sample_grids
 from dmkd_fast.jobs.pretrain.real_data import load_real
+from dmkd_fast.runtime.output.progress import Progress
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 
@@ -177,7 +178,9 @@ def test_denoiser_learns_and_its_samples_follow_the_label(data: Path, tmp_path: 
     for name in ("README.md", "samples_guidance_1.png", "samples_guidance_2.png"):
         assert (folder / name).stat().st_size > 0
     loaded = load_denoiser(folder, torch.device("cpu"))
-    images = _sample_grids(folder, loaded.num_classes, torch.device("cpu"))[2.0]
+    silent = Progress(show=False)
+    grids = dict(_sample_grids(folder, loaded.num_classes, torch.device("cpu"), silent))
+    images = grids[2.0].flatten(0, 1)
     bright = torch.stack(
         [
             images[:, 0, r : r + 10, c : c + 5].float().mean((1, 2))

@@ -29,6 +29,7 @@ from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.sampling.arguments import Guidance, Steps
 from dmkd_fast.sampling.sampler import DiffusionSampler
 
@@ -85,7 +86,7 @@ def pretrain_denoiser(
         with loop.results(folder) as target:
             save_denoiser(average.module.dit, FLOW, target)
             write_class_names(target / CLASS_NAMES, real.train.class_names)
-            for scale, images in _sample_grids(target, num_classes, job):
+            for scale, images in _sample_grids(target, num_classes, device, job.display):
                 path = target / f"samples_guidance_{scale:g}.png"
                 report_images.grid(images, real.train.class_names, path)
             title = f"{config.name}: pixel DiT"
@@ -163,14 +164,13 @@ def _held_out_loss(
 
 
 def _sample_grids(
-    folder: Path, num_classes: int, job: loop.PretrainJob[Any]
+    folder: Path, num_classes: int, device: torch.device, display: Progress
 ) -> Iterator[tuple[float, Tensor]]:
     """Generate 8 images of each class at 3 guidance scales in 16 steps from saved weights."""
-    device = job.device
     loaded = load_denoiser(folder, device)
     labels = torch.arange(num_classes, device=device).repeat_interleave(8)
     ids = torch.arange(len(labels), device=device)
-    scales = job.display.track((1.0, 1.5, 2.0), "sampling", 3, "grids", size=lambda _: 1)
+    scales = display.track((1.0, 1.5, 2.0), "sampling", 3, "grids", size=lambda _: 1)
     for scale in scales:
         sampler = DiffusionSampler(
             loaded,
