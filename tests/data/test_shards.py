@@ -255,7 +255,7 @@ def test_shards_are_indexed_by_position_as_tarfile_indexes_them(
         fast = shards.load_shard(folder, plan, number)
         assert plain_tars.plain_places(fast.path, plan.ids(number), fast.labels) is not None
         with monkeypatch.context() as patch:
-            patch.setattr(shards, "_plain_places", lambda *args: None)
+            patch.setattr(shards, "plain_places", lambda *args: None)
             slow = shards.load_shard(folder, plan, number)
         assert fast.offsets.tolist() == slow.offsets.tolist()
         assert fast.sizes.tolist() == slow.sizes.tolist()
