@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "instruction_sets.h"
-#include "kd_loss_row.h"
+#include "kd_loss_terms.h"
 
 namespace dmkd {
 namespace {

@@ -213,154 +213,15 @@ struct Row {
     }
   }
 
-  // Decoupled KD: `first` times the KL of target against rest, plus `second` times that among the
-  // rest, whose exponentials come from a copy of the logits with -inf at the target.
-  DMKD_INLINE compute_t decoupled(const Term& term, int64_t id, compute_t factor, bool first) {
-    const compute_t s_id = s[id], t_id = t[id];
-    if (s != s_masked) {
-      std::copy(s, s + n, s_masked);
-      std::copy(t, t + n, t_masked);
-    }
-    const compute_t *s_all = s, *t_all = t;
-    s = s_masked;
-    t = t_masked;
-    s_masked[id] = t_masked[id] = -std::numeric_limits<compute_t>::infinity();
-    const compute_t ratio = exponentials();
-    const compute_t whole = rest(term, id, s_id, t_id, ratio, factor, first);
-    s_masked[id] = s_id;
-    t_masked[id] = t_id;
-    s = s_all;
-    t = t_all;
-    return whole;
-  }
-
+  // Defined in kd_loss_terms.h.
+  DMKD_INLINE compute_t decoupled(const Term& term, int64_t id, compute_t factor, bool first);
   DMKD_INLINE compute_t rest(const Term& term, int64_t id, compute_t s_id, compute_t t_id,
-                             compute_t ratio, compute_t factor, bool first) {
-    const bool alone = stats[0] == -std::numeric_limits<compute_t>::infinity() ||
-                       stats[2] == -std::numeric_limits<compute_t>::infinity();
-    const compute_t s_max = stats[0], t_max = stats[2];
-    // Log odds of the target for the teacher, and by how much the student's exceed them.
-    const double teacher =
-        (double(t_id) - double(t_max)) / temperature - std::log(double(stats[3]));
-    const double excess =
-        ((double(s_id) - double(s_max)) - (double(t_id) - double(t_max))) / temperature -
-        double(ratio);
-    const double student = teacher + excess;
-    // sigmoid(x) and sigmoid(-x), by one exponential.
-    const double t_small = std::exp(-std::abs(teacher)), s_small = std::exp(-std::abs(student));
-    const double t_large = 1 / (1 + t_small), s_large = 1 / (1 + s_small);
-    const double p = teacher > 0 ? t_large : t_small * t_large;
-    const double p_rest = teacher > 0 ? t_small * t_large : t_large;
-    const double q = student > 0 ? s_large : s_small * s_large;
-    const double q_rest = student > 0 ? s_small * s_large : s_large;
-    const double size = -std::expm1(-std::abs(excess));
-    double change = excess > 0 ? size * q * p_rest : -size * p * q_rest;  // q - p
-    double binary = 0;
-    if (alone) {  // as with one class
-      change = 0;
-      binary = double(s_id - s_id) + double(t_id - t_id);  // 0 or nan
-    } else {
-      if (p != 0) binary -= p * std::log1p(std::max(-1.0, change / p));
-      if (p_rest != 0) binary -= p_rest * std::log1p(std::max(-1.0, -change / p_rest));
-      binary = binary < 0 ? 0 : binary;
-    }
-    const compute_t scale = compute_t(1 / temperature);
-    const compute_t s_inverse = alone ? compute_t(0) : 1 / stats[1];
-    const compute_t t_inverse = alone ? compute_t(0) : 1 / stats[3];
-    const compute_t limit = std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0);
-    const compute_t others = compute_t(term.second), binary_slope = compute_t(term.first * change);
-    compute_t* __restrict const part = out != nullptr && first ? out : slopes;
-    compute_t loss = 0;
-#pragma omp simd reduction(+ : loss)
-    for (int64_t i = 0; i < n; ++i) {
-      const compute_t q_i = s_exp[i] * s_inverse, p_i = t_exp[i] * t_inverse;
-      const compute_t d = multiply_add<has_fma>((t[i] - t_max) - (s[i] - s_max), scale, ratio);
-      compute_t value, difference;
-      divergence<has_fma>(p_i, q_i, d, limit, value, difference);
-      loss += p_i == 0 ? q_i : value;
-      part[i] = multiply_add<has_fma>(others, difference, -(binary_slope * q_i)) * factor;
-    }
-    if (alone) {
-      loss = 0;
-      std::fill(part, part + n, compute_t(0));
-    }
-    part[id] = binary_slope * factor;
-    const compute_t whole = compute_t(term.first * binary) + others * loss;
-    if (out != nullptr && (!first || whole != whole)) {
-      const compute_t nan_or_1 = whole != whole ? whole : compute_t(1);
-      for (int64_t i = 0; i < n; ++i) {
-        out[i] = (first ? compute_t(0) : out[i]) + part[i] * nan_or_1;
-      }
-    }
-    return whole;
-  }
-
-  // DIST: `first` times 1 - correlation over the classes, plus `second` times the mean of
-  // 1 - correlation over the columns. `column_factor`: that of the latter's gradient.
+                             compute_t ratio, compute_t factor, bool first);
   DMKD_INLINE compute_t correlations(const Term& term, compute_t ratio, compute_t factor,
-                                     compute_t column_factor, bool first) {
-    const compute_t mean = compute_t(1.0 / double(n));
-    compute_t teacher = 0, student = 0, covariance = 0, variance = 0;
-    changes(ratio, t_exp, slopes, mean, teacher, student, covariance, variance);
-    const Correlation found = correlation(teacher, student, covariance, variance,
-                                          kConstant / double(n), kConstant / double(n));
-    const compute_t row = factor * compute_t(term.first);
-    const compute_t by_p = row * compute_t(found.by_p),
-                    by_change = row * compute_t(found.by_change);
-    const compute_t column_part = column_factor * compute_t(term.second / double(n));
-    const compute_t parallel = compute_t(double(covariance) / double(teacher));
-    const compute_t s_inverse = 1 / stats[1];
-    const compute_t* const columns = static_cast<const compute_t*>(a.columns);
-    const compute_t* __restrict const column_p = columns;
-    const compute_t* __restrict const column_change = columns + n;
-    const compute_t* __restrict const p_mean = columns + 2 * n;
-    const compute_t* __restrict const change_mean = columns + 3 * n;
-    compute_t total = 0, residual = 0;
-#pragma omp simd reduction(+ : total, residual)
-    for (int64_t i = 0; i < n; ++i) {
-      const compute_t b = t_exp[i] - mean, change = slopes[i];
-      const compute_t apart = change - parallel * b;
-      residual += apart * apart;
-      const compute_t column =
-          column_p[i] * (t_exp[i] - p_mean[i]) + column_change[i] * (change - change_mean[i]);
-      const compute_t slope =
-          s_exp[i] * s_inverse * (by_p * b + by_change * change + column_part * column);
-      slopes[i] = slope;
-      total += slope;
-    }
-    if (out != nullptr) center(total, compute_t(1), first);
-    // The residual is the part of variance * teacher - covariance^2 that subtraction would blur.
-    const double row_loss = found.by_norms > 0 ? found.by_norms * double(residual) : found.loss;
-    return compute_t(term.first * row_loss + term.second * a.columns_loss);
-  }
-
-  // p and q - p of every class, and the sums of a `Correlation`, p and q less `mean`.
+                                     compute_t column_factor, bool first);
   DMKD_INLINE void changes(compute_t ratio, compute_t* __restrict p_out,
                            compute_t* __restrict change_out, compute_t mean, compute_t& teacher,
-                           compute_t& student, compute_t& covariance, compute_t& variance) {
-    const compute_t scale = compute_t(1 / temperature), s_max = stats[0], t_max = stats[2];
-    const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
-    const compute_t limit = std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0);
-    compute_t b_squares = 0, a_squares = 0, products = 0, squares = 0;
-#pragma omp simd reduction(+ : b_squares, a_squares, products, squares)
-    for (int64_t i = 0; i < n; ++i) {
-      const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
-      const compute_t d = multiply_add<has_fma>((t[i] - t_max) - (s[i] - s_max), scale, ratio);
-      compute_t value, change;
-      divergence<has_fma>(p, q, d, limit, value, change);
-      p_out[i] = p;
-      change_out[i] = change;
-      const compute_t b = p - mean, both = b + change;
-      b_squares += b * b;
-      a_squares += both * both;
-      products += b * change;
-      squares += change * change;
-    }
-    teacher = b_squares;
-    student = a_squares;
-    covariance = products;
-    variance = squares;
-  }
+                           compute_t& student, compute_t& covariance, compute_t& variance);
 
   // Logits to mean 0 and standard deviation 1 in scratch. Returns the student's own maximum.
   DMKD_INLINE compute_t standardize() {

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dmkd_fast import cli
+from dmkd_fast.cli.parser import new_parser
 from dmkd_fast.config import reference
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def settings() -> str:
 
 def command_line() -> str:
     """Return the page with all verbs and their arguments."""
-    parser = cli._parser()
+    parser = new_parser()
     lines = ["# Command line", f"`dmkd VERB ...`: {parser.description}"]
     lines.append(
         "The last line of standard output is JSON. Exit codes are on the page "

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dmkd_fast"
 # Where each library may be imported. Files in integrations/ import their framework on use.
 HOMES = {
     "timm": {"classifiers/loading.py", "jobs/exchange/export.py"},
-    "torchvision": {"classifiers/loading.py"},
+    "torchvision": {"classifiers/loading.py", "data/decode.py"},
     "diffusers": {"denoisers/wrappers.py"},
     "transformers": {"denoisers/prompts.py"},
     "xformers": {"denoisers/attention.py"},
@@ -106,8 +106,8 @@ def test_public_names_are_stable_and_importable() -> None:
         "DistillKL",
         "Distiller",
         "EncodedSet",
-        "Guidance",
         "GeneratedImages",
+        "Guidance",
         "ImageSet",
         "InputSpec",
         "LabelStream",

@@ -111,7 +111,8 @@ def private_names_in_use() -> set[str]:
             elif isinstance(node, ast.ImportFrom):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             elif isinstance(node, ast.Attribute):
-                names = [ast.unparse(node)]
+                dotted = ast.unparse(node)
+                names = [dotted] if dotted.replace(".", "").isidentifier() else []
             for name in names:
                 is_private = any(p[0] == "_" != p[1:2] for p in name.split(".") if p)
                 if name.startswith("torch.") and is_private:
@@ -156,7 +157,7 @@ def stores() -> None:
     from torch._C._distributed_c10d import PrefixStore, TCPStore
 
     store = TCPStore("127.0.0.1", 0, 1, True)
-    PrefixStore("a/", store).set("key", "value")
+    PrefixStore("a", store).set("key", "value")
     assert store.get("a/key") == b"value"
 
 

@@ -118,12 +118,15 @@ def load_config(kind: type[C], source: str | Path | C, overrides: Overrides = ()
         _merge(values, overrides)
     else:
         apply_overrides(values, overrides)
-    _reset_replaced(kind, values, before, _given(overrides))
+    replaced = _reset_replaced(kind, values, before, _given(overrides))
     try:
-        return kind.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise UserError(f"{where}{_explain(kind, problem)}") from None
+    for line in replaced:
+        warn_once(line)
+    return config
 
 
 def dump_config(config: Section) -> str:
@@ -189,15 +192,19 @@ def _given(overrides: Overrides) -> set[str]:
 
 def _reset_replaced(
     kind: type[Section], values: dict[str, Any], before: dict[str, Any], given: set[str]
-) -> None:
-    """Drop the fields that belong to a choice that overrides have replaced, and log which.
+) -> list[str]:
+    """Drop the fields that belong to a choice that overrides have replaced.
 
     Args:
         kind: Class that the file mirrors.
         values: All values, changed in place.
         before: Sections before the overrides.
         given: Names of the fields that the overrides set.
+
+    Returns:
+        A line for each replaced choice, which names the fields.
     """
+    lines = []
     for name in sorted(given & _BELONGING.keys()):
         part, _, choice = name.partition(".")
         if part not in kind.model_fields:
@@ -213,7 +220,8 @@ def _reset_replaced(
                 if section.pop(field) != default:
                     dropped.append(f"{part}.{field}")
         if dropped:
-            warn_once(f"{name}={shown(chosen)} replaces the config's {', '.join(dropped)}")
+            lines.append(f"{name}={shown(chosen)} replaces the config's {', '.join(dropped)}")
+    return lines
 
 
 def shown(value: Any) -> str:

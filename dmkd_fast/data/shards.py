@@ -31,7 +31,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from dmkd_fast.data.listing import MOST_BYTES, MOST_PIXELS, read_image
 from dmkd_fast.data.listing import SourceError as SourceError
-from dmkd_fast.data.tar_files import MOST_PADDING, check_end, tar_members
+from dmkd_fast.data.plain_tars import plain_places
+from dmkd_fast.data.tar_files import tar_members
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.errors import UserError
 
@@ -40,10 +41,6 @@ PLAN, MANIFEST = "job.json", "manifest"
 MOST_IMAGES = 10**15
 _AGAIN = "make the shard again"
 _SHARD = re.compile(r"shard-([0-9]{6,})\.parquet")
-
-_PLAIN = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-# Checksum of a header without name and size, with the checksum's own field as eight spaces.
-_PLAIN_SUM = sum(_PLAIN[100:124]) + sum(_PLAIN[136:148]) + 8 * 32 + sum(_PLAIN[156:])
 
 
 class Plan(BaseModel):
@@ -280,7 +277,7 @@ def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
     name, ids = f"shard-{shard:06d}", plan.ids(shard)
     labels, hashes = _read_rows(folder / MANIFEST / f"{name}.parquet", ids, plan.num_classes)
     path = folder / f"{name}.tar"
-    places = _plain_places(path, ids, labels)
+    places = plain_places(path, ids, labels)
     if places is not None:
         offsets, sizes = places
         return Shard(
@@ -309,42 +306,6 @@ def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
         offsets=np.array([m.offset_data for m in images], dtype=np.int64),
         sizes=np.array([m.size for m in images], dtype=np.int64),
     )
-
-
-def _plain_places(
-    path: Path, ids: range, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return offset and size of each PNG in a shard, None if a byte of a header is unexpected."""
-    places = np.empty((2, len(ids)), dtype=np.int64)
-    position = 0  # of the next image's header
-    try:
-        with path.open("rb", buffering=0) as file:
-            header = os.pread(file.fileno(), 512, 0)
-            for row, (image_id, label) in enumerate(zip(ids, labels.tolist(), strict=True)):
-                size = int(header[124:135], 8)
-                if header != _header(f"{image_id:09d}.png", size):
-                    return None
-                places[:, row] = position + 512, size
-                position += 512 + -(-size // 512) * 512
-                text = b"%d" % label
-                cls = _header(f"{image_id:09d}.cls", len(text)) + text.ljust(512, b"\0")
-                # The label and the header of the next image are side by side.
-                block = os.pread(file.fileno(), 1536, position)
-                if block[:1024] != cls:
-                    return None
-                header, position = block[1024:], position + 1024
-            check_end(path, position, os.pread(file.fileno(), MOST_PADDING + 1, position))
-    except (OSError, ValueError):  # a SourceError is a ValueError
-        return None
-    return places[0], places[1]
-
-
-def _header(name: str, size: int) -> bytes:
-    """Return the tar header that `ShardWriter` writes; tarfile takes ten times as long."""
-    start, digits = name.encode().ljust(100, b"\0"), b"%011o\0" % size
-    checksum = _PLAIN_SUM + sum(start) + sum(digits)
-    fields = (start, _PLAIN[100:124], digits, _PLAIN[136:148], b"%06o\0 " % checksum, _PLAIN[156:])
-    return b"".join(fields)
 
 
 def _begin(folder: Path, plan: Plan) -> None:

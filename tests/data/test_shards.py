@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from shard_files import contents, encode, random_images, write_shards
 
-from dmkd_fast.data import shards
+from dmkd_fast.data import plain_tars, shards
 from dmkd_fast.data.sources import ShardSource
 
 IMAGES, LABELS = random_images(10)
@@ -253,9 +253,9 @@ def test_shards_are_indexed_by_position_as_tarfile_indexes_them(
     plan = shards.read_plan(folder)
     for number in range(plan.num_shards):
         fast = shards.load_shard(folder, plan, number)
-        assert shards._plain_places(fast.path, plan.ids(number), fast.labels) is not None
+        assert plain_tars.plain_places(fast.path, plan.ids(number), fast.labels) is not None
         with monkeypatch.context() as patch:
-            patch.setattr(shards, "_plain_places", lambda *args: None)
+            patch.setattr(shards, "plain_places", lambda *args: None)
             slow = shards.load_shard(folder, plan, number)
         assert fast.offsets.tolist() == slow.offsets.tolist()
         assert fast.sizes.tolist() == slow.sizes.tolist()
