@@ -392,7 +392,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(
         (["pretrain", "teacher", "{tmp}/short.yaml", "--data", "{tmp}"], ["optim", "missing"]),
         (
             ["pretrain", "teacher", "{lenet}", "--data", "{tmp}/empty"],
-            ["train-images", "no such file"],
+            ["no images in", "class folders"],
         ),
     ],
 )

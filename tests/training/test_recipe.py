@@ -88,14 +88,14 @@ def test_every_rendering_is_mixed_with_the_same_partners_at_the_same_place() -> 
             assert torch.equal(large.views, mixer(sizes["large"], step=step).views)
             assert torch.equal(small.partner, large.partner)
             if "mixup_alpha" in settings:
-                assert small.share == large.share
+                assert small.lam == large.lam
                 assert torch.equal(small.views[..., 0, 0], large.views[..., 0, 0])
                 continue
             squares = [mixer.parameters(step, side, side)[1] for side in (16, 64)]
             assert squares[0] is not None and squares[1] is not None
             for few, many in zip(*squares, strict=True):
                 assert abs(few - many / 4) < 2  # whole pixels are cut, centre and half side alike
-            assert abs(small.share - large.share) < 0.1
+            assert abs(small.lam - large.lam) < 0.1
             # The middle of the square, if it has one, is the partner's in both.
             top, bottom, left, right = squares[0]
             if min(bottom - top, right - left) > 4:

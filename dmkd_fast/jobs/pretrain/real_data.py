@@ -104,6 +104,9 @@ def _load_idx(folder: Path, device: torch.device, config: RealImagesConfig) -> R
 
 def _load_files(folder: Path, device: torch.device, config: RealImagesConfig) -> RealData:
     """Read image files or shards; a fraction of each class becomes the held-out set."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        expected = "labeled images: idx files, class folders or WebDataset shards"
+        raise invalid("--data", f"no images in {folder}", expected)
     if config.image_size is None:
         fix = "set it to the size to train at, for example data.image_size=32"
         raise invalid("data.image_size", "null for image files", "a number of pixels", fix)
