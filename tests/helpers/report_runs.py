@@ -72,6 +72,7 @@ def many_class_facts(num_classes: int, *, side: int = 64, name: str = "class") -
         classes=dict(zip(names, scores.by_class(), strict=True)),
         num_images=count,
         num_not_finite=0,
+        run_dir=None,
         spec=ClassifierSpec(
             architecture="resnet18",
             num_classes=num_classes,

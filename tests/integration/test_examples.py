@@ -57,6 +57,7 @@ def prepare(folder: Path) -> dict[str, Any]:
     for label in range(10):
         (folder / "data" / "test" / str(label)).mkdir(parents=True)
         Image.new("L", (28, 28), 20 * label).save(folder / "data" / "test" / str(label) / "0.png")
+    Image.new("L", (28, 28)).save(folder / "photo.jpg")
     (folder / "teachers" / "mine").mkdir(parents=True)
     (folder / "images" / "fashion_mnist").mkdir(parents=True)
     pq.write_table(pa.table({"id": [0]}), folder / "images" / "fashion_mnist" / "manifest")
@@ -66,6 +67,7 @@ def prepare(folder: Path) -> dict[str, Any]:
     return {
         **nets,
         "torch": torch,
+        "my_module": nn.Identity(),
         "model": model,
         "spec": spec,
         "MEAN": (0.5,) * 3,

@@ -160,7 +160,7 @@ def test_refill_and_step_of_a_whole_job_stay_on_cuda(
     run = job(tmp_path)
     sampler, ring = sampler_of(run), run.ring
     run.targets._dtype = torch.float16  # which a CPU's run would refuse
-    for network in run.targets._networks.networks:
+    for network in run.targets.networks.networks:
         network.to(torch.float16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         moved = Moved(mode)

@@ -239,7 +239,7 @@ def test_squashed_images_are_prepared_as_timm_prepares_them(
     std = torch.tensor(spec.std)[:, None, None]
     got = torch.cat([views[spec] for views, _ in images.batches([spec])])
     for item, decoded in zip(images.items, got, strict=True):
-        image = Image.open(io.BytesIO(item.read().tobytes())).convert("RGB")
+        image = Image.open(io.BytesIO(item.read())).convert("RGB")
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         for mine in (decoded, test_sets.prepare(pixels, spec)[0]):
             levels = (mine - theirs(image)).abs() * std * 255

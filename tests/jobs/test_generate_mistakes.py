@@ -112,7 +112,7 @@ def test_a_config_that_cannot_generate_ends_in_one_line(
 def test_two_jobs_with_the_same_part_do_not_meet(whole: Path) -> None:
     with (
         shards.locked(whole, "0-of-1"),
-        pytest.raises(UserError, match="another job makes part 0-of-1"),
+        pytest.raises(UserError, match="another job makes slice 0-of-1"),
     ):
         make_set(whole)
 

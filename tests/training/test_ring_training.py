@@ -148,7 +148,7 @@ def test_forward_half_of_a_step_stays_on_cuda(
     """Fake CUDA tensors: sample, decode, ring write, draw, views, teacher, student, loss."""
     distiller = make_distiller(ring={"order": order, "num_classes": 4, "guard_blocks": 1})
     ring, sampler, views = distiller.ring, sampler_of(distiller), distiller.targets.views
-    teacher: Any = distiller.targets._networks.networks[0]
+    teacher: Any = distiller.targets.networks.networks[0]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = lambda t: mode.from_tensor(t.detach()).to("cuda")  # noqa: E731
         for module in (sampler._module, teacher, distiller.student.model):
@@ -203,7 +203,9 @@ def test_dry_run_prints_the_exact_bytes_and_allocates_no_ring(
 
     def large(job: ResolvedJob) -> Parts:
         parts = load(job)
-        return replace(parts, origin=replace(parts.origin, image_shape=(3, 256, 256)))
+        origin = replace(parts.origin)
+        object.__setattr__(origin, "image_shape", (3, 256, 256))  # Denoiser would refuse it
+        return replace(parts, origin=origin)
 
     monkeypatch.setattr(parts_module, "load_parts", large)
     monkeypatch.setattr(buffer.RingBuffer, "__init__", lambda *_: pytest.fail("allocated"))

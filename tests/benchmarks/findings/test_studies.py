@@ -25,14 +25,14 @@ def small_set(count: int, *, seed: int = 0) -> study.FixedSet:
 
 def test_a_student_sees_exactly_the_set_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
-    real = study.FixedSet.sample
+    real = study.FixedSet.write
 
     def watched(self: study.FixedSet, ids: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         real(self, ids, *args, **kwargs)
         if self.next_id:  # Before that, a warm-up.
             seen.update(ids.tolist())
 
-    monkeypatch.setattr(study.FixedSet, "sample", watched)
+    monkeypatch.setattr(study.FixedSet, "write", watched)
     torch.set_num_threads(1)
     row = study.train_student(
         small_set(2_100), teacher="lenet5", student="lenet5_half", num_views=12_800, seed=0
