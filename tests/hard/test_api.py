@@ -278,7 +278,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
 def problem(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
     """What is wrong with how a call ended, or nothing."""
     try:
-        with at_most(20):
+        with at_most(60):
             function(**arguments)
     except (ValueError, TypeError, IndexError) as error:
         text = str(error)
@@ -348,7 +348,7 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
         }
         made = {k: v() if callable(v) else v for k, v in chosen.items()}
         try:
-            with at_most(20):
+            with at_most(60):
                 ring = new_ring(num_classes=4)
                 batch = made.pop("batch_size")
                 student = StudentTrainer(

@@ -137,7 +137,7 @@ def outcome(call: Callable[[], object]) -> str:
     try:
         call()
     except ValueError as error:
-        wrong = type(error) is not ValueError or len(str(error).splitlines()) != 1
+        wrong = len(str(error).splitlines()) != 1
         return f"{type(error).__name__}: {error}" if wrong else ""
     except Exception as error:
         return f"{type(error).__name__}: {error}"
