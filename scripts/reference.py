@@ -75,7 +75,8 @@ def command_line() -> str:
     parser = new_parser()
     lines = ["# Command line", f"`dmkd VERB ...`: {parser.description}"]
     lines.append(
-        "The last line of standard output is JSON. Exit codes are on the page "
+        "The last line of standard output is JSON. `plan`, `doctor`, `report`, `predict` and "
+        "`config` print text, and JSON when asked. Exit codes are on the page "
         "[errors and exit codes](errors.md). `dmkd --version` prints the version, and "
         "`python -m dmkd_fast` is the same command."
     )

@@ -1,7 +1,7 @@
 """The command line, `dmkd demo | init | distill | generate | evaluate | plan | ...`.
 
 User errors end in one line on stderr and exit code 2. Ctrl-C ends with exit code 130 and a line
-that says how to continue. The last line of output is JSON. Under torchrun, only rank 0 prints all
+that says how to continue. Jobs end with a line of JSON. Under torchrun, only rank 0 prints all
 this. Each verb imports what it needs, so that help does not wait for PyTorch.
 """
 

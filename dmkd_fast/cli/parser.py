@@ -55,7 +55,7 @@ def _add_demo(parsers: Any, shared: Parser, job: Parser) -> None:
     demo = parsers.add_parser(
         "demo",
         parents=[job],
-        help="distill a student in about 90 seconds, without any file or network",
+        help="distill a student at reduced size, without any file or network",
         epilog=OVERRIDES,
         description="Generate images with the embedded denoiser, train a small student on them, "
         "and let it classify real images, which it has never seen. The job is configs/demo.yaml.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,18 @@ def test_mistakes_are_refused_in_one_line(tmp_path: Path, folder: Path) -> None:
     other = saved(tmp_path / "other", architecture="torchvision:squeezenet1_1", input_size=64)
     with pytest.raises(UserError, match="--to: got timm for torchvision:"):
         exporting.export(other, "timm", out=tmp_path / "d", data=folder)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_onnx_without_its_packages_is_one_line_that_names_the_extra(
+    tmp_path: Path,
+    package: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    out = tmp_path / "out"
+    command = ["export", "embedded:fashion_mnist/weak", "--to", "onnx", "--out", str(out)]
+    assert cli.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'dmkd_fast[onnx]'" in line and not out.exists()
