@@ -16,7 +16,6 @@ et al., consistency models (arXiv 2303.01469), algorithm 1 and appendix C.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from dmkd_fast.denoisers.config_values import number, whole
 from dmkd_fast.runtime import checks
-from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.runtime.errors import invalid, warn_once
 from dmkd_fast.sampling.arguments import Steps
 from dmkd_fast.sampling.noise_levels import (
     FLOW,
@@ -38,9 +37,6 @@ from dmkd_fast.sampling.noise_levels import (
     spaced_timesteps,
     trained_steps,
 )
-
-LOGGER = logging.getLogger("dmkd_fast")
-_logged: set[str] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +150,11 @@ def _ddim(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
     # diffusers steps to t - trained // K, whatever the timestep spacing is.
     before = timesteps - trained // num_steps
     if not torch.equal(before[:-1], timesteps[1:]):
-        _log_once(
-            "ddim: with timestep_spacing=%s and %d steps a step ends at another noise level than "
-            "the next one begins at, as in diffusers' DDIMScheduler; dpm++2m has no such gap",
-            scheduler.get("timestep_spacing"),
-            num_steps,
+        spacing = scheduler.get("timestep_spacing")
+        warn_once(
+            f"ddim: with timestep_spacing={spacing} and {num_steps} steps a step ends at another "
+            "noise level than the next one begins at, as in diffusers' DDIMScheduler; dpm++2m has "
+            "no such gap"
         )
     after = torch.where(before >= 0, levels[before.clamp(min=0)], final)
     alpha, sigma = levels[timesteps].sqrt(), (1 - levels[timesteps]).sqrt()
@@ -295,10 +291,3 @@ def _estimate(scheduler: Scheduler, alpha: Tensor, sigma: Tensor) -> dict[str, T
         return {"skip": torch.zeros_like(alpha), "out": torch.ones_like(alpha)}
     got = f"prediction_type={kind!r:.60}"
     raise invalid("scheduler", got, "epsilon, v_prediction or sample")
-
-
-def _log_once(text: str, *values: object) -> None:
-    """Log a warning, but only on the first call with this `text`."""
-    if text not in _logged:
-        _logged.add(text)
-        LOGGER.warning(text, *values)

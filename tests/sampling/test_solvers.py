@@ -14,7 +14,7 @@ from small_jobs import sampler_from
 from torch import Tensor, nn
 
 from dmkd_fast import Steps
-from dmkd_fast.sampling import solvers
+from dmkd_fast.runtime import errors
 from dmkd_fast.sampling.noise_levels import VARIANCE_PRESERVING, alpha_bar, spaced_timesteps
 from dmkd_fast.sampling.solvers import SolverTable, solver_table
 
@@ -250,7 +250,7 @@ def test_trailing_timesteps_are_as_many_as_steps_for_every_number(trained: int) 
 def test_ddim_steps_that_do_not_meet_are_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(solvers, "_logged", set())
+    monkeypatch.setattr(errors, "_warned", set())
     with caplog.at_level(logging.WARNING, "dmkd_fast"):
         for spacing in ("leading", "linspace", "linspace"):
             config = {"_class_name": "DDIMScheduler", "timestep_spacing": spacing}
