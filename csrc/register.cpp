@@ -94,7 +94,9 @@ void add_terms(KdArguments& a, const Problem& p) {
     const bool known = at[0] >= 0 && at[0] <= static_cast<int>(Divergence::kDist);
     STD_TORCH_CHECK(known, "divergences: got an unknown kind");
     a.terms[k] = {static_cast<Divergence>(static_cast<int>(at[0])), at[1], at[2], at[3]};
-    STD_TORCH_CHECK(a.terms[k].kind != Divergence::kDkd || a.classes != nullptr,
+    // A target without rows has no storage.
+    const bool has_classes = a.classes != nullptr || a.num_rows == 0;
+    STD_TORCH_CHECK(a.terms[k].kind != Divergence::kDkd || has_classes,
                     "divergences: dkd needs class ids");
   }
   if (a.num_terms == 0 && a.standardize) {

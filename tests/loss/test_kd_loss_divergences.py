@@ -249,6 +249,14 @@ def test_rows_that_do_not_count_may_hold_anything(form: str | dict) -> None:
     assert (grad[3] == 0).all()
 
 
+def test_no_rows_give_a_loss_of_zero() -> None:
+    logits, ids = torch.randn(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    for form in NAMES:
+        loss = kd_loss(logits, logits.detach(), ids, alpha=0.5, divergence=form, reduction="sum")
+        loss.backward()
+        assert loss == 0 and logits.grad is not None
+
+
 def test_hard_labels_mix_with_any_divergence() -> None:
     student, teacher = (logits(6, 10, seed=s, dtype=torch.float64) for s in (0, 1))
     target = torch.tensor([1, 2, 3, 0, 4, 5])
