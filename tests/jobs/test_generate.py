@@ -114,6 +114,7 @@ def check_complete(folder: Path, count: int) -> None:
     assert source.is_complete and all(source.read(i) for i in range(count))
 
 
+@pytest.mark.slow
 def test_five_kills_change_nothing(whole: Path, tmp_path: Path) -> None:
     result = run_farm(tmp_path, 200, 1, 5, 0)
     assert result["kills"] >= 3

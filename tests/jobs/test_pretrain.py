@@ -159,6 +159,7 @@ def test_a_teacher_that_learns_nothing_stops_and_batches_may_come_in_parts(
     assert "dmkd: 20 steps in a row had a loss or gradient that" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_denoiser_learns_and_its_samples_follow_the_label(data: Path, tmp_path: Path) -> None:
     facts = run(
         "denoiser",
@@ -227,6 +228,7 @@ def fewstep(out: Path, *changes: str) -> dict:
     return json.loads(printed.getvalue().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_fewstep_comes_closer_to_its_teacher_without_any_data(tmp_path: Path) -> None:
     model = new_pixel_dit(
         num_classes=3, channels=1, image_size=8, patch_size=4, num_layers=2, num_heads=2, head_dim=8

@@ -229,6 +229,7 @@ def checkpoints(run: Path) -> list[Path]:
     return [run / "checkpoints", run / "checkpoints" / "rank-1"]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_under_torchrun_recovers_and_nothing_listens_outside(
     serve: Serve, tmp_path: Path, record_property: Record
 ) -> None:
