@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ def make_distiller(tmp_path: Path) -> Callable[..., Distiller]:
         return build_distiller(run_dir or tmp_path / f"run{count}", **changes)
 
     return make
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name a failed test at once, since a run that is cut short prints no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid}", flush=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
