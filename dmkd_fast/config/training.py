@@ -42,6 +42,10 @@ class LossConfig(Section):
     """Divergence D. `{jsd: {beta: 0.1}}` sets parameters, and `{forward_kl: 0.9, dkd: 0.1}` adds
     two with weights. dkd uses the class of the image. dist correlates over the views of a
     micro-batch on one rank, so train.accumulate and the number of ranks change it."""
+    rest: Literal["bucket", "renormalize"] = "bucket"
+    """What becomes of the classes that are not among the teacher's stored top-k logits. bucket:
+    they share one probability, at the temperature of the shards. renormalize: both softmaxes are
+    over the k classes."""
     standardize_logits: bool = False
     """Give both logits of each view mean 0 and standard deviation 1 before they are divided by
     T."""

@@ -21,7 +21,7 @@ from dmkd_fast.checkpoint.step_folders import Stateful
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import NotFiniteError, invalid
 from dmkd_fast.training.ema import Buffers, WeightEMA
-from dmkd_fast.training.objective import Objective
+from dmkd_fast.training.objective import Objective, TopLogits
 from dmkd_fast.training.optim import build_optimizer, set_lr
 from dmkd_fast.training.schedule import Schedule
 from dmkd_fast.views.spec import check_logits
@@ -103,12 +103,12 @@ class StudentTrainer:
         self._buffers_before = self._buffers.copies()
         self._micro_batches_left = self.schedule.accumulate
 
-    def learn(self, views: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+    def learn(self, views: Tensor, teacher_logits: Tensor | TopLogits, target: Tensor) -> Tensor:
         """Add the gradient of one micro-batch of this rank's batch.
 
         Args:
             views: Views (B, c, S, S) with B = `micro_batch_size`.
-            teacher_logits: Logits (B, C) of the teacher.
+            teacher_logits: Logits (B, C) of the teacher, or the largest ones of each view.
             target: Class ids (B,) int64 or probabilities (B, C); see `Objective.uses_target`.
 
         Returns:
