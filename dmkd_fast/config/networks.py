@@ -55,13 +55,13 @@ class ClassifierConfig(Section):
     3x3 convolution with stride 2, without pooling."""
 
     @property
-    def _is_named_by_source(self) -> bool:
+    def is_named_by_source(self) -> bool:
         """Whether the images on disk name the classifier, so that the config need not."""
         return False
 
     @model_validator(mode="after")
     def _one_source(self) -> ClassifierConfig:
-        if (self.path is None) == (self.arch is None) and not self._is_named_by_source:
+        if (self.path is None) == (self.arch is None) and not self.is_named_by_source:
             raise ValueError(
                 f"got path={self.path!r} and arch={self.arch!r}, expected exactly one of the two; "
                 "set path for saved weights or arch for a new model"
@@ -95,7 +95,8 @@ class TeachingConfig(ClassifierConfig):
     that the shards were made with."""
 
     @property
-    def _is_named_by_source(self) -> bool:
+    def is_named_by_source(self) -> bool:
+        """Whether the shards of source.path name the teachers."""
         return self.stored and self.path is None and self.arch is None
 
     @model_validator(mode="after")

@@ -69,6 +69,12 @@ class Plan(BaseModel):
         """Number of shards in the complete directory."""
         return -(-self.num_images // self.images_per_shard)
 
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of the stored teacher logits of an image."""
+        plan = self.teacher_logits
+        return 0 if plan is None else plan.bytes_per_image(self.num_classes)
+
     def ids(self, shard: int) -> range:
         """Return the image ids of a shard."""
         start = shard * self.images_per_shard

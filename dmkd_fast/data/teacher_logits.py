@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dmkd_fast.data.listing import SourceError
 from dmkd_fast.runtime import files
 
+MOST_VIEWS = 1024
 _GROUP_BYTES, _MOST_ROWS = 2**24, 4096
 _AGAIN = "run the same dmkd generate again, which makes damaged shards again"
 
@@ -35,7 +36,7 @@ class LogitsPlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    views_per_image: int = Field(ge=1, le=2**24)
+    views_per_image: int = Field(ge=1, le=MOST_VIEWS)
     top_k: int | None = Field(ge=1)
     """Number of the largest logits; None: the logits of all classes."""
     temperature: float | None
