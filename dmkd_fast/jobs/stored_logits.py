@@ -114,12 +114,12 @@ class LogitsMaker:
             }
 
     def _arrays(self, logits: Tensor) -> dict[str, Tensor]:
-        top_k = self._plan.top_k
-        if top_k is None:
+        top_k, temperature = self._plan.top_k, self._plan.temperature
+        if top_k is None or temperature is None:
             return {"logits": logits}
         # A stable sort, as the order of equal logits must be the same everywhere.
         values, indices = logits.sort(dim=-1, descending=True, stable=True)
-        total = (logits.float() / self._plan.temperature).logsumexp(dim=-1)
+        total = (logits.float() / temperature).logsumexp(dim=-1)
         return {"values": values[..., :top_k], "indices": indices[..., :top_k], "logsumexp": total}
 
 
