@@ -261,7 +261,8 @@ def test_the_command_line_makes_and_uses_them(tmp_path: Path) -> None:
         (
             "full",
             [
-                "teacher={path: 'embedded:fashion_mnist/weak', stored: true, teaches: [0,1,2,3,4,5,6,7,8,9]}"
+                "teacher={path: 'embedded:fashion_mnist/weak', stored: true}",
+                f"teacher.teaches={list(range(10))}",
             ],
             ["teacher: got", "'teaches': None"],
         ),

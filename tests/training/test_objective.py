@@ -1,4 +1,4 @@
-"""The student's loss by its settings: every divergence trains, resumes, and is that of `kd_loss`."""
+"""The student's loss by its settings: every divergence trains and resumes, and is `kd_loss`."""
 
 from __future__ import annotations
 
