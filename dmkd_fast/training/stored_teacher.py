@@ -8,14 +8,18 @@ Shapes: N slots of the ring, B drawn views, V stored views an image, C classes, 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmkd_fast.data.listing import SourceError
-from dmkd_fast.data.sources import ShardSource
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.training.objective import TopLogits
+
+if TYPE_CHECKING:
+    from dmkd_fast.data.sources import ShardSource
 
 _HELD = {"<f2": torch.float16, "<f4": torch.float32, "<u2": torch.int16, "<i4": torch.int32}
 
