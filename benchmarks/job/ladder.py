@@ -202,7 +202,8 @@ def train(
         )
         gc.collect()  # The losers' processes end here, and outside the clock.
         spent, lost = clock.state_dict(), choosing.state_dict()
-        clock.load_state_dict({kind: spent[kind] - lost[kind] for kind in spent})
+        without = {kind: spent[kind] - lost[kind] for kind in ("wall_s", "cpu_s")}
+        clock.load_state_dict(spent | without)
         source = read(workers=workers)
     trainer = Trainer(student, teacher, recipe, **settings)
     torch.manual_seed(config.seed)  # of torchvision's crops

@@ -34,6 +34,8 @@ from dmkd_fast.runtime.errors import UserError
 # Dropout makes torch's generator matter; every step starts a checkpoint if none is in flight.
 SETTINGS = {"dropout": 0.3, "checkpoint_every_s": 0.0, "log_every_steps": 7, "ema_decay": 0.9}
 STOPPED, REFUSED = 130, 2
+# A second process is refused at once: these runs may end within the time that it would wait.
+run_dir._LOOK_S = 0.0
 
 
 def child(run: Path, seed: int, ready: int) -> int:

@@ -15,11 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from small_jobs import SHORT
 from torch import nn
 
 import dmkd_fast
-from dmkd_fast import Views, ViewSpec, load_classifier
+from dmkd_fast import Views, ViewSpec, distill, load_classifier
 from dmkd_fast.assets import resolve
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -47,6 +50,12 @@ def test_docstrings_of_common_entry_points_have_examples() -> None:
     schedule = dmkd_fast.Schedule.lr_at
     for entry in (dmkd_fast.Views, dmkd_fast.Mixer, dmkd_fast.load_classifier, schedule):
         assert ">>> " in (entry.__doc__ or ""), entry
+
+
+def shortened(config: str, **changes: Any) -> dict[str, Any]:
+    """Run the job of a page with few images and views; its other changes stay."""
+    job = load_config(DistillConfig, config, [*SHORT, "sampler.num_steps=4"])
+    return distill(job, **changes | {"train": {"num_views": 320}})
 
 
 def prepare(folder: Path) -> dict[str, Any]:
@@ -87,8 +96,9 @@ def prepare(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_examples_of_pages_run(page: Path, tmp_path: Path) -> None:
+def test_examples_of_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = prepare(tmp_path)
+    monkeypatch.setattr(dmkd_fast, "distill", shortened)
     if page.name == "performance.md":
         space["views"] = torch.zeros(1, 3, 8, 8)
     text = (DOCS / page).read_text(encoding="utf-8")

@@ -142,7 +142,8 @@ def test_the_demo_runs_its_shipped_config(
     changes = [*short, "student={arch: lenet5_half}", "sampler.num_steps=4"]
     assert cli.main(["demo", "--quiet", *changes]) == 0
     captured = capsys.readouterr()
-    *_, line, after, last = captured.out.splitlines()
+    *_, line, report, after, last = captured.out.splitlines()
     summary = json.loads(last)
     assert Path(summary["run_dir"]).is_relative_to("runs") and f"{summary['top1']:.1%}" in line
+    assert report == f"report: {summary['run_dir']}/report.html"
     assert "dmkd init" in after and "ETA" not in captured.err

@@ -217,7 +217,7 @@ def test_a_recipe_in_its_true_sizes_trains_stops_and_goes_on(
     ]
     job, parts = prepare(load(path, overrides))
     config = job.config
-    memory.check(config, parts)
+    memory.check(job, parts)
     assert parts.origin.image_shape == (3, size, size)
     assert parts.origin.num_classes == classes
     distiller = build(job, parts, show=False)

@@ -38,8 +38,9 @@ def test_evaluate_finds_the_scores_of_a_run_and_of_a_classifier(finished: dict[s
     assert {name: run.scores[name] for name in ("top1", "top5", "agreement")} == {
         name: finished[name] for name in ("top1", "top5", "agreement")
     }
-    data = "embedded:fashion_mnist/test"
+    data = load_config(DistillConfig, Path(finished["run_dir"]) / "config.yaml").eval.path
     student = evaluate(Path(finished["run_dir"]) / "student", data)
+    assert student.num_images == run.num_images
     assert student.scores["top1"] == run.scores["top1"] and len(student.classes) == 10
 
 

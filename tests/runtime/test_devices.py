@@ -68,7 +68,7 @@ def recorder(found: list[Any], **facts: Any) -> Any:
 def test_nothing_of_a_second_rank_gets_a_device_without_index(
     source: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = [*SHORT, "device=cuda", f"run_dir={tmp_path}", "sampler.guidance_scale=1"]
+    changes = [*SHORT, "device=cuda", f"run_dir={tmp_path}", "ring.capacity_images=256"]
     mine = distributed.read()
     job = resolve(load_config(DistillConfig, CONFIG, changes), mine)
     assert mine.local_rank == 1 and torch.cuda.current_device() == 1
@@ -81,7 +81,12 @@ def test_nothing_of_a_second_rank_gets_a_device_without_index(
         monkeypatch.setattr(owner, name, recorder(found[name], **facts))
 
     spec = SimpleNamespace(in_chans=1, mean=(0.5,), std=(0.5,), input=None)
-    teachers = SimpleNamespace(specs={"teacher": spec}, num_classes={"teacher": 10}, together=None)
+    teachers = SimpleNamespace(
+        specs={"teacher": spec},
+        num_classes={"teacher": 10},
+        class_names={"teacher": ()},
+        together=None,
+    )
     images = SimpleNamespace(
         num_classes=10,
         image_shape=(1, 28, 28),
@@ -107,14 +112,14 @@ def test_nothing_of_a_second_rank_gets_a_device_without_index(
     monkeypatch.setattr(networks, "load_student", load_student)
     parts = load_parts(job)
     for owner, name in (
-        (build_module, "Views"),
+        (build_module, "ViewSpec"),
         (build_module, "DiffusionSampler"),
         (build_module, "LabelStream"),
         (build_module, "ImageDecoder"),
     ):
         watch(owner, name)
-    watch(build_module, "RingBuffer", capacity=192)
-    for name in ("Distiller", "StudentTrainer", "Targets"):
+    watch(build_module, "RingBuffer", capacity=256)
+    for name in ("Distiller", "StudentTrainer", "Targets", "Views"):
         monkeypatch.setattr(build_module, name, lambda *_, **__: None)
     for name in ("GeneratedImages", "StoredImages"):
         monkeypatch.setattr(build_module, name, lambda *_, **__: None)
