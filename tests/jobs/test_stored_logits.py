@@ -15,7 +15,6 @@ from generate_farm import make_set
 from safetensors.torch import load_file
 from shard_files import contents
 from small_jobs import CONFIG, SHORT, fit_until
-from test_from_disk import NO_DENOISER
 from torch import Tensor
 
 from dmkd_fast import Distiller, cli
@@ -31,6 +30,7 @@ from dmkd_fast.training.objective import TopLogits
 from dmkd_fast.training.stored_teacher import StoredTeacher
 from dmkd_fast.training.targets import Targets
 
+NO_DENOISER = ["denoiser=null", "sampler=null", "source.block_images=64"]
 VIEWS = 4
 REST = [a for a in SHORT if not a.startswith("sampler")]
 LIVE = [*REST, *NO_DENOISER, "ring.samples_per_insert=3", "ring.capacity_images=128"]
