@@ -25,7 +25,7 @@ from dmkd_fast.data.sources import ShardSource
 from dmkd_fast.data.teacher_logits import LogitsWriter
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.parts import prepare
-from dmkd_fast.jobs.stored_logits import Wanted
+from dmkd_fast.jobs.stored_logits import Wanted, plan_of
 from dmkd_fast.training.objective import TopLogits
 from dmkd_fast.training.stored_teacher import StoredTeacher
 from dmkd_fast.training.targets import Targets
@@ -314,18 +314,8 @@ def test_renormalized_top_logits_are_for_any_temperature(top: Path, tmp_path: Pa
     [
         (["--teacher-logits", "top:3"], "got 'top:3', expected full or topk:K"),
         (["--teacher-logits", "topk:0"], "got 'topk:0'"),
-        (["--teacher-logits", "topk:11"], "--teacher-logits: got topk:11, expected K from 1 to 10"),
-        (["--teacher-logits", "full", "--views", "2000"], "--views: got 2000, expected at most"),
         (["--views", "2"], "--views: got 2 without --teacher-logits"),
-        (
-            [
-                "--teacher-logits",
-                "full",
-                "teacher.stop=0.5",
-                "more_teachers=[{path: 'embedded:fashion_mnist/lenet5'}]",
-            ],
-            "the whole run with --teacher-logits",
-        ),
+        (["--teacher-logits", "topk:11"], "--teacher-logits: got topk:11, expected K from 1 to 10"),
         (
             ["--teacher-logits", "full", "teacher={stored: true}"],
             "teacher.stored: got true without source",
@@ -344,6 +334,30 @@ def test_a_wrong_request_is_refused_in_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0], lines
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "overrides", "words"),
+    [
+        (Wanted(11), [], "--teacher-logits: got topk:11, expected K from 1 to 10"),
+        (Wanted(None, 2000), [], "--views: got 2000, expected at most 1024"),
+        (
+            Wanted(None),
+            ["teacher.stop=0.5", "more_teachers=[{path: x}]"],
+            "teacher: got start=0.0 and stop=0.5, expected the whole run with --teacher-logits",
+        ),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(wanted: Wanted, overrides: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan_of(load_config(DistillConfig, CONFIG, overrides), wanted, 10)
+
+
+def test_the_mean_of_several_teachers_belongs_to_a_temperature() -> None:
+    two = load_config(DistillConfig, CONFIG, ["more_teachers=[{path: x}]"])
+    assert plan_of(two, Wanted(None), 10).temperature == two.loss.temperature
+    one = load_config(DistillConfig, CONFIG)
+    assert plan_of(one, Wanted(None), 10).temperature is None
 
 
 def test_logits_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

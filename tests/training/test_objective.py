@@ -53,10 +53,10 @@ def test_a_job_of_each_divergence_learns(make_distiller: Make, overrides: list[s
 
 def test_a_run_of_a_mixture_resumes_to_the_same_bits(make_distiller: Make) -> None:
     wanted = objective(["loss.divergence={forward_kl: 0.9, dkd: {weight: 0.1, beta: 4}}"])
-    options: dict[str, Any] = {"objective": wanted, "num_views": 320}
+    options: dict[str, Any] = {"objective": wanted, "num_views": 160}
     whole, first = make_distiller(**options), make_distiller(**options)
     whole.fit()
-    fit_until(first, 7)
+    fit_until(first, 6)
     again = make_distiller(run_dir=first.run_dir, **options)
     again.restore()
     again.fit()
