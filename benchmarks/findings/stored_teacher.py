@@ -3,7 +3,8 @@
 The embedded job reads its images from shards. One arm runs the teacher on every view. The others
 read logits that `dmkd generate` stored, of all classes or of the three largest. All students of a
 seed start from the same weights and see the same number of views. The crops of the stored arms are
-those of the shards for every seed. A row of each set has its bytes and what making it took.
+those of the shards for every seed. A row of each set has its bytes and what making it took. The
+times of students include loading and the final evaluation, for which all arms run the teacher.
 """
 
 from __future__ import annotations
