@@ -44,6 +44,10 @@ NAMES = {
     "ring": ("parts.ring", "insert, draw and limiter, and their share of a training step"),
     "sampler": ("parts.sampler", "images/s against diffusers' pipelines"),
     "step": ("job.step", "a training step alone, one change at a time, on ready views"),
+    "stored-teacher": (
+        "findings.stored_teacher",
+        "stored teacher logits against a live teacher: accuracy, time, bytes (5 seeds)",
+    ),
     "views": ("parts.views", "crops of images in memory against DALI and torchvision"),
     "shards": ("parts.shards", "images/s to and from disk, beside torchvision's ImageFolder"),
     "render": ("render", "write the tables of README and docs from the recorded rows"),

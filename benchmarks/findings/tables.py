@@ -32,6 +32,7 @@ CELLS = {
     "finding-2": ("part", "guidance_scale", "num_steps"),
     "finding-3": ("student", "teacher", "temperature"),
     "reuse": ("how", "held_images"),
+    "stored-teacher": ("arm",),
     "cost": ("axis", "value"),
 }
 
@@ -246,6 +247,32 @@ def reuse(rows: list[Row]) -> str:
     return table(header, body, note + _spent(rows))
 
 
+def stored_teacher(rows: list[Row]) -> str:
+    """Students of stored logits beside those of a live teacher, and what the sets took."""
+    shown = counted((r for r in rows if "top1" in r), cell_of("stored-teacher"))
+    sets = {r["arm"]: r for r in rows if r["seed"] == "set"}
+    grid, body = Grid(shown, lambda r: r["arm"]), []
+    for arm in grid.cells:
+        own = [r for r in shown if r["arm"] == arm]
+        made = sets[arm]
+        less = "" if arm == "live" else grid.difference([arm], ["live"])
+        cells = [grid.text(arm), less, f"{statistics.mean(r['cpu_s'] for r in own):.1f}"]
+        body.append([arm, *cells, f"{made['cpu_s']:.1f}", f"{made['bytes'] / made['images']:.1f}"])
+    header = [
+        "teacher",
+        "top-1, %",
+        "less live",
+        "CPU s a student",
+        "CPU s to make the set",
+        "bytes of logits an image",
+    ]
+    note = (
+        f"{shown[0]['images']:,} images, {shown[0]['views']:,} views a student, {grid.seeds} seeds "
+        "an arm, ± 95 % interval (deviation pooled; differences paired by seed). "
+    )
+    return table(header, body, note + _spent(rows))
+
+
 def images_in_memory(row: Row) -> int:
     """Images that a row's ring held at a time."""
     held: int = row["held_images"]
@@ -351,6 +378,7 @@ STUDY_TABLES: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], 
     "finding-2-checks": ("finding-2", lambda r: r["part"] != "grid", finding_2_checks),
     "finding-3": ("finding-3", lambda r: True, finding_3),
     "reuse": ("reuse", lambda r: True, reuse),
+    "stored-teacher": ("stored-teacher", lambda r: True, stored_teacher),
     "cost": ("cost", lambda r: True, cost),
 }
 """By the name in the text: the study, which of its rows (of any date), and the table."""

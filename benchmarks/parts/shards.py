@@ -65,7 +65,7 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
 
     def write() -> None:
         for number in range(plan.num_shards):
-            writer = shards.ShardWriter(folder / "set", number, "0-of-1")
+            writer = shards.ShardWriter(folder / "set", number, "0-of-1", plan)
             ids = plan.ids(number)
             pngs = pool.map(generate.to_png, images[ids.start : ids.stop])
             for i, png in zip(ids, pngs, strict=True):

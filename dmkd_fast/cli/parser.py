@@ -129,6 +129,15 @@ def _add_generate(parsers: Any, shared: Parser, job: Parser) -> None:
         metavar="N",
         help="images per tar file, a multiple of sampler.micro_batch_images (about 1,024)",
     )
+    generate.add_argument(
+        "--teacher-logits",
+        type=_logits,
+        metavar="full|topk:K",
+        help="also store the teacher's logits, all or the K largest, as float16 in parquet files",
+    )
+    generate.add_argument(
+        "--views", type=_count, metavar="V", help="views per image whose logits are stored (8)"
+    )
     generate.set_defaults(verb=verbs.generate)
 
 
@@ -287,6 +296,15 @@ def _count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,15}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive whole number")
     return int(text)
+
+
+def _logits(text: str) -> int:
+    """Return K of `topk:K`, and 0 for `full`."""
+    if text == "full":
+        return 0
+    if not re.fullmatch("topk:[0-9]{1,6}", text) or int(text[5:]) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected full or topk:K, as topk:10")
+    return int(text[5:])
 
 
 def _rate(text: str) -> float:

@@ -59,6 +59,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     from dmkd_fast.config.jobs import DistillConfig
     from dmkd_fast.config.loading import load_config
     from dmkd_fast.jobs import generate
+    from dmkd_fast.jobs.stored_logits import Wanted
+    from dmkd_fast.runtime.errors import invalid
 
     words = ["dmkd", "generate", options.config, *options.overrides, "--out", str(options.out)]
     words += ["--num-images", str(options.num_images)]
@@ -66,12 +68,20 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         words += ["--shard", "{}/{}".format(*options.shard)]
     if options.images_per_shard is not None:
         words += ["--images-per-shard", str(options.images_per_shard)]
+    top_k, views, wanted = options.teacher_logits, options.views, None
+    if top_k is not None:
+        wanted = Wanted(top_k or None, *([] if views is None else [views]))
+        words += ["--teacher-logits", f"topk:{top_k}" if top_k else "full"]
+        words += ["--views", str(wanted.views_per_image)]
+    elif views is not None:
+        raise invalid("--views", f"{views} without --teacher-logits", "both", "add it")
     return generate.run(
         load_config(DistillConfig, options.config, options.overrides),
         options.out,
         options.num_images,
         job_slice=options.shard,
         images_per_shard=options.images_per_shard,
+        logits=wanted,
         command=shlex.join(words),
         show=not options.quiet,
     )

@@ -184,7 +184,35 @@ class DistillConfig(RunConfig):
             if self.mix.is_on and teacher.teaches is not None:
                 got, expected = "classes with mix", "none, as a mixed view is of two classes"
                 raise invalid(f"{name}.teaches", got, expected, "remove one of the two")
+        if self.mix.is_on and self.loss.uses_classes:
+            expected = "one without classes, as a mixed view is of two"
+            raise invalid("loss.divergence", "dkd with mix", expected, "remove one of the two")
+        self._check_stored()
         return self
+
+    def _check_stored(self) -> None:
+        """Check the settings of stored teacher logits."""
+        for name, teacher in self.teachers.items():
+            if teacher.stored and name != "teacher":
+                expected = "it for the first teacher, which stands for all"
+                raise invalid(f"{name}.stored", "true", expected, "set teacher.stored")
+        if not self.teacher.stored:
+            if self.loss.rest != "bucket":
+                expected = "it with teacher.stored=true, whose top-k logits it is for"
+                raise invalid("loss.rest", self.loss.rest, expected, "remove it")
+            return
+        if self.source is None:
+            expected = "false, or source with shards that have teacher logits"
+            raise invalid("teacher.stored", "true without source", expected, "change one")
+        if self.mix.is_on:
+            got, expected = (
+                "mixing with teacher.stored",
+                "none, as stored logits are of whole views",
+            )
+            raise invalid("mix", got, expected, "remove one of the two")
+        if any((t.start, t.stop) != (0.0, 1.0) for t in self.more_teachers):
+            got = "start or stop of a teacher with teacher.stored"
+            raise invalid("more_teachers", got, "the whole run", "remove them")
 
 
 class PretrainConfig(RunConfig):

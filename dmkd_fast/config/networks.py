@@ -54,9 +54,14 @@ class ClassifierConfig(Section):
     convolution with stride 1, without pooling. conv3_pool: the same with pooling. conv3_stride2: a
     3x3 convolution with stride 2, without pooling."""
 
+    @property
+    def is_named_by_source(self) -> bool:
+        """Whether the images on disk name the classifier, so that the config need not."""
+        return False
+
     @model_validator(mode="after")
     def _one_source(self) -> ClassifierConfig:
-        if (self.path is None) == (self.arch is None):
+        if (self.path is None) == (self.arch is None) and not self.is_named_by_source:
             raise ValueError(
                 f"got path={self.path!r} and arch={self.arch!r}, expected exactly one of the two; "
                 "set path for saved weights or arch for a new model"
@@ -84,9 +89,21 @@ class TeachingConfig(ClassifierConfig):
     """Progress of the run at which this teacher starts."""
     stop: float = Field(1.0, gt=0, le=1)
     """Progress of the run at which this teacher stops."""
+    stored: bool = False
+    """Read the logits of all teachers from the shards of source.path, made by `dmkd generate
+    --teacher-logits`, instead of running the teachers. Without path or arch, the teachers are those
+    that the shards were made with."""
+
+    @property
+    def is_named_by_source(self) -> bool:
+        """Whether the shards of source.path name the teachers."""
+        return self.stored and self.path is None and self.arch is None
 
     @model_validator(mode="after")
     def _trained(self) -> TeachingConfig:
+        if self.stored and (self.start, self.stop) != (0.0, 1.0):
+            got = f"start={self.start} and stop={self.stop} with stored=true"
+            raise ValueError(f"got {got}, expected the whole run; remove them")
         if self.pretrained != (self.arch is not None):
             raise ValueError(
                 f"got arch={self.arch!r} and pretrained={self.pretrained}, expected path, or arch "

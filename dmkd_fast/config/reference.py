@@ -145,7 +145,9 @@ def _type(value: dict[str, Any]) -> str:
         return f"list of {_type(value['items'])}s"
     if value.get("type") == "object":
         values = value.get("additionalProperties")
-        return f"mapping to {_type(values)}s" if isinstance(values, dict) else "mapping"
+        parts = values.get("anyOf", [values]) if isinstance(values, dict) else []
+        kinds = " or ".join(f"{_type(part).removesuffix('s')}s" for part in parts)
+        return f"mapping to {kinds}" if kinds else "mapping"
     names = {"boolean": "`true` or `false`", "null": "`null`"}
     kind = str(value.get("type", "any value"))
     return names.get(kind, kind)

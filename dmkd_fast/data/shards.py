@@ -4,6 +4,7 @@
 
     job.json                       the `Plan`: how many images there will be, and how they are made
     shard-000000.tar               ID.png and ID.cls for each of its ids, in order
+    shard-000000.logits.parquet    teacher logits, if there are any: `data/teacher_logits.py`
     manifest/shard-000000.parquet  one row per image; it exists once the shard is finished
 
 The manifest of the whole directory is the union of the files in `manifest/`, which parquet readers
@@ -29,17 +30,18 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from dmkd_fast.data import manifest
 from dmkd_fast.data.listing import MOST_BYTES, MOST_PIXELS, read_image
 from dmkd_fast.data.listing import SourceError as SourceError
 from dmkd_fast.data.plain_tars import plain_places
 from dmkd_fast.data.tar_files import tar_members
+from dmkd_fast.data.teacher_logits import LogitsFile, LogitsPlan, LogitsWriter
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.errors import UserError
 
 PLAN, MANIFEST = "job.json", "manifest"
 # Ids of later passes continue after those of the first pass and must fit in int64.
 MOST_IMAGES = 10**15
-_AGAIN = "make the shard again"
 _SHARD = re.compile(r"shard-([0-9]{6,})\.parquet")
 
 
@@ -59,11 +61,19 @@ class Plan(BaseModel):
     """License of the denoiser's weights."""
     settings: dict[str, Any]
     """Everything that an image or its row depends on: seed, denoiser, sampler, dtype, teacher."""
+    teacher_logits: LogitsPlan | None = None
+    """Stored teacher logits. They depend on seed, dtype and teacher in `settings` too."""
 
     @property
     def num_shards(self) -> int:
         """Number of shards in the complete directory."""
         return -(-self.num_images // self.images_per_shard)
+
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of the stored teacher logits of an image."""
+        plan = self.teacher_logits
+        return 0 if plan is None else plan.bytes_per_image(self.num_classes)
 
     def ids(self, shard: int) -> range:
         """Return the image ids of a shard."""
@@ -93,6 +103,7 @@ class Shard:
     """Size of each PNG in bytes, (n,) int64."""
     hashes: list[str]
     """SHA-256 of each PNG."""
+    logits: LogitsFile | None = None
 
     def read(self, image_id: int) -> bytes:
         """Read the PNG of an id and verify its hash.
@@ -109,6 +120,15 @@ class Shard:
                 "dmkd generate again, which makes damaged shards again"
             )
         return data
+
+    def read_logits(self, image_id: int) -> dict[str, np.ndarray]:
+        """Read the teacher logits of an id and verify their hash; see `LogitsPlan.arrays`.
+
+        Raises:
+            SourceError: The file cannot be read, or the bytes differ from those that were written.
+        """
+        assert self.logits is not None, "the plan has teacher logits"
+        return self.logits.read(image_id - self.first_id)
 
 
 def read_plan(folder: Path) -> Plan:
@@ -193,16 +213,16 @@ def finished(folder: Path) -> list[int]:
     Raises:
         SourceError: The manifest is not a folder, or a shard is in it under two names.
     """
-    manifest, found = folder / MANIFEST, []
-    if not manifest.exists():  # the job that wrote the plan ended before it made the folder
+    rows, found = folder / MANIFEST, []
+    if not rows.exists():  # the job that wrote the plan ended before it made the folder
         return []
-    if not manifest.is_dir():
-        raise SourceError.invalid(manifest, "a file", "a folder", "remove it")
-    for match in filter(None, (_SHARD.fullmatch(entry.name) for entry in os.scandir(manifest))):
+    if not rows.is_dir():
+        raise SourceError.invalid(rows, "a file", "a folder", "remove it")
+    for match in filter(None, (_SHARD.fullmatch(entry.name) for entry in os.scandir(rows))):
         number = int(match[1])
         if match[0] != f"shard-{number:06d}.parquet":
             raise SourceError(
-                f"{manifest / match[0]}: got another name for shard-{number:06d}.parquet, whose "
+                f"{rows / match[0]}: got another name for shard-{number:06d}.parquet, whose "
                 "images would be counted twice; remove it"
             )
         found.append(number)
@@ -218,37 +238,59 @@ class ShardWriter:
         folder: Directory that was passed to `claim`.
         shard: Number of the shard.
         job_slice: Job slice, as in `locked`.
+        plan: Content of the directory.
     """
 
-    def __init__(self, folder: Path, shard: int, job_slice: str) -> None:
+    def __init__(self, folder: Path, shard: int, job_slice: str, plan: Plan) -> None:
         self._folder, self._name = folder, f"shard-{shard:06d}"
         self._tar_path = folder / f".{self._name}.tar.{job_slice}.partial"
         self._rows_path = folder / MANIFEST / f".{self._name}.parquet.{job_slice}.partial"
         self._file = self._tar_path.open("wb")
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._rows: list[dict[str, Any]] = []
+        self._logits: LogitsWriter | None = None
+        if plan.teacher_logits is not None:
+            path = folder / f".{self._name}.logits.parquet.{job_slice}.partial"
+            self._logits = LogitsWriter(path, plan.teacher_logits.arrays(plan.num_classes))
 
-    def add(self, image_id: int, label: int, png: bytes, row: dict[str, Any]) -> None:
-        """Append an image; `row` holds the other columns of its manifest row."""
+    def add(
+        self,
+        image_id: int,
+        label: int,
+        png: bytes,
+        row: dict[str, Any],
+        logits: dict[str, bytes] | None = None,
+    ) -> None:
+        """Append an image.
+
+        Args:
+            image_id: Id of the image.
+            label: Class of the image.
+            png: Encoded image.
+            row: Other columns of its manifest row.
+            logits: Arrays of its teacher logits, if the plan has any.
+        """
         for kind, data in (("png", png), ("cls", b"%d" % label)):
             # A new TarInfo has time 0 and owner 0, so the same images give the same bytes.
             member = tarfile.TarInfo(f"{image_id:09d}.{kind}")
             member.size = len(data)
             self._tar.addfile(member, io.BytesIO(data))
         facts = {"shard": self._name, "sha256": hashlib.sha256(png).hexdigest()}
+        if self._logits is not None:
+            facts["logits_sha256"] = self._logits.add(image_id, logits or {})
         self._rows.append({"id": image_id, "class": label, **row, **facts})
 
     def commit(self) -> None:
         """Flush to disk and make the shard visible."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+        if self._logits is not None:
+            self._logits.close()
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=_schema()), self._rows_path)
-        files.sync(self._rows_path)
+        manifest.write(self._rows_path, self._rows)
+        if self._logits is not None:
+            os.replace(self._logits.path, self._folder / f"{self._name}.logits.parquet")
         os.replace(self._tar_path, self._folder / f"{self._name}.tar")
         files.sync(self._folder)
         os.replace(self._rows_path, self._folder / MANIFEST / f"{self._name}.parquet")
@@ -258,6 +300,8 @@ class ShardWriter:
         """Remove the files of a shard that has not been committed."""
         with contextlib.suppress(OSError):  # closing flushes a buffer, which fails on a full disk
             self._file.close()
+        if self._logits is not None:
+            self._logits.discard()
         for path in (self._tar_path, self._rows_path):
             path.unlink(missing_ok=True)
 
@@ -275,8 +319,14 @@ def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
         SourceError: They do not agree, a file cannot be read, or a member is not allowed in shards.
     """
     name, ids = f"shard-{shard:06d}", plan.ids(shard)
-    labels, hashes = _read_rows(folder / MANIFEST / f"{name}.parquet", ids, plan.num_classes)
-    path = folder / f"{name}.tar"
+    path, stored = folder / f"{name}.tar", plan.teacher_logits
+    labels, hashes, logits_hashes = manifest.read(
+        folder / MANIFEST / f"{name}.parquet", ids, plan.num_classes, with_logits=stored is not None
+    )
+    logits = None
+    if stored is not None:
+        file = folder / f"{name}.logits.parquet"
+        logits = LogitsFile(file, stored.arrays(plan.num_classes), logits_hashes)
     places = plain_places(path, ids, labels)
     if places is not None:
         offsets, sizes = places
@@ -287,6 +337,7 @@ def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
             hashes=hashes,
             offsets=offsets,
             sizes=sizes,
+            logits=logits,
         )
     # Whatever differs from what `ShardWriter` writes is named here, or is allowed.
     wanted = [f"{i:09d}.{kind}" for i in ids for kind in ("png", "cls")]
@@ -305,6 +356,7 @@ def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
         hashes=hashes,
         offsets=np.array([m.offset_data for m in images], dtype=np.int64),
         sizes=np.array([m.size for m in images], dtype=np.int64),
+        logits=logits,
     )
 
 
@@ -323,58 +375,6 @@ def _begin(folder: Path, plan: Plan) -> None:
             os.link(partial, folder / PLAN)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _read_rows(path: Path, ids: range, num_classes: int) -> tuple[np.ndarray, list[str]]:
-    """Read classes and hashes of a manifest file that must have exactly these ids."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    wanted = [_schema().field(name) for name in ("id", "class", "sha256")]
-    try:
-        with pq.ParquetFile(path) as file:
-            if file.metadata.num_rows != len(ids):
-                got = f"{file.metadata.num_rows} rows"
-                raise SourceError.invalid(path, got, f"{len(ids)}", _AGAIN)
-            for field in wanted:
-                if (kind := file.schema_arrow.field(field.name).type) != field.type:
-                    got = f"{kind} for {field.name!r}"
-                    raise SourceError.invalid(path, got, f"{field.type}", _AGAIN)
-            table = file.read(columns=[field.name for field in wanted])
-        if any(table[field.name].null_count for field in wanted):
-            raise SourceError.invalid(path, "empty fields", "none", _AGAIN)
-        found = table["id"].to_numpy()
-        labels = table["class"].to_numpy().astype(np.int64)
-        hashes = table["sha256"].to_pylist()
-    except SourceError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise SourceError(f"{path}: damaged ({reason}); {_AGAIN}") from None
-    if list(found) != list(ids) or labels.min() < 0 or labels.max() >= num_classes:
-        raise SourceError(f"{path}: ids or classes are not those of the plan; make it again")
-    return labels, hashes
-
-
-def _schema() -> Any:
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("id", pa.int64()),
-            ("class", pa.int32()),
-            ("seed", pa.int64()),
-            ("guidance_scale", pa.float32()),
-            ("num_steps", pa.int32()),
-            ("solver", pa.string()),
-            ("denoiser", pa.string()),
-            ("revision", pa.string()),
-            ("teacher_class", pa.int32()),
-            ("teacher_probability", pa.float32()),
-            ("shard", pa.string()),
-            ("sha256", pa.string()),
-        ]
-    )
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -90,6 +90,10 @@ class ShardSource:
         """Read the encoded bytes of an image and verify them against the manifest."""
         return self._shards[image_id // self.plan.images_per_shard].read(image_id)
 
+    def read_logits(self, image_id: int) -> dict[str, np.ndarray]:
+        """Read the teacher logits of an image and verify them against the manifest."""
+        return self._shards[image_id // self.plan.images_per_shard].read_logits(image_id)
+
     def name_of(self, image_id: int) -> str:
         """Return the shard and member name of an image, for messages."""
         shard = self._shards[image_id // self.plan.images_per_shard]

@@ -17,6 +17,8 @@ from dmkd_fast.sampling.generated import GeneratedImages
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training.distiller import Distiller
+from dmkd_fast.training.objective import Objective
+from dmkd_fast.training.stored_teacher import StoredTeacher
 from dmkd_fast.training.student import StudentTrainer
 from dmkd_fast.training.targets import Targets
 from dmkd_fast.views.crops import Views, ViewSpec
@@ -40,7 +42,7 @@ def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
     student = StudentTrainer(
         parts.student,
         job.schedule,
-        **config.loss.model_dump(),
+        Objective(**config.loss.model_dump()),
         dtype=job.dtype,
         compile=job.compile_student,
         ranks=ranks,
@@ -48,8 +50,12 @@ def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
     views = Views(
         ViewSpec(size=config.views.size, mean=spec.mean, std=spec.std, device=job.device),
         **config.views.model_dump(exclude={"size"}),
-        seed=config.seed,
+        # The crops of stored logits are those of the shards' seed.
+        seed=config.seed if parts.stored is None else parts.stored.plan.settings["seed"],
     )
+    stored = None
+    if parts.stored is not None:
+        stored = StoredTeacher(parts.stored, ring.capacity, job.device, ranks=ranks)
     targets = Targets(
         parts.teachers.together,
         views,
@@ -57,6 +63,7 @@ def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
         input=spec.input,
         dtype=job.dtype,
         compile=job.compile_student,
+        stored=stored,
     )
     images = make_stream(job, parts.origin, ranks.world_size * ring.capacity, show=show)
     return Distiller(

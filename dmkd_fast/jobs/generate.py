@@ -8,14 +8,13 @@ time. The result depends neither on which job makes a shard nor on how often job
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import logging
 import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +22,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from dmkd_fast.classifiers.ensemble import Teachers
 from dmkd_fast.classifiers.loading import for_inference
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.data import shards
 from dmkd_fast.data.test_sets import ImageSet
-from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.evaluate import open_test_set
 from dmkd_fast.jobs.images import open_denoiser
 from dmkd_fast.jobs.parts import check_fit
 from dmkd_fast.jobs.resolve import resolve, resolve_images
+from dmkd_fast.jobs.stored_logits import LogitsMaker, Wanted, plan_of
 from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError, invalid
@@ -59,13 +57,16 @@ class Maker:
     sampler: DiffusionSampler
     labels: LabelStream
     teachers: Teachers
+    logits: LogitsMaker | None
     image_shape: tuple[int, int, int]
     row: dict[str, Any]
     """Columns of the manifest that are the same for all images."""
     pool: ThreadPoolExecutor
 
-    def make(self, ids: range) -> Iterator[tuple[int, int, bytes, dict[str, Any]]]:
-        """Make one micro-batch; yield id, class, PNG and manifest row of each image."""
+    def make(
+        self, ids: range
+    ) -> Iterator[tuple[int, int, bytes, dict[str, Any], dict[str, bytes] | None]]:
+        """Make one micro-batch; yield id, class, PNG, manifest row and logits of each image."""
         device = self.sampler.device
         numbers = torch.arange(ids.start, ids.stop, device=device)
         labels = self.labels.labels_of(numbers)
@@ -77,12 +78,15 @@ class Maker:
         guesses = torch.cat(logits).softmax(dim=1).max(dim=1)
         pngs = self.pool.map(to_png, images.cpu().numpy())
         check_broken(int(self.sampler.num_broken), self.sampler.num_made)
+        stored: Iterable[dict[str, bytes] | None] = [None] * len(ids)
+        if self.logits is not None:
+            stored = self.logits.make(images, labels, numbers)
         columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
-        for image_id, label, png, guess, probability in zip(*columns, strict=True):
+        for image_id, label, png, guess, probability, arrays in zip(*columns, stored, strict=True):
             scale = self.sampler.guidance.scale_of(label)
             row = {"guidance_scale": scale, "teacher_class": guess}
             row["teacher_probability"] = probability
-            yield image_id, label, png, self.row | row
+            yield image_id, label, png, self.row | row, arrays
 
 
 def run(
@@ -92,6 +96,7 @@ def run(
     *,
     job_slice: tuple[int, int] | None = None,
     images_per_shard: int | None = None,
+    logits: Wanted | None = None,
     command: str = "the same call",
     show: bool = True,
 ) -> dict[str, Any]:
@@ -106,6 +111,7 @@ def run(
             this rank's slice under torchrun.
         images_per_shard: Images in a shard, a multiple of sampler.micro_batch_images; None: about
             1,024.
+        logits: What to store of the teacher's logits; None: nothing.
         command: Command that continues the job, printed after an interrupt.
         show: Whether to print progress.
 
@@ -120,7 +126,7 @@ def run(
     job_slice = job_slice or (ranks.rank, ranks.world_size)
     advice = f"lower sampler.micro_batch_images={config.sampler.micro_batch_images}"
     with ThreadPoolExecutor() as pool, memory.named(advice):
-        maker, plan = _prepare(config, num_images, images_per_shard, pool)
+        maker, plan = _prepare(config, num_images, images_per_shard, logits, pool)
         _check_space(folder, plan, job_slice)
         shards.claim(folder, plan)
         name = "{}-of-{}".format(*job_slice)
@@ -152,7 +158,11 @@ def run(
 
 
 def _prepare(
-    config: DistillConfig, num_images: int, images_per_shard: int | None, pool: ThreadPoolExecutor
+    config: DistillConfig,
+    num_images: int,
+    images_per_shard: int | None,
+    logits: Wanted | None,
+    pool: ThreadPoolExecutor,
 ) -> tuple[Maker, shards.Plan]:
     """Load all networks, and build the plan, which lists everything that images depend on."""
     if config.source is not None:
@@ -187,13 +197,17 @@ def _prepare(
         "seed": config.seed,
         "dtype": config.dtype,
         "denoiser": config.denoiser.model_dump(mode="json"),
-        "denoiser_sha256": _weights_sha256(denoiser),
+        "denoiser_sha256": networks.weights_sha256(
+            denoiser.module, *([] if denoiser.decoder is None else [denoiser.decoder])
+        ),
         "sampler": config.sampler.model_dump(mode="json", exclude={"fidelity"}),
         "teachers": {
-            name: teacher.model_dump(mode="json") for name, teacher in config.teachers.items()
+            name: teacher.model_dump(mode="json", exclude={"stored"})
+            for name, teacher in config.teachers.items()
         },
-        "teacher_sha256": _sha256(teachers.together),
+        "teacher_sha256": networks.weights_sha256(teachers.together),
     }
+    stored = None if logits is None else plan_of(config, logits, denoiser.num_classes)
     plan = shards.Plan(
         num_images=num_images,
         images_per_shard=images_per_shard,
@@ -202,6 +216,7 @@ def _prepare(
         class_names=test_set.class_names,
         license=denoiser.license,
         settings=settings,
+        teacher_logits=stored,
     )
     maker = Maker(
         sampler=make_sampler(job, denoiser),
@@ -209,6 +224,7 @@ def _prepare(
         teachers=teachers.together.mapped(
             lambda module, input: for_inference(module, torch.float32, input)
         ),
+        logits=None if stored is None else LogitsMaker(job, teachers, stored),
         labels=LabelStream(denoiser.num_classes, seed=config.seed, device=device),
         image_shape=denoiser.image_shape,
         row={
@@ -232,7 +248,7 @@ def _make_shard(
     phase: Phase,
 ) -> None:
     ids, size = plan.ids(number), maker.sampler.micro_batch_images
-    writer = shards.ShardWriter(folder, number, job_slice)
+    writer = shards.ShardWriter(folder, number, job_slice, plan)
     try:
         for start in range(ids.start, ids.stop, size):
             batch = range(start, min(start + size, ids.stop))
@@ -257,6 +273,8 @@ def _missing(
             shard = shards.load_shard(folder, plan, number)
             for image_id in plan.ids(number):
                 shard.read(image_id)
+                if shard.logits is not None:
+                    shard.read_logits(image_id)
         except shards.SourceError as error:
             LOG.warning("made again: %s", error)
             shards.withdraw(folder, number)
@@ -273,7 +291,8 @@ def _check_space(folder: Path, plan: shards.Plan, job_slice: tuple[int, int]) ->
     done = sum(1 for number in shards.finished(folder) if number % count == index)
     images = (-(-plan.num_shards // count) - done) * plan.images_per_shard
     images = min(images, plan.num_images)
-    need = images * (BYTES_BESIDE + BYTES_PER_PIXEL * math.prod(plan.image_shape))
+    beside = BYTES_BESIDE + plan.logits_bytes
+    need = images * (beside + BYTES_PER_PIXEL * math.prod(plan.image_shape))
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if need > free:
@@ -295,22 +314,3 @@ def to_png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(file, "PNG")
     return file.getvalue()
-
-
-def _weights_sha256(denoiser: Denoiser) -> str:
-    parts = [denoiser.module] + ([] if denoiser.decoder is None else [denoiser.decoder])
-    return _sha256(*parts)
-
-
-def _sha256(*modules: nn.Module) -> str:
-    """Hash all weights, so that different weights under the same path are noticed."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(_bytes(value).data)
-    return digest.hexdigest()
-
-
-def _bytes(value: Tensor) -> np.ndarray:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -86,7 +86,10 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
     config, compute = job.config, job.dtype
     weights = sum(p.numel() for p in parts.student.parameters())
     moments = 2 if config.optim.name == "adamw" else 1
-    ring = ring_plan(config, parts.origin.image_shape, job.ranks).num_bytes
+    sizes_of_ring = ring_plan(config, parts.origin.image_shape, job.ranks)
+    ring, stored = sizes_of_ring.num_bytes, {}
+    if parts.stored is not None:
+        stored["stored logits"] = sizes_of_ring.num_slots * parts.stored.plan.logits_bytes
     pixel = 4 if config.source is None else 1  # Generated as float32, read from disk as uint8.
     batch_size = job.ranks.per_rank("train.batch_size", config.train.batch_size)
     sizes = dict.fromkeys([parts.student_spec.input, *parts.teachers.together.inputs])
@@ -94,6 +97,7 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
         {f"ring {name}": count for name, count in ring.items()}
         | {
             "denoiser": compute.itemsize * _num_weights(parts.origin),
+            **stored,
             "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
             "student, gradients, optimizer, average": 4 * weights * (3 + moments),
             "test images": parts.test_set.num_bytes,

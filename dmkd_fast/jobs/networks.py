@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -156,6 +157,17 @@ def load_teachers(
         class_names=names,
         license="; ".join(dict.fromkeys(licenses)),
     )
+
+
+def weights_sha256(*modules: nn.Module) -> str:
+    """Hash all weights, so that different weights under the same path are noticed."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(data.numpy().data)
+    return digest.hexdigest()
 
 
 def load_student(

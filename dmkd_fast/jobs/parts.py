@@ -9,12 +9,14 @@ from torch import nn
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.data.class_names import compare_class_names
+from dmkd_fast.data.sources import ShardSource
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.evaluate import open_test_set
 from dmkd_fast.jobs.images import OpenSource, denoiser_class_names, open_denoiser, open_source
 from dmkd_fast.jobs.resolve import ResolvedJob, resolve, resolve_images
+from dmkd_fast.jobs.stored_logits import open_stored
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
 
@@ -29,6 +31,8 @@ class Parts:
     student: nn.Module
     student_spec: ClassifierSpec
     test_set: ImageSet | EncodedSet
+    stored: ShardSource | None = None
+    """Shards whose teacher logits are read; None: the teachers run."""
 
 
 def load_parts(job: ResolvedJob) -> Parts:
@@ -61,6 +65,7 @@ def load_parts(job: ResolvedJob) -> Parts:
             class_names=test_set.class_names,
         )
     check_fit(config, images, teachers, test_set)
+    stored = open_stored(config, images, teachers) if isinstance(images, OpenSource) else None
     student, student_spec = networks.load_student(
         config.student, teachers, view_size=config.views.size, device=device, seed=config.seed
     )
@@ -70,6 +75,7 @@ def load_parts(job: ResolvedJob) -> Parts:
         student=student,
         student_spec=student_spec,
         test_set=test_set,
+        stored=stored,
     )
 
 

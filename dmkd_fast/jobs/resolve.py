@@ -13,6 +13,7 @@ from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.jobs import networks, run_dir
 from dmkd_fast.jobs.images import OpenSource, check_count, named_as_settings
+from dmkd_fast.jobs.stored_logits import with_teachers_of_source
 from dmkd_fast.runtime.device import can_compile, resolve_device, resolve_dtype, set_num_threads
 from dmkd_fast.runtime.distributed import ALONE, Ranks, use_device
 from dmkd_fast.runtime.errors import invalid
@@ -45,6 +46,7 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> ResolvedJob:
     use_device(ranks, config.device)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    config = with_teachers_of_source(config)
     first, *more = (networks.pin(teacher) for teacher in config.teachers.values())
     if config.ring.overlap and device.type != "cuda":
         got = f"true with device {device.type}, which has one stream"

@@ -134,12 +134,18 @@ class Distiller(TrainingLoop):
             views = self.targets.render(
                 self.ring.images, draw.indices, draw.ids, draw.uses, progress=self.progress
             )
+            recalled = self.targets.recalled(draw.indices, draw.ids, draw.uses)
             labels = self.ring.labels[draw.indices]  # (B,)
             self.ring.release()
             views, mixed = self.targets.mix(views, step=self.step)
         # The teachers run on one micro-batch at a time.
         micro_batches = self.targets.micro_batches(
-            views, labels, mixed, progress=self.progress, size=self.student.micro_batch_size
+            views,
+            labels,
+            mixed,
+            recalled,
+            progress=self.progress,
+            size=self.student.micro_batch_size,
         )
         losses = []
         for micro_batch in self.clock.making("teacher", micro_batches):
@@ -166,6 +172,8 @@ class Distiller(TrainingLoop):
     def restore(self) -> Restored:
         """Load the newest intact checkpoint and the images of the ring; see `TrainingLoop`."""
         step, notes = super().restore()
+        held = slice(0, self.ring.num_filled)
+        self.targets.insert(held, self.ring.ids[held])
         return Restored(step, [*notes, *self.blocks.notes])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -195,6 +203,7 @@ class Distiller(TrainingLoop):
         try:
             with self.ring.producing(), self._in_flight.piece():
                 self.images.write(ids, labels, block.images, progress=self.progress)
+                self.targets.insert(slice(block.start, block.start + len(ids)), ids)
         except BaseException:
             self.ring.abort()
             raise

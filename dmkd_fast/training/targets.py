@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from dmkd_fast.classifiers.ensemble import Teacher, Teachers
 from dmkd_fast.classifiers.loading import for_inference, freeze
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.training.objective import TopLogits
+from dmkd_fast.training.stored_teacher import StoredTeacher
 from dmkd_fast.views.crops import Views, ViewSpec
 from dmkd_fast.views.mixing import Mixed, Mixer
 from dmkd_fast.views.spec import InputSpec, check_logits
@@ -25,8 +27,8 @@ class MicroBatch(NamedTuple):
 
     views: Tensor
     """Views (B, c, S, S) of the student."""
-    teacher_logits: Tensor
-    """Combined logits (B, C) of the teachers."""
+    teacher_logits: Tensor | TopLogits
+    """Combined logits (B, C) of the teachers, or the largest ones that were stored."""
     target: Tensor
     """Class ids (B,) of the images, or their mixture as probabilities (B, C)."""
 
@@ -44,13 +46,15 @@ class Targets:
         input: Resize and crop of test images for the student; None: derived from `views`.
         dtype: Compute dtype of the teachers.
         compile: Whether to use torch.compile on the teachers.
+        stored: Stored logits, which are read instead of running the teachers; None: run them.
 
     Raises:
-        UserError: `input` does not match the views, or a mixer is combined with teachers that
-            teach only some classes.
+        UserError: `input` does not match the views, or a mixer is combined with stored logits or
+            with teachers that teach only some classes.
 
     Attributes:
-        networks: Fast copies of the teachers, which make the logits.
+        networks: Fast copies of the teachers, which make the logits; with stored logits the
+            teachers themselves, which do not run.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Targets:
         input: InputSpec | None = None,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        stored: StoredTeacher | None = None,
     ) -> None:
         spec = views.spec
         self.input = input or InputSpec(
@@ -78,13 +83,17 @@ class Targets:
         if mixer is not None and any(member.teaches is not None for member in ensemble.members):
             got, fix = "one with teachers that teach some classes only", "leave one of the two out"
             raise invalid("mixer", got, "none, as a mixed view is of two classes", fix)
-        self._mixer = mixer
+        if mixer is not None and stored is not None:
+            got, fix = "one with stored logits", "leave one of the two out"
+            raise invalid("mixer", got, "none, as stored logits are of whole views", fix)
+        self._mixer, self.stored = mixer, stored
 
         def fast(module: nn.Module, input: InputSpec) -> nn.Module:
             copy = for_inference(module, dtype, input)
             return torch.compile(copy, dynamic=False) if compile else copy  # type: ignore[return-value]
 
-        self.networks, self._dtype = ensemble.mapped(fast), dtype
+        self.networks = ensemble.mapped(fast) if stored is None else ensemble
+        self._dtype = dtype
         self._renderings = {
             wanted: ViewSpec(
                 size=wanted.size,
@@ -111,8 +120,23 @@ class Targets:
         Returns:
             Views (B, c, S, S) for each input.
         """
-        needed = {self.input, *self.networks.inputs_at(progress)}
+        needed = {self.input}
+        if self.stored is None:
+            needed.update(self.networks.inputs_at(progress))
+        else:
+            ids, uses = self.stored.replayed(ids, uses)
         return self._render(slots, indices, ids, uses, needed)
+
+    def insert(self, slots: slice, ids: Tensor) -> None:
+        """Read the stored logits, if any, of images (n,) that enter the ring."""
+        if self.stored is not None:
+            self.stored.insert(slots, ids)
+
+    def recalled(self, indices: Tensor, ids: Tensor, uses: Tensor) -> Tensor | TopLogits | None:
+        """Return the stored logits of the views that `render` makes; None if the teachers run."""
+        if self.stored is None:
+            return None
+        return self.stored.logits(indices, self.stored.replayed(ids, uses)[1])
 
     def mix(
         self, views: dict[InputSpec, Tensor], *, step: int
@@ -137,19 +161,30 @@ class Targets:
         views: dict[InputSpec, Tensor],
         labels: Tensor,
         mixed: Mixed | None,
+        recalled: Tensor | TopLogits | None,
         *,
         progress: float,
         size: int,
     ) -> Iterator[MicroBatch]:
         """Yield the batch in micro-batches of `size` views, each with its targets.
 
-        The teachers run on a micro-batch only when the iterator reaches it.
+        The teachers, unless their logits are recalled, run on a micro-batch only when the iterator
+        reaches it.
         """
         for first in range(0, len(labels), size):
             rows = slice(first, first + size)
             seen = {spec: batch[rows] for spec, batch in views.items()}
-            logits = self.logits(seen, labels[rows], progress=progress)
-            target = labels if mixed is None else mixed.targets(labels, logits.shape[1])
+            logits: Tensor | TopLogits
+            if isinstance(recalled, TopLogits):
+                logits = TopLogits(*(values[rows] for values in recalled))
+            elif recalled is not None:
+                logits = recalled[rows]
+            else:
+                logits = self.logits(seen, labels[rows], progress=progress)
+            target = labels
+            if mixed is not None:
+                assert isinstance(logits, Tensor)
+                target = mixed.targets(labels, logits.shape[1])
             yield MicroBatch(seen[self.input], logits, target[rows])
 
     def logits(self, views: dict[InputSpec, Tensor], labels: Tensor, *, progress: float) -> Tensor:
@@ -162,6 +197,8 @@ class Targets:
     @torch.no_grad()
     def warm_up(self, slots: Tensor, indices: Tensor) -> Tensor:
         """Run all teachers of the run once, so that they compile; return the student's views."""
+        if self.stored is not None:
+            return self._render(slots, indices, indices, indices, {self.input})[self.input]
         views = self._render(slots, indices, indices, indices, set(self._renderings))
         for network, member in zip(self.networks.networks, self.networks.members, strict=True):
             check_logits("teacher", network(views[member.input].to(self._dtype)), len(indices))

@@ -58,7 +58,7 @@ def write_shards(
     plan = make_plan(images, per_shard)
     shards.claim(folder, plan)
     for number in range(plan.num_shards) if numbers is None else numbers:
-        writer = shards.ShardWriter(folder, number, "0-of-1")
+        writer = shards.ShardWriter(folder, number, "0-of-1", plan)
         for i in plan.ids(number):
             pixels = images[i].transpose(1, 2, 0) if len(images[i]) == 3 else images[i][0]
             writer.add(i, int(labels[i]), encode(pixels), ROW)

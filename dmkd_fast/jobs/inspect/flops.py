@@ -65,7 +65,10 @@ def job_flops(parts: Parts) -> Flops:
     return Flops(
         denoiser=denoiser,
         decoder=decoder,
-        teachers=_sum(*(_teacher_flops(member) for member in parts.teachers.together.members)),
+        # Stored logits are read instead of computed.
+        teachers=_sum(
+            *(_teacher_flops(m) for m in parts.teachers.together.members if parts.stored is None)
+        ),
         student=_per_image(parts.student, views),
         student_step=_per_image(parts.student, views, backward=True),
     )

@@ -284,6 +284,22 @@ def test_teachers_are_compared_over_all_temperatures() -> None:
     assert "weak less strong teacher +8.00 (1 seed), with the cells left out +9.00" in text
 
 
+def test_stored_teachers_are_compared_with_a_live_one_by_seed() -> None:
+    stamp = {"environment": {"device": "CPU", "date": "2026-01-01"}, "images": 512}
+    sets = [
+        {"arm": arm, "seed": "set", "cpu_s": cpu_s, "bytes": size, **stamp}
+        for arm, cpu_s, size in (("live", 10.0, 0), ("full", 12.0, 512 * 168))
+    ]
+    rows = [
+        {"arm": arm, "seed": seed, "top1": top1, "cpu_s": 60.0, "views": 2048, **stamp}
+        for arm, values in (("live", (0.9, 0.8)), ("full", (0.89, 0.8)))
+        for seed, top1 in enumerate(values)
+    ]
+    text = tables.stored_teacher([*sets, *rows])
+    assert "| -0.50 ± 6.35 (2 seeds) | 60.0 | 12.0 | 168.0 |" in text
+    assert "| live | 85.00 ± " in text and "2,048 views a student" in text
+
+
 def test_photo_crops_and_noise_are_what_they_are_called() -> None:
     crops = finding_1.crops_of_a_photo(256).double()
     assert 20 < crops.std(dim=(1, 2, 3)).mean() < 90
