@@ -117,7 +117,7 @@ def _scaled(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _latents(images: Tensor, encoder: Encoder, shape: tuple[int, int, int]) -> Tensor:
     """Encode all images (N, c, H, W), to float16 latents (N, *shape) on their device.
 

@@ -56,8 +56,8 @@ def pretrain_fewstep(
 
     Returns:
         The figures that `loop.train` returns, and two root mean square differences to the teacher's
-        images from the same noise, in units of [-1, 1] pixels or of latents: rms_to_teacher of the trained
-        denoiser, and rms_without_training of the teacher's own K guided steps.
+        images from the same noise, in units of [-1, 1] pixels or of latents: rms_to_teacher of the
+        trained denoiser, and rms_without_training of the teacher's own K guided steps.
     """
     job = loop.prepare(config, resume=resume, show=show)
     if (ended := job.finished()) is not None:
