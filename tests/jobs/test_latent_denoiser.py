@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_latent_denoiser_trains_resumes_bit_for_bit_samples_and_takes_few_steps(
         update(self, taken)
         calls.append(1)
         if len(calls) == 7:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     # The second run reads the latents from their file.
     monkeypatch.setattr(denoiser_module.Encoder, "forward", lambda *_: pytest.fail("encoded again"))

@@ -17,9 +17,9 @@ from dmkd_fast import InputSpec, cli, load_classifier, open_set
 from dmkd_fast.config.data import RealImagesConfig
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
+from dmkd_fast.data.test_sets import EncodedSet
 from dmkd_fast.jobs.images import denoiser_class_names
 from dmkd_fast.jobs.parts import load_parts
-from dmkd_fast.data.test_sets import EncodedSet
 from dmkd_fast.jobs.pretrain import cache, real_data
 from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.jobs.resolve import resolve

@@ -39,6 +39,7 @@ from dmkd_fast.sampling.sampler import DiffusionSampler
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 # Images that the autoencoder encodes at a time; its activations are large.
 ENCODED = 8
+GRID_STEPS, GRID_IMAGES = 16, 8
 
 
 @loop.less_memory
@@ -207,18 +208,18 @@ def _held_out_loss(
 def _sample_grids(
     folder: Path, num_classes: int, device: torch.device, display: Progress
 ) -> Iterator[tuple[float, Tensor]]:
-    """Generate 8 images of each class at 3 guidance scales in 16 steps from saved weights."""
+    """Generate a row of images of each class at 3 guidance scales from saved weights."""
     loaded = load_denoiser(folder, device)
-    labels = torch.arange(num_classes, device=device).repeat_interleave(8)
+    labels = torch.arange(num_classes, device=device).repeat_interleave(GRID_IMAGES)
     ids = torch.arange(len(labels), device=device)
     scales = display.track((1.0, 1.5, 2.0), "sampling", 3, "grids", size=lambda _: 1)
     for scale in scales:
         sampler = DiffusionSampler(
             loaded,
-            Steps(count=16),
+            Steps(count=GRID_STEPS),
             Guidance(scale=scale),
             device=device,
             micro_batch_images=len(labels),
         )
         out = torch.empty((len(labels), *loaded.image_shape), dtype=torch.uint8, device=device)
-        yield scale, sampler.sample(ids, labels, out=out).cpu().unflatten(0, (-1, 8))
+        yield scale, sampler.sample(ids, labels, out=out).cpu().unflatten(0, (-1, GRID_IMAGES))
