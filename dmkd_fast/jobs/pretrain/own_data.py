@@ -23,7 +23,7 @@ from dmkd_fast.data.decode import image_size
 from dmkd_fast.data.test_sets import EncodedSet, open_set
 from dmkd_fast.jobs.pretrain import own_time
 from dmkd_fast.jobs.pretrain.real_data import RealData, load_real
-from dmkd_fast.runtime.device import resolve_device, set_num_threads
+from dmkd_fast.runtime.device import keep_freed_memory, resolve_device, set_num_threads
 from dmkd_fast.runtime.errors import UserError, invalid
 
 # Images of a folder that are looked at to choose the size and the channels.
@@ -133,6 +133,7 @@ def init(folder: Path, out: Path) -> dict[str, Any]:
         UserError: The folder has no labeled images or no test set, or a config exists already.
     """
     set_num_threads(0)
+    keep_freed_memory()
     device = resolve_device("auto")
     names = [out / f"{job}.yaml" for job in ("teacher", "denoiser", "fewstep", "distill")]
     for path in names:
@@ -212,7 +213,7 @@ def _side(short: int, device: torch.device) -> int:
 
 def _texts(found: OwnData, sizes: Sizes) -> list[str]:
     """Return the text of the four configs, in the order of the commands."""
-    channels, side, _ = found.shape
+    side = found.shape[1]
     sample = found.real.train.images[:1000].float() / 255
     mean, std = round(sample.mean().item(), 3), round(max(sample.std().item(), 1e-3), 3)
     # Many classes need longer runs than the ten that the lengths are made for.
