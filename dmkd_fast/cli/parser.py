@@ -180,7 +180,7 @@ def _add_pretrain(parsers: Any, shared: Parser, job: Parser) -> None:
     kinds = pretraining.add_subparsers(required=True, metavar="KIND")
     for kind, text in (
         ("teacher", "a classifier on real images"),
-        ("denoiser", "a class-conditional pixel DiT on real images"),
+        ("denoiser", "a class-conditional DiT on real images"),
         ("fewstep", "a denoiser to do in a few steps what it does in many"),
     ):
         sub = kinds.add_parser(

@@ -15,8 +15,13 @@ from typing import Any
 import torch
 
 from dmkd_fast.config.data import RealImagesConfig
+from dmkd_fast.config.jobs import (
+    DistillConfig,
+    PretrainDenoiserConfig,
+    PretrainFewstepConfig,
+    TeacherConfig,
+)
 from dmkd_fast.config.loading import load_config
-from dmkd_fast.config.reference import JOBS
 from dmkd_fast.config.shipped import with_comments, write_new
 from dmkd_fast.config.yaml_text import dump_flow
 from dmkd_fast.data.decode import image_size
@@ -143,9 +148,14 @@ def init(folder: Path, out: Path) -> dict[str, Any]:
     print(found.describe())
     for path, text in zip(names, _texts(found, SIZES[device.type]), strict=True):
         write_new(path, with_comments(text, path.stem))
-    configs = [load_config(JOBS[path.stem], path) for path in names]
+    teacher, denoiser, fewstep, distill = names
     seconds = own_time.predict(
-        *configs, shape=found.shape, num_classes=len(found.real.train.class_names)
+        load_config(TeacherConfig, teacher),
+        load_config(PretrainDenoiserConfig, denoiser),
+        load_config(PretrainFewstepConfig, fewstep),
+        load_config(DistillConfig, distill),
+        shape=found.shape,
+        num_classes=len(found.real.train.class_names),
     )
     side = found.shape[1]
     total = sum(seconds.values()) / 60
