@@ -61,12 +61,12 @@ class Sizes:
 SIZES = {
     "cpu": Sizes(
         most_side=32,
-        layers=4,
-        heads=4,
-        head_dim=32,
+        layers=3,
+        heads=2,
+        head_dim=64,
         batch_size=64,
-        teacher_views=32_768,
-        denoiser_views=65_536,
+        teacher_views=16_384,
+        denoiser_views=32_768,
         fewstep_views=8_192,
         pool_images=512,
         student_views=49_152,
@@ -261,7 +261,7 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
         "# More layers and more views make better images.\n"
         f"name: denoiser\n{section}patch_size: {patch}\nnum_layers: {sizes.layers}\n"
         f"num_heads: {sizes.heads}\nhead_dim: {sizes.head_dim}\n"
-        f"{optim(2e-3, 0.995, clip)}{train(sizes.denoiser_views)}"
+        f"{optim(3e-3, 0.99, clip)}{train(sizes.denoiser_views)}"
     )
     block = min(128, sizes.pool_images)
     fewstep = (
