@@ -56,8 +56,8 @@ class Sizes:
     """Widths of the stages of the teacher; the student has half of them."""
 
 
-# On two CPU cores, the jobs of a set of ten classes take a few minutes (docs/guides/your-data.md).
-# On CUDA, they take the time of a coffee rather than of a night; untested on real hardware.
+# On two CPU cores, the jobs of a set of ten classes take minutes. The sizes for CUDA have not been
+# run on real hardware.
 SIZES = {
     "cpu": Sizes(
         most_side=32,
