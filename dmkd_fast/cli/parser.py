@@ -70,9 +70,16 @@ def _add_init(parsers: Any, shared: Parser, job: Parser) -> None:
         parents=[shared],
         help="write a config to start from",
         description="Write one of the shipped configs into the current folder, with a comment on "
-        "every setting. Without a name, list the configs.",
+        "every setting; or with `own-data --data DIR` the configs from a folder of images to a "
+        "student, and print the commands with the minutes they take here. Without a name, list "
+        "the configs.",
     )
-    init.add_argument("name", nargs="?", metavar="NAME", help="name of a shipped config")
+    init.add_argument(
+        "name", nargs="?", metavar="NAME", help="name of a shipped config, or own-data"
+    )
+    init.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of labeled images, for own-data only"
+    )
     init.set_defaults(verb=verbs.init)
 
 
@@ -182,7 +189,7 @@ def _add_pretrain(parsers: Any, shared: Parser, job: Parser) -> None:
     kinds = pretraining.add_subparsers(required=True, metavar="KIND")
     for kind, text in (
         ("teacher", "a classifier on real images"),
-        ("denoiser", "a class-conditional pixel DiT on real images"),
+        ("denoiser", "a class-conditional DiT on real images"),
         ("fewstep", "a denoiser to do in a few steps what it does in many"),
     ):
         sub = kinds.add_parser(

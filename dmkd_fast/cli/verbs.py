@@ -11,6 +11,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from dmkd_fast.runtime.errors import invalid
+
+OWN_DATA = "own-data"
+
 
 def demo(options: argparse.Namespace) -> dict[str, Any]:
     """Run the demo job, and say what its student can do."""
@@ -30,10 +34,17 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def init(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Write a shipped config into the current folder, or list their names."""
+    """Write a shipped config or those of an own data set here, or list the names."""
     from dmkd_fast.config import shipped
 
+    if (options.name == OWN_DATA) != (options.data is not None):
+        raise invalid("--data", options.data, f"a folder with {OWN_DATA}, and none with others")
+    if options.name == OWN_DATA:
+        from dmkd_fast.jobs.pretrain import own_data
+
+        return own_data.init(options.data, Path())
     if options.name is None:
+        print(f"{OWN_DATA:<22} A folder of images to a student, with --data DIR")
         for name, text in shipped.shipped().items():
             print(f"{name:<22} {text}")
         return None

@@ -237,11 +237,14 @@ class TeacherConfig(PretrainConfig):
 
 
 class PretrainDenoiserConfig(PretrainConfig):
-    """A class-conditional pixel DiT trained on real images: `dmkd pretrain denoiser`."""
+    """A class-conditional DiT trained on real images: `dmkd pretrain denoiser`."""
 
     data: RealImagesConfig = RealImagesConfig()
+    vae: PathText | None = None
+    """Folder of an AutoencoderKL in diffusers format. The DiT is trained on its latents, and the
+    autoencoder is saved with it. null: on pixels."""
     patch_size: int = Field(4, ge=1, le=8192)
-    """Side of a patch in pixels. It must divide the side of the images."""
+    """Side of a patch in pixels, or in cells of the latents. It must divide their side."""
     num_layers: int = Field(ge=1, le=1000)
     """Number of transformer blocks."""
     num_heads: int = Field(ge=1, le=1024)

@@ -36,24 +36,38 @@ def init(name: str, folder: Path) -> Path:
             "NAME", repr(name), f"one of {', '.join(known)}", f"try {close[0]}" if close else ""
         )
     path = folder / f"{Path(name).name}.yaml"
+    write_new(path, commented(name))
+    return path
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that does not exist yet.
+
+    Raises:
+        UserError: It exists or cannot be written.
+    """
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(commented(name))
+            file.write(text)
     except FileExistsError:
         raise UserError(f"{path}: exists already; move it or work in another folder") from None
     except OSError as error:
         raise UserError(f"{path}: cannot write ({error.strerror}); use another folder") from None
-    return path
 
 
 def commented(name: str) -> str:
     """Return the text of a shipped config with the meaning of each setting above it."""
     path = CONFIGS / f"{name}.yaml"
     job = path.stem if path.stem in ("denoiser", "fewstep") else "teacher"
-    settings = reference.describe(job if path.parent.name == "pretrain" else "distill")
-    texts = {setting.name: setting.text for setting in settings}
+    text = path.read_text(encoding="utf-8").replace(f"configs/{name}.yaml", f"{path.stem}.yaml")
+    return with_comments(text, job if path.parent.name == "pretrain" else "distill")
+
+
+def with_comments(text: str, job: str) -> str:
+    """Return the text of a config of a job with the meaning of each setting above it."""
+    texts = {setting.name: setting.text for setting in reference.describe(job)}
     lines, section = [], ""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         if found := _SECTION.match(line):
             section = found[1]
             lines += ["", *_comment(texts.get(section, ""), "")]
@@ -66,7 +80,7 @@ def commented(name: str) -> str:
         if found := _FIELD.match(line):
             lines += _comment(texts.get(f"{section}.{found[1]}", ""), "  ")
         if not line.startswith("# yaml-language-server:"):
-            lines.append(line.replace(f"configs/{name}.yaml", f"{path.stem}.yaml"))
+            lines.append(line)
     return "\n".join(lines) + "\n"
 
 

@@ -31,7 +31,14 @@ from dmkd_fast.denoisers.model_folders import (
     weight_files,
 )
 from dmkd_fast.denoisers.prompts import encode_prompts
-from dmkd_fast.denoisers.wrappers import ClassUNet, Decoder, PixelDiT, TextUNet, import_diffusers
+from dmkd_fast.denoisers.wrappers import (
+    ClassUNet,
+    Decoder,
+    Encoder,
+    PixelDiT,
+    TextUNet,
+    import_diffusers,
+)
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import CONFIG, read_json, read_license
 
@@ -225,6 +232,51 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
         got, expected = f"{given!r:.60} latent channels", f"the denoiser's {channels}"
         raise invalid(f"{path}", got, expected, "use the autoencoder that belongs to it")
     vae = _pretrained(name, folder, lambda vae: vae.decode(torch.zeros(1, *denoiser.latent_shape)))
+    _check_scaling(path, vae)
+    made = whole(path, vae.config, "out_channels")
+    if made not in (1, 3):
+        raise invalid(f"{path}: out_channels", made, "1 or 3", "use another decoder")
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
+    decoder = Decoder(vae).to(memory_format=torch.channels_last)
+    return replace(denoiser, decoder=decoder, image_shape=(made, height * pixels, width * pixels))
+
+
+def load_encoder(
+    folder: Path, device: torch.device, image_shape: tuple[int, int, int]
+) -> tuple[Encoder, tuple[int, int, int]]:
+    """Load an `AutoencoderKL` in diffusers format, float32 and frozen.
+
+    Args:
+        folder: Folder with config.json and safetensors weights.
+        device: Device of the module.
+        image_shape: Shape of the images to encode, (c, S, S).
+
+    Returns:
+        The encoder, and the shape of one image's latents.
+
+    Raises:
+        UserError: The folder has no such autoencoder, or it does not fit the images.
+    """
+    path, (channels, side, _) = folder / CONFIG, image_shape
+    config = read_json(path)
+    if (name := config.get("_class_name")) != "AutoencoderKL":
+        got, fix = f"_class_name {name!r:.60}", "use another autoencoder"
+        raise invalid(f"{path}", got, "AutoencoderKL", fix)
+    if (given := config.get("in_channels", 3)) != channels:
+        fix = f"set data.channels={given}"
+        raise invalid("vae", f"{given!r:.60} input channels", f"the images' {channels}", fix)
+    trial = torch.zeros(1, *image_shape, device="meta")
+    vae = _pretrained(name, folder, lambda vae: vae.encode(trial))
+    _check_scaling(path, vae)
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
+    if side % pixels:
+        raise invalid("data.image_size", side, f"a multiple of {pixels}, for vae", "change it")
+    latent_shape = whole(path, vae.config, "latent_channels"), side // pixels, side // pixels
+    return Encoder(vae).to(device).eval().requires_grad_(False), latent_shape
+
+
+def _check_scaling(path: Path, vae: Any) -> None:
+    """Refuse latents that are scaled by channel or by a factor of 0."""
     for key in ("latents_mean", "latents_std"):
         if (given := vae.config.get(key)) is not None:
             fix = "use an autoencoder whose latents are not normalized by channel"
@@ -233,12 +285,6 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
         raise invalid(f"{path}: scaling_factor", 0, "another number", "fetch it again")
     if vae.config.get("shift_factor") is not None:
         number(path, vae.config, "shift_factor")
-    made = whole(path, vae.config, "out_channels")
-    if made not in (1, 3):
-        raise invalid(f"{path}: out_channels", made, "1 or 3", "use another decoder")
-    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
-    decoder = Decoder(vae).to(memory_format=torch.channels_last)
-    return replace(denoiser, decoder=decoder, image_shape=(made, height * pixels, width * pixels))
 
 
 def _check_config(

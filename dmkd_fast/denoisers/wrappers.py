@@ -120,6 +120,25 @@ class Decoder(nn.Module):
         return images
 
 
+class Encoder(nn.Module):
+    """The encoder of an autoencoder, from pixels to the latents that `Decoder` takes.
+
+    Args:
+        vae: diffusers' `AutoencoderKL`.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(vae.config.get("shift_factor") or 0.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images (B, c, H, W) in [-1, 1] to the means of their latents (B, c, h, w)."""
+        latents: Tensor = self.vae.encode(images).latent_dist.mode()
+        return (latents - self.shift) * self.scale
+
+
 def _guidance_waves(guidance: Tensor, width: int) -> Tensor:
     """Embed guidance values as sinusoids, for guidance-distilled UNets.
 

@@ -34,7 +34,7 @@ def test_init_lists_names_refuses_wrong_ones_and_overwrites_nothing(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(shipped.shipped())
+    assert [line.split()[0] for line in lines] == ["own-data", *shipped.shipped()]
     assert all(len(line.split()) > 2 and len(line) <= 80 for line in lines)
     assert cli.main(["init", "fashon_mnist"]) == 2
     assert "try fashion_mnist" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from dmkd_fast import InputSpec, cli, load_classifier, open_set
 from dmkd_fast.config.data import RealImagesConfig
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
+from dmkd_fast.data.test_sets import EncodedSet
 from dmkd_fast.jobs.images import denoiser_class_names
 from dmkd_fast.jobs.parts import load_parts
-from dmkd_fast.jobs.pretrain import real_data
+from dmkd_fast.jobs.pretrain import cache, real_data
 from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.jobs.resolve import resolve
 from dmkd_fast.runtime.errors import UserError
@@ -32,6 +34,14 @@ COMMON: dict[str, Any] = {
     "optim": {"name": "adamw", "lr": 1e-3},
     "train": {"batch_size": 8, "num_views": 16, "compile": False, "log_every_steps": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of each test's own."""
+    root = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root))
+    return root / "dmkd_fast"
 
 
 def names_in(record: str) -> list[str]:
@@ -131,6 +141,44 @@ def test_names_and_split_travel_from_the_folder_to_the_job(
         load_parts(resolve(load_config(DistillConfig, path)))
     config_of = load_config(DistillConfig, path, ["denoiser.class_map=[2, 0]"]).denoiser
     assert denoiser_class_names(config_of) == ("cat", "bee")
+
+
+def test_images_are_decoded_once_until_a_file_changes(
+    folder: Path, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = shutil.copytree(folder, tmp_path / "images")
+    first = load_real(place, CPU, SMALL)
+    before = {path: path.read_bytes() for path in cache_folder.glob("*.safetensors")}
+    assert len(before) == 2  # to train on, and held out
+    batches = EncodedSet.batches
+    monkeypatch.setattr(EncodedSet, "batches", lambda *_: pytest.fail("decoded again"))
+    second = load_real(place, CPU, SMALL)
+    assert torch.equal(first.train.images, second.train.images)
+    assert torch.equal(first.held_out.labels, second.held_out.labels)
+    (damaged,) = [p for p in before if p.stat().st_size == max(map(len, before.values()))]
+    damaged.write_bytes(before[damaged][:-1])
+    with pytest.raises(pytest.fail.Exception, match="decoded again"):
+        load_real(place, CPU, SMALL)
+    monkeypatch.setattr(EncodedSet, "batches", batches)
+    load_real(place, CPU, SMALL)
+    assert damaged.read_bytes() == before[damaged]
+    load_real(place, CPU, RealImagesConfig(image_size=8, held_out=0.25))
+    os.utime(place / "ant" / "003.png", (1, 1))
+    load_real(place, CPU, SMALL)
+    assert len(list(cache_folder.glob("*.safetensors"))) == 5
+
+
+def test_a_cache_that_cannot_be_written_changes_nothing(
+    folder: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = load_real(folder, CPU, SMALL)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "ant" / "notes.txt"))  # a file
+    made = load_real(folder, CPU, SMALL)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_folder.parent / "other"))
+    monkeypatch.setattr(cache, "MOST_OF_DISK", 0)
+    assert torch.equal(load_real(folder, CPU, SMALL).train.images, kept.train.images)
+    assert torch.equal(made.train.images, kept.train.images)
+    assert not list((cache_folder.parent / "other").rglob("*.safetensors"))
 
 
 def test_a_run_is_not_resumed_with_other_images(parts: Path, tmp_path: Path, capsys: Any) -> None:

@@ -9,7 +9,9 @@ distribution (Esser et al., arXiv 2403.03206, section 3.1).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from dmkd_fast.config.jobs import PretrainDenoiserConfig
 from dmkd_fast.data import test_sets
 from dmkd_fast.data.class_names import write_class_names
 from dmkd_fast.data.listing import CLASS_NAMES
-from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.denoisers.loading import load_denoiser, load_encoder
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
+from dmkd_fast.denoisers.wrappers import Encoder
 from dmkd_fast.jobs import memory, run_dir
-from dmkd_fast.jobs.pretrain import loop
+from dmkd_fast.jobs.pretrain import cache, loop
 from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.runtime.device import available_bytes
@@ -34,13 +37,16 @@ from dmkd_fast.sampling.arguments import Guidance, Steps
 from dmkd_fast.sampling.sampler import DiffusionSampler
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+# Images that the autoencoder encodes at a time; its activations are large.
+ENCODED = 8
+GRID_STEPS, GRID_IMAGES = 16, 8
 
 
 @loop.less_memory
 def pretrain_denoiser(
     config: PretrainDenoiserConfig, data: Path, *, resume: bool = False, show: bool = True
 ) -> dict[str, Any]:
-    """Train a class-conditional pixel DiT by flow matching; save `model` in the run directory.
+    """Train a class-conditional DiT by flow matching; save `model` in the run directory.
 
     Args:
         config: Settings of the job.
@@ -61,6 +67,16 @@ def pretrain_denoiser(
         fix = "set it, for example data.image_size=32"
         raise invalid("data.image_size", f"null for images of {size} x {width}", "a size", fix)
     num_classes = len(real.train.class_names)
+    encoder = None
+    if config.vae is not None:
+        encoder, latent = load_encoder(Path(config.vae), device, (channels, size, size))
+        channels, size, _ = latent
+        train, held_out = (
+            replace(part, images=_latents(part.images, encoder, latent))
+            for part in (real.train, real.held_out)
+        )
+    else:
+        train, held_out = real.train, real.held_out
     _check_size(config, size, device)
     model = new_pixel_dit(
         num_classes=num_classes,
@@ -75,30 +91,56 @@ def pretrain_denoiser(
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
         del uses  # Images are not augmented; uses differ in noise and timestep only.
-        labels = drop_labels(real.train.labels[indices], num_classes, config.label_dropout)
-        return flow_loss(forward, real.train.images[indices], labels, job)
+        labels = drop_labels(train.labels[indices], num_classes, config.label_dropout)
+        return flow_loss(forward, train.images[indices], labels, job)
 
     with run_dir.opened(config, resume=resume) as folder:
         real.write_record(folder)
-        average, facts = loop.train(job, model, loss_of, len(real.train.labels), folder)
+        average, facts = loop.train(job, model, loss_of, len(train), folder)
         torch.manual_seed(config.seed)
-        facts["held_out_loss"] = _held_out_loss(average.module, real.held_out, job)
+        facts["held_out_loss"] = _held_out_loss(average.module, held_out, job)
         with loop.results(folder) as target:
             save_denoiser(average.module.dit, FLOW, target)
+            if encoder is not None:
+                encoder.vae.save_pretrained(target / "vae")
             write_class_names(target / CLASS_NAMES, real.train.class_names)
             for scale, images in _sample_grids(target, num_classes, device, job.display):
                 path = target / f"samples_guidance_{scale:g}.png"
                 report_images.grid(images, real.train.class_names, path)
-            title = f"{config.name}: pixel DiT"
+            title = f"{config.name}: {'pixel' if encoder is None else 'latent'} DiT"
             verb = "pretrain denoiser CONFIG --data DIR"
             loop.write_card(target, title, verb, config, facts, source=real.source)
     return job.finish(facts)
 
 
+def _scaled(images: Tensor) -> Tensor:
+    """Return pixels as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def _latents(images: Tensor, encoder: Encoder, shape: tuple[int, int, int]) -> Tensor:
+    """Encode all images (N, c, H, W), to float16 latents (N, *shape) on their device.
+
+    Latents are kept in a file, which is named by the images and by the weights of the encoder.
+    """
+    digest = hashlib.sha256(f"latents {shape} {encoder.scale} {encoder.shift}".encode())
+    for values in (*encoder.state_dict().values(), *images.split(1000)):
+        digest.update(values.cpu().contiguous().numpy().data)
+    latents = cache.cached(
+        digest.hexdigest(),
+        (len(images), *shape),
+        torch.float16,
+        lambda: (encoder(_scaled(part)).half() for part in images.split(ENCODED)),
+    )
+    return latents.to(images.device)
+
+
 def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
     """Refuse patches that do not divide the images, and a transformer too large for memory."""
     if image_size % config.patch_size:
-        expected = f"a divisor of the images' {image_size} pixels"
+        unit = "pixels" if config.vae is None else "cells of latents"
+        expected = f"a divisor of the images' {image_size} {unit}"
         raise invalid("patch_size", config.patch_size, expected, "change it")
     width, tokens = config.num_heads * config.head_dim, (image_size // config.patch_size) ** 2
     weights = config.num_layers * (4 + 8 + 6) * width**2  # attention, MLP, modulation
@@ -125,14 +167,14 @@ def flow_loss(
 
     Args:
         forward: Denoiser to train or to measure.
-        images: Images (B, c, H, W) uint8.
+        images: Images (B, c, H, W) uint8, or latents in a floating dtype.
         labels: Classes (B,) int64, null class included.
         job: Job, for the device of the images and the dtype of the forward pass.
 
     Returns:
         Scalar loss, float32.
     """
-    clean = images.float() / 127.5 - 1
+    clean = _scaled(images) if images.dtype == torch.uint8 else images.float()
     noise = torch.randn_like(clean)
     levels = torch.sigmoid(torch.randn(len(clean), device=job.device))  # (B,)
     mixed = torch.lerp(clean, noise, levels[:, None, None, None])
@@ -166,18 +208,18 @@ def _held_out_loss(
 def _sample_grids(
     folder: Path, num_classes: int, device: torch.device, display: Progress
 ) -> Iterator[tuple[float, Tensor]]:
-    """Generate 8 images of each class at 3 guidance scales in 16 steps from saved weights."""
+    """Generate a row of images of each class at 3 guidance scales from saved weights."""
     loaded = load_denoiser(folder, device)
-    labels = torch.arange(num_classes, device=device).repeat_interleave(8)
+    labels = torch.arange(num_classes, device=device).repeat_interleave(GRID_IMAGES)
     ids = torch.arange(len(labels), device=device)
     scales = display.track((1.0, 1.5, 2.0), "sampling", 3, "grids", size=lambda _: 1)
     for scale in scales:
         sampler = DiffusionSampler(
             loaded,
-            Steps(count=16),
+            Steps(count=GRID_STEPS),
             Guidance(scale=scale),
             device=device,
             micro_batch_images=len(labels),
         )
         out = torch.empty((len(labels), *loaded.image_shape), dtype=torch.uint8, device=device)
-        yield scale, sampler.sample(ids, labels, out=out).cpu().unflatten(0, (-1, 8))
+        yield scale, sampler.sample(ids, labels, out=out).cpu().unflatten(0, (-1, GRID_IMAGES))

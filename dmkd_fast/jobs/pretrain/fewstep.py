@@ -10,6 +10,7 @@ Shapes: batch B, K steps of the few-step denoiser, c channels, H x W pixels.
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def pretrain_fewstep(
 
     Returns:
         The figures that `loop.train` returns, and two root mean square differences to the teacher's
-        images from the same noise, in units of [-1, 1] pixels: rms_to_teacher of the trained
-        denoiser, and rms_without_training of the teacher's own K guided steps.
+        images from the same noise, in units of [-1, 1] pixels or of latents: rms_to_teacher of the
+        trained denoiser, and rms_without_training of the teacher's own K guided steps.
     """
     job = loop.prepare(config, resume=resume, show=show)
     if (ended := job.finished()) is not None:
@@ -68,9 +69,9 @@ def pretrain_fewstep(
         got = f"a {start.scheduler.get('_class_name')}"
         expected = f"a flow model ({FLOW['_class_name']})"
         raise invalid("denoiser.path", got, expected, "use one from `dmkd pretrain denoiser`")
-    if not isinstance(start.module, LeanDiT | PixelDiT) or start.decoder is not None:
-        got = f"a {type(start.module).__name__}{'' if start.decoder is None else ' on latents'}"
-        raise invalid("denoiser.path", got, "a pixel DiT", "use one from `dmkd pretrain denoiser`")
+    if not isinstance(start.module, LeanDiT | PixelDiT):
+        got = f"a {type(start.module).__name__}"
+        raise invalid("denoiser.path", got, "a DiT", "use one from `dmkd pretrain denoiser`")
     pool = Pool(start, job)
     model: Any = load_denoiser(given, device, lean=False).module
     share_embedder(model.dit)
@@ -100,12 +101,14 @@ def pretrain_fewstep(
         }
         with loop.results(folder) as target:
             save_denoiser(average.module.dit, scheduler, target)
+            if start.decoder is not None:
+                shutil.copytree(given / "vae", target / "vae")
             if names := read_class_names(given / CLASS_NAMES, must_exist=False):
                 write_class_names(target / CLASS_NAMES, names)
             facts |= _compare(target, pool, start, job)
             loop.write_card(
                 target,
-                f"{config.name}: {config.num_steps}-step pixel DiT",
+                f"{config.name}: {config.num_steps}-step DiT",
                 "pretrain fewstep CONFIG",
                 config,
                 facts,
@@ -191,7 +194,8 @@ def _compare(
     size = pool.sampler.micro_batch_images
     ids = HELD_OUT_ID + torch.arange(size, device=device)
     labels = ids % start.num_classes
-    wanted = pool.trajectories(ids, labels)[-1]
+    largest = 1.0 if start.decoder is None else math.inf  # latents have no bounds
+    wanted = pool.trajectories(ids, labels)[-1].clamp(-largest, largest)
     shared: dict[str, Any] = {"micro_batch_images": size, "device": device, "seed": config.seed}
     made = DiffusionSampler(loaded, Steps(count=config.num_steps), **shared)
     untrained = DiffusionSampler(
@@ -205,8 +209,8 @@ def _compare(
     for name, sampler in job.display.track(
         compared, "comparing", len(compared), "samplers", size=lambda _: 1
     ):
-        got = sampler.trajectory(ids, labels)[-1].clamp(-1, 1)
-        facts[name] = round((got - wanted.clamp(-1, 1)).square().mean().sqrt().item(), 4)
+        got = sampler.trajectory(ids, labels)[-1].clamp(-largest, largest)
+        facts[name] = round((got - wanted).square().mean().sqrt().item(), 4)
     classes = torch.arange(start.num_classes, device=device).repeat_interleave(8)
     out = torch.empty((len(classes), *start.image_shape), dtype=torch.uint8, device=device)
     made.sample(HELD_OUT_ID + torch.arange(len(classes), device=device), classes, out=out)

@@ -2,7 +2,8 @@
 
 Part of the training images is held out: it is never trained on, and all settings are chosen by
 results on it. The test set, if there is one, is evaluated once, after the last step, and is only
-reported. Images are kept on the training device as uint8.
+reported. Images are kept on the training device as uint8; those of files and shards are decoded
+once and then read from `cache.py`.
 
 Shapes: N images, c channels, H x W pixels, S image size.
 """
@@ -10,6 +11,7 @@ Shapes: N images, c channels, H x W pixels, S image size.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from dmkd_fast.data import test_sets
 from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.listing import CLASS_NAMES, Item
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet, load_idx, open_set
+from dmkd_fast.jobs.pretrain import cache
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError, invalid
@@ -188,17 +191,29 @@ def _pixels(size: int, channels: int) -> InputSpec:
 
 
 def _decoded(images: EncodedSet, config: RealImagesConfig) -> ImageSet:
-    """Decode, resize and crop all images, to (N, c, S, S) uint8."""
+    """Decode, resize and crop all images, to (N, c, S, S) uint8, unless a file holds them."""
     assert config.image_size is not None
-    spec, place = _pixels(config.image_size, config.channels), 0
+    spec = _pixels(config.image_size, config.channels)
     shape = len(images), config.channels, config.image_size, config.image_size
-    pixels = torch.empty(shape, dtype=torch.uint8, device=images.device)
-    labels = torch.empty(len(images), dtype=torch.int64, device=images.device)
-    for views, classes in images.batches([spec]):
-        rows = slice(place, place + len(classes))
-        pixels[rows], labels[rows] = _levels(views[spec]), classes
-        place += len(classes)
-    return ImageSet(images=pixels, labels=labels, class_names=images.class_names)
+    pixels = cache.cached(
+        _content_key(images.items, f"{shape}"),
+        shape,
+        torch.uint8,
+        lambda: (_levels(views[spec]) for views, _ in images.batches([spec])),
+    )
+    labels = torch.tensor([item.label for item in images.items], device=images.device)
+    return ImageSet(images=pixels.to(images.device), labels=labels, class_names=images.class_names)
+
+
+def _content_key(items: Sequence[Item], shape: str) -> str:
+    """Return a digest of the names, sizes and times of the files, and of the resulting shape."""
+    stats = {path: os.stat(path) for path in {item.path for item in items}}
+    digest = hashlib.sha256(f"pixels {shape}".encode())
+    for item in items:
+        path, stat = os.path.abspath(item.path), stats[item.path]
+        row = path, item.offset, item.length, stat.st_size, stat.st_mtime_ns
+        digest.update(f"{row!r}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _resized(images: ImageSet, size: int | None) -> ImageSet:
