@@ -8,8 +8,9 @@ EXTRAS ?= all
 slim := distill,text,tensorboard
 BIN := .venv/bin
 STAMP := .venv/.ready
+NOT_OURS := --exclude 'libtorch*' --exclude 'libc10*'
 
-.PHONY: run test test-long test-hard digits docs setup lint clean
+.PHONY: run test test-long test-hard digits docs setup lint wheel clean
 
 run: setup
 	$(BIN)/dmkd distill configs/fashion_mnist.yaml
@@ -52,6 +53,12 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+# One wheel for Python 3.11 and newer, in dist/; torch brings its own libraries.
+wheel: setup
+	rm -rf build/wheel dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH auditwheel repair $(NOT_OURS) --wheel-dir dist build/wheel/*.whl
 
 clean:
 	rm -rf .venv build dist site *.egg-info dmkd_fast/*.so

@@ -112,7 +112,7 @@ def test_values_of_other_types_are_drawn_or_named_in_one_line(
             problem, refused = str(error), refused + 1
         except Exception as error:
             raise AssertionError(what) from error
-        assert not problem or problem.startswith(f"{run / name}: ") and "\n" not in problem, what
+        assert not problem or (problem.startswith(f"{run / name}: ") and "\n" not in problem), what
     assert refused > 10
 
 
