@@ -127,7 +127,7 @@ def test_page_of_a_killed_run_says_so_and_how_to_go_on(
     capsys.readouterr()
     assert cli.main(["report", str(run)]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == {"report": f"{run}/report.html"}
+    assert printed == {"report": f"{run}/report.html", "run_dir": str(run)}
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Killed or lost" in page and REFRESH not in page
     assert f"dmkd distill &#x27;{run}/config.yaml&#x27; --resume" in page
