@@ -227,5 +227,5 @@ def described(error: ValidationError) -> str:
         return f"{name}: missing"
     if problem["type"] == "value_error":
         return f"{name}: {problem['ctx']['error']}"
-    expected = re.sub(r"^\w+ (should|must) (be|have) (an? )?", "", problem["msg"])
+    expected = re.sub(r"^\w+ (should|must) (be|have) ", "", problem["msg"])
     return str(invalid(name, shown(problem["input"]), expected))
