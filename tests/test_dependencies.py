@@ -100,6 +100,24 @@ def test_every_library_that_is_imported_is_declared() -> None:
                 assert name.partition(".")[0] in known, f"{path}: {name} is not declared"
 
 
+def test_the_lowest_versions_that_are_claimed_are_those_that_are_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = ("distill", "text", "tensorboard", "onnx")
+    claimed = project["dependencies"] + [
+        r for extra in extras for r in project["optional-dependencies"][extra]
+    ]
+    lines = (ROOT / "constraints" / "lowest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for requirement in claimed:
+        name, _, lowest = requirement.partition(">=")
+        numbers = tested.pop(name).split(".")
+        given = lowest.split(".")
+        assert numbers == given + ["0"] * (len(numbers) - len(given)), requirement
+    assert not tested
+    makefile = (ROOT / "Makefile").read_text()
+    assert f'".[{",".join(extras)}]"' in makefile
+
+
 def private_names_in_use() -> set[str]:
     """Dotted names that begin with `torch.` and have a part that begins with one underscore."""
     found = set()

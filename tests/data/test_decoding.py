@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
-import nvidia.dali
 import pytest
 import torch
 from PIL import Image
@@ -27,8 +27,9 @@ from dmkd_fast.runtime.distributed import ALONE, Ranks
 @pytest.fixture
 def dali(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     """A stand-in that records what it is called with."""
+    pytest.importorskip("nvidia.dali")
     recorder = MagicMock()
-    monkeypatch.setattr(nvidia, "dali", recorder)
+    monkeypatch.setattr(sys.modules["nvidia"], "dali", recorder)
     return recorder
 
 
@@ -159,6 +160,7 @@ def test_memory_that_is_used_up_is_not_blamed_on_an_image(monkeypatch: pytest.Mo
     def fail(*args: object) -> None:
         raise RuntimeError("x: std::bad_alloc\ny")
 
+    pytest.importorskip("nvidia.dali")
     monkeypatch.setattr(decode.Decoder, "_decode_by_dali", fail)
     with pytest.raises(SourceError, match="memory is used up"):
         ImageDecoder((1, 8, 8)).decode(["a"], [encode(np.zeros((8, 8), dtype=np.uint8))])

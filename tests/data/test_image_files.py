@@ -70,13 +70,22 @@ FILES = {
 }
 
 
-def both(name: str, channels: int, inputs: list[InputSpec]) -> list[list[torch.Tensor]]:
-    found = []
-    for has_dali in (True, False):
-        decoder = Decoder(channels, inputs, device=torch.device("cpu"), num_threads=1)
-        decoder._has_dali = has_dali
-        found.append(decoder.decode([name], [FILES[name]]))
-    return found
+def decoded(
+    name: str, channels: int, inputs: list[InputSpec], *, has_dali: bool
+) -> list[torch.Tensor]:
+    decoder = Decoder(channels, inputs, device=torch.device("cpu"), num_threads=1)
+    decoder._has_dali = has_dali
+    return decoder.decode([name], [FILES[name]])
+
+
+def specs(channels: int) -> list[InputSpec]:
+    usual: dict[str, Any] = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    return [
+        InputSpec(size=24, crop_pct=0.75, **usual),
+        InputSpec(size=16, interpolation="bicubic", **usual),
+        InputSpec(size=48, crop_pct=0.9, interpolation="bicubic", **usual),
+        InputSpec(size=17, crop_mode="squash", **usual),
+    ]
 
 
 def test_the_page_and_the_files_here_are_the_same() -> None:
@@ -85,24 +94,30 @@ def test_the_page_and_the_files_here_are_the_same() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", FILES)
-def test_dali_and_pillow_agree_within_one_level(name: str, channels: int) -> None:
-    usual: dict[str, Any] = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
-    inputs = [
-        InputSpec(size=24, crop_pct=0.75, **usual),
-        InputSpec(size=16, interpolation="bicubic", **usual),
-        InputSpec(size=48, crop_pct=0.9, interpolation="bicubic", **usual),
-        InputSpec(size=17, crop_mode="squash", **usual),
-    ]
+def test_pillow_decodes_what_the_page_says(name: str, channels: int) -> None:
     if name == "TIFF, float":
         with pytest.raises(SourceError, match="TIFF, float: got pixels of kind F, expected 8 or"):
-            both(name, channels, inputs)
+            decoded(name, channels, [], has_dali=False)
         return
-    ((dali,), (pillow,)) = both(name, channels, [])
-    assert dali.shape == pillow.shape == (1, channels, 40, 57)
-    assert (dali.int() - pillow.int()).abs().max() <= 1
-    for mine, other in zip(*both(name, channels, inputs), strict=True):
-        assert (mine.int() - other.int()).abs().max() <= 1
+    (image,) = decoded(name, channels, [], has_dali=False)
+    assert image.shape == (1, channels, 40, 57)
+    views = decoded(name, channels, specs(channels), has_dali=False)
+    assert [view.shape[-1] for view in views] == [24, 16, 48, 17]
     if name == "PNG, 16 bits gray":
-        assert torch.equal(pillow[0, 0], torch.from_numpy(np.rint(DEEP[..., 0] / 257)).byte())
+        assert torch.equal(image[0, 0], torch.from_numpy(np.rint(DEEP[..., 0] / 257)).byte())
     if name == "PNG, alpha" and channels == 3:
-        assert torch.equal(pillow[0].permute(1, 2, 0), torch.from_numpy(np.array(RGB)))
+        assert torch.equal(image[0].permute(1, 2, 0), torch.from_numpy(np.array(RGB)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", FILES)
+def test_dali_and_pillow_agree_within_one_level(name: str, channels: int) -> None:
+    pytest.importorskip("nvidia.dali")
+    if name == "TIFF, float":
+        with pytest.raises(SourceError, match="TIFF, float: got pixels of kind F, expected 8 or"):
+            decoded(name, channels, [], has_dali=True)
+        return
+    for inputs in ([], specs(channels)):
+        mine, other = (decoded(name, channels, inputs, has_dali=has) for has in (True, False))
+        for one, same in zip(mine, other, strict=True):
+            assert (one.int() - same.int()).abs().max() <= 1

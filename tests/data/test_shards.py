@@ -33,8 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_shards_are_read_by_tarfile_and_by_dalis_webdataset_reader(folder: Path) -> None:
-    from nvidia.dali import Pipeline, fn
-
+    dali = pytest.importorskip("nvidia.dali")
     paths = sorted(str(p) for p in folder.glob("*.tar"))
     members = {}
     for path in paths:
@@ -47,8 +46,10 @@ def test_shards_are_read_by_tarfile_and_by_dalis_webdataset_reader(folder: Path)
             np.asarray(Image.open(io.BytesIO(members[f"{i:09d}.png"]))), IMAGES[i, 0]
         )
         assert int(members[f"{i:09d}.cls"]) == LABELS[i]
-    with Pipeline(batch_size=10, num_threads=1, device_id=None, prefetch_queue_depth=1) as pipe:
-        encoded, classes = fn.readers.webdataset(paths=paths, ext=["png", "cls"])
+    with dali.Pipeline(
+        batch_size=10, num_threads=1, device_id=None, prefetch_queue_depth=1
+    ) as pipe:
+        encoded, classes = dali.fn.readers.webdataset(paths=paths, ext=["png", "cls"])
         pipe.set_outputs(encoded, classes)
     encoded, classes = pipe.run()
     for i in range(10):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import select
@@ -69,6 +70,12 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def picture(self, left: float, top: float, width: int, height: int) -> bytes:
+        """Return a part of the open page as a PNG file."""
+        clip = {"x": left, "y": top, "width": width, "height": height, "scale": 1}
+        found = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        return base64.b64decode(found["data"])
 
     def requests(self) -> list[str]:
         """Return the addresses that the page has asked for."""

@@ -128,7 +128,14 @@ def test_resuming_a_finished_run_changes_nothing(
     assert files_of(run) == before
 
 
-def test_every_summary_names_the_run(run: Path) -> None:
+def test_every_summary_names_the_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(run), "--to", "timm", "--out", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["run_dir"] == str(run)
+    for more in ([], ["--json"]):
+        assert cli.main(["report", str(run), *more, "--out", str(tmp_path / "page.html")]) == 0
+        assert json.loads(capsys.readouterr().out)["run_dir"] == str(run)
     assert evaluate(run, show=False).summary()["run_dir"] == str(run)
     assert json.loads((run / "summary.json").read_text())["run_dir"] == str(run)
     assert evaluate(run / "student", WEAK.replace("weak", "test"), show=False).run_dir == str(run)

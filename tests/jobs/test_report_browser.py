@@ -62,3 +62,17 @@ def test_comparison_is_complete_and_asks_for_nothing(page: Path, tab: Browser) -
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         sent = [address for address in tab.requests() if not address.startswith("data:")]
         assert sent == [both.resolve().as_uri()] and tab.complaints() == []
+
+
+def test_page_of_a_killed_run_says_so_and_how_to_go_on(tmp_path: Path, tab: Browser) -> None:
+    run = write_run(tmp_path / "a run", num_rows=10)
+    report.report([run])
+    for width, dark in ((400, True), (1400, False)):
+        tab.open(run / "report.html", width=width, dark=dark)
+        words = tab.evaluate("document.querySelector('.state').innerText")
+        assert words.startswith("Killed or lost at 6,400 of 64,000 views")
+        assert f"dmkd distill '{run}/config.yaml' --resume" in words
+        assert tab.evaluate("document.querySelector('.state').getBoundingClientRect().top") < 300
+        assert tab.evaluate(POINTS) == [2] * 3 + [10] * 6  # accuracy; loss, ring
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.complaints() == []

@@ -93,7 +93,8 @@ def export(
         normalize: Whether the exported network takes pixels in [0, 1] and normalizes them itself.
 
     Returns:
-        path, format, top1, num_images, largest_difference of the logits.
+        path, format, run_dir (None for a classifier that is no run's), top1, num_images,
+        largest_difference of the logits.
 
     Raises:
         UserError: The classifier cannot be loaded or has no such format, `out` exists, or the
@@ -132,7 +133,8 @@ def export(
         batches = images.batches([spec.input, exported.input])
         facts = _compare(model, again, batches, spec.input, exported.input)
         _write_card(partial, to, exported, facts)
-    return {"path": str(target), "format": to, **facts}
+    run = str(folder) if (folder / run_dir.CONFIG).is_file() else None
+    return {"path": str(target), "format": to, "run_dir": run, **facts}
 
 
 def _test_images(

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmkd_fast.jobs.report import checks
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.errors import UserError
 
 CONFIG, STATS, SUMMARY, LOCK = "config.yaml", "stats.jsonl", "summary.json", ".lock"
 FACTS, PAGE = "report.json", "report.html"
-MOST_POINTS = 600
+MOST_POINTS, MOST_DRAWN = 600, 1e100
 STATES = {
     "running": "running",
     "finished": "finished",
@@ -87,12 +88,17 @@ class RunData:
         """Words of the command line before the config, such as `dmkd distill`."""
         return str(self.facts.get("command", "dmkd distill"))
 
+    def points(self, x: str, y: str, scale: float = 1) -> list[tuple[float, float]]:
+        """Return a curve of two columns, without values that no chart can show."""
+        pairs = [(row[x], scale * row[y]) for row in self.rows if x in row and y in row]
+        return [pair for pair in pairs if all(abs(v) < MOST_DRAWN for v in pair)]
+
     def times(self) -> dict[str, float]:
         """Return host seconds by part of the run, and those that no part accounts for."""
         found = self.facts.get("seconds", {})
         spent = {name: found[name] for name in PARTS if name in found}
         if spent:
-            spent["other"] = max(0.0, found["whole"] - sum(spent.values()))
+            spent["other"] = max(0.0, found.get("whole", 0.0) - sum(spent.values()))
         return spent
 
 
@@ -118,52 +124,48 @@ def load(folder: Path) -> RunData:
     if not (folder / CONFIG).is_file():
         what = "no such directory" if not folder.is_dir() else f"got a directory without {CONFIG}"
         raise UserError(f"{folder}: {what}, expected the directory of a run; see dmkd report")
-    facts = _json(folder / FACTS)
-    summary = _json(folder / SUMMARY)
+    facts = checks.read_json(folder / FACTS, checks.Facts)
+    summary = checks.read_json(folder / SUMMARY, checks.Summary)
     rows, num_rows = read_rows(folder / STATS)
-    return from_parts(
-        folder,
+    text, config = checks.read_config(folder / CONFIG)
+    return RunData(
+        folder=folder,
         state=_state(folder, facts, summary),
         facts=facts,
         rows=rows,
         num_rows=num_rows,
+        config_text=text,
+        config=config,
         summary=summary,
     )
-
-
-def from_parts(folder: Path, **parts: Any) -> RunData:
-    """Return a run of these parts, with the config that its directory holds."""
-    import yaml
-
-    try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder / CONFIG}: cannot be read ({reason}); restore it") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG}: got no settings, expected a mapping; restore it")
-    return RunData(folder=folder, config_text=text, config=config, **parts)
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the rows of stats.jsonl, thinned if there are many, and their number.
 
-    A last line that is still being written is left out.
+    Lines that are no JSON are left out, such as one that is still being written.
+
+    Raises:
+        UserError: The file cannot be read, or a row does not hold numbers.
     """
     rows: list[dict[str, Any]] = []
     count = 0
     if not path.is_file():
         return rows, count
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and {"views", "wall_s"} <= row.keys():
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                try:
+                    add_row(rows, checks.check_row(row))
+                except ValueError as error:
+                    raise UserError(f"{path}: line {number}: {error}; delete the line") from None
                 count += 1
-                add_row(rows, row)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return thinned(rows), count
 
 
@@ -207,16 +209,3 @@ def _state(folder: Path, facts: dict[str, Any], summary: dict[str, Any]) -> str:
         return "finished"
     state = str(facts.get("state", "killed"))
     return state if state in STATES and state != "running" else "killed"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: got no JSON object, expected one; delete it")
-    return found

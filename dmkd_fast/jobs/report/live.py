@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dmkd_fast import __version__
+from dmkd_fast.jobs.report import checks
 from dmkd_fast.jobs.report import data as report_data
 from dmkd_fast.jobs.report import page as report_page
 from dmkd_fast.jobs.report.images import by_class, cells, evenly, sheet_uris
@@ -50,8 +51,13 @@ class LivePage:
         look: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.folder, self.facts, self._clock, self._look = folder, facts, clock, look
-        self.rows, self.num_rows = report_data.read_rows(folder / report_data.STATS)
+        self._config: tuple[str, dict[str, Any]] | None = None
         self._next = 0.0
+        try:
+            self.rows, self.num_rows = report_data.read_rows(folder / report_data.STATS)
+        except UserError as error:  # Lost rows do not justify the end of the run.
+            warn_once(f"{folder / report_data.PAGE}: without earlier rows ({error})")
+            self.rows, self.num_rows = [], 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Take a row of statistics, and write the page if it is due."""
@@ -82,12 +88,16 @@ class LivePage:
                 self.facts["cpu_s"] = round(self._clock.cpu_s(), 1)
             self.facts |= {"state": state, "message": message, "written": _now()}
             data = json.dumps(self.facts, default=str).encode()
-            run = report_data.from_parts(
-                self.folder,
+            # The run does not change its config, and YAML is slow to parse.
+            self._config = self._config or checks.read_config(self.folder / report_data.CONFIG)
+            run = report_data.RunData(
+                folder=self.folder,
                 state=state,
                 facts=self.facts,
                 rows=report_data.thinned(self.rows),
                 num_rows=self.num_rows,
+                config_text=self._config[0],
+                config=self._config[1],
                 summary=summary or {},
             )
             page = report_page.render(run).encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -55,9 +54,7 @@ def training_charts(runs: Sequence[RunData]) -> str:
             scale = 100 if name == "top1" else 1
             lines = [
                 svg.Curve(
-                    points=_points(run.rows, key, name, scale),
-                    color=i % 8,
-                    has_marks=name == "top1",
+                    points=run.points(key, name, scale), color=i % 8, has_marks=name == "top1"
                 )
                 for i, run in enumerate(runs)
             ]
@@ -89,13 +86,6 @@ def training_charts(runs: Sequence[RunData]) -> str:
         most = max(runs, key=lambda run: run.num_rows)
         captions.append(f"{len(most.rows):,} of {most.num_rows:,} points are drawn.")
     return f'<div class="charts">{"".join(charts)}</div><p class="caption">{" ".join(captions)}</p>'
-
-
-def _points(
-    rows: Sequence[dict[str, Any]], x: str, y: str, scale: float
-) -> list[tuple[float, float]]:
-    pairs = [(row[x], scale * row[y]) for row in rows if x in row and y in row]
-    return [pair for pair in pairs if all(map(math.isfinite, pair))]
 
 
 def _levels(runs: Sequence[RunData]) -> list[tuple[float, int]]:
@@ -285,7 +275,7 @@ def _class_table(rows: Sequence[dict[str, Any]]) -> str:
 def _confusion(run: RunData) -> str:
     evaluation = run.facts.get("evaluation", {})
     found = evaluation.get("confusion", {})
-    if "counts" in found:
+    if found.get("counts"):
         names = [row["name"] for row in evaluation["classes"]]
         return "<h3>Confusion</h3>" + figure(
             svg.heat_map(found["counts"], names),
@@ -296,16 +286,11 @@ def _confusion(run: RunData) -> str:
         return ""
     pairs = [
         (shorten(true, _NAME), shorten(guess, _NAME), f"{count:,}")
-        for true, guess, count in found["pairs"]
+        for true, guess, count in found.get("pairs", [])
     ]
-    each = (
-        ""
-        if found["per_pixel"] == 1
-        else (
-            f" A pixel stands for {found['per_pixel']} x {found['per_pixel']} classes and shows "
-            "the largest share of them."
-        )
-    )
+    wide, each = found.get("per_pixel", 1), ""
+    if wide > 1:
+        each = f" A pixel stands for {wide} x {wide} classes and shows the largest share of them."
     picture = figure(
         f'<img class="confusion" src="{text(found["picture"])}" alt="Confusion matrix">',
         "Rows are the true classes from top to bottom, columns the student's guesses from left to "
@@ -324,7 +309,7 @@ def _calibration(run: RunData) -> str:
         figure(svg.reliability(who.capitalize(), bins, color), "")
         for color, (who, bins) in enumerate(evaluation["calibration"].items())
     )
-    error = evaluation["scores"].get("ece")
+    error = evaluation.get("scores", {}).get("ece")
     return (
         f'<div class="charts">{charts}</div><p class="caption">Test images in 15 groups by the '
         "confidence of the guess; a larger dot has more images. On the dashed line, a guess made "

@@ -17,7 +17,7 @@ def ring(run: RunData) -> str:
         ("ring_uses", "Mean uses of an image", "views per image", 1),
         ("ring_age_blocks", "Mean age of an image", "age (blocks)", 1),
     ):
-        points = [(r["wall_s"], scale * r[key]) for r in run.rows if key in r]
+        points = run.points("wall_s", key, scale)
         if points:
             x = svg.time_axis([a for a, _ in points])
             y = svg.axis([b for _, b in points], label, start=0.0)
