@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +111,50 @@ def add_verbs(verbs: Any, shared: argparse.ArgumentParser) -> None:
     )
     teacher.set_defaults(verb=_import_teacher)
 
+    denoiser = kinds.add_parser(
+        "denoiser",
+        parents=[shared],
+        help="a diffusion model with pickled weights or in a single file",
+        description="Rewrite a diffusion model into a folder with safetensors and configs, for "
+        "denoiser.path. Pickles are read with weights_only=True, which runs no code. No weight "
+        "changes. The result is loaded once.",
+    )
+    hub = "hf-hub:OWNER/NAME@COMMIT"
+    denoiser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help=f"folder in diffusers format, {hub}, or a single file of Stable Diffusion 1.x",
+    )
+    denoiser.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    denoiser.add_argument(
+        "--config",
+        metavar="FOLDER",
+        help=f"folder (or {hub}) with the configs and the tokenizer of a single file",
+    )
+    denoiser.add_argument(
+        "--vae", metavar="FOLDER", help=f"folder (or {hub}) of another autoencoder to put in"
+    )
+    denoiser.add_argument(
+        "--scheduler",
+        metavar="KEY=VALUE",
+        type=_assignment,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="values to set in scheduler_config.json, such as variance_type=learned_range",
+    )
+    denoiser.set_defaults(verb=_import_denoiser)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not re.fullmatch(r"\w+", name):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
 
 def _count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) == 0:
@@ -162,4 +207,19 @@ def _import_teacher(options: argparse.Namespace) -> dict[str, Any]:
         if facts["top1"] <= 2 / facts["num_classes"]:
             print("that is close to chance: check --mean, --std, --input-size and --classes")
     print(f"use it as teacher: {{path: {facts['path']}}}")
+    return facts
+
+
+def _import_denoiser(options: argparse.Namespace) -> dict[str, Any]:
+    from dmkd_fast.jobs.exchange.denoiser import import_denoiser
+
+    facts = import_denoiser(
+        options.source,
+        options.out,
+        config=options.config,
+        vae=options.vae,
+        scheduler=dict(options.scheduler),
+    )
+    print(f"rewrote {facts['pickles']} pickled files, read with weights_only, which runs no code")
+    print(f"license: {facts['license']}; use it as denoiser: {{path: {facts['path']}}}")
     return facts
