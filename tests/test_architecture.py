@@ -21,7 +21,7 @@ HOMES = {
     "xformers": {"denoisers/attention.py"},
     "onnx": {"jobs/exchange/export.py"},
     "onnxruntime": {"jobs/exchange/export.py"},
-    "huggingface_hub": {"assets/__init__.py"},
+    "huggingface_hub": {"assets/__init__.py", "jobs/exchange/card.py", "jobs/exchange/hub.py"},
     "pyarrow": {"data/shards.py"},
     "nvidia": {"data/decode.py", "data/stored.py"},
 }

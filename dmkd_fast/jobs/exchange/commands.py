@@ -69,6 +69,11 @@ def add_verbs(verbs: Any, shared: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take pixels in [0, 1], and normalize them inside the network; not for timm",
     )
+    export.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload the folder to this repository on the Hub, after `hf auth login`",
+    )
     export.set_defaults(verb=_export)
 
     importing = verbs.add_parser(
@@ -202,6 +207,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
         data=options.data,
         classes=options.classes,
         normalize=options.normalize,
+        push=options.push,
     )
 
 
