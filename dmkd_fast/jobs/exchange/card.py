@@ -15,7 +15,6 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import run_dir
 from dmkd_fast.jobs.evaluate import STUDENT
-from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.model_files import read_json
 
 # Identifiers that the Hub accepts as `license`; any other license is stated as `license_name`.
@@ -78,13 +77,18 @@ def _datasets(path: str, revision: str | None) -> Iterator[str]:
     if (known := hub_dataset(path)) is not None:
         yield known
         return
+    from huggingface_hub import try_to_load_from_cache
+
+    card: Any = Path(path) / "README.md"
+    if path.startswith(assets.HUB):  # as it was fetched for the run; nothing is downloaded
+        name = path.removeprefix(assets.HUB)
+        card = try_to_load_from_cache(name, "README.md", revision=revision)
     try:
-        card = assets.resolve(path, revision) / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        text = Path(card).read_text(encoding="utf-8", errors="replace")
         header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
         values = yaml.safe_load(header[1]) if header else {}
-    except (UserError, OSError, yaml.YAMLError):
-        return  # The card is only read for its names; the network may be gone.
+    except (OSError, TypeError, yaml.YAMLError):
+        return  # No card, or one that the Hub cannot read either.
     stated = values.get("datasets") if isinstance(values, dict) else None
     for name in stated if isinstance(stated, list) else [stated]:
         if isinstance(name, str) and re.fullmatch(_ID, name, re.ASCII):

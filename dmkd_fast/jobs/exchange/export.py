@@ -247,13 +247,16 @@ def _program(exported: _Exported) -> torch.export.ExportedProgram:
     example = torch.zeros(4, exported.input.num_channels, size, size)
     batch = torch.export.Dim("batch")
     try:
-        return torch.export.export(exported.model, (example,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(exported.model, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export raises many kinds of errors for what it cannot trace.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{exported.spec.architecture}: torch.export cannot trace it for any number of images "
             f"({reason}); use --to timm"
         ) from None
+    for node in program.graph.nodes:  # Traces name files of this machine.
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 @exact_float32()
