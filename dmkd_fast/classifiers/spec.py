@@ -24,7 +24,7 @@ SMALL_STEM = "small_stem_resnet"
 STEMS = ("conv3", "conv3_pool", "conv3_stride2")
 
 # Arguments of timm and torchvision that only shape the network, by the largest value allowed.
-_RATES = """attention_dropout attn_drop_rate drop_block_rate drop_connect_rate drop_path_rate
+_RATES = """attention_dropout attn_drop_rate bn_eps drop_block_rate drop_connect_rate drop_path_rate
     drop_rate dropout head_init_scale norm_eps patch_drop_rate pos_drop_rate proj_drop_rate
     stochastic_depth_prob"""
 _KINDS = """act_layer aa_layer always_partition aux_logits avg_down class_token conv_mlp distilled

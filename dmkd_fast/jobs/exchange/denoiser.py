@@ -23,7 +23,7 @@ from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.model_folders import STEM, check_is_pipeline, find_files
 from dmkd_fast.denoisers.single_file import split_single_file
 from dmkd_fast.jobs.exchange.checkpoints import find_weights, read_checkpoint
-from dmkd_fast.runtime import files
+from dmkd_fast.jobs.exchange.folders import check_new, new_network
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.runtime.model_files import CONFIG, PICKLES, WEIGHTS, check_plain, read_json
 
@@ -62,8 +62,7 @@ def import_denoiser(
         UserError: A file cannot be read safely, the model cannot be loaded, or `out` exists.
     """
     target = Path(out)
-    if target.exists():
-        raise UserError(f"{target}: exists already; choose another OUT or remove it")
+    check_new(target, "OUT")
     given = Path(source)
     if given.is_file() and config is None:
         got, fix = "none for a single file", "add --config FOLDER"
@@ -73,17 +72,14 @@ def import_denoiser(
     folder = given if given.is_file() else _folder(source)
     configs = folder if config is None else _folder(config)
     check_is_pipeline(configs)
-    with files.new_folder(target) as partial:
-        try:
-            count = _write(folder, configs, partial)
-            if vae is not None:
-                shutil.rmtree(partial / "vae", ignore_errors=True)
-                count += _rewrite(_folder(vae), partial / "vae", *_NETWORKS["vae"])
-            _write_scheduler(partial / "scheduler" / _SCHEDULER, scheduler or {})
-            _write_index(configs / _INDEX, partial)
-            facts = _loaded(partial)
-        except UserError as error:
-            raise UserError(str(error).replace(str(partial), str(source))) from None
+    with new_network(target, source) as partial:
+        count = _write(folder, configs, partial)
+        if vae is not None:
+            shutil.rmtree(partial / "vae", ignore_errors=True)
+            count += _rewrite(_folder(vae), partial / "vae", *_NETWORKS["vae"])
+        _write_scheduler(partial / "scheduler" / _SCHEDULER, scheduler or {})
+        _write_index(configs / _INDEX, partial)
+        facts = _loaded(partial)
     return {"path": str(target), "pickles": count, **facts}
 
 

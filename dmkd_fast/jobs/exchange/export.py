@@ -27,6 +27,7 @@ from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.jobs import networks, run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, open_test_set
 from dmkd_fast.jobs.exchange import card, hub
+from dmkd_fast.jobs.exchange.folders import check_new
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import exact_float32, set_num_threads
 from dmkd_fast.runtime.errors import UserError, invalid
@@ -108,8 +109,7 @@ def export(
     target = folder / f"export-{to}" if out is None else Path(out)
     if out is None and not (folder / run_dir.CONFIG).is_file():
         raise UserError(f"--out: got none for {what}, which is not a run directory; add --out DIR")
-    if target.exists():
-        raise UserError(f"{target}: exists already; choose another with --out DIR or remove it")
+    check_new(target, "--out DIR")
     if normalize and to == "timm":
         fix = "remove it, as timm reads mean and std from config.json"
         raise invalid("--normalize", "it with --to timm", "pt2 or onnx", fix)

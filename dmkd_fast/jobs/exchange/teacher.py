@@ -16,18 +16,11 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.classifiers import small_nets
-from dmkd_fast.classifiers.loading import (
-    TORCHVISION,
-    build,
-    build_classifier,
-    load_classifier,
-    save_classifier,
-)
+from dmkd_fast.classifiers.loading import TORCHVISION, build, build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.data.class_names import read_class_names
-from dmkd_fast.jobs.evaluate import evaluate
 from dmkd_fast.jobs.exchange.checkpoints import find_weights, read_checkpoint
-from dmkd_fast.runtime import files
+from dmkd_fast.jobs.exchange.folders import check_new, save_teacher
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.runtime.model_files import COMPILED
 
@@ -77,8 +70,7 @@ def import_teacher(
     """
     path = Path(checkpoint)
     target = Path(out or Path("teachers") / arch.removeprefix(TORCHVISION))
-    if target.exists():
-        raise UserError(f"{target}: exists already; choose another with --out DIR or remove it")
+    check_new(target, "--out DIR")
     content = read_checkpoint(path)
     place, weights = find_weights(path, content)
     recipe = _training_settings(content)
@@ -92,21 +84,15 @@ def import_teacher(
         spec = ClassifierSpec(**{**vars(spec), "label_names": names})
     model = build_classifier(spec)
     model.load_state_dict(state, strict=False)  # `_compare` allows missing counters only
-    with files.new_folder(target) as partial:
-        save_classifier(model, spec, partial)
-        load_classifier(partial, torch.device("cpu"))
-    facts: dict[str, Any] = {
-        "path": str(target),
-        "weights": ".".join(filter(None, (place, prefix.rstrip(".")))) or "the whole file",
-        "num_classes": spec.num_classes,
-        "input_size": spec.input_size,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-    }
-    if data is not None:
-        found = evaluate(target, data, classes=classes)
-        facts |= {"top1": found.scores["top1"], "num_images": found.num_images}
-    return facts
+    return save_teacher(
+        model,
+        spec,
+        target,
+        source=path,
+        weights=".".join(filter(None, (place, prefix.rstrip(".")))) or "the whole file",
+        data=data,
+        classes=classes,
+    )
 
 
 def _training_settings(content: Any) -> dict[str, Any]:
@@ -118,8 +104,8 @@ def _training_settings(content: Any) -> dict[str, Any]:
     if size:
         found["input_size"] = size if isinstance(size, int) else size[-1]
     extra = dict(values.get("model_kwargs") or {})
-    if values.get("gp"):
-        extra["global_pool"] = values["gp"]
+    names = {"gp": "global_pool", "bn_eps": "bn_eps"}  # those that change the logits
+    extra |= {ours: values[theirs] for theirs, ours in names.items() if values.get(theirs)}
     return found | ({"model_args": extra} if extra else {})
 
 

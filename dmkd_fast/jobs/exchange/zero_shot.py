@@ -12,12 +12,11 @@ from torch.nn.functional import normalize
 
 from dmkd_fast import assets
 from dmkd_fast.classifiers import zero_shot
-from dmkd_fast.classifiers.loading import build_classifier, load_classifier, save_classifier
+from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.data.class_names import read_class_names
 from dmkd_fast.denoisers.config_values import number, whole
-from dmkd_fast.jobs.evaluate import evaluate
-from dmkd_fast.runtime import files
+from dmkd_fast.jobs.exchange.folders import check_new, save_teacher
 from dmkd_fast.runtime.device import exact_float32
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import CONFIG, check_plain, read_json, read_license
@@ -57,8 +56,7 @@ def import_zero_shot(
     """
     path, revision = assets.split_commit(str(source))
     target = Path(out or Path("teachers") / f"{Path(path).name}-zero-shot")
-    if target.exists():
-        raise UserError(f"{target}: exists already; choose another with --out DIR or remove it")
+    check_new(target, "--out DIR")
     names = read_class_names(Path(classes), must_exist=True)
     for prompt in prompts:
         if "{name}" not in prompt:
@@ -71,24 +69,16 @@ def import_zero_shot(
         head = _head(clip, tokenizer, names, prompts)
         model = _converted(clip, spec, head)
         _compare(folder, clip, model, spec, head)
-    with files.new_folder(target) as partial:
-        save_classifier(model, spec, partial)
-        load_classifier(partial)
-        license = read_license(folder)
-        card = f"---\nlicense: {license}\n---\nZero-shot classifier made from CLIP, with prompts.\n"
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    facts: dict[str, Any] = {
-        "path": str(target),
-        "weights": "image tower and prompts",
-        "num_classes": spec.num_classes,
-        "input_size": spec.input_size,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-    }
-    if data is not None:
-        found = evaluate(target, data, classes=classes)
-        facts |= {"top1": found.scores["top1"], "num_images": found.num_images}
-    return facts
+    return save_teacher(
+        model,
+        spec,
+        target,
+        source=source,
+        weights="image tower and prompts",
+        license=read_license(folder),
+        data=data,
+        classes=classes,
+    )
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
