@@ -14,10 +14,12 @@ import torch
 from classifier_folders import trap
 from command_line import one_line
 from safetensors.torch import load_file, save_file
+from small_jobs import ROOT
 from small_models import VAE, class_unet_folder, dit_folder, spread, stable_diffusion
 from torch import Tensor
 
-from dmkd_fast import cli
+from dmkd_fast import assets, cli
+from dmkd_fast.cli.parser import new_parser
 from dmkd_fast.denoisers.loading import load_denoiser
 
 CPU = torch.device("cpu")
@@ -90,6 +92,28 @@ def test_the_papers_decoder_and_schedule_are_put_in(tmp_path: Path) -> None:
     assert pipeline.scheduler.config.clip_sample is False
     for name, value in pipeline.vae.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
+
+
+def test_the_command_in_the_papers_config_is_complete() -> None:
+    text = (ROOT / "configs" / "paper" / "imagenet.yaml").read_text()
+    lines = [line.removeprefix("#").strip() for line in text.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("dmkd import denoiser"))
+    end = next(i for i in range(start, len(lines)) if not lines[i].endswith("\\"))
+    words = " ".join(line.rstrip("\\") for line in lines[start : end + 1]).split()
+    options = new_parser().parse_args(words[1:])
+    assert str(options.out) == "models/dit_xl_2_256"
+    assert [assets.split_commit(name)[0] for name in (options.source, options.vae)] == [
+        "hf-hub:facebook/DiT-XL-2-256",
+        "hf-hub:stabilityai/sd-vae-ft-mse",
+    ]
+    assert dict(options.scheduler) == {
+        "_class_name": "DDPMScheduler",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "variance_type": "learned_range",
+        "clip_sample": False,
+        "timestep_spacing": "linspace",
+    }
 
 
 def test_a_class_unet_with_one_pickle_of_any_name(tmp_path: Path) -> None:
