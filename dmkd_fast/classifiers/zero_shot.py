@@ -36,10 +36,11 @@ class ZeroShotClassifier(nn.Module):
         super().__init__()
         import timm
 
-        self.tower: Any = timm.create_model(
+        vit: Any = timm.create_model(
             "vit_base_patch32_clip_224", pretrained=False, num_classes=0, in_chans=in_chans, **tower
         )
-        self.projection = nn.Linear(self.tower.num_features, projection_dim, bias=False)
+        self.tower: nn.Module = vit
+        self.projection = nn.Linear(vit.num_features, projection_dim, bias=False)
         self.head = nn.Linear(projection_dim, num_classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:

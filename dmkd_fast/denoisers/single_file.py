@@ -24,7 +24,9 @@ def split_single_file(weights: dict[str, Tensor], configs: Path) -> dict[str, di
         UserError: The file has another layout, or the configs do not belong to it.
     """
     diffusers = import_diffusers()
-    from diffusers.loaders import single_file_utils as names
+    from diffusers.loaders import single_file_utils
+
+    names: Any = single_file_utils
 
     for prefix in ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."):
         if not any(name.startswith(prefix) for name in weights):

@@ -90,12 +90,12 @@ def _datasets(path: str, revision: str | None) -> Iterator[str]:
     except (OSError, TypeError, yaml.YAMLError):
         return  # No card, or one that the Hub cannot read either.
     stated = values.get("datasets") if isinstance(values, dict) else None
-    for name in stated if isinstance(stated, list) else [stated]:
-        if isinstance(name, str) and re.fullmatch(_ID, name, re.ASCII):
-            yield name
+    for each in stated if isinstance(stated, list) else [stated]:
+        if isinstance(each, str) and re.fullmatch(_ID, each, re.ASCII):
+            yield each
 
 
-def license_fields(licenses: dict[str, str]) -> dict[str, str]:
+def license_fields(licenses: dict[str, str]) -> dict[str, Any]:
     """Return the card's license: that of all inputs if it is one, else `other` and their names."""
     stated = {text.partition(" (")[0].strip().lower() for text in licenses.values()}
     if len(stated) == 1 and (only := next(iter(stated))) in LICENSES.split():

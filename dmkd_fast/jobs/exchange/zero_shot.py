@@ -113,10 +113,10 @@ def _load(folder: Path) -> tuple[Any, Any]:
             "--zero-shot: needs transformers; install it with: pip install 'dmkd_fast[text]'"
         ) from None
     try:
-        model: Any
-        model, info = CLIPModel.from_pretrained(
+        loaded: Any = CLIPModel.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
+        model, info = loaded
         if missing := info["missing_keys"]:
             raise ValueError(f"no weights for {min(missing)}")
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
