@@ -12,10 +12,13 @@ import pytest
 import torch
 from classifier_folders import edit
 from command_line import one_line
+from real_sets import NAMES as CLASSES
 from small_models import letters_tokenizer, spread
 
 from dmkd_fast import cli
-from dmkd_fast.classifiers.loading import load_classifier
+from dmkd_fast.classifiers.loading import for_inference, load_classifier
+from dmkd_fast.config.networks import TeachingConfig
+from dmkd_fast.jobs import networks
 
 transformers = pytest.importorskip("transformers")
 NAMES = ("red_square", "blue_ring", "star")
@@ -117,6 +120,27 @@ def test_a_prompt_of_ones_own_and_several_prompts(tmp_path: Path) -> None:
     mean = (first + second) / 2  # per class, the mean embedding is shorter than 1
     torch.testing.assert_close((both / mean).std(dim=0), torch.zeros(3), rtol=0, atol=1e-2)
     assert (both.abs() >= mean.abs() - 1e-4).all()
+
+
+def test_the_teacher_of_a_job_is_read_from_the_folder(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip_folder(tmp_path / "clip")
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    out = tmp_path / "out"
+    options = ["--data", str(folder)]
+    assert cli.main(command(tmp_path / "clip", tmp_path / "names.txt", out, *options)) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["num_images"] == 23 and 0 <= facts["top1"] <= 1
+    loaded = networks.load_teachers(
+        {"teacher": TeachingConfig(path=str(out))}, temperature=1.0, device=torch.device("cpu")
+    )
+    assert loaded.class_names["teacher"] == CLASSES and loaded.license == "mit"
+    model, spec = load_classifier(out)
+    images = torch.randn(4, 3, 24, 24)
+    with torch.inference_mode():
+        fast = for_inference(model, torch.float32, spec.input)(images)
+        torch.testing.assert_close(fast, model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_mistakes_end_in_one_line_and_leave_nothing(
