@@ -52,7 +52,9 @@ def hub(*, refuse: bool = False) -> Iterator[Hub]:
                 row = json.loads(line)
                 if row["key"] == "file":
                     state.files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
-            answer = {"commitUrl": f"{state.url}/commit/{'a' * 40}", "commitOid": "a" * 40}
+            repository = "/".join(self.path.split("/")[3:5])
+            address = f"{state.url}/{repository}/commit/{'a' * 40}"
+            answer = {"commitUrl": address, "commitOid": "a" * 40}
             return self._answer(200, {"success": True, **answer})
 
         def _answer(self, code: int, values: dict[str, Any]) -> None:

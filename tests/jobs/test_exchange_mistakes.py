@@ -122,7 +122,7 @@ def test_import_teacher(place: Path, folder: Path, capsys: pytest.CaptureFixture
             (of("file"), ["file"]),
             (of("net.pth", "no_such_net"), ["no_such_net"]),
             (of("net.pth", "cifar_resnet14"), ["cifar_resnet14"]),
-            (of("net.pth", "resnet18"), ["--arch"]),
+            (of("net.pth", "resnet18"), ["net.pth"]),
             (net, ["--mean"]),
             ([*net, "--mean", "0.5", "0.5", "--std", "0.2"], ["mean"]),
             ([*net, "--mean", "0.5", "--std", "0"], ["std"]),

@@ -110,10 +110,8 @@ def test_a_checkpoint_of_timms_train_py(changes: dict[str, Any], ema: bool, tmp_
     facts = import_teacher(tmp_path / "last.pth.tar", args.model, out=tmp_path / "out")
     assert facts["weights"] == ("state_dict_ema" if ema else "state_dict")
     same_logits(tmp_path / "out", model)
-    spec, theirs = (
-        load_classifier(tmp_path / "out", CPU)[1],
-        resolve_data_config(vars(args), model=model),
-    )
+    spec = load_classifier(tmp_path / "out", CPU)[1]
+    theirs = resolve_data_config(vars(args), model=timm.create_model(args.model))
     got = spec.mean, spec.std, spec.input_size, spec.crop_pct, spec.interpolation
     size = theirs["input_size"][-1]
     expected = theirs["mean"], theirs["std"], size, theirs["crop_pct"], theirs["interpolation"]

@@ -63,8 +63,8 @@ def import_zero_shot(
             raise invalid("--prompt", repr(prompt[:60]), "a text with {name}", "add {name} to it")
     folder = assets.resolve(path, revision)
     config = _checked_config(folder)
-    clip, tokenizer = _load(folder)
     spec = _spec(folder, config, names)
+    clip, tokenizer = _load(folder)
     with exact_float32(), torch.no_grad():
         head = _head(clip, tokenizer, names, prompts)
         model = _converted(clip, spec, head)
@@ -108,10 +108,14 @@ def _load(folder: Path) -> tuple[Any, Any]:
     """Load CLIP and its tokenizer from local files; no code of the folder runs."""
     try:
         from transformers import CLIPModel, CLIPTokenizer
+        from transformers.utils import logging
     except ImportError:
         raise UserError(
             "--zero-shot: needs transformers; install it with: pip install 'dmkd_fast[text]'"
         ) from None
+    # Reports on missing weights would stand beside the error of one line.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         loaded: Any = CLIPModel.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
