@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dmkd_fast"
 # Where each library may be imported. Files in integrations/ import their framework on use.
 HOMES = {
-    "timm": {"classifiers/loading.py", "jobs/exchange/export.py"},
+    "timm": {"classifiers/loading.py", "classifiers/zero_shot.py", "jobs/exchange/export.py"},
     "torchvision": {"classifiers/loading.py", "data/decode.py"},
-    "diffusers": {"denoisers/wrappers.py"},
-    "transformers": {"denoisers/prompts.py"},
+    "diffusers": {"denoisers/wrappers.py", "denoisers/single_file.py"},
+    "transformers": {"denoisers/prompts.py", "jobs/exchange/zero_shot.py"},
     "xformers": {"denoisers/attention.py"},
     "onnx": {"jobs/exchange/export.py"},
     "onnxruntime": {"jobs/exchange/export.py"},
-    "huggingface_hub": {"assets/__init__.py"},
+    "huggingface_hub": {"assets/__init__.py", "jobs/exchange/card.py", "jobs/exchange/hub.py"},
     "pyarrow": {"data/manifest.py", "data/teacher_logits.py"},
     "nvidia": {"data/decode.py", "data/stored.py"},
 }

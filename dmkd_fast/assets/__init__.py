@@ -11,26 +11,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dmkd_fast.runtime.errors import UserError, one_line
+from dmkd_fast.runtime.errors import UserError, invalid, one_line
 
 ROOT = Path(__file__).parent
 PREFIX, HUB = "embedded:", "hf-hub:"
 
 
-def resolve(path: str, revision: str | None = None) -> Path:
+def resolve(path: str, revision: str | None = None, *, pickles: bool = False) -> Path:
     """Return the folder that a setting names, downloaded from the Hub if needed.
 
     Args:
         path: `embedded:NAME` (checked against the manifest), `hf-hub:OWNER/NAME` (downloaded once;
             safetensors, configs and vocabularies only), or the path of a folder.
         revision: Commit of a Hub repository.
+        pickles: Whether to download pickled weights too, to rewrite them.
 
     Raises:
         UserError: There is no such asset, one of its files differs from the manifest, or the
             download failed.
     """
     if path.startswith(HUB):
-        return _fetch(path.removeprefix(HUB), revision)
+        return _fetch(path.removeprefix(HUB), revision, pickles=pickles)
     if not path.startswith(PREFIX):
         return Path(path)
     name = path.removeprefix(PREFIX)
@@ -41,6 +42,21 @@ def resolve(path: str, revision: str | None = None) -> Path:
         if file_sha256(ROOT / name / file) != digest:
             raise UserError(f"{path}: {file} differs from the manifest; install the package again")
     return ROOT / name
+
+
+def split_commit(name: str) -> tuple[str, str | None]:
+    """Split `hf-hub:OWNER/NAME@COMMIT` into path and commit; other names have no commit.
+
+    Raises:
+        UserError: A Hub repository is named without a whole commit.
+    """
+    if not name.startswith(HUB):
+        return name, None
+    path, _, revision = name.partition("@")
+    if len(revision) != 40 or set(revision) - set("0123456789abcdef"):
+        expected = f"{path}@COMMIT with 40 hexadecimal digits, so that the weights never change"
+        raise invalid(path, f"revision {revision!r}", expected)
+    return path, revision
 
 
 def newest(repository: str) -> tuple[Path, str]:
@@ -63,13 +79,14 @@ def license(path: str) -> str | None:
     return str(entries[path.removeprefix(PREFIX)]["license"])
 
 
-def _fetch(repository: str, revision: str | None) -> Path:
+def _fetch(repository: str, revision: str | None, *, pickles: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        # No pickled weights; .txt and .model files hold the vocabularies of tokenizers.
+        # .txt and .model files hold the vocabularies of tokenizers.
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
+        patterns += ["*.bin"] * pickles
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason, which = one_line(error), revision or "its newest commit"

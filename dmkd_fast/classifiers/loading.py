@@ -2,7 +2,7 @@
 
 A classifier on disk is a folder with `config.json` (timm's hub layout) and `model.safetensors`.
 Folders that timm puts on the Hub are read unchanged. An architecture is a name from
-`classifiers/small_nets.py`, `torchvision:NAME`, or a timm name.
+`classifiers/small_nets.py`, `clip_zero_shot`, `torchvision:NAME`, or a timm name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from dmkd_fast import assets
-from dmkd_fast.classifiers import small_nets
+from dmkd_fast.classifiers import small_nets, zero_shot
 from dmkd_fast.classifiers.spec import STEMS, ClassifierSpec, check_model_args, stated_license
 from dmkd_fast.runtime.device import exact_float32, is_out_of_memory
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
@@ -72,6 +72,10 @@ def build(
         if model is not None:
             if model_args:
                 raise TypeError(f"takes none, got {', '.join(model_args)}")
+        elif architecture == zero_shot.NAME:
+            model = zero_shot.ZeroShotClassifier(
+                num_classes=num_classes, in_chans=in_chans, **model_args
+            )
         elif architecture.startswith(TORCHVISION):
             model = _torchvision(architecture, num_classes, in_chans, model_args)
         else:
@@ -142,7 +146,8 @@ def timm_lines(spec: ClassifierSpec) -> str:
     """Return the model card's lines on loading with timm; empty for torchvision's models."""
     if spec.architecture.startswith(TORCHVISION):
         return ""
-    known = spec.stem == "own" and not spec.architecture.startswith(small_nets.PREFIXES)
+    own = (*small_nets.PREFIXES, zero_shot.NAME)
+    known = spec.stem == "own" and not spec.architecture.startswith(own)
     register = "" if known else "  # registers the architecture with timm\nimport timm"
     first = "timm" if known else "dmkd_fast.integrations.timm"
     return (

@@ -24,7 +24,7 @@ SMALL_STEM = "small_stem_resnet"
 STEMS = ("conv3", "conv3_pool", "conv3_stride2")
 
 # Arguments of timm and torchvision that only shape the network, by the largest value allowed.
-_RATES = """attention_dropout attn_drop_rate drop_block_rate drop_connect_rate drop_path_rate
+_RATES = """attention_dropout attn_drop_rate bn_eps drop_block_rate drop_connect_rate drop_path_rate
     drop_rate dropout head_init_scale norm_eps patch_drop_rate pos_drop_rate proj_drop_rate
     stochastic_depth_prob"""
 _KINDS = """act_layer aa_layer always_partition aux_logits avg_down class_token conv_mlp distilled
@@ -37,8 +37,9 @@ _COUNTS = """block_config block_reduce_first cardinality depth depths heads laye
     num_heads output_stride reg_tokens"""
 _SIZES = """base_width channel_multiplier channels depth_multiplier dims embed_dim embed_dims
     expand_ratio growth_rate head_dim head_hidden_size img_size init_values kernel_size kernel_sizes
-    layer_scale_init_value ls_init_value mlp_ratio mlp_ratios num_features patch_size stem_chs
-    stem_size stem_width width width_factor width_mult widths window_ratio window_size"""
+    layer_scale_init_value ls_init_value mlp_ratio mlp_ratios num_features patch_size
+    projection_dim stem_chs stem_size stem_width width width_factor width_mult widths window_ratio
+    window_size"""
 MODEL_ARGS = {
     name: largest
     for names, largest in ((_RATES, 1), (_KINDS, 1), (_COUNTS, 256), (_SIZES, 8192))

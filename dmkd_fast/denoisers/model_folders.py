@@ -27,8 +27,7 @@ def check_is_pipeline(folder: Path) -> None:
             f"{folder}",
             "a file",
             expected,
-            "give its folder, or convert a single-file checkpoint with diffusers' "
-            "from_single_file(FILE).save_pretrained(FOLDER)",
+            "give its folder, or rewrite a single-file checkpoint with dmkd import denoiser",
         )
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, expected {expected}; check denoiser.path")
@@ -58,26 +57,43 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
             files elsewhere.
     """
     check_plain(folder)
-    for variant in (None, "fp16"):
-        infix = "" if variant is None else f".{variant}"
-        single = folder / f"{STEM}{infix}.safetensors"
-        if single.is_file():
-            return [single], variant
-        index = folder / f"{STEM}.safetensors.index{infix}.json"
-        if index.is_file():
-            return _shards(index), variant
+    if found := find_files(folder, STEM, ".safetensors"):
+        return found
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
     if pickles:
         raise UserError(
             f"{folder}: got no .safetensors file but {pickles[0]}, a pickle, which can run code "
-            "when read; fetch the weights as safetensors, or convert them where that is safe: "
-            "load the pipeline with diffusers and call save_pretrained(FOLDER)"
+            "when read; fetch the weights as safetensors, or rewrite them: dmkd import denoiser "
+            "SOURCE OUT"
         )
     others = sorted(p.name for p in folder.glob("*.safetensors"))
-    found = f"only {others[0]}" if others else "no .safetensors file"
-    raise UserError(
-        f"{folder}: no such file: {STEM}.safetensors; got {found}; fetch the model again"
-    )
+    got = f"only {others[0]}" if others else "no .safetensors file"
+    raise UserError(f"{folder}: no such file: {STEM}.safetensors; got {got}; fetch the model again")
+
+
+def find_files(folder: Path, stem: str, suffix: str) -> tuple[list[Path], str | None] | None:
+    """Find weight files by the naming of diffusers and transformers, or return None.
+
+    Args:
+        folder: Folder of one part of a model.
+        stem: Name of a single file without its suffix.
+        suffix: `.safetensors` or `.bin`.
+
+    Returns:
+        The files and their variant, as in `weight_files`.
+
+    Raises:
+        UserError: A shard is missing, or the index names files elsewhere.
+    """
+    for variant in (None, "fp16"):
+        infix = "" if variant is None else f".{variant}"
+        single = folder / f"{stem}{infix}{suffix}"
+        if single.is_file():
+            return [single], variant
+        index = folder / f"{stem}{suffix}.index{infix}.json"
+        if index.is_file():
+            return _shards(index, suffix), variant
+    return None
 
 
 def load_strictly(model: nn.Module, files: list[Path]) -> None:
@@ -123,15 +139,15 @@ def num_stored(files: list[Path]) -> int:
     return total
 
 
-def _shards(index: Path) -> list[Path]:
+def _shards(index: Path, suffix: str) -> list[Path]:
     """Return the files that an index names; all must be in the folder of the index."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise UserError(f"{index}: weight_map: got no names of files; fetch the model again")
     files = [index.parent / name for name in sorted(set(names.values()))]
     for path in files:
-        if path.parent != index.parent or path.suffix != ".safetensors":
-            got = f"{path.name!r:.60} outside of its folder or not safetensors"
+        if path.parent != index.parent or path.suffix != suffix:
+            got = f"{path.name!r:.60} outside of its folder or not {suffix.removeprefix('.')}"
             raise invalid(f"{index}: weight_map", got, "files beside it", "fetch the model again")
         if not path.is_file():
             raise UserError(f"{path}: no such file, but {index.name} names it; fetch it again")

@@ -36,9 +36,15 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
         check_plain(folder / part)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        encoder: Any = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, local_files_only=True
+        loaded: Any = CLIPTextModel.from_pretrained(
+            folder / "text_encoder",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
+        encoder, info = loaded
+        if info["missing_keys"]:
+            raise ValueError(f"no weights for {min(info['missing_keys'])}, and others")
         encoder.eval()
         # A tokenizer whose files state no length reports 10**30.
         longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)

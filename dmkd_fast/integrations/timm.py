@@ -10,6 +10,7 @@ Students with an architecture of timm need no import of this module. Registered 
     `cifar_resnetD` up to depth 110, `cifar_resnetDx4` up to depth 56
     `cifar_wrnD_K` up to depth 40 and width 10
     `cifar_vgg8`, `cifar_vgg11`, `cifar_vgg13`
+    `clip_zero_shot`
     `small_stem_resnet`, any ResNet of timm (`base=`) with a small stem (`stem=`, as in
         `ClassifierConfig.stem`)
 """
@@ -23,6 +24,7 @@ from torch import nn
 
 from dmkd_fast.classifiers.loading import build as build_
 from dmkd_fast.classifiers.spec import SMALL_STEM
+from dmkd_fast.classifiers.zero_shot import NAME as ZERO_SHOT
 
 SMALL_NETS = (
     "lenet5",
@@ -52,5 +54,5 @@ def _register(name: str) -> None:
     register_model(entry)
 
 
-for _name in (*SMALL_NETS, SMALL_STEM):
+for _name in (*SMALL_NETS, ZERO_SHOT, SMALL_STEM):
     _register(_name)

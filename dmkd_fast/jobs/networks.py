@@ -63,11 +63,7 @@ def load_trained(name: str, device: torch.device) -> tuple[nn.Module, Classifier
     if name.startswith(TORCHVISION):
         return load_torchvision(name, device)
     if name.startswith(assets.HUB):
-        path, _, revision = name.partition("@")
-        if len(revision) != 40 or set(revision) - set("0123456789abcdef"):
-            expected = f"{path}@COMMIT with 40 hexadecimal digits, so that the weights never change"
-            raise invalid(path, f"revision {revision!r}", expected)
-        return _load_saved(path, revision, device)
+        return _load_saved(*assets.split_commit(name), device)
     if "/" in name or name.startswith(assets.PREFIX) or Path(name).exists():
         return _load_saved(_in_run(name), None, device)
     repository = hub_repository(name)

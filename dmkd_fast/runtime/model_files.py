@@ -198,8 +198,10 @@ def check_plain(folder: Path) -> None:
     configs = [p for p in (folder / CONFIG, folder / "tokenizer_config.json") if p.is_file()]
     for path in configs:
         values = read_json(path)
+        # The config of a model with two towers has one section for each.
+        sections = [values, *(v for v in values.values() if isinstance(v, dict))]
         for key in RUNS_CODE:
-            if values.get(key) is not None:
+            if any(section.get(key) is not None for section in sections):
                 what = f"{key}, which can run code that is not the library's own"
                 raise invalid(path, what, "a config without", "use a plain model")
         _check_inside(path, [values.get(key) for key in FILE_KEYS])

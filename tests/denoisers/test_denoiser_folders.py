@@ -142,7 +142,7 @@ def spoil(folder: Path, how: str) -> Path:
         ("file", "got a file, .*; give its folder, or convert .* from_single_file"),
         ("absent", "no such folder, .*; check denoiser.path"),
         ("transformers", "a transformers or timm model, .* use a diffusion model"),
-        ("pickle", r"diffusion_pytorch_model.bin, a pickle, .* save_pretrained\(FOLDER\)"),
+        ("pickle", r"diffusion_pytorch_model.bin, a pickle, .* dmkd import denoiser SOURCE OUT"),
         ("shard gone", "no such file, but diffusion_pytorch_model.safetensors.index.json names it"),
         ("shard elsewhere", "expected one without folders"),
         ("normalized latents", "latents_mean: got"),

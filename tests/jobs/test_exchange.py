@@ -112,7 +112,8 @@ def test_a_program_takes_any_batch_and_normalizes_on_request(
     to: str, normalize: bool, folder: Path, tmp_path: Path
 ) -> None:
     if to == "onnx":
-        pytest.importorskip("onnxscript")
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
     path, out = saved(tmp_path / "model"), tmp_path / "out"
     facts = exporting.export(path, to, out=out, data=folder, normalize=normalize)  # type: ignore[arg-type]
     assert facts["num_images"] == 23 and facts["largest_difference"] <= 1e-4

@@ -9,7 +9,6 @@ Shapes: B images, c channels, S input size, C classes.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,10 +26,11 @@ from dmkd_fast.data.class_names import write_class_names
 from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.jobs import networks, run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, open_test_set
+from dmkd_fast.jobs.exchange import card, hub
+from dmkd_fast.jobs.exchange.folders import check_new
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import exact_float32, set_num_threads
 from dmkd_fast.runtime.errors import UserError, invalid
-from dmkd_fast.runtime.model_files import read_json
 from dmkd_fast.views.spec import InputSpec
 
 Format = Literal["timm", "pt2", "onnx"]
@@ -50,8 +50,10 @@ class _Exported:
     """Spec of the classifier; its mean and std are those of the original."""
     input: InputSpec
     """Images that `model` takes: with `--normalize`, pixels in [0, 1]."""
-    licenses: dict[str, str]
-    """License of each of the inputs, by what it is."""
+    inputs: card.Inputs
+    """What the classifier was made from."""
+    tested_on: str | None
+    """Hub's name of the test set, if it has one."""
 
 
 class _Normalized(nn.Module):
@@ -80,6 +82,7 @@ def export(
     data: str | Path | None = None,
     classes: str | Path | None = None,
     normalize: bool = False,
+    push: str | None = None,
 ) -> dict[str, Any]:
     """Write a trained classifier in another format, after a comparison on the test images.
 
@@ -91,25 +94,27 @@ def export(
         data: Labeled images for the comparison; see `open_set`. None: the run's own test set.
         classes: File with the class names of `data`, one a line.
         normalize: Whether the exported network takes pixels in [0, 1] and normalizes them itself.
+        push: Hub repository, OWNER/NAME, to upload the folder to afterwards.
 
     Returns:
         path, format, run_dir (None for a classifier that is no run's), top1, num_images,
-        largest_difference of the logits.
+        largest_difference of the logits, and with `push` the url of the commit.
 
     Raises:
-        UserError: The classifier cannot be loaded or has no such format, `out` exists, or the
-            exported network predicts something else.
+        UserError: The classifier cannot be loaded or has no such format, `out` exists, the
+            exported network predicts something else, or the Hub refused; the folder is kept then.
     """
     set_num_threads(0)
     folder = Path(what)
     target = folder / f"export-{to}" if out is None else Path(out)
     if out is None and not (folder / run_dir.CONFIG).is_file():
         raise UserError(f"--out: got none for {what}, which is not a run directory; add --out DIR")
-    if target.exists():
-        raise UserError(f"{target}: exists already; choose another with --out DIR or remove it")
+    check_new(target, "--out DIR")
     if normalize and to == "timm":
         fix = "remove it, as timm reads mean and std from config.json"
         raise invalid("--normalize", "it with --to timm", "pt2 or onnx", fix)
+    if push is not None:
+        hub.check_repository(push)
     if to == "onnx":
         _check_onnx()
     model, spec, license = networks.load_trained(str(what), CPU)
@@ -120,7 +125,8 @@ def export(
         model=_Normalized(model, spec).eval() if normalize else model,
         spec=spec,
         input=_pixels(spec.input) if normalize else spec.input,
-        licenses=_licenses(folder, license),
+        inputs=card.read_inputs(str(what), license),
+        tested_on=card.hub_dataset(str(data)),
     )
     with files.new_folder(target) as partial:
         write: Callable[[_Exported, Path], Network] = {
@@ -133,6 +139,8 @@ def export(
         batches = images.batches([spec.input, exported.input])
         facts = _compare(model, again, batches, spec.input, exported.input)
         _write_card(partial, to, exported, facts)
+    if push is not None:
+        facts["url"] = hub.push(target, push)
     run = str(folder) if (folder / run_dir.CONFIG).is_file() else None
     return {"path": str(target), "format": to, "run_dir": run, **facts}
 
@@ -150,14 +158,6 @@ def _test_images(
         )
     config = load_config(DistillConfig, folder / run_dir.CONFIG)
     return config.eval.path, config.eval.classes
-
-
-def _licenses(folder: Path, license: str) -> dict[str, str]:
-    summary = folder / "summary.json"
-    found = read_json(summary) if summary.is_file() else {}
-    parts = ("denoiser", "teacher")
-    licenses = {part: str(found.get(f"{part}_license", "unknown")) for part in parts}
-    return licenses if found else {"weights": license}
 
 
 def _pixels(spec: InputSpec) -> InputSpec:
@@ -248,13 +248,16 @@ def _program(exported: _Exported) -> torch.export.ExportedProgram:
     example = torch.zeros(4, exported.input.num_channels, size, size)
     batch = torch.export.Dim("batch")
     try:
-        return torch.export.export(exported.model, (example,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(exported.model, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export raises many kinds of errors for what it cannot trace.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{exported.spec.architecture}: torch.export cannot trace it for any number of images "
             f"({reason}); use --to timm"
         ) from None
+    for node in program.graph.nodes:  # Traces name files of this machine.
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 @exact_float32()
@@ -289,17 +292,15 @@ def _compare(
 
 def _write_card(folder: Path, to: Format, exported: _Exported, facts: dict[str, Any]) -> None:
     """Write README.md with metadata that the Hub reads, and the class names; no local path."""
-    spec, different = exported.spec, set(exported.licenses.values())
-    license = different.pop() if len(different) == 1 else "other"
-    library = {"timm": "timm", "pt2": "pytorch", "onnx": "onnx"}[to]
-    metric = {"type": "accuracy", "value": round(facts["top1"], 6)}
-    result = {
-        "task": {"type": "image-classification"},
-        "dataset": {"name": "real test images", "type": "image-folder"},
-        "metrics": [metric],
-    }
-    index = json.dumps([{"name": spec.architecture, "results": [result]}])
-    stated = "; ".join(f"{part}: {text}" for part, text in exported.licenses.items())
+    spec, inputs = exported.spec, exported.inputs
+    header = card.metadata(
+        name=spec.architecture,
+        library={"timm": "timm", "pt2": "pytorch", "onnx": "onnx"}[to],
+        inputs=inputs,
+        tested_on=exported.tested_on,
+        facts=facts,
+    )
+    stated = "; ".join(f"{part}: {text}" for part, text in inputs.licenses.items())
     shape = f"{spec.in_chans} x {spec.input_size} x {spec.input_size}"
     loading = {
         "timm": timm_lines(spec),
@@ -314,10 +315,7 @@ def _write_card(folder: Path, to: Format, exported: _Exported, facts: dict[str, 
         else f"normalized with mean {list(spec.mean)} and std {list(spec.std)}"
     )
     text = (
-        f"---\nlibrary_name: {library}\npipeline_tag: image-classification\n"
-        f"license: {json.dumps(license if license != 'unknown' else 'other')}\n"
-        "tags: [image-classification, knowledge-distillation, synthetic-data]\n"
-        f"model-index: {index}\n---\n# {spec.architecture}\n\n"
+        f"{header}# {spec.architecture}\n\n"
         f"Top-1 accuracy {facts['top1']:.4f} on {facts['num_images']:,} real test images. On these "
         "images, the file and the original network predict the same classes, and their logits "
         f"differ by at most {facts['largest_difference']:.1e}.\n\n{loading}\n"

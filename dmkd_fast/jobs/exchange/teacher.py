@@ -13,30 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dmkd_fast.classifiers import small_nets
-from dmkd_fast.classifiers.loading import (
-    TORCHVISION,
-    build,
-    build_classifier,
-    load_classifier,
-    save_classifier,
-)
+from dmkd_fast.classifiers.loading import TORCHVISION, build, build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.data.class_names import read_class_names
-from dmkd_fast.jobs.evaluate import evaluate
-from dmkd_fast.runtime import files
+from dmkd_fast.jobs.exchange.checkpoints import find_weights, read_checkpoint
+from dmkd_fast.jobs.exchange.folders import check_new, save_teacher
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.runtime.model_files import COMPILED
 
-# Where checkpoints keep their weights, in the order of preference; averaged weights come first.
-_NESTS = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict"),
-    *("model", "net", "network", "module", "weights", "params"),
-)
 # Inputs of torchvision's reference training.
 _TORCHVISION: dict[str, Any] = {
     "input_size": (3, 224, 224),
@@ -83,8 +70,7 @@ def import_teacher(
     """
     path = Path(checkpoint)
     target = Path(out or Path("teachers") / arch.removeprefix(TORCHVISION))
-    if target.exists():
-        raise UserError(f"{target}: exists already; choose another with --out DIR or remove it")
+    check_new(target, "--out DIR")
     content = read_checkpoint(path)
     place, weights = find_weights(path, content)
     recipe = _training_settings(content)
@@ -98,71 +84,14 @@ def import_teacher(
         spec = ClassifierSpec(**{**vars(spec), "label_names": names})
     model = build_classifier(spec)
     model.load_state_dict(state, strict=False)  # `_compare` allows missing counters only
-    with files.new_folder(target) as partial:
-        save_classifier(model, spec, partial)
-        load_classifier(partial, torch.device("cpu"))
-    facts: dict[str, Any] = {
-        "path": str(target),
-        "weights": ".".join(filter(None, (place, prefix.rstrip(".")))) or "the whole file",
-        "num_classes": spec.num_classes,
-        "input_size": spec.input_size,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-    }
-    if data is not None:
-        found = evaluate(target, data, classes=classes)
-        facts |= {"top1": found.scores["top1"], "num_images": found.num_images}
-    return facts
-
-
-def read_checkpoint(path: Path) -> Any:
-    """Read a file of torch.save or safetensors without running any code.
-
-    Raises:
-        UserError: The file is missing or damaged, or holds more than tensors and plain containers.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # timm's train.py stores its arguments in a Namespace, which only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({_line(error)}); fetch or save it again") from None
-    except Exception as error:  # torch.load raises many kinds of errors for what it does not read.
-        raise UserError(
-            f"{path}: cannot be read with weights_only, which accepts tensors and plain containers "
-            f"and runs no code ({_line(error)}); save it where it was made with "
-            "torch.save(model.state_dict(), FILE)"
-        ) from None
-
-
-def find_weights(path: Path, content: Any) -> tuple[str, dict[str, Tensor]]:
-    """Find the state dictionary in a checkpoint.
-
-    Returns:
-        Keys that lead to it, joined by dots, and the tensors by name.
-
-    Raises:
-        UserError: There is none.
-    """
-    if isinstance(content, Mapping):
-        for key in _NESTS:
-            inner = content.get(key)
-            if isinstance(inner, Mapping) and inner:
-                place, weights = find_weights(path, inner)
-                return f"{key}.{place}" if place else key, weights
-        weights = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-        if weights:
-            return "", weights
-    shown = f"keys {', '.join(map(str, content))}"[:200] if isinstance(content, Mapping) else ""
-    raise invalid(
-        path,
-        shown or f"a {type(content).__name__}",
-        f"tensors by name, at the top or below one of {', '.join(_NESTS)}",
-        "save it with torch.save(model.state_dict(), FILE)",
+    return save_teacher(
+        model,
+        spec,
+        target,
+        source=path,
+        weights=".".join(filter(None, (place, prefix.rstrip(".")))) or "the whole file",
+        data=data,
+        classes=classes,
     )
 
 
@@ -175,8 +104,8 @@ def _training_settings(content: Any) -> dict[str, Any]:
     if size:
         found["input_size"] = size if isinstance(size, int) else size[-1]
     extra = dict(values.get("model_kwargs") or {})
-    if values.get("gp"):
-        extra["global_pool"] = values["gp"]
+    names = {"gp": "global_pool", "bn_eps": "bn_eps"}  # those that change the logits
+    extra |= {ours: values[theirs] for theirs, ours in names.items() if values.get(theirs)}
     return found | ({"model_args": extra} if extra else {})
 
 
@@ -291,7 +220,3 @@ def _spec(
         model_args=recipe.get("model_args", {}),
     )
     return ClassifierSpec.from_json(spec.to_json())  # checks every value
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
