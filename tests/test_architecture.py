@@ -107,6 +107,7 @@ def test_public_names_are_stable_and_importable() -> None:
         "Distiller",
         "EncodedSet",
         "GeneratedImages",
+        "GeneratedLoader",
         "Guidance",
         "ImageSet",
         "InputSpec",

@@ -47,7 +47,7 @@ class Named:
         return getattr(self._loader, name)  # set_epoch, state_dict and the like
 
 
-class DistillTrainer(Trainer):  # type: ignore[misc]
+class DistillTrainer(Trainer):
     """Train with alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE(student, labels).
 
     Causal language models get the labels of the next token, others the labels unchanged. Positions

@@ -45,12 +45,15 @@ SMALL_NETS = (
 )
 
 
-class FusedDistillationTask(LogitDistillationTask):  # type: ignore[misc]
+class FusedDistillationTask(LogitDistillationTask):
     """Train as `timm.task.LogitDistillationTask` does, with the fused loss.
 
     The arguments and results are those of timm's task. The KD term passes over the logits once and
     computes in float32, also under autocast.
     """
+
+    student_mean: Tensor
+    student_std: Tensor
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return the loss, its two terms and the student's logits (B, C).
@@ -71,7 +74,7 @@ class FusedDistillationTask(LogitDistillationTask):  # type: ignore[misc]
 
 def use_fused_loss() -> None:
     """Make `timm.task.LogitDistillationTask` the fused one, for scripts that import it later."""
-    timm.task.LogitDistillationTask = FusedDistillationTask
+    timm.task.LogitDistillationTask = FusedDistillationTask  # type: ignore[misc]
 
 
 def run_script(arguments: Sequence[str]) -> None:
