@@ -1,4 +1,4 @@
-"""`GeneratedLoader`: the same views as in a run, replayed bit for bit, one epoch after the other."""
+"""`GeneratedLoader`: the views of a run, replayed bit for bit, one epoch after the other."""
 
 from __future__ import annotations
 
@@ -134,9 +134,9 @@ def test_ranks_see_different_images_and_divide_the_batch() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="steps_per_epoch: got -1"):
         loader(steps_per_epoch=-1)
-    with pytest.raises(UserError, match="train.batch_size"):
+    with pytest.raises(UserError, match=r"train\.batch_size"):
         loader(batch_size=4096)
-    with pytest.raises(UserError, match="optim.lr"):
+    with pytest.raises(UserError, match=r"optim\.lr"):
         loader(optim={"lr": -1})
     with pytest.raises(UserError, match="epoch: got -1"):
         loader().set_epoch(-1)

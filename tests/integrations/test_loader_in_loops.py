@@ -39,7 +39,7 @@ def test_timm(tmp_path: Path) -> None:
     task = FusedDistillationTask(model, teacher, nn.CrossEntropyLoss(), temperature=4.0)
     optimizer = create_optimizer_v2(task.trainable_module, opt="adamw", lr=1e-3)
     source, losses = loader(), []
-    scheduler, epochs = create_scheduler_v2(optimizer, num_epochs=2, warmup_epochs=0)
+    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=2, warmup_epochs=0)
     for epoch in range(2):
         source.set_epoch(epoch)
         for views, target in source:
