@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dmkd_fast.sampling.labels import LabelStream
     from dmkd_fast.sampling.sampler import DiffusionSampler
     from dmkd_fast.training.distiller import Distiller
+    from dmkd_fast.training.objective import Objective
     from dmkd_fast.training.schedule import Schedule
     from dmkd_fast.training.scoring import measure
     from dmkd_fast.training.student import StudentTrainer
@@ -58,6 +59,7 @@ _HOMES = {
     "InputSpec": "views.spec",
     "LabelStream": "sampling.labels",
     "Mixer": "views.mixing",
+    "Objective": "training.objective",
     "RingBuffer": "ring.buffer",
     "RingPlan": "ring.plan",
     "Schedule": "training.schedule",
@@ -97,6 +99,7 @@ __all__ = [
     "InputSpec",
     "LabelStream",
     "Mixer",
+    "Objective",
     "RingBuffer",
     "RingPlan",
     "Schedule",

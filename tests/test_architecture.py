@@ -113,6 +113,7 @@ def test_public_names_are_stable_and_importable() -> None:
         "InputSpec",
         "LabelStream",
         "Mixer",
+        "Objective",
         "RingBuffer",
         "RingPlan",
         "Schedule",

@@ -31,6 +31,7 @@ from dmkd_fast import (
     Distiller,
     ImageSet,
     LabelStream,
+    Objective,
     RingBuffer,
     RingPlan,
     Schedule,
@@ -270,7 +271,7 @@ def train_student(
         distiller = Distiller(
             source,
             RingBuffer(plan, seed=seed),
-            StudentTrainer(network, schedule, temperature=temperature, dtype=dtype),
+            StudentTrainer(network, schedule, Objective(temperature=temperature), dtype=dtype),
             Targets(scorer, views, dtype=dtype),
             folder,
             show=False,

@@ -39,6 +39,7 @@ from dmkd_fast import (
     GeneratedImages,
     Guidance,
     LabelStream,
+    Objective,
     RingBuffer,
     RingPlan,
     Schedule,
@@ -303,7 +304,7 @@ class Bench:
         trainer = StudentTrainer(
             self._network(student).to(memory_format=torch.channels_last),
             schedule,
-            temperature=TEMPERATURE,
+            Objective(temperature=TEMPERATURE),
             dtype=self.half,
             compile=compiles,
         )

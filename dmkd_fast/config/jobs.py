@@ -184,6 +184,9 @@ class DistillConfig(RunConfig):
             if self.mix.is_on and teacher.teaches is not None:
                 got, expected = "classes with mix", "none, as a mixed view is of two classes"
                 raise invalid(f"{name}.teaches", got, expected, "remove one of the two")
+        if self.mix.is_on and self.loss.uses_classes:
+            expected = "one without classes, as a mixed view is of two"
+            raise invalid("loss.divergence", "dkd with mix", expected, "remove one of the two")
         return self
 
 

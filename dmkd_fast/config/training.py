@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dmkd_fast.config.loading import Count, Section, Switch
+from dmkd_fast.loss.divergences import terms_of
 from dmkd_fast.runtime.checks import check_accumulate, check_milestones
-from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.runtime.errors import invalid, shortened
+
+
+def _divergence(value: Any) -> Any:
+    """Check a divergence before pydantic does, whose errors would name each form of it."""
+    try:
+        terms_of(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(shortened(str(error).removeprefix("divergence: "), 300)) from None
+    return value
+
+
+_Name = Literal["forward_kl", "reverse_kl", "jsd", "alpha_beta", "total_variation", "dkd", "dist"]
+_Number = Annotated[float, Field(ge=0, le=1e6)]
+_Terms = Annotated[dict[_Name, _Number | dict[str, _Number]], Field(min_length=1, max_length=2)]
 
 
 class LossConfig(Section):
     """The loss of the student, mean over the batch.
 
-    It is alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) *
-    CE(student, class).
+    It is alpha * T^2 * D(softmax(teacher / T), softmax(student / T)) + (1 - alpha) *
+    CE(student, class), where D is the divergence.
     """
 
     temperature: float = Field(4.0, ge=0.01, le=1000)
@@ -23,6 +38,20 @@ class LossConfig(Section):
     alpha: float = Field(1.0, gt=0, le=1)
     """Weight of the teacher's term. The cross-entropy with the class of the image has weight 1 -
     alpha. 1, as in the paper: classes are not used."""
+    divergence: Annotated[_Name | _Terms, BeforeValidator(_divergence)] = "forward_kl"
+    """Divergence D. `{jsd: {beta: 0.1}}` sets parameters, and `{forward_kl: 0.9, dkd: 0.1}` adds
+    two with weights. dkd uses the class of the image. dist correlates over the views of a
+    micro-batch on one rank, so train.accumulate and the number of ranks change it."""
+    standardize_logits: bool = False
+    """Give both logits of each view mean 0 and standard deviation 1 before they are divided by
+    T."""
+
+    @property
+    def uses_classes(self) -> bool:
+        """Whether the divergence itself needs the class of each image."""
+        return self.divergence == "dkd" or (
+            isinstance(self.divergence, dict) and "dkd" in self.divergence
+        )
 
 
 class MixConfig(Section):

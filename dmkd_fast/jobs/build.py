@@ -17,6 +17,7 @@ from dmkd_fast.sampling.generated import GeneratedImages
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training.distiller import Distiller
+from dmkd_fast.training.objective import Objective
 from dmkd_fast.training.student import StudentTrainer
 from dmkd_fast.training.targets import Targets
 from dmkd_fast.views.crops import Views, ViewSpec
@@ -32,7 +33,7 @@ def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
     student = StudentTrainer(
         parts.student,
         job.schedule,
-        **config.loss.model_dump(),
+        Objective(**config.loss.model_dump()),
         dtype=job.dtype,
         compile=job.compile_student,
         ranks=ranks,

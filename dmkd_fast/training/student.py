@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dmkd_fast.checkpoint.step_folders import Stateful
-from dmkd_fast.loss.functional import kd_loss_and_grad
-from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import NotFiniteError, invalid
 from dmkd_fast.training.ema import Buffers, WeightEMA
+from dmkd_fast.training.objective import Objective
 from dmkd_fast.training.optim import build_optimizer, set_lr
 from dmkd_fast.training.schedule import Schedule
 from dmkd_fast.views.spec import check_logits
@@ -40,15 +39,14 @@ class StudentTrainer:
     Args:
         student: Network to train in place, (B, c, S, S) views -> (B, C) logits.
         schedule: Length and batch size (of all ranks together), optimizer, weight EMA, clipping.
-        temperature: Softmax temperature of the KD term.
-        alpha: Weight of the KD term, in (0, 1]; cross-entropy with the targets has 1 - alpha.
+        objective: Loss that `learn` minimizes.
         dtype: Autocast dtype; float32 turns autocast off, float16 turns loss scaling on.
         compile: Whether to use torch.compile on the student.
         ranks: This process among those that train the same student, each on its part of the batch.
 
     Raises:
-        UserError: `alpha` is out of range, the batch does not split into equal micro-batches, or
-            no parameter of the student requires a gradient.
+        UserError: The batch does not split into equal micro-batches, or no parameter of the
+            student requires a gradient.
 
     Attributes:
         model: The student.
@@ -63,19 +61,14 @@ class StudentTrainer:
         self,
         student: nn.Module,
         schedule: Schedule,
+        objective: Objective | None = None,
         *,
-        temperature: float = 4.0,
-        alpha: float = 1.0,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        checks.number("temperature", temperature, low=0.01, high=1000)
-        if not 0 < alpha <= 1:
-            fix = "raise it, as with 0 the teacher would be ignored"
-            raise invalid("alpha", alpha, "a number above 0 and at most 1", fix)
         self.model, self.schedule, self.ranks = student.train(), schedule, ranks
-        self._temperature, self._alpha = temperature, alpha
+        self.objective = objective or Objective()
         self.batch_size = ranks.per_rank(
             "batch_size", schedule.batch_size, unit=schedule.accumulate
         )
@@ -116,7 +109,7 @@ class StudentTrainer:
         Args:
             views: Views (B, c, S, S) with B = `micro_batch_size`.
             teacher_logits: Logits (B, C) of the teacher.
-            target: Class ids (B,) int64 or probabilities (B, C); ignored if alpha is 1.
+            target: Class ids (B,) int64 or probabilities (B, C); see `Objective.uses_target`.
 
         Returns:
             The sum of the micro-batch's losses divided by the size of this rank's batch, (). Over
@@ -128,19 +121,13 @@ class StudentTrainer:
             alone = self.network.no_sync()  # Gradients are averaged once, at the last micro-batch.
         with alone, self.autocast:
             student_logits = self.network(views)  # (B, C)
-        hard = self._alpha < 1
-        loss, grad = kd_loss_and_grad(
+        return self.objective.backward(
             student_logits,
             teacher_logits,
-            target if hard else None,
-            alpha=self._alpha if hard else None,
-            temperature=self._temperature,
+            target,
             num_items=self.batch_size,
             grad_scale=self._scale if self._scales else 1.0,
         )
-        # loss * 0 is NaN if the loss is not finite; its gradient alone could still be finite.
-        student_logits.backward(grad.add_(loss * 0))
-        return loss
 
     def backward(self, loss: Tensor) -> Tensor:
         """Add the gradient of a custom loss (), a micro-batch's part of the batch's mean loss."""

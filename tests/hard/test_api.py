@@ -23,6 +23,7 @@ from dmkd_fast import (
     InputSpec,
     LabelStream,
     Mixer,
+    Objective,
     RingBuffer,
     Schedule,
     StudentTrainer,
@@ -354,8 +355,7 @@ def test_every_distiller_trains_or_names_what_does_not_fit(
                 student = StudentTrainer(
                     made["student"],
                     Schedule(batch_size=batch, num_views=2 * batch, lr=1e-3),
-                    alpha=made["alpha"],
-                    temperature=made["temperature"],
+                    Objective(alpha=made["alpha"], temperature=made["temperature"]),
                 )
                 distiller = Distiller(
                     GeneratedImages(made["labels"], made["sampler"]),

@@ -24,6 +24,7 @@ from dmkd_fast import (
     Guidance,
     LabelStream,
     Mixer,
+    Objective,
     Schedule,
     Steps,
     StudentTrainer,
@@ -133,6 +134,7 @@ def build_distiller(
     images: ImageStream | None = None,
     mix: dict[str, float] | None = None,
     alpha: float = 1.0,
+    objective: Objective | None = None,
     dtype: torch.dtype = torch.float32,
     student: nn.Module | None = None,
     ranks: Ranks = ALONE,
@@ -162,7 +164,7 @@ def build_distiller(
         StudentTrainer(
             student,
             Schedule(**(schedule | changes)),  # type: ignore[arg-type]
-            alpha=alpha,
+            objective or Objective(alpha=alpha),
             dtype=dtype,
             ranks=ranks,
         ),

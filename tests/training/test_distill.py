@@ -15,7 +15,7 @@ from small_jobs import CONFIG, SHORT, fit_until, labels_of, sampler_of
 from dmkd_fast import Distiller, ImageSet, cli, measure
 from dmkd_fast.runtime.device import InFlight
 from dmkd_fast.runtime.errors import NotFiniteError
-from dmkd_fast.training import student as student_module
+from dmkd_fast.training import objective as objective_module
 
 Make = Callable[..., Distiller]
 
@@ -54,12 +54,18 @@ def test_fused_and_reference_loss_train_the_same_student(
     def eager(
         student: torch.Tensor, teacher: torch.Tensor, _: None, *, temperature: float, **rest: Any
     ) -> Any:
-        assert rest == {"alpha": None, "num_items": 16, "grad_scale": 1.0}
+        assert rest == {
+            "alpha": None,
+            "num_items": 16,
+            "grad_scale": 1.0,
+            "divergence": "forward_kl",
+            "standardize_logits": False,
+        }
         rows = reference_loss(student.detach(), teacher, temperature=temperature)
         grad = reference_grad(student.detach(), teacher, temperature=temperature)
         return rows.mean(), grad / len(rows)
 
-    monkeypatch.setattr(student_module, "kd_loss_and_grad", eager)
+    monkeypatch.setattr(objective_module, "kd_loss_and_grad", eager)
     plain = make_distiller(name="sgd", lr=0.02)
     plain.fit()
     for a, b in zip(weights(fused), weights(plain), strict=True):

@@ -12,9 +12,10 @@ import torch
 from small_jobs import sampler_of
 from torch import Tensor, nn
 
-from dmkd_fast import Distiller, Schedule
+from dmkd_fast import Distiller, Objective, Schedule
 from dmkd_fast.loss.functional import kd_loss_and_grad
 from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.training import objective as objective_module
 from dmkd_fast.training import student as student_module
 from dmkd_fast.training.student import StudentTrainer
 
@@ -52,7 +53,7 @@ class Poison:
                 grad[0, 0] += self.take(math.nan)
             return value, grad
 
-        monkeypatch.setattr(student_module, "kd_loss_and_grad", bad_loss)
+        monkeypatch.setattr(objective_module, "kd_loss_and_grad", bad_loss)
         logits = distiller.targets.logits
 
         def bad_logits(*args: Any, **kwargs: Any) -> Tensor:
@@ -164,7 +165,7 @@ def test_a_step_equals_eager_pytorch(name: Any, nesterov: bool) -> None:
         weight_decay=0.01,
         max_grad_norm=0.3,
     )
-    one = StudentTrainer(net, schedule, temperature=3.0, alpha=0.7)
+    one = StudentTrainer(net, schedule, Objective(temperature=3.0, alpha=0.7))
     groups: list[dict[str, Any]] = [
         {"params": [p for p in twin.parameters() if p.ndim == ndim], "weight_decay": decay}
         for ndim, decay in ((2, 0.01), (1, 0.0))
@@ -282,7 +283,7 @@ def test_ranks_that_average_their_gradients_skip_together(bad: str) -> None:
     for _ in range(2):
         torch.manual_seed(0)
         schedule = Schedule(batch_size=8, num_views=80, lr=0.1)
-        ranks.append(StudentTrainer(nn.Linear(12, 4), schedule, alpha=0.5))
+        ranks.append(StudentTrainer(nn.Linear(12, 4), schedule, Objective(alpha=0.5)))
     start = ranks[0].model.weight.clone()
     for number, rank in enumerate(ranks):
         targets = torch.full((8, 4), 0.25)
