@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dmkd_fast"
 # Where each library may be imported. Files in integrations/ import their framework on use.
 HOMES = {
-    "timm": {"classifiers/loading.py", "jobs/exchange/export.py"},
+    "timm": {"classifiers/loading.py", "jobs/exchange/export.py", "training/optim.py"},
     "torchvision": {"classifiers/loading.py", "data/decode.py"},
     "diffusers": {"denoisers/wrappers.py"},
     "transformers": {"denoisers/prompts.py"},

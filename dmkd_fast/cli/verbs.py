@@ -50,8 +50,13 @@ def distill(options: argparse.Namespace) -> dict[str, Any] | None:
         for line in distill.dry_run(options.config, options.overrides):
             print(line)
         return None
-    resume, show = options.resume, not options.quiet
-    return distill.run(options.config, options.overrides, resume=resume, show=show)
+    return distill.run(
+        options.config,
+        options.overrides,
+        resume=options.resume,
+        show=not options.quiet,
+        profile_steps=options.profile,
+    )
 
 
 def generate(options: argparse.Namespace) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
     """
     config, compute = job.config, job.dtype
     weights = sum(p.numel() for p in parts.student.parameters())
-    moments = 2 if config.optim.name == "adamw" else 1
+    moments = 1 if config.optim.name == "sgd" else 2
     ring = ring_plan(config, parts.origin.image_shape, job.ranks).num_bytes
     pixel = 4 if config.source is None else 1  # Generated as float32, read from disk as uint8.
     batch_size = job.ranks.per_rank("train.batch_size", config.train.batch_size)

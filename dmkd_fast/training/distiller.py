@@ -8,7 +8,7 @@ Source: arXiv 2305.12954.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Distiller(TrainingLoop):
         run_dir: Folder for all files of the run; shared by all ranks.
         test_set: Real images for the reported accuracy, which has no effect on the training.
         show: Whether to show progress.
+        on_row: Function called with each row of stats.jsonl, on rank 0; see `TrainingLoop`.
 
     Attributes:
         ring_statistics: Statistics of the ring at the last row; None before the first row.
@@ -64,6 +65,7 @@ class Distiller(TrainingLoop):
         *,
         test_set: ImageSet | EncodedSet | None = None,
         show: bool = True,
+        on_row: Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
         super().__init__(student, run_dir, Progress(show=show and student.ranks.is_first))
         self.images, self.ring, self.targets, self.test_set = images, ring, targets, test_set
@@ -76,6 +78,8 @@ class Distiller(TrainingLoop):
         )
         self._generators = Generators(self.device)
         self.ring_statistics: Statistics | None = None
+        if on_row is not None:
+            self.on_row.append(on_row)
 
     @property
     def num_images(self) -> int:
