@@ -53,6 +53,7 @@ class TrainingLoop:
         self.clock = Clock()
         self.on_row: list[Callable[[dict[str, Any]], object]] = []
         self.profile: StepProfile | None = None
+        self._calls_back = False  # True while functions of `on_row` run
         self._cpu_elsewhere_s = 0.0
         self._num_views = self.num_steps * self.schedule.batch_size
         self.display = display
@@ -213,8 +214,9 @@ class TrainingLoop:
             self.display.note(f"interrupted at {seen}; saved {saved}")
             raise
         except Exception as error:
+            is_sound = is_out_of_memory(error) or self._calls_back
             # Saving is collective, and the other ranks have not reached it.
-            if is_out_of_memory(error) and self.ranks.world_size == 1:
+            if is_sound and self.ranks.world_size == 1:
                 self._save_what_is_left()
             self.checkpoints.writer.close()
             raise
@@ -275,13 +277,10 @@ class TrainingLoop:
                 self._call_back(row)
 
     def _call_back(self, row: dict[str, Any]) -> None:
-        try:
-            for on_row in self.on_row:
-                on_row(row)
-        except Exception:
-            if self.ranks.world_size == 1:
-                self._save_what_is_left()
-            raise
+        self._calls_back = True
+        for on_row in self.on_row:
+            on_row(row)
+        self._calls_back = False
 
     def _save_if_due(self) -> None:
         with self.clock.part("save"):

@@ -77,7 +77,7 @@ class StudentTrainer:
         ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.schedule, self.ranks = student.train(), schedule, ranks
-        self.loss = loss or Objective()
+        self.loss = Objective() if loss is None else loss
         self.batch_size = ranks.per_rank(
             "batch_size", schedule.batch_size, unit=schedule.accumulate
         )
