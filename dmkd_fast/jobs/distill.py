@@ -24,8 +24,8 @@ from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.distributed import Ranks
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.runtime.output.profile import StepProfile
 from dmkd_fast.training.distiller import Distiller
-from dmkd_fast.training.profile import StepProfile
 
 LOG = logging.getLogger("dmkd_fast")
 

@@ -19,10 +19,10 @@ from dmkd_fast.runtime import files
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.output.profile import StepProfile
 from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.training.metrics import Metrics, row_text
-from dmkd_fast.training.profile import StepProfile
 from dmkd_fast.training.student import StudentTrainer
 
 
