@@ -79,9 +79,8 @@ class GeneratedLoader:
         self._feed = Feed(images, ring, targets, batch_size=self.batch_size)
         self._micro_batch = self.batch_size // job.schedule.accumulate
         self._num_steps = job.schedule.num_steps
-        self._epoch_steps = checks.whole(
-            "steps_per_epoch", steps_per_epoch or self._num_steps, low=1, high=ENDLESS
-        )
+        steps = self._num_steps if steps_per_epoch is None else steps_per_epoch
+        self._epoch_steps = checks.whole("steps_per_epoch", steps, low=1, high=ENDLESS)
         self._teacher_logits, self.num_classes = teacher_logits, parts.origin.num_classes
         self.step, self._is_resumed = 0, False
         self._start = self._state(images=False)

@@ -132,8 +132,8 @@ def test_ranks_see_different_images_and_divide_the_batch() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(UserError, match="steps_per_epoch: got -1"):
-        loader(steps_per_epoch=-1)
+    with pytest.raises(UserError, match="steps_per_epoch: got 0"):
+        loader(steps_per_epoch=0)
     with pytest.raises(UserError, match=r"train\.batch_size"):
         loader(batch_size=4096)
     with pytest.raises(UserError, match=r"optim\.lr"):
