@@ -20,11 +20,13 @@ from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
 
 MIX = {"mix": {"cutmix_alpha": 1.0, "mixup_alpha": 0.5}}
+TWO_RANKS = ["ring.capacity_images=256", "ring.min_fill_images=128"]  # blocks of 64 images each
 TWO = {"ranks": Ranks(rank=1, world_size=2, local_world_size=2, local_rank=1)}
 
 
 def config(**changes: Any) -> DistillConfig:
-    return load_config(DistillConfig, load_config(DistillConfig, CONFIG, SHORT), changes)
+    base = load_config(DistillConfig, CONFIG, [*SHORT, *TWO_RANKS])
+    return load_config(DistillConfig, base, changes)
 
 
 def loader(**changes: Any) -> GeneratedLoader:
