@@ -96,6 +96,9 @@ def _register(name: str) -> None:
         if not hasattr(model, "num_classes"):  # timm reads these to save and change models
             head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
             model.num_classes, model.num_features = head.out_features, head.in_features  # type: ignore[assignment]
+        if not hasattr(model, "in_chans"):  # timm's distillation tasks read it
+            first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+            model.in_chans = first.in_channels  # type: ignore[assignment]
         return model
 
     def entry(pretrained: bool = False, **arguments: Any) -> nn.Module:
