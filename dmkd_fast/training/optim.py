@@ -64,8 +64,9 @@ def _of_timm(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
         raise invalid("optim.name", schedule.name, expected, "choose another")
     if info.has_betas:
         kind = optim.get_optimizer_class(name, bind_defaults=False)
-        betas = inspect.signature(kind).parameters["betas"].default
-        options["betas"] = (schedule.momentum, *betas[1:])
+        betas = inspect.signature(kind).parameters.get("betas")
+        if betas is not None and isinstance(betas.default, tuple):
+            options["betas"] = (schedule.momentum, *betas.default[1:])
     options |= {"weight_decay": schedule.weight_decay, "momentum": schedule.momentum}
     made: torch.optim.Optimizer = optim.create_optimizer_v2(model, name, lr=schedule.lr, **options)
     return made
