@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dmkd_fast.jobs.distill import distill
     from dmkd_fast.jobs.evaluate import evaluate
     from dmkd_fast.jobs.exchange.predict import predict
+    from dmkd_fast.loader import GeneratedLoader
     from dmkd_fast.loss.functional import kd_loss, kd_loss_and_grad
     from dmkd_fast.loss.linear import linear_kd_loss
     from dmkd_fast.loss.module import DistillKL
@@ -53,6 +54,7 @@ _HOMES = {
     "EncodedSet": "data.test_sets",
     "Guidance": "sampling.arguments",
     "GeneratedImages": "sampling.generated",
+    "GeneratedLoader": "loader",
     "ImageSet": "data.test_sets",
     "InputSpec": "views.spec",
     "LabelStream": "sampling.labels",
@@ -91,6 +93,7 @@ __all__ = [
     "Distiller",
     "EncodedSet",
     "GeneratedImages",
+    "GeneratedLoader",
     "Guidance",
     "ImageSet",
     "InputSpec",

@@ -14,7 +14,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dmkd_fast"
 # Where each library may be imported. Files in integrations/ import their framework on use.
 HOMES = {
-    "timm": {"classifiers/loading.py", "classifiers/zero_shot.py", "jobs/exchange/export.py"},
+    "timm": {
+        "classifiers/loading.py",
+        "classifiers/zero_shot.py",
+        "jobs/exchange/export.py",
+        "training/optim.py",
+    },
     "torchvision": {"classifiers/loading.py", "data/decode.py"},
     "diffusers": {"denoisers/wrappers.py", "denoisers/single_file.py"},
     "transformers": {"denoisers/prompts.py", "jobs/exchange/zero_shot.py"},
@@ -107,6 +112,7 @@ def test_public_names_are_stable_and_importable() -> None:
         "Distiller",
         "EncodedSet",
         "GeneratedImages",
+        "GeneratedLoader",
         "Guidance",
         "ImageSet",
         "InputSpec",

@@ -105,6 +105,12 @@ def _add_distill(parsers: Any, shared: Parser, job: Parser) -> None:
         action="store_true",
         help="print the resolved settings and the plan of the run, and do nothing",
     )
+    distill.add_argument(
+        "--profile",
+        type=_count,
+        metavar="STEPS",
+        help="trace that many steps: profile/trace.json and a table by piece in the run directory",
+    )
     distill.set_defaults(verb=verbs.distill)
 
 

@@ -56,13 +56,21 @@ def init(options: argparse.Namespace) -> dict[str, Any] | None:
 def distill(options: argparse.Namespace) -> dict[str, Any] | None:
     """Run a distillation job, or print what it would do."""
     from dmkd_fast.jobs import distill
+    from dmkd_fast.runtime.errors import UserError
 
+    if options.dry_run and options.profile:
+        raise UserError("--profile: got it with --dry-run, which takes no step; remove one of both")
     if options.dry_run:
         for line in distill.dry_run(options.config, options.overrides):
             print(line)
         return None
-    resume, show = options.resume, not options.quiet
-    return distill.run(options.config, options.overrides, resume=resume, show=show)
+    return distill.run(
+        options.config,
+        options.overrides,
+        resume=options.resume,
+        show=not options.quiet,
+        profile_steps=options.profile,
+    )
 
 
 def generate(options: argparse.Namespace) -> dict[str, Any]:

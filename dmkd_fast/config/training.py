@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from dmkd_fast.config.loading import Count, Section, Switch
 from dmkd_fast.loss.divergences import terms_of
@@ -24,6 +26,12 @@ def _divergence(value: Any) -> Any:
 _Name = Literal["forward_kl", "reverse_kl", "jsd", "alpha_beta", "total_variation", "dkd", "dist"]
 _Number = Annotated[float, Field(ge=0, le=1e6)]
 _Terms = Annotated[dict[_Name, _Number | dict[str, _Number]], Field(min_length=1, max_length=2)]
+
+
+def _optimizer(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"sgd|adamw|timm:[a-z0-9]{1,60}", value):
+        return value
+    raise PydanticCustomError("optimizer", "sgd, adamw or timm:NAME")
 
 
 class LossConfig(Section):
@@ -78,12 +86,13 @@ class MixConfig(Section):
 class OptimConfig(Section):
     """Optimizer and learning rate: linear warm-up, then a cosine to zero, or milestones."""
 
-    name: Literal["sgd", "adamw"] = "adamw"
-    """Optimizer."""
+    name: Annotated[str, BeforeValidator(_optimizer)] = "adamw"
+    """Optimizer: sgd, adamw, or timm:NAME for one of timm's, such as timm:muon. timm's read on the
+    host whether a step is finite, so that each step waits for a GPU."""
     lr: float = Field(gt=0, le=1000)
     """Peak learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD, or beta1 of AdamW."""
+    """Momentum of SGD, or beta1 of AdamW and the like."""
     nesterov: bool = True
     """Nesterov momentum for SGD. The paper uses plain momentum."""
     weight_decay: float = Field(0.0, ge=0, le=100)

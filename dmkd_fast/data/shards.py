@@ -3,6 +3,7 @@
 `jobs/generate.py` writes such a directory, and `data/sources.py` reads it. The directory holds
 
     job.json                       the `Plan`: how many images there will be, and how they are made
+    README.md, _info.json          the same for other readers, see `data/dataset_card.py`
     shard-000000.tar               ID.png and ID.cls for each of its ids, in order
     shard-000000.logits.parquet    teacher logits, if there are any: `data/teacher_logits.py`
     manifest/shard-000000.parquet  one row per image; it exists once the shard is finished
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from dmkd_fast.data import manifest
+from dmkd_fast.data import dataset_card, manifest
 from dmkd_fast.data.listing import MOST_BYTES, MOST_PIXELS, read_image
 from dmkd_fast.data.listing import SourceError as SourceError
 from dmkd_fast.data.plain_tars import plain_places
@@ -168,6 +169,7 @@ def claim(folder: Path, plan: Plan) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN).exists():
             _begin(folder, plan)
+        dataset_card.write(folder, read_plan(folder))
         (folder / MANIFEST).mkdir(exist_ok=True)
         files.sync(folder)
     except OSError as error:
@@ -363,7 +365,7 @@ def load_shard(folder: Path, plan: Plan, shard: int) -> Shard:
 def _begin(folder: Path, plan: Plan) -> None:
     """Write the plan into a new directory."""
     # Jobs of other slices may be writing their first files at the same time.
-    ours = (".", PLAN, MANIFEST, "shard-")
+    ours = (".", PLAN, MANIFEST, dataset_card.CARD, dataset_card.INFO, "shard-")
     kept = next((p.name for p in folder.iterdir() if not p.name.startswith(ours)), None)
     if kept is not None:
         raise UserError(f"--out: {folder} holds other files ({kept}); choose another")

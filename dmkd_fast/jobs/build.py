@@ -31,14 +31,6 @@ def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
     if ranks.world_size > 1:
         # Each rank draws its own dropout masks, and draws the same ones after a restart.
         torch.manual_seed(ranks.seed(config.seed))
-    ring = RingBuffer(
-        memory.ring_plan(config, parts.origin.image_shape, ranks),
-        order=config.ring.order,
-        num_classes=parts.origin.num_classes,
-        device=job.device,
-        seed=ranks.seed(config.seed),
-    )
-    spec = parts.student_spec
     student = StudentTrainer(
         parts.student,
         job.schedule,
@@ -46,6 +38,24 @@ def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
         dtype=job.dtype,
         compile=job.compile_student,
         ranks=ranks,
+    )
+    images, ring, targets = build_images(job, parts, show=show)
+    return Distiller(
+        images, ring, student, targets, config.run_dir, test_set=parts.test_set, show=show
+    )
+
+
+def build_images(
+    job: ResolvedJob, parts: Parts, *, show: bool
+) -> tuple[GeneratedImages | StoredImages, RingBuffer, Targets]:
+    """Assemble what a job trains on: the stream of images, the ring, and views with targets."""
+    config, ranks, spec = job.config, job.ranks, parts.student_spec
+    ring = RingBuffer(
+        memory.ring_plan(config, parts.origin.image_shape, ranks),
+        order=config.ring.order,
+        num_classes=parts.origin.num_classes,
+        device=job.device,
+        seed=ranks.seed(config.seed),
     )
     views = Views(
         ViewSpec(size=config.views.size, mean=spec.mean, std=spec.std, device=job.device),
@@ -66,9 +76,7 @@ def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
         stored=stored,
     )
     images = make_stream(job, parts.origin, ranks.world_size * ring.capacity, show=show)
-    return Distiller(
-        images, ring, student, targets, config.run_dir, test_set=parts.test_set, show=show
-    )
+    return images, ring, targets
 
 
 def make_stream(

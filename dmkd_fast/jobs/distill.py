@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,19 @@ from dmkd_fast.runtime import distributed
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.distributed import Ranks
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.runtime.output.profile import StepProfile
+from dmkd_fast.training.distiller import Distiller
 
 LOG = logging.getLogger("dmkd_fast")
 
 
 def distill(
-    config: str | Path | DistillConfig, *, resume: bool = False, show: bool = True, **overrides: Any
+    config: str | Path | DistillConfig,
+    *,
+    resume: bool = False,
+    show: bool = True,
+    on_row: Callable[[dict[str, Any]], object] | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Run a whole distillation job and leave its results in the run directory.
 
@@ -43,6 +50,8 @@ def distill(
         resume: Whether to continue from the newest checkpoint of the run. Ranks that torchrun has
             restarted continue in any case.
         show: Whether to print progress.
+        on_row: Function called with each row of stats.jsonl, on rank 0. An error that it raises
+            ends the run.
         overrides: Settings to change. A dictionary changes the settings of a section that it names.
 
     Returns:
@@ -54,7 +63,7 @@ def distill(
             continue, and a checkpoint has been saved.
         KeyboardInterrupt: Training was interrupted; a checkpoint has been saved.
     """
-    return run(config, overrides, resume=resume, show=show)
+    return run(config, overrides, resume=resume, show=show, on_row=on_row)
 
 
 def run(
@@ -64,6 +73,8 @@ def run(
     resume: bool = False,
     show: bool = True,
     ranks: Ranks | None = None,
+    on_row: Callable[[dict[str, Any]], object] | None = None,
+    profile_steps: int | None = None,
 ) -> dict[str, Any]:
     """Run a whole distillation job; see `distill`.
 
@@ -74,6 +85,8 @@ def run(
         show: Whether to print progress.
         ranks: This process and the number of processes that run the job together. None: as
             torchrun has started them.
+        on_row: See `distill`.
+        profile_steps: Number of steps to trace with the profiler; None: none.
 
     Raises:
         UserError, KeyboardInterrupt: See `distill`.
@@ -92,7 +105,14 @@ def run(
         job, parts = prepare(run_dir.find(loaded) if resume else loaded, ranks)
         memory.check(job, parts)
     with memory.explained(job, parts):
-        return _run(job, parts, clock, resume=resume, show=show)
+        distiller = build(job, parts, show=show)
+        distiller.clock = clock  # Loading counts as part of the run.
+        if on_row is not None:
+            distiller.on_row.append(on_row)
+        if profile_steps is not None and ranks.is_first:
+            place, display = distiller.run_dir, distiller.display
+            distiller.profile = StepProfile(place, clock, display, profile_steps)
+        return _run(job, parts, distiller, resume=resume, show=show)
 
 
 def dry_run(config: str | Path | DistillConfig, overrides: Overrides = ()) -> Iterator[str]:
@@ -113,11 +133,9 @@ def dry_run(config: str | Path | DistillConfig, overrides: Overrides = ()) -> It
 
 
 def _run(
-    job: ResolvedJob, parts: Parts, clock: Clock, *, resume: bool, show: bool
+    job: ResolvedJob, parts: Parts, distiller: Distiller, *, resume: bool, show: bool
 ) -> dict[str, Any]:
-    distiller, ranks = build(job, parts, show=show), job.ranks
-    distiller.clock = clock  # Loading counts as part of the run.
-    folder = Path(job.config.run_dir)
+    folder, ranks = Path(job.config.run_dir), job.ranks
     with ranks.agreed():
         if not resume:  # Refuse the folder before anything is written to it.
             distiller.checkpoints.check_folder()

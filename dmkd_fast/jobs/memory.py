@@ -85,7 +85,7 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
     """
     config, compute = job.config, job.dtype
     weights = sum(p.numel() for p in parts.student.parameters())
-    moments = 2 if config.optim.name == "adamw" else 1
+    moments = 1 if config.optim.name == "sgd" else 2
     sizes_of_ring = ring_plan(config, parts.origin.image_shape, job.ranks)
     ring, stored = sizes_of_ring.num_bytes, {}
     if parts.stored is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -23,10 +23,12 @@ class Clock:
     Attributes:
         parts: Wall-clock seconds of the host by part of the run, such as `generate`. Work that is
             queued on a GPU counts in the part in which the host waits for it.
+        mark: Function that returns a context for a part's name, by which a profiler knows the part.
     """
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
+        self.mark: Callable[[str], AbstractContextManager[object]] | None = None
         self._wall, self._cpu = time.perf_counter(), cpu_seconds()
 
     def wall_s(self) -> float:
@@ -42,7 +44,8 @@ class Clock:
         """Add the time spent inside to a part of the run."""
         started = time.perf_counter()
         try:
-            yield
+            with nullcontext() if self.mark is None else self.mark(name):
+                yield
         finally:
             self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - started
 

@@ -8,7 +8,7 @@ Source: arXiv 2305.12954.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from dmkd_fast.checkpoint.manager import Restored
 from dmkd_fast.checkpoint.random_state import Generators
 from dmkd_fast.checkpoint.step_folders import Stateful
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
-from dmkd_fast.ring.buffer import Block, RingBuffer
+from dmkd_fast.ring.buffer import RingBuffer
 from dmkd_fast.ring.statistics import Statistics
 from dmkd_fast.ring.storage import BlockFiles
-from dmkd_fast.runtime.device import InFlight
-from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.training import scoring
+from dmkd_fast.training.feed import Feed
 from dmkd_fast.training.images import ImageStream
 from dmkd_fast.training.loop import TrainingLoop
 from dmkd_fast.training.student import StudentTrainer
@@ -47,6 +46,7 @@ class Distiller(TrainingLoop):
         run_dir: Folder for all files of the run; shared by all ranks.
         test_set: Real images for the reported accuracy, which has no effect on the training.
         show: Whether to show progress.
+        on_row: Function called with each row of stats.jsonl, on rank 0; see `TrainingLoop`.
 
     Attributes:
         ring_statistics: Statistics of the ring at the last row; None before the first row.
@@ -65,13 +65,11 @@ class Distiller(TrainingLoop):
         *,
         test_set: ImageSet | EncodedSet | None = None,
         show: bool = True,
+        on_row: Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
         super().__init__(student, run_dir, Progress(show=show and student.ranks.is_first))
         self.images, self.ring, self.targets, self.test_set = images, ring, targets, test_set
-        ring.plan.check_batch(student.batch_size)
-        if ring.plan.guard_blocks and images.may_wait:
-            got = f"{ring.plan.guard_blocks} with stored images"
-            raise invalid("guard_blocks", got, "0, as their blocks are not read ahead")
+        self.feed = Feed(images, ring, targets, batch_size=student.batch_size)
         self.blocks = BlockFiles(
             ring,
             self.ranks.folder(self.run_dir / "blocks"),
@@ -79,9 +77,9 @@ class Distiller(TrainingLoop):
             remakes=images.rewrites,
         )
         self._generators = Generators(self.device)
-        self._in_flight = InFlight(self.device)
-        self._ahead: tuple[Block, Tensor, Tensor] | None = None
         self.ring_statistics: Statistics | None = None
+        if on_row is not None:
+            self.on_row.append(on_row)
 
     @property
     def num_images(self) -> int:
@@ -103,49 +101,34 @@ class Distiller(TrainingLoop):
                 self._refill(is_fitting, phase)
         else:
             self._refill(is_fitting)
-        if self._wants_block_ahead():
+        if self.feed.wants_block_ahead((self.num_steps - self.step) * self.student.batch_size):
             with self.clock.part("generate"):
-                self._ahead = self._write_block()
+                self.feed.write_ahead(progress=self.progress)
 
     def _refill(self, is_fitting: bool, phase: Phase | None = None) -> None:
-        while self.ring.must_insert(self.student.batch_size) and not self.images.is_exhausted:
+        while self.feed.must_insert:
             with self.clock.part("generate"):
-                block, ids, labels = self._ahead or self._write_block()
+                written = self.feed.write(progress=self.progress)
             with self._interrupts.held():
-                # Ids and labels of stored images are on the host.
-                self.ring.commit(block, ids=ids.to(self.device), labels=labels.to(self.device))
-                self.images.advance(len(ids))
-                self._ahead = None
+                self.feed.commit(written)
             if not is_fitting:
                 continue
             # Not held, as it may wait for the disk. The next checkpoint queues missed blocks.
             self.blocks.append()
-            self.display.pictures(block.images)
+            self.display.pictures(written.block.images)
             self.ring.release()  # `append` has read the block's slots.
             self._save_if_due()
             if phase is not None:
-                phase.advance(len(ids) * self.ranks.world_size)
+                phase.advance(self.ring.block_images * self.ranks.world_size)
 
     def train_step(self) -> Tensor:
         """Take one optimizer step and return its loss without waiting for the device."""
         self.student.start(self.lr())
         with self.clock.part("views"):
-            draw = self.ring.sample(self.student.batch_size)
-            views = self.targets.render(
-                self.ring.images, draw.indices, draw.ids, draw.uses, progress=self.progress
-            )
-            recalled = self.targets.recalled(draw.indices, draw.ids, draw.uses)
-            labels = self.ring.labels[draw.indices]  # (B,)
-            self.ring.release()
-            views, mixed = self.targets.mix(views, step=self.step)
+            batch = self.feed.draw(step=self.step, progress=self.progress)
         # The teachers run on one micro-batch at a time.
         micro_batches = self.targets.micro_batches(
-            views,
-            labels,
-            mixed,
-            recalled,
-            progress=self.progress,
-            size=self.student.micro_batch_size,
+            *batch, progress=self.progress, size=self.student.micro_batch_size
         )
         losses = []
         for micro_batch in self.clock.making("teacher", micro_batches):
@@ -172,42 +155,16 @@ class Distiller(TrainingLoop):
     def restore(self) -> Restored:
         """Load the newest intact checkpoint and the images of the ring; see `TrainingLoop`."""
         step, notes = super().restore()
-        held = slice(0, self.ring.num_filled)
-        self.targets.insert(held, self.ring.ids[held])
+        self.feed.read_logits()
         return Restored(step, [*notes, *self.blocks.notes])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from `state_dict`."""
         super().load_state_dict(state)
-        self._ahead = None
+        self.feed.drop_ahead()
 
     def _prepare_step(self) -> None:
         self.refill(is_fitting=True)
-
-    def _wants_block_ahead(self) -> bool:
-        """Return whether to make a block early: there is a guard, and remaining views need it."""
-        batch = self.student.batch_size
-        return (
-            self.ring.plan.guard_blocks > 0
-            and self.ring.must_insert((self.num_steps - self.step) * batch)
-            and self.ring.may_insert(batch)
-        )
-
-    def _write_block(self) -> tuple[Block, Tensor, Tensor]:
-        """Write an uncommitted block of new images, without waiting for a producer's stream."""
-        self.ring.abort()  # Drop a block that an interrupt left uncommitted.
-        # `next_block` may wait until new images appear; hold no reserved block meanwhile.
-        with self.ring.producing():
-            ids, labels = self.images.next_block(self.ring.block_images)
-        block = self.ring.reserve()
-        try:
-            with self.ring.producing(), self._in_flight.piece():
-                self.images.write(ids, labels, block.images, progress=self.progress)
-                self.targets.insert(slice(block.start, block.start + len(ids)), ids)
-        except BaseException:
-            self.ring.abort()
-            raise
-        return block, ids, labels
 
     def _run_once(self) -> None:
         scratch = torch.zeros_like(self.ring.images[: self.ring.block_images])

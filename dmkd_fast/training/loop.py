@@ -19,6 +19,7 @@ from dmkd_fast.runtime import files
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.output.profile import StepProfile
 from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.training.metrics import Metrics, row_text
@@ -40,7 +41,9 @@ class TrainingLoop:
         step: Number of steps taken.
         checkpoints: Writer and reader of the checkpoints.
         clock: Time that the run has taken.
-        on_row: Function called with each row of statistics, on the rank that writes them.
+        on_row: Functions called with each row of stats.jsonl, on the rank that writes it. An error
+            that one raises ends the run; a checkpoint is written if the run has one rank.
+        profile: Trace of some steps, which `fit` takes; None: no trace.
     """
 
     def __init__(self, student: StudentTrainer, run_dir: Path | str, display: Progress) -> None:
@@ -48,7 +51,9 @@ class TrainingLoop:
         self.schedule, self.ranks, self.device = student.schedule, student.ranks, student.device
         self.step, self.num_steps = 0, self.schedule.num_steps
         self.clock = Clock()
-        self.on_row: Callable[[dict[str, Any]], None] | None = None
+        self.on_row: list[Callable[[dict[str, Any]], object]] = []
+        self.profile: StepProfile | None = None
+        self._calls_back = False  # True while functions of `on_row` run
         self._cpu_elsewhere_s = 0.0
         self._num_views = self.num_steps * self.schedule.batch_size
         self.display = display
@@ -168,6 +173,8 @@ class TrainingLoop:
         finally:
             gc.unfreeze()
             self._metrics.close()
+            if self.profile is not None:
+                self.profile.stop()
         self._cpu_elsewhere_s = self.ranks.elsewhere(self.clock.cpu_s())
         if self._interrupts.is_pending:  # With several ranks, a signal during the last save.
             raise KeyboardInterrupt
@@ -207,8 +214,9 @@ class TrainingLoop:
             self.display.note(f"interrupted at {seen}; saved {saved}")
             raise
         except Exception as error:
+            is_sound = is_out_of_memory(error) or self._calls_back
             # Saving is collective, and the other ranks have not reached it.
-            if is_out_of_memory(error) and self.ranks.world_size == 1:
+            if is_sound and self.ranks.world_size == 1:
                 self._save_what_is_left()
             self.checkpoints.writer.close()
             raise
@@ -234,6 +242,8 @@ class TrainingLoop:
             with self._interrupts.held():
                 self._metrics.add("loss", self.train_step())
             phase.update(self.num_views)
+            if self.profile is not None:
+                self.profile.after_step()
         with self._interrupts.held():
             self._save_last()
 
@@ -262,9 +272,15 @@ class TrainingLoop:
                 phase.update(self.num_views, row_text(row))
             self.student.check(row["skipped_in_a_row"])
             self._check(row)
-        if self.on_row is not None and self.ranks.is_first:
+        if self.ranks.is_first:
             with self.clock.part("log"):
-                self.on_row(row)
+                self._call_back(row)
+
+    def _call_back(self, row: dict[str, Any]) -> None:
+        self._calls_back = True
+        for on_row in self.on_row:
+            on_row(row)
+        self._calls_back = False
 
     def _save_if_due(self) -> None:
         with self.clock.part("save"):

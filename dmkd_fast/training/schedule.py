@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.checks import check_accumulate, check_milestones
 from dmkd_fast.runtime.errors import invalid
+
+TIMM = "timm:"
+"""Prefix of the names of timm's optimizers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +32,10 @@ class Schedule:
     """Views in the whole run."""
     lr: float
     """Peak learning rate."""
-    name: Literal["sgd", "adamw"] = "adamw"
-    """Optimizer."""
+    name: str = "adamw"
+    """Optimizer: "sgd", "adamw", or "timm:NAME" for one of `timm.optim`."""
     momentum: float = 0.9
-    """Momentum of SGD, or beta1 of AdamW."""
+    """Momentum of SGD, or beta1 of AdamW and the like."""
     nesterov: bool = True
     """Whether SGD uses Nesterov momentum."""
     weight_decay: float = 0.0
@@ -76,8 +78,8 @@ class Schedule:
         for name in ("momentum", "warmup", "ema_decay"):
             if checks.number(name, getattr(self, name), low=0, high=1) == 1:
                 raise invalid(name, 1, "less than 1", "lower it")
-        if self.name not in ("sgd", "adamw"):
-            raise invalid("name", f"{self.name!r:.60}", "sgd or adamw", "choose one")
+        if self.name not in ("sgd", "adamw") and not str(self.name).startswith(TIMM):
+            raise invalid("name", f"{self.name!r:.60}", "sgd, adamw or timm:NAME", "choose one")
         check_accumulate(self.accumulate, batch_size=self.batch_size)
         check_milestones(self.milestones, warmup=self.warmup)
 

@@ -31,6 +31,10 @@ from dmkd_fast.views.spec import check_logits
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
 
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Function of student logits (B, C), teacher logits (B, C) and target that returns a mean, ()."""
+
+
 class StudentTrainer:
     """Train a student on the logits of a teacher.
 
@@ -39,7 +43,11 @@ class StudentTrainer:
     Args:
         student: Network to train in place, (B, c, S, S) views -> (B, C) logits.
         schedule: Length and batch size (of all ranks together), optimizer, weight EMA, clipping.
-        objective: Loss that `learn` minimizes.
+        loss: Loss that `learn` minimizes: an `Objective`, or any function of the student's logits
+            (B, C), the teacher's and the target that returns the mean over the rows, (). It runs
+            under autocast.
+        optimizer: Optimizer of the student's parameters; None: the one that `schedule` names. The
+            schedule sets its learning rate, times `lr_scale` of a parameter group if there is one.
         dtype: Autocast dtype; float32 turns autocast off, float16 turns loss scaling on.
         compile: Whether to use torch.compile on the student.
         ranks: This process among those that train the same student, each on its part of the batch.
@@ -61,14 +69,15 @@ class StudentTrainer:
         self,
         student: nn.Module,
         schedule: Schedule,
-        objective: Objective | None = None,
+        loss: Objective | Loss | None = None,
         *,
+        optimizer: torch.optim.Optimizer | None = None,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.schedule, self.ranks = student.train(), schedule, ranks
-        self.objective = objective or Objective()
+        self.loss = Objective() if loss is None else loss
         self.batch_size = ranks.per_rank(
             "batch_size", schedule.batch_size, unit=schedule.accumulate
         )
@@ -79,7 +88,7 @@ class StudentTrainer:
             raise invalid("student", got, "some to train", "give another network or unfreeze it")
         self.device = device = next(student.parameters()).device
         self.network = ranks.parallel(fast, device)  # This copies rank 0's weights to all ranks.
-        self.optimizer = build_optimizer(student, schedule)
+        self.optimizer = optimizer or build_optimizer(student, schedule)
         self.average = WeightEMA(student, decay=schedule.ema_decay)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -88,9 +97,11 @@ class StudentTrainer:
         self._buffers_before: list[Tensor] | None = None  # not None during a step
         self._updates = False  # True while a step changes weights
         self._micro_batches_left = 0
-        # Fused optimizers leave weights, moments and step counts unchanged if this is not 0.
+        # Fused optimizers leave weights, moments and step counts unchanged if this is not 0. For
+        # others the host has to read it.
         self._found = torch.zeros((), device=device)
         self.optimizer.found_inf = self._found  # type: ignore[attr-defined]
+        self._is_fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         self._scales = dtype == torch.float16
         self._scale = torch.full((), FIRST_SCALE if self._scales else 1.0, device=device)
         self._growth = torch.zeros((), dtype=torch.int32, device=device)
@@ -114,6 +125,9 @@ class StudentTrainer:
         Returns:
             The sum of the micro-batch's losses divided by the size of this rank's batch, (). Over
             all micro-batches these values add up to the mean loss of the batch.
+
+        Raises:
+            UserError: A custom loss returns something else than a scalar with a gradient.
         """
         self._micro_batches_left -= 1
         alone: AbstractContextManager[None] = nullcontext()
@@ -121,7 +135,14 @@ class StudentTrainer:
             alone = self.network.no_sync()  # Gradients are averaged once, at the last micro-batch.
         with alone, self.autocast:
             student_logits = self.network(views)  # (B, C)
-        return self.objective.backward(
+        if not isinstance(self.loss, Objective):
+            with self.autocast:
+                loss = self.loss(student_logits, teacher_logits, target)
+            if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+                got = f"{loss!r:.80} from {self.loss!r:.80}"
+                raise invalid("loss", got, "a tensor () with a gradient", "return the mean")
+            return self.backward(loss / self.schedule.accumulate)
+        return self.loss.backward(
             student_logits,
             teacher_logits,
             target,
@@ -147,7 +168,8 @@ class StudentTrainer:
             nn.utils.clip_grad_norm_(self._parameters, self.schedule.max_grad_norm)
         self._updates = True
         self._buffers.put_back(self._buffers_before, self._found > 0)
-        self.optimizer.step()
+        if self._is_fused or not self._found.item():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(1 - self._found)
         if self._scales:

@@ -106,7 +106,7 @@ class Targets:
         } | {self.input: spec}
 
     def render(
-        self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor, *, progress: float
+        self, slots: Tensor, indices: Tensor, ids: Tensor, uses: Tensor, *, progress: float | None
     ) -> dict[InputSpec, Tensor]:
         """Render the same crops for the student and every teacher active at this progress.
 
@@ -115,16 +115,16 @@ class Targets:
             indices: Slots (B,) int64, as `RingBuffer.sample` returns them.
             ids: Image ids (B,) int64, as `RingBuffer.sample` returns them.
             uses: Use counts (B,) int64, as `RingBuffer.sample` returns them.
-            progress: Progress of the run in [0, 1].
+            progress: Progress of the run in [0, 1]; None renders for the student alone.
 
         Returns:
             Views (B, c, S, S) for each input.
         """
         needed = {self.input}
-        if self.stored is None:
-            needed.update(self.networks.inputs_at(progress))
-        else:
+        if self.stored is not None:
             ids, uses = self.stored.replayed(ids, uses)
+        elif progress is not None:
+            needed.update(self.networks.inputs_at(progress))
         return self._render(slots, indices, ids, uses, needed)
 
     def insert(self, slots: slice, ids: Tensor) -> None:

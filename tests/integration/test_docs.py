@@ -214,7 +214,10 @@ def test_files_and_modules_that_a_page_names_exist(path: Path) -> None:
         try:
             pkgutil.resolve_name(name)
         except (AttributeError, ImportError):
-            missing.append(name)
+            # The framework of an integration may not be installed; then its file counts.
+            module = "/".join(name.split(".")[:3]) + ".py"
+            if ".integrations." not in name or not (ROOT / module).exists():
+                missing.append(name)
     assert not missing, f"{path.name}: {sorted(set(missing))}"
 
 

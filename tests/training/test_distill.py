@@ -212,7 +212,7 @@ def test_the_host_is_at_most_two_blocks_ahead_of_a_gpu(
     make_distiller: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distiller = make_distiller()
-    distiller._in_flight = InFlight(torch.device("cuda", 0))
+    distiller.feed.in_flight = InFlight(torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     FakeEvent.recorded, FakeEvent.waited = [], []
     sample, ahead = sampler_of(distiller).sample, []

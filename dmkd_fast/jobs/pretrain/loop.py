@@ -207,7 +207,7 @@ def train(
     if job.resume:
         run_dir.restore(run)
     page = report_live.pretraining_page(folder, _kind(config), student.device, run.clock)
-    run.on_row = page.add
+    run.on_row.append(page.add)
     with page.watching(), run_dir.resume_hint(folder, f"add run_dir={folder} --resume"):
         totals = run.fit()
     page.write("running")  # `results` follows.

@@ -148,7 +148,7 @@ def page_of(distiller: Distiller, job: ResolvedJob, parts: Parts) -> LivePage:
         facts["forwards_per_image"] = [(at, one.forwards_per_image) for at, one in samplers]
     folder = Path(config.run_dir)
     page = LivePage(folder, facts, distiller.clock, lambda: ring_facts(distiller, names))
-    distiller.on_row = page.add
+    distiller.on_row.append(page.add)
     return page
 
 

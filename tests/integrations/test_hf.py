@@ -1,0 +1,145 @@
+"""The fused loss in the Trainer of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+
+from dmkd_fast.integrations.hf import DistillTrainer, Named  # noqa: E402
+from dmkd_fast.runtime.errors import UserError  # noqa: E402
+
+NUM_IMAGES = 64
+
+
+def vit(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=4,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def images() -> list[dict[str, Tensor]]:
+    pixels = torch.randn(NUM_IMAGES, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return [{"pixel_values": p, "labels": torch.tensor(i % 4)} for i, p in enumerate(pixels)]
+
+
+def arguments(folder: Path, **changes: Any) -> Any:
+    base: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-3,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": 0,
+    }
+    return transformers.TrainingArguments(**(base | changes))
+
+
+def losses(trainer: Any) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_an_epoch_lowers_the_loss_and_leaves_the_teacher(tmp_path: Path) -> None:
+    teacher = vit(1)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer = DistillTrainer(
+        vit(0),
+        arguments(tmp_path, num_train_epochs=4),
+        train_dataset=images(),
+        eval_dataset=images(),
+        teacher=teacher,
+        alpha=0.5,
+    )
+    start = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert len(losses(trainer)) == 4 * NUM_IMAGES // 8
+    assert trainer.evaluate()["eval_loss"] < start
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_accumulation_changes_no_step(tmp_path: Path, alpha: float) -> None:
+    results = []
+    for size, accumulated in ((16, 1), (4, 4)):
+        changes = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulated,
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+        }
+        trainer = DistillTrainer(
+            student := vit(0),
+            arguments(tmp_path, **changes),
+            train_dataset=images(),
+            teacher=vit(1),
+            alpha=alpha,
+        )
+        trainer.train()
+        results.append([*student.state_dict().values(), torch.tensor(losses(trainer))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_labels_of_language_models_are_shifted_and_padding_does_not_count(tmp_path: Path) -> None:
+    def gpt(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 11}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+
+    tokens = torch.randint(0, 11, (4, 8), generator=torch.Generator().manual_seed(2))
+    labels = tokens.clone()
+    labels[:, 5:] = -100
+    student, teacher = gpt(0).eval(), gpt(1).eval()
+    trainer = DistillTrainer(
+        student, arguments(tmp_path), teacher=teacher, temperature=2.0, alpha=0.25
+    )
+    found = trainer.compute_loss(student, {"input_ids": tokens, "labels": labels})
+    with torch.no_grad():
+        s, t = (m(input_ids=tokens).logits[:, :4].reshape(-1, 11) for m in (student, teacher))
+    kd = nn.functional.kl_div((s / 2).log_softmax(1), (t / 2).softmax(1), reduction="batchmean")
+    ce = nn.functional.cross_entropy(s, labels[:, 1:5].reshape(-1))
+    torch.testing.assert_close(found, 0.25 * 4 * kd + 0.75 * ce)
+
+
+def test_batches_may_bring_the_logits_of_a_teacher(tmp_path: Path) -> None:
+    teacher = vit(1).eval()
+    batches = []
+    for first in range(0, NUM_IMAGES, 16):
+        rows = images()[first : first + 16]
+        pixels, labels = (torch.stack([row[k] for row in rows]) for k in rows[0])
+        batches.append((pixels, labels, teacher(pixels).logits.detach()))
+    stored = DistillTrainer(vit(0), arguments(tmp_path), train_loader=Named(batches), alpha=1.0)
+    stored.train()
+    live = DistillTrainer(
+        vit(0),
+        arguments(tmp_path),
+        train_loader=Named([batch[:2] for batch in batches]),
+        teacher=teacher,
+        alpha=1.0,
+    )
+    live.train()
+    assert losses(stored) == losses(live)
+    without = DistillTrainer(
+        vit(0), arguments(tmp_path), train_loader=Named([batch[:2] for batch in batches])
+    )
+    with pytest.raises(UserError, match="teacher: got None, expected a network"):
+        without.train()
