@@ -179,7 +179,7 @@ class GeneratedLoader:
 
     def _state(self, *, images: bool) -> dict[str, Any]:
         feed = self._feed
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         state = {"ring": feed.ring.state_dict(images=images), "images": feed.images.state_dict()}
         rest = split_state(state, "", tensors)
         if feed.ring.images.is_cuda:
