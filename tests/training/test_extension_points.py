@@ -247,7 +247,7 @@ def test_the_example_of_feature_distillation_trains(make_distiller: Make) -> Non
     exec(code, names)
     distiller = make_distiller()
     loss = names["AttentionTransfer"](
-        distiller.student.model[0], distiller.targets.networks.networks[0][0]
+        distiller.student.model[0], distiller.targets.networks.networks[0].get_submodule("0")
     )
     with_loss(distiller, loss)
     distances = []
