@@ -139,7 +139,7 @@ def spoil(folder: Path, how: str) -> Path:
     ("how", "words"),
     [
         ("part", r"one part of a model \(DiTTransformer2DModel\), .*; give the folder above it"),
-        ("file", "got a file, .*; give its folder, or convert .* from_single_file"),
+        ("file", "got a file, .*; give its folder, or rewrite .* dmkd import denoiser"),
         ("absent", "no such folder, .*; check denoiser.path"),
         ("transformers", "a transformers or timm model, .* use a diffusion model"),
         ("pickle", r"diffusion_pytorch_model.bin, a pickle, .* dmkd import denoiser SOURCE OUT"),
