@@ -45,16 +45,16 @@ def config_of(folder: Path, kind: str, **settings: Any) -> Path:
     return path
 
 
-def denoiser_config(vae: Path, **changes: Any) -> Path:
+def denoiser_config(autoencoder: Path, **changes: Any) -> Path:
     settings = {
-        "vae": str(vae),
+        "vae": str(autoencoder),
         "data": {"image_size": 16, "held_out": 0.25},
         "patch_size": 2,
         "num_layers": 1,
         "num_heads": 2,
         "head_dim": 8,
     }
-    return config_of(vae.parent, "denoiser", **(settings | changes))
+    return config_of(autoencoder.parent, "denoiser", **(settings | changes))
 
 
 def pretrain(kind: str, *arguments: str) -> int:

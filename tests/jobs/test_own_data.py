@@ -65,7 +65,7 @@ def test_configs_and_commands_fit_the_folder(
     assert distill.eval.path == str(data / "test")
     text = Path("denoiser.yaml").read_text()
     assert "# Number of transformer blocks." in text and text.startswith("# dmkd pretrain denoiser")
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines()[1:])) <= 120  # the first one holds the path
     before = text
     Path("teacher.yaml").unlink()
     assert cli.main(["init", "own-data", "--data", str(data)]) == 2
