@@ -124,7 +124,9 @@ def report_runs(options: argparse.Namespace) -> dict[str, Any] | None:
 
     if options.runs:
         found = report.report(options.runs, options.out)
-        short = {name: found[name] for name in ("report", "run_dir") if name in found}
+        short: dict[str, Any] = {
+            name: found[name] for name in ("report", "run_dir") if name in found
+        }
         return found if options.json else short
     return report.show_runs(as_json=options.json)
 

@@ -50,6 +50,7 @@ class Section(BaseModel):
         allow_inf_nan=False,
         strict=True,
         ser_json_inf_nan="constants",
+        protected_namespaces=(),  # pydantic before 2.10 warns about `model_args`
     )
 
     @model_validator(mode="before")

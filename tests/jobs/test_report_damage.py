@@ -122,7 +122,7 @@ def test_values_of_other_types_are_drawn_or_named_in_one_line(
         ("summary.json", '{"top1": "0.9"}', "top1: got '0.9', expected a valid number; delete it"),
         ("summary.json", '{"top1": 90}', "top1: got 90, expected less than or equal to 1"),
         ("report.json", '{"seconds": [1]}', "seconds: got [1], expected an object; delete it"),
-        ("report.json", '{"samples": [{}]}', "samples.0.class: missing; delete it"),
+        ("report.json", '{"samples": [{}]}', "samples.0.src: missing; delete it"),
         ("report.json", '{"samples": ', "not valid JSON (EOF while parsing"),
         ("stats.jsonl", '{"views": 1, "wall_s": null}\n', "line 1: wall_s: got None, expected"),
         ("stats.jsonl", "\n{}\n", "line 2: views: missing; delete the line"),
