@@ -12,13 +12,13 @@ Source: Hinton et al., "Distilling the knowledge in a neural network" (arXiv 150
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from dmkd_fast.loss import ops
-from dmkd_fast.loss.arguments import Reduction, arranged, grad_scale_of, output_rows, problem_of
+from dmkd_fast.loss.arguments import Options, Reduction, grad_scale_of, output_rows, problem_of
 from dmkd_fast.loss.autograd import differentiable
 from dmkd_fast.loss.divergences import Divergence
 from dmkd_fast.runtime.operators import check_own_memory
@@ -41,20 +41,8 @@ def kd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float | Tensor = ...,
-    alpha: float | None = ...,
-    reduction: Reduction = ...,
-    t_squared: bool = ...,
-    mask: Tensor | None = ...,
-    row_weight: Tensor | None = ...,
-    ignore_index: int = ...,
-    label_smoothing: float = ...,
-    num_items: float | Tensor | None = ...,
-    divergence: Divergence = ...,
-    standardize_logits: bool = ...,
-    class_dim: int = ...,
-    num_classes: int | None = ...,
     return_parts: Literal[False] = ...,
+    **options: Unpack[Options],
 ) -> Tensor: ...
 @overload
 def kd_loss(
@@ -62,20 +50,8 @@ def kd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float | Tensor = ...,
-    alpha: float | None = ...,
-    reduction: Reduction = ...,
-    t_squared: bool = ...,
-    mask: Tensor | None = ...,
-    row_weight: Tensor | None = ...,
-    ignore_index: int = ...,
-    label_smoothing: float = ...,
-    num_items: float | Tensor | None = ...,
-    divergence: Divergence = ...,
-    standardize_logits: bool = ...,
-    class_dim: int = ...,
-    num_classes: int | None = ...,
     return_parts: bool,
+    **options: Unpack[Options],
 ) -> Tensor | KdLossParts: ...
 def kd_loss(
     student_logits: Tensor,
@@ -169,11 +145,7 @@ def kd_loss(
         RuntimeError: A class id is out of range. On CUDA the loss is nan instead, because an error
             would have to wait for the device.
     """
-    if class_dim != -1 or num_classes is not None:
-        student_logits, teacher_logits, target = _arranged(
-            student_logits, teacher_logits, target, class_dim, num_classes
-        )
-    problem, extra = problem_of(
+    problem, leading = problem_of(
         student_logits,
         teacher_logits,
         target,
@@ -188,21 +160,25 @@ def kd_loss(
         num_items,
         divergence,
         standardize_logits,
+        class_dim,
+        num_classes,
     )
     per_row = reduction == "none"
-    losses: Any
-    if torch.is_grad_enabled() and problem[0].requires_grad:
-        losses = differentiable(per_row, return_parts, problem, extra)
+    if torch.is_grad_enabled() and problem.student.requires_grad:
+        losses = differentiable(per_row, return_parts, problem)
     else:
-        losses = ops.forward(*problem, per_row, *extra)
+        losses = ops.forward(*problem, per_row)
     if not return_parts:
         loss = losses if isinstance(losses, Tensor) else losses[0]
-        return loss.view(student_logits.shape[:-1]) if per_row else loss
-    loss, kd, ce = losses[:3]
-    if per_row:
-        shape = student_logits.shape[:-1]
-        loss, kd, ce = loss.view(shape), kd.view(shape), ce.view(shape)
-    return KdLossParts(loss, kd, None if target is None or problem[5] == 1 else ce)
+        return loss.view(leading) if per_row else loss
+    loss, kd, ce = (x.view(leading) if per_row else x for x in losses[:3])
+    return KdLossParts(loss, kd, None if target is None or problem.alpha == 1 else ce)
+
+
+# Default values of `Options`.
+DEFAULTS: dict[str, Any] = {
+    name: value for name, value in kd_loss.__kwdefaults__.items() if name != "return_parts"
+}
 
 
 def kd_loss_and_grad(
@@ -210,21 +186,9 @@ def kd_loss_and_grad(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float | Tensor = 4.0,
-    alpha: float | None = None,
-    reduction: Literal["batchmean", "mean", "sum"] = "batchmean",
-    t_squared: bool = True,
-    mask: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    num_items: float | Tensor | None = None,
-    divergence: Divergence = "forward_kl",
-    standardize_logits: bool = False,
-    class_dim: int = -1,
-    num_classes: int | None = None,
     grad_scale: float | Tensor = 1.0,
     out: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]:
     """Compute loss and gradient in one pass, without an autograd graph.
 
@@ -232,9 +196,8 @@ def kd_loss_and_grad(
     `loss, grad = kd_loss_and_grad(...)`, followed by `student_logits.backward(grad)`.
 
     Args:
-        student_logits, teacher_logits, target, temperature, alpha, reduction, t_squared, mask,
-            row_weight, ignore_index, label_smoothing, num_items, divergence, standardize_logits,
-            class_dim, num_classes: Same as for `kd_loss`, except that `reduction` cannot be "none".
+        student_logits, teacher_logits, target, options: Same as for `kd_loss`, except that
+            `reduction` cannot be "none".
         grad_scale: Factor on the gradient alone, applied in float32 before rounding: a number, or a
             tensor of one element on the logits' device, such as the scale of a GradScaler.
         out: Tensor for the gradient, with shape, dtype and device of `student_logits`, dense
@@ -247,67 +210,33 @@ def kd_loss_and_grad(
     Raises:
         TypeError, ValueError, NotImplementedError: For the same reasons as `kd_loss`.
     """
-    whole = student_logits
-    if class_dim != -1 or num_classes is not None:
-        student_logits, teacher_logits, target = _arranged(
-            student_logits, teacher_logits, target, class_dim, num_classes
-        )
-    problem, extra = problem_of(
-        student_logits.detach(),
-        teacher_logits,
-        target,
-        temperature,
-        alpha,
-        reduction,
-        t_squared,
-        mask,
-        row_weight,
-        ignore_index,
-        label_smoothing,
-        num_items,
-        divergence,
-        standardize_logits,
-    )
-    if reduction == "none":
+    all_options = {**DEFAULTS, **options}
+    problem, leading = problem_of(student_logits.detach(), teacher_logits, target, **all_options)
+    if all_options["reduction"] == "none":
         raise ValueError('reduction: got "none", expected "batchmean", "mean" or "sum"')
-    student, teacher = problem[:2]
-    upstream, factor = grad_scale_of(grad_scale, student, teacher)
+    upstream, factor = grad_scale_of(grad_scale, problem.student, problem.teacher)
     if out is None:
-        out = torch.empty_like(whole.detach(), memory_format=torch.contiguous_format)
-        rows = out.view(-1, whole.shape[-1])
+        out = torch.empty_like(student_logits.detach(), memory_format=torch.contiguous_format)
     else:
-        rows = output_rows(out, whole)
-        check_own_memory(
-            rows,
-            {
-                "student_logits": student,
-                "teacher_logits": teacher,
-                "target": problem[2],
-                "row_weight": problem[3],
-                "grad_scale": upstream,
-            },
-        )
+        inputs = {"student_logits": problem.student, "teacher_logits": problem.teacher}
+        others = {"target": problem.target, "row_weight": problem.weight, "grad_scale": upstream}
+        check_own_memory(output_rows(out, student_logits), inputs | others)
         torch.autograd.graph.increment_version(out)
-    if class_dim != -1:
-        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-    else:
-        grad = rows if num_classes is None else rows[:, :num_classes]
-    loss = ops.forward_backward(grad, upstream, factor, *problem, *extra)[0]
-    if num_classes is not None:
-        arranged(out.detach(), class_dim, None)[..., num_classes:] = 0
-    if class_dim != -1:
-        arranged(out.detach(), class_dim, num_classes).copy_(grad.view(student_logits.shape))
-    return loss, out
-
-
-def _arranged(
-    student: Tensor, teacher: Tensor, target: Tensor | None, class_dim: int, num_classes: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return logits and target with the classes that count in the last dimension."""
-    if target is not None and target.is_floating_point():
-        target = arranged(target, class_dim, None, "target")
-    return (
-        arranged(student, class_dim, num_classes),
-        arranged(teacher, class_dim, num_classes, "teacher_logits"),
-        target,
+    result, class_dim, num_classes = (
+        out.detach(),
+        options.get("class_dim", -1),
+        options.get("num_classes"),
     )
+    grad = problem.student
+    if class_dim != -1:
+        grad = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    else:
+        rows = result.view(-1, result.shape[-1])
+        grad = rows if num_classes is None else rows[:, :num_classes]
+    loss = ops.forward_backward(grad, upstream, factor, *problem)[0]
+    if class_dim != -1:
+        result = result.movedim(class_dim, -1)
+        result[..., :num_classes] = grad.view(*leading, -1)
+    if num_classes is not None:
+        result[..., num_classes:] = 0
+    return loss, out

@@ -1,6 +1,5 @@
 """Triton kernel `tile` of kd_loss: rows that fit into registers, each read once.
 
-Plain forward KL is written out; `general_rows` has every other divergence and standardized logits.
 TERMS are the numbers of `divergences.terms_of`. Row offsets are 64-bit.
 Shapes: B rows, C classes; a tile is ROWS x BLOCK.
 """
@@ -52,7 +51,7 @@ def _standardized(x, inside, num_classes):
 
 
 @triton.jit
-def general_rows(
+def _divergence_rows(
     s, t, inside, cols, ids, num_classes, inverse, TERMS: tl.constexpr, STANDARDIZE: tl.constexpr
 ):
     """Return the divergences of rows (ROWS,), and T times their gradients by the logits."""
@@ -82,7 +81,9 @@ def general_rows(
             loss += TERMS[4 * k + 1] * tl.where(known, value, float("nan"))
             slopes += TERMS[4 * k + 1] * part
     slopes = tl.where(inside, slopes, 0.0)
-    grad = slopes - q * tl.sum(slopes, 1)[:, None]
+    grad = slopes
+    if len(TERMS) > 0:  # The slopes of forward KL, q - p, sum to 0.
+        grad = slopes - q * tl.sum(slopes, 1)[:, None]
     if STANDARDIZE:
         z = tl.where(inside, s, 0.0)
         chain = tl.sum(grad * z, 1) / (tl.maximum(num_classes - 1, 1) * s_deviation)
@@ -130,8 +131,6 @@ def tile(
     teacher_by_vec,
     target_stride,
     grad_by_vec,
-    weight_stride,
-    upstream_stride,
     inverse_temperature,
     alpha,
     kd_scale,
@@ -149,7 +148,7 @@ def tile(
     PER_ROW: tl.constexpr,
     TARGET: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr,
+    UPSTREAM: tl.constexpr,
     TERMS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     HAS_TEMPERATURES: tl.constexpr,
@@ -169,65 +168,37 @@ def tile(
     rows64 = rows.to(tl.int64)
     factor = tl.full([ROWS], 1.0, tl.float32)
     if HAS_WEIGHT:
-        factor = tl.load(weight + rows64 * weight_stride, rows < num_rows, 0.0)
+        factor = tl.load(weight + rows64, rows < num_rows, 0.0)
     counts = (rows < num_rows) & (factor != 0)
     inside = counts[:, None] & (cols < num_classes)[None, :]
     s_at = student + rows64[:, None] * (student_by_vec * VEC) + cols[None, :]
     t_at = teacher + rows64[:, None] * (teacher_by_vec * VEC) + cols[None, :]
     s = tl.load(s_at, inside, -float("inf")).to(tl.float32)
     t = tl.load(t_at, inside, -float("inf")).to(tl.float32)
-    s_max = tl.max(s, 1)
-    t_max = tl.max(t, 1)
-    PLAIN: tl.constexpr = len(TERMS) == 0 and not STANDARDIZE and not HAS_TEMPERATURES
-    if PLAIN:
-        scale2 = inverse_temperature * LOG2E
-        s_exp = tl.exp2((s - s_max[:, None]) * scale2)
-        t_exp = tl.exp2((t - t_max[:, None]) * scale2)
-        s_sum = tl.sum(s_exp, 1)
-        t_sum = tl.sum(t_exp, 1)
-        # The differences of the exponentials are summed: that of the sums would be less exact.
-        ratio = tl.sum(s_exp - t_exp, 1) / t_sum
-        ratio = tl.where(tl.abs(ratio) < 0.5, ratio, s_sum / t_sum - 1)
-        offset = (s_max - t_max) * inverse_temperature + log1p(ratio)
-        q = s_exp * (1 / s_sum)[:, None]
-        p = t_exp * (1 / t_sum)[:, None]
-        d = tl.fma(
-            t - s,
-            tl.full(s.shape, inverse_temperature, tl.float32),
-            tl.broadcast_to(offset[:, None], s.shape),
-        )
-        terms, differences = divergence(p, q, d, offset[:, None])
-    else:
-        ids = tl.zeros([ROWS], tl.int64)
-        if TARGET % 2 == 1:
-            ids = tl.load(target + rows64 * target_stride, counts, 0)
-        inverse = tl.full([ROWS], inverse_temperature, tl.float32)
-        kl_factor = alpha * kd_scale * inverse
-        if HAS_TEMPERATURES:
-            inverse = 1 / tl.load(temperatures + 2 * rows64, counts, 1.0)
-            kd_factor = tl.load(temperatures + 2 * rows64 + 1, counts, 1.0)
-            kl_factor = alpha * kd_scale * inverse * kd_factor
-        kd, differences = general_rows(
-            s, t, inside, cols[None, :], ids, num_classes, inverse, TERMS, STANDARDIZE
-        )
-        if HAS_TEMPERATURES:
-            kd *= kd_factor
+    ids = tl.zeros([ROWS], tl.int64)
+    if TARGET % 2 == 1:
+        ids = tl.load(target + rows64 * target_stride, counts, 0)
+    inverse = tl.full([ROWS], inverse_temperature, tl.float32)
+    kd_factor = tl.full([ROWS], 1.0, tl.float32)
+    if HAS_TEMPERATURES:
+        inverse = 1 / tl.load(temperatures + 2 * rows64, counts, 1.0)
+        kd_factor = tl.load(temperatures + 2 * rows64 + 1, counts, 1.0)
+    kd, out = _divergence_rows(
+        s, t, inside, cols[None, :], ids, num_classes, inverse, TERMS, STANDARDIZE
+    )
     up = factor * grad_scale
-    if HAS_UPSTREAM:
-        up *= tl.load(upstream + rows64 * upstream_stride, rows < num_rows, 0.0)
-    if PLAIN:
-        out = differences * (up * (alpha * kd_scale * inverse_temperature))[:, None]
-    else:
-        out = differences * (up * kl_factor)[:, None]
+    if UPSTREAM != 0:
+        up *= tl.load(upstream + rows64 * (UPSTREAM == 2), rows < num_rows, 0.0)
+    out *= (up * (alpha * kd_scale * inverse * kd_factor))[:, None]
     ce = tl.zeros([ROWS], tl.float32)
     if TARGET == 1 or TARGET == 2:
         kept = 1 - smoothing
         spread = smoothing / num_classes
+        s_max = tl.max(s, 1)
         exp1 = tl.exp2((s - s_max[:, None]) * LOG2E)
         sum1 = tl.sum(exp1, 1)
         log_sum = tl.log(sum1)
         if TARGET == 1:
-            ids = tl.load(target + rows64 * target_stride, counts, 0)
             known = (ids >= 0) & (ids < num_classes)
             at_id = student + rows64 * (student_by_vec * VEC) + ids
             # An id out of range makes the loss nan; an error would have to wait for the device.
@@ -253,9 +224,7 @@ def tile(
         value = tl.where(counts[:, None], out, 0.0)
         tl.store(g_at, value.to(grad.dtype.element_ty), stored)
     if WITH_LOSS:
-        if PLAIN:
-            kd = tl.sum(terms, 1)
-        kd = tl.where(counts, factor * kd, 0.0)
+        kd = tl.where(counts, factor * kd_factor * kd, 0.0)
         ce = tl.where(counts, factor * ce, 0.0)
         if PER_ROW:
             tl.store(loss_out + rows64, mix(kd * kd_scale, ce * ce_scale, alpha), rows < num_rows)

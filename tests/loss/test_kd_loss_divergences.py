@@ -86,8 +86,8 @@ def test_eager_definition_equals_the_kernel(form: str | dict) -> None:
     for standardize in (False, True):
         extra = (temperatures, terms_of(form), standardize)
         problem = (student, teacher, target, weight, 1.0, 0.3, 1.0, 0.5, 0.1)
-        losses = ops.forward(*problem, True, *extra)
-        expected = ops._eager_forward(*problem, True, *extra)
+        losses = ops.forward(*problem, *extra, True)
+        expected = ops._eager_forward(*problem, *extra, True)
         for a, b in zip(losses[:3], expected[:3], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
         upstream = torch.arange(6.0, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_eager_definition_equals_the_kernel(form: str | dict) -> None:
         other = ops._eager_backward(upstream, expected[3], *problem, *extra)
         torch.testing.assert_close(grad, other, rtol=1e-9, atol=1e-12)
         assert (grad[2] == 0).all()
-        torch.library.opcheck(ops.forward, (*problem, True, *extra))
+        torch.library.opcheck(ops.forward, (*problem, *extra, True))
         torch.library.opcheck(ops.backward, (upstream, losses[3], *problem, *extra))
 
 
@@ -190,7 +190,7 @@ def test_near_the_teacher_nothing_cancels(form: str | dict) -> None:
     target = ids_for(form, 8, 1000)
     problem = (student.double(), teacher.double(), target, None, 4.0, 1.0, 2.0, 1.0, 0.0)
     extra = (None, terms_of(form), False)
-    expected, *_, stats = ops.forward(*problem, False, *extra)
+    expected, *_, stats = ops.forward(*problem, *extra, False)
     one = torch.ones((), dtype=torch.float64)
     expected_grad = ops.backward(one, stats, *problem, *extra)
     loss, grad = kd_loss_and_grad(student, teacher, target, divergence=form)
@@ -212,9 +212,21 @@ def test_infinite_logits_leave_finite_gradients(form: str | dict) -> None:
     assert grad.isfinite().all() and not loss.isnan()
     rows = kd_loss(student, teacher, target, divergence=form, reduction="none")
     assert rows[2].isfinite()
-    expected = ops._eager_forward(
-        student, teacher, target, None, 4.0, 1.0, 16.0, 1.0, 0.0, True, None, terms_of(form)
-    )[0]
+    problem = (
+        student,
+        teacher,
+        target,
+        None,
+        4.0,
+        1.0,
+        16.0,
+        1.0,
+        0.0,
+        None,
+        terms_of(form),
+        False,
+    )
+    expected = ops._eager_forward(*problem, True)[0]
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
     nan = kd_loss_and_grad(student + float("nan"), teacher, target, divergence=form)
     assert nan[0].isnan() and nan[1].isnan().all()

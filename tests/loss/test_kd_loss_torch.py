@@ -26,7 +26,7 @@ def logits(
 def raw_problems() -> list[tuple]:
     """Arguments of the raw operators: dense, strided, mixed dtypes, empty, masked, with targets."""
     f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
-    numbers = (4.0, 0.5, 16.0, 1.0, 0.1)
+    numbers = (4.0, 0.5, 16.0, 1.0, 0.1, None, [], False)
     plain = [
         (logits(r, c, seed=0, dtype=d), logits(r, c, seed=1, dtype=d), None, None, *numbers)
         for r, c, d in (
