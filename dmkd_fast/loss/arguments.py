@@ -18,12 +18,13 @@ from torch.autograd import forward_ad
 
 from dmkd_fast.loss import ops
 from dmkd_fast.loss.divergences import DKD, Divergence, terms_of
-from dmkd_fast.runtime.errors import warn_once
+from dmkd_fast.runtime.errors import invalid, warn_once
 
 Reduction = Literal["batchmean", "mean", "sum", "none"]
 REDUCTIONS = get_args(Reduction)
 # Within these limits float32 gradients are close to float64's; at 1e6 they are not.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
+IN_RANGE = f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LISTED = "of float32, float64, float16 or bfloat16"
@@ -52,7 +53,7 @@ class Settings(TypedDict, total=False):
 
 
 class Options(Settings, total=False):
-    """Options of `kd_loss`, which has their default values."""
+    """Options of `kd_loss`; `problem_of` has their default values."""
 
     temperature: float | Tensor
     mask: Tensor | None
@@ -64,19 +65,20 @@ def problem_of(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
-    temperature: float | Tensor,
-    alpha: float | None,
-    reduction: str,
-    t_squared: bool,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    num_items: float | Tensor | None,
-    divergence: Divergence,
-    standardize_logits: bool,
-    class_dim: int,
-    num_classes: int | None,
+    *,
+    temperature: float | Tensor = 4.0,
+    alpha: float | None = None,
+    reduction: str = "batchmean",
+    t_squared: bool = True,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items: float | Tensor | None = None,
+    divergence: Divergence = "forward_kl",
+    standardize_logits: bool = False,
+    class_dim: int = -1,
+    num_classes: int | None = None,
 ) -> tuple[ops.Problem, torch.Size]:
     """Check the arguments of `kd_loss`; return those of its operators, and the shape of the rows.
 
@@ -104,14 +106,12 @@ def problem_of(
         temperature = 1.0
     temperature = _number("temperature", temperature)
     if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(
-            f"temperature: got {temperature}, expected {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
-        )
+        raise invalid("temperature", temperature, IN_RANGE)
     label_smoothing = _number("label_smoothing", label_smoothing)
     if alpha is not None:
         alpha = _number("alpha", alpha)
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {REDUCTIONS}")
+        raise invalid("reduction", repr(reduction), f"one of {REDUCTIONS}")
     alpha = _check_target(student, target, alpha, ignore_index, label_smoothing, DKD in terms[::4])
     for name, given in (("mask", mask), ("row_weight", row_weight)):
         if given is not None:
@@ -144,17 +144,14 @@ def arranged(name: str, tensor: Tensor, class_dim: int, num_classes: int | None)
     _check(name, tensor)
     if class_dim != -1:
         if not isinstance(class_dim, int) or not -tensor.ndim <= class_dim < tensor.ndim:
-            raise ValueError(
-                f"class_dim: got {class_dim!r}, expected one of the dimensions of {name} "
-                f"{tuple(tensor.shape)}"
-            )
+            expected = f"one of the dimensions of {name} {tuple(tensor.shape)}"
+            raise invalid("class_dim", repr(class_dim), expected)
         tensor = tensor.movedim(class_dim, -1)
     if num_classes is not None:
         most = tensor.shape[-1] if tensor.ndim else 0
         if not isinstance(num_classes, int) or not 1 <= num_classes <= most:
-            raise ValueError(
-                f"num_classes: got {num_classes!r}, expected 1 to {most}, the classes of {name}"
-            )
+            expected = f"1 to {most}, the classes of {name}"
+            raise invalid("num_classes", repr(num_classes), expected)
         tensor = tensor[..., :num_classes]
     return tensor
 
@@ -164,18 +161,13 @@ def _temperatures(temperature: Tensor, student: Tensor, teacher: Tensor, t_squar
     leading = student.shape[:-1]
     _check("temperature", temperature)
     if temperature.shape not in (leading, (*leading, 1)):
-        raise ValueError(
-            f"temperature: got shape {tuple(temperature.shape)}, expected one number, or one of "
-            f"each row: {tuple(leading)}"
-        )
+        expected = f"one number, or one of each row: {tuple(leading)}"
+        raise invalid("temperature", f"shape {tuple(temperature.shape)}", expected)
     _check("temperature", temperature, student, temperature.shape)
     each = temperature.detach().reshape(-1).to(ops.accumulated_type(student, teacher))
     inside = (each >= MIN_TEMPERATURE) & (each <= MAX_TEMPERATURE)
     if each.device.type == "cpu" and not torch.compiler.is_compiling() and not inside.all():
-        raise ValueError(
-            f"temperature: got {each[~inside][0].item():g} in a row, expected "
-            f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
-        )
+        raise invalid("temperature", f"{each[~inside][0].item():g} in a row", IN_RANGE)
     # Elsewhere an error would wait for the device: the loss of the row is nan.
     each = torch.where(inside, each, math.nan)
     return torch.stack((each, each**2 if t_squared else torch.ones_like(each)), 1)
@@ -185,8 +177,7 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         _check(name, logits)
         if logits.ndim == 0 or logits.shape[-1] == 0:
-            shape = tuple(logits.shape)
-            raise ValueError(f"{name}: got shape {shape}, expected (..., C) with C >= 1")
+            raise invalid(name, f"shape {tuple(logits.shape)}", "(..., C) with C >= 1")
     _fits("teacher_logits", teacher, student, student.shape)
     is_wasted = teacher.requires_grad and torch.is_grad_enabled()
     if is_wasted and not torch.compiler.is_compiling():
@@ -206,11 +197,11 @@ def _check_target(
 ) -> float:
     """Check the arguments of the hard-label term and return the weight of the KD term."""
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: got {label_smoothing}, expected a number in [0, 1)")
+        raise invalid("label_smoothing", label_smoothing, "a number in [0, 1)")
     has_ids = isinstance(target, Tensor) and target.dtype == torch.int64
     if is_dkd and not has_ids:
         got = "None" if target is None else getattr(target, "dtype", type(target).__name__)
-        raise ValueError(f"target: got {got}, expected int64 class ids, which dkd needs")
+        raise invalid("target", got, "int64 class ids, which dkd needs")
     if target is None or (is_dkd and (alpha is None or alpha == 1)):
         without, missing = ("target", "a target") if target is None else ("alpha", "alpha")
         for name, is_set in (
@@ -225,10 +216,8 @@ def _check_target(
                 )
         alpha = 1.0
     elif alpha is None or not 0 <= alpha < 1:
-        raise ValueError(
-            f"alpha: got {alpha} with a target, expected a number in [0, 1); with 1 or None the "
-            "target would be ignored"
-        )
+        fix = "with 1 or None the target would be ignored"
+        raise invalid("alpha", f"{alpha} with a target", "a number in [0, 1)", fix)
     if target is not None:
         _check("target", target, student, student.shape[:-1] if has_ids else student.shape)
         if not has_ids and ignore_index != -100:
@@ -259,7 +248,7 @@ def _row_weights(
     elif num_items is not None:
         divisor = _number("num_items", num_items)
         if not 0 < divisor < math.inf:
-            raise ValueError(f"num_items: got {num_items}, expected a positive number")
+            raise invalid("num_items", num_items, "a positive number")
     ids = target if target is not None and target.dtype == torch.int64 else None
     weight = None if row_weight is None else row_weight.detach().reshape(-1).to(dtype)
     if ids is not None or mask is not None or items is not None:
@@ -282,24 +271,20 @@ def output_rows(out: Tensor, student: Tensor) -> Tensor:
     classes = out.shape[-1]
     try:
         rows = out.detach().view(-1, classes)
+        are_rows = classes == 1 or rows.stride(1) == 1
+        are_rows = are_rows and (len(rows) <= 1 or rows.stride(0) >= classes)
     except RuntimeError:
-        rows = None
-    if (
-        rows is None
-        or (classes > 1 and rows.stride(1) != 1)
-        or (len(rows) > 1 and rows.stride(0) < classes)
-    ):
-        raise ValueError(
-            f"out: got strides {out.stride()}, expected dense classes and rows in equal steps that "
-            "do not overlap"
-        )
+        are_rows = False
+    if not are_rows:
+        expected = "dense classes and rows in equal steps that do not overlap"
+        raise invalid("out", f"strides {out.stride()}", expected)
     return rows
 
 
 def _single(name: str, tensor: Tensor, student: Tensor) -> Tensor:
     """Check a tensor of one element, and return it without dimensions."""
     if tensor.numel() != 1:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected one element")
+        raise invalid(name, f"shape {tuple(tensor.shape)}", "one element")
     _refuse_grad(name, tensor)
     _fits(name, tensor, student, tensor.shape)
     return tensor.detach().reshape(())
@@ -320,14 +305,11 @@ def _check(
 
 def _fits(name: str, tensor: Tensor, student: Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
-        fix = "; num_classes leaves padding out" if name == "teacher_logits" else ""
-        raise ValueError(
-            f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)} to fit "
-            f"student_logits {tuple(student.shape)}{fix}"
-        )
+        expected = f"{tuple(shape)} to fit student_logits {tuple(student.shape)}"
+        fix = "num_classes leaves padding out" if name == "teacher_logits" else ""
+        raise invalid(name, f"shape {tuple(tensor.shape)}", expected, fix)
     if tensor.device != student.device:
-        got = tensor.device
-        raise ValueError(f"{name}: got device {got}, expected the student's {student.device}")
+        raise invalid(name, f"device {tensor.device}", f"the student's {student.device}")
 
 
 def _number(name: str, value: object) -> float:
@@ -336,8 +318,7 @@ def _number(name: str, value: object) -> float:
         return value
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            shape = tuple(value.shape)
-            raise ValueError(f"{name}: got shape {shape}, expected one number for all rows")
+            raise invalid(name, f"shape {tuple(value.shape)}", "one number for all rows")
         _refuse_grad(name, value)
         value = value.item()
     elif getattr(value, "size", None) == 1 and hasattr(value, "item"):
@@ -362,10 +343,8 @@ def grad_scale_of(
 
 def _refuse_grad(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name}: got a tensor that requires grad, which no gradient would reach, expected "
-            f"{name}.detach()"
-        )
+        got = "a tensor that requires grad, which no gradient would reach"
+        raise invalid(name, got, f"{name}.detach()")
 
 
 def _refuse_transforms(*arguments: object) -> None:

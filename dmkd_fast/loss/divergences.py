@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import NamedTuple
 
+from dmkd_fast.runtime.errors import invalid
+
 Divergence = str | Mapping[str, float | Mapping[str, float]]
 
 MAX_TERMS = 2
@@ -61,24 +63,19 @@ def terms_of(divergence: Divergence) -> list[float]:
             'such as {"jsd": {"beta": 0.1}}'
         )
     if not 1 <= len(divergence) <= MAX_TERMS:
-        raise ValueError(f"divergence: got {len(divergence)} terms, expected 1 or {MAX_TERMS}")
-    numbers: list[float] = []
-    for name, given in divergence.items():
-        numbers += _term(name, given)
+        raise invalid("divergence", f"{len(divergence)} terms", f"1 or {MAX_TERMS}")
+    numbers = [number for item in divergence.items() for number in _term(*item)]
     return [] if numbers == [FORWARD_KL, 1, 0, 0] else numbers
 
 
 def _term(name: str, given: float | Mapping[str, float]) -> list[float]:
     if name not in PARAMETERS:
-        raise ValueError(f"divergence: got {name!r}, expected one of {NAMES}")
+        raise invalid("divergence", repr(name), f"one of {NAMES}")
     values = dict(given) if isinstance(given, Mapping) else {"weight": given}
     parameters = (Parameter("weight", 1.0, 0, math.inf, is_open=True), *PARAMETERS[name])
-    unknown = set(values) - {p.name for p in parameters}
-    if unknown:
-        raise ValueError(
-            f"divergence: {name} got {sorted(map(str, unknown))}, expected some of "
-            f"{[p.name for p in parameters]}"
-        )
+    names = [p.name for p in parameters]
+    if unknown := set(values) - set(names):
+        raise invalid(f"divergence: {name}", sorted(map(str, unknown)), f"some of {names}")
     numbers = [_value(name, p, values.get(p.name, p.usual)) for p in parameters]
     return [float(NAMES.index(name)), *numbers, *[0.0] * (3 - len(numbers))]
 
@@ -91,5 +88,5 @@ def _value(name: str, parameter: Parameter, value: object) -> float:
     inside = low < number < high if parameter.is_open else low <= number <= high
     if not inside:
         kind = " (exclusive)" if parameter.is_open else ""
-        raise ValueError(f"{label}: got {number:g}, expected {low:g} to {high:g}{kind}")
+        raise invalid(label, f"{number:g}", f"{low:g} to {high:g}{kind}")
     return number

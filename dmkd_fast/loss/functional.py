@@ -12,6 +12,7 @@ Source: Hinton et al., "Distilling the knowledge in a neural network" (arXiv 150
 
 from __future__ import annotations
 
+from inspect import Parameter, Signature, signature
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
@@ -58,20 +59,8 @@ def kd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float | Tensor = 4.0,
-    alpha: float | None = None,
-    reduction: Reduction = "batchmean",
-    t_squared: bool = True,
-    mask: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    num_items: float | Tensor | None = None,
-    divergence: Divergence = "forward_kl",
-    standardize_logits: bool = False,
-    class_dim: int = -1,
-    num_classes: int | None = None,
     return_parts: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | KdLossParts:
     """Compute the distillation loss in one pass over the logits.
 
@@ -145,25 +134,8 @@ def kd_loss(
         RuntimeError: A class id is out of range. On CUDA the loss is nan instead, because an error
             would have to wait for the device.
     """
-    problem, leading = problem_of(
-        student_logits,
-        teacher_logits,
-        target,
-        temperature,
-        alpha,
-        reduction,
-        t_squared,
-        mask,
-        row_weight,
-        ignore_index,
-        label_smoothing,
-        num_items,
-        divergence,
-        standardize_logits,
-        class_dim,
-        num_classes,
-    )
-    per_row = reduction == "none"
+    problem, leading = problem_of(student_logits, teacher_logits, target, **options)
+    per_row = options.get("reduction") == "none"
     if torch.is_grad_enabled() and problem.student.requires_grad:
         losses = differentiable(per_row, return_parts, problem)
     else:
@@ -173,12 +145,6 @@ def kd_loss(
         return loss.view(leading) if per_row else loss
     loss, kd, ce = (x.view(leading) if per_row else x for x in losses[:3])
     return KdLossParts(loss, kd, None if target is None or problem.alpha == 1 else ce)
-
-
-# Default values of `Options`.
-DEFAULTS: dict[str, Any] = {
-    name: value for name, value in kd_loss.__kwdefaults__.items() if name != "return_parts"
-}
 
 
 def kd_loss_and_grad(
@@ -210,9 +176,8 @@ def kd_loss_and_grad(
     Raises:
         TypeError, ValueError, NotImplementedError: For the same reasons as `kd_loss`.
     """
-    all_options = {**DEFAULTS, **options}
-    problem, leading = problem_of(student_logits.detach(), teacher_logits, target, **all_options)
-    if all_options["reduction"] == "none":
+    problem, leading = problem_of(student_logits.detach(), teacher_logits, target, **options)
+    if options.get("reduction") == "none":
         raise ValueError('reduction: got "none", expected "batchmean", "mean" or "sum"')
     upstream, factor = grad_scale_of(grad_scale, problem.student, problem.teacher)
     if out is None:
@@ -240,3 +205,9 @@ def kd_loss_and_grad(
     if num_classes is not None:
         result[..., num_classes:] = 0
     return loss, out
+
+
+for _function in (kd_loss, kd_loss_and_grad):  # help() shows options and their default values
+    _own, _all = (list(signature(f).parameters.values()) for f in (_function, problem_of))
+    _options = [parameter for parameter in _all if parameter.kind is Parameter.KEYWORD_ONLY]
+    _function.__signature__ = Signature([*_own[:-1], *_options])  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmkd_fast.loss.divergences import DIST, terms_of
 from dmkd_fast.loss.functional import kd_loss_and_grad
+from dmkd_fast.runtime.errors import invalid
 
 CHUNK_LOGITS = 8 * 2**20  # logits of the student at a time
 
@@ -44,17 +45,15 @@ def linear_kd_loss(
         ("teacher_weight", teacher_hidden, teacher_weight),
     ):
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"{name}: got shape {tuple(weight.shape)}, expected (C, D) to fit rows (B, D), "
-                f"got {tuple(hidden.shape)}"
-            )
-    if student_weight.shape[0] != teacher_weight.shape[0] or len(student_hidden) != len(
-        teacher_hidden
-    ):
-        raise ValueError(
-            f"teacher_weight, teacher_hidden: got {len(teacher_weight)} classes and "
-            f"{len(teacher_hidden)} rows, expected {len(student_weight)} and {len(student_hidden)}"
-        )
+            expected = f"(C, D) to fit rows (B, D) of shape {tuple(hidden.shape)}"
+            raise invalid(name, f"shape {tuple(weight.shape)}", expected)
+    sizes, given = (
+        (len(w), len(h))
+        for h, w in ((student_hidden, student_weight), (teacher_hidden, teacher_weight))
+    )
+    if sizes != given:
+        got, expected = (f"{c} classes and {b} rows" for c, b in (given, sizes))
+        raise invalid("teacher_weight, teacher_hidden", got, expected)
     reduction = options.setdefault("reduction", "batchmean")
     if reduction == "none" or DIST in terms_of(options.get("divergence", "forward_kl"))[::4]:
         raise ValueError('reduction="none" and dist: need all rows at once, expected others')
@@ -66,9 +65,8 @@ def linear_kd_loss(
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_LOGITS // len(student_weight))
     teacher = (teacher_hidden.detach(), teacher_weight.detach())
-    loss: Tensor = _LinearKdLoss.apply(
-        student_hidden, student_weight, *teacher, target, chunk_rows, options
-    )
+    arguments = student_hidden, student_weight, teacher, target, chunk_rows, options
+    loss: Tensor = _LinearKdLoss.apply(*arguments)
     return loss
 
 
@@ -78,8 +76,7 @@ class _LinearKdLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher: tuple[Tensor, Tensor],
         target: Tensor | None,
         chunk_rows: int,
         options: dict[str, Any],
@@ -97,7 +94,7 @@ class _LinearKdLoss(torch.autograd.Function):
                 buffer = torch.empty_like(logits)
             value, grad = kd_loss_and_grad(
                 logits,
-                teacher_hidden[part] @ teacher_weight.t(),
+                teacher[0][part] @ teacher[1].t(),
                 None if target is None else target[part],
                 out=buffer,
                 **options | {name: value[part] for name, value in by_row.items()},
@@ -123,4 +120,4 @@ class _LinearKdLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * upstream).to(ctx.dtype)
-        return grad_hidden, grad_weight, *[None] * 5
+        return grad_hidden, grad_weight, *[None] * 4

@@ -19,25 +19,6 @@ from dmkd_fast.loss.divergences import FORWARD_KL
 CONSTANT = 1e-13
 
 
-def reference_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    """Compute the loss T^2 * KL(softmax(t / T) || softmax(s / T)) of each row, (B,).
-
-    float64 student logits are computed and returned in float64, all others in float32.
-    """
-    return temperature**2 * reference_divergence(_rows(student_logits, teacher_logits, temperature))
-
-
-def reference_grad(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    """Compute the gradient of `reference_loss` by the student logits: T * (q - p), (B, C)."""
-    rows = _rows(student_logits, teacher_logits, temperature)
-    return temperature * (rows.q - rows.p)
-
-
-def _rows(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
-    compute = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return Rows(student.to(compute), teacher.to(compute), temperature)
-
-
 def reference_cross_entropy(
     student_logits: Tensor, target: Tensor, *, label_smoothing: float
 ) -> Tensor:

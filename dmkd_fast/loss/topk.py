@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.loss.functional import KdLossParts, kd_loss
+from dmkd_fast.runtime.errors import invalid
 
 Rest = Literal["bucket", "renormalize"]
 
@@ -45,18 +46,16 @@ def kd_loss_topk(
         TypeError, ValueError: Shapes differ, or an argument is missing or would be ignored.
     """
     if rest not in get_args(Rest):
-        raise ValueError(f"rest: got {rest!r}, expected one of {get_args(Rest)}")
+        raise invalid("rest", repr(rest), f"one of {get_args(Rest)}")
     if target is not None:
-        raise ValueError("target: got a tensor, expected None; add a cross-entropy to the loss")
+        raise invalid("target", "a tensor", "None", "add a cross-entropy to the loss")
     if teacher_indices.dtype != torch.int64:
         raise TypeError(f"teacher_indices: got {teacher_indices.dtype}, expected torch.int64")
     shape, classes = student_logits.shape, student_logits.shape[-1]
     for name, tensor in (("teacher_values", teacher_values), ("teacher_indices", teacher_indices)):
         if tensor.shape[:-1] != shape[:-1] or not 1 <= tensor.shape[-1] <= classes:
-            raise ValueError(
-                f"{name}: got shape {tuple(tensor.shape)}, expected (..., K) with K from 1 to C, "
-                f"to fit student_logits {tuple(shape)}"
-            )
+            expected = f"(..., K) with K from 1 to C, to fit student_logits {tuple(shape)}"
+            raise invalid(name, f"shape {tuple(tensor.shape)}", expected)
     options |= {"temperature": temperature, "t_squared": t_squared}
     loss: Tensor | KdLossParts
     if teacher_values.shape[-1] == classes:
@@ -70,9 +69,7 @@ def kd_loss_topk(
         return loss
     if teacher_logsumexp is None or teacher_logsumexp.shape != shape[:-1]:
         got = None if teacher_logsumexp is None else tuple(teacher_logsumexp.shape)
-        raise ValueError(
-            f"teacher_logsumexp: got {got}, expected {tuple(shape[:-1])}, one of each row"
-        )
+        raise invalid("teacher_logsumexp", got, f"{tuple(shape[:-1])}, one of each row")
     # Logits times 1 / T whose softmax has the K probabilities and the sum of the others.
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     student, teacher = student_logits.to(wide) / temperature, teacher_values.to(wide) / temperature

@@ -11,41 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dmkd_fast.loss.triton_math import (
-    DKD,
-    LOG2E,
-    divergence,
-    finish,
-    log1p,
-    mix,
-    target_against_rest,
-    weighted_parts,
-)
+from dmkd_fast.loss import triton_math as loss_math
 
 
 @triton.jit
-def _logits(
-    raw,
-    t,
-    cols,
-    ids,
-    s_mean,
-    s_unit,
-    t_mean,
-    t_unit,
-    STANDARDIZE: tl.constexpr,
-    IS_DKD: tl.constexpr,
-):
+def _seen(x, mean, unit, is_id, STANDARDIZE: tl.constexpr, IS_DKD: tl.constexpr):
     """Return the logits that the divergences see: standardized, for dkd without the target."""
-    s = raw
-    t = t.to(tl.float32)
     if STANDARDIZE:
-        s = (raw - s_mean) * s_unit
-        t = (t - t_mean) * t_unit
-    if IS_DKD:
-        s = tl.where(cols == ids, -float("inf"), s)
-        t = tl.where(cols == ids, -float("inf"), t)
-    return s, t
+        x = (x - mean) * unit
+    return tl.where(is_id, -float("inf"), x) if IS_DKD else x
 
 
 @triton.jit
@@ -96,7 +70,7 @@ def two_pass(
     first sweep from `stats`, and each of its programs takes one block.
     """
     ONE_SWEEP: tl.constexpr = len(TERMS) == 0 and not STANDARDIZE
-    IS_DKD: tl.constexpr = len(TERMS) == 4 and TERMS[0] == DKD
+    IS_DKD: tl.constexpr = len(TERMS) == 4 and TERMS[0] == loss_math.DKD
     HAS_CE: tl.constexpr = TARGET == 1 or TARGET == 2
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -113,7 +87,7 @@ def two_pass(
     if HAS_TEMPERATURES:
         inverse = 1 / tl.load(temperatures + 2 * row)
         kd_factor = tl.load(temperatures + 2 * row + 1)
-    scale2 = inverse * LOG2E
+    scale2 = inverse * loss_math.LOG2E
     kept = 1 - smoothing
     spread = smoothing / num_classes
     ids = tl.full([], -1, tl.int64)
@@ -168,7 +142,8 @@ def two_pass(
             raw = tl.load(s_row + cols, inside, -float("inf"), eviction_policy="evict_last")
             t = tl.load(t_row + cols, inside, -float("inf"), eviction_policy="evict_last")
             raw = raw.to(tl.float32)
-            s, t = _logits(raw, t, cols, ids, s_mean, s_unit, t_mean, t_unit, STANDARDIZE, IS_DKD)
+            s = _seen(raw, s_mean, s_unit, cols == ids, STANDARDIZE, IS_DKD)
+        t = _seen(t.to(tl.float32), t_mean, t_unit, cols == ids, STANDARDIZE, IS_DKD)
             s_top = tl.maximum(s_max, tl.max(s, 0))
             t_top = tl.maximum(t_max, tl.max(t, 0))
             s_sum *= tl.exp2((s_max - s_top) * scale2)
@@ -177,8 +152,8 @@ def two_pass(
             t_sum += tl.sum(tl.exp2((t - t_top) * scale2), 0)
             if HAS_CE:
                 raw_top = tl.maximum(top, tl.max(raw, 0))
-                sum1 *= tl.exp2((top - raw_top) * LOG2E)
-                sum1 += tl.sum(tl.exp2((raw - raw_top) * LOG2E), 0)
+                sum1 *= tl.exp2((top - raw_top) * loss_math.LOG2E)
+                sum1 += tl.sum(tl.exp2((raw - raw_top) * loss_math.LOG2E), 0)
                 top = raw_top
             if TARGET == 2:
                 at = target + row * (target_stride * VEC) + cols
@@ -186,7 +161,7 @@ def two_pass(
                 mass += tl.sum(tl.where(inside, share, 0.0), 0)
             s_max = s_top
             t_max = t_top
-        ratio = log1p((s_sum - t_sum) / t_sum)
+        ratio = loss_math.log1p((s_sum - t_sum) / t_sum)
     up = factor * grad_scale
     if UPSTREAM != 0:
         up *= tl.load(upstream + row * (UPSTREAM == 2))
@@ -209,7 +184,7 @@ def two_pass(
             t_id = tl.load(t_row + ids, known, float("nan")).to(tl.float32)
             odds = ((t_id - t_mean) * t_unit - t_max) * inverse - tl.log(t_sum)
             excess = ((s_id - s_mean) * s_unit - s_max) * inverse - tl.log(t_sum) - ratio - odds
-            kd, change = target_against_rest(odds, excess)
+            kd, change = loss_math.target_against_rest(odds, excess)
             kd *= TERMS[1] * TERMS[2]
             change *= TERMS[1] * TERMS[2]
     if ONE_SWEEP and WITH_LOSS:
@@ -242,7 +217,8 @@ def two_pass(
             raw = tl.load(s_row + cols, inside, -float("inf"), eviction_policy="evict_first")
             t = tl.load(t_row + cols, inside, -float("inf"), eviction_policy="evict_first")
             raw = raw.to(tl.float32)
-            s, t = _logits(raw, t, cols, ids, s_mean, s_unit, t_mean, t_unit, STANDARDIZE, IS_DKD)
+            s = _seen(raw, s_mean, s_unit, cols == ids, STANDARDIZE, IS_DKD)
+        t = _seen(t.to(tl.float32), t_mean, t_unit, cols == ids, STANDARDIZE, IS_DKD)
             x = s - s_max
             y = t - t_max
             q = tl.exp2(x * scale2) * s_inverse
@@ -251,16 +227,16 @@ def two_pass(
                 y - x, tl.full(s.shape, inverse, tl.float32), tl.full(s.shape, ratio, tl.float32)
             )
             if len(TERMS) == 0:
-                terms, slopes = divergence(p, q, d, ratio)
+                terms, slopes = loss_math.divergence(p, q, d, ratio)
             elif IS_DKD:
-                terms, slopes = divergence(p, q, d, ratio)
+                terms, slopes = loss_math.divergence(p, q, d, ratio)
                 slopes = TERMS[1] * TERMS[3] * slopes - change * q
                 slopes = tl.where(cols == ids, change, slopes)
                 terms = tl.where(cols == ids, 0.0, TERMS[1] * TERMS[3] * terms)
             else:
                 log2_q = x * scale2 - tl.log2(s_sum)
                 log2_p = y * scale2 - tl.log2(t_sum)
-                terms, slopes = weighted_parts(TERMS, p, q, d, log2_p, log2_q, ratio)
+                terms, slopes = loss_math.weighted_parts(TERMS, p, q, d, log2_p, log2_q, ratio)
             out = slopes
             if not ONE_SWEEP:
                 slopes = tl.where(inside, slopes, 0.0)
@@ -287,7 +263,7 @@ def two_pass(
                     costs = share * (log_sum - (raw - top))
                     if sweep == 0:
                         ce_lanes += tl.where(inside & (share != 0), costs, 0.0)
-                out += (tl.exp2((raw - top) * LOG2E) * (mass / sum1) - share) * ce_factor
+                out += (tl.exp2((raw - top) * loss_math.LOG2E) * (mass / sum1) - share) * ce_factor
             if WITH_GRAD and (ONE_SWEEP or sweep == 1):
                 value = tl.where(limit > 0, out, 0.0)
                 at = grad + row * (grad_by_vec * VEC) + cols
@@ -295,9 +271,9 @@ def two_pass(
     if WITH_LOSS:
         kd = tl.where(limit > 0, factor * kd_factor * (kd + tl.sum(kd_lanes, 0)), 0.0)
         ce = tl.where(limit > 0, factor * (ce + tl.sum(ce_lanes, 0)), 0.0)
+        scales = (alpha, kd_scale, ce_scale)
+        outputs = (loss_out, kd_out, ce_out)
         if PER_ROW:
-            tl.store(loss_out + row, mix(kd * kd_scale, ce * ce_scale, alpha))
-            tl.store(kd_out + row, kd * kd_scale)
-            tl.store(ce_out + row, ce * ce_scale)
+            loss_math.store_losses(kd, ce, scales, outputs, row, True)
         else:
-            finish(kd, ce, partials, ticket, loss_out, kd_out, ce_out, alpha, kd_scale, ce_scale)
+            loss_math.finish(kd, ce, scales, outputs, partials, ticket)

@@ -146,7 +146,7 @@ def log1p(x):
 
 
 @triton.jit
-def finish(kd, ce, partials, ticket, loss_out, kd_out, ce_out, alpha, kd_scale, ce_scale):
+def finish(kd, ce, scales, outputs, partials, ticket):
     """Store the sums of this program; the last program to do so adds up all of them, in order."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -163,15 +163,17 @@ def finish(kd, ce, partials, ticket, loss_out, kd_out, ce_out, alpha, kd_scale, 
             # Bypass the L1 cache, which does not see the stores of other programs.
             kd_lanes += tl.load(partials + 2 * index, inside, 0.0, cache_modifier=".cg")
             ce_lanes += tl.load(partials + 2 * index + 1, inside, 0.0, cache_modifier=".cg")
-        kd_sum = tl.sum(kd_lanes, 0) * kd_scale
-        ce_sum = tl.sum(ce_lanes, 0) * ce_scale
-        tl.store(loss_out, mix(kd_sum, ce_sum, alpha))
-        tl.store(kd_out, kd_sum)
-        tl.store(ce_out, ce_sum)
+        store_losses(tl.sum(kd_lanes, 0), tl.sum(ce_lanes, 0), scales, outputs, 0, True)
         tl.store(ticket, 0)
 
 
 @triton.jit
-def mix(kd, ce, alpha):
-    """Return alpha * kd + (1 - alpha) * ce, where a term with factor 0 adds 0 even if infinite."""
-    return tl.where(alpha == 0, 0.0, alpha * kd) + tl.where(alpha == 1, 0.0, (1 - alpha) * ce)
+def store_losses(kd, ce, scales, outputs, rows, inside):
+    """Store both parts and alpha * kd + (1 - alpha) * ce, where factor 0 drops an infinite one."""
+    alpha, kd_scale, ce_scale = scales
+    kd *= kd_scale
+    ce *= ce_scale
+    loss = tl.where(alpha == 0, 0.0, alpha * kd) + tl.where(alpha == 1, 0.0, (1 - alpha) * ce)
+    tl.store(outputs[0] + rows, loss, inside)
+    tl.store(outputs[1] + rows, kd, inside)
+    tl.store(outputs[2] + rows, ce, inside)

@@ -12,16 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dmkd_fast.loss.triton_math import (
-    DKD,
-    LOG2E,
-    divergence,
-    finish,
-    log1p,
-    mix,
-    target_against_rest,
-    weighted_parts,
-)
+from dmkd_fast.loss import triton_math as loss_math
 
 
 @triton.jit
@@ -29,7 +20,7 @@ def _softmax_rows(x, rows_inverse):
     """Return maxima, exponentials and their sums; rows of -inf alone have sum 0."""
     top = tl.max(x, 1)
     top = tl.where(top == -float("inf"), 0.0, top)
-    exp = tl.exp2((x - top[:, None]) * (rows_inverse * LOG2E)[:, None])
+    exp = tl.exp2((x - top[:, None]) * (rows_inverse * loss_math.LOG2E)[:, None])
     return top, exp, tl.sum(exp, 1)
 
 
@@ -37,7 +28,7 @@ def _softmax_rows(x, rows_inverse):
 def _log_ratio(s_exp, t_exp, s_sum, t_sum):
     """Return log(s_sum / t_sum) of each row, exact as they meet."""
     ratio = tl.sum(s_exp - t_exp, 1) / t_sum
-    return log1p(tl.where(tl.abs(ratio) < 0.5, ratio, s_sum / t_sum - 1))
+    return loss_math.log1p(tl.where(tl.abs(ratio) < 0.5, ratio, s_sum / t_sum - 1))
 
 
 @triton.jit
@@ -66,15 +57,15 @@ def _divergence_rows(
     x = s - s_top[:, None]
     y = t - t_top[:, None]
     d = (y - x) * inverse[:, None] + ratio[:, None]
-    log2_q = x * (inverse * LOG2E)[:, None] - tl.log2(s_sum)[:, None]
-    log2_p = y * (inverse * LOG2E)[:, None] - tl.log2(t_sum)[:, None]
+    log2_q = x * (inverse * loss_math.LOG2E)[:, None] - tl.log2(s_sum)[:, None]
+    log2_p = y * (inverse * loss_math.LOG2E)[:, None] - tl.log2(t_sum)[:, None]
     if len(TERMS) == 0:
-        terms, slopes = divergence(p, q, d, ratio[:, None])
+        terms, slopes = loss_math.divergence(p, q, d, ratio[:, None])
     else:
-        terms, slopes = weighted_parts(TERMS, p, q, d, log2_p, log2_q, ratio[:, None])
+        terms, slopes = loss_math.weighted_parts(TERMS, p, q, d, log2_p, log2_q, ratio[:, None])
     loss = tl.sum(tl.where(inside, terms, 0.0), 1)
     for k in tl.static_range(len(TERMS) // 4):
-        if TERMS[4 * k] == DKD:
+        if TERMS[4 * k] == loss_math.DKD:
             at_id = inside & (cols == ids[:, None])
             value, part = _decoupled_rows(s, t, at_id, inverse, TERMS[4 * k + 2], TERMS[4 * k + 3])
             known = (ids >= 0) & (ids < num_classes)
@@ -105,11 +96,11 @@ def _decoupled_rows(s, t, at_id, inverse, FIRST: tl.constexpr, SECOND: tl.conste
     ratio = tl.where(alone, 0.0, _log_ratio(s_exp, t_exp, s_sum, t_sum))
     odds = (t_id - t_top) * inverse - tl.log(t_sum)
     excess = ((s_id - s_top) - (t_id - t_top)) * inverse - ratio
-    binary, change = target_against_rest(tl.where(alone, 0.0, odds), excess)
+    binary, change = loss_math.target_against_rest(tl.where(alone, 0.0, odds), excess)
     q = s_exp * tl.where(alone, 0.0, 1 / s_sum)[:, None]
     p = t_exp * tl.where(alone, 0.0, 1 / t_sum)[:, None]
     d = ((y - t_top[:, None]) - (x - s_top[:, None])) * inverse[:, None] + ratio[:, None]
-    terms, change_rest = divergence(p, q, d, ratio[:, None])
+    terms, change_rest = loss_math.divergence(p, q, d, ratio[:, None])
     change = tl.where(alone, 0.0, FIRST * change)
     slopes = tl.where(at_id, change[:, None], SECOND * change_rest - change[:, None] * q)
     loss = FIRST * binary + SECOND * tl.sum(tl.where(at_id, 0.0, terms), 1)
@@ -195,7 +186,7 @@ def tile(
         kept = 1 - smoothing
         spread = smoothing / num_classes
         s_max = tl.max(s, 1)
-        exp1 = tl.exp2((s - s_max[:, None]) * LOG2E)
+        exp1 = tl.exp2((s - s_max[:, None]) * loss_math.LOG2E)
         sum1 = tl.sum(exp1, 1)
         log_sum = tl.log(sum1)
         if TARGET == 1:
@@ -226,20 +217,9 @@ def tile(
     if WITH_LOSS:
         kd = tl.where(counts, factor * kd_factor * kd, 0.0)
         ce = tl.where(counts, factor * ce, 0.0)
+        scales = (alpha, kd_scale, ce_scale)
+        outputs = (loss_out, kd_out, ce_out)
         if PER_ROW:
-            tl.store(loss_out + rows64, mix(kd * kd_scale, ce * ce_scale, alpha), rows < num_rows)
-            tl.store(kd_out + rows64, kd * kd_scale, rows < num_rows)
-            tl.store(ce_out + rows64, ce * ce_scale, rows < num_rows)
+            loss_math.store_losses(kd, ce, scales, outputs, rows64, rows < num_rows)
         else:
-            finish(
-                tl.sum(kd, 0),
-                tl.sum(ce, 0),
-                partials,
-                ticket,
-                loss_out,
-                kd_out,
-                ce_out,
-                alpha,
-                kd_scale,
-                ce_scale,
-            )
+            loss_math.finish(tl.sum(kd, 0), tl.sum(ce, 0), scales, outputs, partials, ticket)

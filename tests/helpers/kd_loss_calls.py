@@ -12,7 +12,6 @@ from dmkd_fast import kd_loss, kd_loss_and_grad
 from dmkd_fast.loss import ops
 from dmkd_fast.loss.arguments import problem_of
 from dmkd_fast.loss.divergences import NAMES
-from dmkd_fast.loss.functional import DEFAULTS
 
 ROUNDING = {F32: 1e-6, F64: 1e-12, F16: 2**-10, BF16: 2**-7}
 
@@ -52,7 +51,7 @@ def kd_arguments(draw: Draw) -> tuple[tuple, dict]:
 
 def kd_expected(tensors: tuple, named: dict) -> tuple[list, tuple]:
     """Compute the losses by the eager definition in float64; return its arguments too."""
-    problem, _ = problem_of(*tensors, **(DEFAULTS | named))
+    problem, _ = problem_of(*tensors, **named)
     wide = tuple(
         x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in problem
     )

@@ -297,7 +297,7 @@ def test_a_constant_student_has_a_finite_gradient() -> None:
         (3, TypeError, "divergence: got int"),
         ({}, ValueError, "divergence: got 0 terms"),
         ({"jsd": {"beta": 1.0}}, ValueError, r"jsd.beta: got 1, expected 0 to 1 \(exclusive\)"),
-        ({"jsd": {"gamma": 1.0}}, ValueError, r"jsd got \['gamma'\], expected some of"),
+        ({"jsd": {"gamma": 1.0}}, ValueError, r"jsd: got \['gamma'\], expected some of"),
         ({"jsd": {"beta": "x"}}, TypeError, "jsd.beta: got str"),
         ({"forward_kl": 0.0}, ValueError, "forward_kl.weight: got 0"),
         ({"forward_kl": float("nan")}, ValueError, "weight: got nan"),

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from textbook import reference_grad
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad
 from dmkd_fast.loss import ops
-from dmkd_fast.loss.reference import reference_grad
 
 
 def logits(
