@@ -29,12 +29,10 @@ IN_RANGE = f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LISTED = "of float32, float64, float16 or bfloat16"
 # Dtypes of the tensors that are not of DTYPES, and how an error describes them.
+_TARGET = f"int64 class ids (...) or probabilities (..., C) {_LISTED}"
 _EXPECTED = {
     "mask": ((torch.bool,), "a bool tensor, True where a row counts"),
-    "target": (
-        (torch.int64, *DTYPES),
-        f"int64 class ids (...) or probabilities (..., C) {_LISTED}",
-    ),
+    "target": ((torch.int64, *DTYPES), _TARGET),
 }
 
 
@@ -124,13 +122,9 @@ def problem_of(
     if target is not None:
         target = target.detach()
         target = target.reshape(rows) if has_ids else target.reshape(rows, classes)
-    weight, divisor = None, 1.0
-    if not (target is None and mask is None and row_weight is None and num_items is None):
-        weight, divisor = _row_weights(
-            student, teacher, target, reduction, mask, row_weight, ignore_index, num_items
-        )
-    elif reduction == "batchmean" or reduction == "mean":
-        divisor = float(rows) or math.nan
+    weight, divisor = _row_weights(
+        student, teacher, target, reduction, mask, row_weight, ignore_index, num_items
+    )
     kd_scale = (temperature**2 if t_squared else 1.0) / divisor
     if reduction == "mean":
         kd_scale /= classes
@@ -203,17 +197,14 @@ def _check_target(
         got = "None" if target is None else getattr(target, "dtype", type(target).__name__)
         raise invalid("target", got, "int64 class ids, which dkd needs")
     if target is None or (is_dkd and (alpha is None or alpha == 1)):
-        without, missing = ("target", "a target") if target is None else ("alpha", "alpha")
+        missing = "a target" if target is None else "alpha"
         for name, is_set in (
             ("alpha", alpha is not None and alpha != 1),
             ("label_smoothing", label_smoothing != 0),
             ("ignore_index", ignore_index != -100 and target is None),
         ):
             if is_set:
-                raise ValueError(
-                    f"{name}: set without {missing}, where it would be ignored; pass {without} or "
-                    "leave it out"
-                )
+                raise ValueError(f"{name}: set without {missing}, so it would be ignored")
         alpha = 1.0
     elif alpha is None or not 0 <= alpha < 1:
         fix = "with 1 or None the target would be ignored"
@@ -239,8 +230,8 @@ def _row_weights(
 
     A denominator that is counted on the device, or given there, is part of the factors.
     """
-    averages = reduction in ("batchmean", "mean")
-    if num_items is not None and not averages:
+    is_counted = num_items is None and reduction in ("batchmean", "mean")
+    if num_items is not None and reduction in ("sum", "none"):
         raise ValueError(f"num_items: set with reduction {reduction!r}, which divides by nothing")
     dtype, divisor, items = ops.accumulated_type(student, teacher), 1.0, None
     if isinstance(num_items, Tensor):
@@ -253,13 +244,11 @@ def _row_weights(
     weight = None if row_weight is None else row_weight.detach().reshape(-1).to(dtype)
     if ids is not None or mask is not None or items is not None:
         mask = None if mask is None else mask.reshape(-1)
-        is_counted = averages and num_items is None
+        numbers = ignore_index, is_counted
         return ops.row_weights(
-            student.detach(), teacher, ids, mask, weight, items, ignore_index, is_counted
+            student.detach(), teacher, ids, mask, weight, items, *numbers
         ), divisor
-    if averages and num_items is None:
-        divisor = float(len(student)) or math.nan
-    return weight, divisor
+    return weight, (float(len(student)) or math.nan) if is_counted else divisor
 
 
 def output_rows(out: Tensor, student: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Fused distillation loss on logits: alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE.
 
-`loss/arguments.py` checks the arguments. `loss/ops.py` defines the operators and their device
-implementations. With p = softmax(teacher / T) and q = softmax(student / T), the gradient with
-respect to the student's logits is the reduction's factor times
+With p = softmax(teacher / T) and q = softmax(student / T), the gradient with respect to the
+student's logits is the reduction's factor times
 
     alpha * T * (q - p) + (1 - alpha) * (softmax(student) - target)
 
@@ -13,15 +12,14 @@ Source: Hinton et al., "Distilling the knowledge in a neural network" (arXiv 150
 from __future__ import annotations
 
 from inspect import Parameter, Signature, signature
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from dmkd_fast.loss import ops
-from dmkd_fast.loss.arguments import Options, Reduction, grad_scale_of, output_rows, problem_of
+from dmkd_fast.loss.arguments import Options, grad_scale_of, output_rows, problem_of
 from dmkd_fast.loss.autograd import differentiable
-from dmkd_fast.loss.divergences import Divergence
 from dmkd_fast.runtime.operators import check_own_memory
 
 

@@ -40,31 +40,28 @@ def linear_kd_loss(
     Raises:
         TypeError, ValueError: For the same reasons as `kd_loss`, or shapes do not fit.
     """
-    for name, hidden, weight in (
-        ("student_weight", student_hidden, student_weight),
-        ("teacher_weight", teacher_hidden, teacher_weight),
+    sizes = []
+    for who, hidden, weight in (
+        ("student", student_hidden, student_weight),
+        ("teacher", teacher_hidden, teacher_weight),
     ):
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
             expected = f"(C, D) to fit rows (B, D) of shape {tuple(hidden.shape)}"
-            raise invalid(name, f"shape {tuple(weight.shape)}", expected)
-    sizes, given = (
-        (len(w), len(h))
-        for h, w in ((student_hidden, student_weight), (teacher_hidden, teacher_weight))
-    )
-    if sizes != given:
-        got, expected = (f"{c} classes and {b} rows" for c, b in (given, sizes))
-        raise invalid("teacher_weight, teacher_hidden", got, expected)
+            raise invalid(f"{who}_weight", f"shape {tuple(weight.shape)}", expected)
+        sizes.append(f"{len(weight)} classes and {len(hidden)} rows")
+    if sizes[0] != sizes[1]:
+        raise invalid("teacher_weight, teacher_hidden", sizes[1], sizes[0])
     reduction = options.setdefault("reduction", "batchmean")
     if reduction == "none" or DIST in terms_of(options.get("divergence", "forward_kl"))[::4]:
         raise ValueError('reduction="none" and dist: need all rows at once, expected others')
-    rows, ids = len(student_hidden), target is not None and target.dtype == torch.int64
     if reduction != "sum" and options.get("num_items") is None:
         counts = [] if options.get("mask") is None else [options["mask"]]
-        counts += [target != options.get("ignore_index", -100)] if ids else []
-        options["num_items"] = torch.stack(counts).all(0).sum().clamp(min=1) if counts else rows
-    if chunk_rows is None:
-        chunk_rows = max(1, CHUNK_LOGITS // len(student_weight))
-    teacher = (teacher_hidden.detach(), teacher_weight.detach())
+        if target is not None and target.dtype == torch.int64:
+            counts.append(target != options.get("ignore_index", -100))
+        counted = torch.stack(counts).all(0).sum().clamp(min=1) if counts else len(student_hidden)
+        options["num_items"] = counted
+    chunk_rows = chunk_rows or max(1, CHUNK_LOGITS // len(student_weight))
+    teacher = teacher_hidden.detach(), teacher_weight.detach()
     arguments = student_hidden, student_weight, teacher, target, chunk_rows, options
     loss: Tensor = _LinearKdLoss.apply(*arguments)
     return loss
@@ -102,11 +99,10 @@ class _LinearKdLoss(torch.autograd.Function):
             loss += value
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                if wide == grad.dtype:
-                    grad_weight.addmm_(grad.t(), hidden[part])
-                else:
-                    grad_weight += grad.t() @ hidden[part]
+            if grad_weight is not None and wide == grad.dtype:
+                grad_weight.addmm_(grad.t(), hidden[part])
+            elif grad_weight is not None:
+                grad_weight += grad.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return loss

@@ -24,7 +24,6 @@ from dmkd_fast.loss.divergences import DIST, DKD
 from dmkd_fast.loss.reference import (
     Rows,
     reference_cross_entropy,
-    reference_cross_entropy_grad,
     reference_divergence,
     reference_divergence_grad,
 )
@@ -121,7 +120,7 @@ def _eager_forward(*arguments: Any) -> _Losses:
     kd = kd if p.temperatures is None else kd * p.temperatures[:, 1]
     ce = torch.zeros_like(kd)
     if target is not None:
-        ce = reference_cross_entropy(student, target, label_smoothing=p.label_smoothing)
+        ce, _ = reference_cross_entropy(student, target, p.label_smoothing)
     if p.weight is not None:
         kd, ce = (torch.where(p.weight == 0, 0, p.weight * each) for each in (kd, ce))
     kd, ce = kd * p.kd_scale, ce * p.ce_scale
@@ -141,7 +140,7 @@ def _eager_backward(upstream: Tensor, stats: Tensor, *arguments: Any) -> Tensor:
     by_row = 1 if p.temperatures is None else p.temperatures[:, 1]
     grad = reference_divergence_grad(rows, p.terms, factors * (p.alpha * p.kd_scale) * by_row)
     if target is not None:
-        ce = reference_cross_entropy_grad(student, target, label_smoothing=p.label_smoothing)
+        _, ce = reference_cross_entropy(student, target, p.label_smoothing)
         grad = grad + ce * (factors * ((1 - p.alpha) * p.ce_scale))[:, None]
     if p.weight is not None:
         grad = torch.where(p.weight[:, None] == 0, 0, grad)
@@ -157,23 +156,16 @@ def _eager_forward_backward(
     return losses
 
 
-def _eager_row_weights(
-    student: Tensor,
-    teacher: Tensor,
-    ids: Tensor | None,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    num_items: Tensor | None,
-    ignore_index: int,
-    is_counted: bool,
-) -> Tensor:
+def _eager_row_weights(*arguments: Any) -> Tensor:
     """Return the factor of each row (B,), divided by `num_items` or the number that count."""
+    student, teacher, ids, mask, row_weight, num_items, ignore_index, is_counted = arguments
     ones = student.new_ones(len(student), dtype=accumulated_type(student, teacher))
     keep = ones != 0 if ids is None else ids != ignore_index
     keep = keep if mask is None else keep & mask
-    divisor = keep.sum().to(ones.dtype) if is_counted else ones.new_ones(())
-    divisor = divisor if num_items is None else num_items
-    return torch.where(keep, (ones if row_weight is None else row_weight) / divisor, 0)
+    weight = ones if row_weight is None else row_weight
+    if num_items is not None or is_counted:
+        weight = weight / (keep.sum().to(ones.dtype) if num_items is None else num_items)
+    return torch.where(keep, weight, 0)
 
 
 def _fake_forward(*arguments: Any) -> _Losses:

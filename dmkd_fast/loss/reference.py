@@ -20,31 +20,19 @@ CONSTANT = 1e-13
 
 
 def reference_cross_entropy(
-    student_logits: Tensor, target: Tensor, *, label_smoothing: float
-) -> Tensor:
-    """Compute the cross-entropy of each row at temperature 1 to class ids or probabilities, (B,).
+    student_logits: Tensor, target: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Compute each row's cross-entropy to class ids or probabilities (B,), and its gradient (B, C).
 
     Equals `F.cross_entropy(..., reduction="none")`, except that a class with target 0 adds 0 even
     if the student's log-probability of it is -inf.
     """
-    weights = _target_weights(student_logits, target, label_smoothing)
-    terms = -weights * torch.log_softmax(student_logits, dim=-1)
-    return torch.where(weights == 0, 0, terms).sum(dim=-1)
-
-
-def reference_cross_entropy_grad(
-    student_logits: Tensor, target: Tensor, *, label_smoothing: float
-) -> Tensor:
-    """Compute the gradient of the cross-entropy: softmax(s) * sum(target) - target, (B, C)."""
-    weights = _target_weights(student_logits, target, label_smoothing)
-    return torch.softmax(student_logits, dim=-1) * weights.sum(dim=-1, keepdim=True) - weights
-
-
-def _target_weights(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """Return the target as smoothed probabilities (B, C) in the logits' dtype."""
-    if target.ndim < logits.ndim:
-        target = torch.zeros_like(logits).scatter_(-1, target[..., None], 1)
-    return target.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / logits.shape[-1]
+    log_q = student_logits.log_softmax(-1)
+    if target.ndim < log_q.ndim:
+        target = torch.zeros_like(log_q).scatter_(-1, target[..., None], 1)
+    weights = target.to(log_q.dtype) * (1 - label_smoothing) + label_smoothing / log_q.shape[-1]
+    loss = torch.where(weights == 0, 0, -weights * log_q).sum(-1)
+    return loss, log_q.exp() * weights.sum(-1, keepdim=True) - weights
 
 
 class Rows:

@@ -156,9 +156,8 @@ def _dense(rows: Tensor) -> Tensor:
 def _vector(num_classes: int, matrices: list[Tensor]) -> int:
     """Return how many logits one 128-bit access can hold, given sizes, strides and addresses.
 
-    Kernels get sizes and strides divided by this number. Triton only knows whether an argument is
-    divisible by 16, so it would not vectorize 1000 classes, although 1000 is divisible by 8 and
-    eight 16-bit logits fill an access.
+    Kernels get sizes and strides divided by this number, because Triton would not vectorize 1000
+    classes, which 16 does not divide.
     """
     vec = num_classes
     for matrix in matrices:

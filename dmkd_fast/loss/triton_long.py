@@ -143,7 +143,7 @@ def two_pass(
             t = tl.load(t_row + cols, inside, -float("inf"), eviction_policy="evict_last")
             raw = raw.to(tl.float32)
             s = _seen(raw, s_mean, s_unit, cols == ids, STANDARDIZE, IS_DKD)
-        t = _seen(t.to(tl.float32), t_mean, t_unit, cols == ids, STANDARDIZE, IS_DKD)
+            t = _seen(t.to(tl.float32), t_mean, t_unit, cols == ids, STANDARDIZE, IS_DKD)
             s_top = tl.maximum(s_max, tl.max(s, 0))
             t_top = tl.maximum(t_max, tl.max(t, 0))
             s_sum *= tl.exp2((s_max - s_top) * scale2)
@@ -218,7 +218,7 @@ def two_pass(
             t = tl.load(t_row + cols, inside, -float("inf"), eviction_policy="evict_first")
             raw = raw.to(tl.float32)
             s = _seen(raw, s_mean, s_unit, cols == ids, STANDARDIZE, IS_DKD)
-        t = _seen(t.to(tl.float32), t_mean, t_unit, cols == ids, STANDARDIZE, IS_DKD)
+            t = _seen(t.to(tl.float32), t_mean, t_unit, cols == ids, STANDARDIZE, IS_DKD)
             x = s - s_max
             y = t - t_max
             q = tl.exp2(x * scale2) * s_inverse
