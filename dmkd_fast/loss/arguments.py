@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -128,9 +128,9 @@ def problem_of(
     kd_scale = (temperature**2 if t_squared else 1.0) / divisor
     if reduction == "mean":
         kd_scale /= classes
-    scales = kd_scale, 1.0 / divisor
-    given = (student, teacher, target, weight, temperature, alpha, *scales, label_smoothing)
-    return ops.Problem(*given, temperatures, terms, standardize_logits), leading
+    numbers = temperature, alpha, kd_scale, 1.0 / divisor, label_smoothing
+    rest: Any = (*numbers, temperatures, terms, standardize_logits)
+    return ops.Problem._make((student, teacher, target, weight, *rest)), leading
 
 
 def arranged(name: str, tensor: Tensor, class_dim: int, num_classes: int | None) -> Tensor:

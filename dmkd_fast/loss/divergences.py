@@ -76,17 +76,13 @@ def _term(name: str, given: float | Mapping[str, float]) -> list[float]:
     names = [p.name for p in parameters]
     if unknown := set(values) - set(names):
         raise invalid(f"divergence: {name}", sorted(map(str, unknown)), f"some of {names}")
-    numbers = [_value(name, p, values.get(p.name, p.usual)) for p in parameters]
-    return [float(NAMES.index(name)), *numbers, *[0.0] * (3 - len(numbers))]
-
-
-def _value(name: str, parameter: Parameter, value: object) -> float:
-    label = f"divergence: {name}.{parameter.name}"
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{label}: got {type(value).__name__}, expected a number")
-    number, low, high = float(value), parameter.low, parameter.high
-    inside = low < number < high if parameter.is_open else low <= number <= high
-    if not inside:
-        kind = " (exclusive)" if parameter.is_open else ""
-        raise invalid(label, f"{number:g}", f"{low:g} to {high:g}{kind}")
-    return number
+    numbers = [float(NAMES.index(name))]
+    for parameter, usual, low, high, is_open in parameters:
+        label, value = f"divergence: {name}.{parameter}", values.get(parameter, usual)
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{label}: got {type(value).__name__}, expected a number")
+        numbers.append(float(value))
+        if not (low < numbers[-1] < high if is_open else low <= numbers[-1] <= high):
+            kind = " (exclusive)" if is_open else ""
+            raise invalid(label, f"{numbers[-1]:g}", f"{low:g} to {high:g}{kind}")
+    return [*numbers, *[0.0] * (4 - len(numbers))]

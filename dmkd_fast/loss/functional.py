@@ -72,21 +72,9 @@ def kd_loss(
         loss = alpha * kd + (1 - alpha) * ce
 
     A row counts unless its `mask` is False or its class id is `ignore_index`. A row that does not
-    count adds nothing to either term and gets a zero gradient, whatever its logits are. Let n be
-    the number of rows that count, or `num_items` if it is given. The sums are divided by:
-
-    ===========  ==========  ==========
-    reduction    KD term     CE term
-    ===========  ==========  ==========
-    "batchmean"  n           n
-    "mean"       n * C       n
-    "sum"        1           1
-    "none"       one value per row, 0 where a row does not count
-    ===========  ==========  ==========
-
-    `row_weight` changes no denominator. All leading dimensions count as rows: (B, L, C) has B * L
-    rows, whereas `F.kl_div` divides "batchmean" by B. The mean over an input without rows is nan,
-    as in torch. If there are rows but none counts, the loss is 0.
+    count adds nothing to either term and gets a zero gradient, whatever its logits are. All leading
+    dimensions count as rows: (B, L, C) has B * L rows, whereas `F.kl_div` divides "batchmean" by B.
+    The mean over an input without rows is nan, as in torch; if no row counts, the loss is 0.
 
     Args:
         student_logits: Logits (..., C) of the student, float32, float64, float16 or bfloat16, with
@@ -98,11 +86,13 @@ def kd_loss(
             (reading it from a GPU waits for the GPU), or of one per row, (...) or (..., 1).
             `alpha` and `label_smoothing` are numbers of the same types.
         alpha: Weight of the KD term, in [0, 1). Without a target it must be None (or 1), meaning 1.
-        reduction: How the rows' losses are combined: see the table above.
+        reduction: "batchmean" divides the sum of the rows' losses by n, the number of rows that
+            count (or `num_items`); "mean" divides the CE term by n, and the KD term by n * C;
+            "sum" divides by nothing; "none" returns one value per row, 0 where it does not count.
         t_squared: Whether to multiply the KD term by T^2, so that the size of its gradient hardly
             depends on T.
         mask: Rows that count, (...) bool, True where a row counts.
-        row_weight: Factors (...) on the rows' losses.
+        row_weight: Factors (...) on the rows' losses; they change no denominator.
         ignore_index: Class id of rows that do not count.
         label_smoothing: Fraction of the target that is spread over all classes, in [0, 1).
         num_items: Number of rows to divide by, for batches that are parts of a larger one (gradient
@@ -111,8 +101,7 @@ def kd_loss(
         divergence: KD term in place of KL(p || q), for teacher p and student q at temperature T:
             "forward_kl", "reverse_kl", "jsd", "alpha_beta", "total_variation", "dkd" (needs class
             ids as target; `alpha` may be None), or "dist" (its second term correlates over all
-            rows that count); {"jsd": {"beta": 0.1}} sets parameters and {"forward_kl": 0.5,
-            "reverse_kl": 0.5} adds two. See `loss/divergences.py` for parameters.
+            rows that count). Parameters and sums of two: see `loss/divergences.py`.
         standardize_logits: Whether each row of both logits gets mean 0 and standard deviation 1
             before it is divided by T in the KD term.
         class_dim: Dimension of the classes; 1 for (B, C, H, W). Another one than the last is
@@ -181,9 +170,9 @@ def kd_loss_and_grad(
     if out is None:
         out = torch.empty_like(student_logits.detach(), memory_format=torch.contiguous_format)
     else:
-        inputs = {"student_logits": problem.student, "teacher_logits": problem.teacher}
-        others = {"target": problem.target, "row_weight": problem.weight, "grad_scale": upstream}
-        check_own_memory(output_rows(out, student_logits), inputs | others)
+        names = ("student_logits", "teacher_logits", "target", "row_weight", "grad_scale")
+        inputs = dict(zip(names, (*problem[:4], upstream), strict=True))
+        check_own_memory(output_rows(out, student_logits), inputs)
         torch.autograd.graph.increment_version(out)
     result, class_dim, num_classes = (
         out.detach(),
@@ -208,4 +197,4 @@ def kd_loss_and_grad(
 for _function in (kd_loss, kd_loss_and_grad):  # help() shows options and their default values
     _own, _all = (list(signature(f).parameters.values()) for f in (_function, problem_of))
     _options = [parameter for parameter in _all if parameter.kind is Parameter.KEYWORD_ONLY]
-    _function.__signature__ = Signature([*_own[:-1], *_options])  # type: ignore[attr-defined]
+    setattr(_function, "__signature__", Signature([*_own[:-1], *_options]))  # noqa: B010

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Unpack, cast
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dmkd_fast.loss.arguments import Options, Settings
 from dmkd_fast.loss.divergences import terms_of
 from dmkd_fast.loss.functional import KdLossParts, kd_loss
+from dmkd_fast.runtime.errors import invalid
 
 
 class DistillKL(nn.Module):
@@ -40,7 +41,7 @@ class DistillKL(nn.Module):
         self,
         student_logits: Tensor,
         teacher_logits: Tensor,
-        target: Tensor | float | None = None,
+        target: Any = None,
         opt: object = None,
         *,
         return_parts: bool = False,
@@ -56,26 +57,15 @@ class DistillKL(nn.Module):
         is_free = temperature is None and self.settings.get("alpha") is None
         if _is_temperature(target, student_logits, certain=opt is not None, possible=is_free):
             if temperature is not None:
-                raise ValueError(
-                    f"temperature: got {target} with the call and {temperature} before, expected "
-                    "one; write DistillKL() to give it with each call"
-                )
-            temperature, target = cast(float, target), None
+                got = f"{target} with the call and {temperature} before"
+                raise invalid("temperature", got, "one", "write DistillKL() to give it each time")
+            temperature, target = target, None
         elif opt is not None:
-            raise ValueError(
-                "opt: expected after a temperature, as in DistillKL()(s, t, temp, opt)"
-            )
-        given: Options = {} if temperature is None else {"temperature": temperature}
-        hard = cast("Tensor | None", target)
-        return kd_loss(
-            student_logits,
-            teacher_logits,
-            hard,
-            return_parts=return_parts,
-            **given,
-            **self.settings,
-            **options,
-        )
+            raise ValueError("opt: expected after a temperature: DistillKL()(s, t, temp, opt)")
+        given: Any = {} if temperature is None else {"temperature": temperature}
+        given |= {"return_parts": return_parts, **self.settings, **options}
+        loss: Tensor | KdLossParts = kd_loss(student_logits, teacher_logits, target, **given)
+        return loss
 
     def extra_repr(self) -> str:
         """Return the settings that print() shows."""

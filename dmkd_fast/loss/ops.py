@@ -36,27 +36,18 @@ class Problem(NamedTuple):
     A row adds alpha * kd_scale * KL + (1 - alpha) * ce_scale * CE to the loss.
     """
 
-    student: Tensor
-    """Logits (B, C) of any float dtype and strides."""
-    teacher: Tensor
-    """Logits (B, C) of any float dtype and strides."""
-    target: Tensor | None
-    """Class ids (B,) int64, or probabilities (B, C)."""
-    weight: Tensor | None
-    """Factors (B,) on the rows; 0 skips a row."""
+    student: Tensor  # logits (B, C) of any float dtype and strides
+    teacher: Tensor  # the same
+    target: Tensor | None  # class ids (B,) int64, or probabilities (B, C)
+    weight: Tensor | None  # factors (B,) on the rows; 0 skips a row
     temperature: float
     alpha: float
-    kd_scale: float
-    """T^2 divided by the reduction's denominator."""
-    ce_scale: float
-    """1 divided by the reduction's denominator."""
+    kd_scale: float  # T^2 divided by the reduction's denominator
+    ce_scale: float  # 1 divided by the reduction's denominator
     label_smoothing: float
-    temperatures: Tensor | None = None
-    """Each row's T and factor on KL (B, 2), in place of `temperature`."""
-    terms: list[float] = []  # noqa: RUF012
-    """Divergences in place of KL, from `divergences.terms_of`."""
-    standardize: bool = False
-    """Whether the rows of both logits get mean 0 and standard deviation 1 before T divides them."""
+    temperatures: Tensor | None = None  # each row's T and factor on KL (B, 2), not `temperature`
+    terms: list[float] = []  # noqa: RUF012 - divergences in place of KL, from `terms_of`
+    standardize: bool = False  # whether rows get mean 0 and standard deviation 1 before T
 
 
 # Per row: maximum and sum of exponentials of s / T, the same of t / T, the common part of

@@ -56,27 +56,25 @@ def kd_loss_topk(
         if tensor.shape[:-1] != shape[:-1] or not 1 <= tensor.shape[-1] <= classes:
             expected = f"(..., K) with K from 1 to C, to fit student_logits {tuple(shape)}"
             raise invalid(name, f"shape {tuple(tensor.shape)}", expected)
-    options |= {"temperature": temperature, "t_squared": t_squared}
-    loss: Tensor | KdLossParts
+    student, teacher = student_logits, teacher_values
     if teacher_values.shape[-1] == classes:
         teacher = torch.empty_like(teacher_values).scatter_(-1, teacher_indices, teacher_values)
-        loss = kd_loss(student_logits, teacher, **options)
-        return loss
-    if rest == "renormalize":
+    elif rest == "renormalize":
         if teacher_logsumexp is not None:
             raise ValueError('teacher_logsumexp: would be ignored with rest="renormalize"')
-        loss = kd_loss(student_logits.gather(-1, teacher_indices), teacher_values, **options)
-        return loss
-    if teacher_logsumexp is None or teacher_logsumexp.shape != shape[:-1]:
-        got = None if teacher_logsumexp is None else tuple(teacher_logsumexp.shape)
-        raise invalid("teacher_logsumexp", got, f"{tuple(shape[:-1])}, one of each row")
-    # Logits times 1 / T whose softmax has the K probabilities and the sum of the others.
-    wide = torch.promote_types(student_logits.dtype, torch.float32)
-    student, teacher = student_logits.to(wide) / temperature, teacher_values.to(wide) / temperature
-    others = student.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
-    lse = teacher_logsumexp.to(wide)[..., None]
-    left = (1 - (teacher - lse).exp().sum(-1, keepdim=True)).clamp(min=0)
-    student = torch.cat((student.gather(-1, teacher_indices), others), -1)
-    teacher = torch.cat((teacher, lse + left.log()), -1)
-    loss = kd_loss(temperature * student, temperature * teacher, **options)
+        student = student_logits.gather(-1, teacher_indices)
+    else:
+        if teacher_logsumexp is None or teacher_logsumexp.shape != shape[:-1]:
+            got = None if teacher_logsumexp is None else tuple(teacher_logsumexp.shape)
+            raise invalid("teacher_logsumexp", got, f"{tuple(shape[:-1])}, one of each row")
+        # Logits times 1 / T whose softmax has the K probabilities and the sum of the others.
+        wide = torch.promote_types(student.dtype, torch.float32)
+        student, teacher = student.to(wide) / temperature, teacher.to(wide) / temperature
+        others = student.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
+        lse = teacher_logsumexp.to(wide)[..., None]
+        left = (1 - (teacher - lse).exp().sum(-1, keepdim=True)).clamp(min=0)
+        student = temperature * torch.cat((student.gather(-1, teacher_indices), others), -1)
+        teacher = temperature * torch.cat((teacher, lse + left.log()), -1)
+    options |= {"temperature": temperature, "t_squared": t_squared}
+    loss: Tensor | KdLossParts = kd_loss(student, teacher, **options)
     return loss

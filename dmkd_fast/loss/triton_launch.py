@@ -8,6 +8,7 @@ device, so all operators can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -52,24 +53,21 @@ def plan_losses(
     grad: Tensor | None,
     upstream: Tensor | None,
     grad_scale: float,
-    outputs: list[Tensor],
-    stats: Tensor,
+    results: Losses,
     ticket: Tensor,
-    per_row: bool,
 ) -> Launch:
-    """Plan the launch that writes loss, KD and CE parts to `outputs`.
+    """Plan the launch that writes loss, KD and CE parts, and statistics of long rows to `results`.
 
-    It also writes `stats` for long rows, and the gradient if `grad` is given.
+    It also writes the gradient if `grad` is given. Losses of one dimension are those of the rows.
     """
-    modes = {"WITH_LOSS": True, "PER_ROW": per_row}
-    launch = _plan(problem, grad, upstream, grad_scale, modes)
+    launch = _plan(problem, grad, upstream, grad_scale, 1 + results[0].ndim)
     partials = problem.student.new_empty((launch.grid[0], 2), dtype=torch.float32)
-    return launch._replace(arguments=(*launch.arguments, *outputs, stats, partials, ticket))
+    return launch._replace(arguments=(*launch.arguments, *results, partials, ticket))
 
 
 def plan_backward(problem: Problem, grad: Tensor, upstream: Tensor, stats: Tensor) -> Launch:
     """Plan the launch that writes the gradient alone; for long rows it reads `stats`."""
-    launch = _plan(problem, grad, upstream, 1.0, {"WITH_LOSS": False, "PER_ROW": False})
+    launch = _plan(problem, grad, upstream, 1.0, 0)
     return launch._replace(arguments=(*launch.arguments, *[stats] * 6))
 
 
@@ -78,24 +76,19 @@ def _losses(
 ) -> Losses:
     student = problem.student
     shape = (len(student),) if per_row else ()
-    outputs = [student.new_empty(shape, dtype=torch.float32) for _ in range(3)]
-    stats = student.new_empty((len(student), NUM_STATS), dtype=torch.float32)
+    shapes = (shape, shape, shape, (len(student), NUM_STATS))
+    loss, kd, ce, stats = (student.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    results = loss, kd, ce, stats
     if len(student):
         ticket = _ticket(student.device)
-        plan_losses(problem, grad, upstream, grad_scale, outputs, stats, ticket, per_row).run()
-    else:
-        for output in outputs:
-            output.fill_(problem.kd_scale * 0)  # nan for the means, whose factor is nan
-    loss, kd, ce = outputs
-    return loss, kd, ce, stats
+        plan_losses(problem, grad, upstream, grad_scale, results, ticket).run()
+    for output in results[:3] if len(student) == 0 else ():
+        output.fill_(problem.kd_scale * 0)  # nan for the means, whose factor is nan
+    return results
 
 
 def _plan(
-    p: Problem,
-    grad: Tensor | None,
-    upstream: Tensor | None,
-    grad_scale: float,
-    modes: dict[str, bool],
+    p: Problem, grad: Tensor | None, upstream: Tensor | None, grad_scale: float, loss: int
 ) -> Launch:
     """Plan a launch with the arguments that both kernels share."""
     num_rows, num_classes = p.student.shape
@@ -127,7 +120,8 @@ def _plan(
         p.label_smoothing,
         grad_scale,
     )
-    constants = modes | {
+    constants = {
+        "LOSS": loss,
         "WITH_GRAD": grad is not None,
         "TARGET": kind,
         "HAS_WEIGHT": p.weight is not None,
@@ -139,12 +133,13 @@ def _plan(
     }
     # Sums of two divergences hold twice as much in registers.
     if num_classes <= (MAX_TILE // 2 if len(p.terms) > 4 else MAX_TILE):
-        rows, block, num_warps = _tile(num_classes)
+        block = max(16, triton.next_power_of_2(num_classes))
+        rows = max(1, PACKED_TILE // block) if block <= 2048 else 1
         grid: tuple[int, ...] = (triton.cdiv(num_rows, rows),)
         constants |= {"ROWS": rows, "BLOCK": block}
-        return Launch(triton_tile.tile, arguments, constants, grid, num_warps)
+        return Launch(triton_tile.tile, arguments, constants, grid, 16 if block > 4096 else 8)
     grid = (num_rows,)
-    if not modes["WITH_LOSS"] and not p.terms and not p.standardize:
+    if loss == 0 and not p.terms and not p.standardize:
         grid = (num_rows, triton.cdiv(num_classes, BLOCK))
     return Launch(triton_long.two_pass, arguments, constants | {"BLOCK": BLOCK}, grid, 8)
 
@@ -166,14 +161,9 @@ def _vector(num_classes: int, matrices: list[Tensor]) -> int:
     return vec
 
 
-def _tile(num_classes: int) -> tuple[int, int, int]:
-    """Return rows per program, columns (a power of two) and warps."""
-    block = max(16, triton.next_power_of_2(num_classes))
-    rows = max(1, PACKED_TILE // block) if block <= 2048 else 1
-    return rows, block, 16 if block > 4096 else 8
-
-
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
+@functools.cache
+def _counter(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _ticket(device: torch.device) -> Tensor:
@@ -182,11 +172,6 @@ def _ticket(device: torch.device) -> Tensor:
     During capture a new counter becomes part of the graph, which sets it to zero itself; a counter
     from outside would have to outlive the graph. Triton's interpreter runs on CPU tensors.
     """
-    is_new = device.type != "cuda" or torch.cuda.is_current_stream_capturing()
-    key = (device, 0 if is_new else torch.cuda.current_stream(device).cuda_stream)
-    if is_new or key not in _tickets:
-        ticket = torch.zeros(1, dtype=torch.int32, device=device)
-        if is_new:
-            return ticket
-        _tickets[key] = ticket
-    return _tickets[key]
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _counter.__wrapped__(device, 0)
+    return _counter(device, torch.cuda.current_stream(device).cuda_stream)

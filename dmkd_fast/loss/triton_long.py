@@ -3,9 +3,6 @@
 TERMS are the numbers of `divergences.terms_of`. Row offsets are 64-bit. Shapes: B rows, C classes.
 """
 
-# mypy: disallow-untyped-defs=False
-# Triton compiles these functions and passes its own types, so they are not annotated.
-
 from __future__ import annotations
 
 import triton
@@ -49,9 +46,8 @@ def two_pass(
     stats,
     partials,
     ticket,
-    WITH_LOSS: tl.constexpr,
+    LOSS: tl.constexpr,
     WITH_GRAD: tl.constexpr,
-    PER_ROW: tl.constexpr,
     TARGET: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     UPSTREAM: tl.constexpr,
@@ -63,11 +59,11 @@ def two_pass(
 ):
     """Process one long row per program, in sweeps over its blocks of columns.
 
-    Arguments are those of `tile`. Forward KL takes two sweeps: maxima and sums, then loss and
-    gradient; other divergences make the gradient in a third one, and standardized logits need two
-    before. The second one runs backward, because the blocks read last are still in the cache. A sum
-    of two divergences may not contain dkd. The backward pass of forward KL reads the results of the
-    first sweep from `stats`, and each of its programs takes one block.
+    Arguments are those of `tile`. Maxima and sums come first (for standardized logits after means
+    and deviations), then the loss, then the gradient, which forward KL has with the loss. The loss
+    runs backward, because the blocks read last are still in the cache. A sum of two divergences may
+    not contain dkd. The backward pass of forward KL takes maxima and sums from `stats`, and each of
+    its programs one block.
     """
     ONE_SWEEP: tl.constexpr = len(TERMS) == 0 and not STANDARDIZE
     IS_DKD: tl.constexpr = len(TERMS) == 4 and TERMS[0] == loss_math.DKD
@@ -126,7 +122,7 @@ def two_pass(
     sum1 = 0.0
     mass = 0.0
     saved = stats + row * 7
-    if ONE_SWEEP and not WITH_LOSS:
+    if ONE_SWEEP and LOSS == 0:
         s_max = tl.load(saved)
         s_sum = tl.load(saved + 1)
         t_max = tl.load(saved + 2)
@@ -187,7 +183,7 @@ def two_pass(
             kd, change = loss_math.target_against_rest(odds, excess)
             kd *= TERMS[1] * TERMS[2]
             change *= TERMS[1] * TERMS[2]
-    if ONE_SWEEP and WITH_LOSS:
+    if ONE_SWEEP and LOSS != 0:
         tl.store(saved, s_max)
         tl.store(saved + 1, s_sum)
         tl.store(saved + 2, t_max)
@@ -203,7 +199,7 @@ def two_pass(
     ce_lanes = tl.zeros([BLOCK], tl.float32)
     blocks = tl.cdiv(num_classes, BLOCK)
     begin = 0
-    if ONE_SWEEP and not WITH_LOSS:
+    if ONE_SWEEP and LOSS == 0:
         begin = tl.program_id(1)
         blocks = begin + 1
     for sweep in tl.static_range(2 if WITH_GRAD and not ONE_SWEEP else 1):
@@ -268,12 +264,12 @@ def two_pass(
                 value = tl.where(limit > 0, out, 0.0)
                 at = grad + row * (grad_by_vec * VEC) + cols
                 tl.store(at, value.to(grad.dtype.element_ty), cols < num_classes)
-    if WITH_LOSS:
+    if LOSS != 0:
         kd = tl.where(limit > 0, factor * kd_factor * (kd + tl.sum(kd_lanes, 0)), 0.0)
         ce = tl.where(limit > 0, factor * (ce + tl.sum(ce_lanes, 0)), 0.0)
         scales = (alpha, kd_scale, ce_scale)
         outputs = (loss_out, kd_out, ce_out)
-        if PER_ROW:
+        if LOSS == 2:
             loss_math.store_losses(kd, ce, scales, outputs, row, True)
         else:
             loss_math.finish(kd, ce, scales, outputs, partials, ticket)

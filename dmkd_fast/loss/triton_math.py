@@ -5,9 +5,6 @@ program that finishes last adds up the results of all programs in their order, s
 always gives the same bits.
 """
 
-# mypy: disallow-untyped-defs=False
-# Triton compiles these functions and passes its own types, so they are not annotated.
-
 from __future__ import annotations
 
 import triton

@@ -4,9 +4,6 @@ TERMS are the numbers of `divergences.terms_of`. Row offsets are 64-bit.
 Shapes: B rows, C classes; a tile is ROWS x BLOCK.
 """
 
-# mypy: disallow-untyped-defs=False
-# Triton compiles these functions and passes its own types, so they are not annotated.
-
 from __future__ import annotations
 
 import triton
@@ -134,9 +131,8 @@ def tile(
     stats,
     partials,
     ticket,
-    WITH_LOSS: tl.constexpr,
+    LOSS: tl.constexpr,
     WITH_GRAD: tl.constexpr,
-    PER_ROW: tl.constexpr,
     TARGET: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     UPSTREAM: tl.constexpr,
@@ -149,9 +145,9 @@ def tile(
 ):
     """Process whole rows in registers, each read once.
 
-    TARGET: 0 none, 1 class ids, 2 probabilities, 3 class ids for dkd alone. TERMS: see
-    `divergences.terms_of`. Sizes and strides named `..._by_vec` are divided by VEC, as is
-    `target_stride` for probabilities.
+    LOSS: 0 none, 1 sums, 2 one per row. TARGET: 0 none, 1 class ids, 2 probabilities, 3 class ids
+    for dkd alone. UPSTREAM: 0 none, 1 one number, 2 one per row. Sizes and strides named
+    `..._by_vec` are divided by VEC, as is `target_stride` for probabilities.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
@@ -214,12 +210,12 @@ def tile(
         stored = (rows < num_rows)[:, None] & (cols < num_classes)[None, :]
         value = tl.where(counts[:, None], out, 0.0)
         tl.store(g_at, value.to(grad.dtype.element_ty), stored)
-    if WITH_LOSS:
+    if LOSS != 0:
         kd = tl.where(counts, factor * kd_factor * kd, 0.0)
         ce = tl.where(counts, factor * ce, 0.0)
         scales = (alpha, kd_scale, ce_scale)
         outputs = (loss_out, kd_out, ce_out)
-        if PER_ROW:
+        if LOSS == 2:
             loss_math.store_losses(kd, ce, scales, outputs, rows64, rows < num_rows)
         else:
             loss_math.finish(tl.sum(kd, 0), tl.sum(ce, 0), scales, outputs, partials, ticket)

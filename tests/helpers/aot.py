@@ -69,12 +69,10 @@ def plan(classes: int, dtype: str, kind: str) -> triton_launch.Launch:
     grad, stats = torch.empty_like(student), torch.empty(BATCH, ops.NUM_STATS)
     if kind == "backward":
         return triton_launch.plan_backward(problem, grad, torch.tensor(1.0), stats)
-    outputs = [torch.empty(()) for _ in range(3)]
+    results = (*[torch.empty(())] * 3, stats)
     ticket = torch.zeros(1, dtype=torch.int32)
     gradient = None if kind == "forward" else grad
-    return triton_launch.plan_losses(
-        problem, gradient, None, 1.0, outputs, stats, ticket, per_row=False
-    )
+    return triton_launch.plan_losses(problem, gradient, None, 1.0, results, ticket)
 
 
 def extra_of(kind: str) -> tuple:

@@ -207,7 +207,7 @@ def test_the_last_program_adds_what_all_have_written() -> None:
         outputs = [torch.empty(()) for _ in range(3)]
         stats, ticket = torch.empty(rows, ops.NUM_STATS), torch.zeros(1, dtype=torch.int32)
         problem = Problem(student, teacher, None, weight, *numbers)
-        launch = triton_launch.plan_losses(problem, None, None, 1.0, outputs, stats, ticket, False)
+        launch = triton_launch.plan_losses(problem, None, None, 1.0, (*outputs, stats), ticket)
         partials = launch.arguments[-2]
         assert len(partials) > 1
         each = triton_launch.forward(*problem, True)[0]
