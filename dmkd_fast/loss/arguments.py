@@ -130,7 +130,7 @@ def problem_of(
         kd_scale /= classes
     numbers = temperature, alpha, kd_scale, 1.0 / divisor, label_smoothing
     rest: Any = (*numbers, temperatures, terms, standardize_logits)
-    return ops.Problem._make((student, teacher, target, weight, *rest)), leading
+    return ops.Problem(student, teacher, target, weight, *rest), leading
 
 
 def arranged(name: str, tensor: Tensor, class_dim: int, num_classes: int | None) -> Tensor:
