@@ -171,7 +171,7 @@ def _judge(
         report.at_least(f"{name} vs {other}", medians[other] / medians["ours"], goal)
     if shape == (4096, 1000) and dtype == torch.float32:
         share = medians["copy, reused"] / medians["ours, one pass, reused"]
-        report.at_least(f"{name} one pass, share of copy", share, 0.6)
+        report.at_least(f"{name} one pass, share of copy", share, 0.55)
 
 
 def memory(arm: str, shape: str) -> int:
