@@ -81,19 +81,21 @@ def kd_loss(
             any strides; gradients flow into them.
         teacher_logits: Logits (..., C) of the teacher, any of these dtypes; never get a gradient.
         target: Class ids (...) int64, or probabilities (..., C) of any of these dtypes.
-        temperature: Softmax temperature T of the KD term, 1e-4 to 1e4; the CE term has T = 1. A
-            Python or NumPy number, or a tensor that does not require grad: of one element
+        return_parts: Whether to return `KdLossParts(loss, kd, ce)`.
+        temperature: Softmax temperature T of the KD term, 1e-4 to 1e4 (default 4); the CE term has
+            T = 1. A Python or NumPy number, or a tensor that does not require grad: of one element
             (reading it from a GPU waits for the GPU), or of one per row, (...) or (..., 1).
             `alpha` and `label_smoothing` are numbers of the same types.
-        alpha: Weight of the KD term, in [0, 1). Without a target it must be None (or 1), meaning 1.
-        reduction: "batchmean" divides the sum of the rows' losses by n, the number of rows that
-            count (or `num_items`); "mean" divides the CE term by n, and the KD term by n * C;
+        alpha: Weight of the KD term, in [0, 1). Without a target it must be None (the default) or
+            1, meaning 1.
+        reduction: "batchmean" (default) divides the sum of the rows' losses by n, the number of
+            rows that count (or `num_items`); "mean" divides the CE term by n, the KD term by n * C;
             "sum" divides by nothing; "none" returns one value per row, 0 where it does not count.
-        t_squared: Whether to multiply the KD term by T^2, so that the size of its gradient hardly
-            depends on T.
+        t_squared: Whether to multiply the KD term by T^2 (default), so that the size of its
+            gradient hardly depends on T.
         mask: Rows that count, (...) bool, True where a row counts.
         row_weight: Factors (...) on the rows' losses; they change no denominator.
-        ignore_index: Class id of rows that do not count.
+        ignore_index: Class id of rows that do not count (default -100).
         label_smoothing: Fraction of the target that is spread over all classes, in [0, 1).
         num_items: Number of rows to divide by, for batches that are parts of a larger one (gradient
             accumulation, data parallelism): a number, or a tensor of one element on the logits'
@@ -104,11 +106,10 @@ def kd_loss(
             rows that count). Parameters and sums of two: see `loss/divergences.py`.
         standardize_logits: Whether each row of both logits gets mean 0 and standard deviation 1
             before it is divided by T in the KD term.
-        class_dim: Dimension of the classes; 1 for (B, C, H, W). Another one than the last is
-            copied.
+        class_dim: Dimension of the classes (default -1); 1 for (B, C, H, W). Another one than the
+            last is copied.
         num_classes: Number of classes that count, where student and teacher are padded to
             different sizes: the rest of each row is ignored and gets a zero gradient.
-        return_parts: Whether to return `KdLossParts(loss, kd, ce)`.
 
     Returns:
         The loss in float32 (float64 if student or teacher logits are float64): a scalar, or (...)
