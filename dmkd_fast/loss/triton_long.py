@@ -219,20 +219,18 @@ def two_pass(
             y = t - t_max
             q = tl.exp2(x * scale2) * s_inverse
             p = tl.exp2(y * scale2) * t_inverse
-            d = tl.fma(
-                y - x, tl.full(s.shape, inverse, tl.float32), tl.full(s.shape, ratio, tl.float32)
-            )
+            d, common = loss_math.log_ratio(s, t, s_max, t_max, ratio, inverse)
             if len(TERMS) == 0:
-                terms, slopes = loss_math.divergence(p, q, d, ratio)
+                terms, slopes = loss_math.divergence(p, q, d, common)
             elif IS_DKD:
-                terms, slopes = loss_math.divergence(p, q, d, ratio)
+                terms, slopes = loss_math.divergence(p, q, d, common)
                 slopes = TERMS[1] * TERMS[3] * slopes - change * q
                 slopes = tl.where(cols == ids, change, slopes)
                 terms = tl.where(cols == ids, 0.0, TERMS[1] * TERMS[3] * terms)
             else:
                 log2_q = x * scale2 - tl.log2(s_sum)
                 log2_p = y * scale2 - tl.log2(t_sum)
-                terms, slopes = loss_math.weighted_parts(TERMS, p, q, d, log2_p, log2_q, ratio)
+                terms, slopes = loss_math.weighted_parts(TERMS, p, q, d, log2_p, log2_q, common)
             out = slopes
             if not ONE_SWEEP:
                 slopes = tl.where(inside, slopes, 0.0)

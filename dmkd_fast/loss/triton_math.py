@@ -42,6 +42,20 @@ def divergence(p, q, d, offset):
 
 
 @triton.jit
+def log_ratio(s, t, s_top, t_top, ratio, inverse):
+    """Return log p - log q, and the common part of it in a row.
+
+    Near the teacher t - s is exact. Elsewhere each row's own maximum is subtracted first.
+    """
+    offset = (s_top - t_top) * inverse + ratio
+    is_near = tl.abs(offset) < 1
+    gap = (t - tl.where(is_near, 0.0, t_top)) - (s - tl.where(is_near, 0.0, s_top))
+    common = tl.where(is_near, offset, ratio)
+    d = tl.fma(gap, tl.broadcast_to(inverse, gap.shape), tl.broadcast_to(common, gap.shape))
+    return d, common
+
+
+@triton.jit
 def class_part(
     KIND: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, p, q, d, log2_p, log2_q, ratio
 ):

@@ -53,13 +53,15 @@ def _divergence_rows(
     p = t_exp * (1 / t_sum)[:, None]
     x = s - s_top[:, None]
     y = t - t_top[:, None]
-    d = (y - x) * inverse[:, None] + ratio[:, None]
+    d, common = loss_math.log_ratio(
+        s, t, s_top[:, None], t_top[:, None], ratio[:, None], inverse[:, None]
+    )
     log2_q = x * (inverse * loss_math.LOG2E)[:, None] - tl.log2(s_sum)[:, None]
     log2_p = y * (inverse * loss_math.LOG2E)[:, None] - tl.log2(t_sum)[:, None]
     if len(TERMS) == 0:
-        terms, slopes = loss_math.divergence(p, q, d, ratio[:, None])
+        terms, slopes = loss_math.divergence(p, q, d, common)
     else:
-        terms, slopes = loss_math.weighted_parts(TERMS, p, q, d, log2_p, log2_q, ratio[:, None])
+        terms, slopes = loss_math.weighted_parts(TERMS, p, q, d, log2_p, log2_q, common)
     loss = tl.sum(tl.where(inside, terms, 0.0), 1)
     for k in tl.static_range(len(TERMS) // 4):
         if TERMS[4 * k] == loss_math.DKD:

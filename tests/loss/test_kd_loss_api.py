@@ -339,7 +339,7 @@ SOFT = torch.full((4, 10), 0.1)
         ({"mask": ROW.int()}, TypeError, "mask: got torch.int32"),
         ({"mask": ROW[:2]}, ValueError, r"mask: got shape \(2,\)"),
         ({"row_weight": ROW}, TypeError, "row_weight"),
-        ({"row_weight": torch.ones(4, requires_grad=True)}, ValueError, "detached"),
+        ({"row_weight": torch.ones(4, requires_grad=True)}, ValueError, "row_weight.detach"),
         ({"num_items": 3, "reduction": "sum"}, ValueError, "divides by nothing"),
         ({"num_items": 0}, ValueError, "num_items: got 0"),
         ({"num_items": float("inf")}, ValueError, "num_items: got inf"),
