@@ -120,14 +120,6 @@ DMKD_INLINE compute_t weight_of(const KdArguments& a, int64_t r) {
   return a.weight ? static_cast<const compute_t*>(a.weight)[r * a.weight_stride] : compute_t(1);
 }
 
-// Asks for the cache lines of a row that will be read soon: rows are often a page each, where the
-// hardware's own prefetching begins anew.
-DMKD_INLINE void prefetch_row(const Matrix& m, int64_t r, int64_t n) {
-  const int64_t size = m.dtype == ScalarKind::kDouble ? 8 : m.dtype == ScalarKind::kFloat ? 4 : 2;
-  const char* const row = static_cast<const char*>(m.data) + r * m.row_stride * size;
-  for (int64_t at = 0; at < n * size; at += 64) __builtin_prefetch(row + at, 0, 2);
-}
-
 template <typename compute_t, bool has_fma>
 DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
   const int64_t n = a.num_classes, padded = padded_size(n);
@@ -138,16 +130,8 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
   const bool has_target = a.probabilities.data != nullptr || (a.classes != nullptr && a.has_ce);
   const bool is_forward_kl = a.num_terms == 0 && !a.standardize;
   auto* const losses = static_cast<compute_t*>(a.losses);
-  // Logits that a cache may hold, and rows that would displace each other, gain nothing.
-  const bool prefetches = a.num_rows * n > (1 << 20) && n <= 4096 && a.student.class_stride == 1 &&
-                          a.teacher.class_stride == 1;
 
   for (int64_t r = begin; r < end; ++r) {
-    if (prefetches && r + 1 < end) {
-      prefetch_row(a.student, r + 1, n);
-      prefetch_row(a.teacher, r + 1, n);
-      if (a.gradient.data != nullptr) prefetch_row(a.gradient, r + 1, n);
-    }
     const compute_t weight = weight_of<compute_t>(a, r);
     compute_t* const stats = static_cast<compute_t*>(a.stats) + r * kStats;
     compute_t* out = nullptr;
