@@ -1,9 +1,7 @@
 """Check the arguments of kd_loss and convert them to those of its operators (`loss/ops.py`).
 
-Every error is one line: got, expected, what to change. An argument that would be ignored is an
-error. Nothing here waits for the device, except for `temperature`, `alpha` or `label_smoothing`
-given as a tensor. Row counts stay on the device, as part of the row weights.
-Shapes: B rows, C classes.
+An argument that would be ignored is an error. Nothing here waits for the device, except for
+`temperature`, `alpha` or `label_smoothing` given as a tensor. Shapes: B rows, C classes.
 """
 
 from __future__ import annotations
@@ -80,8 +78,7 @@ def problem_of(
 ) -> tuple[ops.Problem, torch.Size]:
     """Check the arguments of `kd_loss`; return those of its operators, and the shape of the rows.
 
-    Logits and targets become rows. `kd_scale` contains T^2, and both scales contain the
-    denominators that are not part of the row weights.
+    Both scales contain the denominators that are not part of the row weights.
     """
     _refuse_transforms(
         student, teacher, target, row_weight, temperature, alpha, label_smoothing, num_items
@@ -175,10 +172,8 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
     _fits("teacher_logits", teacher, student, student.shape)
     is_wasted = teacher.requires_grad and torch.is_grad_enabled()
     if is_wasted and not torch.compiler.is_compiling():
-        warn_once(
-            "teacher_logits: got a tensor that requires grad, which kd_loss does not compute for "
-            "it; use torch.no_grad() to save the memory of its graph"
-        )
+        why = "kd_loss computes none for it; torch.no_grad() saves the memory of its graph"
+        warn_once(f"teacher_logits: got a tensor that requires grad; {why}")
 
 
 def _check_target(

@@ -1,10 +1,7 @@
 """Fused distillation loss on logits: alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE.
 
-With p = softmax(teacher / T) and q = softmax(student / T), the gradient with respect to the
-student's logits is the reduction's factor times
-
-    alpha * T * (q - p) + (1 - alpha) * (softmax(student) - target)
-
+The gradient by the student's logits is the reduction's factor times alpha * T * (q - p) +
+(1 - alpha) * (softmax(student) - target), with p = softmax(teacher / T), q = softmax(student / T).
 Shapes: B rows, C classes.
 Source: Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531), section 2.
 """
@@ -160,9 +157,6 @@ def kd_loss_and_grad(
     Returns:
         The loss (a scalar, as from `kd_loss`), and its gradient with respect to `student_logits`
         times `grad_scale` (same shape and dtype as `student_logits`).
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: For the same reasons as `kd_loss`.
     """
     problem, leading = problem_of(student_logits.detach(), teacher_logits, target, **options)
     if options.get("reduction") == "none":

@@ -36,9 +36,6 @@ def linear_kd_loss(
         chunk_rows: Rows at a time; None: as many as make 8 million logits.
         options: Further arguments of `kd_loss`, except `reduction="none"`, dist, whose terms span
             rows, `class_dim` and `return_parts`.
-
-    Raises:
-        TypeError, ValueError: For the same reasons as `kd_loss`, or shapes do not fit.
     """
     sizes = []
     for who, hidden, weight in (

@@ -74,11 +74,7 @@ class DistillKL(nn.Module):
 
 
 def _is_temperature(value: object, student: Tensor, *, certain: bool, possible: bool) -> bool:
-    """Tell whether the third argument of `DistillKL` is a temperature, not a target or None.
-
-    A number always is. A tensor is one if `certain`, or if `possible` and its shape does not fit a
-    target.
-    """
+    """Tell whether the third argument of `DistillKL` is a temperature, not a target or None."""
     if not isinstance(value, Tensor):
         return isinstance(value, Real) or hasattr(value, "item")  # of Python or NumPy
     of_target = student.shape[:-1] if value.dtype == torch.int64 else student.shape

@@ -66,12 +66,7 @@ class Rows:
 
 
 def reference_divergence(rows: Rows, terms: Sequence[float] = ()) -> Tensor:
-    """Compute the weighted sum of divergences of each row, (B,), without the factor T^2.
-
-    Args:
-        rows: Distributions to compare.
-        terms: Four numbers a term, as from `divergences.terms_of`; empty: forward KL.
-    """
+    """Compute the weighted sum of the divergences `terms` of each row, (B,), without factor T^2."""
     return sum(  # type: ignore[return-value]
         weight * _DEFINITIONS[int(kind)](rows, *numbers)[0]
         for kind, weight, *numbers in _quadruples(terms)

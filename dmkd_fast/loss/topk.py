@@ -41,9 +41,6 @@ def kd_loss_topk(
         temperature: One number, that of `teacher_logsumexp`.
         t_squared: Whether to multiply by T^2.
         options: Further arguments of `kd_loss`: reduction, mask, row_weight, num_items, divergence.
-
-    Raises:
-        TypeError, ValueError: Shapes differ, or an argument is missing or would be ignored.
     """
     if rest not in get_args(Rest):
         raise invalid("rest", repr(rest), f"one of {get_args(Rest)}")
