@@ -52,6 +52,64 @@ DMKD_INLINE double log_of(double x) {
   return std::log(x);
 }
 
+// log(a / b) with `change` = b / a - 1.
+template <bool has_fma>
+DMKD_INLINE float log_ratio(float a, float b, float change) {
+  if (std::abs(change) >= 0.25f) return log_of<has_fma>(a / b);
+  const float z = change / (2.0f + change), z2 = z * z;  // log(1 + x) by the area tangent's series
+  float series = multiply_add<has_fma>(z2, 0.11111111f, 0.14285714f);
+  series = multiply_add<has_fma>(z2, series, 0.2f);
+  series = multiply_add<has_fma>(z2, series, 0.33333333f);
+  return -2.0f * z * multiply_add<has_fma>(z2, series, 1.0f);
+}
+
+// KL between teacher and student on {target, rest}, and q - p of the target.
+struct Binary {
+  double loss, change;
+};
+
+// `teacher`: log odds of the target; `excess`: by how much the student's exceed them.
+DMKD_INLINE Binary binary_of(double teacher, double excess) {
+  const double student = teacher + excess;
+  // sigmoid(x) and sigmoid(-x), by one exponential.
+  const double t_small = std::exp(-std::abs(teacher)), s_small = std::exp(-std::abs(student));
+  const double t_large = 1 / (1 + t_small), s_large = 1 / (1 + s_small);
+  const double p = teacher > 0 ? t_large : t_small * t_large;
+  const double p_rest = teacher > 0 ? t_small * t_large : t_large;
+  const double q = student > 0 ? s_large : s_small * s_large;
+  const double q_rest = student > 0 ? s_small * s_large : s_large;
+  const double size = -std::expm1(-std::abs(excess));
+  const double change = excess > 0 ? size * q * p_rest : -size * p * q_rest;
+  double loss = 0;
+  if (p != 0) loss -= p * std::log1p(std::max(-1.0, change / p));
+  if (p_rest != 0) loss -= p_rest * std::log1p(std::max(-1.0, -change / p_rest));
+  return {loss < 0 ? 0 : loss, change};
+}
+
+// The same in float, without calls of the library, which take a quarter of a row's time. Log odds
+// are small enough that no probability is 0.
+template <bool has_fma>
+DMKD_INLINE Binary near_binary_of(float teacher, float excess) {
+  const float student = teacher + excess;
+  constexpr float log2e = 1.44269504f, lowest = -127.0f / log2e;
+  const auto exp_of = [&](float x) { return exp_scaled<has_fma>(-std::abs(x), log2e, lowest); };
+  const float t_small = exp_of(teacher), s_small = exp_of(student), far_size = 1 - exp_of(excess);
+  const float t_large = 1 / (1 + t_small), s_large = 1 / (1 + s_small);
+  const float p = teacher > 0 ? t_large : t_small * t_large;
+  const float p_rest = teacher > 0 ? t_small * t_large : t_large;
+  const float q = student > 0 ? s_large : s_small * s_large;
+  const float q_rest = student > 0 ? s_small * s_large : s_large;
+  const float near_size = -near_expm1<has_fma>(std::abs(excess));
+  const float size = std::abs(excess) < 0.5f ? near_size : far_size;
+  const float change = excess > 0 ? size * q * p_rest : -size * p * q_rest;
+  float term, rest_term, unused;
+  const float d = log_ratio<has_fma>(p, q, change / p);
+  const float rest_d = log_ratio<has_fma>(p_rest, q_rest, -change / p_rest);
+  divergence<has_fma>(p, q, d, 0.0f, term, unused);
+  divergence<has_fma>(p_rest, q_rest, rest_d, 0.0f, rest_term, unused);
+  return {double(term) + double(rest_term), double(change)};
+}
+
 // What the classes of a row share.
 template <typename compute_t>
 struct Shared {

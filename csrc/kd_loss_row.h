@@ -162,8 +162,9 @@ struct Row {
     const compute_t scale = compute_t(1 / temperature), scale2 = compute_t(kLog2E / temperature);
     const compute_t s_max = stats[0], t_max = stats[2];
     const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
-    const compute_t s_log2 = compute_t(std::log2(double(stats[1])));
-    const compute_t t_log2 = compute_t(std::log2(double(stats[3])));
+    constexpr bool with_logs = kind == Divergence::kAlphaBeta || kind == Divergence::kJsd;
+    const compute_t s_log2 = with_logs ? compute_t(std::log2(double(stats[1]))) : compute_t(0);
+    const compute_t t_log2 = with_logs ? compute_t(std::log2(double(stats[3]))) : compute_t(0);
     const compute_t gamma = compute_t(term.first + term.second);
     Shared<compute_t> shared{std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0),
                              compute_t(term.first),
@@ -180,7 +181,7 @@ struct Row {
       const compute_t x = s[i] - s_max, y = t[i] - t_max;
       const compute_t d = multiply_add<has_fma>(y - x, scale, ratio);
       compute_t log2_p = 0, log2_q = 0, value, slope;
-      if constexpr (kind == Divergence::kAlphaBeta || kind == Divergence::kJsd) {
+      if constexpr (with_logs) {
         log2_p = multiply_add<has_fma>(y, scale2, -t_log2);
         log2_q = multiply_add<has_fma>(x, scale2, -s_log2);
       }

@@ -41,30 +41,18 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::rest(const Term& term, int64_t id
   const double excess =
       ((double(s_id) - double(s_max)) - (double(t_id) - double(t_max))) / temperature -
       double(ratio);
-  const double student = teacher + excess;
-  // sigmoid(x) and sigmoid(-x), by one exponential.
-  const double t_small = std::exp(-std::abs(teacher)), s_small = std::exp(-std::abs(student));
-  const double t_large = 1 / (1 + t_small), s_large = 1 / (1 + s_small);
-  const double p = teacher > 0 ? t_large : t_small * t_large;
-  const double p_rest = teacher > 0 ? t_small * t_large : t_large;
-  const double q = student > 0 ? s_large : s_small * s_large;
-  const double q_rest = student > 0 ? s_small * s_large : s_large;
-  const double size = -std::expm1(-std::abs(excess));
-  double change = excess > 0 ? size * q * p_rest : -size * p * q_rest;  // q - p
-  double binary = 0;
-  if (alone) {  // as with one class
-    change = 0;
-    binary = double(s_id - s_id) + double(t_id - t_id);  // 0 or nan
-  } else {
-    if (p != 0) binary -= p * std::log1p(std::max(-1.0, change / p));
-    if (p_rest != 0) binary -= p_rest * std::log1p(std::max(-1.0, -change / p_rest));
-    binary = binary < 0 ? 0 : binary;
-  }
+  const bool is_near = sizeof(compute_t) == sizeof(float) && std::abs(teacher) < 60 &&
+                       std::abs(teacher + excess) < 60;
+  const Binary binary =
+      alone ? Binary{double(s_id - s_id) + double(t_id - t_id), 0}  // as with one class: 0 or nan
+      : is_near ? near_binary_of<has_fma>(float(teacher), float(excess))
+                : binary_of(teacher, excess);
   const compute_t scale = compute_t(1 / temperature);
   const compute_t s_inverse = alone ? compute_t(0) : 1 / stats[1];
   const compute_t t_inverse = alone ? compute_t(0) : 1 / stats[3];
   const compute_t limit = std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0);
-  const compute_t others = compute_t(term.second), binary_slope = compute_t(term.first * change);
+  const compute_t others = compute_t(term.second);
+  const compute_t binary_slope = compute_t(term.first * binary.change);
   compute_t* __restrict const part = out != nullptr && first ? out : slopes;
   compute_t loss = 0;
 #pragma omp simd reduction(+ : loss)
@@ -81,7 +69,7 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::rest(const Term& term, int64_t id
     std::fill(part, part + n, compute_t(0));
   }
   part[id] = binary_slope * factor;
-  const compute_t whole = compute_t(term.first * binary) + others * loss;
+  const compute_t whole = compute_t(term.first * binary.loss) + others * loss;
   if (out != nullptr && (!first || whole != whole)) {
     const compute_t nan_or_1 = whole != whole ? whole : compute_t(1);
     for (int64_t i = 0; i < n; ++i) {

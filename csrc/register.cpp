@@ -40,6 +40,11 @@ struct Problem {
   const std::optional<Tensor>& temperatures;
   const std::vector<double>& divergences;
   bool standardize;
+
+  bool is_double() const {
+    return student.scalar_type() == ScalarType::Double ||
+           teacher.scalar_type() == ScalarType::Double;
+  }
 };
 
 ScalarKind kind_of(const Tensor& tensor) {
@@ -57,13 +62,8 @@ ScalarKind kind_of(const Tensor& tensor) {
   }
 }
 
-bool is_double(const Problem& p) {
-  return p.student.scalar_type() == ScalarType::Double ||
-         p.teacher.scalar_type() == ScalarType::Double;
-}
-
 ScalarType accumulated_type(const Problem& p) {
-  return is_double(p) ? ScalarType::Double : ScalarType::Float;
+  return p.is_double() ? ScalarType::Double : ScalarType::Float;
 }
 
 Matrix matrix(const Tensor& tensor, const Problem& p, const char* what) {
@@ -111,7 +111,7 @@ KdArguments arguments_for(const Problem& p, const Tensor& stats) {
   a.teacher = matrix(p.teacher, p, "teacher");
   a.num_rows = p.student.size(0);
   a.num_classes = p.student.size(1);
-  a.is_double = is_double(p);
+  a.is_double = p.is_double();
   if (p.target && p.target->scalar_type() == ScalarType::Long) {
     a.classes_stride = vector_stride(*p.target, p, ScalarType::Long, "target");
     a.classes = static_cast<const int64_t*>(p.target->const_data_ptr());
@@ -287,9 +287,8 @@ Losses losses_of(KdArguments& a, const Problem& p, const Tensor& stats, bool per
 Losses kd_loss_forward(const Tensor& student, const Tensor& teacher,
                        const std::optional<Tensor>& target, const std::optional<Tensor>& weight,
                        double temperature, double alpha, double kd_scale, double ce_scale,
-                       double label_smoothing, bool per_row,
-                       const std::optional<Tensor>& temperatures,
-                       const std::vector<double>& divergences, bool standardize) {
+                       double label_smoothing, const std::optional<Tensor>& temperatures,
+                       const std::vector<double>& divergences, bool standardize, bool per_row) {
   const Problem p{student,  teacher,  target,          weight,       temperature, alpha,
                   kd_scale, ce_scale, label_smoothing, temperatures, divergences, standardize};
   const Tensor stats = stats_for(p);
@@ -327,6 +326,49 @@ Losses kd_loss_forward_backward(const Tensor& grad, const std::optional<Tensor>&
   return losses_of(a, p, stats, false);
 }
 
+// The factor of each row (B,): 0 where it does not count, else its weight by `num_items` or by the
+// number of rows that count.
+Tensor kd_loss_row_weights(const Tensor& student, const Tensor& teacher,
+                           const std::optional<Tensor>& ids, const std::optional<Tensor>& mask,
+                           const std::optional<Tensor>& row_weight,
+                           const std::optional<Tensor>& num_items, int64_t ignore_index,
+                           bool is_counted) {
+  const std::optional<Tensor> none;
+  const std::vector<double> no_terms;
+  const Problem p{student, teacher, none, none, 1, 1, 1, 1, 0, none, no_terms, false};
+  const ScalarType dtype = accumulated_type(p);
+  const int64_t rows = student.size(0);
+  const auto stride_of = [&](const std::optional<Tensor>& tensor, ScalarType type) {
+    return tensor ? vector_stride(*tensor, p, type, "row_weights") : 0;
+  };
+  const int64_t id_stride = stride_of(ids, ScalarType::Long);
+  const int64_t mask_stride = stride_of(mask, ScalarType::Bool);
+  const int64_t weight_stride = stride_of(row_weight, dtype);
+  STD_TORCH_CHECK(!num_items || (num_items->dim() == 0 && num_items->scalar_type() == dtype),
+                  "row_weights: expected one number of items");
+  const auto* const id_at = ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr;
+  const auto* const mask_at = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  Tensor weights = allocate<1>({rows}, dtype);
+  const auto fill = [&]<typename value_t>(value_t) {
+    const auto* const given =
+        row_weight ? static_cast<const value_t*>(row_weight->const_data_ptr()) : nullptr;
+    auto* const out = static_cast<value_t*>(weights.mutable_data_ptr());
+    int64_t counted = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool keep = (id_at == nullptr || id_at[r * id_stride] != ignore_index) &&
+                        (mask_at == nullptr || mask_at[r * mask_stride]);
+      counted += keep;
+      out[r] = !keep ? value_t(0) : given ? given[r * weight_stride] : value_t(1);
+    }
+    if (!is_counted && !num_items) return;
+    const value_t divisor = num_items ? *static_cast<const value_t*>(num_items->const_data_ptr())
+                                      : static_cast<value_t>(counted);
+    for (int64_t r = 0; r < rows; ++r) out[r] = out[r] == 0 ? value_t(0) : out[r] / divisor;
+  };
+  p.is_double() ? fill(double{}) : fill(float{});
+  return weights;
+}
+
 }  // namespace
 }  // namespace dmkd
 
@@ -334,6 +376,7 @@ STABLE_TORCH_LIBRARY_IMPL(dmkd_fast, CPU, m) {
   m.impl("kd_loss_forward", TORCH_BOX(&dmkd::kd_loss_forward));
   m.impl("kd_loss_backward", TORCH_BOX(&dmkd::kd_loss_backward));
   m.impl("kd_loss_forward_backward", TORCH_BOX(&dmkd::kd_loss_forward_backward));
+  m.impl("kd_loss_row_weights", TORCH_BOX(&dmkd::kd_loss_row_weights));
 }
 
 namespace {

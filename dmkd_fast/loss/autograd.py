@@ -8,26 +8,25 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.loss import ops
+from dmkd_fast.loss.ops import Problem
 
 
-def differentiable(
-    per_row: bool, parts: bool, problem: tuple[Any, ...], extra: tuple[Any, ...]
-) -> Any:
+def differentiable(per_row: bool, parts: bool, problem: Problem) -> Any:
     """Return the loss with its graph, or loss, KD and CE parts; only the loss has a gradient.
 
     On a CPU the forward pass computes the gradient for an upstream gradient of 1 too, except for
     rows, whose upstream gradients differ, and in float16, whose stored gradient would underflow. On
     other devices, reading the upstream gradient would wait for the device.
     """
-    student = problem[0]
+    student = problem.student
     if (
         per_row
         or student.device.type != "cpu"
         or student.dtype == torch.float16
         or torch.compiler.is_compiling()
     ):
-        return _Recomputed.apply(per_row, parts, *problem, *extra)
-    return _HandedOver.apply(student, parts, problem, extra)
+        return _Recomputed.apply(per_row, parts, *problem)
+    return _HandedOver.apply(student, parts, problem)
 
 
 class _HandedOver(torch.autograd.Function):
@@ -39,19 +38,11 @@ class _HandedOver(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, parts: bool, problem: tuple[Any, ...], extra: tuple[Any, ...]
-    ) -> Any:
+    def forward(ctx: Any, student: Tensor, parts: bool, problem: Problem) -> Any:
         ctx.grad = torch.empty_like(student, memory_format=torch.contiguous_format)
         # Detached, because operators are called faster with tensors that need no gradient.
-        loss, kd, ce, stats = ops.forward_backward(
-            ctx.grad, None, 1.0, student.detach(), *problem[1:], *extra
-        )
-        _save(ctx, stats, problem, extra)
-        if not parts:
-            return loss
-        ctx.mark_non_differentiable(kd, ce)
-        return loss, kd, ce
+        losses = ops.forward_backward(ctx.grad, None, 1.0, student.detach(), *problem[1:])
+        return _save(ctx, parts, problem, losses)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -60,7 +51,7 @@ class _HandedOver(torch.autograd.Function):
         if grad is None or upstream.item() != 1:
             del grad  # Free its memory before the new gradient is allocated.
             grad = ops.backward(upstream, *_saved(ctx))
-        return grad, None, None, None
+        return grad, None, None
 
 
 class _Recomputed(torch.autograd.Function):
@@ -71,20 +62,13 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, per_row: bool, parts: bool, *arguments: Any) -> Any:
-        problem, extra = arguments[:9], arguments[9:]
-        loss, kd, ce, stats = ops.forward(*problem, per_row, *extra)
-        _save(ctx, stats, problem, extra)
-        ctx.num_arguments = len(arguments)
-        if not parts:
-            return loss
-        ctx.mark_non_differentiable(kd, ce)
-        return loss, kd, ce
+        return _save(ctx, parts, Problem(*arguments), ops.forward(*arguments, per_row))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         grad = ops.backward(upstream, *_saved(ctx))
-        return None, None, grad, *[None] * (ctx.num_arguments - 1)
+        return None, None, grad, *[None] * (len(Problem._fields) - 1)
 
 
 def _refuse_second_derivative() -> None:
@@ -92,27 +76,23 @@ def _refuse_second_derivative() -> None:
         raise RuntimeError("kd_loss has no second derivative; do not pass create_graph=True")
 
 
-def _save(ctx: Any, stats: Tensor, problem: tuple[Any, ...], extra: tuple[Any, ...]) -> None:
-    """Save the arguments of `ops.backward` but the first."""
-    tensors: Any = (stats, *problem[:4])
-    ctx.numbers, ctx.extra = problem[4:], extra
-    if extra and extra[0] is not None:
-        tensors, ctx.extra = (*tensors, extra[0]), (None, *extra[1:])
+def _save(ctx: Any, parts: bool, problem: Problem, losses: Any) -> Any:
+    """Save the arguments of `ops.backward` but the first; return the outputs of the function."""
+    loss, kd, ce, stats = losses
+    tensors = (stats, *problem[:4], problem.temperatures)
+    ctx.numbers = (problem[4:9], problem[10:])
     # Tensors of torch.inference_mode() cannot be saved for backward; nothing can change them.
-    ctx.untracked = None
-    if not torch.compiler.is_compiling() and any(
-        t is not None and t.is_inference() for t in tensors
-    ):
-        ctx.untracked = [t if t is not None and t.is_inference() else None for t in tensors]
-        tensors = tuple(
-            t if u is None else None for t, u in zip(tensors, ctx.untracked, strict=True)
-        )
-    ctx.save_for_backward(*tensors)
+    ctx.fixed = {}
+    if not torch.compiler.is_compiling():
+        ctx.fixed = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.fixed else t for i, t in enumerate(tensors)))
+    if not parts:
+        return loss
+    ctx.mark_non_differentiable(kd, ce)
+    return loss, kd, ce
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    if ctx.untracked is not None:
-        tensors = [t if u is None else u for t, u in zip(tensors, ctx.untracked, strict=True)]
-    extra = ctx.extra if len(tensors) == 5 else (tensors[5], *ctx.extra[1:])
-    return (*tensors[:5], *ctx.numbers, *extra)
+    tensors = [ctx.fixed.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
+    before, after = ctx.numbers
+    return (*tensors[:5], *before, tensors[5], *after)

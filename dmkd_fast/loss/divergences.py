@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import NamedTuple
 
+from dmkd_fast.runtime.errors import invalid
+
 Divergence = str | Mapping[str, float | Mapping[str, float]]
 
 MAX_TERMS = 2
@@ -61,35 +63,26 @@ def terms_of(divergence: Divergence) -> list[float]:
             'such as {"jsd": {"beta": 0.1}}'
         )
     if not 1 <= len(divergence) <= MAX_TERMS:
-        raise ValueError(f"divergence: got {len(divergence)} terms, expected 1 or {MAX_TERMS}")
-    numbers: list[float] = []
-    for name, given in divergence.items():
-        numbers += _term(name, given)
+        raise invalid("divergence", f"{len(divergence)} terms", f"1 or {MAX_TERMS}")
+    numbers = [number for item in divergence.items() for number in _term(*item)]
     return [] if numbers == [FORWARD_KL, 1, 0, 0] else numbers
 
 
 def _term(name: str, given: float | Mapping[str, float]) -> list[float]:
     if name not in PARAMETERS:
-        raise ValueError(f"divergence: got {name!r}, expected one of {NAMES}")
+        raise invalid("divergence", repr(name), f"one of {NAMES}")
     values = dict(given) if isinstance(given, Mapping) else {"weight": given}
     parameters = (Parameter("weight", 1.0, 0, math.inf, is_open=True), *PARAMETERS[name])
-    unknown = set(values) - {p.name for p in parameters}
-    if unknown:
-        raise ValueError(
-            f"divergence: {name} got {sorted(map(str, unknown))}, expected some of "
-            f"{[p.name for p in parameters]}"
-        )
-    numbers = [_value(name, p, values.get(p.name, p.usual)) for p in parameters]
-    return [float(NAMES.index(name)), *numbers, *[0.0] * (3 - len(numbers))]
-
-
-def _value(name: str, parameter: Parameter, value: object) -> float:
-    label = f"divergence: {name}.{parameter.name}"
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{label}: got {type(value).__name__}, expected a number")
-    number, low, high = float(value), parameter.low, parameter.high
-    inside = low < number < high if parameter.is_open else low <= number <= high
-    if not inside:
-        kind = " (exclusive)" if parameter.is_open else ""
-        raise ValueError(f"{label}: got {number:g}, expected {low:g} to {high:g}{kind}")
-    return number
+    names = [p.name for p in parameters]
+    if unknown := set(values) - set(names):
+        raise invalid(f"divergence: {name}", sorted(map(str, unknown)), f"some of {names}")
+    numbers = [float(NAMES.index(name))]
+    for parameter, usual, low, high, is_open in parameters:
+        label, value = f"divergence: {name}.{parameter}", values.get(parameter, usual)
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{label}: got {type(value).__name__}, expected a number")
+        numbers.append(float(value))
+        if not (low < numbers[-1] < high if is_open else low <= numbers[-1] <= high):
+            kind = " (exclusive)" if is_open else ""
+            raise invalid(label, f"{numbers[-1]:g}", f"{low:g} to {high:g}{kind}")
+    return [*numbers, *[0.0] * (4 - len(numbers))]

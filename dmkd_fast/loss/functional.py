@@ -1,26 +1,22 @@
 """Fused distillation loss on logits: alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE.
 
-`loss/arguments.py` checks the arguments. `loss/ops.py` defines the operators and their device
-implementations. With p = softmax(teacher / T) and q = softmax(student / T), the gradient with
-respect to the student's logits is the reduction's factor times
-
-    alpha * T * (q - p) + (1 - alpha) * (softmax(student) - target)
-
+The gradient by the student's logits is the reduction's factor times alpha * T * (q - p) +
+(1 - alpha) * (softmax(student) - target), with p = softmax(teacher / T), q = softmax(student / T).
 Shapes: B rows, C classes.
 Source: Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531), section 2.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from inspect import Parameter, Signature, signature
+from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from dmkd_fast.loss import ops
-from dmkd_fast.loss.arguments import Reduction, arranged, grad_scale_of, output_rows, problem_of
+from dmkd_fast.loss.arguments import Options, grad_scale_of, output_rows, problem_of
 from dmkd_fast.loss.autograd import differentiable
-from dmkd_fast.loss.divergences import Divergence
 from dmkd_fast.runtime.operators import check_own_memory
 
 
@@ -41,20 +37,8 @@ def kd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float | Tensor = ...,
-    alpha: float | None = ...,
-    reduction: Reduction = ...,
-    t_squared: bool = ...,
-    mask: Tensor | None = ...,
-    row_weight: Tensor | None = ...,
-    ignore_index: int = ...,
-    label_smoothing: float = ...,
-    num_items: float | Tensor | None = ...,
-    divergence: Divergence = ...,
-    standardize_logits: bool = ...,
-    class_dim: int = ...,
-    num_classes: int | None = ...,
     return_parts: Literal[False] = ...,
+    **options: Unpack[Options],
 ) -> Tensor: ...
 @overload
 def kd_loss(
@@ -62,40 +46,16 @@ def kd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float | Tensor = ...,
-    alpha: float | None = ...,
-    reduction: Reduction = ...,
-    t_squared: bool = ...,
-    mask: Tensor | None = ...,
-    row_weight: Tensor | None = ...,
-    ignore_index: int = ...,
-    label_smoothing: float = ...,
-    num_items: float | Tensor | None = ...,
-    divergence: Divergence = ...,
-    standardize_logits: bool = ...,
-    class_dim: int = ...,
-    num_classes: int | None = ...,
     return_parts: bool,
+    **options: Unpack[Options],
 ) -> Tensor | KdLossParts: ...
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float | Tensor = 4.0,
-    alpha: float | None = None,
-    reduction: Reduction = "batchmean",
-    t_squared: bool = True,
-    mask: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    num_items: float | Tensor | None = None,
-    divergence: Divergence = "forward_kl",
-    standardize_logits: bool = False,
-    class_dim: int = -1,
-    num_classes: int | None = None,
     return_parts: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | KdLossParts:
     """Compute the distillation loss in one pass over the logits.
 
@@ -109,38 +69,30 @@ def kd_loss(
         loss = alpha * kd + (1 - alpha) * ce
 
     A row counts unless its `mask` is False or its class id is `ignore_index`. A row that does not
-    count adds nothing to either term and gets a zero gradient, whatever its logits are. Let n be
-    the number of rows that count, or `num_items` if it is given. The sums are divided by:
-
-    ===========  ==========  ==========
-    reduction    KD term     CE term
-    ===========  ==========  ==========
-    "batchmean"  n           n
-    "mean"       n * C       n
-    "sum"        1           1
-    "none"       one value per row, 0 where a row does not count
-    ===========  ==========  ==========
-
-    `row_weight` changes no denominator. All leading dimensions count as rows: (B, L, C) has B * L
-    rows, whereas `F.kl_div` divides "batchmean" by B. The mean over an input without rows is nan,
-    as in torch. If there are rows but none counts, the loss is 0.
+    count adds nothing to either term and gets a zero gradient, whatever its logits are. All leading
+    dimensions count as rows: (B, L, C) has B * L rows, whereas `F.kl_div` divides "batchmean" by B.
+    The mean over an input without rows is nan, as in torch; if no row counts, the loss is 0.
 
     Args:
         student_logits: Logits (..., C) of the student, float32, float64, float16 or bfloat16, with
             any strides; gradients flow into them.
         teacher_logits: Logits (..., C) of the teacher, any of these dtypes; never get a gradient.
         target: Class ids (...) int64, or probabilities (..., C) of any of these dtypes.
-        temperature: Softmax temperature T of the KD term, 1e-4 to 1e4; the CE term has T = 1. A
-            Python or NumPy number, or a tensor that does not require grad: of one element
+        return_parts: Whether to return `KdLossParts(loss, kd, ce)`.
+        temperature: Softmax temperature T of the KD term, 1e-4 to 1e4 (default 4); the CE term has
+            T = 1. A Python or NumPy number, or a tensor that does not require grad: of one element
             (reading it from a GPU waits for the GPU), or of one per row, (...) or (..., 1).
             `alpha` and `label_smoothing` are numbers of the same types.
-        alpha: Weight of the KD term, in [0, 1). Without a target it must be None (or 1), meaning 1.
-        reduction: How the rows' losses are combined: see the table above.
-        t_squared: Whether to multiply the KD term by T^2, so that the size of its gradient hardly
-            depends on T.
+        alpha: Weight of the KD term, in [0, 1). Without a target it must be None (the default) or
+            1, meaning 1.
+        reduction: "batchmean" (default) divides the sum of the rows' losses by n, the number of
+            rows that count (or `num_items`); "mean" divides the CE term by n, the KD term by n * C;
+            "sum" divides by nothing; "none" returns one value per row, 0 where it does not count.
+        t_squared: Whether to multiply the KD term by T^2 (default), so that the size of its
+            gradient hardly depends on T.
         mask: Rows that count, (...) bool, True where a row counts.
-        row_weight: Factors (...) on the rows' losses.
-        ignore_index: Class id of rows that do not count.
+        row_weight: Factors (...) on the rows' losses; they change no denominator.
+        ignore_index: Class id of rows that do not count (default -100).
         label_smoothing: Fraction of the target that is spread over all classes, in [0, 1).
         num_items: Number of rows to divide by, for batches that are parts of a larger one (gradient
             accumulation, data parallelism): a number, or a tensor of one element on the logits'
@@ -148,15 +100,13 @@ def kd_loss(
         divergence: KD term in place of KL(p || q), for teacher p and student q at temperature T:
             "forward_kl", "reverse_kl", "jsd", "alpha_beta", "total_variation", "dkd" (needs class
             ids as target; `alpha` may be None), or "dist" (its second term correlates over all
-            rows that count); {"jsd": {"beta": 0.1}} sets parameters and {"forward_kl": 0.5,
-            "reverse_kl": 0.5} adds two. See `loss/divergences.py` for parameters.
+            rows that count). Parameters and sums of two: see `loss/divergences.py`.
         standardize_logits: Whether each row of both logits gets mean 0 and standard deviation 1
             before it is divided by T in the KD term.
-        class_dim: Dimension of the classes; 1 for (B, C, H, W). Another one than the last is
-            copied.
+        class_dim: Dimension of the classes (default -1); 1 for (B, C, H, W). Another one than the
+            last is copied.
         num_classes: Number of classes that count, where student and teacher are padded to
             different sizes: the rest of each row is ignored and gets a zero gradient.
-        return_parts: Whether to return `KdLossParts(loss, kd, ce)`.
 
     Returns:
         The loss in float32 (float64 if student or teacher logits are float64): a scalar, or (...)
@@ -169,40 +119,17 @@ def kd_loss(
         RuntimeError: A class id is out of range. On CUDA the loss is nan instead, because an error
             would have to wait for the device.
     """
-    if class_dim != -1 or num_classes is not None:
-        student_logits, teacher_logits, target = _arranged(
-            student_logits, teacher_logits, target, class_dim, num_classes
-        )
-    problem, extra = problem_of(
-        student_logits,
-        teacher_logits,
-        target,
-        temperature,
-        alpha,
-        reduction,
-        t_squared,
-        mask,
-        row_weight,
-        ignore_index,
-        label_smoothing,
-        num_items,
-        divergence,
-        standardize_logits,
-    )
-    per_row = reduction == "none"
-    losses: Any
-    if torch.is_grad_enabled() and problem[0].requires_grad:
-        losses = differentiable(per_row, return_parts, problem, extra)
+    problem, leading = problem_of(student_logits, teacher_logits, target, **options)
+    per_row = options.get("reduction") == "none"
+    if torch.is_grad_enabled() and problem.student.requires_grad:
+        losses = differentiable(per_row, return_parts, problem)
     else:
-        losses = ops.forward(*problem, per_row, *extra)
+        losses = ops.forward(*problem, per_row)
     if not return_parts:
         loss = losses if isinstance(losses, Tensor) else losses[0]
-        return loss.view(student_logits.shape[:-1]) if per_row else loss
-    loss, kd, ce = losses[:3]
-    if per_row:
-        shape = student_logits.shape[:-1]
-        loss, kd, ce = loss.view(shape), kd.view(shape), ce.view(shape)
-    return KdLossParts(loss, kd, None if target is None or problem[5] == 1 else ce)
+        return loss.view(leading) if per_row else loss
+    loss, kd, ce = (x.view(leading) if per_row else x for x in losses[:3])
+    return KdLossParts(loss, kd, None if target is None or problem.alpha == 1 else ce)
 
 
 def kd_loss_and_grad(
@@ -210,21 +137,9 @@ def kd_loss_and_grad(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float | Tensor = 4.0,
-    alpha: float | None = None,
-    reduction: Literal["batchmean", "mean", "sum"] = "batchmean",
-    t_squared: bool = True,
-    mask: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    num_items: float | Tensor | None = None,
-    divergence: Divergence = "forward_kl",
-    standardize_logits: bool = False,
-    class_dim: int = -1,
-    num_classes: int | None = None,
     grad_scale: float | Tensor = 1.0,
     out: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]:
     """Compute loss and gradient in one pass, without an autograd graph.
 
@@ -232,9 +147,8 @@ def kd_loss_and_grad(
     `loss, grad = kd_loss_and_grad(...)`, followed by `student_logits.backward(grad)`.
 
     Args:
-        student_logits, teacher_logits, target, temperature, alpha, reduction, t_squared, mask,
-            row_weight, ignore_index, label_smoothing, num_items, divergence, standardize_logits,
-            class_dim, num_classes: Same as for `kd_loss`, except that `reduction` cannot be "none".
+        student_logits, teacher_logits, target, options: Same as for `kd_loss`, except that
+            `reduction` cannot be "none".
         grad_scale: Factor on the gradient alone, applied in float32 before rounding: a number, or a
             tensor of one element on the logits' device, such as the scale of a GradScaler.
         out: Tensor for the gradient, with shape, dtype and device of `student_logits`, dense
@@ -243,71 +157,39 @@ def kd_loss_and_grad(
     Returns:
         The loss (a scalar, as from `kd_loss`), and its gradient with respect to `student_logits`
         times `grad_scale` (same shape and dtype as `student_logits`).
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: For the same reasons as `kd_loss`.
     """
-    whole = student_logits
-    if class_dim != -1 or num_classes is not None:
-        student_logits, teacher_logits, target = _arranged(
-            student_logits, teacher_logits, target, class_dim, num_classes
-        )
-    problem, extra = problem_of(
-        student_logits.detach(),
-        teacher_logits,
-        target,
-        temperature,
-        alpha,
-        reduction,
-        t_squared,
-        mask,
-        row_weight,
-        ignore_index,
-        label_smoothing,
-        num_items,
-        divergence,
-        standardize_logits,
-    )
-    if reduction == "none":
+    problem, leading = problem_of(student_logits.detach(), teacher_logits, target, **options)
+    if options.get("reduction") == "none":
         raise ValueError('reduction: got "none", expected "batchmean", "mean" or "sum"')
-    student, teacher = problem[:2]
-    upstream, factor = grad_scale_of(grad_scale, student, teacher)
+    upstream, factor = grad_scale_of(grad_scale, problem.student, problem.teacher)
     if out is None:
-        out = torch.empty_like(whole.detach(), memory_format=torch.contiguous_format)
-        rows = out.view(-1, whole.shape[-1])
+        out = torch.empty_like(student_logits.detach(), memory_format=torch.contiguous_format)
     else:
-        rows = output_rows(out, whole)
-        check_own_memory(
-            rows,
-            {
-                "student_logits": student,
-                "teacher_logits": teacher,
-                "target": problem[2],
-                "row_weight": problem[3],
-                "grad_scale": upstream,
-            },
-        )
+        names = ("student_logits", "teacher_logits", "target", "row_weight", "grad_scale")
+        inputs = dict(zip(names, (*problem[:4], upstream), strict=True))
+        check_own_memory(output_rows(out, student_logits), inputs)
         torch.autograd.graph.increment_version(out)
+    result, class_dim, num_classes = (
+        out.detach(),
+        options.get("class_dim", -1),
+        options.get("num_classes"),
+    )
+    grad = problem.student
     if class_dim != -1:
-        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+        grad = torch.empty_like(grad, memory_format=torch.contiguous_format)
     else:
+        rows = result.view(-1, result.shape[-1])
         grad = rows if num_classes is None else rows[:, :num_classes]
-    loss = ops.forward_backward(grad, upstream, factor, *problem, *extra)[0]
-    if num_classes is not None:
-        arranged(out.detach(), class_dim, None)[..., num_classes:] = 0
+    loss = ops.forward_backward(grad, upstream, factor, *problem)[0]
     if class_dim != -1:
-        arranged(out.detach(), class_dim, num_classes).copy_(grad.view(student_logits.shape))
+        result = result.movedim(class_dim, -1)
+        result[..., :num_classes] = grad.view(*leading, -1)
+    if num_classes is not None:
+        result[..., num_classes:] = 0
     return loss, out
 
 
-def _arranged(
-    student: Tensor, teacher: Tensor, target: Tensor | None, class_dim: int, num_classes: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return logits and target with the classes that count in the last dimension."""
-    if target is not None and target.is_floating_point():
-        target = arranged(target, class_dim, None, "target")
-    return (
-        arranged(student, class_dim, num_classes),
-        arranged(teacher, class_dim, num_classes, "teacher_logits"),
-        target,
-    )
+for _function in (kd_loss, kd_loss_and_grad):  # help() shows options and their default values
+    _own, _all = (list(signature(f).parameters.values()) for f in (_function, problem_of))
+    _options = [parameter for parameter in _all if parameter.kind is Parameter.KEYWORD_ONLY]
+    setattr(_function, "__signature__", Signature([*_own[:-1], *_options]))  # noqa: B010

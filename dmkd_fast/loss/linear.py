@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmkd_fast.loss.divergences import DIST, terms_of
 from dmkd_fast.loss.functional import kd_loss_and_grad
+from dmkd_fast.runtime.errors import invalid
 
 CHUNK_LOGITS = 8 * 2**20  # logits of the student at a time
 
@@ -35,40 +36,31 @@ def linear_kd_loss(
         chunk_rows: Rows at a time; None: as many as make 8 million logits.
         options: Further arguments of `kd_loss`, except `reduction="none"`, dist, whose terms span
             rows, `class_dim` and `return_parts`.
-
-    Raises:
-        TypeError, ValueError: For the same reasons as `kd_loss`, or shapes do not fit.
     """
-    for name, hidden, weight in (
-        ("student_weight", student_hidden, student_weight),
-        ("teacher_weight", teacher_hidden, teacher_weight),
+    sizes = []
+    for who, hidden, weight in (
+        ("student", student_hidden, student_weight),
+        ("teacher", teacher_hidden, teacher_weight),
     ):
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"{name}: got shape {tuple(weight.shape)}, expected (C, D) to fit rows (B, D), "
-                f"got {tuple(hidden.shape)}"
-            )
-    if student_weight.shape[0] != teacher_weight.shape[0] or len(student_hidden) != len(
-        teacher_hidden
-    ):
-        raise ValueError(
-            f"teacher_weight, teacher_hidden: got {len(teacher_weight)} classes and "
-            f"{len(teacher_hidden)} rows, expected {len(student_weight)} and {len(student_hidden)}"
-        )
+            expected = f"(C, D) to fit rows (B, D) of shape {tuple(hidden.shape)}"
+            raise invalid(f"{who}_weight", f"shape {tuple(weight.shape)}", expected)
+        sizes.append(f"{len(weight)} classes and {len(hidden)} rows")
+    if sizes[0] != sizes[1]:
+        raise invalid("teacher_weight, teacher_hidden", sizes[1], sizes[0])
     reduction = options.setdefault("reduction", "batchmean")
     if reduction == "none" or DIST in terms_of(options.get("divergence", "forward_kl"))[::4]:
         raise ValueError('reduction="none" and dist: need all rows at once, expected others')
-    rows, ids = len(student_hidden), target is not None and target.dtype == torch.int64
     if reduction != "sum" and options.get("num_items") is None:
         counts = [] if options.get("mask") is None else [options["mask"]]
-        counts += [target != options.get("ignore_index", -100)] if ids else []
-        options["num_items"] = torch.stack(counts).all(0).sum().clamp(min=1) if counts else rows
-    if chunk_rows is None:
-        chunk_rows = max(1, CHUNK_LOGITS // len(student_weight))
-    teacher = (teacher_hidden.detach(), teacher_weight.detach())
-    loss: Tensor = _LinearKdLoss.apply(
-        student_hidden, student_weight, *teacher, target, chunk_rows, options
-    )
+        if target is not None and target.dtype == torch.int64:
+            counts.append(target != options.get("ignore_index", -100))
+        counted = torch.stack(counts).all(0).sum().clamp(min=1) if counts else len(student_hidden)
+        options["num_items"] = counted
+    chunk_rows = chunk_rows or max(1, CHUNK_LOGITS // len(student_weight))
+    teacher = teacher_hidden.detach(), teacher_weight.detach()
+    arguments = student_hidden, student_weight, teacher, target, chunk_rows, options
+    loss: Tensor = _LinearKdLoss.apply(*arguments)
     return loss
 
 
@@ -78,8 +70,7 @@ class _LinearKdLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher: tuple[Tensor, Tensor],
         target: Tensor | None,
         chunk_rows: int,
         options: dict[str, Any],
@@ -97,7 +88,7 @@ class _LinearKdLoss(torch.autograd.Function):
                 buffer = torch.empty_like(logits)
             value, grad = kd_loss_and_grad(
                 logits,
-                teacher_hidden[part] @ teacher_weight.t(),
+                teacher[0][part] @ teacher[1].t(),
                 None if target is None else target[part],
                 out=buffer,
                 **options | {name: value[part] for name, value in by_row.items()},
@@ -105,11 +96,10 @@ class _LinearKdLoss(torch.autograd.Function):
             loss += value
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                if wide == grad.dtype:
-                    grad_weight.addmm_(grad.t(), hidden[part])
-                else:
-                    grad_weight += grad.t() @ hidden[part]
+            if grad_weight is not None and wide == grad.dtype:
+                grad_weight.addmm_(grad.t(), hidden[part])
+            elif grad_weight is not None:
+                grad_weight += grad.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return loss
@@ -123,4 +113,4 @@ class _LinearKdLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * upstream).to(ctx.dtype)
-        return grad_hidden, grad_weight, *[None] * 5
+        return grad_hidden, grad_weight, *[None] * 4

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import cast
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast.loss.arguments import Reduction
-from dmkd_fast.loss.divergences import Divergence, terms_of
+from dmkd_fast.loss.arguments import Options, Settings
+from dmkd_fast.loss.divergences import terms_of
 from dmkd_fast.loss.functional import KdLossParts, kd_loss
+from dmkd_fast.runtime.errors import invalid
 
 
 class DistillKL(nn.Module):
@@ -21,98 +22,59 @@ class DistillKL(nn.Module):
 
     Args:
         temperature: Softmax temperature T; None: the default of `kd_loss`, unless a call gives one.
-        alpha, divergence, standardize_logits, reduction, t_squared, ignore_index, label_smoothing,
-            class_dim, num_classes: Same as for `kd_loss`.
+        settings: alpha, reduction, t_squared, ignore_index, label_smoothing, divergence,
+            standardize_logits, class_dim, num_classes: same as for `kd_loss`.
     """
 
     def __init__(
-        self,
-        temperature: float | Tensor | None = None,
-        *,
-        alpha: float | None = None,
-        reduction: Reduction = "batchmean",
-        t_squared: bool = True,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        divergence: Divergence = "forward_kl",
-        standardize_logits: bool = False,
-        class_dim: int = -1,
-        num_classes: int | None = None,
+        self, temperature: float | Tensor | None = None, **settings: Unpack[Settings]
     ) -> None:
         super().__init__()
-        terms_of(divergence)  # an error comes here, not at the first call
-        self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
-        self.t_squared, self.ignore_index = t_squared, ignore_index
-        self.label_smoothing = label_smoothing
-        self.divergence, self.standardize_logits = divergence, standardize_logits
-        self.class_dim, self.num_classes = class_dim, num_classes
+        if unknown := set(settings) - set(Settings.__annotations__):
+            raise TypeError(
+                f"DistillKL: got {sorted(unknown)}, expected {[*Settings.__annotations__]}"
+            )
+        terms_of(settings.get("divergence", "forward_kl"))  # an error comes here, not when called
+        self.temperature, self.settings = temperature, settings
 
     def forward(
         self,
         student_logits: Tensor,
         teacher_logits: Tensor,
-        target: Tensor | float | None = None,
+        target: Any = None,
         opt: object = None,
         *,
-        mask: Tensor | None = None,
-        row_weight: Tensor | None = None,
-        num_items: float | Tensor | None = None,
         return_parts: bool = False,
+        **options: Unpack[Options],
     ) -> Tensor | KdLossParts:
-        """Compute the loss; see `kd_loss` for the arguments.
+        """Compute the loss; options are mask, row_weight and num_items, same as for `kd_loss`.
 
         A number as third argument is the temperature, as in the published code. A tensor as third
         argument is the temperature if `opt` follows, or if the module has neither temperature nor
         alpha and the shape of the tensor does not fit a target.
         """
         temperature = self.temperature
-        is_free = temperature is None and self.alpha is None
+        is_free = temperature is None and self.settings.get("alpha") is None
         if _is_temperature(target, student_logits, certain=opt is not None, possible=is_free):
             if temperature is not None:
-                raise ValueError(
-                    f"temperature: got {target} with the call and {temperature} before, expected "
-                    "one; write DistillKL() to give it with each call"
-                )
-            temperature, target = cast(float, target), None
+                got = f"{target} with the call and {temperature} before"
+                raise invalid("temperature", got, "one", "write DistillKL() to give it each time")
+            temperature, target = target, None
         elif opt is not None:
-            raise ValueError(
-                "opt: expected after a temperature, as in DistillKL()(s, t, temp, opt)"
-            )
-        given = {} if temperature is None else {"temperature": temperature}
-        return kd_loss(
-            student_logits,
-            teacher_logits,
-            cast("Tensor | None", target),
-            alpha=self.alpha,
-            reduction=self.reduction,
-            t_squared=self.t_squared,
-            mask=mask,
-            row_weight=row_weight,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            divergence=self.divergence,
-            standardize_logits=self.standardize_logits,
-            class_dim=self.class_dim,
-            num_classes=self.num_classes,
-            num_items=num_items,
-            return_parts=return_parts,
-            **given,
-        )
+            raise ValueError("opt: expected after a temperature: DistillKL()(s, t, temp, opt)")
+        given: Any = {} if temperature is None else {"temperature": temperature}
+        given |= {"return_parts": return_parts, **self.settings, **options}
+        loss: Tensor | KdLossParts = kd_loss(student_logits, teacher_logits, target, **given)
+        return loss
 
     def extra_repr(self) -> str:
         """Return the settings that print() shows."""
-        text = f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
-        if self.divergence != "forward_kl":
-            text += f", divergence={self.divergence!r}"
-        return text + ", standardize_logits=True" * self.standardize_logits
+        shown = {"temperature": self.temperature, **self.settings}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def _is_temperature(value: object, student: Tensor, *, certain: bool, possible: bool) -> bool:
-    """Tell whether the third argument of `DistillKL` is a temperature, not a target or None.
-
-    A number always is. A tensor is one if `certain`, or if `possible` and its shape does not fit a
-    target.
-    """
+    """Tell whether the third argument of `DistillKL` is a temperature, not a target or None."""
     if not isinstance(value, Tensor):
         return isinstance(value, Real) or hasattr(value, "item")  # of Python or NumPy
     of_target = student.shape[:-1] if value.dtype == torch.int64 else student.shape

@@ -19,149 +19,88 @@ from dmkd_fast.loss.divergences import FORWARD_KL
 CONSTANT = 1e-13
 
 
-def reference_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    """Compute the loss T^2 * KL(softmax(t / T) || softmax(s / T)) of each row, (B,) float32.
-
-    The terms are p * (expm1(-d) + d) with d = log p - log q. Their sum equals that of p * d,
-    because p and q both sum to one, but it is exact and never negative as q -> p. float64 student
-    logits are computed and returned in float64, all others in float32.
-    """
-    compute = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    logits = student_logits.to(compute), teacher_logits.to(compute)
-    return temperature**2 * reference_divergence(*logits, temperature=temperature, terms=())
-
-
-def reference_grad(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    """Compute the gradient of `reference_loss` by the student logits: T * (q - p), (B, C)."""
-    compute = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    q = torch.softmax(student_logits.to(compute) / temperature, dim=-1)
-    p = torch.softmax(teacher_logits.to(compute) / temperature, dim=-1)
-    return temperature * (q - p)
-
-
 def reference_cross_entropy(
-    student_logits: Tensor, target: Tensor, *, label_smoothing: float
-) -> Tensor:
-    """Compute the cross-entropy of each row at temperature 1 to class ids or probabilities, (B,).
+    student_logits: Tensor, target: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Compute each row's cross-entropy to class ids or probabilities (B,), and its gradient (B, C).
 
     Equals `F.cross_entropy(..., reduction="none")`, except that a class with target 0 adds 0 even
     if the student's log-probability of it is -inf.
     """
-    weights = _target_weights(student_logits, target, label_smoothing)
-    terms = -weights * torch.log_softmax(student_logits, dim=-1)
-    return torch.where(weights == 0, 0, terms).sum(dim=-1)
+    log_q = student_logits.log_softmax(-1)
+    if target.ndim < log_q.ndim:
+        target = torch.zeros_like(log_q).scatter_(-1, target[..., None], 1)
+    weights = target.to(log_q.dtype) * (1 - label_smoothing) + label_smoothing / log_q.shape[-1]
+    loss = torch.where(weights == 0, 0, -weights * log_q).sum(-1)
+    return loss, log_q.exp() * weights.sum(-1, keepdim=True) - weights
 
 
-def reference_cross_entropy_grad(
-    student_logits: Tensor, target: Tensor, *, label_smoothing: float
-) -> Tensor:
-    """Compute the gradient of the cross-entropy: softmax(s) * sum(target) - target, (B, C)."""
-    weights = _target_weights(student_logits, target, label_smoothing)
-    return torch.softmax(student_logits, dim=-1) * weights.sum(dim=-1, keepdim=True) - weights
-
-
-def _target_weights(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """Return the target as smoothed probabilities (B, C) in the logits' dtype."""
-    if target.ndim < logits.ndim:
-        target = torch.zeros_like(logits).scatter_(-1, target[..., None], 1)
-    return target.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / logits.shape[-1]
-
-
-def reference_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float | Tensor,
-    terms: Sequence[float],
-    target: Tensor | None = None,
-    counted: Tensor | None = None,
-    standardize: bool = False,
-) -> Tensor:
-    """Compute the weighted sum of divergences of each row, (B,), without the factor T^2.
+class Rows:
+    """Teacher p and student q at temperature T, and d = log p - log q, all (B, C).
 
     Args:
         student_logits, teacher_logits: Logits (B, C) of the same dtype.
         temperature: Softmax temperature T, or one of each row (B, 1).
-        terms: Four numbers a term, as from `divergences.terms_of`; empty: forward KL.
         target: Class ids (B,), for dkd.
         counted: Rows (B,) that dist's correlations over the batch include; None: all.
         standardize: Whether the logits of each row are standardized before they are divided by T.
     """
-    rows = _Rows(student_logits, teacher_logits, temperature, target, counted, standardize)
-    return sum(  # type: ignore[return-value]
-        weight * _DEFINITIONS[int(kind)](rows, first, second)[0]
-        for kind, weight, first, second in _quadruples(terms)
-    )
-
-
-def reference_divergence_grad(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    factors: Tensor,
-    *,
-    temperature: float | Tensor,
-    terms: Sequence[float],
-    target: Tensor | None = None,
-    counted: Tensor | None = None,
-    standardize: bool = False,
-) -> Tensor:
-    """Compute the gradient of sum(factors * reference_divergence(...)) by the student's logits.
-
-    Args:
-        factors: Gradients (B,) by each row's divergence.
-        student_logits, teacher_logits, temperature, terms, target, counted, standardize: Same as
-            for `reference_divergence`.
-    """
-    rows = _Rows(student_logits, teacher_logits, temperature, target, counted, standardize)
-    grad = torch.zeros_like(student_logits)
-    for kind, weight, first, second in _quadruples(terms):
-        slopes = weight * _DEFINITIONS[int(kind)](rows, first, second)[1](factors[:, None])
-        grad = grad + slopes - rows.q * slopes.sum(-1, keepdim=True)
-    grad = grad / temperature
-    if standardize:
-        grad = _standardize_grad(student_logits, grad)
-    return grad
-
-
-class _Rows:
-    """Teacher p and student q at temperature T, and d = log p - log q, all (B, C)."""
 
     def __init__(
         self,
         student_logits: Tensor,
         teacher_logits: Tensor,
         temperature: float | Tensor,
-        target: Tensor | None,
-        counted: Tensor | None,
-        standardize: bool,
+        *,
+        target: Tensor | None = None,
+        counted: Tensor | None = None,
+        standardize: bool = False,
     ) -> None:
+        self.logits, self.temperature, self.standardize = student_logits, temperature, standardize
         if standardize:
-            student_logits = _standardize(student_logits)
-            teacher_logits = _standardize(teacher_logits)
+            student_logits, teacher_logits = map(_standardize, (student_logits, teacher_logits))
         self.student, self.teacher = student_logits / temperature, teacher_logits / temperature
         self.log_p, self.log_q = self.teacher.log_softmax(-1), self.student.log_softmax(-1)
         self.p, self.q, self.d = self.log_p.exp(), self.log_q.exp(), self.log_p - self.log_q
         self.target, self.counted = target, counted
 
 
+def reference_divergence(rows: Rows, terms: Sequence[float] = ()) -> Tensor:
+    """Compute the weighted sum of the divergences `terms` of each row, (B,), without factor T^2."""
+    return sum(  # type: ignore[return-value]
+        weight * _DEFINITIONS[int(kind)](rows, *numbers)[0]
+        for kind, weight, *numbers in _quadruples(terms)
+    )
+
+
+def reference_divergence_grad(rows: Rows, terms: Sequence[float], factors: Tensor) -> Tensor:
+    """Compute the gradient of sum(factors * reference_divergence(...)) by the student's logits."""
+    grad = torch.zeros_like(rows.q)
+    for kind, weight, *numbers in _quadruples(terms):
+        slopes = weight * _DEFINITIONS[int(kind)](rows, *numbers)[1](factors[:, None])
+        grad = grad + slopes - rows.q * slopes.sum(-1, keepdim=True)
+    grad = grad / rows.temperature
+    return _standardize_grad(rows.logits, grad) if rows.standardize else grad
+
+
 # Each definition returns the rows' divergences (B,), and a function from the factors (B, 1) on them
 # to slopes (B, C), q * dD/dq. A gradient by s / T is slopes - q * sum(slopes).
-_Definition = Callable[[_Rows, float, float], tuple[Tensor, Callable[[Tensor], Tensor]]]
+_Defined = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
-def _forward_kl(rows: _Rows, *_: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _forward_kl(rows: Rows, *_: float) -> _Defined:
     """KL(p || q)."""
     p, q = rows.p, rows.q
     return _excess(p, q, rows.d).sum(-1), lambda factors: factors * (q - p)
 
 
-def _reverse_kl(rows: _Rows, *_: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _reverse_kl(rows: Rows, *_: float) -> _Defined:
     """KL(q || p). Classes of probability 0 have slope 0, so that the gradient is finite."""
     slopes = torch.where(rows.d.isinf() | (rows.q == 0), 0, -rows.q * rows.d)
     return _excess(rows.q, rows.p, -rows.d).sum(-1), lambda factors: factors * slopes
 
 
-def _jsd(rows: _Rows, beta: float, _: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _jsd(rows: Rows, beta: float, _: float) -> _Defined:
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, as in GKD.
 
     Source: Agarwal et al., "On-policy distillation of language models" (arXiv 2306.13649), eq. 2.
@@ -181,9 +120,7 @@ def _jsd(rows: _Rows, beta: float, _: float) -> tuple[Tensor, Callable[[Tensor],
     return loss.sum(-1), lambda factors: factors * slopes
 
 
-def _alpha_beta(
-    rows: _Rows, alpha: float, beta: float
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _alpha_beta(rows: Rows, alpha: float, beta: float) -> _Defined:
     """-1 / (a b) sum(p^a q^b - a / (a + b) p^(a + b) - b / (a + b) q^(a + b)).
 
     Source: Wang et al., "ABKD" (ICML 2025, arXiv 2505.04560), definition of the divergence.
@@ -200,14 +137,14 @@ def _alpha_beta(
     return loss.sum(-1), lambda factors: factors * slopes
 
 
-def _total_variation(rows: _Rows, *_: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _total_variation(rows: Rows, *_: float) -> _Defined:
     """sum |p - q| / 2. Where p equals q the slope is 0."""
     change = rows.q - rows.p
     slopes = rows.q * change.sign() / 2
     return change.abs().sum(-1) / 2, lambda factors: factors * slopes
 
 
-def _dkd(rows: _Rows, alpha: float, beta: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _dkd(rows: Rows, alpha: float, beta: float) -> _Defined:
     """alpha KL of target against rest, plus beta KL among the rest.
 
     Source: Zhao et al., "Decoupled knowledge distillation" (arXiv 2203.08679), eq. 7.
@@ -239,7 +176,7 @@ def _dkd(rows: _Rows, alpha: float, beta: float) -> tuple[Tensor, Callable[[Tens
     return loss[:, 0], lambda factors: factors * slopes
 
 
-def _dist(rows: _Rows, beta: float, gamma: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _dist(rows: Rows, beta: float, gamma: float) -> _Defined:
     """beta (1 - correlation over classes) + gamma mean(1 - correlation over rows).
 
     The second term is the same for all rows.
@@ -258,7 +195,7 @@ def _dist(rows: _Rows, beta: float, gamma: float) -> tuple[Tensor, Callable[[Ten
     return beta * within + gamma * columns.mean(), slopes
 
 
-_DEFINITIONS: tuple[_Definition, ...] = (  # in the order of divergences.NAMES
+_DEFINITIONS: tuple[Callable[..., _Defined], ...] = (  # in the order of divergences.NAMES
     _forward_kl,
     _reverse_kl,
     _jsd,
@@ -287,7 +224,11 @@ def _uncorrelated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _excess(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """Return p * (expm1(-d) + d) with d = log p - log q: terms of KL(p || q), never negative."""
+    """Return p * (expm1(-d) + d) with d = log p - log q: terms of KL(p || q).
+
+    Their sum equals that of p * d, because p and q both sum to one, but it is exact and never
+    negative as q -> p.
+    """
     # Far from d = 0, q - p replaces p * expm1(-d), because expm1 may overflow where p is tiny.
     terms = torch.where(d.abs() < 1, p * (torch.expm1(-d) + d), (q - p) + p * d)
     # 0 * log 0 is 0. KL is infinite if q is 0 where p is not.
@@ -319,6 +260,6 @@ def _deviation(centered: Tensor) -> Tensor:
     return (centered.square().sum(-1, keepdim=True) / freedom).sqrt()
 
 
-def _quadruples(terms: Sequence[float]) -> list[tuple[float, ...]]:
+def _quadruples(terms: Sequence[float]) -> list[Sequence[float]]:
     terms = terms or (FORWARD_KL, 1.0, 0.0, 0.0)
-    return [tuple(terms[i : i + 4]) for i in range(0, len(terms), 4)]
+    return [terms[i : i + 4] for i in range(0, len(terms), 4)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.loss.functional import KdLossParts, kd_loss
+from dmkd_fast.runtime.errors import invalid
 
 Rest = Literal["bucket", "renormalize"]
 
@@ -40,46 +41,37 @@ def kd_loss_topk(
         temperature: One number, that of `teacher_logsumexp`.
         t_squared: Whether to multiply by T^2.
         options: Further arguments of `kd_loss`: reduction, mask, row_weight, num_items, divergence.
-
-    Raises:
-        TypeError, ValueError: Shapes differ, or an argument is missing or would be ignored.
     """
     if rest not in get_args(Rest):
-        raise ValueError(f"rest: got {rest!r}, expected one of {get_args(Rest)}")
+        raise invalid("rest", repr(rest), f"one of {get_args(Rest)}")
     if target is not None:
-        raise ValueError("target: got a tensor, expected None; add a cross-entropy to the loss")
+        raise invalid("target", "a tensor", "None", "add a cross-entropy to the loss")
     if teacher_indices.dtype != torch.int64:
         raise TypeError(f"teacher_indices: got {teacher_indices.dtype}, expected torch.int64")
     shape, classes = student_logits.shape, student_logits.shape[-1]
     for name, tensor in (("teacher_values", teacher_values), ("teacher_indices", teacher_indices)):
         if tensor.shape[:-1] != shape[:-1] or not 1 <= tensor.shape[-1] <= classes:
-            raise ValueError(
-                f"{name}: got shape {tuple(tensor.shape)}, expected (..., K) with K from 1 to C, "
-                f"to fit student_logits {tuple(shape)}"
-            )
-    options |= {"temperature": temperature, "t_squared": t_squared}
-    loss: Tensor | KdLossParts
+            expected = f"(..., K) with K from 1 to C, to fit student_logits {tuple(shape)}"
+            raise invalid(name, f"shape {tuple(tensor.shape)}", expected)
+    student, teacher = student_logits, teacher_values
     if teacher_values.shape[-1] == classes:
         teacher = torch.empty_like(teacher_values).scatter_(-1, teacher_indices, teacher_values)
-        loss = kd_loss(student_logits, teacher, **options)
-        return loss
-    if rest == "renormalize":
+    elif rest == "renormalize":
         if teacher_logsumexp is not None:
             raise ValueError('teacher_logsumexp: would be ignored with rest="renormalize"')
-        loss = kd_loss(student_logits.gather(-1, teacher_indices), teacher_values, **options)
-        return loss
-    if teacher_logsumexp is None or teacher_logsumexp.shape != shape[:-1]:
-        got = None if teacher_logsumexp is None else tuple(teacher_logsumexp.shape)
-        raise ValueError(
-            f"teacher_logsumexp: got {got}, expected {tuple(shape[:-1])}, one of each row"
-        )
-    # Logits times 1 / T whose softmax has the K probabilities and the sum of the others.
-    wide = torch.promote_types(student_logits.dtype, torch.float32)
-    student, teacher = student_logits.to(wide) / temperature, teacher_values.to(wide) / temperature
-    others = student.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
-    lse = teacher_logsumexp.to(wide)[..., None]
-    left = (1 - (teacher - lse).exp().sum(-1, keepdim=True)).clamp(min=0)
-    student = torch.cat((student.gather(-1, teacher_indices), others), -1)
-    teacher = torch.cat((teacher, lse + left.log()), -1)
-    loss = kd_loss(temperature * student, temperature * teacher, **options)
+        student = student_logits.gather(-1, teacher_indices)
+    else:
+        if teacher_logsumexp is None or teacher_logsumexp.shape != shape[:-1]:
+            got = None if teacher_logsumexp is None else tuple(teacher_logsumexp.shape)
+            raise invalid("teacher_logsumexp", got, f"{tuple(shape[:-1])}, one of each row")
+        # Logits times 1 / T whose softmax has the K probabilities and the sum of the others.
+        wide = torch.promote_types(student.dtype, torch.float32)
+        student, teacher = student.to(wide) / temperature, teacher.to(wide) / temperature
+        others = student.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
+        lse = teacher_logsumexp.to(wide)[..., None]
+        left = (1 - (teacher - lse).exp().sum(-1, keepdim=True)).clamp(min=0)
+        student = temperature * torch.cat((student.gather(-1, teacher_indices), others), -1)
+        teacher = temperature * torch.cat((teacher, lse + left.log()), -1)
+    options |= {"temperature": temperature, "t_squared": t_squared}
+    loss: Tensor | KdLossParts = kd_loss(student, teacher, **options)
     return loss

@@ -2,14 +2,13 @@
 
 `loss/ops.py` imports this module at the first call with CUDA tensors. Rows of up to MAX_TILE
 classes are read once and stay in registers (`loss/triton_tile.py`); several short rows share a
-program. Longer rows (`loss/triton_long.py`) are read twice for forward KL, first for maxima and
-sums, then for loss and gradient, and once more for other divergences and for standardized logits;
-the backward pass of forward KL reads them once, in blocks of columns. Nothing waits for the device,
-so all operators can be captured in a CUDA graph.
+program. Longer rows (`loss/triton_long.py`) are read in several sweeps. Nothing waits for the
+device, so all operators can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,7 +17,7 @@ import triton
 from torch import Tensor
 
 from dmkd_fast.loss import triton_long, triton_tile
-from dmkd_fast.loss.ops import NUM_STATS, with_defaults
+from dmkd_fast.loss.ops import NUM_STATS, Problem
 from dmkd_fast.runtime.operators import Launch
 
 # The widest row and block of columns whose kernels do not spill registers: tests/golden/.
@@ -26,29 +25,27 @@ MAX_TILE = 8192
 BLOCK = 4096
 PACKED_TILE = 4096  # logits per program for short rows
 
-# The arguments that all operators share; the last three of `loss/ops.py` may be left out.
-Problem = tuple[Any, ...]
+Losses = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(*arguments: Any) -> Losses:
     """Run the operator `kd_loss_forward`."""
-    problem, per_row, extra = arguments[:9], arguments[9], arguments[10:]
-    return _losses((*problem, *extra), None, None, 1.0, per_row)
+    return _losses(Problem(*arguments[:-1]), None, None, 1.0, arguments[-1])
 
 
 def backward(upstream: Tensor, stats: Tensor, *problem: Any) -> Tensor:
     """Run the operator `kd_loss_backward`."""
     grad = torch.empty_like(problem[0], memory_format=torch.contiguous_format)
     if len(grad):
-        plan_backward(problem, grad, upstream, stats).run()
+        plan_backward(Problem(*problem), grad, upstream, stats).run()
     return grad
 
 
 def forward_backward(
     grad: Tensor, upstream: Tensor | None, grad_scale: float, *problem: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Losses:
     """Run the operator `kd_loss_forward_backward`."""
-    return _losses(problem, grad, upstream, grad_scale, False)
+    return _losses(Problem(*problem), grad, upstream, grad_scale, False)
 
 
 def plan_losses(
@@ -56,123 +53,95 @@ def plan_losses(
     grad: Tensor | None,
     upstream: Tensor | None,
     grad_scale: float,
-    outputs: list[Tensor],
-    stats: Tensor,
+    results: Losses,
     ticket: Tensor,
-    per_row: bool,
 ) -> Launch:
-    """Plan the launch that writes loss, KD and CE parts to `outputs`.
+    """Plan the launch that writes loss, KD and CE parts, and statistics of long rows to `results`.
 
-    It also writes `stats` for long rows, and the gradient if `grad` is given.
+    It also writes the gradient if `grad` is given. Losses of one dimension are those of the rows.
     """
-    student, *_ = problem
-    num_rows, num_classes = student.shape
-    one_tile = num_classes <= _widest_tile(problem)
-    rows, block, num_warps = _tile(num_classes) if one_tile else (1, BLOCK, 8)
-    programs = triton.cdiv(num_rows, rows)
-    partials = student.new_empty((programs, 2), dtype=torch.float32)
-    arguments, constants = _shared(problem, grad, upstream, grad_scale)
-    kernel = triton_tile.tile if one_tile else triton_long.two_pass
-    if one_tile:
-        constants["ROWS"] = rows
-    constants |= {"BLOCK": block, "WITH_LOSS": True, "PER_ROW": per_row}
-    return Launch(
-        kernel, (*arguments, *outputs, stats, partials, ticket), constants, (programs,), num_warps
-    )
+    launch = _plan(problem, grad, upstream, grad_scale, 1 + results[0].ndim)
+    partials = problem.student.new_empty((launch.grid[0], 2), dtype=torch.float32)
+    return launch._replace(arguments=(*launch.arguments, *results, partials, ticket))
 
 
 def plan_backward(problem: Problem, grad: Tensor, upstream: Tensor, stats: Tensor) -> Launch:
     """Plan the launch that writes the gradient alone; for long rows it reads `stats`."""
-    num_rows, num_classes = problem[0].shape
-    arguments, constants = _shared(problem, grad, upstream, 1.0)
-    unused = [stats] * 6
-    if num_classes <= _widest_tile(problem):
-        rows, block, num_warps = _tile(num_classes)
-        constants |= {"ROWS": rows, "BLOCK": block, "WITH_LOSS": False, "PER_ROW": False}
-        programs = triton.cdiv(num_rows, rows)
-        return Launch(triton_tile.tile, (*arguments, *unused), constants, (programs,), num_warps)
-    constants["BLOCK"] = BLOCK
-    if len(problem) > 9:
-        constants |= {"WITH_LOSS": False, "PER_ROW": False}
-        return Launch(triton_long.two_pass, (*arguments, *unused), constants, (num_rows,), 8)
-    for name in ("WITH_GRAD", "TERMS", "STANDARDIZE", "HAS_TEMPERATURES"):
-        del constants[name]
-    grid = (num_rows, triton.cdiv(num_classes, BLOCK))
-    return Launch(triton_long.columns, (*arguments, stats), constants, grid, 8)
+    launch = _plan(problem, grad, upstream, 1.0, 0)
+    return launch._replace(arguments=(*launch.arguments, *[stats] * 6))
 
 
 def _losses(
     problem: Problem, grad: Tensor | None, upstream: Tensor | None, grad_scale: float, per_row: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student = problem[0]
-    num_rows = len(student)
-    shape = (num_rows,) if per_row else ()
-    outputs = [student.new_empty(shape, dtype=torch.float32) for _ in range(3)]
-    stats = student.new_empty((num_rows, NUM_STATS), dtype=torch.float32)
-    if num_rows:
-        plan_losses(
-            problem, grad, upstream, grad_scale, outputs, stats, _ticket(student.device), per_row
-        ).run()
-    else:
-        for output in outputs:
-            output.fill_(problem[6] * 0)  # nan for the means, whose factor is nan without rows
-    loss, kd, ce = outputs
-    return loss, kd, ce, stats
+) -> Losses:
+    student = problem.student
+    shape = (len(student),) if per_row else ()
+    shapes = (shape, shape, shape, (len(student), NUM_STATS))
+    loss, kd, ce, stats = (student.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    results = loss, kd, ce, stats
+    if len(student):
+        ticket = _ticket(student.device)
+        plan_losses(problem, grad, upstream, grad_scale, results, ticket).run()
+    for output in results[:3] if len(student) == 0 else ():
+        output.fill_(problem.kd_scale * 0)  # nan for the means, whose factor is nan
+    return results
 
 
-def _shared(
-    problem: Problem, grad: Tensor | None, upstream: Tensor | None, grad_scale: float
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments and constants that all kernels share."""
-    student, teacher, target, weight, temperature, alpha, kd_scale, ce_scale, smoothing = problem[
-        :9
-    ]
-    temperatures, terms, standardize = with_defaults(problem[9:])
-    num_rows, num_classes = student.shape
-    has_classes = target is not None and target.dtype == torch.int64
-    kind = 0 if target is None else 1 if has_classes else 2
-    kind = 3 if kind == 1 and alpha == 1 else kind  # for dkd alone
-    student, teacher = _dense(student), _dense(teacher)
-    if target is not None and kind == 2:
-        target = _dense(target)
+def _plan(
+    p: Problem, grad: Tensor | None, upstream: Tensor | None, grad_scale: float, loss: int
+) -> Launch:
+    """Plan a launch with the arguments that both kernels share."""
+    num_rows, num_classes = p.student.shape
+    has_classes = p.target is not None and p.target.dtype == torch.int64
+    kind = 0 if p.target is None else 1 if has_classes else 2
+    kind = 3 if kind == 1 and p.alpha == 1 else kind  # for dkd alone
+    student, teacher = _dense(p.student), _dense(p.teacher)
+    target = student if p.target is None else _dense(p.target) if kind == 2 else p.target
     output = student if grad is None else grad  # Kernels need a pointer even without gradient.
-    third = student if target is None else target
-    vec = _vector(num_classes, [student, teacher, output, *([third] if kind == 2 else [])])
+    vec = _vector(num_classes, [student, teacher, output, *([target] if kind == 2 else [])])
     arguments = (
         student,
         teacher,
-        third,
-        student if weight is None else weight,
-        student if upstream is None else upstream,
-        student if temperatures is None else temperatures.contiguous(),
+        target,
+        student if p.weight is None else p.weight.contiguous(),
+        student if upstream is None else upstream.contiguous(),
+        student if p.temperatures is None else p.temperatures.contiguous(),
         output,
         num_rows,
         num_classes // vec,
         student.stride(0) // vec,
         teacher.stride(0) // vec,
-        third.stride(0) if has_classes else third.stride(0) // vec,
+        target.stride(0) if has_classes else target.stride(0) // vec,
         output.stride(0) // vec,
-        0 if weight is None else weight.stride(0),
-        0 if upstream is None or upstream.ndim == 0 else upstream.stride(0),
-        # With one class, d is 0, which the rounding of its two parts would hide.
-        1 / temperature if num_classes > 1 else 0.0,
-        alpha,
-        kd_scale,
-        ce_scale,
-        smoothing,
+        1 / p.temperature,
+        p.alpha,
+        p.kd_scale,
+        p.ce_scale,
+        p.label_smoothing,
         grad_scale,
     )
     constants = {
+        "LOSS": loss,
         "WITH_GRAD": grad is not None,
         "TARGET": kind,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_UPSTREAM": upstream is not None,
-        "TERMS": tuple(terms),
-        "STANDARDIZE": standardize,
-        "HAS_TEMPERATURES": temperatures is not None,
+        "HAS_WEIGHT": p.weight is not None,
+        "UPSTREAM": 0 if upstream is None else 1 + (upstream.ndim > 0),
+        "TERMS": tuple(p.terms),
+        "STANDARDIZE": p.standardize,
+        "HAS_TEMPERATURES": p.temperatures is not None,
         "VEC": vec,
     }
-    return arguments, constants
+    # Sums of two divergences hold twice as much in registers.
+    if num_classes <= (MAX_TILE // 2 if len(p.terms) > 4 else MAX_TILE):
+        block = max(16, triton.next_power_of_2(num_classes))
+        rows = max(1, PACKED_TILE // block) if block <= 2048 else 1
+        grid: tuple[int, ...] = (triton.cdiv(num_rows, rows),)
+        constants |= {"ROWS": rows, "BLOCK": block}
+        return Launch(triton_tile.tile, arguments, constants, grid, 16 if block > 4096 else 8)
+    grid = (num_rows,)
+    if loss == 0 and not p.terms and not p.standardize:
+        grid = (num_rows, triton.cdiv(num_classes, BLOCK))
+    return Launch(triton_long.two_pass, arguments, constants | {"BLOCK": BLOCK}, grid, 8)
 
 
 def _dense(rows: Tensor) -> Tensor:
@@ -182,9 +151,8 @@ def _dense(rows: Tensor) -> Tensor:
 def _vector(num_classes: int, matrices: list[Tensor]) -> int:
     """Return how many logits one 128-bit access can hold, given sizes, strides and addresses.
 
-    Kernels get sizes and strides divided by this number. Triton only knows whether an argument is
-    divisible by 16, so it would not vectorize 1000 classes, although 1000 is divisible by 8 and
-    eight 16-bit logits fill an access.
+    Kernels get sizes and strides divided by this number, because Triton would not vectorize 1000
+    classes, which 16 does not divide.
     """
     vec = num_classes
     for matrix in matrices:
@@ -193,32 +161,17 @@ def _vector(num_classes: int, matrices: list[Tensor]) -> int:
     return vec
 
 
-def _widest_tile(problem: Problem) -> int:
-    """Return the most classes of a row in registers; sums of two divergences hold twice as much."""
-    return MAX_TILE // 2 if len(with_defaults(problem[9:])[1]) > 4 else MAX_TILE
-
-
-def _tile(num_classes: int) -> tuple[int, int, int]:
-    """Return rows per program, columns (a power of two) and warps."""
-    block = max(16, triton.next_power_of_2(num_classes))
-    rows = max(1, PACKED_TILE // block) if block <= 2048 else 1
-    return rows, block, 16 if block > 4096 else 8
-
-
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
+@functools.cache
+def _counter(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _ticket(device: torch.device) -> Tensor:
     """Return a counter with value 0, which the last program of a launch resets; one per stream.
 
     During capture a new counter becomes part of the graph, which sets it to zero itself; a counter
-    from outside would have to outlive the graph.
+    from outside would have to outlive the graph. Triton's interpreter runs on CPU tensors.
     """
-    if device.type != "cuda":  # Triton's interpreter runs on CPU tensors.
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _tickets[key]
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _counter.__wrapped__(device, 0)
+    return _counter(device, torch.cuda.current_stream(device).cuda_stream)

@@ -5,9 +5,6 @@ program that finishes last adds up the results of all programs in their order, s
 always gives the same bits.
 """
 
-# mypy: disallow-untyped-defs=False
-# Triton compiles these functions and passes its own types, so they are not annotated.
-
 from __future__ import annotations
 
 import triton
@@ -42,6 +39,20 @@ def divergence(p, q, d, offset):
     term = tl.where(is_near, near, far + pd)
     limit = tl.where(tl.abs(offset) < 1, 0.5, 0.0)
     return tl.where(p == 0, q, term), tl.where(tl.abs(d) < limit, near - pd, far)
+
+
+@triton.jit
+def log_ratio(s, t, s_top, t_top, ratio, inverse):
+    """Return log p - log q, and the common part of it in a row.
+
+    Near the teacher t - s is exact. Elsewhere each row's own maximum is subtracted first.
+    """
+    offset = (s_top - t_top) * inverse + ratio
+    is_near = tl.abs(offset) < 1
+    gap = (t - tl.where(is_near, 0.0, t_top)) - (s - tl.where(is_near, 0.0, s_top))
+    common = tl.where(is_near, offset, ratio)
+    d = tl.fma(gap, tl.broadcast_to(inverse, gap.shape), tl.broadcast_to(common, gap.shape))
+    return d, common
 
 
 @triton.jit
@@ -146,7 +157,7 @@ def log1p(x):
 
 
 @triton.jit
-def finish(kd, ce, partials, ticket, loss_out, kd_out, ce_out, alpha, kd_scale, ce_scale):
+def finish(kd, ce, scales, outputs, partials, ticket):
     """Store the sums of this program; the last program to do so adds up all of them, in order."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -163,15 +174,17 @@ def finish(kd, ce, partials, ticket, loss_out, kd_out, ce_out, alpha, kd_scale, 
             # Bypass the L1 cache, which does not see the stores of other programs.
             kd_lanes += tl.load(partials + 2 * index, inside, 0.0, cache_modifier=".cg")
             ce_lanes += tl.load(partials + 2 * index + 1, inside, 0.0, cache_modifier=".cg")
-        kd_sum = tl.sum(kd_lanes, 0) * kd_scale
-        ce_sum = tl.sum(ce_lanes, 0) * ce_scale
-        tl.store(loss_out, mix(kd_sum, ce_sum, alpha))
-        tl.store(kd_out, kd_sum)
-        tl.store(ce_out, ce_sum)
+        store_losses(tl.sum(kd_lanes, 0), tl.sum(ce_lanes, 0), scales, outputs, 0, True)
         tl.store(ticket, 0)
 
 
 @triton.jit
-def mix(kd, ce, alpha):
-    """Return alpha * kd + (1 - alpha) * ce, where a term with factor 0 adds 0 even if infinite."""
-    return tl.where(alpha == 0, 0.0, alpha * kd) + tl.where(alpha == 1, 0.0, (1 - alpha) * ce)
+def store_losses(kd, ce, scales, outputs, rows, inside):
+    """Store both parts and alpha * kd + (1 - alpha) * ce, where factor 0 drops an infinite one."""
+    alpha, kd_scale, ce_scale = scales
+    kd *= kd_scale
+    ce *= ce_scale
+    loss = tl.where(alpha == 0, 0.0, alpha * kd) + tl.where(alpha == 1, 0.0, (1 - alpha) * ce)
+    tl.store(outputs[0] + rows, loss, inside)
+    tl.store(outputs[1] + rows, kd, inside)
+    tl.store(outputs[2] + rows, ce, inside)

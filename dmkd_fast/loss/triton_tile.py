@@ -1,28 +1,15 @@
 """Triton kernel `tile` of kd_loss: rows that fit into registers, each read once.
 
-Plain forward KL is written out; `general_rows` has every other divergence and standardized logits.
 TERMS are the numbers of `divergences.terms_of`. Row offsets are 64-bit.
 Shapes: B rows, C classes; a tile is ROWS x BLOCK.
 """
-
-# mypy: disallow-untyped-defs=False
-# Triton compiles these functions and passes its own types, so they are not annotated.
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from dmkd_fast.loss.triton_math import (
-    DKD,
-    LOG2E,
-    divergence,
-    finish,
-    log1p,
-    mix,
-    target_against_rest,
-    weighted_parts,
-)
+from dmkd_fast.loss import triton_math as loss_math
 
 
 @triton.jit
@@ -30,7 +17,7 @@ def _softmax_rows(x, rows_inverse):
     """Return maxima, exponentials and their sums; rows of -inf alone have sum 0."""
     top = tl.max(x, 1)
     top = tl.where(top == -float("inf"), 0.0, top)
-    exp = tl.exp2((x - top[:, None]) * (rows_inverse * LOG2E)[:, None])
+    exp = tl.exp2((x - top[:, None]) * (rows_inverse * loss_math.LOG2E)[:, None])
     return top, exp, tl.sum(exp, 1)
 
 
@@ -38,7 +25,7 @@ def _softmax_rows(x, rows_inverse):
 def _log_ratio(s_exp, t_exp, s_sum, t_sum):
     """Return log(s_sum / t_sum) of each row, exact as they meet."""
     ratio = tl.sum(s_exp - t_exp, 1) / t_sum
-    return log1p(tl.where(tl.abs(ratio) < 0.5, ratio, s_sum / t_sum - 1))
+    return loss_math.log1p(tl.where(tl.abs(ratio) < 0.5, ratio, s_sum / t_sum - 1))
 
 
 @triton.jit
@@ -52,7 +39,7 @@ def _standardized(x, inside, num_classes):
 
 
 @triton.jit
-def general_rows(
+def _divergence_rows(
     s, t, inside, cols, ids, num_classes, inverse, TERMS: tl.constexpr, STANDARDIZE: tl.constexpr
 ):
     """Return the divergences of rows (ROWS,), and T times their gradients by the logits."""
@@ -66,23 +53,27 @@ def general_rows(
     p = t_exp * (1 / t_sum)[:, None]
     x = s - s_top[:, None]
     y = t - t_top[:, None]
-    d = (y - x) * inverse[:, None] + ratio[:, None]
-    log2_q = x * (inverse * LOG2E)[:, None] - tl.log2(s_sum)[:, None]
-    log2_p = y * (inverse * LOG2E)[:, None] - tl.log2(t_sum)[:, None]
+    d, common = loss_math.log_ratio(
+        s, t, s_top[:, None], t_top[:, None], ratio[:, None], inverse[:, None]
+    )
+    log2_q = x * (inverse * loss_math.LOG2E)[:, None] - tl.log2(s_sum)[:, None]
+    log2_p = y * (inverse * loss_math.LOG2E)[:, None] - tl.log2(t_sum)[:, None]
     if len(TERMS) == 0:
-        terms, slopes = divergence(p, q, d, ratio[:, None])
+        terms, slopes = loss_math.divergence(p, q, d, common)
     else:
-        terms, slopes = weighted_parts(TERMS, p, q, d, log2_p, log2_q, ratio[:, None])
+        terms, slopes = loss_math.weighted_parts(TERMS, p, q, d, log2_p, log2_q, common)
     loss = tl.sum(tl.where(inside, terms, 0.0), 1)
     for k in tl.static_range(len(TERMS) // 4):
-        if TERMS[4 * k] == DKD:
+        if TERMS[4 * k] == loss_math.DKD:
             at_id = inside & (cols == ids[:, None])
             value, part = _decoupled_rows(s, t, at_id, inverse, TERMS[4 * k + 2], TERMS[4 * k + 3])
             known = (ids >= 0) & (ids < num_classes)
             loss += TERMS[4 * k + 1] * tl.where(known, value, float("nan"))
             slopes += TERMS[4 * k + 1] * part
     slopes = tl.where(inside, slopes, 0.0)
-    grad = slopes - q * tl.sum(slopes, 1)[:, None]
+    grad = slopes
+    if len(TERMS) > 0:  # The slopes of forward KL, q - p, sum to 0.
+        grad = slopes - q * tl.sum(slopes, 1)[:, None]
     if STANDARDIZE:
         z = tl.where(inside, s, 0.0)
         chain = tl.sum(grad * z, 1) / (tl.maximum(num_classes - 1, 1) * s_deviation)
@@ -104,11 +95,11 @@ def _decoupled_rows(s, t, at_id, inverse, FIRST: tl.constexpr, SECOND: tl.conste
     ratio = tl.where(alone, 0.0, _log_ratio(s_exp, t_exp, s_sum, t_sum))
     odds = (t_id - t_top) * inverse - tl.log(t_sum)
     excess = ((s_id - s_top) - (t_id - t_top)) * inverse - ratio
-    binary, change = target_against_rest(tl.where(alone, 0.0, odds), excess)
+    binary, change = loss_math.target_against_rest(tl.where(alone, 0.0, odds), excess)
     q = s_exp * tl.where(alone, 0.0, 1 / s_sum)[:, None]
     p = t_exp * tl.where(alone, 0.0, 1 / t_sum)[:, None]
     d = ((y - t_top[:, None]) - (x - s_top[:, None])) * inverse[:, None] + ratio[:, None]
-    terms, change_rest = divergence(p, q, d, ratio[:, None])
+    terms, change_rest = loss_math.divergence(p, q, d, ratio[:, None])
     change = tl.where(alone, 0.0, FIRST * change)
     slopes = tl.where(at_id, change[:, None], SECOND * change_rest - change[:, None] * q)
     loss = FIRST * binary + SECOND * tl.sum(tl.where(at_id, 0.0, terms), 1)
@@ -130,8 +121,6 @@ def tile(
     teacher_by_vec,
     target_stride,
     grad_by_vec,
-    weight_stride,
-    upstream_stride,
     inverse_temperature,
     alpha,
     kd_scale,
@@ -144,12 +133,11 @@ def tile(
     stats,
     partials,
     ticket,
-    WITH_LOSS: tl.constexpr,
+    LOSS: tl.constexpr,
     WITH_GRAD: tl.constexpr,
-    PER_ROW: tl.constexpr,
     TARGET: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr,
+    UPSTREAM: tl.constexpr,
     TERMS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     HAS_TEMPERATURES: tl.constexpr,
@@ -159,9 +147,9 @@ def tile(
 ):
     """Process whole rows in registers, each read once.
 
-    TARGET: 0 none, 1 class ids, 2 probabilities, 3 class ids for dkd alone. TERMS: see
-    `divergences.terms_of`. Sizes and strides named `..._by_vec` are divided by VEC, as is
-    `target_stride` for probabilities.
+    LOSS: 0 none, 1 sums, 2 one per row. TARGET: 0 none, 1 class ids, 2 probabilities, 3 class ids
+    for dkd alone. UPSTREAM: 0 none, 1 one number, 2 one per row. Sizes and strides named
+    `..._by_vec` are divided by VEC, as is `target_stride` for probabilities.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
@@ -169,65 +157,37 @@ def tile(
     rows64 = rows.to(tl.int64)
     factor = tl.full([ROWS], 1.0, tl.float32)
     if HAS_WEIGHT:
-        factor = tl.load(weight + rows64 * weight_stride, rows < num_rows, 0.0)
+        factor = tl.load(weight + rows64, rows < num_rows, 0.0)
     counts = (rows < num_rows) & (factor != 0)
     inside = counts[:, None] & (cols < num_classes)[None, :]
     s_at = student + rows64[:, None] * (student_by_vec * VEC) + cols[None, :]
     t_at = teacher + rows64[:, None] * (teacher_by_vec * VEC) + cols[None, :]
     s = tl.load(s_at, inside, -float("inf")).to(tl.float32)
     t = tl.load(t_at, inside, -float("inf")).to(tl.float32)
-    s_max = tl.max(s, 1)
-    t_max = tl.max(t, 1)
-    PLAIN: tl.constexpr = len(TERMS) == 0 and not STANDARDIZE and not HAS_TEMPERATURES
-    if PLAIN:
-        scale2 = inverse_temperature * LOG2E
-        s_exp = tl.exp2((s - s_max[:, None]) * scale2)
-        t_exp = tl.exp2((t - t_max[:, None]) * scale2)
-        s_sum = tl.sum(s_exp, 1)
-        t_sum = tl.sum(t_exp, 1)
-        # The differences of the exponentials are summed: that of the sums would be less exact.
-        ratio = tl.sum(s_exp - t_exp, 1) / t_sum
-        ratio = tl.where(tl.abs(ratio) < 0.5, ratio, s_sum / t_sum - 1)
-        offset = (s_max - t_max) * inverse_temperature + log1p(ratio)
-        q = s_exp * (1 / s_sum)[:, None]
-        p = t_exp * (1 / t_sum)[:, None]
-        d = tl.fma(
-            t - s,
-            tl.full(s.shape, inverse_temperature, tl.float32),
-            tl.broadcast_to(offset[:, None], s.shape),
-        )
-        terms, differences = divergence(p, q, d, offset[:, None])
-    else:
-        ids = tl.zeros([ROWS], tl.int64)
-        if TARGET % 2 == 1:
-            ids = tl.load(target + rows64 * target_stride, counts, 0)
-        inverse = tl.full([ROWS], inverse_temperature, tl.float32)
-        kl_factor = alpha * kd_scale * inverse
-        if HAS_TEMPERATURES:
-            inverse = 1 / tl.load(temperatures + 2 * rows64, counts, 1.0)
-            kd_factor = tl.load(temperatures + 2 * rows64 + 1, counts, 1.0)
-            kl_factor = alpha * kd_scale * inverse * kd_factor
-        kd, differences = general_rows(
-            s, t, inside, cols[None, :], ids, num_classes, inverse, TERMS, STANDARDIZE
-        )
-        if HAS_TEMPERATURES:
-            kd *= kd_factor
+    ids = tl.zeros([ROWS], tl.int64)
+    if TARGET % 2 == 1:
+        ids = tl.load(target + rows64 * target_stride, counts, 0)
+    inverse = tl.full([ROWS], inverse_temperature, tl.float32)
+    kd_factor = tl.full([ROWS], 1.0, tl.float32)
+    if HAS_TEMPERATURES:
+        inverse = 1 / tl.load(temperatures + 2 * rows64, counts, 1.0)
+        kd_factor = tl.load(temperatures + 2 * rows64 + 1, counts, 1.0)
+    kd, out = _divergence_rows(
+        s, t, inside, cols[None, :], ids, num_classes, inverse, TERMS, STANDARDIZE
+    )
     up = factor * grad_scale
-    if HAS_UPSTREAM:
-        up *= tl.load(upstream + rows64 * upstream_stride, rows < num_rows, 0.0)
-    if PLAIN:
-        out = differences * (up * (alpha * kd_scale * inverse_temperature))[:, None]
-    else:
-        out = differences * (up * kl_factor)[:, None]
+    if UPSTREAM != 0:
+        up *= tl.load(upstream + rows64 * (UPSTREAM == 2), rows < num_rows, 0.0)
+    out *= (up * (alpha * kd_scale * inverse * kd_factor))[:, None]
     ce = tl.zeros([ROWS], tl.float32)
     if TARGET == 1 or TARGET == 2:
         kept = 1 - smoothing
         spread = smoothing / num_classes
-        exp1 = tl.exp2((s - s_max[:, None]) * LOG2E)
+        s_max = tl.max(s, 1)
+        exp1 = tl.exp2((s - s_max[:, None]) * loss_math.LOG2E)
         sum1 = tl.sum(exp1, 1)
         log_sum = tl.log(sum1)
         if TARGET == 1:
-            ids = tl.load(target + rows64 * target_stride, counts, 0)
             known = (ids >= 0) & (ids < num_classes)
             at_id = student + rows64 * (student_by_vec * VEC) + ids
             # An id out of range makes the loss nan; an error would have to wait for the device.
@@ -252,25 +212,12 @@ def tile(
         stored = (rows < num_rows)[:, None] & (cols < num_classes)[None, :]
         value = tl.where(counts[:, None], out, 0.0)
         tl.store(g_at, value.to(grad.dtype.element_ty), stored)
-    if WITH_LOSS:
-        if PLAIN:
-            kd = tl.sum(terms, 1)
-        kd = tl.where(counts, factor * kd, 0.0)
+    if LOSS != 0:
+        kd = tl.where(counts, factor * kd_factor * kd, 0.0)
         ce = tl.where(counts, factor * ce, 0.0)
-        if PER_ROW:
-            tl.store(loss_out + rows64, mix(kd * kd_scale, ce * ce_scale, alpha), rows < num_rows)
-            tl.store(kd_out + rows64, kd * kd_scale, rows < num_rows)
-            tl.store(ce_out + rows64, ce * ce_scale, rows < num_rows)
+        scales = (alpha, kd_scale, ce_scale)
+        outputs = (loss_out, kd_out, ce_out)
+        if LOSS == 2:
+            loss_math.store_losses(kd, ce, scales, outputs, rows64, rows < num_rows)
         else:
-            finish(
-                tl.sum(kd, 0),
-                tl.sum(ce, 0),
-                partials,
-                ticket,
-                loss_out,
-                kd_out,
-                ce_out,
-                alpha,
-                kd_scale,
-                ce_scale,
-            )
+            loss_math.finish(tl.sum(kd, 0), tl.sum(ce, 0), scales, outputs, partials, ticket)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dmkd_fast.loss import ops, triton_launch
 from dmkd_fast.loss.divergences import terms_of
+from dmkd_fast.loss.ops import Problem
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LONG = triton_launch.MAX_TILE + 809  # two passes, three blocks
@@ -33,7 +34,7 @@ def surrounded(rows: Tensor) -> Tensor:
 
 def make(
     rows: int, classes: int, dtype: torch.dtype, target: str, spread: float = 3.0, seed: int = 0
-) -> tuple:
+) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randn(rows, classes, generator=generator)  # noqa: E731
     student, teacher = (surrounded((spread * draw()).to(dtype)) for _ in range(2))
@@ -45,13 +46,12 @@ def make(
     weight = torch.rand(rows, generator=generator)
     weight[rows // 2] = 0
     alpha = 1.0 if targets is None else 0.3
-    return student, teacher, targets, weight, 4.0, alpha, 16 / rows, 1 / rows, 0.1
+    return Problem(student, teacher, targets, weight, 4.0, alpha, 16 / rows, 1 / rows, 0.1)
 
 
-def run(problem: tuple, scale: float = 1.0) -> tuple[Tensor, ...]:
+def run(problem: Problem, scale: float = 1.0) -> tuple[Tensor, ...]:
     """Run the kernels: loss, KD and CE parts, gradients of the one-pass and backward kernels."""
-    student, *_ = problem
-    rows, classes = student.shape
+    rows, classes = problem.student.shape
     memory = torch.full((rows, classes + 16), 7.0)
     grad = memory[:, :classes]
     *losses, stats = triton_launch.forward_backward(grad, None, scale, *problem)
@@ -61,14 +61,11 @@ def run(problem: tuple, scale: float = 1.0) -> tuple[Tensor, ...]:
     return *losses, grad, again
 
 
-def exact(problem: tuple, scale: float = 1.0, extra: tuple = ()) -> tuple[Tensor, ...]:
-    student, teacher, target, weight, *numbers = problem
-    if target is not None and target.is_floating_point():
-        target = target.double()
-    wide = (student.double(), teacher.double(), target, weight.double(), *numbers)
-    losses = ops._eager_forward(*wide, False, *extra)
+def exact(problem: Problem, scale: float = 1.0) -> tuple[Tensor, ...]:
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in problem]
+    losses = ops._eager_forward(*wide, False)
     upstream = torch.tensor(scale).double()
-    return *losses[:3], ops._eager_backward(upstream, losses[3], *wide, *extra)
+    return *losses[:3], ops._eager_backward(upstream, losses[3], *wide)
 
 
 @pytest.mark.parametrize("target", ["none", "ids", "probabilities"])
@@ -111,7 +108,7 @@ def test_kernels_agree_over_shapes_temperatures_and_spreads(
     seed: int,
 ) -> None:
     problem = make(rows, classes, dtype, target, spread, seed)
-    problem = (*problem[:4], temperature, *problem[5:])
+    problem = problem._replace(temperature=temperature)
     loss, _, _, grad, _ = run(problem)
     loss64, _, _, grad64 = exact(problem)
     size = 1 + 10 * spread / temperature  # Rounding of logits / T is multiplied by their size.
@@ -146,13 +143,14 @@ def test_divergences_agree_with_float64(form: str | dict, standardize: bool) -> 
             continue
         problem = make(rows, classes, torch.float32, target)
         if target == "ids" and classes == 100:  # dkd without a hard-label term
-            problem = (*problem[:5], 1.0, *problem[6:])
+            problem = problem._replace(alpha=1.0)
         temperatures = torch.tensor([[2.0 + row, 4.0] for row in range(rows)])
         for each in (None, temperatures):
-            extra = (each, terms_of(form), standardize)
-            loss, kd, ce, grad, again = run((*problem, *extra), 3.0)
-            wide = None if each is None else each.double()
-            *losses64, grad64 = exact(problem, 3.0, (wide, *extra[1:]))
+            problem = problem._replace(
+                temperatures=each, terms=terms_of(form), standardize=standardize
+            )
+            loss, kd, ce, grad, again = run(problem, 3.0)
+            *losses64, grad64 = exact(problem, 3.0)
             for value, expected in zip((loss, kd, ce), losses64, strict=True):
                 torch.testing.assert_close(value.double(), expected, rtol=5e-6, atol=1e-6)
             assert (grad.double() - grad64).norm() <= 1e-5 * grad64.norm() + 1e-7
@@ -166,13 +164,13 @@ def test_divergences_stay_exact_near_the_teacher(form: str | dict) -> None:
         generator = torch.Generator().manual_seed(1)
         student = teacher + 1e-2 * torch.randn(teacher.shape, generator=generator)
         target = torch.tensor([3, 5])
-        problem = (student, teacher, target, torch.ones(2), 4.0, 1.0, 1.0, 1.0, 0.0)
-        extra = (None, terms_of(form), False)
-        loss, _, _, grad, _ = run((*problem, *extra))
-        loss64, _, _, grad64 = exact(problem, 1.0, extra)
+        numbers = (4.0, 1.0, 1.0, 1.0, 0.0, None, terms_of(form))
+        problem = Problem(student, teacher, target, torch.ones(2), *numbers)
+        loss, _, _, grad, _ = run(problem)
+        loss64, _, _, grad64 = exact(problem)
         torch.testing.assert_close(loss.double(), loss64, rtol=1e-3, atol=0)
         assert (grad.double() - grad64).norm() < 1e-3 * grad64.norm()
-        same = run((teacher, *problem[1:], *extra))
+        same = run(problem._replace(student=teacher))
         assert same[0] == 0 and (same[3] == 0).all()
 
 
@@ -193,7 +191,7 @@ def test_loss_and_gradient_stay_exact_as_the_student_meets_the_teacher() -> None
         teacher = make(2, classes, torch.float32, "none")[1].contiguous()
         generator = torch.Generator().manual_seed(1)
         student = teacher + 1e-2 * torch.randn(teacher.shape, generator=generator)
-        problem = (student, teacher, None, torch.ones(2), 4.0, 1.0, 1.0, 1.0, 0.0)
+        problem = Problem(student, teacher, None, torch.ones(2), 4.0, 1.0, 1.0, 1.0, 0.0)
         loss, _, _, grad, again = run(problem)
         loss64, _, _, grad64 = exact(problem)
         torch.testing.assert_close(loss.double(), loss64, rtol=2e-5, atol=0)
@@ -208,8 +206,8 @@ def test_the_last_program_adds_what_all_have_written() -> None:
         student, teacher, _, weight, *numbers = make(rows, classes, torch.float32, "none")
         outputs = [torch.empty(()) for _ in range(3)]
         stats, ticket = torch.empty(rows, ops.NUM_STATS), torch.zeros(1, dtype=torch.int32)
-        problem = (student, teacher, None, weight, *numbers)
-        launch = triton_launch.plan_losses(problem, None, None, 1.0, outputs, stats, ticket, False)
+        problem = Problem(student, teacher, None, weight, *numbers)
+        launch = triton_launch.plan_losses(problem, None, None, 1.0, (*outputs, stats), ticket)
         partials = launch.arguments[-2]
         assert len(partials) > 1
         each = triton_launch.forward(*problem, True)[0]
@@ -226,7 +224,7 @@ def test_infinities_and_nan_follow_the_definition() -> None:
     student = torch.tensor([[0.0, 1.0, 1.0], [0.0, -inf, 1.0], [nan, 1.0, 1.0], [0.0, -inf, 1.0]])
     for repeats in (7, LONG // 3):
         s, t = student.repeat(1, repeats), teacher.repeat(1, repeats)
-        problem = (s, t, None, None, 2.0, 1.0, 1.0, 1.0, 0.0)
+        problem = Problem(s, t, None, None, 2.0, 1.0, 1.0, 1.0, 0.0)
         rows = triton_launch.forward(*problem, True)[0]
         expected = ops._eager_forward(*problem, True)[0]
         torch.testing.assert_close(rows, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
@@ -256,12 +254,13 @@ def test_equal_logits_give_exactly_zero() -> None:
 
 
 def test_no_rows_and_no_counting_rows() -> None:
-    numbers = (4.0, 1.0, float("nan"), 1.0, 0.0)
+    numbers = (4.0, 1.0, float("nan"), 1.0, 0.0, None, [], False)
     empty = torch.empty(0, 10)
     assert triton_launch.forward(empty, empty, None, None, *numbers, False)[0].isnan()
     assert triton_launch.forward(empty, empty, None, None, *numbers, True)[0].shape == (0,)
     rows = torch.full((3, 10), float("nan"))
-    losses = triton_launch.forward(rows, rows, None, torch.zeros(3), 4.0, 1.0, 1.0, 1.0, 0.0, False)
+    problem = Problem(rows, rows, None, torch.zeros(3), 4.0, 1.0, 1.0, 1.0, 0.0)
+    losses = triton_launch.forward(*problem, False)
     assert losses[0] == 0
 
 
@@ -278,7 +277,7 @@ def test_offsets_beyond_32_bits() -> None:
         small = torch.randn(2, 4, classes, generator=generator).bfloat16()
         student.copy_(small[0])
         teacher.copy_(small[1])
-        numbers = (4.0, 1.0, 4.0, 1.0, 0.0)
+        numbers = (4.0, 1.0, 4.0, 1.0, 0.0, None, [], False)
         *_, stats = triton_launch.forward_backward(
             grad, None, 1.0, student, teacher, None, None, *numbers
         )

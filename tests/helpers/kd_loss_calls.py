@@ -51,35 +51,11 @@ def kd_arguments(draw: Draw) -> tuple[tuple, dict]:
 
 def kd_expected(tensors: tuple, named: dict) -> tuple[list, tuple]:
     """Compute the losses by the eager definition in float64; return its arguments too."""
-    defaults = {
-        "alpha": None,
-        "t_squared": True,
-        "mask": None,
-        "row_weight": None,
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-        "num_items": None,
-        "divergence": "forward_kl",
-        "standardize_logits": False,
-    }
-    order = (
-        "temperature",
-        "alpha",
-        "reduction",
-        "t_squared",
-        "mask",
-        "row_weight",
-        "ignore_index",
-        "label_smoothing",
-        "num_items",
-        "divergence",
-        "standardize_logits",
-    )
-    problem, extra = problem_of(*tensors, *((defaults | named)[name] for name in order))
+    problem, _ = problem_of(*tensors, **named)
     wide = tuple(
         x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in problem
     )
-    return ops._eager_forward(*wide, named["reduction"] == "none", *extra), (*wide, *extra)
+    return ops._eager_forward(*wide, named["reduction"] == "none"), wide
 
 
 def is_singular(tensors: tuple, named: dict) -> bool:

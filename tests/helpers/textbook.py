@@ -1,10 +1,12 @@
-"""The divergences as their papers write them, for autograd in float64."""
+"""The divergences as their papers write them, for autograd, and the eager forward KL."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dmkd_fast.loss.reference import Rows, reference_divergence
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -92,3 +94,19 @@ def rows(
         total = total + weight * DEFINITIONS[name](s, t, target, **values)
     factor = temperature**2
     return total * (factor.reshape(-1) if isinstance(factor, Tensor) else factor)
+
+
+def reference_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """T^2 KL(softmax(t / T) || softmax(s / T)) of each row by the eager definition."""
+    return temperature**2 * reference_divergence(_rows(student, teacher, temperature))
+
+
+def reference_grad(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """The gradient of `reference_loss` by the student's logits, T * (q - p)."""
+    rows = _rows(student, teacher, temperature)
+    return temperature * (rows.q - rows.p)
+
+
+def _rows(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
+    compute = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return Rows(student.to(compute), teacher.to(compute), temperature)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad
@@ -15,6 +16,89 @@ from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad
 
 def logits(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def eager(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor = 4.0, dim: int = -1
+) -> Tensor:
+    """The published loss of each row."""
+    log_q, p = (student / temperature).log_softmax(dim), (teacher / temperature).softmax(dim)
+    scale = temperature**2
+    scale = scale.squeeze(-1) if isinstance(scale, Tensor) and scale.ndim else scale
+    return F.kl_div(log_q, p, reduction="none").sum(dim) * scale
+
+
+def with_labels(student: Tensor, teacher: Tensor) -> Tensor:
+    kd = eager(student, teacher).mean()
+    return 0.25 * kd + 0.75 * F.cross_entropy(student, LABELS)
+
+
+def inference(teacher: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return teacher.clone()
+
+
+LABELS, EACH = torch.tensor([3, 0, 9, 1]), torch.tensor([[1.0], [2.0], [4.0], [8.0]])
+QUARTERS = (0.25, np.float64(0.25), np.array([0.25]), torch.tensor(0.25), torch.tensor([0.25]))
+CALLS = {  # what users write, and the eager loss that it stands for
+    **{
+        f"temperature {type(x).__name__} {x!r}": (
+            lambda s, t, x=x: kd_loss(s, t, temperature=12 * x),
+            lambda s, t: eager(s, t, 3.0).mean(),
+        )
+        for x in QUARTERS
+    },
+    **{
+        f"alpha {type(x).__name__} {x!r}": (
+            lambda s, t, x=x: kd_loss(s, t, LABELS, alpha=x),
+            with_labels,
+        )
+        for x in QUARTERS
+    },
+    **{
+        f"published call, temperature {x!r}": (
+            lambda s, t, x=x: DistillKL()(s, t, x, object()),
+            lambda s, t: eager(s, t, 3.0).mean(),
+        )
+        for x in (3, 3.0, np.float32(3), torch.tensor(3.0), torch.tensor([3]))
+    },
+    "a temperature for each row": (
+        lambda s, t: kd_loss(s, t, temperature=EACH),
+        lambda s, t: eager(s, t, EACH).mean(),
+    ),
+    "teacher from inference mode": (
+        lambda s, t: kd_loss(s, inference(t)),
+        lambda s, t: eager(s, t).mean(),
+    ),
+    "images of classes": (
+        lambda s, t: kd_loss(s.view(2, 10, 2, 1), t.view(2, 10, 2, 1), class_dim=1),
+        lambda s, t: eager(s.view(2, 10, 2, 1), t.view(2, 10, 2, 1), dim=1).mean(),
+    ),
+    "padded vocabularies": (
+        lambda s, t: kd_loss(s, torch.cat((t, t), 1), num_classes=8),
+        lambda s, t: eager(s[:, :8], t[:, :8]).mean(),
+    ),
+    "a loss for each sample": (
+        lambda s, t: kd_loss(s, t, reduction="none") @ EACH[:, 0].to(s.dtype),
+        lambda s, t: eager(s, t) @ EACH[:, 0].to(s.dtype),
+    ),
+    "compiled as a full graph": (
+        torch.compile(kd_loss, fullgraph=True, backend="aot_eager"),
+        lambda s, t: eager(s, t).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_as_users_make_them_equal_eager(name: str) -> None:
+    mine, theirs = (logits(4, 10, seed=0, dtype=torch.float64).requires_grad_() for _ in range(2))
+    teacher = logits(4, 10, seed=1, dtype=torch.float64)
+    call, definition = CALLS[name]
+    loss, expected = call(mine, teacher), definition(theirs, teacher)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-13)
 
 
 def test_classes_may_be_in_any_dimension() -> None:

@@ -127,5 +127,7 @@ def test_heads_in_bfloat16_and_their_errors() -> None:
         linear_kd_loss(*tensors, divergence="dist")
     with pytest.raises(ValueError, match="student_weight: got shape"):
         linear_kd_loss(tensors[0], tensors[3], *tensors[2:])
-    with pytest.raises(ValueError, match="got 32 classes and 20 rows, expected 33 and 20"):
+    with pytest.raises(
+        ValueError, match="got 32 classes and 20 rows, expected 33 classes and 20 rows"
+    ):
         linear_kd_loss(*tensors[:3], tensors[3][:32])

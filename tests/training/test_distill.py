@@ -49,7 +49,7 @@ def test_fused_and_reference_loss_train_the_same_student(
     fused = make_distiller(name="sgd", lr=0.02)
     fused.fit()
 
-    from dmkd_fast.loss.reference import reference_grad, reference_loss
+    from textbook import reference_grad, reference_loss
 
     def eager(
         student: torch.Tensor, teacher: torch.Tensor, _: None, *, temperature: float, **rest: Any
