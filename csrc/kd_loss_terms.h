@@ -43,10 +43,10 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::rest(const Term& term, int64_t id
       double(ratio);
   const bool is_near = sizeof(compute_t) == sizeof(float) && std::abs(teacher) < 60 &&
                        std::abs(teacher + excess) < 60;
-  const Binary binary =
-      alone ? Binary{double(s_id - s_id) + double(t_id - t_id), 0}  // as with one class: 0 or nan
-      : is_near ? near_binary_of<has_fma>(float(teacher), float(excess))
-                : binary_of(teacher, excess);
+  const Binary binary = alone ? Binary{double(s_id - s_id) + double(t_id - t_id), 0}
+                        // as with one class: 0 or nan
+                        : is_near ? near_binary_of<has_fma>(float(teacher), float(excess))
+                                  : binary_of(teacher, excess);
   const compute_t scale = compute_t(1 / temperature);
   const compute_t s_inverse = alone ? compute_t(0) : 1 / stats[1];
   const compute_t t_inverse = alone ? compute_t(0) : 1 / stats[3];
