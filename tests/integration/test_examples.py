@@ -70,6 +70,9 @@ def prepare(folder: Path) -> dict[str, Any]:
     (folder / "teachers" / "mine").mkdir(parents=True)
     (folder / "images" / "fashion_mnist").mkdir(parents=True)
     pq.write_table(pa.table({"id": [0]}), folder / "images" / "fashion_mnist" / "manifest")
+    (folder / "images" / "stored").mkdir()
+    logits = pa.table({"logits": [bytes(8 * 10 * 2)]})
+    pq.write_table(logits, folder / "images" / "stored" / "shard-000000.logits.parquet")
     model, spec = load_classifier(weak, torch.device("cpu"))
     ids = torch.arange(4)
     nets = {name: nn.Conv2d(3, 10, 3) for name in ("student", "teacher", "first", "second")}

@@ -117,7 +117,7 @@ def test_top_logits_have_the_loss_of_kd_loss_topk(rest: Any, alpha: float) -> No
     [
         (["loss.divergence=kl"], "loss.divergence: got 'kl', expected one of"),
         (["loss.divergence={jsd: {beta: 1}}"], r"jsd.beta: got 1, expected 0 to 1 \(exclusive\)"),
-        (["loss.divergence={jsd: {gamma: 1}}"], r"loss.divergence: jsd got \['gamma'\]"),
+        (["loss.divergence={jsd: {gamma: 1}}"], r"loss.divergence: jsd: got \['gamma'\]"),
         (["loss.divergence={jsd: 1, dkd: 1, dist: 1}"], "got 3 terms, expected 1 or 2"),
         (["loss.divergence={jsd: true}"], "jsd.weight: got bool, expected a number"),
         (["loss.divergence=[jsd]"], "loss.divergence: got tuple, expected one of"),

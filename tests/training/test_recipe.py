@@ -124,7 +124,7 @@ def test_teachers_and_student_see_the_same_mixed_views_with_mixed_labels(
     large = InputSpec(size=16, mean=(0.1,), std=(0.3,))
     torch.manual_seed(8)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 4))
-    distiller.targets = Targets(
+    distiller.targets = distiller.feed.targets = Targets(
         Teachers([Teacher(module=network, input=large)]),
         distiller.targets.views,
         mixer=Mixer(mixup_alpha=1.0),
