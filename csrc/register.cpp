@@ -1,8 +1,7 @@
 // CPU implementations of the operators that dmkd_fast declares, by libtorch's stable ABI.
 //
-// Only torch/csrc/stable and torch/headeronly are used, so one binary serves every torch from the
-// version it targets on. Arguments are checked in Python; what is checked again here is what memory
-// safety depends on.
+// Only torch/csrc/stable and torch/headeronly are used, so one binary serves every later torch too.
+// Arguments are checked in Python, and here again where memory safety depends on them.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -326,8 +325,7 @@ Losses kd_loss_forward_backward(const Tensor& grad, const std::optional<Tensor>&
   return losses_of(a, p, stats, false);
 }
 
-// The factor of each row (B,): 0 where it does not count, else its weight by `num_items` or by the
-// number of rows that count.
+// The factor of each row (B,): 0 unless it counts, else its weight by `num_items` or their number.
 Tensor kd_loss_row_weights(const Tensor& student, const Tensor& teacher,
                            const std::optional<Tensor>& ids, const std::optional<Tensor>& mask,
                            const std::optional<Tensor>& row_weight,
