@@ -113,7 +113,11 @@ RECIPES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", RECIPES, ids=["adamw", "sgd", "float16"])
+@pytest.mark.parametrize(
+    "settings",
+    [*RECIPES[:2], pytest.param(RECIPES[2], marks=pytest.mark.slow)],
+    ids=["adamw", "sgd", "float16"],
+)
 def test_resumed_run_ends_bit_equal_with_all_of_a_recipe_and_steps_skipped_in_between(
     make_distiller: Make, settings: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
@@ -148,7 +152,7 @@ SIGNALS = {
     ("name", "count"),
     [
         ("KILL", 6),
-        ("TERM", 4),
+        pytest.param("TERM", 4, marks=pytest.mark.slow),
         pytest.param("KILL", 100, marks=pytest.mark.slow),
         pytest.param("TERM", 50, marks=pytest.mark.slow),
     ],

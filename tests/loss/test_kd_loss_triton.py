@@ -42,6 +42,7 @@ def interpreted(*arguments: str, file: Path = HERE / "interpreted_kd_loss.py") -
     return done.stdout + done.stderr if done.returncode else "passed: " + done.stdout
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_keep_their_promises() -> None:
     output = interpreted("-m", "not slow")
     assert output.startswith("passed"), output

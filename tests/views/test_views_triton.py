@@ -36,6 +36,7 @@ QUICK = [
 ]
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_keep_their_promises() -> None:
     done = subprocess.run(
         [sys.executable, str(HELPERS / "interpreted_views.py")],
