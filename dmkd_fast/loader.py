@@ -167,13 +167,11 @@ class GeneratedLoader:
         if self._teacher_logits:
             # In the micro-batches of the job, whose size changes the last bits.
             made = targets.micro_batches(*drawn, progress=progress, size=self._micro_batch)
-            logits = [each.teacher_logits for each in made]
-            is_top = isinstance(logits[0], TopLogits)
-            batch.append(
-                TopLogits(*map(torch.cat, zip(*logits, strict=True)))
-                if is_top
-                else torch.cat(logits)
-            )
+            logits: list[Any] = [each.teacher_logits for each in made]
+            if isinstance(logits[0], TopLogits):
+                batch.append(TopLogits(*map(torch.cat, zip(*logits, strict=True))))
+            else:
+                batch.append(torch.cat(logits))
         self.step += 1
         return tuple(batch)
 

@@ -31,8 +31,10 @@ from dmkd_fast.views.spec import check_logits
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Function of student logits (B, C), teacher logits (B, C) and target that returns a mean, ()."""
+Loss = Callable[[Tensor, Any, Tensor], Tensor]
+"""Function of student logits (B, C), teacher logits (B, C) and target that returns a mean, ().
+
+The teacher logits are `TopLogits` where shards store the largest ones only."""
 
 
 class StudentTrainer:
