@@ -53,7 +53,7 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_the_guide_leads_from_a_folder_to_a_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On two cores in three minutes, so in six minutes of one core."""
+    """Seven minutes on two cores, four of them for the denoiser."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     begun, cpu_begun = time.monotonic(), time.process_time()
@@ -90,7 +90,7 @@ def test_the_guide_leads_from_a_folder_to_a_student(
     assert teacher["test_top1"] >= 0.9
     assert results["evaluate runs/teacher/model"]["top1"] == teacher["test_top1"]
     assert student["top1"] >= 0.8 and student["top1"] >= 0.9 * real_top1
-    assert cpu_s <= 360
+    assert cpu_s <= 1200
     assert (tmp_path / "runs/student/report.html").is_file()
     assert load_classifier(tmp_path / "runs/student/student", CPU)[1].label_names == tuple(
         real.train.class_names
