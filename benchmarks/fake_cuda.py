@@ -86,7 +86,8 @@ class _Cuda(TorchFunctionMode):
         if func is torch.device:
             return func(*args, **kwargs)
         if func in _IS_ON_CUDA:
-            return _IS_ON_CUDA[func]
+            # Networks are described on the meta device, which stays what it is.
+            return func(*args) if args[0].is_meta else _IS_ON_CUDA[func]
         kwargs = {k: _real(v) for k, v in kwargs.items()}
         if self.waits_are_errors:
             from_host = name in ("tensor", "as_tensor") and kwargs.get("device") is CPU
