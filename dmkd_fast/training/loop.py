@@ -224,9 +224,11 @@ class TrainingLoop:
     def _loop(self, phase: Phase) -> None:
         self.warm_up()
         # A collection over all objects of imports and compilation is slow, and the copies for a
-        # checkpoint would trigger one. `fit` unfreezes them.
-        gc.collect()
-        gc.freeze()
+        # checkpoint would trigger one. `fit` unfreezes them. What a signal raises inside a
+        # finalizer would be lost.
+        with self._interrupts.held():
+            gc.collect()
+            gc.freeze()
         self._metrics.begin(
             views=self.num_views, wall_s_before=self.clock.wall_s(), **self._rated_counts()
         )
