@@ -30,8 +30,10 @@ def linear_kd_loss(
     `student_hidden` and `student_weight` too, so that the logits are made once.
 
     Args:
-        student_hidden, teacher_hidden: Inputs (B, D) of the heads; the two D may differ.
-        student_weight, teacher_weight: Weights (C, D) of the heads. The teacher gets no gradient.
+        student_hidden: Inputs (B, D) of the student's head.
+        student_weight: Weights (C, D) of the student's head.
+        teacher_hidden: Inputs (B, E) of the teacher's head, which get no gradient.
+        teacher_weight: Weights (C, E) of the teacher's head, which get no gradient.
         target: Same as for `kd_loss`, with B rows.
         chunk_rows: Rows at a time; None: as many as make 8 million logits.
         options: Further arguments of `kd_loss`, except `reduction="none"`, dist, whose terms span
