@@ -14,4 +14,5 @@ import wandb
 def rows(**options: Any) -> Callable[[dict[str, Any]], None]:
     """Start a run with the arguments of `wandb.init`, and return a function for `on_row`."""
     run = wandb.init(**options)
-    return lambda row: run.log(row, step=row["views"])
+    # Else a row would be kept back until the next one.
+    return lambda row: run.log(row, step=row["views"], commit=True)
