@@ -35,7 +35,8 @@ class GeneratedLoader:
 
     A batch is (views, labels), or (views, labels, teacher_logits). Each pass continues the stream,
     so that no epoch repeats another one. The images depend on the config, the batch size and the
-    number of ranks only. The global random states stay as they are.
+    number of ranks only. The loader draws nothing from the
+    global random generators of torch, NumPy and Python.
 
     Args:
         config: Path of a YAML file for `dmkd distill`, or a config. The student in it is not

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dmkd_fast.classifiers.loading import freeze
 from dmkd_fast.loss.functional import kd_loss
@@ -84,6 +85,9 @@ class DistillTrainer(Trainer):
             raise invalid("args.n_gpu", self.args.n_gpu, "at most 1", fix)
         self._teacher = None if teacher is None else freeze(teacher).to(self.args.device)
         self._temperature, self._alpha, self._loader = temperature, alpha, train_loader
+        # The Trainer asks `loss_type`, which GPT-2 and others do not set.
+        if type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            self._loss_shifts_labels = True
         # The Trainer then counts the labels, and leaves the mean to `compute_loss`.
         self.model_accepts_loss_kwargs = True
 

@@ -99,7 +99,6 @@ def test_accumulation_changes_no_step(tmp_path: Path, alpha: float) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.xfail(reason="open: fails with the real framework, cause not found yet")
 def test_labels_of_language_models_are_shifted_and_padding_does_not_count(tmp_path: Path) -> None:
     def gpt(seed: int) -> nn.Module:
         torch.manual_seed(seed)
