@@ -52,7 +52,7 @@ def test_timm(tmp_path: Path) -> None:
     assert len(losses) == 2 * STEPS and sum(losses[-5:]) < sum(losses[:5])
 
 
-@pytest.mark.xfail(reason="open: fails with the real framework, cause not found yet")
+@pytest.mark.xfail(reason="open: Lightning does not restore the state of the loader")
 def test_lightning(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
     from dmkd_fast.integrations.lightning import DistillModule
