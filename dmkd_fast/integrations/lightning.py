@@ -48,6 +48,7 @@ class DistillModule(LightningModule):
         self.teacher = None if teacher is None else freeze(teacher)
         self.strict_loading = False  # A checkpoint lacks the teacher.
         self._temperature, self._alpha, self._optimizer = temperature, alpha, optimizer
+        self._loader_states: list[Any] = []
 
     def forward(self, views: Tensor) -> Tensor:
         """Return the student's logits (B, C)."""
@@ -88,3 +89,15 @@ class DistillModule(LightningModule):
         """Leave the teacher out of a checkpoint."""
         for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]:
             del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the states of the train loaders, which Lightning saves with each checkpoint."""
+        saved = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        self._loader_states = saved.get("combined_loader", [])
+
+    def on_train_start(self) -> None:
+        """Restore a train loader with state, which Lightning does in the middle of an epoch only."""
+        states, self._loader_states = self._loader_states, []
+        loader = self.trainer.train_dataloader
+        if len(states) == 1 and hasattr(loader, "load_state_dict"):
+            loader.load_state_dict(states[0])

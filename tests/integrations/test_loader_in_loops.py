@@ -52,7 +52,6 @@ def test_timm(tmp_path: Path) -> None:
     assert len(losses) == 2 * STEPS and sum(losses[-5:]) < sum(losses[:5])
 
 
-@pytest.mark.xfail(reason="open: Lightning does not restore the state of the loader")
 def test_lightning(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
     from dmkd_fast.integrations.lightning import DistillModule
@@ -66,20 +65,30 @@ def test_lightning(tmp_path: Path) -> None:
         "enable_checkpointing": False,
     }
 
-    def fit(epochs: int, path: Path | None = None) -> Any:
+    class Save(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == STEPS // 2:
+                trainer.save_checkpoint(tmp_path / "in_the_middle")
+
+        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == STEPS:
+                trainer.save_checkpoint(tmp_path / "in_the_hook")
+
+    def fit(epochs: int, *callbacks: Any, **more: Any) -> Any:
         model = student()
         model(torch.zeros(1, 1, 28, 28))
-        trainer = lightning.Trainer(max_epochs=epochs, **options)
-        more = {} if path is None else {"ckpt_path": path, "weights_only": False}
+        trainer = lightning.Trainer(max_epochs=epochs, callbacks=[*callbacks], **options)
         trainer.fit(DistillModule(model, alpha=1.0), loader(teacher_logits=True), **more)
         return trainer
 
-    whole, part = fit(2), fit(1)
-    part.save_checkpoint(path := tmp_path / "one.ckpt")
-    resumed = fit(2, path)
-    assert resumed.global_step == whole.global_step == 2 * STEPS
-    states = [trainer.lightning_module.student.state_dict() for trainer in (whole, resumed)]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    fit(1).save_checkpoint(tmp_path / "after_an_epoch")
+    whole = fit(2, Save())
+    expected = whole.lightning_module.student.state_dict()
+    for name in ("after_an_epoch", "in_the_middle", "in_the_hook"):
+        resumed = fit(2, ckpt_path=tmp_path / name, weights_only=False)
+        assert resumed.global_step == whole.global_step == 2 * STEPS, name
+        for key, value in resumed.lightning_module.student.state_dict().items():
+            assert torch.equal(value, expected[key]), (name, key)
 
 
 def test_accelerate(tmp_path: Path) -> None:
