@@ -164,8 +164,11 @@ def _place(config: DistillConfig, resume: bool, ranks: Ranks) -> tuple[DistillCo
     with ranks.agreed():
         if ranks.world_size > ranks.local_world_size and config.run_dir == "auto":
             raise invalid("run_dir", "auto on several machines", "a directory that all of them see")
+    # A machine that replaces a lost one has not restarted, but the others have.
+    restarted = any(int(count) for count in ranks.gather(str(ranks.restarts)))
+    with ranks.agreed():
         if ranks.is_first:
-            ours = run_dir.find_launched(config, ranks.launch) if ranks.restarts else None
+            ours = run_dir.find_launched(config, ranks.launch) if restarted else None
             if ours is not None:
                 config, resume = ours, True
             config = run_dir.find(config) if resume else run_dir.name_new(config)

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import sys
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ LOOPBACK, AGREED = "127.0.0.1", "raised on all ranks"
 # For a peer that hangs (a dead one closes its connections and is noticed at once). Long enough for
 # the other ranks to wait while one of them compiles.
 TIMEOUT = timedelta(seconds=600)
+_GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 
 class LostRankError(RuntimeError):
@@ -260,6 +262,9 @@ def join() -> Ranks:
             "gloo", store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
         )
     else:
+        if (interface := _interface_to(os.environ["MASTER_ADDR"])) is not None:
+            for library in ("GLOO", "NCCL"):
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
         dist.init_process_group("gloo", timeout=TIMEOUT)
     return replace(ranks, control=dist.group.WORLD)
 
@@ -326,6 +331,27 @@ def _local_store(ranks: Ranks) -> TCPStore:
     return TCPStore(
         LOOPBACK, port, ranks.world_size, fd is not None, TIMEOUT, wait_for_workers=False, **extra
     )
+
+
+def _interface_to(host: str) -> str | None:
+    """Return the network interface that leads to a host; None if the system does not tell.
+
+    Libraries would take the address of this machine's own name, which often is loopback.
+    """
+    try:
+        import fcntl
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # Sends nothing; chooses the source address.
+            address = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                request = struct.pack("256s", name.encode()[:15])
+                with contextlib.suppress(OSError):  # This interface has no address.
+                    if fcntl.ioctl(probe, _GET_ADDRESS, request)[20:24] == address:
+                        return name
+    except (ImportError, OSError):
+        pass
+    return None
 
 
 def _parent() -> str:
