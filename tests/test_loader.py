@@ -46,7 +46,7 @@ def assert_same(one: list[tuple[Tensor, ...]], other: list[tuple[Tensor, ...]]) 
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         MIX,
         {"train": {"accumulate": 2}},
         TWO,
@@ -87,7 +87,9 @@ def test_global_random_states_stay() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("at", [0, 4, 10, 17])
+@pytest.mark.parametrize(
+    "at", [pytest.param(0, marks=pytest.mark.slow), 4, pytest.param(10, marks=pytest.mark.slow), 17]
+)
 def test_a_state_replays_bit_for_bit_and_finishes_the_pass(at: int) -> None:
     first = loader(teacher_logits=True)
     endless = itertools.chain.from_iterable(itertools.repeat(first))

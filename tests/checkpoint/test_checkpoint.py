@@ -116,7 +116,11 @@ def test_files_are_plain_safetensors_and_sums(tmp_path: Path) -> None:
     assert subprocess.run(command, cwd=path, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("power", [True, False], ids=["unflushed lost", "unflushed kept"])
+@pytest.mark.parametrize(
+    "power",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["unflushed lost", "unflushed kept"],
+)
 def test_a_crash_at_any_call_leaves_the_old_state_or_the_new_one(
     tmp_path: Path,
     power: bool,
@@ -161,7 +165,7 @@ def test_a_crash_at_any_call_leaves_the_old_state_or_the_new_one(
     assert at > 25
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("error", [errno.ENOSPC, pytest.param(errno.EROFS, marks=pytest.mark.slow)])
 def test_a_disk_that_fails_at_any_call_costs_only_the_new_checkpoint(
     tmp_path: Path, error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

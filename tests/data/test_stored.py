@@ -77,7 +77,15 @@ def undisturbed(
     return folder / "set", whole
 
 
-@pytest.mark.parametrize("stop_at", [1, 7, 23, 39])
+@pytest.mark.parametrize(
+    "stop_at",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        7,
+        pytest.param(23, marks=pytest.mark.slow),
+        pytest.param(39, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_run_ends_like_an_uninterrupted_one(
     make_distiller: Make, undisturbed: tuple[Path, Distiller], stop_at: int
 ) -> None:

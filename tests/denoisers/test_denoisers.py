@@ -67,7 +67,7 @@ def patch_noise(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None
         )
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize(
     "scheduler",
@@ -135,8 +135,14 @@ def test_consistency_pipeline(tmp_path: Path, monkeypatch: Any, num_steps: int) 
     same_pixels(got, theirs)
 
 
-@pytest.mark.parametrize("changes", [{}, {"time_cond_proj_dim": 12}], ids=["cfg", "as an input"])
-@pytest.mark.parametrize("solver", ["ddim", "dpm++2m"])
+@pytest.mark.parametrize(
+    ("solver", "changes"),
+    [
+        ("ddim", {}),
+        pytest.param("dpm++2m", {}, marks=pytest.mark.slow),
+        ("dpm++2m", {"time_cond_proj_dim": 12}),
+    ],
+)
 def test_stable_diffusion_pipeline(tmp_path: Path, solver: str, changes: dict[str, Any]) -> None:
     """PNDM's config, as SD 1.5 ships; sampled with another solver of the same noise schedule."""
     prompts = ["a cat", "some dog", "the car", "no"]

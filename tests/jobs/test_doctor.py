@@ -115,7 +115,14 @@ def test_permuted_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "std"), [(0.286, 0.5), (0.5, 0.353), (0.0, 1.0), (0.5, 0.5), (0.13, 0.308)]
+    ("mean", "std"),
+    [
+        (0.286, 0.5),
+        (0.5, 0.353),
+        pytest.param(0.0, 1.0, marks=pytest.mark.slow),
+        pytest.param(0.5, 0.5, marks=pytest.mark.slow),
+        pytest.param(0.13, 0.308, marks=pytest.mark.slow),
+    ],
 )
 def test_wrong_mean_or_std(mean: float, std: float, tmp_path: Path) -> None:
     inputs = {"mean": [mean], "std": [std]}

@@ -95,7 +95,7 @@ def written_by_train_py(folder: Path, args: argparse.Namespace, *, ema: bool) ->
 @pytest.mark.parametrize(
     ("changes", "ema"),
     [
-        ({}, False),
+        pytest.param({}, False, marks=pytest.mark.slow),
         ({}, True),
         ({"mean": [0.4], "std": [0.3], "img_size": 96, "crop_pct": 0.9, "gp": "max"}, False),
         ({"input_size": [3, 64, 64], "interpolation": "bicubic"}, False),

@@ -80,7 +80,10 @@ def test_one_seed_gives_one_student(make_distiller: Make) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
 
 
-@pytest.mark.parametrize("stop_at", [1, 17, 39])
+@pytest.mark.parametrize(
+    "stop_at",
+    [pytest.param(1, marks=pytest.mark.slow), 17, pytest.param(39, marks=pytest.mark.slow)],
+)
 def test_resumed_run_ends_like_an_uninterrupted_one(make_distiller: Make, stop_at: int) -> None:
     whole, broken = make_distiller(dropout=0.3), make_distiller(dropout=0.3)
     torch.manual_seed(0)

@@ -185,7 +185,15 @@ def test_on_row_gets_the_rows_of_stats(tmp_path: Path) -> None:
     assert len(rows) == 4 and rows == [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, ValueError, NotFiniteError, KeyError])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError,
+        pytest.param(ValueError, marks=pytest.mark.slow),
+        NotFiniteError,
+        pytest.param(KeyError, marks=pytest.mark.slow),
+    ],
+)
 def test_a_callback_that_raises_ends_the_run_with_its_error_and_a_checkpoint(
     make_distiller: Make, error: type[Exception]
 ) -> None:

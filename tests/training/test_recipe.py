@@ -191,8 +191,12 @@ LINE = (
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        *(("learn", error) for error in (OutOfMemory.CUDA, OutOfMemory.CPU, MemoryError())),
-        *((where, OutOfMemory.CUDA) for where in ("finish", "sampler", "build")),
+        ("learn", OutOfMemory.CPU),
+        pytest.param("learn", OutOfMemory.CUDA, marks=pytest.mark.slow),
+        pytest.param("learn", MemoryError(), marks=pytest.mark.slow),
+        ("finish", OutOfMemory.CUDA),
+        pytest.param("sampler", OutOfMemory.CUDA, marks=pytest.mark.slow),
+        ("build", OutOfMemory.CUDA),
     ],
 )
 def test_out_of_memory_is_one_line_and_leaves_a_checkpoint(

@@ -37,7 +37,10 @@ def weights(distiller: Distiller) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("ring", ORDERS, ids=str)
-@pytest.mark.parametrize("stop_at", [3, 8, 26])
+@pytest.mark.parametrize(
+    "stop_at",
+    [pytest.param(3, marks=pytest.mark.slow), 8, pytest.param(26, marks=pytest.mark.slow)],
+)
 def test_resumed_run_ends_like_an_uninterrupted_one(
     make_distiller: Make, ring: dict[str, Any], stop_at: int
 ) -> None:
@@ -94,7 +97,13 @@ RECIPES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    "settings", [*({"ring": ring} for ring in ORDERS), *RECIPES], ids=lambda s: str(s)[:60]
+    "settings",
+    [
+        *({"ring": ring} for ring in ORDERS[1::2]),
+        *(pytest.param({"ring": ring}, marks=pytest.mark.slow) for ring in ORDERS[::2]),
+        *RECIPES,
+    ],
+    ids=lambda s: str(s)[:60],
 )
 def test_100_steps_read_the_device_at_log_lines_and_checkpoints_only(
     make_distiller: Make, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
