@@ -189,6 +189,7 @@ def kd_loss_and_grad(
     return loss, out
 
 
+problem_of.__qualname__ = "kd_loss"  # What Python says of an option that does not exist.
 for _function in (kd_loss, kd_loss_and_grad):  # help() shows options and their default values
     _own, _all = (list(signature(f).parameters.values()) for f in (_function, problem_of))
     _options = [parameter for parameter in _all if parameter.kind is Parameter.KEYWORD_ONLY]
