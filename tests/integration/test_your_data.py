@@ -53,7 +53,7 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_the_guide_leads_from_a_folder_to_a_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Seven minutes on two cores, four of them for the denoiser."""
+    """Three minutes on two idle cores, half of them for the denoiser."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     begun, cpu_begun = time.monotonic(), time.process_time()
@@ -75,10 +75,10 @@ def test_the_guide_leads_from_a_folder_to_a_student(
         )
     wall_s, cpu_s = time.monotonic() - begun, time.process_time() - cpu_begun
 
-    source = ["source.path=data/train", "source.image_size=32"]
+    source = ["source.path=data/train", "source.image_size=24"]
     command = ["distill", "distill.yaml", "run_dir=runs/real", "denoiser=null", "sampler=null"]
     real_top1 = json.loads(run([*command, *source], capsys)[-1])["top1"]
-    real = load_real(tmp_path / "data", CPU, RealImagesConfig(image_size=32))
+    real = load_real(tmp_path / "data", CPU, RealImagesConfig(image_size=24))
     assert real.test is not None and len(real.train.class_names) >= 6
     easy = nearest_mean_top1(real.train, real.test)
     student, teacher = results["distill distill.yaml"], results["pretrain teacher"]
@@ -90,7 +90,7 @@ def test_the_guide_leads_from_a_folder_to_a_student(
     assert teacher["test_top1"] >= 0.9
     assert results["evaluate runs/teacher/model"]["top1"] == teacher["test_top1"]
     assert student["top1"] >= 0.8 and student["top1"] >= 0.9 * real_top1
-    assert cpu_s <= 1200
+    assert cpu_s <= 600
     assert (tmp_path / "runs/student/report.html").is_file()
     assert load_classifier(tmp_path / "runs/student/student", CPU)[1].label_names == tuple(
         real.train.class_names
