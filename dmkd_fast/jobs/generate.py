@@ -31,7 +31,7 @@ from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.evaluate import open_test_set
-from dmkd_fast.jobs.images import open_denoiser
+from dmkd_fast.jobs.images import attention_facts, open_denoiser
 from dmkd_fast.jobs.parts import check_fit
 from dmkd_fast.jobs.resolve import resolve, resolve_images
 from dmkd_fast.jobs.stored_logits import LogitsMaker, Wanted, plan_of
@@ -61,6 +61,8 @@ class Maker:
     image_shape: tuple[int, int, int]
     row: dict[str, Any]
     """Columns of the manifest that are the same for all images."""
+    attention: str
+    """Attention kernel of the denoiser, and the operator that its library chooses."""
     pool: ThreadPoolExecutor
 
     def make(
@@ -152,6 +154,7 @@ def run(
         "is_complete": there == num_images,
         "images_per_s": round(phase.rate(), 1),
         "wall_s": round(wall_s, 1),
+        "attention": maker.attention,
         "denoiser_license": plan.license,
         "run_dir": str(folder),
     }
@@ -234,6 +237,7 @@ def _prepare(
             "denoiser": config.denoiser.path,
             "revision": config.denoiser.revision,
         },
+        **attention_facts(denoiser, device, config.dtype),
     )
     return maker, plan
 
