@@ -264,8 +264,10 @@ def prepare(images: Tensor, spec: InputSpec) -> Tensor:
 
 def normalized(pixels: Tensor, spec: InputSpec) -> Tensor:
     """Return levels 0 to 255, (b, c, S, S), as a network takes them: float32, channels_last."""
+    # Filled on the device, as a copy from the host would wait for all work queued there.
     mean, std = (
-        torch.tensor(v, device=pixels.device)[:, None, None] for v in (spec.mean, spec.std)
+        torch.stack([torch.full((1, 1), value, device=pixels.device) for value in values])
+        for values in (spec.mean, spec.std)
     )
     return ((pixels / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
