@@ -253,8 +253,8 @@ def dynamo_counters() -> None:
 def attention_choice() -> None:
     from torch.nn.attention import SDPBackend
 
-    parts = (torch.zeros(2, 4, 16, 8) for _ in range(3))
-    assert SDPBackend(torch._fused_sdp_choice(*parts)) in (
+    x = torch.zeros(2, 4, 16, 8)
+    assert SDPBackend(torch._fused_sdp_choice(x, x, x)) in (
         SDPBackend.FLASH_ATTENTION,
         SDPBackend.MATH,
     )

@@ -96,7 +96,8 @@ def describe(
         return f"xformers {find_xformers(device, dtype, num_tokens, num_heads, head_dim)[0]}"
     if kind == "sdpa":
         parts = _sample(device, dtype, num_tokens, num_heads, head_dim)
-        choice = torch._fused_sdp_choice(*(part.transpose(1, 2) for part in parts))
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        choice = torch._fused_sdp_choice(query, key, value)
         return f"sdpa {SDPBackend(choice).name.lower()}"
     return kind
 

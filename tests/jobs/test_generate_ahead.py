@@ -43,7 +43,7 @@ def test_a_gpu_has_one_batch_in_flight_and_a_cpu_none(
             ("labels", "teachers", "logits", "image_shape", "row", "attention", "pool")
         ),  # type: ignore[arg-type]
     )
-    made = list(maker.make([range(i, i + 1) for i in range(3)]))
+    made: list[Any] = list(maker.make([range(i, i + 1) for i in range(3)]))
     assert made == [[range(i, i + 1)] for i in range(3)] and " ".join(calls) == order
 
 

@@ -19,6 +19,7 @@ from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import distill as distill_job
 from dmkd_fast.jobs import memory, networks, parts
 from dmkd_fast.jobs.inspect.activations import peak_bytes
@@ -221,7 +222,8 @@ def test_on_a_gpu_the_plan_has_the_graph_of_the_sampler_and_all_activations() ->
     plain = load_config(DistillConfig, job.config, {"sampler": {"guidance_scale": 1}})
     half = memory.plan(replace(job, config=plain), loaded)[memory.GRAPH]
     assert 1.8 < found[memory.GRAPH] / half < 2.1
-    module = loaded.origin.module  # type: ignore[union-attr]
+    assert isinstance(loaded.origin, Denoiser)
+    module: Any = loaded.origin.module
     width = module.num_heads * module.head_dim
     # The hidden layer of a block before and after its gelu, for both halves of the guidance.
     hidden = 2 * size * module.num_tokens * 4 * width * 2

@@ -17,7 +17,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
+        self.peak: int = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,7 +54,8 @@ def peak_bytes(model: nn.Module, weights: dict[str, Tensor], *inputs: Tensor) ->
         for name, value in weights.items()
     }
     # A model whose control flow depends on values cannot run on the meta device; it counts as 0.
-    with contextlib.suppress(Exception), torch.no_grad(), _FusedAttention(), _LiveBytes() as live:
+    live = _LiveBytes()
+    with contextlib.suppress(Exception), torch.no_grad(), _FusedAttention(), live:
         torch.func.functional_call(model, cast, inputs)
         return live.peak
     return 0
