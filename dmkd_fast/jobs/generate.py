@@ -205,8 +205,8 @@ def run(
                     batches = (_batches(plan.ids(number), size) for number in missing)
                     made = maker.make(itertools.chain.from_iterable(batches))
                     for number in missing:
-                        writer = shards.ShardWriter(folder, number, name, plan)
                         count = len(_batches(plan.ids(number), size))
+                        writer = shards.ShardWriter(folder, number, name, plan)
                         _make_shard(made, count, writer, interrupts, phase)
             except KeyboardInterrupt:
                 print(f"every finished shard is kept; to go on: {command}", file=sys.stderr)
