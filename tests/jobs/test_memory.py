@@ -208,7 +208,8 @@ def test_attention_counts_its_output_and_not_its_scores() -> None:
 
 
 def test_on_a_gpu_the_plan_has_the_graph_of_the_sampler_and_all_activations() -> None:
-    job, loaded = parts.prepare(load_config(DistillConfig, CONFIG, SHORT))
+    guided = [*SHORT, "sampler.guidance_scale=2"]
+    job, loaded = parts.prepare(load_config(DistillConfig, CONFIG, guided))
     on_cpu = memory.plan(job, loaded)
     assert not {memory.GRAPH, memory.TEACHING} & set(on_cpu)
     job = replace(job, device=torch.device("cuda", 0), dtype=torch.float16, compile_student=True)
@@ -216,8 +217,8 @@ def test_on_a_gpu_the_plan_has_the_graph_of_the_sampler_and_all_activations() ->
     assert found[memory.SAVED] > 0 and found[memory.TEACHING] > 0  # compiled or not
     fewer = load_config(DistillConfig, job.config, {"sampler": {"micro_batch_images": 32}})
     size = job.config.sampler.micro_batch_images
-    assert size == 64 and job.config.sampler.guidance_scale != 1
-    assert 1.9 < found[memory.GRAPH] / memory.plan(replace(job, config=fewer), loaded)[memory.GRAPH]
+    assert size == 64
+    assert found[memory.GRAPH] / memory.plan(replace(job, config=fewer), loaded)[memory.GRAPH] > 1.9
     plain = load_config(DistillConfig, job.config, {"sampler": {"guidance_scale": 1}})
     half = memory.plan(replace(job, config=plain), loaded)[memory.GRAPH]
     assert 1.8 < found[memory.GRAPH] / half < 2.1
