@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,13 +78,11 @@ class SingleStream:
     """
 
     def __init__(self, device: torch.device = CPU) -> None:
-        self._device, self._waits = device, _Waits()
+        self._waits = _Waits()
+        self._now: Callable[[], Any] = _HostEvent
+        if device.type == "cuda":
+            self._now = lambda: _record(torch.cuda.current_stream(device))
         self._idle_since = self._now()
-
-    def _now(self) -> _HostEvent | torch.cuda.Event:
-        if self._device.type == "cuda":
-            return _record(torch.cuda.current_stream(self._device))
-        return _HostEvent()
 
     @contextmanager
     def producing(self) -> Iterator[None]:

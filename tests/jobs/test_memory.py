@@ -226,8 +226,9 @@ def test_on_a_gpu_the_plan_has_the_graph_of_the_sampler_and_all_activations() ->
     module: Any = loaded.origin.module
     width = module.num_heads * module.head_dim
     # The hidden layer of a block before and after its gelu, for both halves of the guidance.
+    # Without compilation, gelu computes in float32, with twice the bytes.
     hidden = 2 * size * module.num_tokens * 4 * width * 2
-    assert 2 * hidden < found[memory.GRAPH] < 4 * hidden
+    assert 2 * hidden < found[memory.GRAPH] < 6 * hidden
     need = sum(found.values()) - found["test images"]
     assert memory.check(job, loaded, need) == job.config.ring.capacity_images
     with pytest.raises(UserError, match="memory: got"):
