@@ -9,11 +9,12 @@ slim := distill,text,tensorboard
 BIN := .venv/bin
 STAMP := .venv/.ready
 LOWEST := build/lowest/bin
+XFORMERS := build/xformers/bin
 LOWEST_TESTS := tests/test_dependencies.py tests/loss/test_kd_loss_api.py tests/config tests/data \
   tests/views/test_views.py tests/denoisers tests/classifiers tests/jobs/test_daily_use.py
 NOT_OURS := --exclude 'libtorch*' --exclude 'libc10*'
 
-.PHONY: run test test-long test-hard test-lowest digits docs setup lint wheel clean
+.PHONY: run test test-long test-hard test-lowest test-xformers digits docs setup lint wheel clean
 
 run: setup
 	$(BIN)/dmkd distill configs/fashion_mnist.yaml
@@ -36,6 +37,17 @@ test-lowest:
 	$(LOWEST)/python -m pip install --quiet -c constraints/lowest.txt --no-build-isolation \
 	  ".[distill,text,tensorboard,onnx]" pytest hypothesis
 	$(LOWEST)/pytest -q -m "not slow and not hard" -o pythonpath=tests/helpers $(LOWEST_TESTS)
+
+# xFormers beside the torch that it is built for, in build/xformers: 4 GB to fetch.
+test-xformers:
+	test -x $(XFORMERS)/python || $(PYTHON) -m venv build/xformers
+	$(XFORMERS)/python -m pip install --quiet -c constraints/cuda-xformers.txt \
+	  torch "setuptools>=77" ninja
+	$(XFORMERS)/python -m pip install --quiet -c constraints/cuda-xformers.txt \
+	  --no-build-isolation ".[distill,text,tensorboard,xformers]" pytest hypothesis
+	$(XFORMERS)/python -c "from xformers._cpp_lib import _built_with_cuda as cuda; assert cuda"
+	$(XFORMERS)/pytest -q -m "not slow and not hard" -o pythonpath=tests/helpers tests/denoisers \
+	  tests/loss tests/sampling
 
 setup: $(STAMP)
 

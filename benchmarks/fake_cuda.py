@@ -169,6 +169,9 @@ class _Event:
     def record(self, stream: _Stream | None = None) -> None:
         pass
 
+    def query(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
         pass
 
@@ -200,6 +203,7 @@ def _answers(mode: _Cuda) -> dict[str, Callable[..., Any]]:
         "mem_get_info": (2**34, 2**35),
         "memory_stats": defaultdict(int),
         "is_current_stream_capturing": False,
+        "graph_pool_handle": (0, 1),
         "get_device_properties": SimpleNamespace(major=8, minor=0, total_memory=2**35),
     }
     return {name: lambda value=value, **_: value for name, value in constants.items()} | {

@@ -7,9 +7,13 @@ here, so that the first test run on a new torch tells which one has changed.
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -127,6 +131,25 @@ def test_the_lowest_versions_that_are_claimed_are_those_that_are_tested() -> Non
     assert f'".[{",".join(extras)}]"' in makefile
 
 
+def test_the_constraints_for_cuda_pair_xformers_with_the_torch_that_it_is_built_for() -> None:
+    lines = (ROOT / "constraints" / "cuda-xformers.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert set(pinned) == {"torch", "torchvision", "xformers"}
+    built = files("xformers").joinpath("cpp_lib.json") if find_spec("xformers") else None
+    if built is None or version("xformers") != pinned["xformers"]:
+        pytest.skip("another xFormers is installed, or none")
+    theirs = json.loads(built.read_text())["version"]
+    assert theirs["torch"].partition("+")[0] == pinned["torch"] and theirs["cuda"] // 100 == 12
+
+
+@pytest.mark.slow
+def test_make_test_xformers_passes_in_an_environment_of_its_own() -> None:
+    done = subprocess.run(
+        ["make", "test-xformers"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def private_names_in_use() -> set[str]:
     """Dotted names that begin with `torch.` and have a part that begins with one underscore."""
     found = set()
@@ -227,7 +250,18 @@ def dynamo_counters() -> None:
     assert sum(counters["graph_break"].values()) >= 0
 
 
+def attention_choice() -> None:
+    from torch.nn.attention import SDPBackend
+
+    x = torch.zeros(2, 4, 16, 8)
+    assert SDPBackend(torch._fused_sdp_choice(x, x, x)) in (
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.MATH,
+    )
+
+
 CANARIES = {
+    "torch._fused_sdp_choice": attention_choice,
     "torch._C._are_functorch_transforms_active": functorch,
     "torch._C._distributed_c10d.PrefixStore": stores,
     "torch._C._distributed_c10d.TCPStore": stores,

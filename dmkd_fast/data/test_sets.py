@@ -21,7 +21,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,10 @@ _MOST_COMPRESSION = 1032
 _AHEAD = 2
 Batch = tuple[dict[InputSpec, Tensor], Tensor]
 """Prepared images (b, c, S, S) float32 of each input, channels_last; labels (b,) int64."""
+_Decoded = tuple[list[Tensor], Tensor]
+"""Pixels (b, c, S, S) uint8 of each input; labels (b,) int64."""
+_Pass = tuple[tuple[InputSpec, ...], int, int]
+"""What the decoded pixels of a pass depend on: inputs, rank and number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +94,16 @@ class ImageSet:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedSet:
-    """Labeled images in files or tar shards, decoded again on every pass."""
+    """Labeled images in files or tar shards, decoded on every pass unless a GPU keeps them."""
 
     items: tuple[Item, ...]
     class_names: tuple[str, ...]
     device: torch.device
+    is_repeated: bool = False
+    """Whether more passes follow. A GPU then keeps the decoded pixels of a pass, if they fit."""
+    _kept: dict[_Pass, list[_Decoded]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -106,7 +115,7 @@ class EncodedSet:
 
     @property
     def num_bytes(self) -> int:
-        """Number of bytes kept on the device for the whole run."""
+        """0, as pixels are kept on the device only where they fit into what a run leaves."""
         return 0
 
     def batches(
@@ -118,19 +127,48 @@ class EncodedSet:
             UserError: The channels of the inputs do not agree, or an image cannot be decoded.
         """
         inputs = check_inputs(inputs, None)
-        mine, size = self.items[rank::world_size], batch_images(inputs)
+        this = (inputs, rank, world_size)
+        kept: list[_Decoded] | None = None
+        decoded: Iterable[_Decoded]
+        if this in self._kept:
+            decoded = self._kept[this]
+        else:
+            mine = self.items[rank::world_size]
+            decoded = self._decoded(mine, inputs)
+            kept = [] if self._may_keep(len(mine), inputs) else None
+        for images, labels in decoded:
+            if kept is not None:
+                kept.append((images, labels))
+            yield {s: normalized(x, s) for s, x in zip(inputs, images, strict=True)}, labels
+        if kept is not None:
+            self._kept[this] = kept
+
+    def _may_keep(self, num_images: int, inputs: tuple[InputSpec, ...]) -> bool:
+        """Return whether to keep the pixels of a pass: half of what no step needs must hold them.
+
+        Memory that is free now and was in use at the peak is needed again by the next steps.
+        """
+        if self.device.type != "cuda" or not self.is_repeated or self._kept:
+            return False
+        need = num_images * sum(spec.num_channels * spec.size**2 for spec in inputs)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        rest = available_bytes(self.device) - (peak - torch.cuda.memory_allocated(self.device))
+        return need <= rest // 2
+
+    def _decoded(self, mine: tuple[Item, ...], inputs: tuple[InputSpec, ...]) -> Iterator[_Decoded]:
+        """Yield the decoded batches of some images, the next ones being decoded meanwhile."""
+        size = batch_images(inputs)
         decoder = Decoder(
             inputs[0].num_channels, inputs, device=self.device, num_threads=torch.get_num_threads()
         )
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
-        def load(items: tuple[Item, ...]) -> Batch:
+        def load(items: tuple[Item, ...]) -> _Decoded:
             with torch.cuda.stream(stream):  # as for tensors that are made by the caller
                 images = decoder.decode([i.name for i in items], [i.read() for i in items])
-            views = {s: normalized(x, s) for s, x in zip(inputs, images, strict=True)}
-            return views, torch.tensor([i.label for i in items], device=self.device)
+                return images, torch.tensor([i.label for i in items], device=self.device)
 
-        pool, waiting = ThreadPoolExecutor(1), deque[Future[Batch]]()
+        pool, waiting = ThreadPoolExecutor(1), deque[Future[_Decoded]]()
         try:
             for start in range(0, len(mine), size):
                 waiting.append(pool.submit(load, mine[start : start + size]))
@@ -264,8 +302,10 @@ def prepare(images: Tensor, spec: InputSpec) -> Tensor:
 
 def normalized(pixels: Tensor, spec: InputSpec) -> Tensor:
     """Return levels 0 to 255, (b, c, S, S), as a network takes them: float32, channels_last."""
+    # Filled on the device, as a copy from the host would wait for all work queued there.
     mean, std = (
-        torch.tensor(v, device=pixels.device)[:, None, None] for v in (spec.mean, spec.std)
+        torch.stack([torch.full((1, 1), value, device=pixels.device) for value in values])
+        for values in (spec.mean, spec.std)
     )
     return ((pixels / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 

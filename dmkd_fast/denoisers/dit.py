@@ -67,15 +67,19 @@ class LeanDiT(nn.Module):
         Raises:
             UserError: The named kernel cannot run here.
         """
-        self.attention = attention.resolve(
-            name,
-            device=device,
-            dtype=dtype,
-            num_tokens=self.num_tokens,
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
-        )
+        self.attention = attention.resolve(name, device=device, dtype=dtype, **self._attended())
         return self.attention
+
+    def attention_operator(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Return the attention kernel and the operator in use; see `attention.describe`."""
+        return attention.describe(self.attention, device=device, dtype=dtype, **self._attended())
+
+    def _attended(self) -> dict[str, int]:
+        return {
+            "num_tokens": self.num_tokens,
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+        }
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return the prediction, (B, out_channels, h, w).

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import logging
 import math
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dmkd_fast.classifiers.ensemble import Teachers
 from dmkd_fast.classifiers.loading import for_inference
@@ -31,12 +34,12 @@ from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.evaluate import open_test_set
-from dmkd_fast.jobs.images import open_denoiser
+from dmkd_fast.jobs.images import attention_facts, open_denoiser
 from dmkd_fast.jobs.parts import check_fit
 from dmkd_fast.jobs.resolve import resolve, resolve_images
 from dmkd_fast.jobs.stored_logits import LogitsMaker, Wanted, plan_of
 from dmkd_fast.runtime import distributed
-from dmkd_fast.runtime.device import available_bytes
+from dmkd_fast.runtime.device import available_bytes, exact_float32
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.runtime.signals import Interrupts
@@ -50,6 +53,22 @@ USUAL_SHARD = 1024
 LOG = logging.getLogger("dmkd_fast")
 
 
+Image = tuple[int, int, bytes, dict[str, Any], dict[str, bytes] | None]
+"""Id, class, PNG, manifest row and stored logits of an image, as `ShardWriter.add` takes them."""
+
+
+class Started(NamedTuple):
+    """A micro-batch whose work is queued on the device, with the copies to the host."""
+
+    ids: range
+    tensors: dict[str, Tensor]
+    """On the host: images, label, guess and probability of the teacher, number of broken images."""
+    logits: dict[str, Tensor] | None
+    num_made: int
+    done: torch.cuda.Event | None
+    """Event after which the tensors may be read; None on a CPU."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Maker:
     """Makes images and rows of the manifest from image ids."""
@@ -61,12 +80,26 @@ class Maker:
     image_shape: tuple[int, int, int]
     row: dict[str, Any]
     """Columns of the manifest that are the same for all images."""
+    attention: str
+    """Attention kernel of the denoiser, and the operator that its library chooses."""
     pool: ThreadPoolExecutor
 
-    def make(
-        self, ids: range
-    ) -> Iterator[tuple[int, int, bytes, dict[str, Any], dict[str, bytes] | None]]:
-        """Make one micro-batch; yield id, class, PNG, manifest row and logits of each image."""
+    def make(self, batches: Iterable[range]) -> Iterator[list[Image]]:
+        """Make the micro-batches of ids in order.
+
+        A GPU makes the next micro-batch while the host encodes and writes one.
+        """
+        num_ahead = 1 if self.sampler.device.type == "cuda" else 0
+        queued: deque[Started] = deque()
+        for ids in batches:
+            queued.append(self.start(ids))
+            if len(queued) > num_ahead:
+                yield self.finish(queued.popleft())
+        while queued:
+            yield self.finish(queued.popleft())
+
+    def start(self, ids: range) -> Started:
+        """Queue the work for one micro-batch, without waiting for the device."""
         device = self.sampler.device
         numbers = torch.arange(ids.start, ids.stop, device=device)
         labels = self.labels.labels_of(numbers)
@@ -74,19 +107,52 @@ class Maker:
         self.sampler.sample(numbers, labels, out=images)
         whole = ImageSet(images=images, labels=labels, class_names=())
         wanted = self.teachers.inputs_at(1.0)
-        logits = [self.teachers.predict(views) for views, _ in whole.batches(wanted)]
+        with exact_float32():
+            logits = [self.teachers.predict(views) for views, _ in whole.batches(wanted)]
         guesses = torch.cat(logits).softmax(dim=1).max(dim=1)
-        pngs = self.pool.map(to_png, images.cpu().numpy())
-        check_broken(int(self.sampler.num_broken), self.sampler.num_made)
-        stored: Iterable[dict[str, bytes] | None] = [None] * len(ids)
-        if self.logits is not None:
-            stored = self.logits.make(images, labels, numbers)
-        columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
-        for image_id, label, png, guess, probability, arrays in zip(*columns, stored, strict=True):
+        made = {
+            "images": images,
+            "label": labels,
+            "guess": guesses.indices,
+            "probability": guesses.values,
+            "broken": self.sampler.num_broken.clone(),
+        }
+        stored = None if self.logits is None else self.logits.start(images, labels, numbers)
+        made = {name: value.to("cpu", non_blocking=True) for name, value in made.items()}
+        if stored is not None:
+            stored = {name: value.to("cpu", non_blocking=True) for name, value in stored.items()}
+        done = None
+        if device.type == "cuda":
+            cuda: Any = torch.cuda  # its events have no static types
+            done = cuda.Event(blocking=True)
+            done.record()
+        return Started(ids, made, stored, self.sampler.num_made, done)
+
+    def finish(self, batch: Started) -> list[Image]:
+        """Wait for one micro-batch, and encode it.
+
+        Raises:
+            NotFiniteError: Too many images so far have values that are not finite.
+            UserError: Logits to store are not finite.
+        """
+        if batch.done is not None:
+            batch.done.synchronize()
+        host = batch.tensors
+        pngs = self.pool.map(to_png, host["images"].numpy())
+        check_broken(int(host["broken"]), batch.num_made)
+        stored: Iterable[dict[str, bytes] | None] = [None] * len(batch.ids)
+        if self.logits is not None and batch.logits is not None:
+            stored = self.logits.finish(batch.logits)
+        columns = (host[name].tolist() for name in ("label", "guess", "probability"))
+        made = []
+        for image_id, label, guess, probability, png, arrays in zip(
+            batch.ids, *columns, pngs, stored, strict=True
+        ):
             scale = self.sampler.guidance.scale_of(label)
             row = {"guidance_scale": scale, "teacher_class": guess}
             row["teacher_probability"] = probability
-            yield image_id, label, png, self.row | row, arrays
+            made.append((image_id, label, png, self.row | row, arrays))
+        return made
 
 
 def run(
@@ -135,8 +201,13 @@ def run(
             total, interrupts = sum(len(plan.ids(s)) for s in missing), Interrupts()
             try:
                 with interrupts, display.phase("generating", total, "images") as phase:
+                    size = maker.sampler.micro_batch_images
+                    batches = (_batches(plan.ids(number), size) for number in missing)
+                    made = maker.make(itertools.chain.from_iterable(batches))
                     for number in missing:
-                        _make_shard(maker, plan, folder, number, name, interrupts, phase)
+                        count = len(_batches(plan.ids(number), size))
+                        writer = shards.ShardWriter(folder, number, name, plan)
+                        _make_shard(made, count, writer, interrupts, phase)
             except KeyboardInterrupt:
                 print(f"every finished shard is kept; to go on: {command}", file=sys.stderr)
                 raise
@@ -152,6 +223,7 @@ def run(
         "is_complete": there == num_images,
         "images_per_s": round(phase.rate(), 1),
         "wall_s": round(wall_s, 1),
+        "attention": maker.attention,
         "denoiser_license": plan.license,
         "run_dir": str(folder),
     }
@@ -234,25 +306,27 @@ def _prepare(
             "denoiser": config.denoiser.path,
             "revision": config.denoiser.revision,
         },
+        **attention_facts(denoiser, device, config.dtype),
     )
     return maker, plan
 
 
+def _batches(ids: range, size: int) -> list[range]:
+    """Return the micro-batches of a shard."""
+    return [range(start, min(start + size, ids.stop)) for start in ids[::size]]
+
+
 def _make_shard(
-    maker: Maker,
-    plan: shards.Plan,
-    folder: Path,
-    number: int,
-    job_slice: str,
+    made: Iterator[list[Image]],
+    num_batches: int,
+    writer: shards.ShardWriter,
     interrupts: Interrupts,
     phase: Phase,
 ) -> None:
-    ids, size = plan.ids(number), maker.sampler.micro_batch_images
-    writer = shards.ShardWriter(folder, number, job_slice, plan)
     try:
-        for start in range(ids.start, ids.stop, size):
-            batch = range(start, min(start + size, ids.stop))
-            for image in maker.make(batch):
+        for _ in range(num_batches):
+            batch = next(made)
+            for image in batch:
                 writer.add(*image)
             phase.advance(len(batch))
         with interrupts.held():

@@ -22,6 +22,7 @@ from dmkd_fast.data.class_names import compare_class_names, read_class_names
 from dmkd_fast.data.listing import CLASS_NAMES, SourceError
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.denoisers.denoiser import Denoiser
+from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.runtime.errors import UserError, invalid
 
@@ -59,6 +60,23 @@ def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denois
     if config.class_map is not None:
         loaded = loaded.restricted(config.class_map)
     return replace(loaded, license=license(config.path) or loaded.license)
+
+
+def attention_facts(
+    images: Denoiser | OpenSource, device: torch.device, dtype: str
+) -> dict[str, str]:
+    """Return `attention`, the kernel in use, for a summary; nothing for images from disk.
+
+    Args:
+        images: Diffusion model whose attention is chosen, or directory of images.
+        device: Device of the model.
+        dtype: Name of the compute dtype.
+    """
+    if isinstance(images, OpenSource):
+        return {}
+    if isinstance(images.module, LeanDiT):
+        return {"attention": images.module.attention_operator(device, getattr(torch, dtype))}
+    return {"attention": "sdpa"}
 
 
 def denoiser_class_names(config: DenoiserConfig | None) -> tuple[str, ...] | None:

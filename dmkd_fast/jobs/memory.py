@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.denoisers.denoiser import Denoiser
+from dmkd_fast.jobs.inspect.activations import peak_bytes
 from dmkd_fast.ring.orders import check_order
 from dmkd_fast.ring.plan import RingPlan
 from dmkd_fast.runtime.checks import check_accumulate
 from dmkd_fast.runtime.device import available_bytes, is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.sampling.sampler import FEWEST_IMAGES, MOST_DECODED
 
 if TYPE_CHECKING:
     from dmkd_fast.jobs.images import OpenSource
@@ -28,9 +30,12 @@ if TYPE_CHECKING:
 
 
 BLOCK, VIEWS, SAVED = "block being made", "views of a batch", "saved for the backward pass"
+GRAPH, TEACHING = "graph of the sampler", "activations of the teachers"
 _WHAT_HELPS = {
     BLOCK: "lower sampler.micro_batch_images (or source.block_images)",
     VIEWS: "lower train.batch_size or views.size",
+    GRAPH: "lower sampler.micro_batch_images",
+    TEACHING: "lower train.batch_size, or raise train.accumulate",
     "pool_images": "lower pool_images",
     "weights, gradients, optimizer, average": "lower num_layers, num_heads or head_dim",
     SAVED: "lower train.batch_size or views.size, or raise train.accumulate",
@@ -81,7 +86,8 @@ def _named_as(section: str, ranks: Ranks = ALONE) -> Iterator[None]:
 def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
     """Estimate the bytes that each part of a run takes on the device of one rank.
 
-    Activations of frozen models are not counted.
+    On a GPU, the activations of the sampler and of the teachers are counted as well: the CUDA graph
+    of the sampler keeps its memory for the whole run.
     """
     config, compute = job.config, job.dtype
     weights = sum(p.numel() for p in parts.student.parameters())
@@ -110,9 +116,59 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
             parts.student_spec.in_chans,
             [spec.size for spec in sizes],
             dtype=compute,
-            compiled=job.compile_student,
+            # On a GPU at most as much as without compilation.
+            compiled=job.compile_student and job.device.type == "cpu",
         )
+        | (_activations(job, parts) if job.device.type == "cuda" else {})
     )
+
+
+def _activations(job: ResolvedJob, parts: Parts) -> dict[str, int]:
+    """Estimate the bytes of the activations of the sampler and of the teachers."""
+    config, dtype = job.config, job.dtype
+    counts = {}
+    if isinstance(parts.origin, Denoiser):
+        counts[GRAPH] = _sampler_bytes(config, parts.origin, dtype, job.device)
+    if parts.stored is None:
+        rows = job.ranks.per_rank("train.batch_size", config.train.batch_size)
+        rows //= config.train.accumulate
+        members = parts.teachers.together.members
+        counts[TEACHING] = max(
+            peak_bytes(
+                member.module,
+                on_meta(member.module),
+                _meta(rows, member.input.num_channels, *(member.input.size,) * 2, dtype=dtype),
+            )
+            for member in members
+        )
+    return counts
+
+
+def _sampler_bytes(
+    config: DistillConfig, denoiser: Denoiser, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Estimate the bytes of the activations of one micro-batch of images."""
+    sampler = config.sampler
+    size = max(sampler.micro_batch_images, FEWEST_IMAGES)
+    scales = [sampler.guidance_scale, *sampler.class_guidance.values()]
+    scales += [phase.guidance_scale for phase in sampler.phases]
+    is_doubled = set(scales) != {1} and not denoiser.takes_guidance
+    rows = 2 * size if is_doubled else size
+    inputs = [_meta(rows, *denoiser.latent_shape, dtype=dtype), _meta(rows)]
+    inputs.append(_meta(rows, dtype=torch.int64))
+    if denoiser.takes_guidance:
+        inputs.append(_meta(rows))
+    need = peak_bytes(denoiser.module, on_meta(denoiser.module), *inputs)
+    if denoiser.decoder is not None:
+        latents = _meta(min(size, MOST_DECODED[device.type]), *denoiser.latent_shape, dtype=dtype)
+        need = max(need, peak_bytes(denoiser.decoder, on_meta(denoiser.decoder), latents))
+    # State, estimate, noise and prediction of a step in float32, and the images.
+    states = 4 * 4 * size * math.prod(denoiser.latent_shape)
+    return need + states + size * math.prod(denoiser.image_shape)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _num_weights(images: Denoiser | OpenSource) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -54,6 +54,8 @@ def load_parts(job: ResolvedJob) -> Parts:
     # A class_map states the order of the classes, so that other names are compared, not mapped.
     names = () if config.teacher.class_map else teachers.class_names["teacher"]
     test_set = open_test_set(config.eval.path, config.eval.classes, device, num_classes, names)
+    if isinstance(test_set, EncodedSet):
+        test_set = replace(test_set, is_repeated=config.eval.num_points > 1)
     if config.source is None and config.eval.classes is None:
         names = denoiser_class_names(config.denoiser)
         compare_class_names("denoiser.path", names, test_set.class_names, setting="eval.classes")

@@ -15,7 +15,7 @@ from dmkd_fast.classifiers.loading import save_classifier, timm_lines
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.jobs import run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, evaluate_run
-from dmkd_fast.jobs.images import card_sentence
+from dmkd_fast.jobs.images import attention_facts, card_sentence
 from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.jobs.report.live import LivePage
 from dmkd_fast.jobs.report.scores import evaluation_facts
@@ -49,6 +49,7 @@ def write(
         summary = {
             **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
             **distiller.totals(),
+            **attention_facts(parts.origin, distiller.device, config.dtype),
             "denoiser_license": parts.origin.license,
             "teacher_license": parts.teachers.license,
             "run_dir": str(folder),

@@ -83,18 +83,15 @@ class LogitsMaker:
         spec = ViewSpec(size=input.size, mean=input.mean, std=input.std, device=job.device)
         views = Views(spec, **plan.views, seed=job.config.seed)
         self._targets = Targets(teachers.together, views, input=input, dtype=job.dtype)
-        self._plan = plan
+        self._plan, self._num_classes = plan, teachers.num_classes["teacher"]
 
-    def make(self, images: Tensor, labels: Tensor, ids: Tensor) -> Iterator[dict[str, bytes]]:
-        """Yield the arrays of each image, as `ShardWriter.add` takes them.
+    def start(self, images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """Compute what `finish` needs on the host, without waiting for the device.
 
         Args:
             images: Images (n, c, H, W) uint8.
             labels: Their classes (n,) int64.
             ids: Their ids (n,) int64.
-
-        Raises:
-            UserError: Logits are not finite in float16.
         """
         slots, found = torch.arange(len(ids), device=images.device), []
         for view in range(self._plan.views_per_image):
@@ -102,13 +99,23 @@ class LogitsMaker:
             seen = self._targets.render(images, slots, ids, uses, progress=0.0)
             found.append(self._targets.logits(seen, labels, progress=0.0).to(torch.float16))
         logits = torch.stack(found, dim=1)  # (n, V, C)
-        if not logits.isfinite().all():
+        return {**self._arrays(logits), "is_finite": logits.isfinite().all()}
+
+    def finish(self, started: dict[str, Tensor]) -> Iterator[dict[str, bytes]]:
+        """Yield the arrays of each image, as `ShardWriter.add` takes them.
+
+        Args:
+            started: Result of `start`, on the host.
+
+        Raises:
+            UserError: Logits are not finite in float16.
+        """
+        if not started["is_finite"]:
             fix = "use another teacher, as its logits do not fit into float16"
             raise invalid("--teacher-logits", "logits that are not finite", "finite ones", fix)
-        arrays = self._plan.arrays(logits.shape[-1])
-        made = {name: values.cpu().numpy() for name, values in self._arrays(logits).items()}
-        made = {name: made[name].astype(dtype) for name, (dtype, _) in arrays.items()}
-        for row in range(len(ids)):
+        arrays = self._plan.arrays(self._num_classes)
+        made = {name: started[name].numpy().astype(dtype) for name, (dtype, _) in arrays.items()}
+        for row in range(len(next(iter(made.values())))):
             yield {
                 name: np.ascontiguousarray(values[row]).tobytes() for name, values in made.items()
             }

@@ -14,35 +14,93 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+# Waits whose events are kept although they have passed; the next ones are counted at once.
+MOST_UNREAD = 64
 
-class SingleStream:
-    """Measure how long producer and consumer wait on one stream, where no ordering is needed."""
+
+class _Waits:
+    """Waits of producer and consumer, each between two events."""
 
     def __init__(self) -> None:
+        # Bounded, so that a caller who never reads them does not collect events without end.
+        self._waits: deque[tuple[str, Any, Any]] = deque(maxlen=1000)
         self._seconds = {"producer": 0.0, "consumer": 0.0}
-        self._idle_since = time.perf_counter()
+
+    def append(self, wait: tuple[str, Any, Any]) -> None:
+        """Add who waited, from which event, and until which one."""
+        self._waits.append(wait)
+        while len(self._waits) > MOST_UNREAD and all(e.query() for e in self._waits[0][1:]):
+            self._read_first()
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds that each waited since the last call; wait for all events."""
+        while self._waits:
+            for event in self._waits[0][1:]:
+                event.synchronize()
+            self._read_first()
+        seconds, self._seconds = self._seconds, {"producer": 0.0, "consumer": 0.0}
+        return seconds
+
+    def _read_first(self) -> None:
+        who, begin, end = self._waits.popleft()
+        self._seconds[who] += max(0.0, begin.elapsed_time(end)) / 1e3
+
+
+class _HostEvent:
+    """A moment of the host, with what is used of the interface of `torch.cuda.Event`."""
+
+    def __init__(self) -> None:
+        self.at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _HostEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class SingleStream:
+    """Measure how long producer and consumer wait on one stream, where no ordering is needed.
+
+    Args:
+        device: Device of the ring, whose clock measures. The host only queues the work of a GPU.
+    """
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self._waits = _Waits()
+        self._now: Callable[[], Any] = _HostEvent
+        if device.type == "cuda":
+            self._now = lambda: _record(torch.cuda.current_stream(device))
+        self._idle_since = self._now()
 
     @contextmanager
     def producing(self) -> Iterator[None]:
         """Measure the waits: the consumer waits while this context is open, else the producer."""
-        started = time.perf_counter()
-        self._seconds["producer"] += started - self._idle_since
+        begin = self._now()
+        self._waits.append(("producer", self._idle_since, begin))
         try:
             yield
         finally:
-            self._idle_since = time.perf_counter()
-            self._seconds["consumer"] += self._idle_since - started
+            self._idle_since = self._now()
+            self._waits.append(("consumer", begin, self._idle_since))
 
     def waits_s(self) -> dict[str, float]:
-        """Return the seconds of host time that each of the two waited since the last call."""
-        seconds, self._seconds = self._seconds, {"producer": 0.0, "consumer": 0.0}
-        return seconds
+        """Return the seconds that each of the two waited since the last call.
+
+        On CUDA, the host waits here for the events of the stream.
+        """
+        return self._waits.take()
 
     def before_write(self) -> None:
         """Do nothing: one stream needs no wait."""
@@ -73,10 +131,9 @@ class ProducerStream:
 
     def __init__(self, device: torch.device, *, guard_blocks: int) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._written = self._record(self._stream)
-        # Bounded, so that a caller who never reads `waits_s` does not collect events without end.
-        self._waits: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=1000)
-        self._read = self._record(torch.cuda.current_stream(device))
+        self._written = _record(self._stream)
+        self._waits = _Waits()
+        self._read = _record(torch.cuda.current_stream(device))
         self._left = deque([self._read] * guard_blocks, maxlen=guard_blocks)
         self._is_unread = self._was_joined = False
 
@@ -84,7 +141,7 @@ class ProducerStream:
         """Make the producer wait until the slots it will overwrite have been read."""
         if self._was_joined:
             self._restart()
-        idle = self._record(self._stream)
+        idle = _record(self._stream)
         self._stream.wait_event(self._left[0])
         self._waits.append(("producer", idle, self._left[0]))
 
@@ -95,7 +152,7 @@ class ProducerStream:
             try:
                 yield
             finally:
-                self._written = self._record(self._stream)
+                self._written = _record(self._stream)
 
     def before_commit(self, *tensors: Tensor) -> None:
         """Make the consumer wait for the block, and keep the memory of `tensors` for the consumer.
@@ -110,7 +167,7 @@ class ProducerStream:
         if self._is_unread:
             raise RuntimeError("commit: drawn slots may still be read; call release() first")
         consumer = torch.cuda.current_stream()
-        idle = self._record(consumer)
+        idle = _record(consumer)
         consumer.wait_event(self._written)
         self._waits.append(("consumer", idle, self._written))
         for tensor in tensors:
@@ -126,7 +183,7 @@ class ProducerStream:
 
     def after_gather(self) -> None:
         """Record that work queued on the current stream reads everything drawn so far."""
-        self._read = self._record(torch.cuda.current_stream())
+        self._read = _record(torch.cuda.current_stream())
         self._is_unread = False
 
     def join(self) -> None:
@@ -140,7 +197,7 @@ class ProducerStream:
 
     def _restart(self) -> None:
         """Make the next blocks wait for everything on the current stream."""
-        self._read = self._record(torch.cuda.current_stream())
+        self._read = _record(torch.cuda.current_stream())
         self._left.extend([self._read] * len(self._left))
         self._was_joined = False
 
@@ -149,23 +206,17 @@ class ProducerStream:
 
         The host waits here for the events of both streams.
         """
-        seconds = {"producer": 0.0, "consumer": 0.0}
-        for who, idle, event in self._waits:
-            event.synchronize()
-            idle.synchronize()
-            seconds[who] += max(0.0, idle.elapsed_time(event)) / 1e3
-        self._waits.clear()
-        return seconds
-
-    @staticmethod
-    def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        stream.record_event(event)
-        return event
+        return self._waits.take()
 
 
 def streams_for(device: torch.device, *, guard_blocks: int) -> SingleStream | ProducerStream:
     """Give the producer a stream of its own if the device has streams and the ring has a guard."""
     if device.type == "cuda" and guard_blocks:
         return ProducerStream(device, guard_blocks=guard_blocks)
-    return SingleStream()
+    return SingleStream(device)
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    stream.record_event(event)
+    return event

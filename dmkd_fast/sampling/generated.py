@@ -47,6 +47,11 @@ class GeneratedImages:
         self.labels, self._ranks = labels, ranks
         self.samplers = ((0.0, sampler), *later)
         """All samplers, each after the progress of the run from which on it is used."""
+        if later and sampler.device.type == "cuda":
+            # One sampler runs at a time, and its images are copied before another one runs.
+            pool = torch.cuda.graph_pool_handle()
+            for _, each in self.samplers:
+                each.graph_pool = pool
 
     @property
     def rewrites(self) -> list[Callable[..., Tensor]]:

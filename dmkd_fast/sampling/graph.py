@@ -31,10 +31,17 @@ class CudaGraph:
     Args:
         make: Function of ids and labels, (B,) int64 each, that never waits for the device.
         ids, labels: Inputs of the warm-up runs; later inputs have the same shape.
+        pool: Memory pool of other graphs that never run at the same time as this one, as
+            `torch.cuda.graph_pool_handle` makes it; None: a pool of its own.
     """
 
     def __init__(
-        self, make: Callable[[Tensor, Tensor], Tensor], ids: Tensor, labels: Tensor
+        self,
+        make: Callable[[Tensor, Tensor], Tensor],
+        ids: Tensor,
+        labels: Tensor,
+        *,
+        pool: Any = None,
     ) -> None:
         self._ids, self._labels = ids.clone(), labels.clone()
         # Compilation and lazy initialization must be done before the capture.
@@ -45,7 +52,7 @@ class CudaGraph:
                 make(self._ids, self._labels)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool):
             self._images = make(self._ids, self._labels)
 
     def __call__(self, ids: Tensor, labels: Tensor) -> Tensor:

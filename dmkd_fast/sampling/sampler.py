@@ -15,6 +15,7 @@ guidance in an interval (arXiv 2404.07724); for the solvers, see `sampling/solve
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,8 @@ class DiffusionSampler:
         denoiser, steps, guidance: Arguments of the sampler.
         num_made: Number of images made so far, padding of micro-batches included.
         num_broken: Number of these with a value that is not finite, () int64 on the device.
+        graph_pool: Memory of the CUDA graph, to be set before the first image: a handle that
+            samplers share which never run at the same time; None: memory of its own.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class DiffusionSampler:
             if self.device.type == "cuda":
                 self._finish = compiled(decode)
         self._graph: CudaGraph | None = None
+        self.graph_pool: Any = None
         self.num_made = 0
         self.num_broken = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -173,7 +177,7 @@ class DiffusionSampler:
         if self.device.type != "cuda":
             return self._make(ids, labels)
         if self._graph is None:
-            self._graph = CudaGraph(self._make, ids, labels)
+            self._graph = CudaGraph(self._make, ids, labels, pool=self.graph_pool)
             self.num_broken.zero_()  # the warm-up runs of the graph counted too
         return self._graph(ids, labels)
 

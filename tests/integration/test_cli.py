@@ -56,6 +56,7 @@ def test_distill_leaves_a_complete_run_that_evaluate_reproduces(
         "views_per_s",
         "wall_s",
         "cpu_s",
+        "attention",
         "denoiser_license",
         "teacher_license",
         "run_dir",

@@ -80,6 +80,8 @@ def test_healthy_embedded_job_has_no_fault(
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert [f for f in found["findings"] if not f["ok"]] == []
+    [attention] = [f["what"] for f in found["findings"] if f["name"] == "attention"]
+    assert attention.endswith("(short)") or "(sdpa " in attention  # what ran, by name
     assert found["ok"] and code == 0 and "WARNING" not in err
     assert not list(tmp_path.iterdir())
     names = [f["name"] for f in found["findings"]]

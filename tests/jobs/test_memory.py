@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import distill as distill_job
 from dmkd_fast.jobs import memory, networks, parts
+from dmkd_fast.jobs.inspect.activations import peak_bytes
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training import scoring
@@ -171,6 +174,65 @@ def test_what_fits_exactly_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: need - 1)
     with pytest.raises(UserError, match=r"ring.capacity_images: .* lower it to at most 128"):
         memory.check(job, loaded)
+
+
+class Chain(nn.Module):
+    """Two layers, of which the first makes the larger output; the input is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).view(2, -1, 64)  # A view takes nothing.
+        out = self.second(hidden)
+        del hidden
+        return torch.cat((out, out), dim=-1).relu_()
+
+
+def test_the_peak_of_a_forward_pass_counts_what_is_alive_at_once() -> None:
+    model = Chain()
+    for dtype, size in ((torch.float32, 4), (torch.float16, 2)):
+        x = torch.empty(6, 8, dtype=dtype, device="meta")
+        assert peak_bytes(model, memory.on_meta(model), x) == size * 6 * (64 + 16)
+    assert next(model.parameters()).device.type == "cpu"
+
+
+def test_attention_counts_its_output_and_not_its_scores() -> None:
+    class Attends(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    x = torch.empty(2, 3, 4096, 8, device="meta")
+    assert peak_bytes(Attends(), {}, x) == 4 * x.numel()
+
+
+def test_on_a_gpu_the_plan_has_the_graph_of_the_sampler_and_all_activations() -> None:
+    guided = [*SHORT, "sampler.guidance_scale=2"]
+    job, loaded = parts.prepare(load_config(DistillConfig, CONFIG, guided))
+    on_cpu = memory.plan(job, loaded)
+    assert not {memory.GRAPH, memory.TEACHING} & set(on_cpu)
+    job = replace(job, device=torch.device("cuda", 0), dtype=torch.float16, compile_student=True)
+    found = memory.plan(job, loaded)
+    assert found[memory.SAVED] > 0 and found[memory.TEACHING] > 0  # compiled or not
+    fewer = load_config(DistillConfig, job.config, {"sampler": {"micro_batch_images": 32}})
+    size = job.config.sampler.micro_batch_images
+    assert size == 64
+    assert found[memory.GRAPH] / memory.plan(replace(job, config=fewer), loaded)[memory.GRAPH] > 1.9
+    plain = load_config(DistillConfig, job.config, {"sampler": {"guidance_scale": 1}})
+    half = memory.plan(replace(job, config=plain), loaded)[memory.GRAPH]
+    assert 1.8 < found[memory.GRAPH] / half < 2.1
+    assert isinstance(loaded.origin, Denoiser)
+    module: Any = loaded.origin.module
+    width = module.num_heads * module.head_dim
+    # The hidden layer of a block before and after its gelu, for both halves of the guidance.
+    # Without compilation, gelu computes in float32, with twice the bytes.
+    hidden = 2 * size * module.num_tokens * 4 * width * 2
+    assert 2 * hidden < found[memory.GRAPH] < 6 * hidden
+    need = sum(found.values()) - found["test images"]
+    assert memory.check(job, loaded, need) == job.config.ring.capacity_images
+    with pytest.raises(UserError, match="memory: got"):
+        memory.check(job, loaded, found[memory.GRAPH])
 
 
 @pytest.mark.parametrize("error", [CPU_ERROR, MemoryError(), torch.OutOfMemoryError("CUDA")])

@@ -135,7 +135,12 @@ def test_names_and_split_travel_from_the_folder_to_the_job(
         "eval": {"path": str(parts / "test")},
     }
     path.write_text(yaml.safe_dump(job))
-    assert load_parts(resolve(load_config(DistillConfig, path))).student_spec.in_chans == 3
+    for num_points in (1, 3):  # Decoded pixels are kept only for further evaluations.
+        config = load_config(DistillConfig, path, [f"eval.num_points={num_points}"])
+        loaded = load_parts(resolve(config))
+        assert loaded.student_spec.in_chans == 3
+        assert isinstance(loaded.test_set, EncodedSet)
+        assert loaded.test_set.is_repeated == (num_points > 1)
     (tmp_path / "few" / "model" / "classes.txt").write_text("bee\nant\ncat\n")
     with pytest.raises(UserError, match=r"class 0 is 'bee' in denoiser.path and 'ant'"):
         load_parts(resolve(load_config(DistillConfig, path)))

@@ -35,6 +35,9 @@ class Event:
         Event.count += 1
         self.number = Event.count
 
+    def query(self) -> bool:
+        return False
+
 
 class Log:
     """The engine, the streams, the memory of the producer, and which calls are left out."""
@@ -369,12 +372,14 @@ def test_the_producer_has_its_own_stream_exactly_on_cuda_with_a_guard(
 
 
 @pytest.mark.parametrize("guard", [1, 3])
-def test_a_writer_waits_for_gathers_of_its_own_slots_and_not_for_the_newest(guard: int) -> None:
+def test_a_writer_waits_for_gathers_of_its_own_slots_and_not_for_the_newest(
+    guard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Slots stop being drawn `guard` commits before they are written again."""
     streams: Any = ProducerStream.__new__(ProducerStream)
     waited: list[int] = []
-    streams._stream = SimpleNamespace(wait_event=waited.append)
-    streams._record = lambda stream: "idle"
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    streams._stream = SimpleNamespace(wait_event=waited.append, record_event=lambda event: None)
     streams._waits, streams._was_joined = [], False
     streams._left = deque([0] * guard, maxlen=guard)
     for number in range(1, 8):  # a gather, then a commit, then the next write
@@ -382,3 +387,50 @@ def test_a_writer_waits_for_gathers_of_its_own_slots_and_not_for_the_newest(guar
         streams.after_commit()
         streams.before_write()
     assert waited == [max(0, number - guard + 1) for number in range(1, 8)]
+
+
+class TimedEvent:
+    """An event on a device whose clock is `now`, in seconds."""
+
+    now, unread = 0.0, 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        TimedEvent.unread += 1
+
+    def record(self) -> None:
+        self.at = TimedEvent.now
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: TimedEvent) -> float:
+        TimedEvent.unread -= 1
+        return 1e3 * (end.at - self.at)
+
+
+def test_without_overlap_a_gpu_measures_the_waits_and_the_host_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = SimpleNamespace(record_event=lambda event: event.record())
+    devices: list[torch.device] = []
+
+    def current_stream(device: torch.device) -> Any:
+        devices.append(device)
+        return stream
+
+    monkeypatch.setattr(torch.cuda, "Event", TimedEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    device = torch.device("cuda", 1)
+    streams = streams_for(device, guard_blocks=0)
+    for _ in range(200):  # The host takes no time; the device works on what it was given.
+        TimedEvent.now += 0.25
+        with streams.producing():
+            TimedEvent.now += 3
+        assert TimedEvent.unread < 80  # Events that have passed do not pile up.
+    assert streams.waits_s() == {"producer": 50.0, "consumer": 600.0}
+    assert streams.waits_s() == {"producer": 0.0, "consumer": 0.0}
+    assert set(devices) == {device}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
 from small_jobs import tiny_sampler
 
+from benchmarks.fake_cuda import pretended
 from dmkd_fast import GeneratedImages, LabelStream
 from dmkd_fast.runtime.errors import UserError
 
@@ -35,3 +39,25 @@ def test_later_samplers_whose_progress_does_not_rise_are_refused(starts: list[fl
     later = [(start, tiny_sampler()) for start in starts]
     with pytest.raises(UserError, match=r"^later: got starts .* expected rising numbers between 0"):
         GeneratedImages(LabelStream(4), tiny_sampler(), later=later)
+
+
+def test_samplers_that_never_run_together_share_the_memory_of_their_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pools: list[Any] = []
+
+    def graph(cuda_graph: object, pool: Any = None) -> Any:
+        pools.append(pool)
+        return contextlib.nullcontext()
+
+    with pretended():
+        handles = iter("ab")
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        alone, *three = (tiny_sampler(device="cuda:0") for _ in range(4))
+        GeneratedImages(LabelStream(4), alone)
+        GeneratedImages(LabelStream(4), three[0], later=[(0.3, three[1]), (0.6, three[2])])
+        ids = torch.arange(4, device="cuda:0")
+        for sampler in (alone, *three):
+            sampler.sample(ids, ids, out=torch.empty((4, 1, 8, 8), dtype=torch.uint8))
+    assert pools == [None, "a", "a", "a"]

@@ -232,6 +232,24 @@ def test_the_host_is_at_most_two_blocks_ahead_of_a_gpu(
     assert FakeEvent.waited == FakeEvent.recorded[:-2]
 
 
+def test_sigterm_during_a_fill_is_served_before_another_block_is_queued(
+    make_distiller: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Event(FakeEvent):
+        def synchronize(self) -> None:
+            super().synchronize()
+            signal.raise_signal(signal.SIGTERM)  # It arrives while the host waits.
+
+    distiller = make_distiller(num_views=10_000)
+    distiller.feed.in_flight = InFlight(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    FakeEvent.recorded, FakeEvent.waited = [], []
+    with pytest.raises(KeyboardInterrupt):
+        distiller.fit()
+    assert len(FakeEvent.recorded) == 2 and FakeEvent.waited == FakeEvent.recorded[:1]
+    assert list(distiller.checkpoints.folder.glob("step-*"))
+
+
 def test_a_cpu_never_waits_for_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", None)
     in_flight = InFlight(torch.device("cpu"))

@@ -131,6 +131,8 @@ def attention_kernel(job: ResolvedJob, denoiser: Denoiser) -> Finding:
     kinds = ("short_attention", "xformers_attention", "scaled_dot_product")
     used = [name for name in sorted(recorder.names) if any(kind in name for kind in kinds)]
     text = ", ".join(used) or "none of the fused kinds"
+    if isinstance(module, LeanDiT):
+        text += f" ({module.attention_operator(device, job.dtype)})"
     means = "images are generated more slowly than they could be"
     if isinstance(module, LeanDiT) and device.type == "cpu":
         most = attention.MOST_SHORT_TOKENS[torch.cpu._is_amx_tile_supported()]

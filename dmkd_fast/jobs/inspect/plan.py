@@ -106,7 +106,9 @@ def make(
     ring = memory.ring_plan(job.config, parts.origin.image_shape, job.ranks)
     forwards = forwards_per_image(job, parts)
     images, views = _images(job, parts, ring), job.schedule.num_steps * job.schedule.batch_size
-    largest = memory.check(job, parts, have)
+    # The memory of another machine is that of a GPU, where activations are counted as well.
+    placed = job if have is None else replace(job, device=torch.device("cuda", 0))
+    largest = memory.check(placed, parts, have)
     found: dict[str, Any] = {
         "flops": {
             "denoiser_forward": flops.denoiser,
@@ -125,7 +127,7 @@ def make(
             "batch_size": job.schedule.batch_size,
             "evaluations": job.schedule.num_evaluations,
         },
-        "memory_bytes": memory.plan(job, parts),
+        "memory_bytes": memory.plan(placed, parts),
         "largest_capacity_images": largest,
         "rates": {
             "origin": rates.origin,
