@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmkd_fast.denoisers import attention
-from dmkd_fast.denoisers.kernels import gelu_tanh, modulated_norm, residual_norm
+from dmkd_fast.denoisers.kernels import linear_gelu, modulated_norm, residual_norm
 
 EMBEDDER = "norm1.emb."
 
@@ -145,11 +145,15 @@ class DiTBlock(nn.Module):
             kind: Attention kernel.
         """
         gate, shift, scale, gate_mlp, next_shift, next_scale = modulation.unbind(1)
-        qkv = F.linear(normed, self.qkv.weight).unflatten(2, (3, self.num_heads, -1))
-        mixed = attention.attend(qkv, self.qkv.bias, kind).flatten(2)  # (B, T, D)
+        # On CUDA, a product adds its bias for free; on a CPU, the pass after it does.
+        early, late = None, self.qkv.bias
+        if x.device.type != "cpu":
+            early, late = late, early
+        qkv = F.linear(normed, self.qkv.weight, early).unflatten(2, (3, self.num_heads, -1))
+        mixed = attention.attend(qkv, late, kind).flatten(2)  # (B, T, D)
         mixed = F.linear(mixed, self.project.weight)
         x, normed = residual_norm(x, mixed, self.project.bias, gate, shift, scale, eps=self.eps)
-        hidden = gelu_tanh(F.linear(normed, self.up.weight), self.up.bias)
+        hidden = linear_gelu(normed, self.up.weight, self.up.bias)
         hidden = F.linear(hidden, self.down.weight)
         return residual_norm(x, hidden, self.down.bias, gate_mlp, next_shift, next_scale, eps=1e-6)
 
