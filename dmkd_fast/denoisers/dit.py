@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmkd_fast.denoisers import attention
-from dmkd_fast.denoisers.kernels import linear_gelu, modulated_norm, residual_norm
+from dmkd_fast.denoisers.kernels import (
+    fp8_linear,
+    gelu_tanh,
+    linear_gelu,
+    modulated_norm,
+    quantize_rows,
+    residual_norm,
+)
+from dmkd_fast.runtime.errors import invalid
 
 EMBEDDER = "norm1.emb."
 
@@ -81,6 +89,22 @@ class LeanDiT(nn.Module):
         )
         return self.attention
 
+    def use_fp8(self) -> None:
+        """Run the products of the blocks in 8 bits from now on; see `kernels.fp8_linear`.
+
+        The weights are rounded now, so the module is on its device already.
+
+        Raises:
+            UserError: The width is not divisible by 16.
+        """
+        width = self.num_heads * self.head_dim
+        if width % 16:
+            expected, fix = "a width divisible by 16", "set it to false"
+            raise invalid("sampler.experimental_fp8", f"a DiT of width {width}", expected, fix)
+        for block in self.blocks:
+            for product in block.children():
+                product.fp8_weight = quantize_rows(product.weight)
+
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return the prediction, (B, out_channels, h, w).
 
@@ -114,6 +138,18 @@ class LeanDiT(nn.Module):
         return condition
 
 
+class Product(nn.Linear):
+    """A matrix product that leaves its bias to the caller, in 8 bits if it has such a weight."""
+
+    fp8_weight: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, values: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply (..., C), and add the bias that is given."""
+        if self.fp8_weight is not None:
+            return fp8_linear(values, self.fp8_weight, bias)
+        return F.linear(values, self.weight, bias)
+
+
 class DiTBlock(nn.Module):
     """One transformer block, without the norm before its attention and with that of the next.
 
@@ -128,8 +164,8 @@ class DiTBlock(nn.Module):
     def __init__(self, width: int, num_heads: int, *, bias: bool, eps: float) -> None:
         super().__init__()
         self.num_heads, self.eps = num_heads, eps
-        self.qkv, self.project = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.qkv, self.project = Product(width, 3 * width, bias=bias), Product(width, width)
+        self.up, self.down = Product(width, 4 * width), Product(4 * width, width)
 
     def forward(
         self, x: Tensor, normed: Tensor, modulation: Tensor, kind: attention.Attention
@@ -149,12 +185,15 @@ class DiTBlock(nn.Module):
         early, late = None, self.qkv.bias
         if x.device.type != "cpu":
             early, late = late, early
-        qkv = F.linear(normed, self.qkv.weight, early).unflatten(2, (3, self.num_heads, -1))
+        qkv = self.qkv(normed, early).unflatten(2, (3, self.num_heads, -1))
         mixed = attention.attend(qkv, late, kind).flatten(2)  # (B, T, D)
-        mixed = F.linear(mixed, self.project.weight)
+        mixed = self.project(mixed)
         x, normed = residual_norm(x, mixed, self.project.bias, gate, shift, scale, eps=self.eps)
-        hidden = linear_gelu(normed, self.up.weight, self.up.bias)
-        hidden = F.linear(hidden, self.down.weight)
+        if self.up.fp8_weight is None:
+            hidden = linear_gelu(normed, self.up.weight, self.up.bias)
+        else:
+            hidden = gelu_tanh(self.up(normed), self.up.bias)
+        hidden = self.down(hidden)
         return residual_norm(x, hidden, self.down.bias, gate_mlp, next_shift, next_scale, eps=1e-6)
 
 

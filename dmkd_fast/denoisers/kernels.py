@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dmkd_fast.runtime import native
 
+_MOST_E4M3 = 448.0  # largest number of float8_e4m3fn
 _LIBRARY = torch.library.Library("dmkd_fast", "FRAGMENT")
 _LIBRARY.define("gelu_tanh(Tensor input, Tensor bias) -> Tensor")
 _LIBRARY.define("linear_gelu(Tensor input, Tensor weight, Tensor bias) -> Tensor")
@@ -61,6 +62,51 @@ def linear_gelu(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return gelu_tanh(F.linear(values, weight), bias)
     result: Tensor = torch.ops.dmkd_fast.linear_gelu(values, weight, bias)
     return result
+
+
+def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to 8-bit floating-point numbers (e4m3), each row with a scale of its own.
+
+    Args:
+        values: (..., C).
+
+    Returns:
+        (..., C) float8_e4m3fn and scales (..., 1) float32. Their product is close to `values`.
+    """
+    wide = values.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / _MOST_E4M3
+    return (wide / scale).to(torch.float8_e4m3fn), scale
+
+
+def fp8_linear(values: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    """Compute `F.linear` of rows that are rounded to 8 bits and a weight that has been.
+
+    On a CPU, the product of the rounded numbers runs in float32, to see what rounding changes.
+
+    Args:
+        values: (..., C), bfloat16 on CUDA.
+        weight: `quantize_rows` of a weight (D, C); C and D divisible by 16.
+        bias: (D,), or None.
+
+    Returns:
+        (..., D), in the dtype of `values`.
+    """
+    rows, scale = quantize_rows(values.flatten(0, -2))
+    columns, column_scale = weight
+    if values.device.type == "cpu":
+        product = F.linear(rows.float(), columns.float()) * scale * column_scale.t()
+        product = (product if bias is None else product + bias).to(values.dtype)
+    else:
+        product = torch._scaled_mm(
+            rows,
+            columns.t(),
+            scale_a=scale,
+            scale_b=column_scale.t(),
+            bias=bias,
+            out_dtype=values.dtype,
+            use_fast_accum=True,
+        )
+    return product.unflatten(0, values.shape[:-1])
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
