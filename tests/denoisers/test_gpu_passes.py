@@ -16,10 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dmkd_fast.denoisers import attention
 from dmkd_fast.denoisers.dit import DiTBlock
-from dmkd_fast.denoisers.kernels import gelu_tanh, residual_norm
+from dmkd_fast.denoisers.kernels import gelu_tanh, quantize_rows, residual_norm
 
 IMAGES, TOKENS, WIDTH, HEADS = 2, 16, 64, 4
-PRODUCTS = ("mm", "addmm", "linear_gelu", "attention", "_scaled_mm")
+PRODUCTS = ("mm", "addmm", "linear_gelu", "xformers_attention", "_scaled_mm")
 VIEWS = (
     "view",
     "_unsafe_view",
@@ -42,11 +42,16 @@ class Passes:
     fuses it.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], *, fp8: bool = False) -> None:
         with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
             block = DiTBlock(WIDTH, HEADS, bias=True, eps=1e-5)
             x, normed = torch.empty(2, IMAGES, TOKENS, WIDTH).unbind()
-            traced = make_fx(lambda *args: forward(block, *args, "sdpa"))(
+            if fp8:
+                block.bfloat16()
+                for product in block.children():
+                    product.fp8_weight = quantize_rows(product.weight)
+                x, normed = x.bfloat16(), normed.bfloat16()
+            traced = make_fx(lambda *args: forward(block, *args, "xformers"))(
                 x, normed, torch.empty(IMAGES, 6, WIDTH)
             )
         self.products: list[str] = []
@@ -80,9 +85,8 @@ class Passes:
 
 
 def _name(node: Node) -> str:
-    """`mm` for `aten.mm.default`; `attention` for any attention."""
-    name = getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
-    return "attention" if "attention" in name else name
+    """Return `mm` for `aten.mm.default`."""
+    return str(getattr(node.target, "_opname", getattr(node.target, "__name__", "")))
 
 
 def _is_product(node: Node) -> bool:
@@ -119,5 +123,13 @@ def test_biases_and_gelu_of_a_block_are_no_passes_of_their_own() -> None:
     # query, key, value: read and write 3; residual and norm: 4; gelu: read and write 4; again 4.
     assert list(before.moved.values()) == [6, 4, 8, 4]
     assert list(now.moved.values()) == [4, 4]
-    assert before.products == ["mm", "attention", "mm", "mm", "mm"]
-    assert now.products == ["addmm", "attention", "mm", "linear_gelu", "mm"]
+    attention = "xformers_attention"
+    assert before.products == ["mm", attention, "mm", "mm", "mm"]
+    assert now.products == ["addmm", attention, "mm", "linear_gelu", "mm"]
+
+
+def test_rounding_to_8_bits_runs_in_the_passes_that_exist() -> None:
+    """All four products take 8 bits; the result of attention is the one that needs a pass."""
+    passes = Passes(DiTBlock.forward, fp8=True)
+    assert passes.products.count("_scaled_mm") == 4 and len(passes.products) == 5
+    assert len(passes.moved) == 5  # before each product, and the last residual and norm
