@@ -145,7 +145,8 @@ class Product(nn.Linear):
 
     def forward(self, values: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply (..., C), and add the bias that is given."""
-        if self.fp8_weight is not None:
+        # Operations are counted on the meta device, where the rounded weight is not.
+        if self.fp8_weight is not None and not values.is_meta:
             return fp8_linear(values, self.fp8_weight, bias)
         return F.linear(values, self.weight, bias)
 

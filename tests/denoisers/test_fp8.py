@@ -19,6 +19,7 @@ from dmkd_fast.config.loading import load_config
 from dmkd_fast.denoisers.dit import LeanDiT, lean_dit
 from dmkd_fast.denoisers.kernels import fp8_linear, quantize_rows
 from dmkd_fast.jobs import resolve
+from dmkd_fast.jobs.inspect.flops import generator_flops
 from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.graph import compiled
@@ -75,8 +76,10 @@ def test_cuda_gets_the_layouts_and_scales_that_its_product_takes(rows: int) -> N
 def test_a_dit_in_8_bits_is_close_and_compiles_to_one_graph_for_its_blocks() -> None:
     lean: Any = lean_dit(small_dit())
     sampler = dit_sampler(module=lean, count=2)
+    work = generator_flops(sampler.denoiser)
     plain = sampler.trajectory(torch.arange(4), torch.arange(4))[-1]
     lean.use_fp8()
+    assert generator_flops(sampler.denoiser) == work and work[0]
     rounded = sampler.trajectory(torch.arange(4), torch.arange(4))[-1]
     assert 1e-4 < (rounded - plain).norm() / plain.norm() < 0.1
     eager = make(sampler, torch.arange(4), 1000)
