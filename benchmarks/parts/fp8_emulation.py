@@ -26,7 +26,7 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import resolve
 from dmkd_fast.jobs.build import build
-from dmkd_fast.jobs.distill import distill
+from dmkd_fast.jobs.distill import run
 from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.training.distiller import Distiller
 
@@ -68,7 +68,8 @@ def main(argv: list[str]) -> None:
 
 def compare(path: Path, num_images: int) -> dict[str, Any]:
     """Differences between the arms' images, and their distances to real images."""
-    made, row = {}, {"images": num_images}
+    made: dict[str, Tensor] = {}
+    row: dict[str, Any] = {"images": num_images}
     for arm, overrides in ARMS.items():
         job, parts = prepare(load_config(DistillConfig, path, overrides))
         distiller = build(job, parts, show=False)
@@ -99,4 +100,6 @@ def top1(path: Path, overrides: list[str], seed: int) -> float:
     """Accuracy of the student of a whole job."""
     with tempfile.TemporaryDirectory() as folder:
         place = [f"run_dir={folder}/run", f"seed={seed}"]
-        return float(distill(str(path), [*overrides, *place], show=False)["top1"])
+        return float(
+            run(load_config(DistillConfig, path, [*overrides, *place]), show=False)["top1"]
+        )

@@ -13,6 +13,7 @@ Source: Peebles & Xie, DiT (arXiv 2212.09748), section 3 (adaLN-Zero).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -101,8 +102,8 @@ class LeanDiT(nn.Module):
         if width % 16:
             expected, fix = "a width divisible by 16", "set it to false"
             raise invalid("sampler.experimental_fp8", f"a DiT of width {width}", expected, fix)
-        for block in self.blocks:
-            for product in block.children():
+        for product in self.blocks.modules():
+            if isinstance(product, Product):
                 product.fp8_weight = quantize_rows(product.weight)
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
@@ -120,7 +121,9 @@ class LeanDiT(nn.Module):
         condition = F.silu(self._condition(timesteps, labels))  # (B, D)
         modulations = self.modulation(condition).unflatten(1, (2 + 6 * self.num_layers, -1))
         normed = modulated_norm(x, *modulations[:, :2].unbind(1), eps=1e-6)
-        run = _run_region if self.shares_block_graph else DiTBlock.forward
+        run: Callable[..., tuple[Tensor, Tensor]] = DiTBlock.forward
+        if self.shares_block_graph:
+            run = _run_region
         of_blocks = modulations[:, 2:].unflatten(1, (self.num_layers, 6)).unbind(1)
         for block, modulation in zip(self.blocks, of_blocks, strict=True):
             x, normed = run(block, x, normed, modulation, self.attention)
@@ -199,7 +202,7 @@ class DiTBlock(nn.Module):
 
 
 @torch.compiler.nested_compile_region
-def _run_region(block: DiTBlock, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _run_region(block: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     return DiTBlock.forward(block, *arguments)
 
 

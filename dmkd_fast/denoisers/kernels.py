@@ -106,7 +106,8 @@ def fp8_linear(values: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor | Non
             out_dtype=values.dtype,
             use_fast_accum=True,
         )
-    return product.unflatten(0, values.shape[:-1])
+    result: Tensor = product.unflatten(0, values.shape[:-1])
+    return result
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
@@ -189,7 +190,8 @@ def _eager_linear_gelu(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _cuda_linear_gelu(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # On CUDA, this gelu is the tanh approximation; on a CPU, it is the exact one.
     rows = torch._addmm_activation(bias, values.flatten(0, -2), weight.t(), use_gelu=True)
-    return rows.unflatten(0, values.shape[:-1])
+    result: Tensor = rows.unflatten(0, values.shape[:-1])
+    return result
 
 
 def _eager_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

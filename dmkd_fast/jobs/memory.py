@@ -123,7 +123,7 @@ def _weight_bytes(images: Denoiser | OpenSource, itemsize: int) -> int:
     modules = [module for part in parts for module in part.modules()]
     rounded = [getattr(module, "fp8_weight", None) or () for module in modules]
     count = sum(p.numel() for part in parts for p in part.parameters())
-    return itemsize * count + sum(w.nbytes for pair in rounded for w in pair)
+    return itemsize * count + sum(int(w.nbytes) for pair in rounded for w in pair)
 
 
 def batch_plan(

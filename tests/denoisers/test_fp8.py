@@ -16,7 +16,7 @@ from benchmarks.fake_cuda import pretended
 from dmkd_fast import Denoiser
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
-from dmkd_fast.denoisers.dit import LeanDiT, lean_dit
+from dmkd_fast.denoisers.dit import Product, lean_dit
 from dmkd_fast.denoisers.kernels import fp8_linear, quantize_rows
 from dmkd_fast.jobs import resolve
 from dmkd_fast.jobs.inspect.flops import generator_flops
@@ -128,5 +128,6 @@ def test_the_setting_is_checked_before_anything_is_loaded_and_reaches_the_denois
         prepare(load_config(DistillConfig, CONFIG, missing))
     monkeypatch.setattr(resolve, "check_fp8", lambda *_: None)
     _, parts = prepare(load_config(DistillConfig, CONFIG, wanted))
-    assert isinstance(parts.origin, Denoiser) and isinstance(parts.origin.module, LeanDiT)
-    assert all(block.up.fp8_weight is not None for block in parts.origin.module.blocks)
+    assert isinstance(parts.origin, Denoiser)
+    products = [m for m in parts.origin.module.modules() if isinstance(m, Product)]
+    assert len(products) == 20 and all(m.fp8_weight is not None for m in products)

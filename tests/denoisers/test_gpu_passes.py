@@ -44,7 +44,7 @@ class Passes:
 
     def __init__(self, forward: Callable[..., Any], *, fp8: bool = False) -> None:
         with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
-            block = DiTBlock(WIDTH, HEADS, bias=True, eps=1e-5)
+            block: Any = DiTBlock(WIDTH, HEADS, bias=True, eps=1e-5)
             x, normed = torch.empty(2, IMAGES, TOKENS, WIDTH).unbind()
             if fp8:
                 block.bfloat16()

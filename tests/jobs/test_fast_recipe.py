@@ -43,11 +43,13 @@ def test_only_the_making_of_images_differs_from_the_published_recipe() -> None:
 def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that put small networks and images in place of those of ImageNet."""
     root = tmp_path_factory.mktemp("fast")
-    scheduler = DDPMScheduler(
+    make_scheduler: Any = DDPMScheduler
+    scheduler = make_scheduler(
         variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
     )
     dit_folder(root / "dit", scheduler=scheduler)
-    tiny = diffusers.AutoencoderTiny(
+    make_tiny: Any = diffusers.AutoencoderTiny
+    tiny = make_tiny(
         encoder_block_out_channels=(8,) * len(VAE["block_out_channels"]),
         decoder_block_out_channels=(8,) * len(VAE["block_out_channels"]),
         num_encoder_blocks=(1,) * len(VAE["block_out_channels"]),
