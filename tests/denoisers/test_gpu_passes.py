@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ VIEWS = (
 )
 
 
+@contextmanager
+def bfloat16() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 class Passes:
     """The passes between products, each with the activations of (B, T, D) that it moves.
 
@@ -43,14 +51,12 @@ class Passes:
     """
 
     def __init__(self, forward: Callable[..., Any], *, fp8: bool = False) -> None:
-        with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        with FakeTensorMode(), torch.device("cuda"), bfloat16(), torch.no_grad():
             block: Any = DiTBlock(WIDTH, HEADS, bias=True, eps=1e-5)
             x, normed = torch.empty(2, IMAGES, TOKENS, WIDTH).unbind()
             if fp8:
-                block.bfloat16()
                 for product in block.children():
                     product.fp8_weight = quantize_rows(product.weight)
-                x, normed = x.bfloat16(), normed.bfloat16()
             traced = make_fx(lambda *args: forward(block, *args, "xformers"))(
                 x, normed, torch.empty(IMAGES, 6, WIDTH)
             )
