@@ -41,7 +41,7 @@ ARMS = {
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the arguments of the command line."""
     parser = arguments("fp8-emulation", __doc__ or "", selects=("students",))
-    parser.add_argument("--images", type=int, default=2048, help="images per denoiser and arm")
+    parser.add_argument("--images", type=int, default=1024, help="images per denoiser and arm")
     parser.add_argument("--views", type=int, default=60_000, help="views per student")
     parser.add_argument("--students", type=int, default=0, help="students per denoiser and arm")
     return parser.parse_args(argv)
