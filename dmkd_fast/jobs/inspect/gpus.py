@@ -7,8 +7,8 @@ were counted on the meta device, rates of kernels assumed (products 620 TFLOP/s,
 convolutions 300 to 400, memory 2.9 TB/s). They give 0.44 ms for a forward pass of DiT-XL/2 (237
 GFLOP), 2.0 ms for an image of Stable Diffusion's decoder (528 GFLOP), 0.18 ms for one of TAESD (35
 GFLOP), 0.12 ms for a view with ResNet-18 as student and teacher (14.5 GFLOP), and 0.33 ms for one
-with a ResNet-50 student (28 GFLOP). The fractions are those of these times, rounded. Other GPUs are
-assumed to reach the same fractions; small networks reach less.
+with a ResNet-50 student (28 GFLOP). The fractions are those of these times, rounded down to tenths.
+Other GPUs are assumed to reach the same fractions; small networks reach less.
 """
 
 from __future__ import annotations
