@@ -35,6 +35,10 @@ NAMES = {
         "findings.finding_3",
         "three teachers, two students, three temperatures (3 seeds)",
     ),
+    "fp8-emulation": (
+        "parts.fp8_emulation",
+        "what products in 8 bits change: images, Frechet distance, students",
+    ),
     "imagenet": ("job.imagenet", "ImageNet shapes: sampler, training step, cost of a whole job"),
     "kd-loss": ("loss.kd_loss", "the fused loss against eager PyTorch and torch.compile"),
     "kd-loss-accuracy": ("loss.kd_loss_accuracy", "its errors against float64, beside eager's"),

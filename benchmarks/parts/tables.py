@@ -126,8 +126,35 @@ def cuda_facts(rows: list[Row]) -> str:
     return table(header, body, note)
 
 
+def fp8_emulation(rows: list[Row]) -> str:
+    """Write the table of emulated products in 8 bits."""
+    header = [
+        "job",
+        "Frechet distance: float32",
+        "bf16",
+        "fp8",
+        "levels from bf16: float32",
+        "fp8",
+        "student top-1: bf16",
+        "fp8",
+    ]
+    body = []
+    for row in rows:
+        figures = [f"{row[f'frechet_{arm}']:.4f}" for arm in ("float32", "bf16", "fp8")]
+        figures += [f"{row[f'levels_{arm}']:.3f}" for arm in ("float32", "fp8")]
+        students = [row.get(f"top1_{arm}") for arm in ("bf16", "fp8")]
+        figures += ["not run" if top1 is None else f"{top1:.4f}" for top1 in students]
+        body.append([row["job"], *figures])
+    note = (
+        f"{rows[0]['images']:,} images per cell; distance to real test images in the strong "
+        f"teacher's features; levels: mean absolute difference, of 255. {where(rows)}."
+    )
+    return table(header, body, note)
+
+
 PART_TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cuda-facts-gpu": cuda_facts,
+    "fp8-emulation": fp8_emulation,
     "ring": ring,
     "ring-gpu": ring,
     "sampler": sampler,

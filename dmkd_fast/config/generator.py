@@ -47,6 +47,9 @@ class SamplerConfig(Section):
     compile: Switch = "auto"
     """Compile the denoiser with torch.compile. auto: on CUDA, where Triton is present. true:
     refused on a machine that cannot compile."""
+    experimental_fp8: bool = False
+    """Run the products of a DiT's blocks in 8-bit floating point. It needs a GPU of compute
+    capability 8.9 or more and dtype bfloat16, and has not been run on one."""
     phases: tuple[PhaseConfig, ...] = Field((), max_length=100)
     """Other steps and guidance later in the run. A phase ends where the next one starts."""
 

@@ -13,6 +13,8 @@ Source: Peebles & Xie, DiT (arXiv 2212.09748), section 3 (adaLN-Zero).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmkd_fast.denoisers import attention
-from dmkd_fast.denoisers.kernels import gelu_tanh, modulated_norm, residual_norm
+from dmkd_fast.denoisers.kernels import (
+    fp8_linear,
+    gelu_tanh,
+    linear_gelu,
+    modulated_norm,
+    quantize_rows,
+    residual_norm,
+)
+from dmkd_fast.runtime.errors import invalid
 
 EMBEDDER = "norm1.emb."
 
@@ -41,17 +51,20 @@ class LeanDiT(nn.Module):
         self.grid = int(config["sample_size"]) // self.patch
         self.num_tokens = self.grid**2
         self.attention: attention.Attention = "sdpa"
-        # In diffusers only the second norm of a block can be set; the others use 1e-6.
-        self.mlp_norm_eps = float(config.get("norm_eps", 1e-5))
+        # Whether torch.compile makes one graph for all blocks, which compiles faster.
+        self.shares_block_graph = False
         width = self.num_heads * self.head_dim
         bias = bool(config.get("attention_bias", True))
         self.patchify = nn.Linear(int(config["in_channels"]) * self.patch**2, width)
         self.positions = nn.Buffer(torch.zeros(1, self.num_tokens, width))
         self.time_in, self.time_out = nn.Linear(256, width), nn.Linear(width, width)
         self.labels = nn.Embedding(int(config["num_embeds_ada_norm"]) + 1, width)
-        self.modulation = nn.Linear(width, self.num_layers * 6 * width)
-        self.blocks = nn.ModuleList(DiTBlock(width, bias=bias) for _ in range(self.num_layers))
-        self.modulation_out = nn.Linear(width, 2 * width)
+        # Shift and scale of the first norm, then the rows of each block, see `DiTBlock.forward`.
+        self.modulation = nn.Linear(width, (2 + 6 * self.num_layers) * width)
+        block = partial(
+            DiTBlock, width, self.num_heads, bias=bias, eps=float(config.get("norm_eps", 1e-5))
+        )
+        self.blocks = nn.ModuleList(block() for _ in range(self.num_layers))
         self.out = nn.Linear(width, self.patch**2 * self.out_channels)
 
     def choose_attention(
@@ -81,6 +94,22 @@ class LeanDiT(nn.Module):
             "head_dim": self.head_dim,
         }
 
+    def use_fp8(self) -> None:
+        """Run the products of the blocks in 8 bits from now on; see `kernels.fp8_linear`.
+
+        The weights are rounded now, so the module is on its device already.
+
+        Raises:
+            UserError: The width is not divisible by 16.
+        """
+        width = self.num_heads * self.head_dim
+        if width % 16:
+            expected, fix = "a width divisible by 16", "set it to false"
+            raise invalid("sampler.experimental_fp8", f"a DiT of width {width}", expected, fix)
+        for product in self.blocks.modules():
+            if isinstance(product, Product):
+                product.fp8_weight = quantize_rows(product.weight)
+
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return the prediction, (B, out_channels, h, w).
 
@@ -94,13 +123,14 @@ class LeanDiT(nn.Module):
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(latents), self.num_tokens, -1)
         x = (self.patchify(x) + self.positions).to(latents.dtype)  # (B, T, D)
         condition = F.silu(self._condition(timesteps, labels))  # (B, D)
-        modulations = self.modulation(condition).unflatten(1, (self.num_layers, 6, -1))
-        # Shift and scale of the norm after each block; the last pair belongs to the output layer.
-        ends = [m[:, :2].unbind(1) for m in modulations.unbind(1)[1:]]
-        ends.append(self.modulation_out(condition).chunk(2, dim=1))
-        normed = modulated_norm(x, *modulations[:, 0, :2].unbind(1), eps=1e-6)
-        for block, modulation, end in zip(self.blocks, modulations.unbind(1), ends, strict=True):
-            x, normed = self._block(block, x, normed, modulation[:, 2:], end)
+        modulations = self.modulation(condition).unflatten(1, (2 + 6 * self.num_layers, -1))
+        normed = modulated_norm(x, *modulations[:, :2].unbind(1), eps=1e-6)
+        run: Callable[..., tuple[Tensor, Tensor]] = DiTBlock.forward
+        if self.shares_block_graph:
+            run = _run_region
+        of_blocks = modulations[:, 2:].unflatten(1, (self.num_layers, 6)).unbind(1)
+        for block, modulation in zip(self.blocks, of_blocks, strict=True):
+            x, normed = run(block, x, normed, modulation, self.attention)
         patches: Tensor = self.out(normed)  # (B, T, p * p * out_channels)
         patches = patches.view(-1, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return patches.reshape(len(latents), self.out_channels, g * p, g * p)
@@ -114,40 +144,70 @@ class LeanDiT(nn.Module):
         condition: Tensor = self.time_out(F.silu(self.time_in(waves))) + self.labels(labels)
         return condition
 
-    def _block(
-        self, block: Any, x: Tensor, normed: Tensor, modulation: Tensor, end: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Run one transformer block.
 
-        Args:
-            block: Matrix products of the block, a `DiTBlock`.
-            x: Residual stream, (B, T, D).
-            normed: Modulated norm of x, (B, T, D).
-            modulation: Gate of the attention; shift, scale and gate of the MLP: (B, 4, D).
-            end: Shift and scale of the norm after this block, (B, D) each.
+class Product(nn.Linear):
+    """A matrix product that leaves its bias to the caller, in 8 bits if it has such a weight."""
 
-        Returns:
-            The next x and its modulated norm, (B, T, D) each.
-        """
-        gate, shift, scale, gate_mlp = modulation.unbind(1)
-        qkv = F.linear(normed, block.qkv.weight).unflatten(2, (3, self.num_heads, self.head_dim))
-        mixed = attention.attend(qkv, block.qkv.bias, self.attention).flatten(2)  # (B, T, D)
-        mixed = F.linear(mixed, block.project.weight)
-        x, normed = residual_norm(
-            x, mixed, block.project.bias, gate, shift, scale, eps=self.mlp_norm_eps
-        )
-        hidden = gelu_tanh(F.linear(normed, block.up.weight), block.up.bias)
-        hidden = F.linear(hidden, block.down.weight)
-        return residual_norm(x, hidden, block.down.bias, gate_mlp, *end, eps=1e-6)
+    fp8_weight: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, values: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply (..., C), and add the bias that is given."""
+        # Operations are counted on the meta device, where the rounded weight is not.
+        if self.fp8_weight is not None and not values.is_meta:
+            return fp8_linear(values, self.fp8_weight, bias)
+        return F.linear(values, self.weight, bias)
 
 
 class DiTBlock(nn.Module):
-    """The matrix products of one transformer block."""
+    """One transformer block, without the norm before its attention and with that of the next.
 
-    def __init__(self, width: int, *, bias: bool) -> None:
+    Args:
+        width: Width D.
+        num_heads: Number of heads, H.
+        bias: Whether query, key and value have a bias.
+        eps: Epsilon of the norm before the MLP. In diffusers only this one can be set; the others
+            use 1e-6.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, bias: bool, eps: float) -> None:
         super().__init__()
-        self.qkv, self.project = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.num_heads, self.eps = num_heads, eps
+        self.qkv, self.project = Product(width, 3 * width, bias=bias), Product(width, width)
+        self.up, self.down = Product(width, 4 * width), Product(4 * width, width)
+
+    def forward(
+        self, x: Tensor, normed: Tensor, modulation: Tensor, kind: attention.Attention
+    ) -> tuple[Tensor, Tensor]:
+        """Return the next x and its modulated norm, (B, T, D) each.
+
+        Args:
+            x: Residual stream, (B, T, D).
+            normed: Modulated norm of x, (B, T, D).
+            modulation: Gate of the attention; shift, scale and gate of the MLP; shift and scale of
+                the norm after this block: (B, 6, D). One tensor, as a region of torch.compile takes
+                no two inputs that share memory.
+            kind: Attention kernel.
+        """
+        gate, shift, scale, gate_mlp, next_shift, next_scale = modulation.unbind(1)
+        # On CUDA, a product adds its bias for free; on a CPU, the pass after it does.
+        early, late = None, self.qkv.bias
+        if x.device.type != "cpu":
+            early, late = late, early
+        qkv = self.qkv(normed, early).unflatten(2, (3, self.num_heads, -1))
+        mixed = attention.attend(qkv, late, kind).flatten(2)  # (B, T, D)
+        mixed = self.project(mixed)
+        x, normed = residual_norm(x, mixed, self.project.bias, gate, shift, scale, eps=self.eps)
+        if self.up.fp8_weight is None:
+            hidden = linear_gelu(normed, self.up.weight, self.up.bias)
+        else:
+            hidden = gelu_tanh(self.up(normed), self.up.bias)
+        hidden = self.down(hidden)
+        return residual_norm(x, hidden, self.down.bias, gate_mlp, next_shift, next_scale, eps=1e-6)
+
+
+@torch.compiler.nested_compile_region
+def _run_region(block: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return DiTBlock.forward(block, *arguments)
 
 
 def lean_dit(dit: Any) -> LeanDiT | None:
@@ -189,12 +249,11 @@ def lean_dit(dit: Any) -> LeanDiT | None:
         "labels.weight": weights[first + EMBEDDER + "class_embedder.embedding_table.weight"],
         **both("time_in", first + EMBEDDER + "timestep_embedder.linear_1"),
         **both("time_out", first + EMBEDDER + "timestep_embedder.linear_2"),
-        **both("modulation_out", "proj_out_1"),
         **both("out", "proj_out_2"),
     }
     for kind in ("weight", "bias"):
         rows = [weights[f"{layer}norm1.linear.{kind}"] for layer in layers]
-        state[f"modulation.{kind}"] = torch.cat(rows)
+        state[f"modulation.{kind}"] = torch.cat([*rows, weights[f"proj_out_1.{kind}"]])
     for i, layer in enumerate(layers):
         ours = f"blocks.{i}."
         state |= both(ours + "project", layer + "attn1.to_out.0")

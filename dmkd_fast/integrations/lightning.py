@@ -96,7 +96,7 @@ class DistillModule(LightningModule):
         self._loader_states = saved.get("combined_loader", [])
 
     def on_train_start(self) -> None:
-        """Restore a train loader with state, which Lightning does in the middle of an epoch only."""
+        """Restore the train loader; Lightning does so in the middle of an epoch only."""
         states, self._loader_states = self._loader_states, []
         loader = self.trainer.train_dataloader
         if len(states) == 1 and hasattr(loader, "load_state_dict"):

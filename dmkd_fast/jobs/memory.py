@@ -102,7 +102,7 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
     return (
         {f"ring {name}": count for name, count in ring.items()}
         | {
-            "denoiser": compute.itemsize * _num_weights(parts.origin),
+            "denoiser": _weight_bytes(parts.origin, compute.itemsize),
             **stored,
             "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
             "student, gradients, optimizer, average": 4 * weights * (3 + moments),
@@ -171,12 +171,15 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _num_weights(images: Denoiser | OpenSource) -> int:
-    """Count the parameters that are kept on the device to generate images."""
+def _weight_bytes(images: Denoiser | OpenSource, itemsize: int) -> int:
+    """Count the bytes of parameters that are kept on the device to generate images."""
     if not isinstance(images, Denoiser):
         return 0
-    modules = [images.module] + ([] if images.decoder is None else [images.decoder])
-    return sum(p.numel() for module in modules for p in module.parameters())
+    parts = [images.module] + ([] if images.decoder is None else [images.decoder])
+    modules = [module for part in parts for module in part.modules()]
+    rounded = [getattr(module, "fp8_weight", None) or () for module in modules]
+    count = sum(p.numel() for part in parts for p in part.parameters())
+    return itemsize * count + sum(int(w.nbytes) for pair in rounded for w in pair)
 
 
 def batch_plan(

@@ -20,6 +20,9 @@ from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.noise_levels import choose_solver
 from dmkd_fast.training.schedule import Schedule
 
+# First compute capability with products of 8-bit floating-point numbers.
+FP8_CAPABILITY = (8, 9)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedJob:
@@ -55,6 +58,8 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> ResolvedJob:
         got = f"true with {ranks.world_size} ranks"
         expected = "false, as each would find new shards at another time"
         raise invalid("source.follow", got, expected, "let dmkd generate finish first")
+    if config.sampler.experimental_fp8:
+        check_fp8(device, dtype)
     compile_sampler = compiles(config.sampler.compile, device, name="sampler.compile")
     compile_student = compiles(config.train.compile, device)
     changes: dict[str, Any] = {
@@ -97,6 +102,11 @@ def resolve_images(job: ResolvedJob, images: Denoiser | OpenSource) -> ResolvedJ
         with named_as_settings():
             solver = choose_solver(images.scheduler, config.sampler.solver)
         changes = {"sampler": {"solver": solver, "attention": _choose_attention(job, images)}}
+        if config.sampler.experimental_fp8:
+            if not isinstance(images.module, LeanDiT):
+                got = f"true for a {type(images.module).__name__}"
+                raise invalid("sampler.experimental_fp8", got, "a DiT", "set it to false")
+            images.module.use_fp8()
     return replace(job, config=load_config(DistillConfig, config, changes))
 
 
@@ -125,6 +135,25 @@ def compiles(
             name, f"true without {lacks}", "false or auto", f"install it or set {name}=auto"
         )
     return setting
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse `sampler.experimental_fp8` where the device or the dtype does not support it.
+
+    Raises:
+        UserError: The device is not a GPU of compute capability 8.9 or more, or the dtype is not
+            bfloat16.
+    """
+    got, fix = f"true on {device.type}", "set it to false"
+    capability = (0, 0)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        got = f"true on a GPU of compute capability {capability[0]}.{capability[1]}"
+    if capability < FP8_CAPABILITY:
+        raise invalid("sampler.experimental_fp8", got, "a GPU of 8.9 or more", fix)
+    if dtype != torch.bfloat16:  # the only result of products with a scale for each row
+        got = f"true with dtype {str(dtype).removeprefix('torch.')}"
+        raise invalid("sampler.experimental_fp8", got, "bfloat16", "set dtype=bfloat16")
 
 
 def _choose_attention(job: ResolvedJob, denoiser: Denoiser) -> str:

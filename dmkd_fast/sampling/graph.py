@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def compiled(function: Any, **options: Any) -> Any:
@@ -23,6 +24,25 @@ def compiled(function: Any, **options: Any) -> Any:
     copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(copy, fullgraph=True, dynamic=False, **options)
+
+
+def compiled_for(module: nn.Module, function: Any, key: Hashable) -> Any:
+    """Return a compiled copy of a function of a module, the same one for the same key.
+
+    The phases of a run sample from one module, so each kind of step is compiled once for all.
+
+    Args:
+        module: Module that the function calls.
+        function: Function without a closure.
+        key: What else the graphs depend on, shapes included.
+    """
+    copies = _COPIES.setdefault(module, {})
+    if (function, key) not in copies:
+        copies[function, key] = compiled(function)
+    return copies[function, key]
+
+
+_COPIES: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 
 class CudaGraph:

@@ -36,7 +36,7 @@ def advance(
     row: Tensor,
     labels: Tensor,
     fresh: Tensor | None,
-    scale: float | Tensor,
+    scale: Tensor,
     config: StepConfig,
 ) -> tuple[Tensor, Tensor]:
     """Take one step of any solver.
@@ -48,7 +48,7 @@ def advance(
         row: Coefficients of this step, (len(SolverTable.COLUMNS),) float32.
         labels: Labels (B,); for a guided step (2B,), with the null class in the second half.
         fresh: Fresh noise, (B, c, h, w), or None.
-        scale: Guidance scale: a number, or (B, 1, 1, 1).
+        scale: Guidance scale, () or (B, 1, 1, 1) float32.
         config: Values of all steps.
 
     Returns:
@@ -61,8 +61,7 @@ def advance(
         inputs = torch.cat((inputs, inputs))
     timesteps = values["timestep"].expand(len(inputs))
     if config.takes_guidance:
-        scales = scale.flatten() if isinstance(scale, Tensor) else torch.full_like(timesteps, scale)
-        output = module(inputs, timesteps, labels, scales)
+        output = module(inputs, timesteps, labels, scale.flatten().expand(len(inputs)))
     else:
         output = module(inputs, timesteps, labels)
     width = x.shape[1]
@@ -70,7 +69,7 @@ def advance(
     if is_guided:
         conditional, unconditional = prediction.chunk(2)
         prediction = unconditional + scale * (conditional - unconditional)
-        if isinstance(scale, Tensor):  # scale 1 must give exactly the conditional prediction
+        if scale.ndim:  # scale 1 of a class must give exactly the conditional prediction
             prediction = torch.where(scale == 1, conditional, prediction)
         if config.channels is not None:
             guided, rest = prediction[:, : config.channels], conditional[:, config.channels :]

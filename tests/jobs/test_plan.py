@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from dmkd_fast import cli
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.wrappers import PixelDiT, import_diffusers
-from dmkd_fast.jobs.inspect import plan, rates
-from dmkd_fast.jobs.inspect.flops import count
+from dmkd_fast.jobs.inspect import gpus, plan, rates
+from dmkd_fast.jobs.inspect.flops import Flops, count
 from dmkd_fast.ring.limiter import Limiter
 from dmkd_fast.ring.plan import RingPlan
 from dmkd_fast.runtime.errors import UserError
@@ -169,6 +170,40 @@ def test_rates_are_measured_and_nothing_is_written(
     assert found["seconds"]["evaluate"] > 0 and found["seconds"]["finish"] > 0
     assert 1 < found["run"]["forwards_per_image"] < 2
     assert not list(tmp_path.iterdir())
+
+
+def test_estimates_follow_from_the_table_and_need_no_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rates, "measure", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpus.GPUS["h100"] == gpus.Gpu(tflop_per_s=989, memory_gb=80)
+    found = plan.plan(CONFIG, SHORT, gpu="h100")
+    flops, run = found["flops"], found["run"]
+    assert flops["decode"] == 0 and run["forwards_per_image"] == 1
+    images_s = flops["denoiser_forward"] / (gpus.DENOISER * 989e12)
+    views_s = flops["view"] / (gpus.VIEWS * 989e12)
+    assert found["seconds"]["generate"] == pytest.approx(run["images"] * images_s)
+    assert found["seconds"]["train"] == pytest.approx(run["views"] * views_s)
+    twice = plan.plan(CONFIG, SHORT, gpu="b200")["rates"]["views_per_s"]
+    assert twice / found["rates"]["views_per_s"] == pytest.approx(2250 / 989)
+
+
+def test_a_decoder_has_a_rate_of_its_own_in_an_estimate() -> None:
+    """The roofline in the table: DiT-XL/2 with Stable Diffusion's decoder and with TAESD."""
+    h100 = gpus.GPUS["h100"]
+    for decoder, forwards, low, high in ((528e9, 200, 9, 12), (35e9, 30, 60, 75)):
+        flops = Flops(
+            denoiser=int(237.2e9),
+            decoder=int(decoder),
+            teachers=int(3.63e9),
+            student=int(3.63e9),
+            student_step=int(10.9e9),
+        )
+        assert low < (gpus.images_per_s(h100, flops, forwards) or 0) < high
+        assert 6000 < (gpus.views_per_s(h100, flops) or 0) < 9100
+    unknown = replace(flops, denoiser=None, student_step=None)
+    assert gpus.images_per_s(h100, unknown, 1) is None and gpus.views_per_s(h100, unknown) is None
 
 
 def test_a_gpu_is_estimated_and_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:

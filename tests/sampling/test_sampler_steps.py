@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from sampler_cases import DDIM, dit_sampler, make
+from small_models import small_dit
+from torch.fx import GraphModule
 
+from dmkd_fast.denoisers.dit import lean_dit
+from dmkd_fast.sampling import graph
 from dmkd_fast.sampling.graph import compiled
 from dmkd_fast.sampling.step import advance
 
@@ -45,6 +50,71 @@ def test_steps_compile_to_one_graph_with_guidance_and_one_without(
     assert counter.frame_count == kinds
 
 
+@pytest.mark.parametrize("changes", [{"scale": 3.0}, {"scale": 3.0, "count": 2}], ids=str)
+def test_phases_with_other_scales_and_steps_take_the_graphs_of_the_first(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    counter: Any = CompileCounter()  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(graph, "compiled", functools.partial(compiled, backend=counter))
+    first = dit_sampler(count=3, compile=True)
+    later = dit_sampler(module=first._module, compile=True, **{"count": 3, **changes})
+    ids = torch.arange(4)
+    images = make(later, ids, 1000)
+    assert counter.frame_count == 1
+    assert not torch.equal(make(first, ids, 1000), images)
+    assert counter.frame_count == 1
+    assert torch.equal(make(dit_sampler(**{"count": 3, **changes}), ids, 1000), images)
+
+
+def test_one_graph_serves_all_blocks_of_a_dit() -> None:
+    """The products that are compiled are one block's and those around the blocks."""
+    compiled_products = []
+    for num_layers in (2, 6):
+        lean: Any = lean_dit(small_dit(num_layers=num_layers))
+        sampler = dit_sampler(module=lean, interval=(0.0, 0.5))
+        eager = make(sampler, torch.arange(4), 1000)
+        lean.shares_block_graph = True
+        counts: list[list[int]] = []
+
+        def backend(traced: GraphModule, _: Any, counts: Any = counts) -> Any:
+            parts = [part for part in traced.modules() if isinstance(part, GraphModule)]
+            counts.append(
+                [sum("linear" in str(n.target) for n in part.graph.nodes) for part in parts]
+            )
+            return traced
+
+        torch.compiler.reset()
+        sampler._advance = compiled(advance, backend=backend)
+        assert torch.equal(make(sampler, torch.arange(4), 1000), eager)
+        compiled_products.append(counts)
+    # Around the blocks: patches, two of the timestep, modulations, output. In a block: four.
+    assert compiled_products == [[[5, 4], [5, 4]]] * 2
+
+
+def test_blocks_share_a_graph_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "compiled", lambda function: function)
+    assert not dit_sampler(compile=True)._module.shares_block_graph
+    from benchmarks.fake_cuda import pretended
+
+    with pretended():
+        assert dit_sampler(compile=True, device="cuda")._module.shares_block_graph
+        assert not dit_sampler(compile=False, device="cuda")._module.shares_block_graph
+
+
+@pytest.mark.slow
+def test_a_shared_graph_computes_what_the_blocks_compute() -> None:
+    lean: Any = lean_dit(small_dit(num_layers=3))
+    arguments = torch.randn(4, 4, 8, 8), torch.full((4,), 5.0), torch.arange(4)
+    with torch.inference_mode():
+        eager = lean(*arguments)
+        lean.shares_block_graph = True
+        shared = torch.compile(lean, fullgraph=True, dynamic=False)(*arguments)
+    torch.testing.assert_close(shared, eager, atol=1e-5, rtol=1e-5)
+
+
 def test_a_step_without_noise_adds_none_whatever_variance_the_model_predicts() -> None:
     scheduler = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
     sampler = dit_sampler(scheduler=scheduler, scale=1.0)
@@ -53,16 +123,17 @@ def test_a_step_without_noise_adds_none_whatever_variance_the_model_predicts() -
     last = sampler.table.rows[-1]
     with torch.inference_mode():
         output = sampler._module(plain[-2], last[:1].expand(4), ids)[:, :4]
+        module: Any = lambda *_: torch.cat((output, torch.full_like(output, 1e3)), dim=1)  # noqa: E731
         x, _ = advance(
-            lambda *_: torch.cat((output, torch.full_like(output, 1e3)), dim=1),
+            module,
             plain[-2],
             torch.zeros_like(output),
             last,
             ids,
             torch.full_like(output, 1e3),
-            1.0,
+            torch.tensor(1.0),
             sampler._config,
-        )  # type: ignore[arg-type]
+        )
     torch.testing.assert_close(x, plain[-1], rtol=1e-5, atol=1e-5)
 
 

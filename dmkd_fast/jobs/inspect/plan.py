@@ -16,9 +16,10 @@ from dmkd_fast.config.loading import Overrides, load_config
 from dmkd_fast.jobs import memory
 from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.images import OpenSource
+from dmkd_fast.jobs.inspect import gpus
 from dmkd_fast.jobs.inspect import rates as speeds
 from dmkd_fast.jobs.inspect.flops import Flops, job_flops
-from dmkd_fast.jobs.inspect.rates import GPUS, Rates
+from dmkd_fast.jobs.inspect.rates import Rates
 from dmkd_fast.jobs.parts import Parts, prepare
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.ring.plan import RingPlan
@@ -65,7 +66,7 @@ def plan(
     given: dict[str, Any] = {name: value for name, value in both.items() if value is not None}
     if gpu is not None:
         rates = speeds.estimate(gpu, flops, forwards_per_image(job, parts))
-        have = int(GPUS[gpu][1] * 1e9)
+        have = int(gpus.GPUS[gpu].memory_gb * 1e9)
         job = replace(job, dtype=torch.float16)
     elif len(given) == 2:
         rates = Rates(origin="as given", load_s=load_s)

@@ -17,27 +17,14 @@ from torch import Tensor
 
 from dmkd_fast.data.test_sets import Batch
 from dmkd_fast.jobs.build import build
+from dmkd_fast.jobs.inspect import gpus
 from dmkd_fast.jobs.inspect.flops import Flops
 from dmkd_fast.jobs.parts import Parts
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.ring.plan import RingPlan
-from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.training import scoring
 from dmkd_fast.training.distiller import Distiller
 
-# Dense 16-bit TFLOP/s and GB of memory, from the vendor's data sheets.
-GPUS = {
-    "a100": (312, 80),
-    "b200": (2250, 180),
-    "h100": (989, 80),
-    "h200": (989, 141),
-    "l4": (121, 24),
-    "l40s": (362, 48),
-    "rtx4090": (165, 24),
-}
-# Fractions of these that an estimate assumes: generation runs large products; the views' networks
-# are smaller, and optimizer, views and loss are limited by memory.
-GENERATE_FRACTION, VIEWS_FRACTION = 0.4, 0.2
 _BATCHES = 2
 
 
@@ -76,22 +63,19 @@ def estimate(gpu: str, flops: Flops, forwards: float) -> Rates:
     """Estimate the rates of one GPU from its peak.
 
     Args:
-        gpu: Name in `GPUS`.
+        gpu: Name in `gpus.GPUS`.
         flops: Operations of the job.
         forwards: Evaluations of the denoiser per image.
 
     Raises:
         UserError: The GPU is not in the table.
     """
-    if gpu not in GPUS:
-        raise invalid("--gpu", gpu, f"one of {', '.join(GPUS)}")
-    peak = GPUS[gpu][0] * 1e12
-    image, view = flops.image(forwards), flops.view
+    found = gpus.find(gpu)
     return Rates(
-        origin=f"estimates for one {gpu} at {GENERATE_FRACTION:.0%} of its peak for images and "
-        f"{VIEWS_FRACTION:.0%} for views",
-        images_per_s=GENERATE_FRACTION * peak / image if image else None,
-        views_per_s=VIEWS_FRACTION * peak / view if view else None,
+        origin=f"estimates for one {gpu} at {gpus.DENOISER:.0%} of its peak for the denoiser, "
+        f"{gpus.DECODER:.0%} for the decoder and {gpus.VIEWS:.0%} for views",
+        images_per_s=gpus.images_per_s(found, flops, forwards),
+        views_per_s=gpus.views_per_s(found, flops),
     )
 
 
