@@ -201,7 +201,9 @@ def _answers(mode: _Cuda) -> dict[str, Callable[..., Any]]:
         "mem_get_info": (2**34, 2**35),
         "memory_stats": defaultdict(int),
         "is_current_stream_capturing": False,
-        "get_device_properties": SimpleNamespace(major=8, minor=0, total_memory=2**35),
+        "get_device_properties": SimpleNamespace(
+            major=8, minor=0, total_memory=2**35, L2_cache_size=2**25
+        ),
     }
     return {name: lambda value=value, **_: value for name, value in constants.items()} | {
         "set_sync_debug_mode": sync_debug,

@@ -218,7 +218,8 @@ class Bench:
                 continue
             peaks[name], arms[name] = peak(), call
             del call
-        return time_interleaved(arms, n=n, warmup=1), peaks
+        timings = time_interleaved(arms, n=n, warmup=1, at_least_s=self.settings.at_least_s)
+        return timings, peaks
 
     def _models(self) -> tuple[Any, Any]:
         torch.manual_seed(0)
