@@ -104,8 +104,8 @@ def _ours(name: str, changes: tuple[str, ...], folder: Path) -> dict[str, Any]:
     """Run the job as the command line does."""
     settings, is_warm = ARMS[name]
     run_dir = folder / name.replace(", ", "-").replace(" ", "-")
-    points = (
-        () if any(c.startswith("eval.num_points") for c in changes) else ("eval.num_points=20",)
+    has_points = any(change.startswith("eval.num_points") for change in changes)
+    points = () if has_points else ("eval.num_points=20",)
     )
     command = [sys.executable]
     if torch.cuda.get_device_name() == "no GPU: rehearsal":

@@ -2,7 +2,8 @@
 
 Run by benchmarks/gpu.sh. Loss and gradient; outputs reused where an arm can. GB/s counts two reads
 and one write of the logits for every arm, whatever it really moves; the copy is torch.add of the
-same tensors. The goals are below what the builds predict (`predicted.py`). Steps at 256 x 1000 are timed as a user sees them and replayed from a CUDA graph.
+same tensors. The goals are below what the builds predict (`predicted.py`). Steps at 256 x 1000 are
+timed as a user sees them and replayed from a CUDA graph.
 """
 
 from __future__ import annotations
