@@ -109,9 +109,13 @@ measure job gpu-job                                                             
 step whole-job "${python[@]}" "${pytest[@]}" tests/integration/test_cuda_job.py           # 4 min
 measure pieces gpu-pieces                                                                 # 5 min
 measure kd-loss kd-loss-gpu                                                               # 3 min
-measure rivals-training gpu-rivals --part training                                        # 4 min
-measure rivals-sampler gpu-rivals --part sampler                                          # 6 min
-measure recipe gpu-rivals --part recipe                                                   # 5 min
+if [ "$mode" = --rehearse ]; then
+  measure rivals gpu-rivals # all parts in one process, to save time
+else
+  measure rivals-training gpu-rivals --part training                                      # 4 min
+  measure rivals-sampler gpu-rivals --part sampler                                        # 6 min
+  measure recipe gpu-rivals --part recipe                                                 # 5 min
+fi
 step views "${python[@]}" -m benchmarks views --device cuda "${views[@]}" "${record[@]}"  # 1 min
 measure ring ring                                                                         # 1 min
 measure cuda-facts cuda-facts                                                             # 3 min

@@ -106,7 +106,6 @@ def _ours(name: str, changes: tuple[str, ...], folder: Path) -> dict[str, Any]:
     run_dir = folder / name.replace(", ", "-").replace(" ", "-")
     has_points = any(change.startswith("eval.num_points") for change in changes)
     points = () if has_points else ("eval.num_points=20",)
-    )
     command = [sys.executable]
     if torch.cuda.get_device_name() == "no GPU: rehearsal":
         command += ["-m", "benchmarks.fake_cuda"]
