@@ -293,7 +293,7 @@ class Bench:
             Denoiser(module=nn.Identity(), scheduler=DDIM, latent_shape=shape), device=self.device
         )
         views = Views(
-            ViewSpec(size=s.view_size, mean=MEAN, std=STD, device=self.device),
+            ViewSpec(size=s.view_size, mean=MEAN, std=STD, dtype=self.half, device=self.device),
             scale=(0.08, 1.0),
             ratio=(3 / 4, 4 / 3),
         )
