@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ class Pieces(Bench):
             found = self._timed(arms)
         self._add(found, flops, of=f"sampler, attention {attention}", batch=count)
 
-    def _add(self, found: dict[str, float], flops: dict[str, float], **facts: Any) -> None:
+    def _add(self, found: Mapping[str, float], flops: Mapping[str, float], **facts: Any) -> None:
         for piece, ms in found.items():
             rate = 1e-9 * flops.get(piece, 0) / ms
             self.report.rows.append(
@@ -204,7 +204,7 @@ class Pieces(Bench):
                 }
             )
 
-    def _timed(self, arms: dict[str, Callable[[], object]]) -> dict[str, float]:
+    def _timed(self, arms: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """Return median milliseconds of one call of each arm."""
         count = 1 if self.is_tiny else REPEATED
         repeated = {name: partial(_repeat, call, count) for name, call in arms.items()}

@@ -220,7 +220,10 @@ class StudentTrainer:
         kept = (self._scale, self._growth, self._skipped)
         values = [value.clone() for value in kept]
         started = self._buffers_before
-        before = [{k: group[k] for k in ("lr", "capturable") if k in group} for group in groups]
+        before: list[dict[str, Any]] = [
+            {name: group[name] for name in ("lr", "capturable") if name in group}
+            for group in groups
+        ]
         self._rates = [torch.full((), group["lr"], device=self.device) for group in groups]
         self._static = self._all_buffers()
         self._is_trial.fill_(1)
