@@ -80,5 +80,5 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-        if group["params"][0].is_cuda:
+        if any(p.is_cuda for p in group["params"][:1]):
             group["lr"] = ctypes.c_float(group["lr"]).value

@@ -146,6 +146,7 @@ def fitted(distiller: Distiller) -> Distiller:
 def test_two_runs_and_a_resumed_one_end_with_the_same_bits(tmp_path: Path) -> None:
     whole = fitted(job(tmp_path / "whole"))
     expected = fingerprint(whole)
+    assert whole._captured is not None
     assert all(row["loss"] > 0 for row in rows(whole.run_dir))
     assert all(w.isfinite().all() for w in whole.student.average.module.state_dict().values())
     assert fingerprint(fitted(job(tmp_path / "again"))) == expected
