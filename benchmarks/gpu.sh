@@ -107,14 +107,16 @@ step kernels "${python[@]}" "${pytest[@]}" --ignore=tests/integration/test_cuda_
 measure imagenet imagenet                                                                 # 6 min
 measure job gpu-job                                                                       # 3 min
 step whole-job "${python[@]}" "${pytest[@]}" tests/integration/test_cuda_job.py           # 4 min
-measure pieces gpu-pieces                                                                 # 5 min
 measure kd-loss kd-loss-gpu                                                               # 3 min
 if [ "$mode" = --rehearse ]; then
-  measure rivals gpu-rivals # all parts in one process, to save time
+  measure pieces gpu-pieces # all parts in one process, to save time
+  measure rivals gpu-rivals
 else
+  measure pieces gpu-pieces --part pieces                                                 # 4 min
   measure rivals-training gpu-rivals --part training                                      # 4 min
   measure rivals-sampler gpu-rivals --part sampler                                        # 6 min
   measure recipe gpu-rivals --part recipe                                                 # 5 min
+  measure compile gpu-pieces --part compile                                               # 4 min
 fi
 step views "${python[@]}" -m benchmarks views --device cuda "${views[@]}" "${record[@]}"  # 1 min
 measure ring ring                                                                         # 1 min

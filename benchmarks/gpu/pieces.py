@@ -92,13 +92,11 @@ class Pieces(Bench):
         )
         self.product = 2e-9 * side**3 / found["product"]
         for name, ms in found.items():
-            figures = {
-                "tflop_per_s": round(2e-9 * side**3 / ms, 2) if name == "product" else 0.0,
-                "gb_per_s": round(2e-6 * a.nbytes / ms, 1) if name == "copy" else 0.0,
-            }
-            self.report.rows.append(
-                {"part": "ceiling", "piece": name, "side": side, "median_ms": ms, **figures}
-            )
+            rate = {"tflop_per_s": round(2e-9 * side**3 / ms, 3)}
+            if name == "copy":
+                rate = {"gb_per_s": round(2e-6 * a.nbytes / ms, 3)}
+            row = {"part": "ceiling", "piece": name, "side": side, "median_ms": ms}
+            self.report.rows.append(row | rate)
 
     def pieces(self) -> None:
         """Measure each piece of sampling and of a training step."""
@@ -199,7 +197,7 @@ class Pieces(Bench):
                     "piece": piece,
                     **facts,
                     "median_ms": ms,
-                    "gen_tflop_per_s": round(rate, 3),
+                    "tflop_per_s": round(rate, 3),
                     "share_of_product": round(rate / self.product, 4),
                 }
             )

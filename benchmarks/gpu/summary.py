@@ -36,7 +36,6 @@ FIGURES = (
     "share_of_copy",
     "predicted_share",
     "tflop_per_s",
-    "gen_tflop_per_s",
     "share_of_product",
     "gb_per_s",
     "seconds",

@@ -34,7 +34,7 @@ def switches() -> Iterator[None]:
 
 
 STEPS = [
-    *("kernels", "imagenet", "job", "whole-job", "pieces", "kd-loss", "rivals", "views", "ring"),
+    *("kernels", "imagenet", "job", "whole-job", "kd-loss", "pieces", "rivals", "views", "ring"),
     *("cuda-facts", "sampler"),
 ]
 
