@@ -39,6 +39,11 @@ NAMES = {
         "parts.fp8_emulation",
         "what products in 8 bits change: images, Frechet distance, students",
     ),
+
+    "gpu-job": ("gpu.job", "the embedded job on a GPU beside the paper's way of working"),
+    "gpu-pieces": ("gpu.pieces", "ceilings of a GPU, each piece's share of them, compilation"),
+    "gpu-rivals": ("gpu.rivals", "ImageNet shapes beside compiled rivals; the published recipe"),
+    "gpu-summary": ("gpu.summary", "one page of what a run of benchmarks/gpu.sh found"),
     "imagenet": ("job.imagenet", "ImageNet shapes: sampler, training step, cost of a whole job"),
     "kd-loss": ("loss.kd_loss", "the fused loss against eager PyTorch and torch.compile"),
     "kd-loss-accuracy": ("loss.kd_loss_accuracy", "its errors against float64, beside eager's"),

@@ -110,11 +110,12 @@ class _Graph:
 
     def replay(self) -> None:
         """Run the operators again, and write their results into the tensors of the capture."""
-        for func, args, kwargs, before in self.calls:
-            now = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):
-                if isinstance(old, Tensor) and _memory(old) != _memory(new):
-                    old.copy_(new)
+        with torch.no_grad():  # Those of a backward pass are among them.
+            for func, args, kwargs, before in self.calls:
+                now = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):
+                    if isinstance(old, Tensor) and _memory(old) != _memory(new):
+                        old.copy_(new)
 
 
 class _Recorder(TorchDispatchMode):
@@ -183,8 +184,8 @@ class _Event:
 def _answers(mode: _Cuda) -> dict[str, Callable[..., Any]]:
     """Functions of torch.cuda."""
 
-    def sync_debug(debug_mode: str) -> None:
-        mode.waits_are_errors = debug_mode == "error"
+    def sync_debug(debug_mode: int | str) -> None:
+        mode.waits_are_errors = debug_mode in ("error", 2)
 
     constants: dict[str, Any] = {
         "is_available": True,
@@ -204,10 +205,14 @@ def _answers(mode: _Cuda) -> dict[str, Callable[..., Any]]:
         "memory_stats": defaultdict(int),
         "is_current_stream_capturing": False,
         "graph_pool_handle": (0, 1),
-        "get_device_properties": SimpleNamespace(major=8, minor=0, total_memory=2**35),
+
+        "get_device_properties": SimpleNamespace(
+            major=8, minor=0, total_memory=2**35, L2_cache_size=2**25
+        ),
     }
     return {name: lambda value=value, **_: value for name, value in constants.items()} | {
         "set_sync_debug_mode": sync_debug,
+        "get_sync_debug_mode": lambda: 2 * mode.waits_are_errors,
         "get_rng_state": lambda **_: torch.get_rng_state(),
         "set_rng_state": lambda new_state, **_: torch.set_rng_state(new_state),
     }

@@ -4,9 +4,11 @@
 #   benchmarks/gpu.sh --record      the same; rows to benchmarks/results/, tables rendered
 #   benchmarks/gpu.sh --rehearse    the same lines where there is no GPU, small, in a few minutes
 # Needs one NVIDIA GPU of compute capability 8.0 or higher and a checkout after `make setup`;
-# liger-kernel, if installed, gets its column. Each step writes runs/gpu/STEP.log, runs at most ten
-# minutes and does not stop those after it; the exit code is not zero if any failed. The guesses
-# behind the steps' names are for an H100 and add up to about 25 minutes, most of it compilation.
+# liger-kernel and DALI, if installed, get their rows. The steps are sorted by value. Each writes
+# runs/gpu/STEP.log, takes at most eight minutes and does not stop those after it; after 40 minutes
+# in all no further step begins. Started again, the script skips the steps that passed at the same
+# commit. At the end runs/gpu/summary.md has the figures, and the exit code is not zero if a step
+# failed or is left. The minutes beside the steps are guesses for an H100.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,37 +26,67 @@ if [ "$#" -gt 1 ]; then
 fi
 
 python=("${PYTHON:-.venv/bin/python}")
-logs=runs/gpu
+logs=${LOGS:-runs/gpu}
 record=()
 size=()
 views=()
 marks="cuda"
 if [ "$mode" = --rehearse ]; then
   python+=(-m benchmarks.fake_cuda)
-  logs=runs/gpu-rehearsal
   size=(--tiny)
   views=(--quick --n 1)
   marks="cuda and not slow"
+  if [ -z "${LOGS:-}" ]; then # A rehearsal begins anew.
+    logs=runs/gpu-rehearsal
+    rm -rf "$logs"
+  fi
 elif [ "$mode" = --record ]; then
   record=(--record)
 fi
 mkdir -p "$logs"
+: >"$logs/steps.txt"
+stamp="$(git rev-parse HEAD 2>/dev/null || echo unknown) $mode"
+budget=${BUDGET_S:-2400}
 passed=()
 failed=()
+left=()
+
+note() { # NAME RESULT SECONDS
+  printf '%-16s %-14s %5d s   %s\n' "$1" "$2" "$3" "$logs/$1.log"
+  printf '%s\t%s\t%d\n' "$1" "$2" "$3" >>"$logs/steps.txt"
+}
 
 step() { # NAME COMMAND...
-  local name=$1 started=$SECONDS result=ok
+  local name=$1 started=$SECONDS result=ok limit=$((budget - SECONDS))
   shift
-  if timeout --kill-after=20 600 "$@" >"$logs/$name.log" 2>&1; then
+  if [ "$(cat "$logs/$name.passed" 2>/dev/null)" = "$stamp" ]; then
     passed+=("$name")
+    note "$name" "ok before" 0
+    return
+  fi
+  if [ "$limit" -lt 20 ]; then
+    left+=("$name")
+    note "$name" "left" 0
+    return
+  fi
+  if timeout --kill-after=20 $((limit < 480 ? limit : 480)) "$@" >"$logs/$name.log" 2>&1; then
+    passed+=("$name")
+    printf '%s\n' "$stamp" >"$logs/$name.passed"
   else
     result="FAILED ($?)"
     failed+=("$name")
     tail -n 15 "$logs/$name.log"
   fi
-  printf '%-16s %-14s %5d s   %s\n' "$name" "$result" $((SECONDS - started)) "$logs/$name.log"
+  note "$name" "$result" $((SECONDS - started))
 }
 
+measure() { # NAME BENCH ARGUMENT...: a measurement, small in a rehearsal
+  local name=$1 bench=$2
+  shift 2
+  step "$name" "${python[@]}" -m benchmarks "$bench" "$@" "${size[@]}" "${record[@]}"
+}
+
+gpus=1
 if [ "$mode" != --rehearse ]; then
   "${python[@]}" - <<'CHECK'
 import torch
@@ -67,21 +99,41 @@ if (major, minor) < (8, 0):
     raise SystemExit(f"gpu.sh: got {name} of compute capability {major}.{minor}, expected 8.0")
 print(f"{name}, compute capability {major}.{minor}, torch {torch.__version__}")
 CHECK
+  gpus=$("${python[@]}" -c 'import torch; print(torch.cuda.device_count())')
 fi
 
 pytest=(-m pytest -q -m "$marks" -p no:cacheprovider)
 step kernels "${python[@]}" "${pytest[@]}" --ignore=tests/integration/test_cuda_job.py    # 3 min
-step whole-job "${python[@]}" "${pytest[@]}" tests/integration/test_cuda_job.py           # 5 min
-step imagenet "${python[@]}" -m benchmarks imagenet "${size[@]}" "${record[@]}"           # 7 min
-step kd-loss "${python[@]}" -m benchmarks kd-loss-gpu "${size[@]}" "${record[@]}"         # 2 min
+measure imagenet imagenet                                                                 # 6 min
+measure job gpu-job                                                                       # 3 min
+step whole-job "${python[@]}" "${pytest[@]}" tests/integration/test_cuda_job.py           # 4 min
+measure kd-loss kd-loss-gpu                                                               # 3 min
+if [ "$mode" = --rehearse ]; then
+  measure pieces gpu-pieces # all parts in one process, to save time
+  measure rivals gpu-rivals
+else
+  measure pieces gpu-pieces --part pieces                                                 # 4 min
+  measure rivals-training gpu-rivals --part training                                      # 4 min
+  measure rivals-sampler gpu-rivals --part sampler                                        # 6 min
+  measure recipe gpu-rivals --part recipe                                                 # 5 min
+  measure compile gpu-pieces --part compile                                               # 4 min
+fi
 step views "${python[@]}" -m benchmarks views --device cuda "${views[@]}" "${record[@]}"  # 1 min
-step ring "${python[@]}" -m benchmarks ring "${size[@]}" "${record[@]}"                   # 1 min
-step cuda-facts "${python[@]}" -m benchmarks cuda-facts "${size[@]}" "${record[@]}"       # 4 min
-step sampler "${python[@]}" -m benchmarks sampler "${size[@]}" "${record[@]}"             # 4 min
+measure ring ring                                                                         # 1 min
+measure cuda-facts cuda-facts                                                             # 3 min
+measure sampler sampler                                                                   # 3 min
+if [ "$gpus" -gt 1 ]; then # A whole job over NCCL.
+  step two-gpus "${python[@]}" -m torch.distributed.run --nproc-per-node=2 -m dmkd_fast \
+    distill configs/fashion_mnist.yaml train.num_views=64000 "run_dir=$logs/two-gpus-run" # 2 min
+fi
 if [ "$mode" = --record ]; then
   step render "${python[@]}" -m benchmarks render
 fi
 
+"${python[@]}" -m benchmarks gpu-summary "$logs" || failed+=(gpu-summary)
 echo "passed: ${passed[*]:-none}"
 echo "failed: ${failed[*]:-none}"
-[ "${#failed[@]}" -eq 0 ]
+if [ "${#left[@]}" -gt 0 ]; then
+  echo "left for the next start: ${left[*]}"
+fi
+[ $((${#failed[@]} + ${#left[@]})) -eq 0 ]

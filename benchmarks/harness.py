@@ -68,9 +68,15 @@ class Report:
 
 
 def time_interleaved(
-    arms: Mapping[str, Callable[[], object]], *, n: int, warmup: int = 3
+    arms: Mapping[str, Callable[[], object]], *, n: int, warmup: int = 3, at_least_s: float = 0.0
 ) -> dict[str, dict[str, float]]:
     """Time each arm n times, one after the other in turn, so that drift hits all alike.
+
+    Args:
+        arms: Calls to time.
+        n: Least number of timings of each arm.
+        warmup: Calls of each arm that are not timed.
+        at_least_s: Least time of each arm, all its timings together.
 
     Returns:
         For each arm: median_ms, p20_ms, p80_ms, n. Warm-up calls (compilation) are not timed.
@@ -79,7 +85,9 @@ def time_interleaved(
         for _ in range(warmup):
             arm()
     samples: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(n):
+    while arms and any(
+        len(values) < n or sum(values) < 1e3 * at_least_s for values in samples.values()
+    ):
         for name, arm in arms.items():
             _wait()
             start = time.perf_counter()
@@ -123,7 +131,9 @@ def peak_mib(device: torch.device) -> Iterator[Callable[[], float]]:
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Return the machine, versions and commit of a row."""
     on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
+    state = {"gpu": gpu_state()} if on_gpu else {}
     return {
+        **state,
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU {_cpu_name()}",
@@ -133,6 +143,41 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "peak_memory_mib": round(peak_memory_mib()),
     }
+
+
+GPU_FIELDS = (
+    "driver_version",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "power.limit",
+    "power.draw",
+    "temperature.gpu",
+)
+
+
+def gpu_state() -> dict[str, Any]:
+    """Return driver, clocks (MHz), power cap (W), temperature and other processes of the GPU.
+
+    Empty where nvidia-smi does not answer.
+    """
+    index = str(torch.cuda.current_device())
+    facts = _nvidia_smi(f"--query-gpu={','.join(GPU_FIELDS)}", "--id", index)
+    if not facts:
+        return {}
+    found: dict[str, Any] = dict(zip(GPU_FIELDS, facts[0].split(", "), strict=False))
+    pids = {int(line) for line in _nvidia_smi("--query-compute-apps=pid", "--id", index)}
+    return found | {"other_processes": len(pids - {os.getpid()})}
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """Return the lines that nvidia-smi answers to a query; none where it fails."""
+    command = ["nvidia-smi", *arguments, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def arguments(

@@ -53,7 +53,7 @@ from dmkd_fast import (
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.trainable import share_embedder
 from dmkd_fast.denoisers.wrappers import Decoder
-from dmkd_fast.runtime.device import make_repeatable, resolve_device, resolve_dtype, set_num_threads
+from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads, set_repeatable
 
 diffusers: Any = importlib.import_module("diffusers")
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     set_num_threads(0)
     device = resolve_device("auto")
     torch.backends.cuda.matmul.allow_tf32 = True
-    make_repeatable()
+    set_repeatable()
     torch.backends.cudnn.deterministic = False  # only ours needs it; see `_as_dmkd_runs_it`
     report = Report(bench="imagenet", arguments=recorded(options), device=device)
     bench = Bench(report, TINY if options.tiny else Settings(), device)
@@ -218,7 +218,8 @@ class Bench:
                 continue
             peaks[name], arms[name] = peak(), call
             del call
-        return time_interleaved(arms, n=n, warmup=1), peaks
+        timings = time_interleaved(arms, n=n, warmup=1, at_least_s=self.settings.at_least_s)
+        return timings, peaks
 
     def _models(self) -> tuple[Any, Any]:
         torch.manual_seed(0)
@@ -292,7 +293,7 @@ class Bench:
             Denoiser(module=nn.Identity(), scheduler=DDIM, latent_shape=shape), device=self.device
         )
         views = Views(
-            ViewSpec(size=s.view_size, mean=MEAN, std=STD, device=self.device),
+            ViewSpec(size=s.view_size, mean=MEAN, std=STD, dtype=self.half, device=self.device),
             scale=(0.08, 1.0),
             ratio=(3 / 4, 4 / 3),
         )

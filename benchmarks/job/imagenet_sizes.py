@@ -19,14 +19,20 @@ class Settings:
     num_classes: int = 1000
     steps: tuple[int, int] = (4, 20)
     guidance_scale: float = 2.0
-    sampler_batch: int = 32
-    n_sampler: int = 3
+    sampler_batch: int = 64
+    n_sampler: int = 5
     view_size: int = 224
     teacher: str = "resnet18"
     students: tuple[str, ...] = ("resnet18", "resnet50")
     batch: int = 256
     capacity: int = 8192
     n_training: int = 20
+    at_least_s: float = 10.0  # of each arm, all its timings together
+    # The published recipe: DDPM with learned variances.
+    recipe_batch: int = 160
+    recipe_steps: int = 100
+    gemm: int = 8192
+    """Side of the matrices whose product is the ceiling of the others."""
     # The job of the paper: 200,000 images at 100 steps, each seen 100 times.
     job_images: int = 200_000
     job_steps: int = 100
@@ -82,4 +88,8 @@ TINY = Settings(
     students=("resnet18",),
     capacity=16,
     n_training=1,
+    at_least_s=0.0,
+    recipe_batch=2,
+    recipe_steps=2,
+    gemm=64,
 )

@@ -1,4 +1,4 @@
-"""Time views of images in memory: ours, DALI's CPU pipeline, torchvision, eager PyTorch.
+"""Time views of images in memory: ours, DALI's pipeline, torchvision, eager PyTorch.
 
 Timed: from slot numbers and image ids to a batch of normalized views, new crops drawn each time,
 bilinear everywhere. "256 -> 224" is a random resized crop (area 0.08 to 1) and flip; no crop there
@@ -131,12 +131,13 @@ def arms(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Calla
         "ours, reused": lambda: ours(out),
         "copy, reused": lambda: out.copy_(planar),
     }
+    has_dali = dtype != torch.bfloat16 and importlib.util.find_spec("nvidia.dali")
     if device.type == "cpu":
         timed["torchvision"] = _torchvision(slots, batches, size, crops, dtype)
         timed["torchvision, reused"] = _torchvision(slots, batches, size, crops, dtype, out)
-        # DALI writes no bfloat16, and is an extra of the package.
-        if dtype != torch.bfloat16 and importlib.util.find_spec("nvidia.dali"):
-            timed["DALI"] = _dali(slots, size, crops, dtype)
+    # DALI writes no bfloat16, is an extra of the package, and asks for a driver.
+    if has_dali and (device.type == "cpu" or torch._C._cuda_getDeviceCount() > 0):
+        timed["DALI"] = _dali(slots, size, crops, dtype)
     return timed
 
 
@@ -189,7 +190,7 @@ def _torchvision(
 def _dali(
     slots: Tensor, size: int, crops: dict[str, Any], dtype: torch.dtype
 ) -> Callable[[], object]:
-    """DALI's CPU pipeline, fed from memory without copies.
+    """DALI's pipeline on the device of the slots, fed from their memory.
 
     Not pipelined: batches made ahead would be made while other arms are timed. Small images are
     padded once, beforehand, so that crop, flip and normalization are one operator.
@@ -199,8 +200,10 @@ def _dali(
         cast(Any, importlib.import_module(f"nvidia.dali{part}")) for part in (".fn", ".types", "")
     )
     pad = crops.get("pad", 0)
-    images = slots.permute(0, 2, 3, 1).contiguous().numpy()  # It crops channels-last images only.
-    images = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    padded = torch.nn.functional.pad(slots, (pad, pad, pad, pad))
+    images: Any = padded.permute(0, 2, 3, 1).contiguous()  # It crops channels-last images only.
+    where = "gpu" if slots.is_cuda else "cpu"
+    images = images if slots.is_cuda else images.numpy()
     generator = np.random.default_rng(1)
 
     def feed() -> list[Any]:
@@ -208,7 +211,7 @@ def _dali(
 
     @dali.pipeline_def  # type: ignore[untyped-decorator]
     def pipeline() -> Any:
-        views = fn.external_source(source=feed, device="cpu", no_copy=True, layout="HWC")
+        views = fn.external_source(source=feed, device=where, no_copy=True, layout="HWC")
         if not pad:
             views = fn.random_resized_crop(
                 views,
@@ -232,7 +235,7 @@ def _dali(
     built = pipeline(
         batch_size=BATCH,
         num_threads=torch.get_num_threads(),
-        device_id=None,
+        device_id=slots.device.index,
         seed=1,
         prefetch_queue_depth=1,
         exec_async=False,

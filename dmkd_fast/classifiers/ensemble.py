@@ -98,6 +98,10 @@ class Teachers(nn.Module):
         """Return the distinct inputs that `forward` needs at this progress of the run."""
         return tuple(dict.fromkeys(m.input for m in self.members if m.is_active(progress)))
 
+    def active_at(self, progress: float) -> tuple[int, ...]:
+        """Return the numbers of the members that teach at this progress of the run."""
+        return tuple(k for k, m in enumerate(self.members) if m.is_active(progress))
+
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
         """All distinct inputs of the run."""
@@ -116,8 +120,7 @@ class Teachers(nn.Module):
             Logits (B, C). With several active teachers: T * log(mean probability at temperature
             T), in float32.
         """
-        active = [k for k, m in enumerate(self.members) if m.is_active(progress)]
-        return self._combine(active, views, labels, self.temperature)
+        return self._combine(self.active_at(progress), views, labels, self.temperature)
 
     @torch.no_grad()
     def predict(self, views: Mapping[InputSpec, Tensor]) -> Tensor:
@@ -126,12 +129,11 @@ class Teachers(nn.Module):
         The probabilities of all teachers that are active at the end of the run are averaged at
         temperature 1, whichever classes each of them teaches.
         """
-        active = [k for k, m in enumerate(self.members) if m.is_active(1.0)]
-        return self._combine(active, views, None, 1.0)
+        return self._combine(self.active_at(1.0), views, None, 1.0)
 
     def _combine(
         self,
-        active: list[int],
+        active: Sequence[int],
         views: Mapping[InputSpec, Tensor],
         labels: Tensor | None,
         temperature: float,

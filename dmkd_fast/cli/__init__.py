@@ -107,10 +107,10 @@ def _prepare_process(*, is_alone: bool) -> None:
     Raises:
         UserError: There are several ranks, and the verb runs as one process.
     """
-    from dmkd_fast.runtime.device import keep_freed_memory, make_repeatable
+    from dmkd_fast.runtime.device import keep_freed_memory, set_repeatable
 
     keep_freed_memory()
-    make_repeatable()
+    set_repeatable()
     if is_alone and (count := _ranks().world_size) > 1:
         raise UserError(f"torchrun: got {count} ranks, expected one process; run it alone")
 

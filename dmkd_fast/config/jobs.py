@@ -92,6 +92,11 @@ class RunConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype of the networks. auto: float16 on CUDA, bfloat16 on a CPU with bfloat16
     products, otherwise float32. float16 on a CPU is refused."""
+    repeatable: bool = True
+    """Use only CUDA kernels that give the same bits each time. false: cuDNN and torch.compile
+    choose kernels by measuring them, which is faster, but exact resume is lost: a resumed or
+    repeated run ends with other weights, and damaged blocks of images are made again with other
+    last bits. No effect on a CPU, where every run is repeatable."""
     num_threads: int = Field(0, ge=0, le=1024)
     """CPU threads. 0: all cores that this process may use."""
     run_dir: PathText = "auto"

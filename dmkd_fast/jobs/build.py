@@ -39,16 +39,18 @@ def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
         compile=job.compile_student,
         ranks=ranks,
     )
-    images, ring, targets = build_images(job, parts, show=show)
+    # On a CPU, float32 views are rendered as fast, and recorded digits depend on them.
+    dtype = job.dtype if job.device.type == "cuda" else torch.float32
+    images, ring, targets = build_images(job, parts, show=show, dtype=dtype)
     return Distiller(
         images, ring, student, targets, config.run_dir, test_set=parts.test_set, show=show
     )
 
 
 def build_images(
-    job: ResolvedJob, parts: Parts, *, show: bool
+    job: ResolvedJob, parts: Parts, *, show: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[GeneratedImages | StoredImages, RingBuffer, Targets]:
-    """Assemble what a job trains on: the stream of images, the ring, and views with targets."""
+    """Assemble what a job trains on: the stream of images, the ring, and views of this dtype."""
     config, ranks, spec = job.config, job.ranks, parts.student_spec
     ring = RingBuffer(
         memory.ring_plan(config, parts.origin.image_shape, ranks),
@@ -58,7 +60,9 @@ def build_images(
         seed=ranks.seed(config.seed),
     )
     views = Views(
-        ViewSpec(size=config.views.size, mean=spec.mean, std=spec.std, device=job.device),
+        ViewSpec(
+            size=config.views.size, mean=spec.mean, std=spec.std, dtype=dtype, device=job.device
+        ),
         **config.views.model_dump(exclude={"size"}),
         # The crops of stored logits are those of the shards' seed.
         seed=config.seed if parts.stored is None else parts.stored.plan.settings["seed"],

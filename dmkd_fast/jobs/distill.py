@@ -40,8 +40,8 @@ def distill(
 ) -> dict[str, Any]:
     """Run a whole distillation job and leave its results in the run directory.
 
-    The results are the student, pictures, statistics and a model card. The command line also sets
-    options of PyTorch for its process, so its speed, and on CUDA the last bits, may differ.
+    The results are the student, pictures, statistics and a model card. On CUDA, the job
+    sets which kernels PyTorch may choose in this process (`repeatable`).
 
         distill("configs/fashion_mnist.yaml", seed=1, train={"num_views": 48_000})
 

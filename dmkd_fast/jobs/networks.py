@@ -204,8 +204,9 @@ def load_student(
             label_names=None,
         )
         torch.manual_seed(seed)
-        student = build_classifier(spec)
-        student = to_channels_last(student.to(device))
+        student = build_classifier(spec).to(device)
+    if config.path is None or device.type == "cuda":
+        student = to_channels_last(student)
     one_view = memory.batch_plan(
         student, 1, 1, spec.in_chans, [view_size], dtype=torch.bfloat16, compiled=False
     )

@@ -14,7 +14,13 @@ from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.jobs import networks, run_dir
 from dmkd_fast.jobs.images import OpenSource, check_count, named_as_settings
 from dmkd_fast.jobs.stored_logits import with_teachers_of_source
-from dmkd_fast.runtime.device import can_compile, resolve_device, resolve_dtype, set_num_threads
+from dmkd_fast.runtime.device import (
+    can_compile,
+    resolve_device,
+    resolve_dtype,
+    set_num_threads,
+    set_repeatable,
+)
 from dmkd_fast.runtime.distributed import ALONE, Ranks, use_device
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.noise_levels import choose_solver
@@ -49,6 +55,8 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> ResolvedJob:
     use_device(ranks, config.device)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    if device.type == "cuda":
+        set_repeatable(config.repeatable)
     config = with_teachers_of_source(config)
     first, *more = (networks.pin(teacher) for teacher in config.teachers.values())
     if config.ring.overlap and device.type != "cuda":

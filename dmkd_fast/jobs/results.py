@@ -52,6 +52,7 @@ def write(
             **attention_facts(parts.origin, distiller.device, config.dtype),
             "denoiser_license": parts.origin.license,
             "teacher_license": parts.teachers.license,
+            **what_is_lost(config),
             "run_dir": str(folder),
         }
         _write_card(folder, config, parts, summary)
@@ -60,6 +61,14 @@ def write(
         page.write("finished", summary=summary)
         files.sync(folder)
     return summary
+
+
+def what_is_lost(config: DistillConfig) -> dict[str, str]:
+    """Return the line of the summary that says that a run cannot be repeated, if so."""
+    if config.device != "cuda" or config.repeatable:
+        return {}
+    reason = "kernels were chosen by timing, so a resumed or repeated run ends with other weights"
+    return {"repeatable": f"no: {reason}"}
 
 
 def _draw_samples(distiller: Distiller, names: tuple[str, ...], path: Path) -> None:

@@ -106,22 +106,30 @@ def keep_freed_memory() -> None:
     set_malloc_thresholds(mmap_bytes=1 << 30, trim_bytes=(1 << 31) - 1)
 
 
-def make_repeatable() -> None:
+def set_repeatable(repeatable: bool = True) -> None:
     """Let CUDA libraries choose only kernels that give the same bits each time they run.
 
-    Otherwise the weight gradients of convolutions are summed in any order, and a resumed run ends
-    with other bits. Call it in programs that own the process, before the first matrix product on a
-    GPU. It does not cover the overlapping max pooling of a channels_last student that is not
-    compiled.
+    Call it before the first matrix product on a GPU, for the whole process. It does not cover the
+    overlapping max pooling of a channels_last student that is not compiled.
+
+    Args:
+        repeatable: False lets cuDNN and torch.compile choose the kernels that they measure to be
+            the fastest. Weight gradients of convolutions are then summed in any order, and a
+            resumed run ends with other bits.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for products on several streams
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = repeatable
+    torch.backends.cudnn.benchmark = not repeatable
     if torch.cuda.is_available():
         import torch._inductor.config as inductor
 
-        if hasattr(inductor, "deterministic"):  # otherwise timing decides how to split reductions
-            inductor.deterministic = True
+        # Otherwise timing decides how to split reductions. Not every version has these settings.
+        for name, value in (
+            ("deterministic", repeatable),
+            ("max_autotune_pointwise", not repeatable),
+        ):
+            if hasattr(inductor, name):
+                setattr(inductor, name, value)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ Source: arXiv 2305.12954.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.ring.buffer import RingBuffer
 from dmkd_fast.ring.statistics import Statistics
 from dmkd_fast.ring.storage import BlockFiles
+from dmkd_fast.runtime.cuda_graph import CapturedFunction, CaptureError
+from dmkd_fast.runtime.errors import warn_once
 from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.training import scoring
-from dmkd_fast.training.feed import Feed
+from dmkd_fast.training.feed import Batch, Feed
 from dmkd_fast.training.images import ImageStream
 from dmkd_fast.training.loop import TrainingLoop
 from dmkd_fast.training.student import StudentTrainer
@@ -77,6 +80,9 @@ class Distiller(TrainingLoop):
             remakes=images.rewrites,
         )
         self._generators = Generators(self.device)
+        self._captures = student.is_compiled and self.device.type == "cuda"
+        self._captured: CapturedFunction | None = None
+        self._captured_teachers: tuple[int, ...] = ()
         self.ring_statistics: Statistics | None = None
         if on_row is not None:
             self.on_row.append(on_row)
@@ -126,6 +132,17 @@ class Distiller(TrainingLoop):
         self.student.start(self.lr())
         with self.clock.part("views"):
             batch = self.feed.draw(step=self.step, progress=self.progress)
+        captured = self._capture(batch) if self._captures else None
+        if captured is None:
+            loss = self._learn(batch)
+        else:
+            with self.clock.part("student"):
+                loss = self.student.replay(partial(captured, batch))
+        self.step += 1
+        return loss
+
+    def _learn(self, batch: Batch) -> Tensor:
+        """Take the started step on a drawn batch, and return its loss."""
         # The teachers run on one micro-batch at a time.
         micro_batches = self.targets.micro_batches(
             *batch, progress=self.progress, size=self.student.micro_batch_size
@@ -136,8 +153,39 @@ class Distiller(TrainingLoop):
                 losses.append(self.student.learn(*micro_batch))
         with self.clock.part("student"):
             self.student.finish()
-        self.step += 1
         return sum(losses[1:], losses[0])
+
+    def _capture(self, batch: Batch) -> CapturedFunction | None:
+        """Return the rest of a step, after the draw, as a CUDA graph; None if it cannot be one.
+
+        It is captured at the first step, and again when other teachers start to teach.
+        """
+        teachers = self.targets.networks.active_at(self.progress)
+        if self._captured is not None and teachers == self._captured_teachers:
+            return self._captured
+
+        def step(batch: Batch) -> Tensor:
+            self.student.start()
+            return self._learn(batch)
+
+        self._captured, states = None, self._generators.state_dict()
+        try:
+            reason = self.student.why_not_captured()
+            if self.targets.mixer is not None:
+                reason = reason or "the host draws how views are mixed"
+            if reason:
+                raise CaptureError(reason)
+            with self.student.capturing():
+                self._captured = CapturedFunction(step, batch)
+            drawn = self._generators.state_dict()
+            if any(drawn[name] != states[name] for name in ("numpy", "python")):
+                raise CaptureError("the student draws random numbers on the host")
+        except CaptureError as error:
+            self._captured, self._captures = None, False
+            warn_once(f"training: steps are not one CUDA graph each, and slower ({error})")
+        self._captured_teachers = teachers
+        self._generators.load_state_dict(states)
+        return self._captured
 
     def totals(self) -> dict[str, Any]:
         """Return generated_images, views, reuse (views per image), rates and times so far."""
@@ -162,6 +210,7 @@ class Distiller(TrainingLoop):
         """Restore the state from `state_dict`."""
         super().load_state_dict(state)
         self.feed.drop_ahead()
+        self._captured = None  # Its optimizer state has been replaced.
 
     def _prepare_step(self) -> None:
         self.refill(is_fitting=True)

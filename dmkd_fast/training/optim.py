@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import inspect
 from typing import Any
@@ -73,6 +74,11 @@ def _of_timm(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group, times its `lr_scale` if it has one."""
+    """Set the learning rate of every parameter group, times its `lr_scale` if it has one.
+
+    On CUDA it is rounded to float32, since captured steps read it from the device as such.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+        if any(p.is_cuda for p in group["params"][:1]):
+            group["lr"] = ctypes.c_float(group["lr"]).value

@@ -9,8 +9,9 @@ Source: Micikevicius et al., "Mixed precision training" (arXiv 1710.03740), on l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dmkd_fast.checkpoint.step_folders import Stateful
+from dmkd_fast.runtime.cuda_graph import CaptureError
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import NotFiniteError, invalid
 from dmkd_fast.training.ema import Buffers, WeightEMA
@@ -51,7 +53,8 @@ class StudentTrainer:
         optimizer: Optimizer of the student's parameters; None: the one that `schedule` names. The
             schedule sets its learning rate, times `lr_scale` of a parameter group if there is one.
         dtype: Autocast dtype; float32 turns autocast off, float16 turns loss scaling on.
-        compile: Whether to use torch.compile on the student.
+        compile: Whether to use torch.compile on the student, and to let a `Distiller` capture its
+            steps as a CUDA graph.
         ranks: This process among those that train the same student, each on its part of the batch.
 
     Raises:
@@ -91,6 +94,9 @@ class StudentTrainer:
         self.device = device = next(student.parameters()).device
         self.network = ranks.parallel(fast, device)  # This copies rank 0's weights to all ranks.
         self.optimizer = optimizer or build_optimizer(student, schedule)
+        self.is_compiled, self._is_own = compile, optimizer is None
+        # Learning rates that a captured step reads, one for each parameter group.
+        self._rates: list[Tensor] = []
         self.average = WeightEMA(student, decay=schedule.ema_decay)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -102,6 +108,8 @@ class StudentTrainer:
         # Fused optimizers leave weights, moments and step counts unchanged if this is not 0. For
         # others the host has to read it.
         self._found = torch.zeros((), device=device)
+        self._is_trial = torch.zeros((), device=device)  # 1: steps are tried out and skipped
+        self._static: list[Tensor] = []  # buffers that a captured step reads
         self.optimizer.found_inf = self._found  # type: ignore[attr-defined]
         self._is_fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         self._scales = dtype == torch.float16
@@ -110,9 +118,12 @@ class StudentTrainer:
         # [total skipped, current streak, longest streak since `check`]
         self._skipped = torch.zeros(3, device=device)
 
-    def start(self, lr: float) -> None:
-        """Start a step with this learning rate."""
-        set_lr(self.optimizer, lr)
+    def start(self, lr: float | None = None) -> None:
+        """Start a step with this learning rate; None keeps the one that is set."""
+        if lr is not None:
+            set_lr(self.optimizer, lr)
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=False):
+                rate.fill_(group["lr"])
         self._buffers_before = self._buffers.copies()
         self._micro_batches_left = self.schedule.accumulate
 
@@ -162,7 +173,7 @@ class StudentTrainer:
         """Update the weights, unless the loss or gradient is not finite."""
         assert self._buffers_before is not None, "start comes first"
         grads = [p.grad for p in self._parameters if p.grad is not None]
-        self._found.zero_()
+        self._found.copy_(self._is_trial)
         torch._amp_foreach_non_finite_check_and_unscale_(
             grads, self._found, self._scale.reciprocal()
         )
@@ -180,6 +191,58 @@ class StudentTrainer:
             )
         self._count()
         self._updates, self._buffers_before = False, None
+        if any(a is not b for a, b in zip(self._static, self._all_buffers(), strict=False)):
+            raise CaptureError("the student replaces a buffer")
+
+    def replay(self, step: Callable[[], Tensor]) -> Tensor:
+        """Take a captured step, after `start` and in place of `learn` and `finish`."""
+        self._updates = True
+        loss = step()
+        self._updates, self._buffers_before = False, None
+        return loss
+
+    def why_not_captured(self) -> str:
+        """Return why steps cannot be captured as a CUDA graph; empty if they can."""
+        if self.ranks.world_size > 1:
+            return f"{self.ranks.world_size} ranks average their gradients"
+        if not isinstance(self.loss, Objective):
+            return "the loss is a function from outside"
+        if not self._is_own:
+            return "the optimizer is from outside"
+        if not self._is_fused:
+            return f"{self.schedule.name} reads on the host whether a step is finite"
+        return ""
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Let steps inside change nothing, and read their learning rates from the device."""
+        groups = self.optimizer.param_groups
+        kept = (self._scale, self._growth, self._skipped)
+        values = [value.clone() for value in kept]
+        started = self._buffers_before
+        before: list[dict[str, Any]] = [
+            {name: group[name] for name in ("lr", "capturable") if name in group}
+            for group in groups
+        ]
+        self._rates = [torch.full((), group["lr"], device=self.device) for group in groups]
+        self._static = self._all_buffers()
+        self._is_trial.fill_(1)
+        for group, rate in zip(groups, self._rates, strict=True):
+            group.update(dict.fromkeys(group.keys() & {"capturable"}, True), lr=rate)
+        try:
+            with warnings.catch_warnings():
+                # Two of the three steps inside are not captured.
+                warnings.filterwarnings("ignore", ".*capturable=True")
+                yield
+        finally:
+            for group, own in zip(groups, before, strict=True):
+                group.update(own)
+            for mine, value in zip(kept, values, strict=True):
+                mine.copy_(value)
+            self._is_trial.zero_()
+            self._static = []
+            self._updates, self._buffers_before = False, started
+            self.optimizer.zero_grad(set_to_none=True)
 
     def give_up(self) -> int:
         """Discard the current step and count it as skipped; called after an error.
@@ -267,6 +330,9 @@ class StudentTrainer:
         """Restore the state from `state_dict`."""
         for name, value in state.items():
             getattr(self, f"_{name}").copy_(value)
+
+    def _all_buffers(self) -> list[Tensor]:
+        return [buffer for group in self._buffers.groups() for buffer in group]
 
     def _count(self) -> None:
         total, row, longest = self._skipped.unbind()

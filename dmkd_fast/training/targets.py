@@ -86,7 +86,7 @@ class Targets:
         if mixer is not None and stored is not None:
             got, fix = "one with stored logits", "leave one of the two out"
             raise invalid("mixer", got, "none, as stored logits are of whole views", fix)
-        self._mixer, self.stored = mixer, stored
+        self.mixer, self.stored = mixer, stored
 
         def fast(module: nn.Module, input: InputSpec) -> nn.Module:
             copy = for_inference(module, dtype, input)
@@ -151,9 +151,9 @@ class Targets:
             The mixed views, and the mixing of the student's views. Without a mixer: the views
             unchanged, and None.
         """
-        if self._mixer is None:
+        if self.mixer is None:
             return views, None
-        mixed = self._mixer.renderings(views, step=step)
+        mixed = self.mixer.renderings(views, step=step)
         return {spec: each.views for spec, each in mixed.items()}, mixed[self.input]
 
     def micro_batches(

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import render
 from benchmarks.fake_cuda import pretended
+from benchmarks.gpu import summary
 from benchmarks.job import imagenet
 
 ROOT = Path(__file__).parents[2]
@@ -32,13 +33,27 @@ def switches() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def rehearsed(*arguments: str) -> dict[str, Any]:
-    """The JSON line of a measurement."""
-    command = [sys.executable, "-m", "benchmarks.fake_cuda", "-m", "benchmarks", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+STEPS = [
+    *("kernels", "imagenet", "job", "whole-job", "kd-loss", "pieces", "rivals", "views", "ring"),
+    *("cuda-facts", "sampler"),
+]
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The logs of a rehearsal of gpu.sh, and what it printed."""
+    logs = tmp_path_factory.mktemp("gpu")
+    environment = os.environ | {"PYTHON": sys.executable, "LOGS": str(logs)}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--rehearse"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert line["environment"]["device"] == "no GPU: rehearsal"
+    return logs, done.stdout
+
+
+def rehearsed(rehearsal: tuple[Path, str], step: str) -> dict[str, Any]:
+    """The JSON line of a measurement."""
+    line = summary.last_line(rehearsal[0] / f"{step}.log")
+    assert line is not None and line["environment"]["device"] == "no GPU: rehearsal"
     return line
 
 
@@ -51,8 +66,8 @@ def check_figures(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_imagenet_leaves_every_row_that_its_table_shows() -> None:
-    line = rehearsed("imagenet", "--tiny")
+def test_imagenet_leaves_every_row_that_its_table_shows(rehearsal: tuple[Path, str]) -> None:
+    line = rehearsed(rehearsal, "imagenet")
     rows = line["rows"]
     check_figures(rows)
     tiny = imagenet.TINY
@@ -175,38 +190,112 @@ def test_cpu_tables_do_not_show_rows_of_a_gpu(
 
 
 @pytest.mark.slow
-def test_every_line_of_gpu_sh_runs_without_a_gpu() -> None:
-    environment = os.environ | {"PYTHON": sys.executable}
-    script = str(ROOT / "benchmarks" / "gpu.sh")
-    done = subprocess.run(
-        ["bash", script, "--rehearse"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-2:] == [
-        "passed: kernels whole-job imagenet kd-loss views ring cuda-facts sampler",
-        "failed: none",
-    ]
+def test_every_line_of_gpu_sh_runs_without_a_gpu(rehearsal: tuple[Path, str]) -> None:
+    logs, printed = rehearsal
+    assert printed.splitlines()[-2:] == [f"passed: {' '.join(STEPS)}", "failed: none"]
+    page = (logs / summary.PAGE).read_text(encoding="utf-8")
+    for name in (*STEPS[:3], "pieces", "rivals"):
+        assert f"| {name} | ok |" in page
+    assert "## rivals" in page and "pipeline, compiled" in page and "s_to_target" in page
 
 
-def test_gpu_sh_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
-    """With a python that fails where it is asked for the ring."""
+@pytest.mark.slow
+def test_rivals_pieces_and_jobs_leave_all_their_rows(rehearsal: tuple[Path, str]) -> None:
+    rows = rehearsed(rehearsal, "rivals")["rows"]
+    check_figures(rows)
+    assert {(r["part"], r["arm"]) for r in rows} == {
+        ("sampler", "pipeline, compiled"),
+        ("sampler", "ours"),
+        ("training", "compiled half"),
+        ("training", "ours"),
+        ("training", "ours, repeatable: false"),
+        ("recipe", "pipeline half"),
+        ("recipe", "ours"),
+    }
+    rows = rehearsed(rehearsal, "pieces")["rows"]
+    assert {(r["part"], r["piece"]) for r in rows} == {
+        *(("ceiling", piece) for piece in ("product", "copy")),
+        *(("piece", piece) for piece in ("whole step, one graph", "whole step", "draw", "views")),
+        *(("piece", piece) for piece in ("teacher", "student", "loss", "DiT", "decoder")),
+        ("compile", "sampler"),
+    }
+    for row in rows:
+        if row.get("piece") in ("whole step", "teacher", "student", "DiT", "decoder"):
+            assert row["share_of_product"] > 0, row
+    rows = rehearsed(rehearsal, "job")["rows"]
+    assert [r["arm"] for r in rows] == ["baseline, half", "ours, cold"]
+    assert all(0 < r["top1"] < 1 and r["wall_s"] > 0 for r in rows)
+
+
+def gpu_sh(tmp_path: Path, python: str, **environment: str) -> tuple[int, list[str]]:
+    """Rehearse gpu.sh with a python that is a shell script; return its code and its lines."""
     fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\ncase "$*" in *" ring"*) exit 3;; esac\n', encoding="utf-8")
+    calls = f'echo "$*" >> {tmp_path}/calls\n'
+    fake.write_text(f"#!/bin/sh\n{calls}{python}\n", encoding="utf-8")
     fake.chmod(0o755)
-    script = str(ROOT / "benchmarks" / "gpu.sh")
     done = subprocess.run(
-        ["bash", script, "--rehearse"],
-        env=os.environ | {"PYTHON": str(fake)},
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--rehearse"],
+        env=os.environ | {"PYTHON": str(fake), "LOGS": str(tmp_path / "logs")} | environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 1
-    assert "FAILED (3)" in done.stdout
-    assert done.stdout.splitlines()[-2:] == [
-        "passed: kernels whole-job imagenet kd-loss views cuda-facts sampler",
-        "failed: ring",
-    ]
-    wrong = ["bash", script, "--recrod"]
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_gpu_sh_goes_on_after_a_failure_and_then_skips_what_passed(tmp_path: Path) -> None:
+    """With a python that fails where it is asked for the ring."""
+    broken = 'case "$*" in *" ring"*) exit 3;; esac'
+    code, lines = gpu_sh(tmp_path, broken)
+    assert code == 1 and any("FAILED (3)" in line for line in lines)
+    others = " ".join(name for name in STEPS if name != "ring")
+    assert lines[-2:] == [f"passed: {others}", "failed: ring"]
+    (tmp_path / "calls").unlink()
+    code, lines = gpu_sh(tmp_path, "")
+    assert code == 0 and lines[-1] == "failed: none"
+    calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    assert len(calls) == 2 and " ring " in calls[0] and "gpu-summary" in calls[1]
+    wrong = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--recrod"]
     again = subprocess.run(wrong, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "usage" in again.stderr
+
+
+def test_gpu_sh_limits_each_step_and_leaves_the_rest_when_time_is_up(tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    limit = programs / "timeout"
+    limit.write_text(f"#!/bin/sh\necho $2 >> {tmp_path}/limits\n", encoding="utf-8")
+    limit.chmod(0o755)
+    path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    assert gpu_sh(tmp_path, "", **path)[0] == 0
+    limits = (tmp_path / "limits").read_text(encoding="utf-8").split()
+    assert limits == ["480"] * len(STEPS)
+    again = tmp_path / "again"
+    again.mkdir()
+    code, lines = gpu_sh(again, "", BUDGET_S="10", **path)
+    assert code == 1 and lines[-1] == f"left for the next start: {' '.join(STEPS)}"
+
+
+def test_summary_has_steps_state_of_the_gpu_figures_and_goals(tmp_path: Path) -> None:
+    (tmp_path / "steps.txt").write_text("kd-loss\tok\t12\nring\tFAILED (1)\t3\n")
+    state = {"driver_version": "580.1", "power.limit": "700", "other_processes": 2}
+    stamp = {"device": "GPU", "torch": "2", "python": "3", "commit": "c", "date": "d", "gpu": state}
+    line = {
+        "bench": "kd-loss",
+        "rows": [{"shape": "8x8", "arm": "ours", "share_of_copy": 0.5}],
+        "goals": {"share": {"value": 0.5, "goal": 0.6, "met": False}},
+        "environment": stamp,
+    }
+    (tmp_path / "kd-loss.log").write_text(f"noise\n{json.dumps(line)}\n")
+    (tmp_path / "ring.log").write_text("Traceback\n")
+    assert summary.main([str(tmp_path)]) == 0
+    page = (tmp_path / summary.PAGE).read_text()
+    for text in (
+        "| kd-loss | ok | 12 s |",
+        "| ring | FAILED (1) | 3 s |",
+        "| 8x8, ours | share_of_copy 0.5 |",
+        "- MISSED: share: 0.5, goal 0.6",
+        "- power.limit: 700",
+        "other_processes 2",
+    ):
+        assert text in page

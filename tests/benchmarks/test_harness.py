@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import harness
 
@@ -45,3 +46,34 @@ def test_missed_goal_is_reported_and_rows_are_recorded(
     assert line["goals"]["time"]["met"] and line["environment"]["cores"] >= 1
     (row,) = harness.read_rows("thing")
     assert row["x"] == 1 and row["arguments"] == {"n": 3}
+
+
+def test_arms_are_timed_as_often_and_as_long_as_asked() -> None:
+    calls = {"short": 0, "long": 0}
+
+    def arm(name: str, seconds: float) -> None:
+        calls[name] += 1
+        time.sleep(seconds)
+
+    arms = {"short": lambda: arm("short", 0.001), "long": lambda: arm("long", 0.01)}
+    timings = harness.time_interleaved(arms, n=2, warmup=1, at_least_s=0.05)
+    assert timings["short"]["n"] == timings["long"]["n"] == calls["short"] - 1
+    assert timings["short"]["n"] * timings["short"]["median_ms"] >= 25
+    assert harness.time_interleaved(arms, n=2, warmup=0)["short"]["n"] == 2
+
+
+def test_state_of_a_gpu_is_what_nvidia_smi_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert harness.gpu_state() == {}
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in *compute-apps*) echo 77; echo $PPID;; '
+        '*) echo "580.1, 1980, 1980, 2619, 700.00, 90.1, 41";; esac\n'
+    )
+    program.chmod(0o755)
+    found = harness.gpu_state()
+    assert found["driver_version"] == "580.1" and found["temperature.gpu"] == "41"
+    assert found["power.limit"] == "700.00" and found["other_processes"] == 1

@@ -91,14 +91,7 @@ def build(case: tuple[int, int, str, str]) -> dict[str, Any]:
 
 def inspect(launch: triton_launch.Launch, architecture: int) -> dict[str, Any]:
     """Compile any launch; return the same facts as `build`."""
-    compiled = triton.compile(
-        _source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        code = _tool("nvdisasm", "-c", cubin.name)
+    usage, code = machine_code(launch, architecture)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, shared, local = map(int, found.groups())
@@ -109,6 +102,19 @@ def inspect(launch: triton_launch.Launch, architecture: int) -> dict[str, Any]:
         "warps": launch.num_warps,
         **{name: _widths(code, name) for name in ("LDG", "STG")},
     }
+
+
+def machine_code(launch: triton_launch.Launch, architecture: int) -> tuple[str, str]:
+    """Compile any launch; return the compiler's report of resources, and the instructions."""
+    compiled = triton.compile(
+        _source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _tool("cuobjdump", "-res-usage", cubin.name)
+        code = _tool("nvdisasm", "-c", cubin.name)
+    return usage, code
 
 
 def expected_accesses(case: tuple[int, int, str, str]) -> dict[str, tuple[int, int]]:

@@ -136,6 +136,7 @@ def build_distiller(
     alpha: float = 1.0,
     objective: Objective | None = None,
     dtype: torch.dtype = torch.float32,
+    compile: bool = False,
     student: nn.Module | None = None,
     ranks: Ranks = ALONE,
     test_set: ImageSet | None = None,
@@ -166,6 +167,7 @@ def build_distiller(
             Schedule(**(schedule | changes)),  # type: ignore[arg-type]
             objective or Objective(alpha=alpha),
             dtype=dtype,
+            compile=compile,
             ranks=ranks,
         ),
         Targets(

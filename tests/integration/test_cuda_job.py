@@ -43,7 +43,7 @@ from dmkd_fast.data.test_sets import EncodedSet
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.wrappers import Decoder
 from dmkd_fast.ring.cuda_sync import ProducerStream, SingleStream
-from dmkd_fast.runtime.device import make_repeatable
+from dmkd_fast.runtime.device import set_repeatable
 from dmkd_fast.views.spec import InputSpec
 
 pytestmark = pytest.mark.cuda
@@ -53,7 +53,7 @@ HAS_DRIVER = torch._C._cuda_getDeviceCount() > 0
 @pytest.fixture(autouse=True)
 def repeatable() -> None:
     """As the command line sets it."""
-    make_repeatable()
+    set_repeatable()
 
 
 def classifier() -> nn.Module:
@@ -146,6 +146,7 @@ def fitted(distiller: Distiller) -> Distiller:
 def test_two_runs_and_a_resumed_one_end_with_the_same_bits(tmp_path: Path) -> None:
     whole = fitted(job(tmp_path / "whole"))
     expected = fingerprint(whole)
+    assert whole._captured is not None
     assert all(row["loss"] > 0 for row in rows(whole.run_dir))
     assert all(w.isfinite().all() for w in whole.student.average.module.state_dict().values())
     assert fingerprint(fitted(job(tmp_path / "again"))) == expected

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from small_jobs import CONFIG, SHORT
+from small_jobs import CONFIG, ROOT, SHORT
 
+from benchmarks.fake_cuda import pretended
 from dmkd_fast.config.data import SourceConfig
-from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.jobs import DistillConfig, TeacherConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import build as build_module
-from dmkd_fast.jobs import evaluate, networks
+from dmkd_fast.jobs import evaluate, networks, results
 from dmkd_fast.jobs import parts as parts_module
 from dmkd_fast.jobs import resolve as resolve_module
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.images import OpenSource
-from dmkd_fast.jobs.parts import load_parts
+from dmkd_fast.jobs.parts import load_parts, prepare
 from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.jobs.resolve import resolve
 from dmkd_fast.runtime import distributed
@@ -41,6 +44,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(resolve_module, "can_compile", lambda _: False)
+    monkeypatch.setattr(resolve_module, "set_repeatable", lambda _: None)
     for name, value in (
         ("RANK", 1),
         ("LOCAL_RANK", 1),
@@ -158,3 +162,58 @@ def test_more_ranks_than_gpus_are_refused_unless_they_use_the_cpu() -> None:
         distributed.use_device(many, "auto")
     distributed.use_device(many, "cpu")
     assert torch.cuda.current_device() == 0
+
+
+@pytest.fixture
+def switches() -> Iterator[Any]:
+    """The switches that decide how CUDA libraries choose kernels, restored afterwards."""
+    import torch._inductor.config as inductor
+
+    cudnn = torch.backends.cudnn
+    names = ((cudnn, "deterministic"), (cudnn, "benchmark"))
+    names += ((inductor, "deterministic"), (inductor, "max_autotune_pointwise"))
+    before = [getattr(owner, name) for owner, name in names]
+    yield lambda: [getattr(owner, name) for owner, name in names]
+    for (owner, name), value in zip(names, before, strict=True):
+        setattr(owner, name, value)
+
+
+def test_kernels_are_chosen_by_timing_where_the_config_says_so(
+    switches: Any, tmp_path: Path
+) -> None:
+    before = switches()
+    config = load_config(DistillConfig, CONFIG, [*SHORT, f"run_dir={tmp_path / 'run'}"])
+    for device, repeatable in (("cpu", False), ("cuda", False), ("cuda", True), ("cuda", False)):
+        changed = load_config(DistillConfig, config, {"device": device, "repeatable": repeatable})
+        with pretended():
+            job = resolve(changed)
+        assert job.config.repeatable is repeatable
+        is_lost = "repeatable" in results.what_is_lost(job.config)
+        assert is_lost == (device == "cuda" and not repeatable)
+        fixed = [repeatable, not repeatable] * 2
+        assert switches() == (fixed if device == "cuda" else before)
+    weak = load_config(
+        TeacherConfig, ROOT / "configs" / "pretrain" / "weak.yaml", {"device": "cuda"}
+    )
+    with pretended():
+        loop.prepare(weak, resume=False, show=False)
+    assert switches() == [True, False, True, False]
+
+
+@pytest.mark.usefixtures("switches")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_views_and_students_have_the_form_that_the_device_computes_in(
+    device: Literal["cpu", "cuda"], tmp_path: Path
+) -> None:
+    changes = [*SHORT, f"device={device}", "dtype=auto", f"run_dir={tmp_path / 'run'}"]
+    changes.append("student={path: embedded:fashion_mnist/weak}")
+    with pretended() if device == "cuda" else nullcontext():
+        job, parts = prepare(load_config(DistillConfig, CONFIG, changes))
+        run = build(job, parts, show=False)
+        views = run.targets.views
+        seen = views.whole(run.ring.images, torch.arange(2))
+        convs = [w for w in run.student.model.parameters() if w.ndim == 4 and w.shape[1] > 1]
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    assert seen.dtype == dtype and seen.is_contiguous(memory_format=torch.channels_last)
+    is_last = [w.is_contiguous(memory_format=torch.channels_last) for w in convs]
+    assert is_last == [device == "cuda"] * len(convs) and convs

@@ -16,7 +16,7 @@ from dmkd_fast.config.loading import dump_config
 from dmkd_fast.jobs import memory, resolve, run_dir
 from dmkd_fast.jobs.report import live as report_live
 from dmkd_fast.runtime import files
-from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads
+from dmkd_fast.runtime.device import resolve_device, resolve_dtype, set_num_threads, set_repeatable
 from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.training.ema import WeightEMA
 from dmkd_fast.training.loop import TrainingLoop
@@ -231,6 +231,8 @@ def prepare(config: P, *, resume: bool, show: bool) -> PretrainJob[P]:
     set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     device = resolve_device(config.device)
+    if device.type == "cuda":
+        set_repeatable(config.repeatable)
     return PretrainJob(
         config=config,
         device=device,

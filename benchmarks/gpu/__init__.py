@@ -1,0 +1,1 @@
+"""Measurements that are of a GPU alone; benchmarks/gpu.sh runs them."""
