@@ -8,6 +8,7 @@ launched.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from torch.nn.attention import SDPBackend
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-DEVICE = torch.device("cuda", 0)
+CPU, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
 CAPABILITY = (9, 0)
 PROPERTIES = SimpleNamespace(
     name="no GPU: code generation for an H100",
@@ -77,7 +78,8 @@ class _Driver:
 def absent_h100() -> Iterator[FakeTensorMode]:
     """Answer the questions of compilers as an H100 would; new tensors are fake inside.
 
-    Autograd runs in the calling thread, since its threads for CUDA need a device.
+    Autograd's engine, which is C++, asks the driver itself: backward passes run on fake tensors of
+    the CPU (`inductor_cuda.py` moves their graphs).
     """
     answers: dict[str, Any] = {
         "is_available": True,
@@ -107,26 +109,31 @@ def absent_h100() -> Iterator[FakeTensorMode]:
                     made = staticmethod(answer) if owner is interface else answer
                     stack.enter_context(mock.patch.object(owner, name, made))
         fake = torch._subclasses.fake_tensor
-        stack.enter_context(mock.patch.object(fake, "init_gpu_context", lambda _: None))
-        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
+        stack.enter_context(mock.patch.object(fake, "init_gpu_context"))
+        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
         library = torch.library.Library("aten", "IMPL")
         library.impl("_fused_sdp_choice", _chosen_attention, "Meta", allow_override=True)
         stack.callback(library._destroy)
-        stack.enter_context(mock.patch.object(nn.Module, "to", _to))
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(mock.patch.object(nn.Module, "to", functools.partialmethod(_to, mode)))
         stack.enter_context(mode)
         yield mode
 
 
-def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Take the place of `nn.Module.to`, which cannot change a fake parameter in place."""
+def _to(module: nn.Module, mode: FakeTensorMode, *args: Any, **kwargs: Any) -> nn.Module:
+    """Take the place of `nn.Module.to`, which cannot change a fake parameter in place.
+
+    Where the mode is on, real tensors become fake ones.
+    """
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
 
     def moved(value: Tensor) -> Tensor:
-        to = dtype if value.is_floating_point() else None
+        value = value.detach()
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is mode:
+            value = mode.from_tensor(value)
+        to = dtype if dtype and value.is_floating_point() else value.dtype
         layout = memory_format if value.ndim == 4 and memory_format else torch.preserve_format
-        return value.detach().to(device, to, memory_format=layout)
+        return value.to(device or value.device, to, memory_format=layout)
 
     for part in module.modules():
         for name, value in part.named_parameters(recurse=False):

@@ -1,18 +1,18 @@
-"""Run the compiled parts of the package on fake tensors of an absent GPU.
+"""The compiled parts of the package, run on fake tensors of an absent GPU.
 
-The sizes are those of configs/paper/imagenet.yaml, but the depth of the denoiser.
+Sizes are those of configs/paper/imagenet.yaml, but for the depth of the denoiser.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import diffusers
 import torch
-from absent_gpu import DEVICE
+from absent_gpu import CPU, DEVICE
 from paper_models import DIT, IMAGENET, VAE
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -32,25 +32,37 @@ from dmkd_fast.classifiers.loading import build, to_channels_last
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.wrappers import Decoder
 from dmkd_fast.sampling import sampler as sampling
+from dmkd_fast.sampling.graph import compiled
 from dmkd_fast.sampling.solvers import SolverTable
+from dmkd_fast.sampling.step import decode
 
 DDPM = {"_class_name": "DDPMScheduler", "clip_sample": False}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 CONSISTENCY = {"_class_name": "CMStochasticIterativeScheduler"}
-CPU = torch.device("cpu")
-_STOCHASTIC: Any = SolverTable.stochastic.fget
-IMAGES, VIEWS, CLASSES = 160, 256, 1000
+IMAGES, DECODED, VIEWS, CLASSES = 160, sampling.MOST_DECODED["cuda"], 256, 1000
+IS_STOCHASTIC: Any = SolverTable.stochastic.fget  # type: ignore[attr-defined]
+PAPER = "ddpm with learned variances, guided, {} blocks"
 
 
-class GuidedDiT(nn.Module):
-    """A DiT whose label embedding is shifted by the guidance scale, as a distilled model's is."""
+class Case(NamedTuple):
+    """A compiled part of the package."""
+
+    run: Callable[[FakeTensorMode], None]
+    rows: int
+    """Images or views of a call."""
+    unit: str
+
+
+class DistilledDiT(nn.Module):
+    """A DiT with the guidance scale as an input, as guidance-distilled models have it."""
 
     def __init__(self, dit: LeanDiT) -> None:
         super().__init__()
         self.dit = dit
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor, scales: Tensor) -> Tensor:
-        return self.dit(latents, timesteps + scales, labels)
+        result: Tensor = self.dit(latents, timesteps + scales, labels)
+        return result
 
 
 def sample(
@@ -61,40 +73,33 @@ def sample(
     *,
     layers: int = 1,
     is_distilled: bool = False,
-    decoder: bool = False,
 ) -> None:
-    """Sample one micro-batch with a DiT-XL/2 of few blocks.
+    """Sample latents with a DiT of the width of DiT-XL/2 and few blocks.
 
     Args:
-        mode: Mode of fake tensors.
-        solver: Name of the solver.
-        scheduler: Content of scheduler_config.json; without learned variances, half of the output
-            channels are left out.
+        mode: Mode of the fake tensors.
+        solver: Solver name.
+        scheduler: Content of scheduler_config.json.
         guidance: Guidance of the sampler.
         layers: Number of transformer blocks.
         is_distilled: Whether the module takes the guidance scales.
-        decoder: Whether SD-VAE's decoder makes images of the latents.
     """
-    del mode
     learned = scheduler.get("variance_type") == "learned_range"
-    changes = {"num_layers": layers, "out_channels": 8 if learned else 4}
-    dit = LeanDiT(DIT | changes).eval().requires_grad_(False)
-    dit.attention = "xformers"  # What `auto` takes on an H100: an opaque operator.
-    vae = Decoder(diffusers.AutoencoderKL(**VAE)).eval() if decoder else None
+    dit = LeanDiT(DIT | {"num_layers": layers, "out_channels": 8 if learned else 4})
+    dit.attention = "xformers"  # One opaque operator, as every kernel for attention is.
     denoiser = Denoiser(
-        module=GuidedDiT(dit) if is_distilled else dit,
+        module=(DistilledDiT(dit) if is_distilled else dit).eval().requires_grad_(False),
         scheduler=scheduler,
         latent_shape=(4, 32, 32),
-        image_shape=(3, 256, 256) if decoder else (4, 32, 32),
-        decoder=vae,
         num_classes=CLASSES,
         null_class=CLASSES,
         takes_guidance=is_distilled,
     )
     with (
+        # The sampler reads its table when it is made, which fake tensors do not allow.
         mock.patch.object(sampling, "solver_table", _outside(sampling.solver_table)),
-        mock.patch.object(SolverTable, "stochastic", property(_outside(_STOCHASTIC))),
-        # Capture needs a device; the graph's launches are those of the call.
+        mock.patch.object(SolverTable, "stochastic", property(_outside(IS_STOCHASTIC))),
+        # Capture needs a device; a graph launches what one call launches.
         mock.patch.object(sampling, "CudaGraph", lambda make, ids, labels: make),
     ):
         sampler = DiffusionSampler(
@@ -106,34 +111,47 @@ def sample(
             device=DEVICE,
             compile=True,
         )
-        object.__setattr__(sampler.table, "rows", sampler.table.rows.to(DEVICE))
+        rows = mode.from_tensor(sampler.table.rows).to(DEVICE)
+        object.__setattr__(sampler.table, "rows", rows)
         ids = torch.arange(IMAGES, device=DEVICE)
-        slots = torch.empty(IMAGES, *denoiser.image_shape, dtype=torch.uint8, device=DEVICE)
-        sampler.sample(ids, ids, out=slots)
+        images = torch.empty(IMAGES, *denoiser.image_shape, dtype=torch.uint8, device=DEVICE)
+        sampler.sample(ids, ids, out=images)
+
+
+def make_images(mode: FakeTensorMode) -> None:
+    """Decode latents with SD-VAE as the sampler does."""
+    del mode
+    decoder = Decoder(diffusers.AutoencoderKL(**VAE)).eval().requires_grad_(False)
+    latents = torch.empty(DECODED, 4, 32, 32, device=DEVICE)
+    with torch.inference_mode():
+        compiled(decode)(decoder.to(DEVICE, torch.float16), latents, torch.float16)
 
 
 def teach(mode: FakeTensorMode) -> None:
-    """Run the teacher of the recipe, a ResNet-18, on the views of a batch."""
+    """Run the recipe's teacher, a ResNet-18, on the views of a batch."""
+    del mode
     with unset_fake_temporarily():
         views = Views(ViewSpec(size=224, mean=IMAGENET["mean"], std=IMAGENET["std"]))
         targets = Targets(_resnet(), views, dtype=torch.float16, compile=True)
     targets.networks.to(DEVICE)
-    targets.logits({targets.input: _views()}, _labels(), progress=0.0)
+    with torch.no_grad():
+        targets.logits({targets.input: _views(DEVICE)}, _labels(DEVICE), progress=0.0)
 
 
 def learn(mode: FakeTensorMode) -> None:
-    """Run forward and backward of the student of the recipe, a ResNet-18."""
+    """Run forward and backward of the recipe's student, a ResNet-18, traced on the CPU."""
+    del mode
     with unset_fake_temporarily():
-        resnet = to_channels_last(_resnet())
+        student = to_channels_last(_resnet())
     schedule = Schedule(batch_size=VIEWS, num_views=100 * VIEWS, lr=0.1, name="sgd")
-    student = StudentTrainer(resnet.to(DEVICE), schedule, dtype=torch.float16, compile=True)
-    student.start(0.1)
-    logits = torch.empty(VIEWS, CLASSES, dtype=torch.float16, device=DEVICE)
-    student.learn(_views(), logits, _labels())
+    trainer = StudentTrainer(student.to(CPU), schedule, dtype=torch.float16, compile=True)
+    trainer.start(0.1)
+    logits = torch.empty(VIEWS, CLASSES, dtype=torch.float16)
+    trainer.learn(_views(CPU), logits, _labels(CPU))
 
 
 def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run `function` on real tensors of the CPU."""
+    """Run a function on real tensors of the CPU."""
 
     def call(*args: Any) -> Any:
         with unset_fake_temporarily():
@@ -146,38 +164,38 @@ def _resnet() -> nn.Module:
     return build("torchvision:resnet18", num_classes=CLASSES, in_chans=3)
 
 
-def _views() -> Tensor:
-    views = torch.empty(VIEWS, 3, 224, 224, device=DEVICE)
+def _views(device: torch.device) -> Tensor:
+    views = torch.empty(VIEWS, 3, 224, 224, device=device)
     return views.to(memory_format=torch.channels_last)
 
 
-def _labels() -> Tensor:
-    return torch.zeros(VIEWS, dtype=torch.int64, device=DEVICE)
+def _labels(device: torch.device) -> Tensor:
+    return torch.zeros(VIEWS, dtype=torch.int64, device=device)
 
 
-PAPER = partial(
-    sample,
-    solver="ddpm",
-    scheduler=DDPM | {"variance_type": "learned_range"},
-    guidance=Guidance(scale=2, channels=3),
-)
-CASES: dict[str, Callable[[FakeTensorMode], None]] = {
-    "ddpm, learned variances, 2 blocks": partial(PAPER, layers=2),
-    "ddpm, learned variances, 3 blocks": partial(PAPER, layers=3),
-    "ddim, clipped, scales by class": partial(
-        sample,
-        solver="ddim",
-        scheduler=DDPM | {"clip_sample": True},
-        guidance=Guidance(scale=2, by_class={3: 1.5}),
+def _steps(solver: str, scheduler: dict[str, Any], *guidance: Guidance, **changes: Any) -> Case:
+    run = partial(sample, solver=solver, scheduler=scheduler, **changes)
+    if guidance:
+        run = partial(run, guidance=guidance[0])
+    return Case(run, IMAGES, "an image")
+
+
+LEARNED, OF_PAPER = DDPM | {"variance_type": "learned_range"}, Guidance(scale=2, channels=3)
+BY_CLASS = Guidance(scale=2, by_class={3: 1.5})
+INTERVAL = Guidance(scale=2, interval=(0.25, 0.75))
+CASES = {
+    PAPER.format(2): _steps("ddpm", LEARNED, OF_PAPER, layers=2),
+    PAPER.format(3): _steps("ddpm", LEARNED, OF_PAPER, layers=3),
+    "ddpm, not guided, 1 block": _steps("ddpm", DDPM),
+    "ddim, clipped, scales by class, 1 block": _steps(
+        "ddim", DDPM | {"clip_sample": True}, BY_CLASS
     ),
-    "dpm++2m, guided in an interval": partial(
-        sample, solver="dpm++2m", scheduler=DDPM, guidance=Guidance(scale=2, interval=(0.25, 0.75))
+    "dpm++2m, guided in an interval, 1 block": _steps("dpm++2m", DDPM, INTERVAL),
+    "euler, scale as an input, 1 block": _steps(
+        "euler", FLOW, Guidance(scale=2), is_distilled=True
     ),
-    "euler, scale as an input": partial(
-        sample, solver="euler", scheduler=FLOW, guidance=Guidance(scale=2), is_distilled=True
-    ),
-    "consistency, not guided": partial(sample, solver="consistency", scheduler=CONSISTENCY),
-    "decoder": partial(sample, solver="ddim", scheduler=DDPM, decoder=True),
-    "teacher": teach,
-    "student": learn,
+    "consistency, not guided, 1 block": _steps("consistency", CONSISTENCY),
+    "decoder of SD-VAE": Case(make_images, DECODED, "an image"),
+    "teacher, ResNet-18": Case(teach, VIEWS, "a view"),
+    "student, ResNet-18, forward and backward": Case(learn, VIEWS, "a view"),
 }
