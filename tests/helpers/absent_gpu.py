@@ -18,6 +18,7 @@ import torch
 import torch._dynamo.device_interface  # looks at the real torch.cuda when imported
 import torch._subclasses.fake_tensor
 from torch import Tensor, nn
+from torch._inductor.fx_passes import joint_graph
 from torch._inductor.runtime import triton_helpers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
@@ -96,6 +97,7 @@ def absent_h100() -> Iterator[FakeTensorMode]:
         "get_device_name": PROPERTIES.name,
         "get_device_capability": CAPABILITY,
         "get_device_properties": PROPERTIES,
+        "is_current_stream_capturing": False,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
     }
@@ -115,6 +117,12 @@ def absent_h100() -> Iterator[FakeTensorMode]:
         library = torch.library.Library("aten", "IMPL")
         library.impl("_fused_sdp_choice", _chosen_attention, "Meta", allow_override=True)
         stack.callback(library._destroy)
+        # Constants would be made on the device.
+        stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
+        # Patterns of graphs are traced forward and backward, on the CPU as well as on a GPU.
+        patterns = functools.partial(joint_graph.lazy_init, CPU)
+        on_cpu = mock.Mock(side_effect=lambda _=None: patterns())
+        stack.enter_context(mock.patch.object(joint_graph, "lazy_init", on_cpu))
         stack.enter_context(mock.patch.object(nn.Module, "to", functools.partialmethod(_to, mode)))
         stack.enter_context(mode)
         yield mode
