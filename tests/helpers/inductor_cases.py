@@ -100,7 +100,7 @@ def sample(
         mock.patch.object(sampling, "solver_table", _outside(sampling.solver_table)),
         mock.patch.object(SolverTable, "stochastic", property(_outside(IS_STOCHASTIC))),
         # Capture needs a device; a graph launches what one call launches.
-        mock.patch.object(sampling, "CudaGraph", lambda make, ids, labels: make),
+        mock.patch.object(sampling, "CudaGraph", lambda make, *_, **__: make),
     ):
         sampler = DiffusionSampler(
             denoiser,

@@ -27,7 +27,7 @@ import torch
 from absent_gpu import CPU, DEVICE, absent_h100
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._inductor import compile_fx, config, graph, output_code, scheduler
+from torch._inductor import compile_fx, config, graph, ir, output_code, scheduler
 from torch._inductor.codecache import PyCodeCache
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
@@ -107,21 +107,21 @@ class Recorder:
 
     def _facts(self, lowering: Any, code: str) -> dict[str, Any]:
         products: Counter[str] = Counter()
-        in_products = between = 0
-        for node in lowering.scheduler.nodes:
+        launches = in_products = between = 0
+        for node in _nodes(lowering, {}):
             num_bytes = int(node.get_read_write_buffers_sizes())
             if isinstance(node, scheduler.ExternKernelSchedulerNode):
                 products[_name(node.node)] += 1
                 in_products += num_bytes
             elif not isinstance(node, scheduler.NopKernelSchedulerNode):
+                launches += 1
                 between += num_bytes
-        sources = dict(KERNEL.findall(code))
-        builds = [self._build(name, source) for name, source in sources.items()]
+        builds = [self._build(name, source) for name, source in dict(KERNEL.findall(code)).items()]
         return {
             "calls": 0,
             "products": dict(sorted(products.items())),
-            "launches": sum(len(re.findall(rf"\b{name}\.run\(", code)) for name in sources),
-            "kernels": len(sources),
+            "launches": launches,
+            "kernels": len(builds),
             "bytes of products": in_products,
             "bytes between": between,
             "most registers": max((build["registers"] for build in builds), default=0),
@@ -222,6 +222,16 @@ def table(results: dict[str, Any]) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} {unit} |")
     return "\n".join(lines) + "\n"
+
+
+def _nodes(lowering: Any, subgraphs: dict[str, Any]) -> Iterator[Any]:
+    """Yield what a graph runs; a subgraph, such as a block's, as often as it is called."""
+    for node in lowering.scheduler.nodes:
+        if isinstance(node.node, ir.InvokeSubgraph):
+            subgraph = node.node.subgraph  # its code is generated once
+            yield from _nodes(subgraphs.setdefault(subgraph.name, subgraph.graph), subgraphs)
+        else:
+            yield node
 
 
 def _name(node: Any) -> str:
