@@ -227,7 +227,7 @@ def table(results: dict[str, Any]) -> str:
 def _nodes(lowering: Any, subgraphs: dict[str, Any]) -> Iterator[Any]:
     """Yield what a graph runs; a subgraph, such as a block's, as often as it is called."""
     for node in lowering.scheduler.nodes:
-        if isinstance(node.node, ir.InvokeSubgraph):
+        if isinstance(getattr(node, "node", None), ir.InvokeSubgraph):
             subgraph = node.node.subgraph  # its code is generated once
             yield from _nodes(subgraphs.setdefault(subgraph.name, subgraph.graph), subgraphs)
         else:
