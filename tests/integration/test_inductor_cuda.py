@@ -1,0 +1,64 @@
+"""Inductor's CUDA code without a GPU: what a GPU would launch is on record.
+
+Graphs are made by torch.compile for an H100 that is absent; see tests/helpers/inductor_cuda.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import inductor_cuda
+from inductor_cases import CASES, PAPER
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+GOLDEN = json.loads(inductor_cuda.GOLDEN.read_text(encoding="utf-8"))
+GRAPHS = [(name, graph) for name in CASES for graph in GOLDEN[name]["graphs"]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.__version__.startswith(f"{inductor_cuda.VERSION}.") or torch.version.cuda is None,
+    reason=f"recorded with a CUDA build of torch {inductor_cuda.VERSION}",
+)
+def test_generated_cuda_code_is_as_recorded() -> None:
+    # In a process of its own, since compilers remember what they asked about the device.
+    command = [sys.executable, str(HELPERS / "inductor_cuda.py"), "--print"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert set(made) == set(CASES)
+    for name, facts in made.items():
+        assert facts == GOLDEN[name], name
+
+
+def test_golden_file_has_all_cases_without_spills_and_graph_breaks() -> None:
+    assert set(GOLDEN) == {"triton", "torch", *CASES}
+    assert [name for name in CASES if GOLDEN[name]["breaks"]] == []
+    assert [name for name, graph in GRAPHS if graph["spills"]] == []
+    assert [name for name, graph in GRAPHS if not graph["calls"]] == []
+
+
+def test_each_kind_of_step_is_one_graph_or_two_where_guidance_has_an_interval() -> None:
+    steps = {name: len(GOLDEN[name]["graphs"]) for name in CASES if "block" in name}
+    assert steps == {name: 2 if "interval" in name else 1 for name in steps}
+
+
+def test_a_transformer_block_is_five_products_and_few_launches() -> None:
+    block = inductor_cuda.difference(GOLDEN[PAPER.format(2)], GOLDEN[PAPER.format(3)])
+    products = block["products"]
+    assert sum(products.values()) == 5, products  # query, key and value are one
+    assert sum(count for name, count in products.items() if "attention" in name) == 1
+    assert block["launches"] <= 4, block
+
+
+def test_guide_shows_the_counts_of_the_golden_file() -> None:
+    page = inductor_cuda.PAGE.read_text(encoding="utf-8")
+    assert inductor_cuda.table(GOLDEN) in page, "run python tests/helpers/inductor_cuda.py"
