@@ -1,8 +1,7 @@
 """Execute the PTX of a Triton kernel with NumPy, one array element for each thread of a block.
 
-All threads of a block run in lockstep. What PTX leaves undefined is a `KernelError`: a branch on
-which threads differ, a register that was never written, an access out of bounds or misaligned, a
-race. Approximate functions (`ex2.approx`, `div.full`) are computed more accurately than by a GPU.
+The threads of a block run in lockstep. What PTX leaves undefined is a `KernelError`: a barrier that
+some threads miss, a register that was never written, an access out of bounds or misaligned, a race.
 An instruction that is not known here is a `KernelError` as well.
 """
 
@@ -95,26 +94,36 @@ class Block:
         self._names: dict[str, Any] = {"global_smem": 0, "%tid.y": 0, "%tid.z": 0, **names}
         self._names |= {"%tid.x": self._lane, "%ntid.x": self._count}
         self._registers: dict[str, np.ndarray] = {}
-        self._everyone = np.ones(self._count, np.bool_)
+        self._active, self._is_split = np.ones(self._count, np.bool_), False
         self._constants: dict[tuple[str, str], np.ndarray] = {}
 
     def execute(self) -> None:
-        """Run to the end."""
-        at = 0
+        """Run to the end; where threads part, those that are furthest behind run first."""
+        code, end = self._program.code, len(self._program.code)
+        at, places = 0, np.zeros(self._count, np.int64)
         for _ in range(MOST_STEPS):
-            instruction = self._program.code[at]
-            at += 1
+            if at == end:
+                return
+            instruction = code[at]
             try:
-                if instruction.op == "ret":
-                    if self._agree(instruction):
-                        return
-                elif instruction.op == "bra":
-                    if self._agree(instruction):
-                        at = self._program.labels[instruction.operands[0]]
+                if instruction.op in ("bra", "ret"):
+                    target = end
+                    if instruction.op == "bra":
+                        target = self._program.labels[instruction.operands[0]]
+                    taken = self._mask(instruction)
+                    places[self._active] = at + 1
+                    places[taken] = target
                 else:
                     self._step(instruction)
+                    places[self._active] = at + 1
             except KernelError as fault:
                 raise KernelError(f"{fault} [{instruction}]") from None
+            if self._is_split or instruction.op in ("bra", "ret"):
+                at = int(places.min())
+                self._active = places == at
+                self._is_split = not self._active.all()
+            else:
+                at += 1
         raise KernelError("the kernel does not end")
 
     def _step(self, i: Instruction) -> None:
@@ -168,7 +177,7 @@ class Block:
             if value.dtype.kind == "f":
                 value = value.view(f"u{value.dtype.itemsize}")
             value = value.astype(dtype)  # signed numbers keep their sign
-        if i.guard is not None:
+        if i.guard is not None or self._is_split:
             mask, garbage = self._mask(i), np.uint64(GARBAGE).astype(dtype)
             before = self._registers.get(name, np.full(self._count, garbage))
             value = np.where(mask, value, before)
@@ -176,15 +185,13 @@ class Block:
 
     def _mask(self, i: Instruction) -> np.ndarray:
         if i.guard is None:
-            return self._everyone
+            return self._active
         mask = self._read(i.guard.strip("!"), "pred")
-        return ~mask if i.guard.startswith("!") else mask
+        return self._active & (~mask if i.guard.startswith("!") else mask)
 
-    def _agree(self, i: Instruction) -> bool:
-        mask = self._mask(i)
-        if mask.any() != mask.all():
-            raise KernelError("threads differ on a branch")
-        return bool(mask.all())
+    def _check_together(self, i: Instruction) -> None:
+        if i.guard or self._is_split:
+            raise KernelError("not reached by all threads together")
 
     # Arithmetic
 
@@ -326,7 +333,8 @@ class Block:
 
     def _stmatrix(self, i: Instruction) -> None:
         """Store 8 x 8 matrices of 16-bit numbers; lane 8 j + k has the address of row k of j."""
-        if "trans" in i.modifiers or i.guard:
+        self._check_together(i)
+        if "trans" in i.modifiers:
             raise KernelError("not known")
         rows = self._addresses(i.operands[0]).reshape(-1, 32)
         lane = np.arange(32)
@@ -345,13 +353,15 @@ class Block:
         self._write(i, before)
 
     def _shfl(self, i: Instruction) -> None:
+        self._check_together(i)
         if i.modifiers[:2] != ("sync", "bfly") or i.operands[3:] != ("31", "-1"):
             raise KernelError("not known")
         other = self._lane ^ np.uint32(int(i.operands[2], 0))
         self._write(i, self._read(i.operands[1], "b32")[other], i.operands[0].split("|")[0])
 
     def _bar(self, i: Instruction) -> None:
-        if i.guard or i.modifiers != ("sync",) or i.operands != ("0",):
+        self._check_together(i)
+        if i.modifiers != ("sync",) or i.operands != ("0",):
             raise KernelError("not known")
         self._clock.barrier()
 
