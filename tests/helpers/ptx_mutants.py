@@ -1,40 +1,40 @@
-"""Plant faults in the PTX of a kernel, to see that a test notices them."""
+"""Plant faults in Triton kernels, to see that a test notices them."""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from ptx_program import Instruction, Program
+from ptx_program import Program
 
 Change = Callable[[Program], Program]
+_numbers = itertools.count()
 
 
 def without_barrier(number: int) -> Change:
-    """Leave out one barrier."""
+    """Leave out one barrier of the PTX."""
     return lambda program: program.without(program.positions("bar")[number])
 
 
-def replaced(old: str, new: str, number: int | None = None) -> Change:
-    """Replace text of instructions as `str(instruction)` prints them, everywhere or once."""
+def mutated(module: Any, old: str, new: str, folder: Path) -> Any:
+    """Import a copy of a module in which `new` takes the place of the first `old`.
 
-    def change(program: Program) -> Program:
-        code, found = list(program.code), 0
-        for at, instruction in enumerate(code):
-            if old in str(instruction):
-                if number in (None, found):
-                    code[at] = _again(instruction, old, new)
-                found += 1
-        assert found > (number or 0), f"no such instruction: {old}"
-        return program._replace(code=code)
-
-    return change
-
-
-def _again(instruction: Instruction, old: str, new: str) -> Instruction:
-    modifiers = ".".join(instruction.modifiers).replace(old, new)
-    operands = "; ".join(instruction.operands).replace(old, new)
-    changed = instruction._replace(
-        modifiers=tuple(modifiers.split(".")), operands=tuple(operands.split("; "))
-    )
-    assert changed != instruction, f"not inside of modifiers or operands: {old}"
-    return changed
+    Args:
+        module: Module with kernels.
+        old, new: Text of its source.
+        folder: Folder for the copy, which Triton reads.
+    """
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert old in source, old
+    name = f"mutant_{next(_numbers)}"
+    path = folder / f"{name}.py"
+    path.write_text(source.replace(old, new, 1), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

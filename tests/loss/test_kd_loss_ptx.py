@@ -7,6 +7,8 @@ the emulator notices every access between them.
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +17,9 @@ pytest.importorskip("triton")
 from interpreted_kd_loss import FORMS, LONG, exact, make, run
 from ptx_launch import EmulatedKernel
 from ptx_memory import KernelError
-from ptx_mutants import Change, replaced, without_barrier
+from ptx_mutants import mutated, without_barrier
 
-from dmkd_fast.loss import triton_launch, triton_long, triton_tile
+from dmkd_fast.loss import triton_launch, triton_long, triton_math, triton_tile
 from dmkd_fast.loss.divergences import terms_of
 from dmkd_fast.loss.ops import Problem
 
@@ -25,14 +27,15 @@ VECTORS = LONG + 7  # a multiple of 8: one access is 128 bits wide
 
 
 def emulate(
-    patch: pytest.MonkeyPatch, *change: Change, backwards: bool = False
+    patch: pytest.MonkeyPatch, tile: Any = triton_tile, long: Any = triton_long, **options: Any
 ) -> dict[str, EmulatedKernel]:
-    """Let the launches run the kernels' PTX, changed if wanted."""
-    kernels = {}
-    for module, name in ((triton_tile, "tile"), (triton_long, "two_pass")):
-        kernel = getattr(module, name)
-        kernels[name] = EmulatedKernel(kernel, *change, backwards=backwards)
-        patch.setattr(module, name, kernels[name])
+    """Let the launches run the PTX of the kernels of two modules."""
+    kernels = {
+        "tile": EmulatedKernel(tile.tile, **options),
+        "two_pass": EmulatedKernel(long.two_pass, **options),
+    }
+    patch.setattr(triton_tile, "tile", kernels["tile"])
+    patch.setattr(triton_long, "two_pass", kernels["two_pass"])
     return kernels
 
 
@@ -105,3 +108,77 @@ def test_ptx_of_every_divergence_agrees_with_float64(
                 standardize=standardize,
             )
         )
+
+
+CASES = {
+    "tile": (9, 1000, torch.bfloat16, "ids"),
+    "two_pass": (2, VECTORS, torch.float16, "probabilities"),
+}
+
+
+def check_cases() -> None:
+    for case in CASES.values():
+        check(make(*case))
+
+
+def check_barriers(name: str, steps: int, patch: pytest.MonkeyPatch) -> None:
+    """Leave out every `steps`-th barrier, one at a time."""
+    problem = make(*CASES[name])
+    with patch.context() as context:
+        kernels = emulate(context)
+        triton_launch.forward(*problem, False)
+        [program] = kernels[name].programs
+    barriers = range(0, len(program.positions("bar")), steps)
+    assert len(barriers) > 3
+    for number in barriers:
+        with patch.context() as context:
+            emulate(context, change=without_barrier(number))
+            with pytest.raises(KernelError, match="race"):
+                triton_launch.forward(*problem, False)
+
+
+def test_a_missing_barrier_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_barriers("tile", 5, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_each_missing_barrier_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_barriers(name, 1, monkeypatch)
+
+
+MUTATIONS = {
+    "mask of columns": ("tile", "(cols < num_classes)[None, :]", "(cols <= num_classes)[None, :]"),
+    "mask of rows": ("tile", "counts = (rows < num_rows)", "counts = (rows <= num_rows)"),
+    "stored rows": ("tile", "stored = (rows < num_rows)", "stored = (rows <= num_rows)"),
+    "target's mass": ("tile", "(mass / sum1)[:, None]", "(1 / sum1)[:, None]"),
+    "row weight": ("tile", "up = factor * grad_scale", "up = grad_scale"),
+    "series": ("math", "-0.166666657", "-0.156666657"),
+    "base of the logarithm": ("math", "1.4426950408889634", "1.4416950408889634"),
+    "ticket": ("math", "if done == programs - 1:", "if done == programs - 2:"),
+    "sum over programs": ("math", "inside = index < programs", "inside = index <= programs"),
+    "order of publishing": ("math", 'sem="acq_rel"', 'sem="relaxed"'),
+    "long mask": ("long", "inside = (cols < num_classes) &", "inside = (cols <= num_classes) &"),
+    "long store": ("long", "cols < num_classes)\n    if LOSS", "cols <= num_classes)\n    if LOSS"),
+    "rescaled sum": ("long", "t_sum *= tl.exp2((t_max - t_top) * scale2)", "t_sum *= 1.0"),
+    "one block more": ("long", "blocks = begin + 1", "blocks = begin + 2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_changed_kernel_is_noticed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, old, new = MUTATIONS[name]
+    modules = {"tile": triton_tile, "long": triton_long}
+    if file == "math":
+        mutant = mutated(triton_math, old, new, tmp_path).__name__
+        old = "from dmkd_fast.loss import triton_math as loss_math"
+        new = f"import {mutant} as loss_math"
+        modules = {key: mutated(each, old, new, tmp_path) for key, each in modules.items()}
+    else:
+        modules[file] = mutated(modules[file], old, new, tmp_path)
+    emulate(monkeypatch, **modules)
+    with pytest.raises((AssertionError, KernelError)):
+        check_cases()
