@@ -21,8 +21,9 @@ CPU = torch.device("cpu")
 # Methods that read values, before any operator runs.
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "nonzero")
 FROM_HOST = ("tensor", "as_tensor", "asarray", "from_numpy", "frombuffer", "new_tensor")
-FACTORIES = ("empty", "empty_strided", "zeros", "ones", "full", "arange", "linspace", "eye")
-FACTORIES += ("rand", "randn", "randint", "randperm", "scalar_tensor")
+FACTORIES = frozenset(
+    ["empty", "empty_strided", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"]
+)
 
 
 class CaptureError(RuntimeError):
@@ -139,7 +140,7 @@ class Recorder(TorchDispatchMode):
     def __enter__(self) -> Recorder:
         self._capture.forbid("a second capture")
         self._capture.graph = self._graph
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -149,7 +150,7 @@ class Recorder(TorchDispatchMode):
         trace: TracebackType | None,
     ) -> None:
         self._capture.graph = None
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -181,7 +182,7 @@ def _depends_on_values(func: Any, args: Any) -> bool:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _memories(values: Any) -> set[int]:

@@ -80,7 +80,7 @@ def test_the_order_of_the_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "classes"),
-    [(1, 1), (70, 7), (5, 100), (300, 2000), (2, 1003), (2, 3001), (2, 8192), (2, VECTORS)],
+    [(1, 1), (70, 7), (5, 100), (12, 2000), (2, 1003), (2, 3001), (2, 8192), (2, VECTORS)],
 )
 def test_ptx_agrees_with_float64_for_any_shape(
     rows: int, classes: int, dtype: torch.dtype, target: str, monkeypatch: pytest.MonkeyPatch
