@@ -21,9 +21,8 @@ CPU = torch.device("cpu")
 # Methods that read values, before any operator runs.
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "nonzero")
 FROM_HOST = ("tensor", "as_tensor", "asarray", "from_numpy", "frombuffer", "new_tensor")
-FACTORIES = frozenset(
-    ["empty", "empty_strided", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"]
-)
+FACTORIES = ("empty", "empty_strided", "zeros", "ones", "full", "arange", "linspace", "eye")
+DRAWS = ("rand", "randn", "randint", "randperm")
 
 
 class CaptureError(RuntimeError):
@@ -60,7 +59,7 @@ class Capture:
             self.forbid(f"the host reads a tensor ({name})")
         if name in FROM_HOST:
             self.forbid(f"a tensor made from host values ({name})")
-        if name in FACTORIES and not is_method and is_host(kwargs.get("device") or CPU):
+        if name in (*FACTORIES, *DRAWS) and not is_method and is_host(kwargs.get("device") or CPU):
             self.forbid(f"a tensor made on the host ({name})")
         if is_method and name == "to" and any(map(is_host, [*args, *kwargs.values()])):
             self.forbid("a copy to the host")
