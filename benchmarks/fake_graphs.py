@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 CPU = torch.device("cpu")
+Generator = torch.Generator  # which the rehearsal replaces
+LIFT = torch.ops.aten.lift_fresh.default
 # Methods that read values, before any operator runs.
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "nonzero")
 FROM_HOST = ("tensor", "as_tensor", "asarray", "from_numpy", "frombuffer", "new_tensor")
@@ -99,11 +101,11 @@ class Graph:
     def __init__(self, keep_graph: bool = False) -> None:
         self._calls: list[tuple[Any, Any, Any, Any]] = []
         self._own: set[int] = set()
-        self._generators: list[torch.Generator] = []
+        self._generators: dict[int, torch.Generator] = {}
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         """Let the graph draw from a generator."""
-        self._generators.append(generator)
+        self._generators[_address(generator)] = generator
 
     def replay(self) -> None:
         """Run the operators again, and write their results into the tensors of the capture."""
@@ -115,8 +117,10 @@ class Graph:
     def record(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator and note it."""
         for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Generator) and value not in self._generators:
+            if isinstance(value, Generator) and _address(value) not in self._generators:
                 raise CaptureError("operation not permitted: a generator that is not registered")
+        if func is LIFT:  # a number of the host becomes an argument of the kernel
+            self._own |= _memories(args)
         frozen = self._frozen(args), self._frozen(kwargs)
         theirs = _memories((args, kwargs)) - self._own
         made = func(*args, **kwargs)
@@ -155,7 +159,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.data_dependent_output in func.tags:
             self._capture.forbid(f"{func}: the host reads a value")
-        if func is torch.ops.aten.lift_fresh.default and args[0].ndim:  # a number needs no copy
+        if func is LIFT and args[0].ndim:  # a number needs no copy
             self._capture.forbid("a tensor made from host values")
         if torch.Tag.dynamic_output_shape in func.tags and _depends_on_values(func, args):
             self._capture.forbid(f"{func}: the host reads the shape of the result")
@@ -178,6 +182,10 @@ def _depends_on_values(func: Any, args: Any) -> bool:
     if func is not torch.ops.aten.index.Tensor:
         return True
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+
+
+def _address(generator: Any) -> int:
+    return int(generator._cdata)
 
 
 def _memory(tensor: Tensor) -> int:

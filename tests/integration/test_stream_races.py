@@ -27,13 +27,17 @@ from dmkd_fast import (
 from dmkd_fast.ring.cuda_sync import ProducerStream
 
 
-def job(run_dir: Path, batch: int = 64) -> Distiller:
+def job(run_dir: Path, batch: int = 48) -> Distiller:
     """Six steps; each replaces the images of the whole ring of four blocks, one of them guarded."""
     torch.manual_seed(3)
     return Distiller(
         GeneratedImages(LabelStream(4, device="cuda"), tiny_sampler(device="cuda")),
         new_ring(
-            device="cuda", num_classes=4, guard_blocks=1, samples_per_insert=1, min_fill_images=16
+            device="cuda",
+            num_classes=4,
+            guard_blocks=1,
+            samples_per_insert=0.75,
+            min_fill_images=48,
         ),
         StudentTrainer(
             small_classifier().cuda(),
