@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.cuda._sanitizer import EventHandler
+from torch.cuda._sanitizer import FACTORY_FUNCTION_REGEX, EventHandler
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -171,18 +171,21 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func._schema.name == "aten::set_":  # of the stand-in's graphs; moves no data
+            return result
         reads: set[Any] = set()
         writes: set[Any] = set()
         is_gather = func is torch.ops.aten.index.Tensor
         index = args[1][0] if is_gather else None
         if func._schema.name in ("dmkd_fast::views", "dmkd_fast::views_out"):
             index = args[1 + func._schema.name.endswith("_out")]
+        is_factory = FACTORY_FUNCTION_REGEX.match(func._schema.name) is not None
         named = {a.name: a for a in func._schema.arguments}
         given = [*zip(func._schema.arguments, args, strict=False)]
         given += [(named[name], value) for name, value in kwargs.items()]
         for argument, value in given:
             is_write = argument.alias_info is not None and argument.alias_info.is_write
-            if argument.alias_info is not None and not is_write:
+            if (argument.alias_info is not None or is_factory) and not is_write:
                 continue  # a view reads nothing
             values = value if isinstance(value, list | tuple) else [value]
             for tensor in (v for v in values if isinstance(v, Tensor)):
