@@ -6,12 +6,14 @@ it would notice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from rings import new_ring
 from small_jobs import fit_until, sampler_of, small_classifier, tiny_sampler
-from stream_sanitizer import Log, sanitized
+from stream_sanitizer import Log, Names, sanitized
 
 from benchmarks.fake_cuda import pretended
 from dmkd_fast import (
@@ -101,6 +103,9 @@ PLANTED: dict[str, Callable[[str, Names], bool]] = {
     "event after a block": lambda kind, at: kind == "record" and at[0] == "producing",
     "consumer waits for a block": lambda kind, at: kind == "wait" and at[0] == "before_commit",
     "producer waits for the readers": lambda kind, at: kind == "wait" and at[0] == "before_write",
+    "event after a checkpoint": lambda kind, at: kind == "record" and at[0] == "_restart",
+    "streams of a capture": lambda kind, at: kind == "wait" and at[0] == "__init__",
+    "device before the warm-up": lambda kind, at: kind == "device" and "warm_up" in at,
 }
 # Checkpoints make the producer wait for everything, so these two count only between them.
 BETWEEN_CHECKPOINTS: dict[str, Callable[[str, Names], bool]] = {
