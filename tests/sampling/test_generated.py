@@ -35,3 +35,17 @@ def test_later_samplers_whose_progress_does_not_rise_are_refused(starts: list[fl
     later = [(start, tiny_sampler()) for start in starts]
     with pytest.raises(UserError, match=r"^later: got starts .* expected rising numbers between 0"):
         GeneratedImages(LabelStream(4), tiny_sampler(), later=later)
+
+
+def test_broken_images_of_a_block_count_once_it_is_used() -> None:
+    sampler = tiny_sampler()
+    images = GeneratedImages(LabelStream(4), sampler)
+    out = torch.empty((16, 1, 8, 8), dtype=torch.uint8)
+    seen = []
+    for broken in (1, 2):
+        sampler.num_broken.fill_(broken)
+        images.write(*images.next_block(16), out, progress=0.0)
+        seen.append(int(images.counts(out.device)["broken_images"]))
+        images.advance(16)
+        seen.append(int(images.counts(out.device)["broken_images"]))
+    assert seen == [1, 1, 1, 2]
