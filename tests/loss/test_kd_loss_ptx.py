@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 from interpreted_kd_loss import FORMS, LONG, exact, make, run
@@ -19,7 +20,7 @@ from ptx_launch import EmulatedKernel
 from ptx_memory import KernelError
 from ptx_mutants import mutated, without_barrier
 
-from dmkd_fast.loss import triton_launch, triton_long, triton_math, triton_tile
+from dmkd_fast.loss import ops, triton_launch, triton_long, triton_math, triton_tile
 from dmkd_fast.loss.divergences import terms_of
 from dmkd_fast.loss.ops import Problem
 
@@ -114,6 +115,19 @@ CASES = {
     "tile": (9, 1000, torch.bfloat16, "ids"),
     "two_pass": (2, VECTORS, torch.float16, "probabilities"),
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_ptx_of_losses_per_row_agrees_with_float64(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch)
+    problem = make(*CASES[name])
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in problem]
+    rows, exact_rows = triton_launch.forward(*problem, True), ops._eager_forward(*wide, True)
+    for got, expected in zip(rows[:3], exact_rows[:3], strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def check_cases() -> None:
