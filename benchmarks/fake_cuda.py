@@ -4,10 +4,11 @@
     python -m benchmarks.fake_cuda -m benchmarks imagenet --tiny
 
 Every tensor says that it lies on cuda:0 and is computed on the CPU; streams and events are names;
-a captured graph is the list of its operators, which replay runs again into the same memory; where
-waiting for the device is an error, reading a value is one. Calls of torch.cuda are held to the
-signatures of the real ones. So each line of a GPU program runs, with the CPU's kernels. What it
-proves nothing about: CUDA kernels, the order of streams, speed.
+a captured graph is the list of its operators, which replay runs again into the same memory
+(`fake_graphs.py`), and a capture refuses what CUDA refuses. Where waiting for the device is an
+error, reading a value is one. Calls of torch.cuda are held to the signatures of the real ones. So
+each line of a GPU program runs, with the CPU's kernels. What it proves nothing about: CUDA kernels,
+the order of streams, speed.
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ import torch
 import torch._dynamo  # looks at the real torch.cuda when imported
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from benchmarks.fake_graphs import CPU, READS, Capture, Graph, Recorder
 
 NAME = "no GPU: rehearsal"
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CUDA = torch.device("cuda", 0)
 _IS_ON_CUDA: dict[Any, Any] = {
     Tensor.device.__get__: CUDA,
     Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
 }
-READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "nonzero")
 
 
 def main(argv: list[str]) -> None:
@@ -55,11 +55,13 @@ def pretended() -> Iterator[None]:
         for name, answer in _answers(mode).items():
             checked = _with_signature_of(getattr(torch.cuda, name), answer)
             stack.enter_context(mock.patch.object(torch.cuda, name, checked))
-        for name, kind in (("Stream", _Stream), ("Event", _Event), ("CUDAGraph", _Graph)):
+        for name, kind in (("Stream", _Stream), ("Event", _Event), ("CUDAGraph", Graph)):
             stack.enter_context(mock.patch.object(torch.cuda, name, kind))
+        stack.enter_context(mock.patch.object(_Stream, "capture", mode.capture))
+        stack.enter_context(mock.patch.object(_Event, "capture", mode.capture))
         for name in ("stream", "device"):
             stack.enter_context(mock.patch.object(torch.cuda, name, contextlib.nullcontext))
-        stack.enter_context(mock.patch.object(torch.cuda, "graph", _capture))
+        stack.enter_context(mock.patch.object(torch.cuda, "graph", mode.recorder))
         stack.enter_context(
             mock.patch.object(torch.accelerator, "current_accelerator", return_value=None)
         )
@@ -79,61 +81,50 @@ class _Cuda(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits_are_errors = False
+        self.capture = Capture()
+
+    def recorder(
+        self,
+        cuda_graph: Graph,
+        pool: Any = None,
+        stream: Any = None,
+        capture_error_mode: str = "global",
+    ) -> Recorder:
+        """Return the context that records a graph."""
+        return Recorder(cuda_graph, self.capture)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {k: v for k, v in (kwargs or {}).items() if k != "pin_memory"}
+        kwargs = dict(kwargs or {})
+        is_pinned = kwargs.pop("pin_memory", False)
         name = getattr(func, "__name__", "")
         if func is torch.device:
             return func(*args, **kwargs)
         if func in _IS_ON_CUDA:
             # Networks are described on the meta device, which stays what it is.
             return func(*args) if args[0].is_meta else _IS_ON_CUDA[func]
+        is_method = getattr(Tensor, name, None) is func
+        self.capture.check_call(name, args, kwargs, is_method=is_method)
         kwargs = {k: _real(v) for k, v in kwargs.items()}
         if self.waits_are_errors:
             from_host = name in ("tensor", "as_tensor") and kwargs.get("device") is CPU
-            if from_host or (name in READS and getattr(Tensor, name, None) is func):
+            if from_host or (name in READS and is_method):
                 raise RuntimeError(f"called a synchronizing operation: {name}")
-        if name == "cuda":
-            return args[0]
-        if name == "pin_memory":
-            return args[0]
+        if name in ("pin_memory", "cuda"):
+            return self._moved(args[0])
         if name == "cpu":
-            return args[0].clone()
-        return func(*(_real(a) for a in args), **kwargs)
+            return self._on_host(args[0].clone())
+        made = func(*(_real(a) for a in args), **kwargs)
+        if is_pinned:
+            return self._on_host(made)
+        return self._moved(made) if name == "to" and is_method else made
 
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        self.capture.mark_host(tensor)
+        return tensor
 
-class _Graph:
-    """Stand-in for a CUDA graph: a list of operators in the order of their capture."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def replay(self) -> None:
-        """Run the operators again, and write their results into the tensors of the capture."""
-        with torch.no_grad():  # Those of a backward pass are among them.
-            for func, args, kwargs, before in self.calls:
-                now = func(*args, **kwargs)
-                for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):
-                    if isinstance(old, Tensor) and _memory(old) != _memory(new):
-                        old.copy_(new)
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self, graph: _Graph) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.graph = graph
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        self.graph.calls.append((func, args, kwargs, made))
-        return made
-
-
-def _capture(
-    cuda_graph: _Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
-) -> _Recorder:
-    return _Recorder(cuda_graph)
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """A copy on the device of what is known to lie on the host."""
+        return tensor.clone() if self.capture.is_marked(tensor) else tensor
 
 
 class _Generator(torch.Generator):
@@ -146,6 +137,7 @@ class _Generator(torch.Generator):
 
 class _Stream:
     cuda_stream = 0
+    capture = Capture()
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         pass
@@ -160,23 +152,31 @@ class _Stream:
         return event or _Event()
 
     def synchronize(self) -> None:
-        pass
+        self.capture.forbid("Stream.synchronize")
+
+    def query(self) -> bool:
+        self.capture.forbid("Stream.query")
+        return True
 
 
 class _Event:
+    capture = Capture()
+
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.has_time = enable_timing
 
     def record(self, stream: _Stream | None = None) -> None:
         pass
 
+    def synchronize(self) -> None:
+        self.capture.forbid("Event.synchronize")
+
     def query(self) -> bool:
+        self.capture.forbid("Event.query")
         return True
 
-    def synchronize(self) -> None:
-        pass
-
     def elapsed_time(self, end_event: _Event) -> float:
+        self.capture.forbid("Event.elapsed_time")
         assert self.has_time and end_event.has_time
         return 1.0
 
@@ -194,7 +194,6 @@ def _answers(mode: _Cuda) -> dict[str, Callable[..., Any]]:
         "current_device": 0,
         "get_device_name": NAME,
         "get_device_capability": (8, 0),
-        "synchronize": None,
         "empty_cache": None,
         "reset_peak_memory_stats": None,
         "memory_allocated": 2**20,
@@ -203,18 +202,30 @@ def _answers(mode: _Cuda) -> dict[str, Callable[..., Any]]:
         "current_stream": _Stream(),
         "mem_get_info": (2**34, 2**35),
         "memory_stats": defaultdict(int),
-        "is_current_stream_capturing": False,
         "graph_pool_handle": (0, 1),
-
         "get_device_properties": SimpleNamespace(
             major=8, minor=0, total_memory=2**35, L2_cache_size=2**25
         ),
     }
-    return {name: lambda value=value, **_: value for name, value in constants.items()} | {
-        "set_sync_debug_mode": sync_debug,
-        "get_sync_debug_mode": lambda: 2 * mode.waits_are_errors,
+
+    def forbidden(name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**named: Any) -> Any:
+            mode.capture.forbid(f"torch.cuda.{name}")
+            return answer(**named)
+
+        return call
+
+    asked: dict[str, Callable[..., Any]] = {
+        "synchronize": lambda **_: None,
         "get_rng_state": lambda **_: torch.get_rng_state(),
         "set_rng_state": lambda new_state, **_: torch.set_rng_state(new_state),
+    }
+    return {
+        **{name: lambda value=value, **_: value for name, value in constants.items()},
+        **{name: forbidden(name, answer) for name, answer in asked.items()},
+        "set_sync_debug_mode": sync_debug,
+        "get_sync_debug_mode": lambda: 2 * mode.waits_are_errors,
+        "is_current_stream_capturing": lambda: mode.capture.graph is not None,
     }
 
 
@@ -232,10 +243,6 @@ def _real(value: Any) -> Any:
     """The device that computes."""
     is_cuda = isinstance(value, str | torch.device) and str(value).split(":")[0] == "cuda"
     return CPU if is_cuda else value
-
-
-def _memory(tensor: Tensor) -> tuple[Any, Any]:
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset()
 
 
 if __name__ == "__main__":

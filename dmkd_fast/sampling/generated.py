@@ -52,6 +52,10 @@ class GeneratedImages:
             pool = torch.cuda.graph_pool_handle()
             for _, each in self.samplers:
                 each.graph_pool = pool
+        # Broken images up to the newest written block, and up to the newest that is used. The
+        # samplers' own counts may change meanwhile, on another stream.
+        self._written: Tensor | None = None
+        self._used: Tensor | None = None
 
     @property
     def rewrites(self) -> list[Callable[..., Tensor]]:
@@ -73,10 +77,14 @@ class GeneratedImages:
         """
         sampler = [sampler for start, sampler in self.samplers if start <= progress][-1]
         sampler.sample(ids, labels, out=out)
+        self._written = self._num_broken(out.device)
 
     def advance(self, count: int) -> None:
         """Move past the `count` images that each rank got from `next_block`."""
         self.labels.advance(count)
+        self._used = self._written
+        if self._used is not None and self._used.is_cuda:  # made on the producer's stream
+            self._used.record_stream(torch.cuda.current_stream(self._used.device))
 
     def warm_up(self, scratch: Tensor) -> None:
         """Make a block of images with each sampler, so that it compiles.
@@ -98,7 +106,8 @@ class GeneratedImages:
 
         It is multiplied by the number of ranks, because `Metrics` reports the mean over ranks.
         """
-        return {"broken_images": self._num_broken(device).float() * self._ranks.world_size}
+        number = self._num_broken(device) if self._used is None else self._used
+        return {"broken_images": number.float() * self._ranks.world_size}
 
     def check(self, counts: Mapping[str, int]) -> None:
         """Stop a run with too many images that are not finite.

@@ -61,3 +61,16 @@ def test_samplers_that_never_run_together_share_the_memory_of_their_graphs(
         for sampler in (alone, *three):
             sampler.sample(ids, ids, out=torch.empty((4, 1, 8, 8), dtype=torch.uint8))
     assert pools == [None, "a", "a", "a"]
+
+def test_broken_images_of_a_block_count_once_it_is_used() -> None:
+    sampler = tiny_sampler()
+    images = GeneratedImages(LabelStream(4), sampler)
+    out = torch.empty((16, 1, 8, 8), dtype=torch.uint8)
+    seen = []
+    for broken in (1, 2):
+        sampler.num_broken.fill_(broken)
+        images.write(*images.next_block(16), out, progress=0.0)
+        seen.append(int(images.counts(out.device)["broken_images"]))
+        images.advance(16)
+        seen.append(int(images.counts(out.device)["broken_images"]))
+    assert seen == [1, 1, 1, 2]
