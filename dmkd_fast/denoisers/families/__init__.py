@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dmkd_fast.denoisers.denoiser import Denoiser
-from dmkd_fast.denoisers.families import class_unet, dit, text_unet
+from dmkd_fast.denoisers.families import class_unet, dit, sdxl, text_unet
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.runtime.errors import invalid
 
@@ -34,12 +34,14 @@ FAMILIES: Mapping[str, Family] = {
     "DiTTransformer2DModel": Family(dit.load),
     "UNet2DModel": Family(class_unet.load),
     "UNet2DConditionModel": Family(text_unet.load, takes_prompts=True),
+    "UNet2DConditionModel with text_time": Family(sdxl.load, takes_prompts=True),
 }
-"""Families by the `_class_name` in the config of their network."""
+"""Families by the `_class_name` in the config of their network, with the `addition_embed_type` of
+a UNet."""
 
 
 def find_family(path: Path, config: Mapping[str, Any]) -> tuple[str, Family]:
-    """Return the `_class_name` of a network's config, and its family.
+    """Return the kind of network that a config describes, and its family.
 
     Args:
         path: Path of the config, for the message.
@@ -49,6 +51,8 @@ def find_family(path: Path, config: Mapping[str, Any]) -> tuple[str, Family]:
         UserError: No family has networks of this class.
     """
     name = config.get("_class_name")
+    if config.get("addition_embed_type") is not None:
+        name = f"{name} with {config['addition_embed_type']!s:.60}"
     if not isinstance(name, str) or name not in FAMILIES:
         got, fix = f"_class_name {name!r:.60}", "use a class-conditional or text-to-image model"
         raise invalid(f"{path}", got, f"one of {', '.join(FAMILIES)}", fix)

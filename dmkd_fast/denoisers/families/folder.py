@@ -94,22 +94,21 @@ class ModelFolder:
         """Load the denoiser as a class of diffusers; the arguments are those of `load_network`."""
         return load_network(name, self.path / self.part, trial)
 
-    def encode(self, encoder: TextEncoder, width: int | None = None) -> dict[str, Tensor]:
-        """Encode the prompts, and the empty one as the last row; see `families.text.encode`.
+    def encode(self, encoder: TextEncoder) -> dict[str, Tensor]:
+        """Encode the prompts, and the empty one as the last row; see `families.text.encode`."""
+        return encode(self.path, encoder, [*self.prompts, ""], self.device)
 
-        Args:
-            encoder: Encoder and the names of its outputs.
-            width: Width of the embeddings that the denoiser takes; None: not known.
+    def check_width(self, embeddings: Tensor, width: int) -> Tensor:
+        """Return embeddings of prompts whose last dimension is what the denoiser takes.
 
         Raises:
-            UserError: The encoder cannot be loaded, or has another width.
+            UserError: The text encoders make others.
         """
-        outputs = encode(self.path, encoder, [*self.prompts, ""], self.device)
-        made = {value.shape[-1] for name, value in outputs.items() if name != "mask"}
-        if width is not None and made != {width}:
-            got, fix = f"an encoder of width {max(made)}", "use the encoder that belongs to it"
-            raise invalid(f"{self.path / encoder.part}", got, f"the denoiser's {width}", fix)
-        return outputs
+        if embeddings.shape[-1] != width:
+            got = f"text encoders that make embeddings of width {embeddings.shape[-1]}"
+            fix = "use the encoders that belong to it"
+            raise invalid(f"{self.path}", got, f"{width}, as {self.part}/ takes", fix)
+        return embeddings
 
 
 def pixels_per_latent(path: Path) -> int:

@@ -45,9 +45,18 @@ class TextUNet(nn.Module):
         if guidance is not None:
             condition = _guidance_waves(guidance - 1, self.guidance_width).to(latents.dtype)
         prediction: Tensor = self.unet(
-            latents, timesteps, encoder_hidden_states=self.prompts[labels], timestep_cond=condition
+            latents,
+            timesteps,
+            encoder_hidden_states=self.prompts[labels],
+            timestep_cond=condition,
+            added_cond_kwargs=self.added(labels),
         ).sample
         return prediction
+
+    def added(self, labels: Tensor) -> dict[str, Tensor] | None:
+        """Return conditions beside the prompts, one row a label; there are none."""
+        del labels
+        return None
 
 
 def load(model: ModelFolder) -> Denoiser:
@@ -55,10 +64,8 @@ def load(model: ModelFolder) -> Denoiser:
     path, config = model.config_path, model.config
     shape = (model.channels(), *model.sides())
     width = whole(path, config, "cross_attention_dim")
-    guidance = None
-    if config.get("time_cond_proj_dim") is not None:
-        guidance = whole(path, config, "time_cond_proj_dim")
-    prompts = model.encode(TextEncoder(), width)["last"]
+    guidance = guidance_width(model)
+    prompts = model.check_width(model.encode(TextEncoder())["last"], width)
     unet = model.load(
         "UNet2DConditionModel",
         lambda unet: unet(
@@ -76,6 +83,13 @@ def load(model: ModelFolder) -> Denoiser:
         latent_shape=shape,
         takes_guidance=guidance is not None,
     )
+
+
+def guidance_width(model: ModelFolder) -> int | None:
+    """Return the width of a UNet's guidance embedding; None if guidance is no input."""
+    if model.config.get("time_cond_proj_dim") is None:
+        return None
+    return whole(model.config_path, model.config, "time_cond_proj_dim")
 
 
 def _guidance_waves(guidance: Tensor, width: int) -> Tensor:
