@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dmkd_fast.denoisers.denoiser import Denoiser
-from dmkd_fast.denoisers.families import class_unet, dit, sdxl, text_unet
+from dmkd_fast.denoisers.families import class_unet, dit, sd3, sdxl, text_unet
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.runtime.errors import invalid
 
@@ -35,6 +35,7 @@ FAMILIES: Mapping[str, Family] = {
     "UNet2DModel": Family(class_unet.load),
     "UNet2DConditionModel": Family(text_unet.load, takes_prompts=True),
     "UNet2DConditionModel with text_time": Family(sdxl.load, takes_prompts=True),
+    "SD3Transformer2DModel": Family(sd3.load, takes_prompts=True),
 }
 """Families by the `_class_name` in the config of their network, with the `addition_embed_type` of
 a UNet."""
