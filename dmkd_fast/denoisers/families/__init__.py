@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dmkd_fast.denoisers.denoiser import Denoiser
-from dmkd_fast.denoisers.families import class_unet, dit, sd3, sdxl, text_unet
+from dmkd_fast.denoisers.families import class_unet, dit, flux, sd3, sdxl, text_unet
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.runtime.errors import invalid
 
@@ -36,6 +36,7 @@ FAMILIES: Mapping[str, Family] = {
     "UNet2DConditionModel": Family(text_unet.load, takes_prompts=True),
     "UNet2DConditionModel with text_time": Family(sdxl.load, takes_prompts=True),
     "SD3Transformer2DModel": Family(sd3.load, takes_prompts=True),
+    "FluxTransformer2DModel": Family(flux.load, takes_prompts=True),
 }
 """Families by the `_class_name` in the config of their network, with the `addition_embed_type` of
 a UNet."""
