@@ -182,7 +182,7 @@ def named_as_settings() -> Iterator[None]:
 
 def _steps(config: SamplerConfig) -> str:
     """Describe steps and guidance of every phase."""
-    text = f"{config.num_steps} steps, guidance {config.guidance_scale:g}"
+    text = f"{config.steps} steps, guidance {config.scale:g}"
     for phase in config.phases:
         text += f"; from {phase.start:.0%} of the run {phase.num_steps}, {phase.guidance_scale:g}"
     for classes, scale in config.class_guidance.items():
