@@ -62,7 +62,7 @@ def test_a_description_has_type_default_range_and_text() -> None:
         "    Number of evaluations during a run, the last one included.",
     ]
     (setting,) = reference_module.describe("distill", "sampler.num_steps")
-    assert setting.facts == "integer or `auto`, default auto, 1 to 1,000"
+    assert setting.facts == "integer or `auto`, default `auto`, 1 to 1,000"
 
 
 def test_config_verb_prints_a_section_and_names_the_nearest_setting(
