@@ -39,7 +39,6 @@ NAMES = {
         "parts.fp8_emulation",
         "what products in 8 bits change: images, Frechet distance, students",
     ),
-
     "gpu-job": ("gpu.job", "the embedded job on a GPU beside the paper's way of working"),
     "gpu-pieces": ("gpu.pieces", "ceilings of a GPU, each piece's share of them, compilation"),
     "gpu-rivals": ("gpu.rivals", "ImageNet shapes beside compiled rivals; the published recipe"),

@@ -103,6 +103,7 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
         {f"ring {name}": count for name, count in ring.items()}
         | {
             "denoiser": _weight_bytes(parts.origin, compute.itemsize),
+            **_prompt_bytes(parts.origin, compute),
             **stored,
             "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
             "student, gradients, optimizer, average": 4 * weights * (3 + moments),
@@ -180,6 +181,17 @@ def _weight_bytes(images: Denoiser | OpenSource, itemsize: int) -> int:
     rounded = [getattr(module, "fp8_weight", None) or () for module in modules]
     count = sum(p.numel() for part in parts for p in part.parameters())
     return itemsize * count + sum(int(w.nbytes) for pair in rounded for w in pair)
+
+
+def _prompt_bytes(images: Denoiser | OpenSource, compute: torch.dtype) -> dict[str, int]:
+    """Count the bytes of encoded prompts, which a text-to-image model keeps for all its classes.
+
+    The text encoders are gone by then.
+    """
+    if not isinstance(images, Denoiser) or not hasattr(images.module, "prompts"):
+        return {}
+    tables = images.module.buffers(recurse=False)
+    return {"prompts": compute.itemsize * sum(table.numel() for table in tables)}
 
 
 def batch_plan(

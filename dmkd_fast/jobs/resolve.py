@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from dmkd_fast.config.generator import SamplerConfig
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.denoisers.denoiser import Denoiser
@@ -109,7 +110,8 @@ def resolve_images(job: ResolvedJob, images: Denoiser | OpenSource) -> ResolvedJ
     else:
         with named_as_settings():
             solver = choose_solver(images.scheduler, config.sampler.solver)
-        changes = {"sampler": {"solver": solver, "attention": _choose_attention(job, images)}}
+        sampler = {"solver": solver, "attention": _choose_attention(job, images)}
+        changes = {"sampler": sampler | _own_steps(config.sampler, images)}
         if config.sampler.experimental_fp8:
             if not isinstance(images.module, LeanDiT):
                 got = f"true for a {type(images.module).__name__}"
@@ -162,6 +164,12 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     if dtype != torch.bfloat16:  # the only result of products with a scale for each row
         got = f"true with dtype {str(dtype).removeprefix('torch.')}"
         raise invalid("sampler.experimental_fp8", got, "bfloat16", "set dtype=bfloat16")
+
+
+def _own_steps(config: SamplerConfig, denoiser: Denoiser) -> dict[str, Any]:
+    """Return the steps and the guidance that a denoiser asks for, where the config says auto."""
+    own = {"num_steps": denoiser.own_steps, "guidance_scale": denoiser.own_guidance_scale}
+    return {name: value for name, value in own.items() if getattr(config, name) == "auto"}
 
 
 def _choose_attention(job: ResolvedJob, denoiser: Denoiser) -> str:

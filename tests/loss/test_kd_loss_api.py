@@ -75,7 +75,6 @@ def test_a_mistyped_option_names_the_function_of_the_caller() -> None:
             function(logits, logits, temprature=3.0)  # type: ignore[call-arg]
 
 
-
 def test_mean_and_batchmean_are_those_of_torch() -> None:
     student, teacher, target = logits(6, 10, seed=0), logits(6, 10, seed=1), torch.arange(6)
     log_q, p = (student / 2).log_softmax(-1), (teacher / 2).softmax(-1)

@@ -62,6 +62,7 @@ def test_samplers_that_never_run_together_share_the_memory_of_their_graphs(
             sampler.sample(ids, ids, out=torch.empty((4, 1, 8, 8), dtype=torch.uint8))
     assert pools == [None, "a", "a", "a"]
 
+
 def test_broken_images_of_a_block_count_once_it_is_used() -> None:
     sampler = tiny_sampler()
     images = GeneratedImages(LabelStream(4), sampler)
