@@ -33,7 +33,9 @@ from dmkd_fast.sampling.noise_levels import (
     check_supported,
     choose_solver,
     clip_of,
+    dpm_alpha_bar,
     flow_sigmas,
+    spaced_sigmas,
     spaced_timesteps,
     trained_steps,
 )
@@ -99,9 +101,9 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
     solver = choose_solver(scheduler, steps.solver)
     check_supported(scheduler, solver)
     distilled = scheduler.get("distilled_steps")
-    if distilled is not None and (count, solver) != (distilled, "euler"):
+    if distilled is not None and (count, solver) != (distilled, choose_solver(scheduler, "auto")):
         got = f"{count}, {solver!r} for a denoiser distilled to {distilled!r:.60} steps"
-        raise invalid("steps", got, f"{distilled!r:.60}, 'euler'", "set them so")
+        raise invalid("steps", got, f"{distilled!r:.60}, 'auto'", "set them so")
     if scheduler["_class_name"] == FLOW:
         columns, initial_scale, clip = _flow(scheduler, count, trained, solver == "dpm++2m")
     else:
@@ -204,17 +206,19 @@ def _ddpm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
 
 def _dpm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
     order = whole("scheduler", scheduler, "solver_order", 2, high=2)
-    levels = alpha_bar(scheduler, trained)
-    # diffusers spaces K + 1 timesteps and drops the last one.
-    timesteps = spaced_timesteps(scheduler, num_steps, trained, default="linspace", extra=1)
-    if len(timesteps) != num_steps:
-        got = f"{num_steps}, for which this scheduler makes {len(timesteps)} steps"
-        raise invalid("steps.count", got, "a divisor of num_train_timesteps", "change it")
+    levels = dpm_alpha_bar(scheduler, trained)
     final = scheduler.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
         raise invalid("scheduler", f"final_sigmas_type={final!r:.60}", "zero or sigma_min")
     end = torch.ones_like(levels[:1]) if final == "zero" else levels[:1]
-    levels = torch.cat((levels[timesteps], end))
+    spaced = spaced_sigmas(scheduler, num_steps, trained)
+    if spaced is not None:
+        timesteps, levels = spaced[0], 1 / (1 + spaced[1].square())
+    else:
+        # diffusers spaces K + 1 timesteps and drops the last one.
+        timesteps = spaced_timesteps(scheduler, num_steps, trained, default="linspace", extra=1)
+        levels = levels[timesteps]
+    levels = torch.cat((levels, end))
     alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
     first_order_end = bool(scheduler.get("euler_at_final", False)) or (
         bool(scheduler.get("lower_order_final", True)) and num_steps < 15
@@ -284,6 +288,10 @@ def _estimate(scheduler: Scheduler, alpha: Tensor, sigma: Tensor) -> dict[str, T
     """Return columns skip and out, so that skip * x + out * f is the image estimate."""
     kind = scheduler.get("prediction_type", "epsilon")
     if kind == "epsilon":
+        if scheduler.get("rescale_betas_zero_snr") and not alpha.all():
+            got = "prediction_type=epsilon with rescale_betas_zero_snr"
+            fix = "use solver dpm++2m or a v-prediction model"
+            raise invalid("scheduler", got, "v_prediction, as the first x is only noise", fix)
         return {"skip": 1 / alpha, "out": -sigma / alpha}
     if kind == "v_prediction":
         return {"skip": alpha, "out": -sigma}
