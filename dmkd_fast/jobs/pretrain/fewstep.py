@@ -141,10 +141,12 @@ def _many_steps(scheduler: Scheduler, solver: Solver) -> Scheduler:
         UserError: The scheduler is not supported, or the solver adds noise.
     """
     chosen = choose_solver(scheduler, solver)
-    if chosen not in ("euler", "ddim", "dpm++2m"):
+    is_flow = str(scheduler["_class_name"]) not in VARIANCE_PRESERVING
+    # Euler steps of the others have states of another scale.
+    if chosen not in (("euler", "dpm++2m") if is_flow else ("ddim", "dpm++2m")):
         fix = "set sampler.solver=dpm++2m, or use another model"
         raise invalid("sampler.solver", chosen, "a solver without fresh noise", fix)
-    if str(scheduler["_class_name"]) not in VARIANCE_PRESERVING:
+    if is_flow:
         return scheduler
     spacing = {"timestep_spacing": "trailing", "steps_offset": 0}
     return {**scheduler, **spacing, **dict.fromkeys(SPACINGS, False)}
