@@ -41,6 +41,10 @@ class LeanDiT(nn.Module):
         self.grid = int(config["sample_size"]) // self.patch
         self.num_tokens = self.grid**2
         self.attention: attention.Attention = "sdpa"
+        # The wavelengths of the timestep's waves; DiT's own code divides by 128, diffusers by 127.
+        self.wave_span = 127
+        # A timestep t is embedded as 1 - t / `reversed_time`, unless it is 0.
+        self.reversed_time = 0
         # In diffusers only the second norm of a block can be set; the others use 1e-6.
         self.mlp_norm_eps = float(config.get("norm_eps", 1e-5))
         width = self.num_heads * self.head_dim
@@ -105,7 +109,10 @@ class LeanDiT(nn.Module):
         """Return the sum of timestep and label embedding, (B, D)."""
         # Computed on every call, because a buffer would be cast to the dtype of the weights.
         places = torch.arange(128, dtype=torch.float32, device=timesteps.device)
-        angles = timesteps.float()[:, None] * torch.exp(places * (-math.log(10_000) / 127))
+        times = timesteps.float()
+        if self.reversed_time:
+            times = 1 - times / self.reversed_time
+        angles = times[:, None] * torch.exp(places * (-math.log(10_000) / self.wave_span))
         waves = torch.cat((angles.cos(), angles.sin()), dim=1).to(self.time_in.weight.dtype)
         condition: Tensor = self.time_out(F.silu(self.time_in(waves))) + self.labels(labels)
         return condition

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dmkd_fast.denoisers.denoiser import Denoiser
-from dmkd_fast.denoisers.families import class_unet, dit, flux, sd3, sdxl, text_unet
+from dmkd_fast.denoisers.families import class_unet, dit, flux, sd3, sdxl, sit, text_unet
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.runtime.errors import invalid
 
@@ -32,6 +32,7 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "DiTTransformer2DModel": Family(dit.load),
+    "SiTTransformer2DModel": Family(sit.load),
     "UNet2DModel": Family(class_unet.load),
     "UNet2DConditionModel": Family(text_unet.load, takes_prompts=True),
     "UNet2DConditionModel with text_time": Family(sdxl.load, takes_prompts=True),

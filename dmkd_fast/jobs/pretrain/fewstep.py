@@ -26,9 +26,10 @@ from dmkd_fast.data.class_names import read_class_names, write_class_names
 from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
+from dmkd_fast.denoisers.families.class_unet import ClassUNet
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import save_denoiser, share_embedder
-from dmkd_fast.denoisers.wrappers import ClassUNet, PixelDiT
+from dmkd_fast.denoisers.wrappers import PixelDiT
 from dmkd_fast.jobs import memory, resolve, run_dir
 from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.jobs.pretrain.denoiser import training_attention
