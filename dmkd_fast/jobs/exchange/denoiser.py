@@ -1,8 +1,9 @@
 """Rewrite a diffusion model into a folder that is safe to load: `dmkd import denoiser`.
 
 Folders in diffusers format with pickled weights are read, whole or sharded, and single files in
-the layout of Stable Diffusion's or SiT's own code. Pickles are read with `torch.load(weights_only=True)`,
-which accepts tensors and plain containers, and runs no code. No number changes.
+the layout of Stable Diffusion's or SiT's own code. Pickles are read with
+`torch.load(weights_only=True)`, which accepts tensors and plain containers, and runs no code. No
+number changes.
 """
 
 from __future__ import annotations
