@@ -272,7 +272,7 @@ class PretrainFewstepConfig(PretrainConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainFewstepConfig:
         for section, names in (
-            ("denoiser", ("prompts", "decoder", "class_map")),
+            ("denoiser", ("prompts", "decoder", "image_size", "class_map")),
             (
                 "sampler",
                 ("phases", "class_guidance", "guidance_interval", "guidance_channels", "attention"),

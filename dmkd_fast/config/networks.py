@@ -23,6 +23,9 @@ class DenoiserConfig(Section):
     """One prompt per class. For text-to-image models only."""
     decoder: PathText | None = None
     """Path of another autoencoder that decodes the latents, such as an AutoencoderTiny."""
+    image_size: int | None = Field(None, ge=8, le=16_384)
+    """Side of the images in pixels, for text-to-image models, which make several sizes. null: that
+    of the model."""
     null_class: int | None = Field(None, ge=0, lt=2**31)
     """Class of a UNet2DModel that stood for "no class" in its training, which guidance needs. The
     job has the other classes. DiTs and text-to-image models need no setting."""

@@ -55,6 +55,7 @@ def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denois
         prompts=config.prompts,
         decoder=None if config.decoder is None else resolve_path(config.decoder),
         null_class=config.null_class,
+        image_size=config.image_size,
     )
     if config.class_map is not None:
         loaded = loaded.restricted(config.class_map)

@@ -4,8 +4,8 @@ A family is a function of a `ModelFolder` that returns a `Denoiser` without a de
 config, refuses what it cannot compute with a `UserError` of one line, loads the network with
 `ModelFolder.load`, and wraps it in a module with the sampler's call, `module(latents, timesteps,
 labels)`. Families of text-to-image models encode the prompts with `ModelFolder.encode` before the
-network is loaded; their modules hold the embeddings as buffers with one row a class, and the empty
-prompt is the last row and the null class. No code of the folder is ever run.
+network is loaded; their modules hold the embeddings in `prompts` and other buffers with one row a
+class, and the empty prompt is the last row and the null class. No code of the folder is ever run.
 """
 
 from __future__ import annotations
