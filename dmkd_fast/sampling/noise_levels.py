@@ -22,6 +22,7 @@ Scheduler = dict[str, Any]
 MOST_TRAINED = 1_000_000
 
 FLOW, CONSISTENCY = "FlowMatchEulerDiscreteScheduler", "CMStochasticIterativeScheduler"
+SCM = "SCMScheduler"  # of continuous-time consistency models
 # Schedulers that share DDPM's noise levels, and the solver that "auto" chooses. With None, a solver
 # must be named.
 VARIANCE_PRESERVING = {
@@ -51,7 +52,6 @@ SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "ddim": {"thresholding": OFF},
     "dpm++2m": {
         "thresholding": OFF,
-        "use_flow_sigmas": OFF,
         "use_dynamic_shifting": OFF,
         # DPMSolverMultistepScheduler treats DEIS's value as "dpmsolver++", and the solver types of
         # UniPC and DEIS as "midpoint".
@@ -74,6 +74,7 @@ SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "shift_terminal": OFF,
     },
     CONSISTENCY: {},
+    SCM: {"prediction_type": ("trigflow",)},
 }
 
 
@@ -87,13 +88,13 @@ def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
     possible: tuple[str, ...]
     if name == FLOW:
         possible, own = ("euler", "dpm++2m"), "euler"
-    elif name == CONSISTENCY:
+    elif name in (CONSISTENCY, SCM):
         possible, own = ("consistency",), "consistency"
     elif name in VARIANCE_PRESERVING:
         possible = "ddpm", "ddim", "dpm++2m", "euler", "euler_ancestral"
         own = VARIANCE_PRESERVING[name] or ""
     else:
-        known = ", ".join([FLOW, CONSISTENCY, *VARIANCE_PRESERVING])
+        known = ", ".join([FLOW, CONSISTENCY, SCM, *VARIANCE_PRESERVING])
         raise invalid("scheduler", f"{name:.60}", f"one of {known}", "use another model")
     chosen = own if solver == "auto" else solver
     if chosen not in possible:

@@ -30,6 +30,8 @@ from dmkd_fast.runtime.errors import invalid, warn_once
 from dmkd_fast.sampling.arguments import Steps
 from dmkd_fast.sampling.noise_levels import (
     FLOW,
+    SCM,
+    SPACINGS,
     Scheduler,
     alpha_bar,
     check_supported,
@@ -115,7 +117,7 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
             "dpm++2m": _dpm,
             "euler": partial(_euler, ancestral=False),
             "euler_ancestral": partial(_euler, ancestral=True),
-            "consistency": _consistency,
+            "consistency": _scm if scheduler["_class_name"] == SCM else _consistency,
         }
         columns, initial_scale, clip = build[solver](scheduler, count, trained)
     rows = torch.zeros(count, len(SolverTable.COLUMNS), dtype=torch.float64)
@@ -219,6 +221,16 @@ def _ddpm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
 
 def _dpm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
     order = whole("scheduler", scheduler, "solver_order", 2, high=2)
+    first_order_end = bool(scheduler.get("euler_at_final", False)) or (
+        bool(scheduler.get("lower_order_final", True)) and num_steps < 15
+    )
+    if scheduler.get("use_flow_sigmas"):
+        sigma, timesteps = _dpm_flow(scheduler, num_steps, trained)
+        columns = _exponential(
+            1 - sigma, sigma, second_order=order == 2, first_order_end=first_order_end
+        )
+        ones = torch.ones(num_steps, dtype=torch.float64)
+        return columns | {"timestep": timesteps, "skip": ones, "out": -sigma[:-1]}, 1.0, None
     levels = dpm_alpha_bar(scheduler, trained)
     final = scheduler.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
@@ -233,13 +245,24 @@ def _dpm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
         levels = levels[timesteps]
     levels = torch.cat((levels, end))
     alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
-    first_order_end = bool(scheduler.get("euler_at_final", False)) or (
-        bool(scheduler.get("lower_order_final", True)) and num_steps < 15
-    )
     columns = _exponential(
         alpha, sigma, second_order=order == 2, first_order_end=first_order_end
     ) | {"timestep": timesteps.double(), **_estimate(scheduler, alpha[:-1], sigma[:-1])}
     return columns, 1.0, None
+
+
+def _dpm_flow(scheduler: Scheduler, num_steps: int, trained: int) -> tuple[Tensor, Tensor]:
+    """Return noise levels (K + 1,) and timesteps (K,) of a flow model with a DPM scheduler."""
+    needed = {"prediction_type": "flow_prediction", "final_sigmas_type": "zero"}
+    for key, wanted in (needed | dict.fromkeys(SPACINGS, False)).items():
+        if (got := scheduler.get(key, wanted)) != wanted:
+            what = f"{key}={got!r:.60} with use_flow_sigmas"
+            raise invalid("scheduler", what, wanted, "use another model")
+    shift = number("scheduler", scheduler, "flow_shift", 1.0, low=1e-6, high=1e6)
+    sigma = 1 - torch.linspace(1.0, 1 / trained, num_steps + 1, dtype=torch.float64).flip(0)
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    # diffusers cuts timesteps to whole numbers.
+    return sigma, (sigma[:-1] * trained).floor()
 
 
 def _euler(scheduler: Scheduler, num_steps: int, trained: int, *, ancestral: bool) -> Built:
@@ -305,6 +328,31 @@ def _consistency(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
     }
     clip = 1.0 if scheduler.get("clip_denoised", True) else None
     return columns, high, clip
+
+
+def _scm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
+    """Build the table of a continuous-time consistency model (arXiv 2503.09641, section 3).
+
+    x = cos(t) * image + sin(t) * noise. The network is that of a flow model at the noise level
+    s = sin(t) / (sin(t) + cos(t)), whose state is x divided by the length r of (1 - s, s).
+    """
+    del scheduler, trained  # the standard deviation of the data, sigma_data, cancels out
+    ends = [1.5708, 1.3, 0.0] if num_steps == 2 else None  # as the pipeline chooses them
+    time = torch.linspace(1.5708, 0.0, num_steps + 1, dtype=torch.float64)
+    if ends is not None:
+        time = torch.tensor(ends, dtype=torch.float64)
+    now, after = time[:-1], time[1:]
+    level = now.sin() / (now.sin() + now.cos())
+    length = (level.square() + (1 - level).square()).sqrt()
+    columns = {
+        "timestep": level,
+        "input_scale": length,
+        "skip": now.cos() - now.sin() * (1 - 2 * level),
+        "out": -now.sin() * length,
+        "b0": after.cos(),
+        "n": after.sin(),
+    }
+    return columns, 1.0, None
 
 
 def _exponential(

@@ -18,7 +18,8 @@ import yaml
 from classifier_folders import saved
 from real_sets import picture
 from small_models import dit_folder, stable_diffusion
-from text_models import PROMPTS, flux, sd3, sdxl
+from test_sit import sit_folder
+from text_models import PROMPTS, flux, pixart, sana, sd3, sdxl
 
 from dmkd_fast import cli
 from dmkd_fast.config.jobs import DistillConfig
@@ -56,6 +57,15 @@ GENERATORS: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
         ),
         TEXT | {"denoiser.image_size": 16},
     ),
+}
+SANA = diffusers.DPMSolverMultistepScheduler(
+    use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+)
+GENERATORS |= {
+    "SiT": (sit_folder, {"denoiser.class_map": [3, 1, 4, 2]}),
+    "PixArt": (lambda path: pixart(path, diffusers.DPMSolverMultistepScheduler()), TEXT),
+    "Sana": (lambda path: sana(path, SANA), TEXT),
+    "Sana-Sprint": (lambda path: sana(path, diffusers.SCMScheduler(), sprint=True), TEXT),
 }
 JOB: dict[str, Any] = {
     "name": "tiny",

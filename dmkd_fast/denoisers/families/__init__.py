@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from dmkd_fast.denoisers.denoiser import Denoiser
-from dmkd_fast.denoisers.families import class_unet, dit, flux, sd3, sdxl, sit, text_unet
+from dmkd_fast.denoisers.families import (
+    class_unet,
+    dit,
+    flux,
+    pixart,
+    sana,
+    sd3,
+    sdxl,
+    sit,
+    text_unet,
+)
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.runtime.errors import invalid
 
@@ -38,6 +48,8 @@ FAMILIES: Mapping[str, Family] = {
     "UNet2DConditionModel with text_time": Family(sdxl.load, takes_prompts=True),
     "SD3Transformer2DModel": Family(sd3.load, takes_prompts=True),
     "FluxTransformer2DModel": Family(flux.load, takes_prompts=True),
+    "PixArtTransformer2DModel": Family(pixart.load, takes_prompts=True),
+    "SanaTransformer2DModel": Family(sana.load, takes_prompts=True),
 }
 """Families by the `_class_name` in the config of their network, with the `addition_embed_type` of
 a UNet."""
