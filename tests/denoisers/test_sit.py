@@ -13,69 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from small_models import VAE, spread
+from small_models import sit_folder
 from torch import Tensor
 
 from dmkd_fast import DiffusionSampler, Guidance, Steps, cli, load_denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
 
 CPU = torch.device("cpu")
-CONFIG: dict[str, Any] = {
-    "_class_name": "SiTTransformer2DModel",
-    "input_size": 8,
-    "patch_size": 2,
-    "in_channels": 4,
-    "hidden_size": 16,
-    "depth": 2,
-    "num_heads": 2,
-    "mlp_ratio": 4.0,
-    "class_dropout_prob": 0.1,
-    "num_classes": 5,
-    "learn_sigma": True,
-    "norm_type": "ln",
-}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-def random_weights(config: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights under the names of SiT's own code."""
-    d, p, c = (config[key] for key in ("hidden_size", "patch_size", "in_channels"))
-    made = 2 * c if config["learn_sigma"] else c
-    tokens = (config["input_size"] // p) ** 2
-    linear = {
-        "t_embedder.mlp.0": (d, 256),
-        "t_embedder.mlp.2": (d, d),
-        "final_layer.adaLN_modulation.1": (2 * d, d),
-        "final_layer.linear": (p * p * made, d),
-    }
-    for i in range(config["depth"]):
-        linear[f"blocks.{i}.adaLN_modulation.1"] = (6 * d, d)
-        linear[f"blocks.{i}.attn.qkv"] = (3 * d, d)
-        linear[f"blocks.{i}.attn.proj"] = (d, d)
-        linear[f"blocks.{i}.mlp.fc1"] = (4 * d, d)
-        linear[f"blocks.{i}.mlp.fc2"] = (d, 4 * d)
-    torch.manual_seed(0)
-    labels = config["num_classes"] + (config["class_dropout_prob"] > 0)
-    weights = {
-        "pos_embed": torch.randn(1, tokens, d),
-        "x_embedder.proj.weight": torch.randn(d, c, p, p) / 4,
-        "x_embedder.proj.bias": torch.randn(d) / 4,
-        "y_embedder.embedding_table.weight": torch.randn(labels, d),
-    }
-    for name, shape in linear.items():
-        weights[f"{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
-        weights[f"{name}.bias"] = torch.randn(shape[0]) / 4
-    return weights
-
-
-def sit_folder(folder: Path, **changes: Any) -> Path:
-    config = CONFIG | changes
-    (folder / "transformer").mkdir(parents=True)
-    (folder / "transformer" / "config.json").write_text(json.dumps(config))
-    save_file(random_weights(config), folder / WEIGHTS)
-    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    spread(diffusers.AutoencoderKL(**VAE), seed=1).save_pretrained(folder / "vae")
-    return folder
 
 
 def velocity(folder: Path, x: Tensor, time: float, labels: Tensor) -> Tensor:

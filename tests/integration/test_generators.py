@@ -17,8 +17,7 @@ import pytest
 import yaml
 from classifier_folders import saved
 from real_sets import picture
-from small_models import dit_folder, stable_diffusion
-from test_sit import sit_folder
+from small_models import dit_folder, sit_folder, stable_diffusion
 from text_models import PROMPTS, flux, pixart, sana, sd3, sdxl
 
 from dmkd_fast import cli
