@@ -13,6 +13,7 @@ Source: Peebles & Xie, DiT (arXiv 2212.09748), section 3 (adaLN-Zero).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -179,7 +180,24 @@ def lean_dit(dit: Any) -> LeanDiT | None:
         return None
     with torch.device("meta"):
         model = LeanDiT(config)
-    layers = [f"transformer_blocks.{i}." for i in range(model.num_layers)]
+    embedder = "transformer_blocks.0." + EMBEDDER
+    state = lean_state(weights, dit.pos_embed.pos_embed, embedder, model.num_layers)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def lean_state(
+    weights: Mapping[str, Tensor], positions: Tensor, embedder: str, num_layers: int
+) -> dict[str, Tensor]:
+    """Return weights of diffusers' DiT under the names of `LeanDiT`.
+
+    Args:
+        weights: Weights by their names in diffusers.
+        positions: Embeddings of the positions, (1, T, D).
+        embedder: First part of the names of the timestep and label embedder.
+        num_layers: Number of blocks, L.
+    """
+    layers = [f"transformer_blocks.{i}." for i in range(num_layers)]
 
     def both(ours: str, theirs: str) -> dict[str, Tensor]:
         kinds = [kind for kind in ("weight", "bias") if f"{theirs}.{kind}" in weights]
@@ -188,10 +206,10 @@ def lean_dit(dit: Any) -> LeanDiT | None:
     state = {
         "patchify.weight": weights["pos_embed.proj.weight"].flatten(1),
         "patchify.bias": weights["pos_embed.proj.bias"],
-        "positions": dit.pos_embed.pos_embed,
-        "labels.weight": weights[first + EMBEDDER + "class_embedder.embedding_table.weight"],
-        **both("time_in", first + EMBEDDER + "timestep_embedder.linear_1"),
-        **both("time_out", first + EMBEDDER + "timestep_embedder.linear_2"),
+        "positions": positions,
+        "labels.weight": weights[embedder + "class_embedder.embedding_table.weight"],
+        **both("time_in", embedder + "timestep_embedder.linear_1"),
+        **both("time_out", embedder + "timestep_embedder.linear_2"),
         **both("modulation_out", "proj_out_1"),
         **both("out", "proj_out_2"),
     }
@@ -207,5 +225,4 @@ def lean_dit(dit: Any) -> LeanDiT | None:
             names = [f"{layer}attn1.to_{part}.{kind}" for part in "qkv"]
             if names[0] in weights:
                 state[f"{ours}qkv.{kind}"] = torch.cat([weights[name] for name in names])
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
+    return state

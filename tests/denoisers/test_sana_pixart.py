@@ -12,12 +12,13 @@ import diffusers
 import pytest
 import torch
 from diffusers.schedulers import scheduling_scm
-from test_text_families import CPU, LABELS, images_of, noise_of, run, same_pixels
+from pipeline_images import LABELS, images_of, noise_of, run, same_pixels
 from text_models import PROMPTS, pixart, sana
 
 from dmkd_fast import Steps, load_denoiser
 from dmkd_fast.sampling.solvers import solver_table
 
+CPU = torch.device("cpu")
 DPM: dict[str, Any] = {"solver_order": 2}
 FLOW: dict[str, Any] = {
     "use_flow_sigmas": True,

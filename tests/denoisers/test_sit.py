@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import torch.nn.functional as F
+from dit_reference import dit_reference
 from safetensors.torch import load_file, save_file
 from small_models import sit_folder
 from torch import Tensor
@@ -26,38 +25,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 def velocity(folder: Path, x: Tensor, time: float, labels: Tensor) -> Tensor:
     """SiT by its definition: image - noise at a time from 0 (noise) to 1 (image)."""
     config = json.loads((folder / "transformer" / "config.json").read_text())
-    weights = load_file(folder / WEIGHTS)
-    width, heads, p = config["hidden_size"], config["num_heads"], config["patch_size"]
-
-    def linear(name: str, value: Tensor) -> Tensor:
-        return F.linear(value, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def norm(value: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        normed = F.layer_norm(value, (width,), eps=1e-6)
-        return normed * (1 + scale[:, None]) + shift[:, None]
-
-    angles = time * 10_000 ** (-torch.arange(128) / 128)
-    waves = torch.cat((angles.cos(), angles.sin())).expand(len(x), -1)
-    t = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", waves)))
-    condition = F.silu(t + weights["y_embedder.embedding_table.weight"][labels])
-    proj = weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"]
-    h = F.conv2d(x, *proj, stride=p).flatten(2).transpose(1, 2) + weights["pos_embed"]
-    for i in range(config["depth"]):
-        parts = linear(f"blocks.{i}.adaLN_modulation.1", condition).chunk(6, dim=1)
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts
-        qkv = linear(f"blocks.{i}.attn.qkv", norm(h, shift, scale))
-        q, k, v = qkv.view(len(x), -1, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        weight = (q @ k.transpose(2, 3) / math.sqrt(width // heads)).softmax(dim=3)
-        mixed = linear(f"blocks.{i}.attn.proj", (weight @ v).transpose(1, 2).flatten(2))
-        h = h + gate[:, None] * mixed
-        hidden = linear(f"blocks.{i}.mlp.fc1", norm(h, shift_mlp, scale_mlp))
-        hidden = linear(f"blocks.{i}.mlp.fc2", F.gelu(hidden, approximate="tanh"))
-        h = h + gate_mlp[:, None] * hidden
-    h = norm(h, *linear("final_layer.adaLN_modulation.1", condition).chunk(2, dim=1))
-    patches = linear("final_layer.linear", h)
-    side = config["input_size"] // p
-    image = patches.view(len(x), side, side, p, p, -1).permute(0, 5, 1, 3, 2, 4)
-    return image.reshape(len(x), -1, side * p, side * p)[:, : x.shape[1]]
+    return dit_reference(load_file(folder / WEIGHTS), config, x, time, labels)[:, : x.shape[1]]
 
 
 @torch.no_grad()

@@ -143,6 +143,56 @@ def sit_folder(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def gm_dit_folder(folder: Path, **changes: Any) -> Path:
+    """Save a small model in the layout of pi-Flow's own code, with the parts beside it."""
+    config: dict[str, Any] = {
+        "_class_name": "GMDiTTransformer2DModelV2",
+        "num_gaussians": 3,
+        "logstd_inner_dim": 8,
+        "gm_num_logstd_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "num_layers": 2,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 5,
+    } | changes
+    d = config["num_attention_heads"] * config["attention_head_dim"]
+    p, c, count = config["patch_size"], config["in_channels"], config["num_gaussians"]
+    linear = {
+        "emb.timestep_embedder.linear_1": (d, 256),
+        "emb.timestep_embedder.linear_2": (d, d),
+        "proj_out_1": (2 * d, d),
+        "proj_out_means": (p * p * count * c, d),
+        "proj_out_logweights": (p * p * count, d),
+        "proj_out_logstds.1": (config["logstd_inner_dim"], d),
+        "proj_out_logstds.3": (1, config["logstd_inner_dim"]),
+    }
+    for i in range(config["num_layers"]):
+        block = f"transformer_blocks.{i}"
+        linear |= {f"{block}.attn1.to_{part}": (d, d) for part in ("q", "k", "v", "out.0")}
+        linear |= {f"{block}.norm1.linear": (6 * d, d), f"{block}.ff.net.0.proj": (4 * d, d)}
+        linear |= {f"{block}.ff.net.2": (d, 4 * d)}
+    torch.manual_seed(0)
+    weights = {
+        "pos_embed.proj.weight": torch.randn(d, c, p, p) / 4,
+        "pos_embed.proj.bias": torch.randn(d) / 4,
+        "emb.class_embedder.embedding_table.weight": torch.randn(
+            config["num_embeds_ada_norm"] + 1, d
+        ),
+    }
+    for name, shape in linear.items():
+        weights[f"{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
+        weights[f"{name}.bias"] = torch.randn(shape[0]) / 4
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    spread(diffusers.AutoencoderKL(**VAE), seed=1).save_pretrained(folder / "vae")
+    return folder
+
+
 def stable_diffusion(folder: Path, scheduler: Any, **changes: Any) -> Any:
     """Build and save a small StableDiffusionPipeline."""
     from transformers import CLIPTextConfig, CLIPTextModel

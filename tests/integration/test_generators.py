@@ -17,7 +17,7 @@ import pytest
 import yaml
 from classifier_folders import saved
 from real_sets import picture
-from small_models import dit_folder, sit_folder, stable_diffusion
+from small_models import dit_folder, gm_dit_folder, sit_folder, stable_diffusion
 from text_models import PROMPTS, flux, pixart, sana, sd3, sdxl
 
 from dmkd_fast import cli
@@ -61,6 +61,10 @@ SANA = diffusers.DPMSolverMultistepScheduler(
     use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
 )
 GENERATORS |= {
+    "pi-Flow": (
+        gm_dit_folder,
+        {"denoiser.class_map": [3, 1, 4, 2], "sampler.num_steps": 1, "sampler.guidance_scale": 1},
+    ),
     "SiT": (sit_folder, {"denoiser.class_map": [3, 1, 4, 2]}),
     "PixArt": (lambda path: pixart(path, diffusers.DPMSolverMultistepScheduler()), TEXT),
     "Sana": (lambda path: sana(path, SANA), TEXT),

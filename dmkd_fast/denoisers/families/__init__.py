@@ -20,6 +20,7 @@ from dmkd_fast.denoisers.families import (
     class_unet,
     dit,
     flux,
+    gm_dit,
     pixart,
     sana,
     sd3,
@@ -43,6 +44,8 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "DiTTransformer2DModel": Family(dit.load),
     "SiTTransformer2DModel": Family(sit.load),
+    "GMDiTTransformer2DModelV2": Family(gm_dit.load),
+    "_GMDiTTransformer2DModelV2": Family(gm_dit.load),
     "UNet2DModel": Family(class_unet.load),
     "UNet2DConditionModel": Family(text_unet.load, takes_prompts=True),
     "UNet2DConditionModel with text_time": Family(sdxl.load, takes_prompts=True),
