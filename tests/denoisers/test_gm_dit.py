@@ -132,7 +132,10 @@ def test_other_steps_and_guidance_are_refused(tmp_path: Path) -> None:
     [
         ({"num_layers": 3}, "transformer_blocks.2.attn1.to_k.bias: got nothing"),
         ({"num_gaussians": 4}, r"proj_out_logweights.bias: got \(12,\), expected \(16,\)"),
-        ({"constant_logstd": -1.0}, "gm_num_logstd_layers=2"),
+        (
+            {"constant_logstd": -1.0},
+            "expected FlowMatchEulerDiscreteScheduler and no constant_logstd",
+        ),
         ({"in_channels": "4"}, "in_channels: got "),
         (None, "ff.net.1.weight: got .*, expected nothing"),
     ],

@@ -87,17 +87,12 @@ class GMDiT(LeanDiT):
 def load(model: ModelFolder) -> Denoiser:
     """Load a `GMDiTTransformer2DModelV2`, which makes images in one step without guidance."""
     path, config = model.config_path, model.config
-    if not model.lean:
-        fix = "use a model of many steps"
-        raise invalid(f"{path}", "a one-step model, for sampling only", "another model", fix)
     kind = model.scheduler.get("_class_name")
-    if kind != "FlowMatchEulerDiscreteScheduler":
-        fix = "write that scheduler_config.json beside it"
-        expected = "FlowMatchEulerDiscreteScheduler"
-        raise invalid(f"{path}", f"pi-Flow with {kind!r:.60}", expected, fix)
-    if config.get("constant_logstd") is not None or config.get("gm_num_logstd_layers", 2) != 2:
-        got = "another output of the standard deviation"
-        raise invalid(f"{path}", got, "gm_num_logstd_layers=2", "use another model")
+    given = model.lean, kind, config.get("constant_logstd"), config.get("gm_num_logstd_layers", 2)
+    if given != (True, "FlowMatchEulerDiscreteScheduler", None, 2):
+        got = f"pi-Flow with {kind!r:.60}, constant_logstd={given[2]!r:.60}"
+        expected = "FlowMatchEulerDiscreteScheduler and no constant_logstd, for sampling only"
+        raise invalid(f"{path}", got, expected, "use another model")
     values: dict[str, Any] = {
         key: whole(path, config, key, default, high=MOST_LAYERS if key == "num_layers" else 65_536)
         for key, default in SIZES.items()
