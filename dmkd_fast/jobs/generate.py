@@ -173,7 +173,7 @@ def _prepare(
         raise invalid("sampler.phases", "some", expected, fix)
     job = resolve(config, distributed.read())
     device = job.device
-    denoiser = open_denoiser(config.denoiser, device)
+    denoiser = open_denoiser(config.denoiser, device, job.dtype)
     job = resolve_images(job, denoiser)
     config = job.config
     assert config.denoiser is not None

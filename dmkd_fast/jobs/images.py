@@ -46,8 +46,16 @@ class OpenSource:
     license: str
 
 
-def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denoiser:
-    """Load the diffusion model that a config names; one on the Hub is downloaded first."""
+def open_denoiser(
+    config: DenoiserConfig | None, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Denoiser:
+    """Load the diffusion model that a config names; one on the Hub is downloaded first.
+
+    Args:
+        config: Section `denoiser` of the config.
+        device: Device of the modules.
+        dtype: Compute dtype of the job; see `load_denoiser`.
+    """
     assert config is not None  # DistillConfig has a denoiser or a source.
     loaded = load_denoiser(
         resolve_path(config.path, config.revision),
@@ -56,6 +64,7 @@ def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denois
         decoder=None if config.decoder is None else resolve_path(config.decoder),
         null_class=config.null_class,
         image_size=config.image_size,
+        dtype=dtype,
     )
     if config.class_map is not None:
         loaded = loaded.restricted(config.class_map)
@@ -182,7 +191,7 @@ def named_as_settings() -> Iterator[None]:
 
 def _steps(config: SamplerConfig) -> str:
     """Describe steps and guidance of every phase."""
-    text = f"{config.num_steps} steps, guidance {config.guidance_scale:g}"
+    text = f"{config.steps} steps, guidance {config.scale:g}"
     for phase in config.phases:
         text += f"; from {phase.start:.0%} of the run {phase.num_steps}, {phase.guidance_scale:g}"
     for classes, scale in config.class_guidance.items():

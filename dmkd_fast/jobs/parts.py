@@ -49,7 +49,7 @@ def load_parts(job: ResolvedJob) -> Parts:
     num_classes = teachers.num_classes["teacher"]
     images: Denoiser | OpenSource
     if config.source is None:
-        images = open_denoiser(config.denoiser, device)
+        images = open_denoiser(config.denoiser, device, job.dtype)
         num_classes = images.num_classes
     # A class_map states the order of the classes, so that other names are compared, not mapped.
     names = () if config.teacher.class_map else teachers.class_names["teacher"]

@@ -120,6 +120,7 @@ def load(model: ModelFolder) -> Denoiser:
         scheduler=model.scheduler | {"distilled_steps": 1},
         num_classes=values["num_embeds_ada_norm"],
         latent_shape=(channels, size, size),
+        num_steps=1,
     )
 
 

@@ -111,4 +111,6 @@ def load(model: ModelFolder) -> Denoiser:
         num_classes=len(model.prompts),
         null_class=len(model.prompts),
         latent_shape=shape,
+        num_steps=20,  # this and the scale as in diffusers' pipelines
+        guidance_scale=4.5,
     )

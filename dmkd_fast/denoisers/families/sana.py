@@ -107,6 +107,8 @@ def load(model: ModelFolder) -> Denoiser:
         num_classes=len(model.prompts),
         null_class=None if is_sprint else len(model.prompts),
         latent_shape=shape,
+        num_steps=2 if is_sprint else 20,  # this and the scale as in diffusers' pipelines
+        guidance_scale=4.5,
         takes_guidance=is_sprint,
     )
 

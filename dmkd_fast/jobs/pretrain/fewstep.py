@@ -166,7 +166,7 @@ def _few_steps(scheduler: Scheduler, config: PretrainFewstepConfig) -> Scheduler
     return {
         **scheduler,
         "distilled_steps": config.num_steps,
-        "distilled_guidance_scale": config.sampler.guidance_scale,
+        "distilled_guidance_scale": config.sampler.scale,
     }
 
 
@@ -190,12 +190,12 @@ class Pool:
         config, device, self.display = job.config, job.device, job.display
         self.size, self.num_steps, self.device = config.pool_images, config.num_steps, device
         self.num_classes = start.num_classes
-        self.stride = config.sampler.num_steps // config.num_steps
+        self.stride = config.sampler.steps // config.num_steps
         shape = start.latent_shape
         self.sampler = DiffusionSampler(
             start,
-            Steps(count=config.sampler.num_steps, solver=config.sampler.solver),
-            Guidance(scale=config.sampler.guidance_scale),
+            Steps(count=config.sampler.steps, solver=config.sampler.solver),
+            Guidance(scale=config.sampler.scale),
             micro_batch_images=config.sampler.micro_batch_images,
             dtype=job.dtype,
             device=device,
@@ -208,7 +208,7 @@ class Pool:
         self._timesteps = table.column("timestep")
         taken = self.sampler.table.column("timestep")[:: self.stride]
         if not torch.allclose(taken, self._timesteps, rtol=1e-5, atol=1e-3):
-            got = f"{config.sampler.num_steps}"
+            got = f"{config.sampler.steps}"
             expected = f"timesteps that contain those of num_steps={config.num_steps}"
             fix = "use a divisor of num_train_timesteps for num_steps"
             raise invalid("sampler.num_steps", got, expected, fix)
@@ -276,7 +276,7 @@ def _compare(
     untrained = DiffusionSampler(
         start,
         Steps(count=config.num_steps, solver=config.sampler.solver),
-        Guidance(scale=config.sampler.guidance_scale),
+        Guidance(scale=config.sampler.scale),
         **shared,
     )
     facts = {}
