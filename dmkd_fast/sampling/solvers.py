@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -260,10 +261,10 @@ def _dpm_flow(scheduler: Scheduler, num_steps: int, trained: int) -> tuple[Tenso
             what = f"{key}={got!r:.60} with use_flow_sigmas"
             raise invalid("scheduler", what, wanted, "use another model")
     shift = number("scheduler", scheduler, "flow_shift", 1.0, low=1e-6, high=1e6)
-    sigma = 1 - torch.linspace(1.0, 1 / trained, num_steps + 1, dtype=torch.float64).flip(0)
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    # diffusers cuts timesteps to whole numbers.
-    return sigma, (sigma[:-1] * trained).floor()
+    # By NumPy as in diffusers, which cuts timesteps to whole numbers after its rounding errors.
+    levels = 1 - np.linspace(1, 1 / trained, num_steps + 1)
+    levels = np.flip(shift * levels / (1 + (shift - 1) * levels)).copy()
+    return torch.from_numpy(levels), torch.from_numpy(levels[:-1] * trained).floor()
 
 
 def _euler(scheduler: Scheduler, num_steps: int, trained: int, *, ancestral: bool) -> Built:

@@ -89,14 +89,13 @@ def load(model: ModelFolder) -> Denoiser:
     encoded = lowered.encode(t5)
     width = whole(path, config, "caption_channels", 4096)
     prompts = model.check_width(encoded["last"], width)
-    told = {"resolution": torch.ones(1, 2), "aspect_ratio": torch.ones(1, 1)}
     transformer = model.load(
         "PixArtTransformer2DModel",
         lambda net: net(
             torch.zeros(1, *shape),
             encoder_hidden_states=torch.zeros(1, 8, width),
             timestep=torch.zeros(1),
-            added_cond_kwargs=told if is_told else {"resolution": None, "aspect_ratio": None},
+            added_cond_kwargs={"resolution": torch.ones(1, 2), "aspect_ratio": torch.ones(1, 1)},
         ),
     )
     side = model.pixels_per_latent()
