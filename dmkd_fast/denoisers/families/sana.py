@@ -33,8 +33,8 @@ class Sana(nn.Module):
 
     Args:
         transformer: diffusers' module.
-        prompts: Embeddings, (num_classes + 1, L, D); the last one is the empty prompt.
-        mask: 1 for tokens and 0 for padding, (num_classes + 1, L) int64.
+        prompts: Embeddings, (num_classes, L, D), and for Sana that of the empty prompt.
+        mask: 1 for tokens and 0 for padding, as many rows, L numbers each, int64.
     """
 
     def __init__(self, transformer: Any, prompts: Tensor, mask: Tensor) -> None:
@@ -80,7 +80,6 @@ def load(model: ModelFolder) -> Denoiser:
         got, fix = f"a Sana{'-Sprint' * is_sprint} with {name!r:.60}", "use the model's own"
         raise invalid(f"{model.path / 'scheduler'}", got, SCHEDULERS[is_sprint], fix)
     width = whole(path, config, "caption_channels", 2304)
-    empty = replace(model, prompts=()).encode(GEMMA)
     instruction = _instruction()
     texts = tuple(instruction + prompt.lower().strip() for prompt in model.prompts)
     tokens = GEMMA.max_tokens or 0
@@ -88,7 +87,10 @@ def load(model: ModelFolder) -> Denoiser:
     made = replace(model, prompts=texts).encode(replace(GEMMA, max_tokens=longest))
     # The first token and the last ones, which do not belong to the instruction.
     kept = [0, *range(longest - tokens + 1, longest)]
-    rows = {key: torch.cat((made[key][:-1, kept], empty[key])) for key in ("last", "mask")}
+    rows = {key: value[:-1, kept] for key, value in made.items()}
+    if not is_sprint:  # Sana-Sprint is not guided by an empty prompt
+        empty = replace(model, prompts=()).encode(GEMMA)
+        rows = {key: torch.cat((value, empty[key])) for key, value in rows.items()}
     prompts = model.check_width(rows["last"], width)
     transformer = model.load(
         "SanaTransformer2DModel",
