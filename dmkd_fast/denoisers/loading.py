@@ -56,29 +56,15 @@ def load_denoiser(
         UserError: A part is missing, damaged, or of a kind that is not supported.
     """
     check_is_pipeline(folder)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     part = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), None)
     if part is None:
         raise invalid(f"{folder}", "neither transformer/ nor unet/", "one of them")
-    config = read_json(folder / part / CONFIG)
-    kind, family = find_family(folder / part / CONFIG, config)
-    if not (prompts if family.takes_prompts else prompts is None):
-        got = f"{len(prompts or ()) or 'no'} prompts for a {kind}"
-        expected = "one per class for text-to-image models and none for others"
-        raise invalid("prompts", got, expected, "change denoiser.prompts")
-    if image_size is not None:
-        checks.whole("image_size", image_size, low=1, high=16_384)
-    if image_size is not None and not family.takes_prompts:
-        got, expected = f"{image_size} for a {kind}", "none, as it makes images of one size"
-        raise invalid("image_size", got, expected, "remove denoiser.image_size")
     if decoder is not None and not decoder.is_dir():
         raise UserError(f"decoder: {decoder}: no such folder; check denoiser.decoder")
     vae = decoder if decoder is not None else folder / "vae"
     model = ModelFolder(
         path=folder,
         part=part,
-        config=config,
-        scheduler=scheduler,
         vae=vae,
         device=device,
         prompts=tuple(prompts or ()),
@@ -86,6 +72,16 @@ def load_denoiser(
         dtype=dtype,
         lean=lean,
     )
+    kind, family = find_family(model.config_path, model.config)
+    if not (prompts if family.takes_prompts else prompts is None):
+        got = f"{len(prompts or ()) or 'no'} prompts for a {kind}"
+        expected = "one per class for text-to-image models and none for others"
+        raise invalid("prompts", got, expected, "change denoiser.prompts")
+    if image_size is not None:
+        checks.whole("image_size", image_size, low=1, high=16_384)
+        if not family.takes_prompts:
+            got, expected = f"{image_size} for a {kind}", "none, as it makes images of one size"
+            raise invalid("image_size", got, expected, "remove denoiser.image_size")
     denoiser = family.load(model)
     if null_class is not None:
         denoiser = _with_null_class(denoiser, null_class)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,6 @@ class ModelFolder:
     path: Path
     part: str
     """Folder of the denoiser: `transformer` or `unet`."""
-    config: dict[str, Any]
-    """Content of the denoiser's config.json."""
-    scheduler: dict[str, Any]
-    """Content of scheduler_config.json."""
     vae: Path
     """Folder of the autoencoder; a pixel model has none."""
     device: torch.device
@@ -45,6 +42,16 @@ class ModelFolder:
     def config_path(self) -> Path:
         """Path of the denoiser's config, for messages."""
         return self.path / self.part / CONFIG
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Content of the denoiser's config.json."""
+        return read_json(self.config_path)
+
+    @cached_property
+    def scheduler(self) -> dict[str, Any]:
+        """Content of scheduler_config.json."""
+        return read_json(self.path / "scheduler" / "scheduler_config.json")
 
     @property
     def pipeline(self) -> dict[str, Any]:
