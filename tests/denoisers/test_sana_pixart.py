@@ -128,6 +128,33 @@ def test_images_depend_on_no_other_and_classes_can_be_chosen(tmp_path: Path, kin
     assert len(LABELS) == len(PROMPTS)
 
 
+def test_another_size_than_the_configs(tmp_path: Path) -> None:
+    pipeline = pixart(tmp_path, dpm())
+    loaded = load_denoiser(tmp_path, CPU, prompts=PROMPTS, image_size=24)
+    assert (loaded.latent_shape, loaded.image_shape) == ((4, 12, 12), (3, 24, 24))
+    got = images_of(loaded, count=2, scale=2.0)
+    settings = {
+        "guidance_scale": 2.0,
+        "num_inference_steps": 2,
+        "latents": noise_of(0, (4, 12, 12)),
+    }
+    same_pixels(got, run(pipeline, height=24, width=24, **(PLAIN | settings)))
+
+
+@pytest.mark.parametrize("kind", BUILD)
+def test_a_forward_pass_is_one_graph_on_one_device(tmp_path: Path, kind: str) -> None:
+    """On CUDA, the sampler compiles a step as one graph and captures it."""
+    BUILD[kind](tmp_path)
+    loaded = load_denoiser(tmp_path, CPU, prompts=PROMPTS, image_size=24)
+    inputs = [torch.randn(4, *loaded.latent_shape), torch.full((4,), 500.0), LABELS]
+    inputs += [torch.full((4,), 3.5)] * loaded.takes_guidance
+    graph = torch.compile(loaded.module, fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(graph(*inputs), loaded.module(*inputs), rtol=1e-4, atol=1e-4)
+        made = loaded.module.to("meta")(*(value.to("meta") for value in inputs))
+    assert made.device.type == "meta"
+
+
 def spoil(folder: Path, part: str, **values: Any) -> None:
     path = folder / part
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -15,6 +15,7 @@ from dmkd_fast.denoisers.config_values import whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.denoisers.families.text import TextEncoder
+from dmkd_fast.denoisers.wrappers import resize_positions
 
 # Tokens of a prompt, by the name of the pipeline.
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
@@ -98,6 +99,7 @@ def load(model: ModelFolder) -> Denoiser:
             added_cond_kwargs={"resolution": torch.ones(1, 2), "aspect_ratio": torch.ones(1, 1)},
         ),
     )
+    resize_positions(transformer.pos_embed, *shape[1:])
     side = model.pixels_per_latent()
     return Denoiser(
         module=PixArt(

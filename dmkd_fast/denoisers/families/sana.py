@@ -16,7 +16,7 @@ from dmkd_fast.denoisers.config_values import number, whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.denoisers.families.text import TextEncoder
-from dmkd_fast.denoisers.wrappers import import_diffusers
+from dmkd_fast.denoisers.wrappers import import_diffusers, resize_positions
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
 
 GEMMA = TextEncoder(
@@ -101,6 +101,7 @@ def load(model: ModelFolder) -> Denoiser:
             guidance=torch.zeros(1) if is_sprint else None,
         ),
     )
+    resize_positions(transformer.patch_embed, *shape[1:])
     for key in ("guidance_embeds_scale", "timestep_scale"):
         number(path, transformer.config, key)
     return Denoiser(
