@@ -26,16 +26,9 @@ from dmkd_fast.runtime.errors import invalid
 
 # Euler steps from noise to image, as the published configs have them.
 SUBSTEPS = 128
-SIZES = {
-    "num_gaussians": 16,
-    "logstd_inner_dim": 1024,
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "num_layers": 28,
-    "in_channels": 4,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 1000,
-}
+_TRANSFORMER = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
+_LATENTS = {"in_channels": 4, "patch_size": 2, "num_embeds_ada_norm": 1000}
+SIZES = {"num_gaussians": 16, "logstd_inner_dim": 1024, **_TRANSFORMER, **_LATENTS}
 
 
 class GMDiT(LeanDiT):
