@@ -95,7 +95,8 @@ def check_values(path: Path, config: Mapping[str, Any], model_class: Any) -> Non
     for key, value in config.items():
         default = parameters[key].default if key in parameters else None
         # AutoencoderDC takes one name, or one for each of its levels.
-        names = isinstance(value, list) and "tuple[str" in str(parameters.get(key))
+        is_name = isinstance(default, str) and "tuple[str" in str(parameters[key].annotation)
+        names = is_name and isinstance(value, list)
         if not all(_is_like(v, default) for v in (value if names else [value])):
             like = f"something like {default!r:.60}"
             raise invalid(f"{path}: {key}", f"{value!r:.60}", like, "fetch the model again")

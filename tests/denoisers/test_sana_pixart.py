@@ -25,6 +25,13 @@ FLOW: dict[str, Any] = {
     "flow_shift": 3.0,
     "prediction_type": "flow_prediction",
 }
+# These are told the size of the image, by embeddings of a third of the width each.
+TOLD: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 16,
+    "attention_head_dim": 12,
+    "cross_attention_dim": 24,
+}
 PLAIN: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
 
 
@@ -36,7 +43,7 @@ def dpm(**settings: Any) -> Any:
     ("name", "changes"),
     [
         ("PixArtAlphaPipeline", {}),
-        ("PixArtAlphaPipeline", {"sample_size": 128, "patch_size": 16}),  # is told the size
+        ("PixArtAlphaPipeline", TOLD),
         ("PixArtSigmaPipeline", {"use_additional_conditions": False}),
     ],
     ids=["alpha", "alpha 1024", "sigma"],
