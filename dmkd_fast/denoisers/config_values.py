@@ -91,13 +91,13 @@ def check_values(path: Path, config: Mapping[str, Any], model_class: Any) -> Non
     Raises:
         UserError: A value is wrong; the message names its key.
     """
-    defaults = {
-        key: parameter.default
-        for key, parameter in inspect.signature(model_class.__init__).parameters.items()
-    }
+    parameters = inspect.signature(model_class.__init__).parameters
     for key, value in config.items():
-        default = defaults.get(key)
-        if not _is_like(value, default):
+        default = parameters[key].default if key in parameters else None
+        # AutoencoderDC takes one name, or one for each of its levels.
+        is_name = isinstance(default, str) and "tuple[str" in str(parameters[key].annotation)
+        names = is_name and isinstance(value, list)
+        if not all(_is_like(v, default) for v in (value if names else [value])):
             like = f"something like {default!r:.60}"
             raise invalid(f"{path}: {key}", f"{value!r:.60}", like, "fetch the model again")
         for count in value if isinstance(value, list) else [value]:

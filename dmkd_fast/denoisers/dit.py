@@ -13,7 +13,7 @@ Source: Peebles & Xie, DiT (arXiv 2212.09748), section 3 (adaLN-Zero).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,10 @@ class LeanDiT(nn.Module):
         self.attention: attention.Attention = "sdpa"
         # Whether torch.compile makes one graph for all blocks, which compiles faster.
         self.shares_block_graph = False
+        # The wavelengths of the timestep's waves; DiT's own code divides by 128, diffusers by 127.
+        self.wave_span = 127
+        # A timestep t is embedded as 1 - t / `reversed_time`, unless it is 0.
+        self.reversed_time = 0
         width = self.num_heads * self.head_dim
         bias = bool(config.get("attention_bias", True))
         self.patchify = nn.Linear(int(config["in_channels"]) * self.patch**2, width)
@@ -139,7 +143,10 @@ class LeanDiT(nn.Module):
         """Return the sum of timestep and label embedding, (B, D)."""
         # Computed on every call, because a buffer would be cast to the dtype of the weights.
         places = torch.arange(128, dtype=torch.float32, device=timesteps.device)
-        angles = timesteps.float()[:, None] * torch.exp(places * (-math.log(10_000) / 127))
+        times = timesteps.float()
+        if self.reversed_time:
+            times = 1 - times / self.reversed_time
+        angles = times[:, None] * torch.exp(places * (-math.log(10_000) / self.wave_span))
         waves = torch.cat((angles.cos(), angles.sin()), dim=1).to(self.time_in.weight.dtype)
         condition: Tensor = self.time_out(F.silu(self.time_in(waves))) + self.labels(labels)
         return condition
@@ -236,7 +243,24 @@ def lean_dit(dit: Any) -> LeanDiT | None:
         return None
     with torch.device("meta"):
         model = LeanDiT(config)
-    layers = [f"transformer_blocks.{i}." for i in range(model.num_layers)]
+    embedder = "transformer_blocks.0." + EMBEDDER
+    state = lean_state(weights, dit.pos_embed.pos_embed, embedder, model.num_layers)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def lean_state(
+    weights: Mapping[str, Tensor], positions: Tensor, embedder: str, num_layers: int
+) -> dict[str, Tensor]:
+    """Return weights of diffusers' DiT under the names of `LeanDiT`.
+
+    Args:
+        weights: Weights by their names in diffusers.
+        positions: Embeddings of the positions, (1, T, D).
+        embedder: First part of the names of the timestep and label embedder.
+        num_layers: Number of blocks, L.
+    """
+    layers = [f"transformer_blocks.{i}." for i in range(num_layers)]
 
     def both(ours: str, theirs: str) -> dict[str, Tensor]:
         kinds = [kind for kind in ("weight", "bias") if f"{theirs}.{kind}" in weights]
@@ -245,10 +269,10 @@ def lean_dit(dit: Any) -> LeanDiT | None:
     state = {
         "patchify.weight": weights["pos_embed.proj.weight"].flatten(1),
         "patchify.bias": weights["pos_embed.proj.bias"],
-        "positions": dit.pos_embed.pos_embed,
-        "labels.weight": weights[first + EMBEDDER + "class_embedder.embedding_table.weight"],
-        **both("time_in", first + EMBEDDER + "timestep_embedder.linear_1"),
-        **both("time_out", first + EMBEDDER + "timestep_embedder.linear_2"),
+        "positions": positions,
+        "labels.weight": weights[embedder + "class_embedder.embedding_table.weight"],
+        **both("time_in", embedder + "timestep_embedder.linear_1"),
+        **both("time_out", embedder + "timestep_embedder.linear_2"),
         **both("out", "proj_out_2"),
     }
     for kind in ("weight", "bias"):
@@ -263,5 +287,4 @@ def lean_dit(dit: Any) -> LeanDiT | None:
             names = [f"{layer}attn1.to_{part}.{kind}" for part in "qkv"]
             if names[0] in weights:
                 state[f"{ours}qkv.{kind}"] = torch.cat([weights[name] for name in names])
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
+    return state

@@ -121,16 +121,17 @@ def _with_decoder(denoiser: Denoiser, folder: Path) -> Denoiser:
     path = folder / CONFIG
     config = read_json(path)
     name = config.get("_class_name")
-    if name not in ("AutoencoderKL", "AutoencoderTiny"):
-        got, expected = f"_class_name {name!r:.60}", "AutoencoderKL or AutoencoderTiny"
+    if name not in (known := ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")):
+        got, expected = f"_class_name {name!r:.60}", f"one of {', '.join(known)}"
         raise invalid(f"{path}", got, expected, "use another decoder")
     channels, height, width = denoiser.latent_shape
-    if (given := config.get("latent_channels", 4)) != channels:
+    default = 32 if name == "AutoencoderDC" else 4
+    if (given := config.get("latent_channels", default)) != channels:
         got, expected = f"{given!r:.60} latent channels", f"the denoiser's {channels}"
         raise invalid(f"{path}", got, expected, "use the autoencoder that belongs to it")
     vae = load_network(name, folder, lambda vae: vae.decode(torch.zeros(1, *denoiser.latent_shape)))
     _check_scaling(path, vae)
-    made = whole(path, vae.config, "out_channels")
+    made = whole(path, vae.config, "in_channels" if name == "AutoencoderDC" else "out_channels")
     if made not in (1, 3):
         raise invalid(f"{path}: out_channels", made, "1 or 3", "use another decoder")
     pixels = pixels_per_latent(path)

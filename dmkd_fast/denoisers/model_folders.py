@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -103,23 +104,37 @@ def load_strictly(model: nn.Module, files: list[Path]) -> None:
         UserError: A file is damaged, a name or shape differs from the model's, or weights are
             quantized.
     """
+    expected = model.state_dict()
+    weights = read_weights(files, {name: tuple(value.shape) for name, value in expected.items()})
+    model.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()})
+
+
+def read_weights(files: list[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read safetensors files that together hold exactly the given weights, as float32.
+
+    Args:
+        files: Weight files.
+        shapes: Shape of each weight by its name.
+
+    Raises:
+        UserError: A file is damaged, a name or shape differs, or weights are quantized.
+    """
     weights: dict[str, Tensor] = {}
     for path in files:
         try:
             weights |= load_file(path)
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | weights.keys()):
+    for name in sorted(shapes.keys() | weights.keys()):
         got = tuple(weights[name].shape) if name in weights else "nothing"
-        want = tuple(expected[name].shape) if name in expected else "nothing"
+        want = tuple(shapes[name]) if name in shapes else "nothing"
         if got != want:
             fix = "use the file of this architecture and class count"
             raise invalid(f"weights {files[0]}: {name}", got, str(want), fix)
         if not weights[name].is_floating_point():
             dtype, fix = weights[name].dtype, "fetch weights that are not quantized"
             raise invalid(f"weights {files[0]}: {name}", dtype, "floating-point numbers", fix)
-    model.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()})
+    return {name: value.float() for name, value in weights.items()}
 
 
 def num_stored(files: list[Path]) -> int:

@@ -1,4 +1,4 @@
-"""Give the weights of Stable Diffusion 1.x in a single file the names of a diffusers folder."""
+"""Give the weights in a single file the names of a folder: Stable Diffusion 1.x and SiT."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from dmkd_fast.denoisers.wrappers import import_diffusers
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.runtime.model_files import CONFIG, read_json
 
+SIT = "SiTTransformer2DModel"
+
 
 def split_single_file(weights: dict[str, Tensor], configs: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the weights of unet/, vae/ and text_encoder/ under diffusers' names.
+    """Return the weights of each part: transformer/ of SiT, or unet/, vae/ and text_encoder/.
 
     Args:
-        weights: Content of a file in the layout of Stable Diffusion's own code.
+        weights: Content of a file in the layout of Stable Diffusion's or SiT's own code.
         configs: Folder in diffusers format whose configs belong to the file.
 
     Raises:
         UserError: The file has another layout, or the configs do not belong to it.
     """
+    transformer = configs / "transformer" / CONFIG
+    if transformer.is_file() and read_json(transformer).get("_class_name") == SIT:
+        return {"transformer": weights}  # `load_denoiser` checks the names
     diffusers = import_diffusers()
     from diffusers.loaders import single_file_utils
 

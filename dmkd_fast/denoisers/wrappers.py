@@ -24,6 +24,30 @@ def import_diffusers() -> Any:
     return diffusers
 
 
+def resize_positions(embed: Any, height: int, width: int) -> None:
+    """Compute the embeddings of positions once, which diffusers computes in each forward pass.
+
+    Args:
+        embed: diffusers' `PatchEmbed`, changed in place; one without embeddings is left alone.
+        height, width: Sides of the latents.
+    """
+    import_diffusers()
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    rows, columns = height // embed.patch_size, width // embed.patch_size
+    if embed.pos_embed is None or (embed.height, embed.width) == (rows, columns):
+        return
+    positions = get_2d_sincos_pos_embed(
+        embed.pos_embed.shape[-1],
+        (rows, columns),
+        base_size=embed.base_size,
+        interpolation_scale=embed.interpolation_scale,
+        output_type="pt",
+    )
+    embed.pos_embed = positions.to(embed.pos_embed)[None]
+    embed.height, embed.width = rows, columns
+
+
 class PixelDiT(nn.Module):
     """diffusers' DiT with the sampler's call.
 

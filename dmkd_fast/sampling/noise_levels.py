@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ Scheduler = dict[str, Any]
 MOST_TRAINED = 1_000_000
 
 FLOW, CONSISTENCY = "FlowMatchEulerDiscreteScheduler", "CMStochasticIterativeScheduler"
+SCM = "SCMScheduler"  # of continuous-time consistency models
 # Schedulers that share DDPM's noise levels, and the solver that "auto" chooses. With None, a solver
 # must be named.
 VARIANCE_PRESERVING = {
@@ -35,24 +37,25 @@ VARIANCE_PRESERVING = {
     "DEISMultistepScheduler": None,
     "DPMSolverSinglestepScheduler": None,
     "HeunDiscreteScheduler": None,
+    "KDPM2DiscreteScheduler": None,
+    "KDPM2AncestralDiscreteScheduler": None,
+    "DPMSolverSDEScheduler": None,
 }
 # Values for which the tables are correct, by solver or scheduler class. Keys that diffusers'
 # scheduler of that name ignores are not listed.
 OFF = (False, None)
-ANCESTRAL = {"thresholding": OFF, "rescale_betas_zero_snr": OFF}
 SPACINGS = dict.fromkeys(
-    ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting"), OFF
+    ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas"), OFF
 )
 SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "ddpm": ANCESTRAL,
-    "ddim": ANCESTRAL,
-    "dpm++2m": ANCESTRAL
-    | SPACINGS
-    | {
-        "use_lu_lambdas": OFF,
-        "use_flow_sigmas": OFF,
-        "algorithm_type": ("dpmsolver++",),
-        # DPMSolverMultistepScheduler treats the values of UniPC and DEIS as "midpoint".
+    "ddpm": {"thresholding": OFF},
+    "ddim": {"thresholding": OFF},
+    "dpm++2m": {
+        "thresholding": OFF,
+        "use_dynamic_shifting": OFF,
+        # DPMSolverMultistepScheduler treats DEIS's value as "dpmsolver++", and the solver types of
+        # UniPC and DEIS as "midpoint".
+        "algorithm_type": ("dpmsolver++", "deis"),
         "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
         "lambda_min_clipped": (-math.inf, "-inf"),
     },
@@ -63,8 +66,15 @@ SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "timestep_type": ("discrete",),
     },
     "euler_ancestral": {"rescale_betas_zero_snr": OFF},
-    FLOW: SPACINGS | {"stochastic_sampling": OFF, "invert_sigmas": OFF, "shift_terminal": OFF},
+    FLOW: SPACINGS
+    | {
+        "use_dynamic_shifting": OFF,
+        "stochastic_sampling": OFF,
+        "invert_sigmas": OFF,
+        "shift_terminal": OFF,
+    },
     CONSISTENCY: {},
+    SCM: {"prediction_type": ("trigflow",)},
 }
 
 
@@ -78,13 +88,13 @@ def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
     possible: tuple[str, ...]
     if name == FLOW:
         possible, own = ("euler", "dpm++2m"), "euler"
-    elif name == CONSISTENCY:
+    elif name in (CONSISTENCY, SCM):
         possible, own = ("consistency",), "consistency"
     elif name in VARIANCE_PRESERVING:
         possible = "ddpm", "ddim", "dpm++2m", "euler", "euler_ancestral"
         own = VARIANCE_PRESERVING[name] or ""
     else:
-        known = ", ".join([FLOW, CONSISTENCY, *VARIANCE_PRESERVING])
+        known = ", ".join([FLOW, CONSISTENCY, SCM, *VARIANCE_PRESERVING])
         raise invalid("scheduler", f"{name:.60}", f"one of {known}", "use another model")
     chosen = own if solver == "auto" else solver
     if chosen not in possible:
@@ -138,8 +148,8 @@ def flow_sigmas(num_steps: int, shift: float, lowest: float | None = None) -> Te
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def alpha_bar(scheduler: Scheduler, trained: int) -> Tensor:
-    """Return the cumulative products of 1 - beta, (trained,) float64.
+def alpha_bar(scheduler: Scheduler, trained: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the cumulative products of 1 - beta, (trained,), computed in `dtype`.
 
     Raises:
         UserError: The beta schedule is not supported, or its values are wrong.
@@ -154,19 +164,100 @@ def alpha_bar(scheduler: Scheduler, trained: int) -> Tensor:
             expected = f"a list of num_train_timesteps={trained} numbers"
             raise invalid(f"scheduler: {key}", size, expected, "fetch the file again")
         entries = [number("scheduler", {key: beta}, key, low=0, high=1) for beta in given]
-        betas = torch.tensor(entries, dtype=torch.float64)
+        betas = torch.tensor(entries, dtype=dtype)
     elif kind == "linear":
-        betas = torch.linspace(start, end, trained, dtype=torch.float64)
+        betas = torch.linspace(start, end, trained, dtype=dtype)
     elif kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, trained, dtype=torch.float64) ** 2
+        betas = torch.linspace(start**0.5, end**0.5, trained, dtype=dtype) ** 2
     elif kind == "squaredcos_cap_v2":
         places = torch.arange(trained + 1, dtype=torch.float64) / trained
         bar = ((places + 0.008) / 1.008 * math.pi / 2).cos() ** 2
-        betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+        betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999).to(dtype)
     else:
         expected = "linear, scaled_linear or squaredcos_cap_v2"
         raise invalid("scheduler", f"beta_schedule={kind!r:.60}", expected)
-    return torch.cumprod(1 - betas, dim=0)
+    levels = torch.cumprod(1 - betas, dim=0)
+    if scheduler.get("rescale_betas_zero_snr"):
+        root = levels.sqrt()
+        levels = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        betas = 1 - torch.cat((levels[:1], levels[1:] / levels[:-1]))
+        levels = torch.cumprod(1 - betas, dim=0)  # rounded as diffusers rounds them in float32
+    return levels
+
+
+def spaced_sigmas(
+    scheduler: Scheduler, num_steps: int, trained: int
+) -> tuple[Tensor, Tensor] | None:
+    """Return timesteps and noise levels of a config that spaces noise levels, not timesteps.
+
+    The spacings are those of Karras et al. (arXiv 2206.00364, eq. 5), of equal steps in the
+    logarithm (exponential, and the lambdas of Lu et al., arXiv 2206.00927) and of quantiles of a
+    beta distribution (arXiv 2407.12173).
+
+    Args:
+        scheduler: Content of a scheduler_config.json.
+        num_steps: Number of noise levels, K.
+        trained: Number of timesteps that the model was trained with.
+
+    Returns:
+        Timesteps, (K,) int64, and ratios sigma / alpha, (K,) float64; None for other configs.
+
+    Raises:
+        UserError: The config has more than one such spacing.
+    """
+    used = [key for key in SPACINGS if scheduler.get(key)]
+    if not used:
+        return None
+    if len(used) > 1:
+        raise invalid("scheduler", " and ".join(used), "one of them", "remove the others")
+    # In float32 as diffusers computes them: timesteps are cut to whole numbers, so the rounding of
+    # the highest level decides between the last timestep and the one before.
+    levels = dpm_alpha_bar(scheduler, trained, torch.float32)
+    ratios = (((1 - levels) / levels) ** 0.5).numpy()
+    logs = np.log(ratios)
+    low, high, ramp = ratios[0].item(), ratios[-1].item(), np.linspace(0, 1, num_steps)
+    if used[0] == "use_karras_sigmas":
+        sigmas = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    elif used[0] == "use_beta_sigmas":
+        sigmas = low + _beta_quantiles(1 - ramp) * (high - low)
+    elif used[0] == "use_lu_lambdas":
+        sigmas = np.exp(logs[-1].item() + ramp * (logs[0].item() - logs[-1].item()))
+    else:
+        sigmas = np.exp(np.linspace(math.log(high), math.log(low), num_steps))
+    wanted = np.log(sigmas)
+    # The last level that is not above; with zero terminal SNR, the levels do not rise at the end.
+    left = np.clip((wanted[:, None] >= logs).cumsum(axis=1).argmax(axis=1), 0, trained - 2)
+    place = np.clip((logs[left] - wanted) / (logs[left] - logs[left + 1]), 0, 1)
+    timesteps = (1 - place) * left + place * (left + 1)
+    is_rounded = used[0] in ("use_karras_sigmas", "use_lu_lambdas")
+    if is_rounded and scheduler.get("beta_schedule") != "squaredcos_cap_v2":
+        timesteps = timesteps.round()
+    return torch.from_numpy(timesteps).long(), torch.from_numpy(sigmas)
+
+
+def dpm_alpha_bar(scheduler: Scheduler, trained: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return `alpha_bar` with a last level above 0, as DPM solvers need it."""
+    levels = alpha_bar(scheduler, trained, dtype)
+    if scheduler.get("rescale_betas_zero_snr"):
+        levels[-1] = 2.0**-24
+    return levels
+
+
+def _beta_quantiles(p: np.ndarray) -> np.ndarray:
+    """Return the quantiles of the beta distribution with both parameters 0.6, by bisection."""
+    a, orders = 0.6, np.arange(64)
+    factors = np.cumprod(np.concatenate(([1.0], (orders + 1 - a) / (orders + 1))))[:-1]
+
+    def mass(x: np.ndarray) -> np.ndarray:  # not normalized; the series converges up to 1 / 2
+        return x**a * (factors / (a + orders) * x[:, None] ** orders).sum(1)
+
+    target = np.minimum(p, 1 - p) * 2 * mass(np.array([0.5]))
+    low, high = np.zeros_like(p), np.full_like(p, 0.5)
+    for _ in range(100):
+        middle = (low + high) / 2
+        is_below = mass(middle) < target
+        low, high = np.where(is_below, middle, low), np.where(is_below, high, middle)
+    return np.where(p <= 0.5, low, 1 - low)
 
 
 def spaced_timesteps(
@@ -183,7 +274,7 @@ def spaced_timesteps(
             used by the spacing `trailing`.
 
     Returns:
-        (K,) int64; `trailing` may give fewer.
+        (K,) int64.
 
     Raises:
         UserError: The spacing is unknown, or a timestep lies beyond the trained ones.

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,12 +32,16 @@ from dmkd_fast.runtime.errors import invalid, warn_once
 from dmkd_fast.sampling.arguments import Steps
 from dmkd_fast.sampling.noise_levels import (
     FLOW,
+    SCM,
+    SPACINGS,
     Scheduler,
     alpha_bar,
     check_supported,
     choose_solver,
     clip_of,
+    dpm_alpha_bar,
     flow_sigmas,
+    spaced_sigmas,
     spaced_timesteps,
     trained_steps,
 )
@@ -102,9 +107,9 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
     solver = choose_solver(scheduler, steps.solver)
     check_supported(scheduler, solver)
     distilled = scheduler.get("distilled_steps")
-    if distilled is not None and (count, solver) != (distilled, "euler"):
+    if distilled is not None and (count, solver) != (distilled, choose_solver(scheduler, "auto")):
         got = f"{count}, {solver!r} for a denoiser distilled to {distilled!r:.60} steps"
-        raise invalid("steps", got, f"{distilled!r:.60}, 'euler'", "set them so")
+        raise invalid("steps", got, f"{distilled!r:.60}, 'auto'", "set them so")
     if scheduler["_class_name"] == FLOW:
         columns, initial_scale, clip = _flow(scheduler, count, trained, solver == "dpm++2m")
     else:
@@ -114,7 +119,7 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
             "dpm++2m": _dpm,
             "euler": partial(_euler, ancestral=False),
             "euler_ancestral": partial(_euler, ancestral=True),
-            "consistency": _consistency,
+            "consistency": _scm if scheduler["_class_name"] == SCM else _consistency,
         }
         columns, initial_scale, clip = build[solver](scheduler, count, trained)
     rows = torch.zeros(count, len(SolverTable.COLUMNS), dtype=torch.float64)
@@ -218,25 +223,48 @@ def _ddpm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
 
 def _dpm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
     order = whole("scheduler", scheduler, "solver_order", 2, high=2)
-    levels = alpha_bar(scheduler, trained)
-    # diffusers spaces K + 1 timesteps and drops the last one.
-    timesteps = spaced_timesteps(scheduler, num_steps, trained, default="linspace", extra=1)
-    if len(timesteps) != num_steps:
-        got = f"{num_steps}, for which this scheduler makes {len(timesteps)} steps"
-        raise invalid("steps.count", got, "a divisor of num_train_timesteps", "change it")
+    first_order_end = bool(scheduler.get("euler_at_final", False)) or (
+        bool(scheduler.get("lower_order_final", True)) and num_steps < 15
+    )
+    if scheduler.get("use_flow_sigmas"):
+        sigma, timesteps = _dpm_flow(scheduler, num_steps, trained)
+        columns = _exponential(
+            1 - sigma, sigma, second_order=order == 2, first_order_end=first_order_end
+        )
+        ones = torch.ones(num_steps, dtype=torch.float64)
+        return columns | {"timestep": timesteps, "skip": ones, "out": -sigma[:-1]}, 1.0, None
+    levels = dpm_alpha_bar(scheduler, trained)
     final = scheduler.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
         raise invalid("scheduler", f"final_sigmas_type={final!r:.60}", "zero or sigma_min")
     end = torch.ones_like(levels[:1]) if final == "zero" else levels[:1]
-    levels = torch.cat((levels[timesteps], end))
+    spaced = spaced_sigmas(scheduler, num_steps, trained)
+    if spaced is not None:
+        timesteps, levels = spaced[0], 1 / (1 + spaced[1].square())
+    else:
+        # diffusers spaces K + 1 timesteps and drops the last one.
+        timesteps = spaced_timesteps(scheduler, num_steps, trained, default="linspace", extra=1)
+        levels = levels[timesteps]
+    levels = torch.cat((levels, end))
     alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
-    first_order_end = bool(scheduler.get("euler_at_final", False)) or (
-        bool(scheduler.get("lower_order_final", True)) and num_steps < 15
-    )
     columns = _exponential(
         alpha, sigma, second_order=order == 2, first_order_end=first_order_end
     ) | {"timestep": timesteps.double(), **_estimate(scheduler, alpha[:-1], sigma[:-1])}
     return columns, 1.0, None
+
+
+def _dpm_flow(scheduler: Scheduler, num_steps: int, trained: int) -> tuple[Tensor, Tensor]:
+    """Return noise levels (K + 1,) and timesteps (K,) of a flow model with a DPM scheduler."""
+    needed = {"prediction_type": "flow_prediction", "final_sigmas_type": "zero"}
+    for key, wanted in (needed | dict.fromkeys(SPACINGS, False)).items():
+        if (got := scheduler.get(key, wanted)) != wanted:
+            what = f"{key}={got!r:.60} with use_flow_sigmas"
+            raise invalid("scheduler", what, wanted, "use another model")
+    shift = number("scheduler", scheduler, "flow_shift", 1.0, low=1e-6, high=1e6)
+    # By NumPy as in diffusers, which cuts timesteps to whole numbers after its rounding errors.
+    levels = 1 - np.linspace(1, 1 / trained, num_steps + 1)
+    levels = np.flip(shift * levels / (1 + (shift - 1) * levels)).copy()
+    return torch.from_numpy(levels), torch.from_numpy(levels[:-1] * trained).floor()
 
 
 def _euler(scheduler: Scheduler, num_steps: int, trained: int, *, ancestral: bool) -> Built:
@@ -304,6 +332,31 @@ def _consistency(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
     return columns, high, clip
 
 
+def _scm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
+    """Build the table of a continuous-time consistency model (arXiv 2503.09641, section 3).
+
+    x = cos(t) * image + sin(t) * noise. The network is that of a flow model at the noise level
+    s = sin(t) / (sin(t) + cos(t)), whose state is x divided by the length r of (1 - s, s).
+    """
+    del scheduler, trained  # the standard deviation of the data, sigma_data, cancels out
+    ends = [1.5708, 1.3, 0.0] if num_steps == 2 else None  # as the pipeline chooses them
+    time = torch.linspace(1.5708, 0.0, num_steps + 1, dtype=torch.float64)
+    if ends is not None:
+        time = torch.tensor(ends, dtype=torch.float64)
+    now, after = time[:-1], time[1:]
+    level = now.sin() / (now.sin() + now.cos())
+    length = (level.square() + (1 - level).square()).sqrt()
+    columns = {
+        "timestep": level,
+        "input_scale": length,
+        "skip": now.cos() - now.sin() * (1 - 2 * level),
+        "out": -now.sin() * length,
+        "b0": after.cos(),
+        "n": after.sin(),
+    }
+    return columns, 1.0, None
+
+
 def _exponential(
     alpha: Tensor, sigma: Tensor, *, second_order: bool, first_order_end: bool = False
 ) -> dict[str, Tensor]:
@@ -334,6 +387,10 @@ def _estimate(scheduler: Scheduler, alpha: Tensor, sigma: Tensor) -> dict[str, T
     """Return columns skip and out, so that skip * x + out * f is the image estimate."""
     kind = scheduler.get("prediction_type", "epsilon")
     if kind == "epsilon":
+        if scheduler.get("rescale_betas_zero_snr") and not alpha.all():
+            got = "prediction_type=epsilon with rescale_betas_zero_snr"
+            fix = "use solver dpm++2m or a v-prediction model"
+            raise invalid("scheduler", got, "v_prediction, as the first x is only noise", fix)
         return {"skip": 1 / alpha, "out": -sigma / alpha}
     if kind == "v_prediction":
         return {"skip": alpha, "out": -sigma}

@@ -165,6 +165,106 @@ def flux(folder: Path, scheduler: Any, *, guidance_embeds: bool, **changes: Any)
     return pipeline
 
 
+def pixart(
+    folder: Path, scheduler: Any, *, name: str = "PixArtAlphaPipeline", **changes: Any
+) -> Any:
+    """Build and save a small pipeline of PixArt, of 16-pixel images."""
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "cross_attention_dim": 16,
+        "caption_channels": 32,
+    }
+    encoder, tokenizer = t5(folder / "files", 32, seed=5)
+    transformer = diffusers.PixArtTransformer2DModel(**(settings | changes))
+    pipeline = getattr(diffusers, name)(
+        vae=vae(4),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=spread(transformer, seed=3),
+        scheduler=scheduler,
+    )
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def gemma(width: int, *, seed: int) -> tuple[Any, Any]:
+    """Build a small Gemma, and a tokenizer of the words of `PROMPTS` that pads on the left."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "<bos>", "<unk>", *dict.fromkeys(" ".join(PROMPTS).split())]
+    fast = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>"
+    )
+    tokenizer.padding_side = "left"
+    config = transformers.Gemma2Config(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
+    return spread(transformers.Gemma2Model(config), seed=seed), tokenizer
+
+
+def sana(folder: Path, scheduler: Any, *, sprint: bool = False, **changes: Any) -> Any:
+    """Build and save a small SanaPipeline or SanaSprintPipeline, with an autoencoder of DC-AE."""
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "num_cross_attention_heads": 2,
+        "cross_attention_dim": 16,
+        "caption_channels": 16,
+        "guidance_embeds": sprint,
+        "qk_norm": "rms_norm_across_heads" if sprint else None,
+    }
+    autoencoder = diffusers.AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.4,
+    )
+    encoder, tokenizer = gemma(16, seed=5)
+    transformer = diffusers.SanaTransformer2DModel(**(settings | changes))
+    kind = diffusers.SanaSprintPipeline if sprint else diffusers.SanaPipeline
+    pipeline = kind(
+        vae=spread(autoencoder, seed=1),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=spread(transformer, seed=3),
+        scheduler=scheduler,
+    )
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
 def packed(noise: torch.Tensor) -> torch.Tensor:
     """Arrange latents (B, c, h, w) in patches as FLUX does: (B, h / 2 * w / 2, 4 c)."""
     batch, channels, height, width = noise.shape

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from classifier_folders import saved
 from real_sets import picture
-from small_models import dit_folder, stable_diffusion
-from text_models import PROMPTS, flux, sd3, sdxl
+from small_models import dit_folder, gm_dit_folder, sit_folder, stable_diffusion
+from text_models import PROMPTS, flux, pixart, sana, sd3, sdxl
 
 from dmkd_fast import cli
 from dmkd_fast.config.jobs import DistillConfig
@@ -57,6 +57,19 @@ GENERATORS: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
         ),
         TEXT | {"denoiser.image_size": 16},
     ),
+}
+SANA = diffusers.DPMSolverMultistepScheduler(
+    use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+)
+GENERATORS |= {
+    "pi-Flow": (
+        gm_dit_folder,
+        {"denoiser.class_map": [3, 1, 4, 2], "sampler.num_steps": 1, "sampler.guidance_scale": 1},
+    ),
+    "SiT": (sit_folder, {"denoiser.class_map": [3, 1, 4, 2]}),
+    "PixArt": (lambda path: pixart(path, diffusers.DPMSolverMultistepScheduler()), TEXT),
+    "Sana": (lambda path: sana(path, SANA), TEXT),
+    "Sana-Sprint": (lambda path: sana(path, diffusers.SCMScheduler(), sprint=True), TEXT),
 }
 JOB: dict[str, Any] = {
     "name": "tiny",

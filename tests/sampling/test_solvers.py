@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import (
     scheduling_consistency_models,
     scheduling_ddpm,
+    scheduling_dpmsolver_multistep,
     scheduling_euler_ancestral_discrete,
 )
 from small_jobs import sampler_from
@@ -19,7 +22,13 @@ from torch import Tensor, nn
 
 from dmkd_fast import Steps
 from dmkd_fast.runtime import errors
-from dmkd_fast.sampling.noise_levels import VARIANCE_PRESERVING, alpha_bar, spaced_timesteps
+from dmkd_fast.sampling.noise_levels import (
+    VARIANCE_PRESERVING,
+    _beta_quantiles,
+    alpha_bar,
+    spaced_sigmas,
+    spaced_timesteps,
+)
 from dmkd_fast.sampling.solvers import SolverTable, solver_table
 
 SHAPE = (1, 6, 6)
@@ -85,6 +94,8 @@ def ours_and_theirs(
             module, "randn_tensor", lambda shape, **_: next(drawn).expand(-1, shape[1], -1, -1)
         )
     scheduler.set_timesteps(num_steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # otherwise a step is left out where timesteps repeat
     x = sampler._noise(ids, 0) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(x, timestep)
@@ -168,6 +179,83 @@ def test_dpm_solver(
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
+def ppf(p: float, a: float, b: float) -> Any:
+    """Our quantiles by scipy's call, which diffusers makes; a test of their own judges them."""
+    assert a == b == 0.6
+    return _beta_quantiles(np.array([p]))[0]
+
+
+SCIPY = SimpleNamespace(stats=SimpleNamespace(beta=SimpleNamespace(ppf=ppf)))
+SPACED = [
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_lu_lambdas": True},
+    {"use_beta_sigmas": True},
+]
+SCHEDULES = [
+    {},
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"},
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    {"num_train_timesteps": 371, "solver_order": 1, "final_sigmas_type": "sigma_min"},
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(s) or "default")
+@pytest.mark.parametrize("spacing", SPACED, ids=lambda s: next(iter(s)))
+def test_spaced_noise_levels(
+    monkeypatch: pytest.MonkeyPatch, spacing: dict[str, Any], schedule: dict[str, Any]
+) -> None:
+    """Timesteps, too, are those of diffusers, which cuts them to whole numbers."""
+    monkeypatch.setattr(scheduling_dpmsolver_multistep, "scipy", SCIPY, raising=False)
+    monkeypatch.setattr(scheduling_dpmsolver_multistep, "is_scipy_available", lambda: True)
+    for num_steps in (1, 2, 7, 20, 33):
+        scheduler = diffusers.DPMSolverMultistepScheduler(**spacing, **schedule)
+        config = config_of(scheduler)
+        scheduler.set_timesteps(num_steps)
+        found = spaced_sigmas(config, num_steps, scheduler.config.num_train_timesteps)
+        assert found is not None
+        assert torch.equal(found[0], scheduler.timesteps)
+        torch.testing.assert_close(found[1].float(), scheduler.sigmas[:-1], rtol=2e-6, atol=0)
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, 20)
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_quantiles_of_the_beta_distribution_halve_its_mass() -> None:
+    """Against midpoint sums of the density, after x = sin(t)^2, which removes its poles."""
+    p = np.linspace(0, 1, 41)
+    got = _beta_quantiles(p)
+    assert got[0] == 0 and got[-1] == 1 and (np.diff(got) > 0).all()
+    edges = np.linspace(0, np.pi / 2, 400_001)
+    density = np.sin(edges[:-1] + edges[1:]) ** 0.2  # of t, with both parameters 0.6
+    mass = np.concatenate(([0], np.cumsum(density))) / density.sum()
+    np.testing.assert_allclose(np.interp(np.arcsin(np.sqrt(got)), edges, mass), p, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("solver", "name"),
+    [
+        ("ddpm", "DDPMScheduler"),
+        ("ddim", "DDIMScheduler"),
+        ("dpm++2m", "DPMSolverMultistepScheduler"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("num_steps", [1, 4, 20])
+def test_v_prediction_with_zero_terminal_snr(
+    monkeypatch: pytest.MonkeyPatch, solver: str, name: str, kind: str, num_steps: int
+) -> None:
+    """The first timestep is the last trained one, where nothing of the image is left."""
+    scheduler = getattr(diffusers, name)(
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        beta_schedule=kind,
+    )
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps, solver=solver)
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
 EULER = [
     {},
     {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1},
@@ -231,6 +319,8 @@ def test_noise_levels_are_those_of_diffusers_to_the_last_one(kind: str, trained:
     torch.testing.assert_close(got, own.alphas_cumprod.double(), rtol=1e-3, atol=0)
 
 
+# These need scipy or torchsde.
+NEED_OTHERS = {"LMSDiscreteScheduler", "DPMSolverSDEScheduler"}
 # Keys of one scheduler that another ignores, and values that another reads as its own.
 FILES: dict[str, dict[str, Any]] = {
     "EulerDiscreteScheduler": {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"},
@@ -250,22 +340,20 @@ FILES: dict[str, dict[str, Any]] = {
         ("euler_ancestral", "EulerAncestralDiscreteScheduler"),
     ],
 )
-@pytest.mark.parametrize("name", sorted({*VARIANCE_PRESERVING} - {"LMSDiscreteScheduler"}))  # scipy
+@pytest.mark.parametrize("name", sorted({*VARIANCE_PRESERVING} - NEED_OTHERS))
 def test_any_schedulers_file_is_read_as_from_config_reads_it(
     monkeypatch: pytest.MonkeyPatch, name: str, solver: str, other: str
 ) -> None:
     own = getattr(diffusers, name)(beta_end=0.015, **FILES.get(name, {}))
     config = json.loads(own.to_json_string())
-    refused = {
-        "EulerDiscreteScheduler": "use_karras_sigmas=True",
-        "DEISMultistepScheduler": "algorithm_type='deis'",
-    }
-    keys_of = {"dpm++2m": [*refused], "euler": ["EulerDiscreteScheduler"]}
-    if name in keys_of.get(solver, []):
-        with pytest.raises(ValueError, match=refused[name]):
-            solver_table(config, Steps(count=10, solver=solver), CPU)  # type: ignore[arg-type]
+    if name == "EulerDiscreteScheduler" and solver == "euler":
+        with pytest.raises(ValueError, match="use_karras_sigmas=True"):
+            solver_table(config, Steps(count=10, solver="euler"), CPU)
         return
-    scheduler = getattr(diffusers, other).from_config(config)
+    changes = {}
+    if name == "DEISMultistepScheduler":  # diffusers refuses "deis", which it reads as dpmsolver++
+        changes = {"algorithm_type": "dpmsolver++"}
+    scheduler = getattr(diffusers, other).from_config(config | changes)
     mine, theirs = ours_and_theirs(
         monkeypatch, scheduler, 10, solver=solver, like=SavedConfig(config)
     )
@@ -334,7 +422,15 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
         ({"_class_name": "EDMEulerScheduler"}, {}, "EDMEulerScheduler"),
         ({"_class_name": "PNDMScheduler"}, {}, "expected one of ddpm, ddim"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, {}, "thresholding=True"),
-        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, {}, "zero_snr"),
+        (
+            {
+                "_class_name": "DDIMScheduler",
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+            },
+            {},
+            "prediction_type=epsilon with rescale_betas_zero_snr",
+        ),
         ({"_class_name": "DDIMScheduler"}, {"count": 1001}, "1 to 1000"),
         ({"_class_name": "DDIMScheduler"}, {"solver": "consistency"}, "ddpm, ddim, dpm"),
         ({"_class_name": "DDIMScheduler", "prediction_type": "flow"}, {}, "prediction_type='flow'"),
@@ -346,7 +442,15 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
             {},
             "variance_type='learned'",
         ),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, {}, "karras"),
+        (
+            {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "use_karras_sigmas": True,
+                "use_beta_sigmas": True,
+            },
+            {},
+            "use_karras_sigmas and use_beta_sigmas",
+        ),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
             {},

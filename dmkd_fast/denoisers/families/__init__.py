@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from dmkd_fast.denoisers.denoiser import Denoiser
-from dmkd_fast.denoisers.families import class_unet, dit, flux, sd3, sdxl, text_unet
+from dmkd_fast.denoisers.families import (
+    class_unet,
+    dit,
+    flux,
+    gm_dit,
+    pixart,
+    sana,
+    sd3,
+    sdxl,
+    sit,
+    text_unet,
+)
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.runtime.errors import invalid
 
@@ -32,11 +43,16 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "DiTTransformer2DModel": Family(dit.load),
+    "SiTTransformer2DModel": Family(sit.load),
+    "GMDiTTransformer2DModelV2": Family(gm_dit.load),
+    "_GMDiTTransformer2DModelV2": Family(gm_dit.load),
     "UNet2DModel": Family(class_unet.load),
     "UNet2DConditionModel": Family(text_unet.load, takes_prompts=True),
     "UNet2DConditionModel with text_time": Family(sdxl.load, takes_prompts=True),
     "SD3Transformer2DModel": Family(sd3.load, takes_prompts=True),
     "FluxTransformer2DModel": Family(flux.load, takes_prompts=True),
+    "PixArtTransformer2DModel": Family(pixart.load, takes_prompts=True),
+    "SanaTransformer2DModel": Family(sana.load, takes_prompts=True),
 }
 """Families by the `_class_name` in the config of their network, with the `addition_embed_type` of
 a UNet."""

@@ -131,9 +131,9 @@ def pixels_per_latent(path: Path) -> int:
         UserError: The config does not have the levels of an autoencoder.
     """
     config = read_json(path)
-    tiny = config.get("_class_name") == "AutoencoderTiny"
-    default = [64] * (4 if tiny else 1)
-    levels = config.get("decoder_block_out_channels" if tiny else "block_out_channels", default)
+    count = {"AutoencoderTiny": 4, "AutoencoderDC": 6}.get(str(config.get("_class_name")))
+    key = "block_out_channels" if count is None else "decoder_block_out_channels"
+    levels = config.get(key, [64] * (count or 1))
     if not isinstance(levels, list) or not 1 <= len(levels) <= 8:
         got = f"{levels!r:.60} for its levels"
         raise invalid(f"{path}", got, "a list of 1 to 8 widths", "fetch it again")

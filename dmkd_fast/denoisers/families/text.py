@@ -130,6 +130,7 @@ def _encode(
                 padding="max_length",
                 max_length=longest,
                 truncation=True,
+                padding_side="right",
                 return_tensors="pt",
             ).to(device)
             inputs = {"input_ids": tokens.input_ids}

@@ -1,8 +1,9 @@
 """Rewrite a diffusion model into a folder that is safe to load: `dmkd import denoiser`.
 
 Folders in diffusers format with pickled weights are read, whole or sharded, and single files in
-the layout of Stable Diffusion's own code. Pickles are read with `torch.load(weights_only=True)`,
-which accepts tensors and plain containers, and runs no code. No number changes.
+the layout of Stable Diffusion's or SiT's own code. Pickles are read with
+`torch.load(weights_only=True)`, which accepts tensors and plain containers, and runs no code. No
+number changes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def import_denoiser(
 
     Args:
         source: Folder in diffusers format, `hf-hub:OWNER/NAME@COMMIT`, or a single file of Stable
-            Diffusion.
+            Diffusion or SiT.
         out: Folder to create.
         config: Folder in diffusers format with the configs and the tokenizer of a single file; a
             Hub repository as in `source`.
@@ -74,9 +75,8 @@ def import_denoiser(
     configs = folder if config is None else _folder(config)
     check_is_pipeline(configs)
     with new_network(target, source) as partial:
-        count = _write(folder, configs, partial)
+        count = _write(folder, configs, partial, takes_vae=vae is None)
         if vae is not None:
-            shutil.rmtree(partial / "vae", ignore_errors=True)
             count += _rewrite(_folder(vae), partial / "vae", *_NETWORKS["vae"])
         _write_scheduler(partial / "scheduler" / _SCHEDULER, scheduler or {})
         _write_index(configs / _INDEX, partial)
@@ -93,24 +93,24 @@ def _folder(name: str | Path) -> Path:
     return folder
 
 
-def _write(source: Path, configs: Path, out: Path) -> int:
+def _write(source: Path, configs: Path, out: Path, *, takes_vae: bool) -> int:
     """Write all parts of a model but the scheduler's changes; return the number of pickles."""
-    count = 0
+    count, parts = 0, {}
+    if source != configs:
+        count = int(source.suffix in PICKLES)
+        parts = split_single_file(find_weights(source, read_checkpoint(source))[1], configs)
     for name in ("README.md", CLASS_NAMES):
         if (configs / name).is_file():
             shutil.copyfile(configs / name, out / name)
     for part in _PARTS:
-        if not (configs / part).is_dir():
+        if not (configs / part).is_dir() or (part == "vae" and not takes_vae):
             continue
-        if part in _NETWORKS and source == configs:
+        if part in _NETWORKS and part not in parts:
             count += _rewrite(configs / part, out / part, *_NETWORKS[part])
         else:
             _copy_texts(configs / part, out / part)
-    if source != configs:
-        count = int(source.suffix in PICKLES)
-        parts = split_single_file(find_weights(source, read_checkpoint(source))[1], configs)
-        for part, weights in parts.items():
-            _save(weights, out / part / _NETWORKS[part][1])
+            if part in parts:
+                _save(parts[part], out / part / _NETWORKS[part][1])
     return count
 
 
@@ -142,8 +142,6 @@ def _rewrite(folder: Path, out: Path, stem: str, name: str) -> int:
 
 def _save(weights: dict[str, Tensor], path: Path) -> None:
     """Write weights as safetensors; those that share memory are copied first."""
-    if not path.parent.is_dir():
-        raise invalid(path.parent.name, "no such folder beside the configs", "its config there")
     seen: set[int] = set()
     result = {}
     for name, value in weights.items():

@@ -1,21 +1,24 @@
 """Train a few-step denoiser from a many-step one: `dmkd pretrain fewstep`.
 
-The few-step denoiser learns the average velocity over an interval (Geng et al., MeanFlow, arXiv
-2505.13447). Its targets are taken from trajectories of the guided many-step sampler (as in Meng et
-al., arXiv 2210.03142), so guidance becomes part of the result.
+The few-step denoiser learns to end each step where the guided many-step sampler ends (Meng et al.,
+arXiv 2210.03142), so guidance becomes part of the result. It predicts what the given model does;
+for a flow model, that is the average velocity over the step (Geng et al., MeanFlow, arXiv
+2505.13447). Errors of predictions are weighted by what they change in the state after the step.
 
 Shapes: batch B, K steps of the few-step denoiser, c channels, H x W pixels.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmkd_fast.assets import resolve as resolve_path
 from dmkd_fast.config.jobs import PretrainFewstepConfig
@@ -23,28 +26,46 @@ from dmkd_fast.data.class_names import read_class_names, write_class_names
 from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
+from dmkd_fast.denoisers.families.class_unet import ClassUNet
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import save_denoiser, share_embedder
 from dmkd_fast.denoisers.wrappers import PixelDiT
 from dmkd_fast.jobs import memory, resolve, run_dir
 from dmkd_fast.jobs.pretrain import loop
-from dmkd_fast.jobs.pretrain.denoiser import FLOW, training_attention
+from dmkd_fast.jobs.pretrain.denoiser import training_attention
 from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.runtime.device import InFlight, available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps
-from dmkd_fast.sampling.noise_levels import flow_sigmas
+from dmkd_fast.sampling.noise_levels import (
+    SPACINGS,
+    VARIANCE_PRESERVING,
+    Scheduler,
+    Solver,
+    choose_solver,
+)
 from dmkd_fast.sampling.sampler import DiffusionSampler
+from dmkd_fast.sampling.solvers import solver_table
 
 # First id of the trajectories that measure the result; training uses lower ids.
 HELD_OUT_ID = 2**40
+# What a scheduler_config.json says about how a model was trained.
+TRAINED = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
 
 
 @loop.less_memory
 def pretrain_fewstep(
     config: PretrainFewstepConfig, *, resume: bool = False, show: bool = True
 ) -> dict[str, Any]:
-    """Train a flow denoiser to cross each of K intervals in one evaluation; save it as `model`.
+    """Train a denoiser to cross each of K intervals in one evaluation; save it as `model`.
 
     No images are needed: the training data are the given denoiser's own guided trajectories, which
     start from noise.
@@ -64,26 +85,28 @@ def pretrain_fewstep(
         return ended
     config, device = job.config, job.device
     given = resolve_path(config.denoiser.path, config.denoiser.revision)
-    start = load_denoiser(given, device, null_class=config.denoiser.null_class)
-    if start.scheduler.get("_class_name") != FLOW["_class_name"]:
-        got = f"a {start.scheduler.get('_class_name')}"
-        expected = f"a flow model ({FLOW['_class_name']})"
-        raise invalid("denoiser.path", got, expected, "use one from `dmkd pretrain denoiser`")
-    if not isinstance(start.module, LeanDiT | PixelDiT):
-        got = f"a {type(start.module).__name__}"
-        raise invalid("denoiser.path", got, "a DiT", "use one from `dmkd pretrain denoiser`")
-    pool = Pool(start, job)
-    model: Any = load_denoiser(given, device, lean=False).module
-    share_embedder(model.dit)
+    null_class = config.denoiser.null_class
+    start = load_denoiser(given, device, null_class=null_class)
+    if not isinstance(start.module, LeanDiT | PixelDiT | ClassUNet):
+        got, fix = f"a {type(start.module).__name__}", "use a class-conditional model"
+        raise invalid("denoiser.path", got, "a DiT or a class-conditional UNet", fix)
+    start = replace(start, scheduler=_many_steps(start.scheduler, config.sampler.solver))
+    scheduler = _few_steps(start.scheduler, config)
+    pool = Pool(start, scheduler, job)
+    model: Any = load_denoiser(given, device, lean=False, null_class=null_class).module
+    if isinstance(start.module, LeanDiT):  # a PixelDiT has blocks with embedders of their own
+        share_embedder(model.dit)
     model.requires_grad_(True)
     forward = job.compiled(model)
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
         del uses
-        states, timesteps, velocity, labels = pool.intervals(indices)
+        states, timesteps, wanted, labels, weights = pool.intervals(indices)
         with training_attention(device), job.autocast():
             predicted = forward(states, timesteps, labels)
-        return nn.functional.mse_loss(predicted.float(), velocity)
+        width = wanted.shape[1]  # a model with learned variances predicts further channels
+        squares = (predicted[:, :width].float() - wanted).square()
+        return (weights * squares).mean()
 
     with run_dir.opened(config, resume=resume) as folder:
         average, facts = loop.train(
@@ -94,13 +117,8 @@ def pretrain_fewstep(
             folder,
             before_step=lambda uses: pool.make(int(uses[0]) // config.reuse),
         )
-        scheduler = {
-            **start.scheduler,
-            "distilled_steps": config.num_steps,
-            "distilled_guidance_scale": config.sampler.scale,
-        }
         with loop.results(folder) as target:
-            save_denoiser(average.module.dit, scheduler, target)
+            _save(average.module, scheduler, target)
             if start.decoder is not None:
                 shutil.copytree(given / "vae", target / "vae")
             if names := read_class_names(given / CLASS_NAMES, must_exist=False):
@@ -108,7 +126,7 @@ def pretrain_fewstep(
             facts |= _compare(target, pool, start, job)
             loop.write_card(
                 target,
-                f"{config.name}: {config.num_steps}-step DiT",
+                f"{config.name}: {config.num_steps}-step denoiser",
                 "pretrain fewstep CONFIG",
                 config,
                 facts,
@@ -117,10 +135,58 @@ def pretrain_fewstep(
     return job.finish(facts)
 
 
+def _many_steps(scheduler: Scheduler, solver: Solver) -> Scheduler:
+    """Return the scheduler of the trajectories, whose levels contain those of fewer steps.
+
+    Raises:
+        UserError: The scheduler is not supported, or the solver adds noise.
+    """
+    chosen = choose_solver(scheduler, solver)
+    is_flow = str(scheduler["_class_name"]) not in VARIANCE_PRESERVING
+    # Euler steps of the others have states of another scale.
+    if chosen not in (("euler", "dpm++2m") if is_flow else ("ddim", "dpm++2m")):
+        fix = "set sampler.solver=dpm++2m, or use another model"
+        raise invalid("sampler.solver", chosen, "a solver without fresh noise", fix)
+    if is_flow:
+        return scheduler
+    spacing = {"timestep_spacing": "trailing", "steps_offset": 0}
+    return {**scheduler, **spacing, **dict.fromkeys(SPACINGS, False)}
+
+
+def _few_steps(scheduler: Scheduler, config: PretrainFewstepConfig) -> Scheduler:
+    """Return the scheduler of the result; diffusers' one of its class makes the same steps."""
+    if str(scheduler["_class_name"]) in VARIANCE_PRESERVING:
+        trained = {key: scheduler[key] for key in TRAINED if key in scheduler}
+        scheduler = {
+            "_class_name": "DPMSolverMultistepScheduler",
+            **trained,
+            "solver_order": 1,
+            "timestep_spacing": "trailing",
+        }
+    return {
+        **scheduler,
+        "distilled_steps": config.num_steps,
+        "distilled_guidance_scale": config.sampler.scale,
+    }
+
+
+def _save(model: Any, scheduler: Scheduler, folder: Path) -> None:
+    """Write a denoiser for diffusers to load."""
+    if isinstance(model, PixelDiT):
+        save_denoiser(model.dit, scheduler, folder)
+        return
+    model.unet.save_pretrained(folder / "unet")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(scheduler, indent=2) + "\n", encoding="utf-8")
+
+
 class Pool:
     """Guided trajectories of the teacher, kept at the K + 1 noise levels of the few-step model."""
 
-    def __init__(self, start: Denoiser, job: loop.PretrainJob[PretrainFewstepConfig]) -> None:
+    def __init__(
+        self, start: Denoiser, few: Scheduler, job: loop.PretrainJob[PretrainFewstepConfig]
+    ) -> None:
         config, device, self.display = job.config, job.device, job.display
         self.size, self.num_steps, self.device = config.pool_images, config.num_steps, device
         self.num_classes = start.num_classes
@@ -138,9 +204,18 @@ class Pool:
         )
         states = {"pool_images": 2 * (config.num_steps + 1) * self.size * math.prod(shape)}
         memory.check_fits(states, available_bytes(device))
-        shift = float(start.scheduler.get("shift", 1.0))
-        self.sigmas = flow_sigmas(config.sampler.steps, shift)[:: self.stride].float()
-        self.sigmas = self.sigmas.to(device)
+        table = solver_table(few, Steps(count=config.num_steps), device)
+        self._timesteps = table.column("timestep")
+        taken = self.sampler.table.column("timestep")[:: self.stride]
+        if not torch.allclose(taken, self._timesteps, rtol=1e-5, atol=1e-3):
+            got = f"{config.sampler.steps}"
+            expected = f"timesteps that contain those of num_steps={config.num_steps}"
+            fix = "use a divisor of num_train_timesteps for num_steps"
+            raise invalid("sampler.num_steps", got, expected, fix)
+        # A step of first order is x_after = keep * x + gain * prediction.
+        a, b0, skip, out = (table.column(name) for name in ("a", "b0", "skip", "out"))
+        self._keep, self._gain = (v[:, None, None, None] for v in (a + b0 * skip, b0 * out))
+        self._weights = self._gain.square() / self._gain.square().mean()
         self._states = torch.empty(config.num_steps + 1, self.size, *shape, dtype=torch.float16)
         self._states = self._states.to(device)
         self._labels = torch.empty(self.size, dtype=torch.int64, device=device)
@@ -172,16 +247,16 @@ class Pool:
         """
         return self.sampler.trajectory(ids, labels)[:: self.stride]
 
-    def intervals(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Look up examples: states, timesteps, average velocities over the interval, labels.
+    def intervals(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Look up states, timesteps, wanted predictions, labels and weights of examples.
 
         Args:
             indices: Numbers (B,) of the examples; number i is interval i % K of trajectory i // K.
         """
         k, place = indices % self.num_steps, indices // self.num_steps
         states, after = self._states[k, place].float(), self._states[k + 1, place].float()
-        width = (self.sigmas[k + 1] - self.sigmas[k])[:, None, None, None]
-        return states, self.sigmas[k] * 1000, (after - states) / width, self._labels[place]
+        wanted = (after - self._keep[k] * states) / self._gain[k]
+        return states, self._timesteps[k], wanted, self._labels[place], self._weights[k]
 
 
 @torch.inference_mode()
@@ -190,7 +265,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Compare the saved few-step model with its teacher on new noise; draw samples.png."""
     config, device = job.config, job.device
-    loaded = load_denoiser(folder, device)
+    loaded = load_denoiser(folder, device, null_class=config.denoiser.null_class)
     size = pool.sampler.micro_batch_images
     ids = HELD_OUT_ID + torch.arange(size, device=device)
     labels = ids % start.num_classes
