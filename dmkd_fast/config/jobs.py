@@ -275,7 +275,14 @@ class PretrainFewstepConfig(PretrainConfig):
             ("denoiser", ("prompts", "decoder", "class_map")),
             (
                 "sampler",
-                ("phases", "class_guidance", "guidance_interval", "guidance_channels", "attention"),
+                (
+                    "phases",
+                    "class_guidance",
+                    "guidance_interval",
+                    "guidance_channels",
+                    "block_cache",
+                    "attention",
+                ),
             ),
         ):
             given = getattr(self, section)

@@ -13,6 +13,7 @@ Source: Peebles & Xie, DiT (arXiv 2212.09748), section 3 (adaLN-Zero).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,13 +78,22 @@ class LeanDiT(nn.Module):
         )
         return self.attention
 
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        labels: Tensor,
+        kept: KeptBlocks | None = None,
+        reuses: bool = False,
+    ) -> Tensor:
         """Return the prediction, (B, out_channels, h, w).
 
         Args:
             latents: (B, c, h, w).
             timesteps: (B,).
             labels: (B,) int64.
+            kept: Blocks whose sum this call keeps, or reuses; None: no block.
+            reuses: Whether to reuse the kept sum, whose first B rows are these images'.
         """
         p, g = self.patch, self.grid
         x = latents.unflatten(3, (g, p)).unflatten(2, (g, p))  # (B, c, g, p, g, p)
@@ -95,7 +105,20 @@ class LeanDiT(nn.Module):
         ends = [m[:, :2].unbind(1) for m in modulations.unbind(1)[1:]]
         ends.append(self.modulation_out(condition).chunk(2, dim=1))
         normed = modulated_norm(x, *modulations[:, 0, :2].unbind(1), eps=1e-6)
-        for block, modulation, end in zip(self.blocks, modulations.unbind(1), ends, strict=True):
+        todo = list(zip(self.blocks, modulations.unbind(1), ends, strict=True))
+        if kept is not None:
+            for block, modulation, end in todo[: kept.first]:
+                x, normed = self._block(block, x, normed, modulation[:, 2:], end)
+            before, span, todo = x, todo[kept.first : kept.last], todo[kept.last :]
+            if reuses:
+                assert kept.total is not None
+                x = x + kept.total[: len(x)]
+                normed = modulated_norm(x, *span[-1][2], eps=1e-6)
+            else:
+                for block, modulation, end in span:
+                    x, normed = self._block(block, x, normed, modulation[:, 2:], end)
+                kept.total = x - before
+        for block, modulation, end in todo:
             x, normed = self._block(block, x, normed, modulation[:, 2:], end)
         patches: Tensor = self.out(normed)  # (B, T, p * p * out_channels)
         patches = patches.view(-1, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
@@ -135,6 +158,35 @@ class LeanDiT(nn.Module):
         hidden = gelu_tanh(F.linear(normed, block.up.weight), block.up.bias)
         hidden = F.linear(hidden, block.down.weight)
         return residual_norm(x, hidden, block.down.bias, gate_mlp, *end, eps=1e-6)
+
+
+@dataclass
+class KeptBlocks:
+    """The blocks `first` to `last - 1` of a DiT, whose sum later calls can reuse."""
+
+    first: int
+    last: int
+    total: Tensor | None = None
+    """What the blocks added to the residual stream when last computed, (B, T, D)."""
+
+
+class CachedDiT(nn.Module):
+    """A DiT whose call keeps the sum of some blocks, or reuses the one that was kept.
+
+    Args:
+        dit: DiT with all blocks.
+        kept: Blocks, and their last sum; shared by the modules that keep and reuse it.
+        reuses: Whether this module reuses the sum.
+    """
+
+    def __init__(self, dit: LeanDiT, kept: KeptBlocks, *, reuses: bool) -> None:
+        super().__init__()
+        self.dit, self.kept, self.reuses = dit, kept, reuses
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Return the prediction; see `LeanDiT.forward`."""
+        prediction: Tensor = self.dit(latents, timesteps, labels, self.kept, self.reuses)
+        return prediction
 
 
 class DiTBlock(nn.Module):

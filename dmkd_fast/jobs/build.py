@@ -13,6 +13,7 @@ from dmkd_fast.jobs.parts import Parts
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.ring.buffer import RingBuffer
 from dmkd_fast.sampling.arguments import Guidance, Steps
+from dmkd_fast.sampling.block_cache import BlockCache
 from dmkd_fast.sampling.generated import GeneratedImages
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler
@@ -135,7 +136,11 @@ def make_sampler(
     with named_as_settings():
         return DiffusionSampler(
             denoiser,
-            Steps(count=scheduled.num_steps, solver=config.solver),
+            Steps(
+                count=scheduled.num_steps,
+                solver=config.solver,
+                block_cache=config.block_cache and BlockCache(**config.block_cache.model_dump()),
+            ),
             guidance,
             micro_batch_images=config.micro_batch_images,
             dtype=job.dtype,

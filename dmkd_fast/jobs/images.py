@@ -29,6 +29,7 @@ from dmkd_fast.runtime.errors import UserError, invalid
 SETTINGS = {
     "steps.count": "sampler.num_steps",
     "steps.solver": "sampler.solver",
+    "steps.block_cache": "sampler.block_cache",
     "steps": "sampler.num_steps, sampler.solver",
     "guidance.scale": "sampler.guidance_scale",
     "guidance.by_class": "sampler.class_guidance",

@@ -9,6 +9,7 @@ from typing import get_args
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.sampling.block_cache import BlockCache
 from dmkd_fast.sampling.noise_levels import MOST_TRAINED, Solver
 
 
@@ -26,6 +27,8 @@ class Steps:
     """Solver name; "auto" chooses the scheduler's own. Models trained with DDPM's noise levels
     support "ddpm", "ddim" and "dpm++2m". Flow models support "euler" and "dpm++2m" (second order
     at the same cost)."""
+    block_cache: BlockCache | None = None
+    """Blocks of a DiT that are reused at some steps; None: every step computes all blocks."""
 
     def __post_init__(self) -> None:
         checks.whole("steps.count", self.count, low=1, high=MOST_TRAINED)
@@ -63,13 +66,7 @@ class Guidance:
         for label, scale in self.by_class.items():
             checks.whole("guidance.by_class", label)
             checks.number("guidance.by_class", scale, low=0, high=1e6)
-        if not isinstance(self.interval, tuple | list) or len(self.interval) != 2:
-            raise invalid("guidance.interval", repr(self.interval)[:60], "two numbers")
-        start, stop = (checks.number("guidance.interval", end) for end in self.interval)
-        if not 0 <= start < stop <= 1:
-            raise invalid(
-                "guidance.interval", f"({start}, {stop})", "0 <= start < stop <= 1", "change it"
-            )
+        checks.fractions("guidance.interval", self.interval)
         if self.channels is not None:
             checks.whole("guidance.channels", self.channels, low=1)
 

@@ -24,6 +24,7 @@ from dmkd_fast.rng import philox
 from dmkd_fast.runtime import checks, tensor_checks
 from dmkd_fast.runtime.errors import NotFiniteError, invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps, check_guidance
+from dmkd_fast.sampling.block_cache import modules_by_step
 from dmkd_fast.sampling.graph import CudaGraph, compiled
 from dmkd_fast.sampling.solvers import solver_table
 from dmkd_fast.sampling.step import StepConfig, advance, decode
@@ -105,6 +106,8 @@ class DiffusionSampler:
         batched = guidance.is_used and not denoiser.takes_guidance
         self._guided = [batched and first <= k < last for k in range(steps.count)]
         self._module = denoiser.module.to(device=self.device, dtype=dtype)
+        rows = [1 + guided for guided in self._guided]
+        self._modules = modules_by_step(self._module, steps.block_cache, rows)
         self._decoder = denoiser.decoder
         if self._decoder is not None:
             self._decoder.to(device=self.device, dtype=dtype)
@@ -205,12 +208,12 @@ class DiffusionSampler:
             nulls = torch.full_like(labels, self.denoiser.null_class)
             both = torch.cat((labels, nulls))  # (2B,)
         before = torch.zeros_like(x)
-        for k, guided in enumerate(self._guided):
+        for k, (module, guided) in enumerate(zip(self._modules, self._guided, strict=True)):
             # Noise is passed also where its coefficient is 0; otherwise torch.compile would need
             # another graph for such a step.
             fresh = self._noise(ids, step=k + 1) if self._is_noisy else None
             x, before = self._advance(
-                self._module,
+                module,
                 x,
                 before,
                 table.rows[k],
