@@ -103,6 +103,12 @@ class SamplerConfig(Section):
             label: scale for key, scale in self.class_guidance.items() for label in _classes_in(key)
         }
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether any phase or class has a guidance scale other than 1."""
+        scales = {self.guidance_scale, *self.class_guidance.values()}
+        return scales | {phase.guidance_scale for phase in self.phases} != {1}
+
     @model_validator(mode="after")
     def _class_guidance(self) -> SamplerConfig:
         ranges = sorted((_classes_in(key) for key in self.class_guidance), key=lambda r: r.start)

@@ -23,6 +23,13 @@ class DenoiserConfig(Section):
     """One prompt per class. For text-to-image models only."""
     decoder: PathText | None = None
     """Path of another autoencoder that decodes the latents, such as an AutoencoderTiny."""
+    decoder_tile: int | None = Field(None, ge=64, le=2**16)
+    """Side in pixels of the overlapping tiles in which larger images are decoded, to save memory.
+    null: whole images."""
+    weak: PathText | None = None
+    """Directory of a weaker model of the same latents and classes, such as a smaller one, or one
+    that was trained for less time. Guidance then steers away from it, and no longer from the null
+    class; sampler.guidance_scale is the strength."""
     null_class: int | None = Field(None, ge=0, lt=2**31)
     """Class of a UNet2DModel that stood for "no class" in its training, which guidance needs. The
     job has the other classes. DiTs and text-to-image models need no setting."""

@@ -38,6 +38,9 @@ class Denoiser:
     decoder: nn.Module | None = None
     """Module that turns latents (B, c, h, w) into images (B, 1 or 3, H, W) in [-1, 1]; None for a
     pixel model."""
+    weak: nn.Module | None = None
+    """Weaker denoiser of the same latents, classes and noise levels, which guidance steers away
+    from in place of the null class; None: guidance needs a null class."""
     num_classes: int = 1
     """Number of labels."""
     null_class: int | None = None
@@ -70,6 +73,11 @@ class Denoiser:
         if self.decoder is None and shape != tuple(self.latent_shape):
             expected = f"latent_shape={tuple(self.latent_shape)} for a model without a decoder"
             raise invalid("image_shape", shape, expected, "leave it out, or give the decoder")
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules: the denoiser, its decoder and the weaker denoiser, if there are any."""
+        return [part for part in (self.module, self.decoder, self.weak) if part is not None]
 
     def restricted(self, class_map: tuple[int, ...]) -> Denoiser:
         """Return the same model for a job with some of its classes, in job order.

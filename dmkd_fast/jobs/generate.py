@@ -167,6 +167,10 @@ def _prepare(
     """Load all networks, and build the plan, which lists everything that images depend on."""
     if config.source is not None:
         raise UserError("source: got it, expected a denoiser to make images with; change config")
+    if config.hooks:
+        expected = "none, as a directory's images depend on config and id alone"
+        fix = "remove it to make the images without them"
+        raise invalid("hooks", ", ".join(config.hooks), expected, fix)
     if config.sampler.phases:
         expected = "none, as a directory's images are all made alike"
         fix = "set sampler.phases=[], or make a directory for each phase"
@@ -197,9 +201,7 @@ def _prepare(
         "seed": config.seed,
         "dtype": config.dtype,
         "denoiser": config.denoiser.model_dump(mode="json"),
-        "denoiser_sha256": networks.weights_sha256(
-            denoiser.module, *([] if denoiser.decoder is None else [denoiser.decoder])
-        ),
+        "denoiser_sha256": networks.weights_sha256(*denoiser.modules),
         "sampler": config.sampler.model_dump(mode="json", exclude={"fidelity"}),
         "teachers": {
             name: teacher.model_dump(mode="json", exclude={"stored"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from dmkd_fast.data.shards import PLAN
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.sampling.noise_levels import trained_alike
+from dmkd_fast.sampling.tiling import TiledDecoder
 
 # Settings by the arguments of `DiffusionSampler` that they become.
 SETTINGS = {
@@ -50,16 +53,43 @@ class OpenSource:
 def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denoiser:
     """Load the diffusion model that a config names; one on the Hub is downloaded first."""
     assert config is not None  # DistillConfig has a denoiser or a source.
-    loaded = load_denoiser(
-        resolve_path(config.path, config.revision),
-        device,
-        prompts=config.prompts,
-        decoder=None if config.decoder is None else resolve_path(config.decoder),
-        null_class=config.null_class,
+    folder = resolve_path(config.path, config.revision)
+    decoder = None if config.decoder is None else resolve_path(config.decoder)
+    load = functools.partial(
+        load_denoiser, device=device, prompts=config.prompts, null_class=config.null_class
     )
+    loaded = load(folder, decoder=decoder)
+    if config.weak is not None:
+        vae = folder / "vae" if decoder is None and loaded.decoder is not None else decoder
+        loaded = _autoguided(loaded, load(resolve_path(config.weak), decoder=vae))
+    if config.decoder_tile is not None:
+        loaded = _tiled(loaded, config.decoder_tile)
     if config.class_map is not None:
         loaded = loaded.restricted(config.class_map)
     return replace(loaded, license=license(config.path) or loaded.license)
+
+
+def _autoguided(loaded: Denoiser, weak: Denoiser) -> Denoiser:
+    """Return a denoiser that is guided by a weaker one, after checking that both fit."""
+    for what in ("latent_shape", "num_classes", "class_map"):
+        if (got := getattr(weak, what)) != (expected := getattr(loaded, what)):
+            raise invalid("denoiser.weak", f"{what} {got}", f"denoiser.path's {expected}")
+    if not trained_alike(loaded.scheduler, weak.scheduler):
+        got = "other noise levels or predictions in scheduler_config.json"
+        raise invalid("denoiser.weak", got, "denoiser.path's", "use a model trained like it")
+    license = loaded.license
+    if weak.license != license:
+        license = f"{license}, weak denoiser {weak.license}"
+    return replace(loaded, weak=weak.module, license=license)
+
+
+def _tiled(loaded: Denoiser, tile: int) -> Denoiser:
+    """Return a denoiser whose images, where larger than a tile, are decoded in tiles."""
+    if loaded.decoder is None:
+        raise invalid("denoiser.decoder_tile", tile, "none for a model of pixels", "remove it")
+    shapes = {"latent_shape": loaded.latent_shape, "image_shape": loaded.image_shape}
+    decoder = TiledDecoder(loaded.decoder, tile, **shapes)
+    return loaded if max(loaded.image_shape[1:]) <= tile else replace(loaded, decoder=decoder)
 
 
 def denoiser_class_names(config: DenoiserConfig | None) -> tuple[str, ...] | None:

@@ -119,8 +119,7 @@ def _num_weights(images: Denoiser | OpenSource) -> int:
     """Count the parameters that are kept on the device to generate images."""
     if not isinstance(images, Denoiser):
         return 0
-    modules = [images.module] + ([] if images.decoder is None else [images.decoder])
-    return sum(p.numel() for module in modules for p in module.parameters())
+    return sum(p.numel() for module in images.modules for p in module.parameters())
 
 
 def batch_plan(

@@ -10,12 +10,15 @@ Sources: Selvaraju et al., FORA (arXiv 2407.01425), reuse at fixed steps; Chen e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import CachedDiT, KeptBlocks, LeanDiT
+from dmkd_fast.denoisers.wrappers import Autoguided
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.errors import invalid
 
@@ -62,18 +65,28 @@ class BlockCache:
 
 
 def modules_by_step(
-    module: nn.Module, cache: BlockCache | None, rows: list[int]
+    denoiser: Denoiser, cache: BlockCache | None, guided: Sequence[bool]
 ) -> list[nn.Module]:
     """Return the module that each step calls.
 
     Args:
-        module: Denoiser.
+        denoiser: Model; its modules are on their device already.
         cache: Which blocks are reused at which steps; None: no block.
-        rows: Rows per image of each step.
+        guided: Whether each step is guided.
 
     Raises:
         UserError: The denoiser has no blocks to reuse, or no step would reuse one.
     """
+    weak = denoiser.weak
+    modules = _cached(denoiser.module, cache, [1 + (g and weak is None) for g in guided])
+    if weak is None:
+        return modules
+    pairs = {module: Autoguided(module, weak) for module in modules}
+    return [pairs[m] if g else m for m, g in zip(modules, guided, strict=True)]
+
+
+def _cached(module: nn.Module, cache: BlockCache | None, rows: list[int]) -> list[nn.Module]:
+    """Return the module of each step, which evaluates the denoiser on this many rows an image."""
     if cache is None:
         return [module] * len(rows)
     if not isinstance(module, LeanDiT):
