@@ -49,6 +49,16 @@ def num_cases(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def cache_is_empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what the package caches in a folder of the session; the Hub's cache stays in place."""
+    hub = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", os.environ.get("HF_HOME") or str(hub))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def float32_is_exact() -> Iterator[None]:
     """Switch off TF32, since tests compare numbers."""
     with exact_float32():

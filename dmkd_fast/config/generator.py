@@ -46,7 +46,9 @@ class SamplerConfig(Section):
     """Preset of num_steps, solver and guidance_scale. Lower is cheaper."""
     num_steps: int = Field(8, ge=1, le=1000)
     """Denoising steps per image."""
-    solver: Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"] = "auto"
+    solver: Literal[
+        "auto", "ddpm", "ddim", "dpm++2m", "euler", "euler_ancestral", "consistency"
+    ] = "auto"
     """Solver of a step. auto: that of the model's own scheduler."""
     guidance_scale: _Scale = 1.5
     """Scale of classifier-free guidance. 1: no guidance, at half the cost."""

@@ -30,6 +30,9 @@ class DenoiserConfig(Section):
     """Directory of a weaker model of the same latents and classes, such as a smaller one, or one
     that was trained for less time. Guidance then steers away from it, and no longer from the null
     class; sampler.guidance_scale is the strength."""
+    image_size: int | None = Field(None, ge=8, le=16_384)
+    """Side of the images in pixels, for text-to-image models, which make several sizes. null: that
+    of the model."""
     null_class: int | None = Field(None, ge=0, lt=2**31)
     """Class of a UNet2DModel that stood for "no class" in its training, which guidance needs. The
     job has the other classes. DiTs and text-to-image models need no setting."""

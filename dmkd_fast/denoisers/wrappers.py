@@ -1,16 +1,14 @@
 """Wrap diffusers' networks, so that the sampler can call all of them in the same way.
 
-Shapes: B batch, c channels, h x w latent cells, H x W pixels, L tokens of a prompt, D their width.
+Shapes: B batch, c channels, h x w latent cells, H x W pixels.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dmkd_fast.denoisers.upsampling import double_by_phases
@@ -45,58 +43,6 @@ class PixelDiT(nn.Module):
             labels: (B,) int64.
         """
         prediction: Tensor = self.dit(latents, timestep=timesteps, class_labels=labels).sample
-        return prediction
-
-
-class ClassUNet(nn.Module):
-    """diffusers' `UNet2DModel` with class embeddings and the sampler's call."""
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """Return the prediction, (B, c or 2 c, h, w).
-
-        Args:
-            latents: (B, c, h, w).
-            timesteps: (B,).
-            labels: (B,) int64.
-        """
-        prediction: Tensor = self.unet(latents, timesteps, class_labels=labels).sample
-        return prediction
-
-
-class TextUNet(nn.Module):
-    """diffusers' `UNet2DConditionModel` with one prompt per class, encoded once.
-
-    Args:
-        unet: diffusers' module.
-        prompts: Embeddings, (num_classes + 1, L, D); the last one is the empty prompt.
-    """
-
-    def __init__(self, unet: Any, prompts: Tensor) -> None:
-        super().__init__()
-        self.unet, self.prompts = unet, nn.Buffer(prompts)
-        self.guidance_width = int(unet.config.time_cond_proj_dim or 0)
-
-    def forward(
-        self, latents: Tensor, timesteps: Tensor, labels: Tensor, guidance: Tensor | None = None
-    ) -> Tensor:
-        """Return the prediction, (B, c, h, w).
-
-        Args:
-            latents: (B, c, h, w).
-            timesteps: (B,).
-            labels: (B,) int64.
-            guidance: Guidance scales, (B,), for guidance-distilled models; None for others.
-        """
-        condition = None
-        if guidance is not None:
-            condition = _guidance_waves(guidance - 1, self.guidance_width).to(latents.dtype)
-        prediction: Tensor = self.unet(
-            latents, timesteps, encoder_hidden_states=self.prompts[labels], timestep_cond=condition
-        ).sample
         return prediction
 
 
@@ -165,19 +111,3 @@ class Encoder(nn.Module):
         """Encode images (B, c, H, W) in [-1, 1] to the means of their latents (B, c, h, w)."""
         latents: Tensor = self.vae.encode(images).latent_dist.mode()
         return (latents - self.shift) * self.scale
-
-
-def _guidance_waves(guidance: Tensor, width: int) -> Tensor:
-    """Embed guidance values as sinusoids, for guidance-distilled UNets.
-
-    Args:
-        guidance: Guidance scale - 1, (B,).
-        width: Width of the embedding.
-
-    Returns:
-        (B, width).
-    """
-    half = width // 2
-    places = torch.arange(half, dtype=torch.float32, device=guidance.device)
-    angles = 1000 * guidance[:, None] * torch.exp(places * (-math.log(10_000) / (half - 1)))
-    return nn.functional.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, width % 2))

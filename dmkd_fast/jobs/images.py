@@ -56,7 +56,11 @@ def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denois
     folder = resolve_path(config.path, config.revision)
     decoder = None if config.decoder is None else resolve_path(config.decoder)
     load = functools.partial(
-        load_denoiser, device=device, prompts=config.prompts, null_class=config.null_class
+        load_denoiser,
+        device=device,
+        prompts=config.prompts,
+        null_class=config.null_class,
+        image_size=config.image_size,
     )
     loaded = load(folder, decoder=decoder)
     if config.weak is not None:

@@ -97,6 +97,7 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
         {f"ring {name}": count for name, count in ring.items()}
         | {
             "denoiser": compute.itemsize * _num_weights(parts.origin),
+            **_prompt_bytes(parts.origin, compute),
             **stored,
             "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
             "student, gradients, optimizer, average": 4 * weights * (3 + moments),
@@ -120,6 +121,17 @@ def _num_weights(images: Denoiser | OpenSource) -> int:
     if not isinstance(images, Denoiser):
         return 0
     return sum(p.numel() for module in images.modules for p in module.parameters())
+
+
+def _prompt_bytes(images: Denoiser | OpenSource, compute: torch.dtype) -> dict[str, int]:
+    """Count the bytes of encoded prompts, which a text-to-image model keeps for all its classes.
+
+    The text encoders are gone by then.
+    """
+    if not isinstance(images, Denoiser) or not hasattr(images.module, "prompts"):
+        return {}
+    tables = images.module.buffers(recurse=False)
+    return {"prompts": compute.itemsize * sum(table.numel() for table in tables)}
 
 
 def batch_plan(

@@ -203,6 +203,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def cache_folder() -> Path:
+    """Return the folder of files that can be made again and may be deleted."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmkd_fast"
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents, and wait until their names are on disk."""
     if path.is_dir():

@@ -15,7 +15,7 @@ from torch import Tensor
 from dmkd_fast.denoisers.config_values import number, whole
 from dmkd_fast.runtime.errors import invalid
 
-Solver = Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "consistency"]
+Solver = Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "euler_ancestral", "consistency"]
 Scheduler = dict[str, Any]
 """Content of a diffusers `scheduler_config.json`."""
 MOST_TRAINED = 1_000_000
@@ -28,8 +28,8 @@ VARIANCE_PRESERVING = {
     "DDIMScheduler": "ddim",
     "DPMSolverMultistepScheduler": "dpm++2m",
     "PNDMScheduler": None,
-    "EulerDiscreteScheduler": None,
-    "EulerAncestralDiscreteScheduler": None,
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "UniPCMultistepScheduler": None,
     "LMSDiscreteScheduler": None,
     "DEISMultistepScheduler": None,
@@ -56,6 +56,13 @@ SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
         "lambda_min_clipped": (-math.inf, "-inf"),
     },
+    "euler": SPACINGS
+    | {
+        "rescale_betas_zero_snr": OFF,
+        "interpolation_type": ("linear",),
+        "timestep_type": ("discrete",),
+    },
+    "euler_ancestral": {"rescale_betas_zero_snr": OFF},
     FLOW: SPACINGS | {"stochastic_sampling": OFF, "invert_sigmas": OFF, "shift_terminal": OFF},
     CONSISTENCY: {},
 }
@@ -74,7 +81,8 @@ def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
     elif name == CONSISTENCY:
         possible, own = ("consistency",), "consistency"
     elif name in VARIANCE_PRESERVING:
-        possible, own = ("ddpm", "ddim", "dpm++2m"), VARIANCE_PRESERVING[name] or ""
+        possible = "ddpm", "ddim", "dpm++2m", "euler", "euler_ancestral"
+        own = VARIANCE_PRESERVING[name] or ""
     else:
         known = ", ".join([FLOW, CONSISTENCY, *VARIANCE_PRESERVING])
         raise invalid("scheduler", f"{name:.60}", f"one of {known}", "use another model")
@@ -126,15 +134,21 @@ def clip_of(scheduler: Scheduler) -> float | None:
     return number("scheduler", scheduler, "clip_sample_range", 1.0, low=0)
 
 
-def flow_sigmas(num_steps: int, shift: float) -> Tensor:
+def flow_sigmas(num_steps: int, shift: float, lowest: float | None = None) -> Tensor:
     """Return noise levels 1 = s_0 > ... > s_K = 0 of a flow model, (K + 1,) float64.
 
     The levels are equally spaced and then shifted. They equal those of diffusers'
-    `set_timesteps(sigmas=linspace(1, 1 / K, K))`, which its pipelines for flow models call.
-    `set_timesteps(K)` would end at the lowest trained level instead, and it would apply a `shift`
-    other than 1 twice.
+    `set_timesteps(sigmas=linspace(1, 1 / K, K))`, which most of its pipelines for flow models call.
+
+    Args:
+        num_steps: Number of steps, K.
+        shift: Shift of the levels towards 1.
+        lowest: Level s_(K-1) before it is shifted; None: 1 / K. `set_timesteps(K)` of diffusers
+            has the lowest trained level there.
     """
     sigmas = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+    if lowest is not None:
+        sigmas[:-1] = torch.linspace(1.0, lowest, num_steps, dtype=torch.float64)
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

@@ -9,8 +9,9 @@ No scheduler object is needed while sampling. One step of every solver is ::
 where z is fresh noise and m_before is the clipped m of the previous step. K is the number of steps.
 
 Sources: Ho et al., DDPM (arXiv 2006.11239), eq. 7; Nichol & Dhariwal (arXiv 2102.09672), eq. 15,
-for learned variances; Song et al., DDIM (arXiv 2010.02502), eq. 12 with eta = 0; Lu et al.,
-DPM-Solver++ (arXiv 2211.01095), algorithm 2; Lipman et al., flow matching (arXiv 2210.02747); Song
+for learned variances; Song et al., DDIM (arXiv 2010.02502), eq. 12 with eta = 0; Karras et al.,
+Euler steps in the noise level (arXiv 2206.00364), algorithm 1; Lu et al., DPM-Solver++ (arXiv
+2211.01095), algorithm 2; Lipman et al., flow matching (arXiv 2210.02747); Song
 et al., consistency models (arXiv 2303.01469), algorithm 1 and appendix C.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,7 +107,14 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
     if scheduler["_class_name"] == FLOW:
         columns, initial_scale, clip = _flow(scheduler, count, trained, solver == "dpm++2m")
     else:
-        build = {"ddpm": _ddpm, "ddim": _ddim, "dpm++2m": _dpm, "consistency": _consistency}
+        build = {
+            "ddpm": _ddpm,
+            "ddim": _ddim,
+            "dpm++2m": _dpm,
+            "euler": partial(_euler, ancestral=False),
+            "euler_ancestral": partial(_euler, ancestral=True),
+            "consistency": _consistency,
+        }
         columns, initial_scale, clip = build[solver](scheduler, count, trained)
     rows = torch.zeros(count, len(SolverTable.COLUMNS), dtype=torch.float64)
     rows[:, SolverTable.COLUMNS.index("input_scale")] = 1
@@ -133,7 +142,11 @@ def _flow(scheduler: Scheduler, num_steps: int, trained: int, second_order: bool
 
     x = (1 - s) * image + s * noise, and the model predicts the velocity noise - image.
     """
-    sigma = flow_sigmas(num_steps, number("scheduler", scheduler, "shift", 1.0, low=1e-6, high=1e6))
+    shift = number("scheduler", scheduler, "shift", 1.0, low=1e-6, high=1e6)
+    lowest = None
+    if scheduler.get("lowest_sigma") is not None:
+        lowest = number("scheduler", scheduler, "lowest_sigma", low=1e-6, high=1)
+    sigma = flow_sigmas(num_steps, shift, lowest)
     columns = _exponential(1 - sigma, sigma, second_order=second_order)
     columns |= {
         "timestep": sigma[:-1] * trained,
@@ -223,6 +236,42 @@ def _dpm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
         alpha, sigma, second_order=order == 2, first_order_end=first_order_end
     ) | {"timestep": timesteps.double(), **_estimate(scheduler, alpha[:-1], sigma[:-1])}
     return columns, 1.0, None
+
+
+def _euler(scheduler: Scheduler, num_steps: int, trained: int, *, ancestral: bool) -> Built:
+    """Build the table of Euler steps, with fresh noise if `ancestral`.
+
+    The state is x / alpha = image + s * noise, whose noise level s falls to 0.
+    """
+    levels = alpha_bar(scheduler, trained)
+    all_sigmas = ((1 - levels) / levels).sqrt()
+    spacing = scheduler.get("timestep_spacing", "linspace")
+    if spacing == "linspace":  # not rounded, unlike for other solvers
+        timesteps = torch.linspace(0, trained - 1, num_steps, dtype=torch.float64).flip(0)
+    else:
+        timesteps = spaced_timesteps(scheduler, num_steps, trained, default="linspace").double()
+    below = timesteps.long()
+    sigma = torch.lerp(
+        all_sigmas[below], all_sigmas[(below + 1).clamp(max=trained - 1)], timesteps - below
+    )
+    end = torch.zeros_like(sigma[:1])
+    if not ancestral and scheduler.get("final_sigmas_type", "zero") != "zero":
+        end = all_sigmas[:1]
+    after = torch.cat((sigma[1:], end))
+    fresh = (after / sigma).square() * (sigma.square() - after.square()) * ancestral
+    a = (after.square() - fresh).clamp(min=0).sqrt() / sigma
+    alpha = (sigma.square() + 1).rsqrt()
+    columns = _estimate(scheduler, alpha, sigma * alpha)
+    columns |= {
+        "timestep": timesteps,
+        "input_scale": alpha,
+        "skip": columns["skip"] * alpha,
+        "a": a,
+        "b0": 1 - a,
+        "n": fresh.clamp(min=0).sqrt(),
+    }
+    first = sigma[0] if spacing in ("linspace", "trailing") else (sigma[0].square() + 1).sqrt()
+    return columns, float(first), None
 
 
 def _consistency(scheduler: Scheduler, num_steps: int, trained: int) -> Built:

@@ -17,7 +17,8 @@ from dmkd_fast import Denoiser, DiffusionSampler, Guidance, Steps, load_denoiser
 from dmkd_fast.config.networks import DenoiserConfig
 from dmkd_fast.denoisers import attention
 from dmkd_fast.denoisers.dit import lean_dit
-from dmkd_fast.denoisers.wrappers import Decoder, _guidance_waves
+from dmkd_fast.denoisers.families.text_unet import _guidance_waves
+from dmkd_fast.denoisers.wrappers import Decoder
 from dmkd_fast.jobs.images import open_denoiser
 
 CPU = torch.device("cpu")

@@ -9,7 +9,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.schedulers import scheduling_consistency_models, scheduling_ddpm
+from diffusers.schedulers import (
+    scheduling_consistency_models,
+    scheduling_ddpm,
+    scheduling_euler_ancestral_discrete,
+)
 from small_jobs import sampler_from
 from torch import Tensor, nn
 
@@ -72,7 +76,11 @@ def ours_and_theirs(
     mine = sampler.trajectory(ids, ids)[-1]
 
     drawn = iter(sampler._noise(ids, step) for step in range(1, num_steps + 1))
-    for module in (scheduling_ddpm, scheduling_consistency_models):
+    for module in (
+        scheduling_ddpm,
+        scheduling_consistency_models,
+        scheduling_euler_ancestral_discrete,
+    ):
         monkeypatch.setattr(
             module, "randn_tensor", lambda shape, **_: next(drawn).expand(-1, shape[1], -1, -1)
         )
@@ -160,6 +168,31 @@ def test_dpm_solver(
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
+EULER = [
+    {},
+    {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1},
+    {"timestep_spacing": "trailing"},
+    {"prediction_type": "v_prediction"},
+]
+
+
+@pytest.mark.parametrize("settings", EULER, ids=lambda s: "-".join(s) or "default")
+@pytest.mark.parametrize("num_steps", [1, 4, 30])
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+def test_euler(
+    monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any], num_steps: int
+) -> None:
+    scheduler = getattr(diffusers, name)(**settings)
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps)
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_euler_ends_where_the_scheduler_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = diffusers.EulerDiscreteScheduler(final_sigmas_type="sigma_min")
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, 3)
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("solver", "other"),
     [
@@ -213,6 +246,8 @@ FILES: dict[str, dict[str, Any]] = {
         ("ddpm", "DDPMScheduler"),
         ("ddim", "DDIMScheduler"),
         ("dpm++2m", "DPMSolverMultistepScheduler"),
+        ("euler", "EulerDiscreteScheduler"),
+        ("euler_ancestral", "EulerAncestralDiscreteScheduler"),
     ],
 )
 @pytest.mark.parametrize("name", sorted({*VARIANCE_PRESERVING} - {"LMSDiscreteScheduler"}))  # scipy
@@ -225,9 +260,10 @@ def test_any_schedulers_file_is_read_as_from_config_reads_it(
         "EulerDiscreteScheduler": "use_karras_sigmas=True",
         "DEISMultistepScheduler": "algorithm_type='deis'",
     }
-    if name in refused and solver == "dpm++2m":
+    keys_of = {"dpm++2m": [*refused], "euler": ["EulerDiscreteScheduler"]}
+    if name in keys_of.get(solver, []):
         with pytest.raises(ValueError, match=refused[name]):
-            solver_table(config, Steps(count=10, solver="dpm++2m"), CPU)
+            solver_table(config, Steps(count=10, solver=solver), CPU)  # type: ignore[arg-type]
         return
     scheduler = getattr(diffusers, other).from_config(config)
     mine, theirs = ours_and_theirs(
@@ -269,6 +305,18 @@ def test_consistency(monkeypatch: pytest.MonkeyPatch, num_steps: int, clip: bool
 
 @pytest.mark.parametrize("num_steps", [1, 4, 50])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_levels_may_end_at_the_lowest_trained_one(num_steps: int, shift: float) -> None:
+    """As diffusers' pipeline of Stable Diffusion 3 sets them."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    config = config_of(scheduler) | {"lowest_sigma": scheduler.sigma_min}
+    scheduler.set_timesteps(num_steps)
+    table = solver_table(config, Steps(count=num_steps), CPU)
+    torch.testing.assert_close(table.column("timestep"), scheduler.timesteps, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(table.column("a") * -table.column("out"), scheduler.sigmas[1:])
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: float) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     sigmas = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
@@ -288,7 +336,7 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
         ({"_class_name": "DDIMScheduler", "thresholding": True}, {}, "thresholding=True"),
         ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, {}, "zero_snr"),
         ({"_class_name": "DDIMScheduler"}, {"count": 1001}, "1 to 1000"),
-        ({"_class_name": "DDIMScheduler"}, {"solver": "euler"}, "ddpm, ddim, dpm"),
+        ({"_class_name": "DDIMScheduler"}, {"solver": "consistency"}, "ddpm, ddim, dpm"),
         ({"_class_name": "DDIMScheduler", "prediction_type": "flow"}, {}, "prediction_type='flow'"),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "sigmoid"}, {}, "beta_schedule"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "odd"}, {}, "timestep_spacing"),

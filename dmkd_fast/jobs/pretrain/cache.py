@@ -8,7 +8,6 @@ files lie in `$XDG_CACHE_HOME/dmkd_fast` (by default `~/.cache/dmkd_fast`) and m
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,11 +23,6 @@ from dmkd_fast.runtime.model_files import file_parts
 MOST_OF_DISK = 0.5
 
 
-def folder() -> Path:
-    """Return the folder of the cached files."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmkd_fast"
-
-
 def cached(
     key: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Iterator[Tensor]]
 ) -> Tensor:
@@ -42,7 +36,7 @@ def cached(
         dtype: Dtype of the tensor.
         make: Function that yields the rows of the tensor in order, some at a time.
     """
-    path = folder() / f"{key}.safetensors"
+    path = files.cache_folder() / f"{key}.safetensors"
     header = bytes(next(file_parts({"rows": torch.empty(shape, dtype=dtype, device="meta")})))
     num_bytes = math.prod(shape) * dtype.itemsize
 
