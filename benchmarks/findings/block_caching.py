@@ -67,8 +67,9 @@ def main(argv: list[str]) -> None:
             cells.add({"arm": arm, "seed": "quality"}, found)
         for seed in study.student_seeds(options.seeds):
             if not cells.has(arm=arm, seed=seed):
-                pair = {"teacher": "lenet5", "student": "lenet5_half"}
-                row = study.train_student(images(), num_views=VIEWS, seed=seed, **pair)
+                row = study.train_student(
+                    images(), teacher="lenet5", student="lenet5_half", num_views=VIEWS, seed=seed
+                )
                 cells.add({"arm": arm, "seed": seed}, row)
     cells.finish()
 

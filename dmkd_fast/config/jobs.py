@@ -278,7 +278,19 @@ class PretrainFewstepConfig(PretrainConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainFewstepConfig:
         for section, names in (
-            ("denoiser", ("prompts", "decoder", "decoder_tile", "weak", "image_size", "class_map")),
+            (
+                "denoiser",
+                (
+                    "prompts",
+                    "prompt_attributes",
+                    "captions",
+                    "decoder",
+                    "decoder_tile",
+                    "weak",
+                    "image_size",
+                    "class_map",
+                ),
+            ),
             (
                 "sampler",
                 (

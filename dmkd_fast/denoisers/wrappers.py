@@ -9,6 +9,7 @@ import logging
 import os
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmkd_fast.denoisers.upsampling import double_by_phases

@@ -149,6 +149,9 @@ def make_sampler(
     """Build the sampler for the start of a run, or for a later phase."""
     config = job.config.sampler
     scheduled = config if phase is None else phase
+    cache = None
+    if config.block_cache is not None:
+        cache = BlockCache(**config.block_cache.model_dump())
     guidance = Guidance(
         scale=scheduled.guidance_scale,
         by_class=config.guidance_of_classes,
@@ -159,11 +162,7 @@ def make_sampler(
     with named_as_settings():
         return DiffusionSampler(
             denoiser,
-            Steps(
-                count=scheduled.num_steps,
-                solver=config.solver,
-                block_cache=config.block_cache and BlockCache(**config.block_cache.model_dump()),
-            ),
+            Steps(count=scheduled.num_steps, solver=config.solver, block_cache=cache),
             guidance,
             micro_batch_images=config.micro_batch_images,
             dtype=job.dtype,

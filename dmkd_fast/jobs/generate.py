@@ -8,7 +8,10 @@ time. The result depends neither on which job makes a shard nor on how often job
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
+import itertools
+import json
 import logging
 import math
 import shutil
@@ -31,7 +34,7 @@ from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.evaluate import open_test_set
-from dmkd_fast.jobs.images import open_denoiser
+from dmkd_fast.jobs.images import job_class_names, open_denoiser
 from dmkd_fast.jobs.parts import check_fit
 from dmkd_fast.jobs.resolve import resolve, resolve_images
 from dmkd_fast.jobs.stored_logits import LogitsMaker, Wanted, plan_of
@@ -81,12 +84,18 @@ class Maker:
         stored: Iterable[dict[str, bytes] | None] = [None] * len(ids)
         if self.logits is not None:
             stored = self.logits.make(images, labels, numbers)
+        prompts: Iterable[dict[str, str]] = itertools.repeat({}, len(ids))
+        if texts := self.sampler.denoiser.prompts:
+            own = self.sampler.own_indices(numbers, labels).tolist()
+            prompts = [{"prompt": texts[index]} for index in own]
         columns = (ids, labels.tolist(), pngs, guesses.indices.tolist(), guesses.values.tolist())
-        for image_id, label, png, guess, probability, arrays in zip(*columns, stored, strict=True):
+        for image_id, label, png, guess, probability, arrays, prompt in zip(
+            *columns, stored, prompts, strict=True
+        ):
             scale = self.sampler.guidance.scale_of(label)
             row = {"guidance_scale": scale, "teacher_class": guess}
             row["teacher_probability"] = probability
-            yield image_id, label, png, self.row | row, arrays
+            yield image_id, label, png, self.row | row | prompt, arrays
 
 
 def run(
@@ -177,13 +186,14 @@ def _prepare(
         raise invalid("sampler.phases", "some", expected, fix)
     job = resolve(config, distributed.read())
     device = job.device
-    denoiser = open_denoiser(config.denoiser, device)
-    job = resolve_images(job, denoiser)
-    config = job.config
-    assert config.denoiser is not None
     teachers = networks.load_teachers(
         config.teachers, temperature=config.loss.temperature, device=device
     )
+    known = job_class_names(config, teachers.class_names["teacher"])
+    denoiser = open_denoiser(config.denoiser, device, known)
+    job = resolve_images(job, denoiser)
+    config = job.config
+    assert config.denoiser is not None
     # A class_map states the order of the classes, so that other names are compared, not mapped.
     names = () if config.teacher.class_map else teachers.class_names["teacher"]
     test_set = open_test_set(
@@ -197,11 +207,16 @@ def _prepare(
     if images_per_shard % batch:
         multiple = f"a multiple of sampler.micro_batch_images={batch}"
         raise invalid("--images-per-shard", images_per_shard, multiple, "change one of the two")
+    prompts_of = {}
+    if denoiser.prompts:
+        text = json.dumps([denoiser.prompts, denoiser.num_prompts])
+        prompts_of["prompts_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     settings = {
         "seed": config.seed,
         "dtype": config.dtype,
         "denoiser": config.denoiser.model_dump(mode="json"),
         "denoiser_sha256": networks.weights_sha256(*denoiser.modules),
+        **prompts_of,
         "sampler": config.sampler.model_dump(mode="json", exclude={"fidelity"}),
         "teachers": {
             name: teacher.model_dump(mode="json", exclude={"stored"})

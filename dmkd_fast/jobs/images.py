@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from dmkd_fast.data.class_names import compare_class_names, read_class_names
 from dmkd_fast.data.listing import CLASS_NAMES, SourceError
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.denoisers.denoiser import Denoiser
+from dmkd_fast.denoisers.families.prompts import ByClass, prompts_by_class, read_captions
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.sampling.noise_levels import trained_alike
@@ -50,15 +51,24 @@ class OpenSource:
     license: str
 
 
-def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denoiser:
-    """Load the diffusion model that a config names; one on the Hub is downloaded first."""
+def open_denoiser(
+    config: DenoiserConfig | None, device: torch.device, class_names: Sequence[str] = ()
+) -> Denoiser:
+    """Load the diffusion model that a config names; one on the Hub is downloaded first.
+
+    Args:
+        config: Section `denoiser` of the config.
+        device: Device of the modules.
+        class_names: Class names of the job, for prompts.
+    """
     assert config is not None  # DistillConfig has a denoiser or a source.
     folder = resolve_path(config.path, config.revision)
     decoder = None if config.decoder is None else resolve_path(config.decoder)
+    prompts = _prompts(config, class_names)
     load = functools.partial(
         load_denoiser,
         device=device,
-        prompts=config.prompts,
+        prompts=None if prompts is None else [prompt for some in prompts for prompt in some],
         null_class=config.null_class,
         image_size=config.image_size,
     )
@@ -68,13 +78,53 @@ def open_denoiser(config: DenoiserConfig | None, device: torch.device) -> Denois
         loaded = _autoguided(loaded, load(resolve_path(config.weak), decoder=vae))
     if config.decoder_tile is not None:
         loaded = _tiled(loaded, config.decoder_tile)
-    if config.class_map is not None:
+    if prompts is not None:
+        loaded = loaded.with_prompts(prompts)
+    elif config.class_map is not None:
         loaded = loaded.restricted(config.class_map)
     return replace(loaded, license=license(config.path) or loaded.license)
 
 
+def _prompts(config: DenoiserConfig, class_names: Sequence[str]) -> ByClass | None:
+    """Return the prompts of each class of the job; None if the config has none."""
+    if config.captions is not None:
+        found = read_captions(Path(config.captions), class_names)
+    elif config.prompts is not None:
+        found = prompts_by_class(config.prompts, class_names, config.prompt_attributes)
+    elif config.prompt_attributes:
+        raise invalid("denoiser.prompt_attributes", "some without prompts", "prompts", "add them")
+    else:
+        return None
+    if config.class_map is None:
+        return found
+    if max(config.class_map, default=0) >= len(found) or len(set(config.class_map)) < len(
+        config.class_map
+    ):
+        expected = f"different classes from 0 to {len(found) - 1}, those with prompts"
+        raise invalid("denoiser.class_map", str(config.class_map)[:60], expected, "correct it")
+    return tuple(found[label] for label in config.class_map)
+
+
+def job_class_names(config: DistillConfig, teacher: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the class names of a job before its test set is open; none if they are not known.
+
+    Args:
+        config: Config of the job.
+        teacher: Class names that are saved with the teacher.
+    """
+    if config.eval.classes is not None:
+        return read_class_names(Path(config.eval.classes), must_exist=True)
+    chosen = config.teacher.class_map
+    if chosen is None or teacher is None:
+        return tuple(teacher or ())
+    return tuple(teacher[label] for label in chosen) if max(chosen) < len(teacher) else ()
+
+
 def _autoguided(loaded: Denoiser, weak: Denoiser) -> Denoiser:
     """Return a denoiser that is guided by a weaker one, after checking that both fit."""
+    if weak.bank is not None:
+        got = f"{loaded.num_classes:,} prompts"
+        raise invalid("denoiser.weak", got, "prompts that fit into memory", "use fewer")
     for what in ("latent_shape", "num_classes", "class_map"):
         if (got := getattr(weak, what)) != (expected := getattr(loaded, what)):
             raise invalid("denoiser.weak", f"{what} {got}", f"denoiser.path's {expected}")

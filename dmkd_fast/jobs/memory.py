@@ -97,7 +97,7 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
         {f"ring {name}": count for name, count in ring.items()}
         | {
             "denoiser": compute.itemsize * _num_weights(parts.origin),
-            **_prompt_bytes(parts.origin, compute),
+            **_prompt_bytes(parts.origin, compute, config.sampler.micro_batch_images),
             **stored,
             "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
             "student, gradients, optimizer, average": 4 * weights * (3 + moments),
@@ -123,15 +123,20 @@ def _num_weights(images: Denoiser | OpenSource) -> int:
     return sum(p.numel() for module in images.modules for p in module.parameters())
 
 
-def _prompt_bytes(images: Denoiser | OpenSource, compute: torch.dtype) -> dict[str, int]:
-    """Count the bytes of encoded prompts, which a text-to-image model keeps for all its classes.
+def _prompt_bytes(
+    images: Denoiser | OpenSource, compute: torch.dtype, micro_batch_images: int
+) -> dict[str, int]:
+    """Count the bytes of encoded prompts that a text-to-image model keeps on the device.
 
     The text encoders are gone by then.
     """
     if not isinstance(images, Denoiser) or not hasattr(images.module, "prompts"):
         return {}
-    tables = images.module.buffers(recurse=False)
-    return {"prompts": compute.itemsize * sum(table.numel() for table in tables)}
+    if images.bank is not None:
+        count = images.bank.row_bytes // 4 * (micro_batch_images + 1)
+    else:
+        count = sum(table.numel() for table in images.module.buffers(recurse=False))
+    return {"prompts": compute.itemsize * count}
 
 
 def batch_plan(

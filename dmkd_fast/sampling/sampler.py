@@ -15,7 +15,7 @@ guidance in an interval (arXiv 2404.07724); for the solvers, see `sampling/solve
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -99,6 +99,9 @@ class DiffusionSampler:
         self._class_map = None
         if denoiser.class_map is not None:
             self._class_map = torch.tensor(denoiser.class_map, device=self.device)
+        self._num_prompts = None
+        if denoiser.num_prompts is not None:
+            self._num_prompts = torch.tensor(denoiser.num_prompts, device=self.device)
         self._scales = None
         if guidance.by_class:
             scales = [float(guidance.scale_of(label)) for label in range(denoiser.num_classes)]
@@ -111,6 +114,11 @@ class DiffusionSampler:
         self._module = denoiser.module.to(device=self.device, dtype=dtype)
         if denoiser.weak is not None:
             denoiser.weak.to(device=self.device, dtype=dtype)
+        self._null_class = denoiser.null_class
+        if denoiser.bank is not None:
+            denoiser.bank.resize(self.micro_batch_images)
+            self._null_class = self.micro_batch_images
+            self._module.to(device=self.device, dtype=dtype)
         self._modules = modules_by_step(denoiser, steps.block_cache, self._guided)
         self._decoder, self._decoder_dtype = denoiser.decoder, dtype
         # In float16 a decoder may overflow, which the first images show.
@@ -118,7 +126,8 @@ class DiffusionSampler:
         if self._decoder is not None:
             self._decoder.to(device=self.device, dtype=dtype)
         self._advance, self._finish = advance, decode
-        self._estimate, self._update, self._guide = estimate, update, guidance.guide
+        self._estimate, self._update = estimate, update
+        self._guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = guidance.guide
         if compile:
             self._advance = compiled(advance)
             self._estimate, self._update = compiled(estimate), compiled(update)
@@ -178,7 +187,30 @@ class DiffusionSampler:
         """
         self._check_rows(ids, labels)
         with self._without_gradients():
+            self._fill_bank(ids, labels)
             return torch.stack(list(self._states(ids, labels)))
+
+    def own_indices(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the module's own index for each image, (B,) int64.
+
+        With several prompts a class, the index is drawn by (seed, id).
+        """
+        drawn: Tensor | int = 0
+        if self._num_prompts is not None:
+            bits = philox.random_bits(self.seed, ids, step=0, stream=philox.STREAM_PROMPTS, count=1)
+            drawn = bits[:, 0] % self._num_prompts[labels]
+        return labels if self._class_map is None else self._class_map[labels] + drawn
+
+    def _indices(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the rows of the module's tables for one micro-batch, (B,) int64."""
+        if self.denoiser.bank is None:
+            return self.own_indices(ids, labels)
+        return torch.arange(len(ids), device=ids.device)
+
+    def _fill_bank(self, ids: Tensor, labels: Tensor) -> None:
+        """Copy the prompts of one micro-batch to the device, which waits for their indices."""
+        if self.denoiser.bank is not None:
+            self.denoiser.bank.fill(self.own_indices(ids, labels).cpu())
 
     @contextmanager
     def _without_gradients(self) -> Iterator[None]:
@@ -190,6 +222,7 @@ class DiffusionSampler:
         """Generate one micro-batch, (B, 1 or 3, H, W) uint8; on CUDA by replaying a graph."""
         if not self._is_settled:
             self._settle_decoder(len(ids))
+        self._fill_bank(ids, labels)
         self.num_made += len(ids)
         if self.device.type != "cuda":
             return self._make(ids, labels)
@@ -209,7 +242,9 @@ class DiffusionSampler:
         """
         self._is_settled = True
         ids = torch.arange(count, device=self.device)
-        *_, latents = self._states(ids, ids % self.denoiser.num_classes)
+        labels = ids % self.denoiser.num_classes
+        self._fill_bank(ids, labels)
+        *_, latents = self._states(ids, labels)
         before = self.num_broken.clone()
         self._decoded(latents)
         broken = int(self.num_broken - before)
@@ -218,6 +253,7 @@ class DiffusionSampler:
             return
         self._decoder_dtype = wide_dtype(self.device)
         # A copy, because graphs of other samplers may use the decoder as it is.
+        assert self._decoder is not None
         with torch.inference_mode(False):
             self._decoder = copy.deepcopy(self._decoder).to(dtype=self._decoder_dtype)
         warn_once(
@@ -248,14 +284,12 @@ class DiffusionSampler:
         scale: float | Tensor = self.guidance.scale
         if self._scales is not None:
             scale = self._scales[labels][:, None, None, None]  # (B, 1, 1, 1)
-        if self._class_map is not None:
-            labels = self._class_map[labels]
-        both = labels
+        both = labels = self._indices(ids, labels)
         if any(self._guided):
             others = labels
             if self.denoiser.weak is None:
-                assert self.denoiser.null_class is not None
-                others = torch.full_like(labels, self.denoiser.null_class)
+                assert self._null_class is not None
+                others = torch.full_like(labels, self._null_class)
             both = torch.cat((labels, others))  # (2B,)
         before = torch.zeros_like(x)
         for k, (module, guided) in enumerate(zip(self._modules, self._guided, strict=True)):
