@@ -111,20 +111,16 @@ class DiffusionSampler:
         first, last = (int(end * steps.count) for end in guidance.interval)
         batched = guidance.is_used and not denoiser.takes_guidance
         self._guided = [batched and first <= k < last for k in range(steps.count)]
-        self._module = denoiser.module.to(device=self.device, dtype=dtype)
-        if denoiser.weak is not None:
-            denoiser.weak.to(device=self.device, dtype=dtype)
-        self._null_class = denoiser.null_class
+        self._module, self._null_class = denoiser.module, denoiser.null_class
         if denoiser.bank is not None:
             denoiser.bank.resize(self.micro_batch_images)
             self._null_class = self.micro_batch_images
-            self._module.to(device=self.device, dtype=dtype)
+        for module in denoiser.modules:
+            module.to(device=self.device, dtype=dtype)
         self._modules = modules_by_step(denoiser, steps.block_cache, self._guided)
         self._decoder, self._decoder_dtype = denoiser.decoder, dtype
         # In float16 a decoder may overflow, which the first images show.
         self._is_settled = denoiser.decoder is None or dtype != torch.float16
-        if self._decoder is not None:
-            self._decoder.to(device=self.device, dtype=dtype)
         self._advance, self._finish = advance, decode
         self._estimate, self._update = estimate, update
         self._guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = guidance.guide
