@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.findings import study
@@ -23,7 +24,7 @@ from benchmarks.findings.finding_2 import features
 from benchmarks.harness import CONFIGS, arguments, time_interleaved
 from benchmarks.job.fidelity import frechet
 from benchmarks.parts.sampler_models import diffusers_dit, flow_loop, forward_flops
-from dmkd_fast import DiffusionSampler, assets, load_denoiser
+from dmkd_fast import DiffusionSampler, Guide, assets, load_denoiser
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.denoisers.denoiser import Denoiser
@@ -44,6 +45,7 @@ ARMS: dict[str, list[str]] = {
     "guidance in [0, 0.5]": [f"{INTERVAL}=[0, 0.5]"],
     "every 2, guidance in [0.25, 0.75]": [f"{CACHE}={{every: 2}}", f"{INTERVAL}=[0.25, 0.75]"],
 }
+GUIDE = "the student's entropy as guide"
 COUNT, VIEWS, BATCH, COMPARED = 10_240, 256_000, 128, 2_048
 
 
@@ -71,13 +73,34 @@ def main(argv: list[str]) -> None:
                     images(), teacher="lenet5", student="lenet5_half", num_views=VIEWS, seed=seed
                 )
                 cells.add({"arm": arm, "seed": seed}, row)
+    if set(options.arms) == set(ARMS) and not cells.has(arm=GUIDE, seed="quality"):
+        cells.add({"arm": GUIDE, "seed": "quality"}, costs([], options.n, guide=EntropyGuide()))
     cells.finish()
 
 
-def costs(overrides: list[str], n: int) -> dict[str, Any]:
+class EntropyGuide:
+    """Move images towards a higher entropy of a student, as docs/guides/hooks.md does."""
+
+    is_function_of_id = False
+
+    def __init__(self) -> None:
+        _, like = study.load_teacher("lenet5")
+        self.student = study.new_student("lenet5_half", 1, like)[0].eval()
+
+    def __call__(self, image_estimate: Tensor, labels: Tensor, step: Tensor) -> Tensor:
+        """Return the direction in which the entropy rises."""
+        del labels, step
+        with torch.enable_grad():
+            images = image_estimate.detach().requires_grad_()
+            log_p = self.student(images.clamp(-1, 1)).log_softmax(dim=1)
+            (gradient,) = torch.autograd.grad(-(log_p.exp() * log_p).sum(), images)
+        return gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-6)[:, None, None, None]
+
+
+def costs(overrides: list[str], n: int, *, guide: Guide | None = None) -> dict[str, Any]:
     """Return images/s of an arm beside diffusers and the arm without changes, and its forwards."""
     labels = torch.arange(BATCH) % 10
-    sampler, whole = (_sampler(some) for some in (overrides, []))
+    sampler, whole = _sampler(overrides, guide), _sampler([])
     steps, scale = sampler.steps.count, sampler.guidance.scale
     folder: Path = assets.resolve("embedded:fashion_mnist/denoiser")
     module = diffusers_dit(folder).to(torch.bfloat16)
@@ -118,11 +141,11 @@ def closeness(images: study.FixedSet) -> dict[str, Any]:
     }
 
 
-def _sampler(overrides: list[str]) -> DiffusionSampler:
+def _sampler(overrides: list[str], guide: Guide | None = None) -> DiffusionSampler:
     changes = [*overrides, f"sampler.micro_batch_images={BATCH}"]
     job, parts = prepare(load_config(DistillConfig, CONFIGS / CONFIG, changes))
     assert isinstance(parts.origin, Denoiser)
-    return make_sampler(job, parts.origin)
+    return make_sampler(job, parts.origin, guide=guide)
 
 
 def _sample(sampler: DiffusionSampler) -> None:

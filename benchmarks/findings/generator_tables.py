@@ -27,7 +27,7 @@ def block_caching(rows: list[Row]) -> str:
                 f"{row['images_per_s']:.0f}",
                 f"{row['times_neither']:.2f}x",
                 f"{row['times_diffusers']:.2f}x",
-                f"{row['frechet']:.3f}",
+                f"{row['frechet']:.3f}" if "frechet" in row else "",
                 grid.text(arm),
                 grid.difference([arm], ["neither"]) if paired else "",
             ]

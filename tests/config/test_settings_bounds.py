@@ -39,6 +39,7 @@ EVERY_SECTION = [
     "optim.milestones=[0.5]",
     "more_teachers=[{path: x, class_map: [1, 2]}]",
     "denoiser.prompts=[a, b]",
+    "denoiser.prompt_attributes={style: [a, b]}",
 ]
 BASES: dict[str, tuple[type[Section], str, list[str]]] = {
     "distill": (DistillConfig, CONFIG, EVERY_SECTION),

@@ -198,6 +198,7 @@ def test_a_bank_gives_the_same_images(
     assert banked.bank is not None and len(banked.module.prompts) == 5
     (path,) = bank.files.cache_folder().glob("bank-*.safetensors")
     assert len(banked.bank.tables["prompts"]) == 41 and path.stat().st_size > 41 * 16 * 16 * 4
+    assert str(path) in Path("/proc/self/maps").read_text()
     again = load_denoiser(folder, CPU, prompts=prompts)
     assert again.bank is not None
     assert torch.equal(again.bank.tables["prompts"], plain.module.prompts)

@@ -40,7 +40,6 @@ def test_the_study_at_a_tiny_size_and_again(
         monkeypatch.setattr(module, "RESULTS", tmp_path)
         monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
     monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path)
-    monkeypatch.setitem(block_caching.ARMS, "neither", ["sampler.micro_batch_images=128"])
     fast = ["sampler.num_steps=2", "sampler.micro_batch_images=128"]
     monkeypatch.setattr(
         block_caching, "ARMS", {k: [*v, *fast] for k, v in block_caching.ARMS.items()}
@@ -59,6 +58,14 @@ def test_the_study_at_a_tiny_size_and_again(
     block_caching.main(command)
     assert read_rows("block-caching") == rows
     assert "every 2" in generator_tables.block_caching(rows)
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_guide_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_caching, "BATCH", 8)
+    fast = ["sampler.num_steps=2"]
+    found = block_caching.costs(fast, 1, guide=block_caching.EntropyGuide())
+    assert found["images_per_s"] > 0 and found["forwards"] > 4  # the student's are counted
 
 
 def rows_of(tops: dict[str, list[float]], **speeds: float) -> list[dict[str, Any]]:
