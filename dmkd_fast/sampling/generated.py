@@ -31,7 +31,8 @@ class GeneratedImages:
         ranks: Processes whose images are counted together.
 
     Raises:
-        UserError: The progress of the later samplers does not rise between 0 and 1.
+        UserError: The progress of the later samplers does not rise between 0 and 1, or one of them
+            has another guide.
     """
 
     is_exhausted = False
@@ -48,11 +49,14 @@ class GeneratedImages:
         starts = [start for start, _ in later]
         if starts != sorted(set(starts)) or not all(0 < start < 1 for start in starts):
             raise invalid("later", f"starts {starts}", "rising numbers between 0 and 1")
+        guide = sampler.guidance.guide
+        if any(one.guidance.guide is not guide for _, one in later):
+            raise invalid("later", "samplers with another guide", "that of the first sampler")
         self.labels, self._ranks = labels, ranks
         self.samplers = ((0.0, sampler), *later)
         """All samplers, each after the progress of the run from which on it is used."""
 
-        self.hooks = Hooks(guide=sampler.guidance.guide, selection=selection)
+        self.hooks = Hooks(guide=guide, selection=selection)
 
     @property
     def may_wait(self) -> bool:

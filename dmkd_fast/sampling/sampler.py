@@ -191,11 +191,13 @@ class DiffusionSampler:
 
         With several prompts a class, the index is drawn by (seed, id).
         """
-        drawn: Tensor | int = 0
+        if self._class_map is None:
+            return labels
+        own: Tensor = self._class_map[labels]
         if self._num_prompts is not None:
             bits = philox.random_bits(self.seed, ids, step=0, stream=philox.STREAM_PROMPTS, count=1)
-            drawn = bits[:, 0] % self._num_prompts[labels]
-        return labels if self._class_map is None else self._class_map[labels] + drawn
+            own = own + bits[:, 0] % self._num_prompts[labels]
+        return own
 
     def _indices(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Return the rows of the module's tables for one micro-batch, (B,) int64."""

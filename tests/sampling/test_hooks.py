@@ -265,6 +265,14 @@ def test_a_run_is_not_continued_without_its_hooks(tmp_path: Path) -> None:
         build_distiller(tmp_path / "run", student=student()).restore()
 
 
+def test_all_samplers_of_a_run_have_one_guide() -> None:
+    guide = Shift()
+    first, second = tiny_sampler(guide=guide), tiny_sampler(count=1, guide=guide)
+    GeneratedImages(LabelStream(4), first, later=[(0.5, second)])
+    with pytest.raises(UserError, match="later: got samplers with another guide, expected that of"):
+        GeneratedImages(LabelStream(4), first, later=[(0.5, tiny_sampler())])
+
+
 def test_names_tell_which_hooks_a_run_has() -> None:
     hooks = Hooks(guide=Shift(), selection=brightest())
     assert hooks.names == ["guide Shift", "selection brightness best of 3"]
