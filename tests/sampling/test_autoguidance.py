@@ -47,6 +47,7 @@ def test_the_prediction_is_extrapolated_from_the_weak_one(null_class: int | None
     assert guided.forwards_per_image == 2
 
 
+@pytest.mark.slow
 def test_a_weak_model_as_strong_as_the_denoiser_changes_nothing() -> None:
     module = embedded().denoiser.module
     plain, guided = embedded(scale=1.0), embedded(weak=module, scale=4.0)

@@ -84,6 +84,7 @@ def test_flops_fall_by_the_reused_blocks() -> None:
     assert 0.3 < flops[1] / flops[0] < 0.45  # 10 of 30 blocks, and the embeddings of every step
 
 
+@pytest.mark.slow
 def test_cached_steps_compile_to_one_graph_for_each_kind() -> None:
     from torch._dynamo.testing import CompileCounter
 

@@ -73,6 +73,7 @@ def test_tiles_that_do_not_fit_are_refused(tile: int) -> None:
         TiledDecoder(Enlarge(), tile, latent_shape=(3, 64, 64), image_shape=(3, 256, 256))
 
 
+@pytest.mark.slow
 def test_the_setting_tiles_larger_images_only(tmp_path: Path) -> None:
     folder = dit_folder(tmp_path / "dit", sample_size=64)  # images of 128 x 128 pixels
     images = []

@@ -93,6 +93,7 @@ def test_a_correction_of_another_shape_is_refused(wrong: Any) -> None:
         make(tiny_sampler(guide=wrong), IDS, 4)
 
 
+@pytest.mark.slow
 def test_noisy_and_guided_steps_take_a_guide() -> None:
     scheduler = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
     ids = torch.arange(4)
@@ -227,7 +228,7 @@ def weights(distiller: Distiller) -> list[Tensor]:
     return [value.clone() for value in distiller.student.model.state_dict().values()]
 
 
-@pytest.mark.parametrize("stop_at", [5, 21])
+@pytest.mark.parametrize("stop_at", [pytest.param(5, marks=pytest.mark.slow), 21])
 def test_a_run_whose_images_depend_on_the_student_resumes_bit_for_bit(
     tmp_path: Path, stop_at: int
 ) -> None:

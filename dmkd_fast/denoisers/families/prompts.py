@@ -104,8 +104,12 @@ def _filled(prompt: str, values: Mapping[str, Sequence[str]]) -> tuple[str, ...]
         count *= len(values[place])
         if count > MOST_PROMPTS:
             raise invalid("denoiser.prompts", f"{count:,} or more", f"at most {MOST_PROMPTS:,}")
-    made = []
-    for chosen in itertools.product(*(values[place] for place in places)):
-        one = dict(zip(places, chosen, strict=True))
-        made.append(_PLACE.sub(lambda found, one=one: one.get(found[1], found[0]), prompt))
-    return tuple(made)
+    return tuple(
+        _with_values(prompt, dict(zip(places, chosen, strict=True)))
+        for chosen in itertools.product(*(values[place] for place in places))
+    )
+
+
+def _with_values(prompt: str, values: Mapping[str, str]) -> str:
+    """Return a prompt with values in their places; other places stay as they are."""
+    return _PLACE.sub(lambda found: values.get(found[1], found[0]), prompt)
