@@ -67,9 +67,9 @@ def test_the_cost_of_a_guide_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     calls = []
 
     class Counted(block_caching.EntropyGuide):
-        def __call__(self, *inputs: Tensor) -> Tensor:
-            calls.append(inputs[2])
-            return super().__call__(*inputs)
+        def __call__(self, image_estimate: Tensor, labels: Tensor, step: Tensor) -> Tensor:
+            calls.append(step)
+            return super().__call__(image_estimate, labels, step)
 
     found = block_caching.costs(["sampler.num_steps=2"], 1, guide=Counted())
     assert found["images_per_s"] > 0 and len(calls) == 2 * 3  # warm-up, timing, arithmetic
