@@ -311,8 +311,8 @@ def _theirs(study: Study, name: str, clock: Clock) -> Made:
     make = partial(
         baseline.make_images,
         module,
-        num_steps=config.sampler.num_steps,
-        guidance_scale=config.sampler.guidance_scale,
+        num_steps=config.sampler.steps,
+        guidance_scale=config.sampler.scale,
     )
     setup: dict[str, Any] = clock.state_dict()
     most = min(study.num_images, max(baseline.BATCHES))

@@ -6,7 +6,8 @@ import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from dmkd_fast.config.loading import MAX_CLASSES, Fraction, Section, Switch, shown
 from dmkd_fast.runtime.errors import invalid
@@ -18,7 +19,21 @@ FIDELITY: dict[str, dict[str, Any]] = {
     "high": {"num_steps": 32, "solver": "dpm++2m", "guidance_scale": 2.0},
 }
 
+_Steps = Annotated[int, Field(ge=1, le=1000)]
 _Scale = Annotated[float, Field(ge=1, le=1000)]
+NUM_STEPS, GUIDANCE_SCALE = 8, 1.5
+
+
+def _auto_or(kind: str) -> BeforeValidator:
+    """Accept auto, or a number whose range the type states, with one message for both."""
+
+    def check(value: Any) -> Any:
+        wanted = int if kind == "integer" else int | float
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, wanted)):
+            raise PydanticCustomError("auto", f"auto or a valid {kind}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class BlockCacheConfig(Section):
@@ -44,14 +59,17 @@ class SamplerConfig(Section):
 
     fidelity: Literal["low", "medium", "high"] | None = None
     """Preset of num_steps, solver and guidance_scale. Lower is cheaper."""
-    num_steps: int = Field(8, ge=1, le=1000)
-    """Denoising steps per image."""
+    num_steps: Annotated[_Steps | Literal["auto"], _auto_or("integer")] = "auto"
+    """Denoising steps per image. auto: the number that the model was distilled to; that of the
+    model's pipeline in diffusers for other text-to-image models; 8 for all others."""
     solver: Literal[
         "auto", "ddpm", "ddim", "dpm++2m", "euler", "euler_ancestral", "consistency"
     ] = "auto"
     """Solver of a step. auto: that of the model's own scheduler."""
-    guidance_scale: _Scale = 1.5
-    """Scale of classifier-free guidance. 1: no guidance, at half the cost."""
+    guidance_scale: Annotated[_Scale | Literal["auto"], _auto_or("number")] = "auto"
+    """Scale of classifier-free guidance. 1: no guidance, at half the cost. auto: 1 for models that
+    have guidance folded in or take none; that of the model's pipeline in diffusers for other
+    text-to-image models; 1.5 for all others."""
     class_guidance: dict[str, _Scale] = Field({}, max_length=MAX_CLASSES)
     """Guidance scale of single classes or ranges of classes, for example {3: 1, 10-19: 2.5}. All
     images then cost as much as guided ones."""
@@ -97,6 +115,16 @@ class SamplerConfig(Section):
         if len(named) < len(values):
             raise ValueError("got a class twice, as 3 and '3', expected it once; remove one")
         return named
+
+    @property
+    def steps(self) -> int:
+        """`num_steps`; 8 as long as no denoiser has replaced "auto"."""
+        return self.num_steps if isinstance(self.num_steps, int) else NUM_STEPS
+
+    @property
+    def scale(self) -> float:
+        """`guidance_scale`; 1.5 as long as no denoiser has replaced "auto"."""
+        return GUIDANCE_SCALE if isinstance(self.guidance_scale, str) else self.guidance_scale
 
     @property
     def guidance_of_classes(self) -> dict[int, float]:

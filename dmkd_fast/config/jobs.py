@@ -309,8 +309,8 @@ class PretrainFewstepConfig(PretrainConfig):
                     got = getattr(given, name)
                     expected = "none, as it has no effect on a few-step denoiser's training"
                     raise invalid(f"{section}.{name}", got, expected, "remove it")
-        if self.sampler.num_steps % self.num_steps:
-            expected = f"a divisor of sampler.num_steps={self.sampler.num_steps}"
+        if self.sampler.steps % self.num_steps:
+            expected = f"a divisor of sampler.num_steps={self.sampler.steps}"
             raise invalid("num_steps", self.num_steps, expected, "change one of the two")
         if self.pool_images * self.num_steps % self.train.batch_size:
             expected = f"a divisor of pool_images * num_steps={self.pool_images * self.num_steps}"

@@ -61,6 +61,10 @@ class Denoiser:
     """Embeddings of the prompts, where the module has only those of a micro-batch."""
     takes_guidance: bool = False
     """Whether the module has a fourth input, the guidance scales (B,)."""
+    num_steps: int = 8
+    """Steps of its images, where a job names no number."""
+    guidance_scale: float = 1.5
+    """Guidance scale of its images, where a job names none and the model can be guided."""
     license: str = "unknown"
     """License of the weights, as their model card states it."""
 
@@ -71,6 +75,8 @@ class Denoiser:
         if math.prod(checks.image_shape(self.latent_shape, name="latent_shape")) > MOST_LATENTS:
             raise invalid("latent_shape", self.latent_shape, f"at most {MOST_LATENTS:,} numbers")
         checks.whole("num_classes", self.num_classes, low=1)
+        checks.whole("num_steps", self.num_steps, low=1)
+        checks.number("guidance_scale", self.guidance_scale, low=1)
         if self.null_class is not None:
             checks.whole("null_class", self.null_class)
         if self.class_map is not None:
@@ -105,6 +111,19 @@ class Denoiser:
             prompts=prompts,
             num_prompts=tuple(counts),
         )
+
+    @property
+    def own_steps(self) -> int:
+        """Steps of its images, where a job names no number."""
+        distilled = self.scheduler.get("distilled_steps")
+        return distilled if isinstance(distilled, int) else self.num_steps
+
+    @property
+    def own_guidance_scale(self) -> float:
+        """Guidance scale of its images, where a job names none; 1 if it cannot be guided."""
+        can = self.takes_guidance or self.null_class is not None or self.weak is not None
+        is_folded_in = "distilled_guidance_scale" in self.scheduler
+        return self.guidance_scale if can and not is_folded_in else 1.0
 
     def restricted(self, class_map: tuple[int, ...]) -> Denoiser:
         """Return the same model for a job with some of its classes, in job order.

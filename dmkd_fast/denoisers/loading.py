@@ -34,9 +34,10 @@ def load_denoiser(
     decoder: Path | None = None,
     null_class: int | None = None,
     image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
     lean: bool = True,
 ) -> Denoiser:
-    """Load a diffusion model in diffusers format, float32 and frozen.
+    """Load a diffusion model in diffusers format, frozen.
 
     Args:
         folder: Folder with `scheduler/` and a network of one of the `families` in `transformer/` or
@@ -47,6 +48,8 @@ def load_denoiser(
         null_class: Class that stood for dropped labels when a UNet was trained, which its files do
             not record. The model then has one class less.
         image_size: Side of the images in pixels, for text-to-image models; None: that of the model.
+        dtype: Dtype of the weights of a text-to-image model, so that no float32 copy of a large one
+            is made. All other networks are float32.
         lean: Whether to replace a DiT by a faster module for inference; False keeps diffusers'
             module, which is trainable.
 
@@ -81,6 +84,7 @@ def load_denoiser(
         device=device,
         prompts=tuple(prompts or ()),
         image_size=image_size,
+        dtype=dtype,
         lean=lean,
     )
     denoiser = family.load(model)

@@ -52,13 +52,16 @@ def check_config(
         raise UserError(f"{path}: a trial call failed: {one_line(error)}; fetch it again") from None
 
 
-def load_network(name: str, folder: Path, trial: Callable[[Any], object]) -> Any:
+def load_network(
+    name: str, folder: Path, trial: Callable[[Any], object], dtype: torch.dtype = torch.float32
+) -> Any:
     """Load a network of diffusers from safetensors files that fit it exactly.
 
     Args:
         name: Name of its class.
         folder: Folder with config.json and the weights.
         trial: Function that calls the network once, as in `check_config`.
+        dtype: Dtype of the weights.
 
     Raises:
         UserError: A file is missing or damaged, or does not fit the config.
@@ -74,6 +77,7 @@ def load_network(name: str, folder: Path, trial: Callable[[Any], object]) -> Any
             low_cpu_mem_usage=False,
             output_loading_info=True,
             variant=variant,
+            torch_dtype=dtype,
         )
     except Exception as error:  # diffusers and safetensors raise many kinds of errors
         raise UserError(f"{folder}: {one_line(error)}; fetch or save it again") from None

@@ -148,12 +148,14 @@ def make_sampler(
 ) -> DiffusionSampler:
     """Build the sampler for the start of a run, or for a later phase."""
     config = job.config.sampler
-    scheduled = config if phase is None else phase
+    count, scale = config.steps, config.scale
+    if phase is not None:
+        count, scale = phase.num_steps, phase.guidance_scale
     cache = None
     if config.block_cache is not None:
         cache = BlockCache(**config.block_cache.model_dump())
     guidance = Guidance(
-        scale=scheduled.guidance_scale,
+        scale=scale,
         by_class=config.guidance_of_classes,
         interval=config.guidance_interval,
         channels=config.guidance_channels,
@@ -162,7 +164,7 @@ def make_sampler(
     with named_as_settings():
         return DiffusionSampler(
             denoiser,
-            Steps(count=scheduled.num_steps, solver=config.solver, block_cache=cache),
+            Steps(count=count, solver=config.solver, block_cache=cache),
             guidance,
             micro_batch_images=config.micro_batch_images,
             dtype=job.dtype,

@@ -190,7 +190,7 @@ def _prepare(
         config.teachers, temperature=config.loss.temperature, device=device
     )
     known = job_class_names(config, teachers.class_names["teacher"])
-    denoiser = open_denoiser(config.denoiser, device, known)
+    denoiser = open_denoiser(config.denoiser, device, job.dtype, known)
     job = resolve_images(job, denoiser)
     config = job.config
     assert config.denoiser is not None

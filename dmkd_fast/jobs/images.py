@@ -52,13 +52,17 @@ class OpenSource:
 
 
 def open_denoiser(
-    config: DenoiserConfig | None, device: torch.device, class_names: Sequence[str] = ()
+    config: DenoiserConfig | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    class_names: Sequence[str] = (),
 ) -> Denoiser:
     """Load the diffusion model that a config names; one on the Hub is downloaded first.
 
     Args:
         config: Section `denoiser` of the config.
         device: Device of the modules.
+        dtype: Compute dtype of the job; see `load_denoiser`.
         class_names: Class names of the job, for prompts.
     """
     assert config is not None  # DistillConfig has a denoiser or a source.
@@ -71,6 +75,7 @@ def open_denoiser(
         prompts=None if prompts is None else [prompt for some in prompts for prompt in some],
         null_class=config.null_class,
         image_size=config.image_size,
+        dtype=dtype,
     )
     loaded = load(folder, decoder=decoder)
     if config.weak is not None:
@@ -266,7 +271,7 @@ def named_as_settings() -> Iterator[None]:
 
 def _steps(config: SamplerConfig) -> str:
     """Describe steps and guidance of every phase."""
-    text = f"{config.num_steps} steps, guidance {config.guidance_scale:g}"
+    text = f"{config.steps} steps, guidance {config.scale:g}"
     for phase in config.phases:
         text += f"; from {phase.start:.0%} of the run {phase.num_steps}, {phase.guidance_scale:g}"
     for classes, scale in config.class_guidance.items():

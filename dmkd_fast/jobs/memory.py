@@ -133,7 +133,7 @@ def _prompt_bytes(
     if not isinstance(images, Denoiser) or not hasattr(images.module, "prompts"):
         return {}
     if images.bank is not None:
-        count = images.bank.row_bytes // 4 * (micro_batch_images + 1)
+        count = images.bank.numbers_per_prompt * (micro_batch_images + 1)
     else:
         count = sum(table.numel() for table in images.module.buffers(recurse=False))
     return {"prompts": compute.itemsize * count}

@@ -56,7 +56,7 @@ def load_parts(job: ResolvedJob) -> Parts:
     images: Denoiser | OpenSource
     if config.source is None:
         known = job_class_names(config, teachers.class_names["teacher"])
-        images = open_denoiser(config.denoiser, device, known)
+        images = open_denoiser(config.denoiser, device, job.dtype, known)
         num_classes = images.num_classes
     # A class_map states the order of the classes, so that other names are compared, not mapped.
     names = () if config.teacher.class_map else teachers.class_names["teacher"]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from dmkd_fast.config.generator import SamplerConfig
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.denoisers.denoiser import Denoiser
@@ -96,7 +97,8 @@ def resolve_images(job: ResolvedJob, images: Denoiser | OpenSource) -> ResolvedJ
     else:
         with named_as_settings():
             solver = choose_solver(images.scheduler, config.sampler.solver)
-        changes = {"sampler": {"solver": solver, "attention": _choose_attention(job, images)}}
+        sampler = {"solver": solver, "attention": _choose_attention(job, images)}
+        changes = {"sampler": sampler | _own_steps(config.sampler, images)}
     return replace(job, config=load_config(DistillConfig, config, changes))
 
 
@@ -125,6 +127,12 @@ def compiles(
             name, f"true without {lacks}", "false or auto", f"install it or set {name}=auto"
         )
     return setting
+
+
+def _own_steps(config: SamplerConfig, denoiser: Denoiser) -> dict[str, Any]:
+    """Return the steps and the guidance that a denoiser asks for, where the config says auto."""
+    own = {"num_steps": denoiser.own_steps, "guidance_scale": denoiser.own_guidance_scale}
+    return {name: value for name, value in own.items() if getattr(config, name) == "auto"}
 
 
 def _choose_attention(job: ResolvedJob, denoiser: Denoiser) -> str:

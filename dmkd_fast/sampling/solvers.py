@@ -18,6 +18,7 @@ et al., consistency models (arXiv 2303.01469), algorithm 1 and appendix C.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -107,7 +108,7 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
     if scheduler["_class_name"] == FLOW:
         columns, initial_scale, clip = _flow(scheduler, count, trained, solver == "dpm++2m")
     else:
-        build = {
+        build: dict[str, Callable[[Scheduler, int, int], Built]] = {
             "ddpm": _ddpm,
             "ddim": _ddim,
             "dpm++2m": _dpm,

@@ -170,13 +170,13 @@ def test_a_config_with_a_template_opens_a_model_of_as_many_classes(folder: Path)
     assert load_config(
         DistillConfig, CONFIG, [*SHORT, "denoiser.prompts='a {name}'"]
     ).denoiser.prompts == ("a {name}",)
-    opened = open_denoiser(config, CPU, NAMES)
+    opened = open_denoiser(config, CPU, class_names=NAMES)
     assert (opened.num_classes, opened.num_prompts, opened.null_class) == (2, (2, 2), 4)
     assert opened.prompts[2:] == ("a dog, oil", "a dog, ink")
-    chosen = open_denoiser(config.model_copy(update={"class_map": (1,)}), CPU, NAMES)
+    chosen = open_denoiser(config.model_copy(update={"class_map": (1,)}), CPU, class_names=NAMES)
     assert chosen.prompts == ("a dog, oil", "a dog, ink") and chosen.num_classes == 1
     with pytest.raises(UserError, match=r"denoiser.class_map: got .* those with prompts"):
-        open_denoiser(config.model_copy(update={"class_map": (2,)}), CPU, NAMES)
+        open_denoiser(config.model_copy(update={"class_map": (2,)}), CPU, class_names=NAMES)
 
 
 def test_a_bank_gives_the_same_images(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
 from small_jobs import sampler_from
+from small_models import stable_diffusion
 from text_models import PROMPTS, flux, packed, sd3, sdxl
 from torch import Tensor
 
@@ -298,3 +299,74 @@ def test_no_encoder_is_alive_while_images_are_made(
         assert torch.equal(a, b)
     load_denoiser(tmp_path, CPU, prompts=["a house"], image_size=SIZES[family])
     assert len(alive) == 2 * made  # other prompts are encoded
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_parts_that_name_code_are_refused(tmp_path: Path, family: str) -> None:
+    BUILD[family](tmp_path)
+    for part in sorted(p for p in tmp_path.iterdir() if p.name.startswith(("text_", "token"))):
+        config = part / ("tokenizer_config.json" if "tokenizer" in part.name else "config.json")
+        before = config.read_text()
+        for key, value in (
+            ("auto_map", {"AutoModel": "evil.Model"}),
+            ("vocab_file", "/etc/passwd"),
+        ):
+            edit(config, **{key: value})
+            with pytest.raises(UserError, match="auto_map|/etc/passwd"):
+                load_denoiser(tmp_path, CPU, prompts=PROMPTS, image_size=SIZES[family])
+            config.write_text(before)
+
+
+def test_weights_may_be_loaded_in_the_dtype_of_the_job(tmp_path: Path) -> None:
+    sdxl(tmp_path, diffusers.EulerDiscreteScheduler(**SDXL_BASE))
+    whole = load_denoiser(tmp_path, CPU, prompts=PROMPTS)
+    half = load_denoiser(tmp_path, CPU, prompts=PROMPTS, dtype=torch.bfloat16)
+    for a, b in zip(whole.module.parameters(), half.module.parameters(), strict=True):
+        assert b.dtype == torch.bfloat16 and torch.equal(a.bfloat16(), b)
+
+
+def test_a_damaged_file_of_the_cache_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sdxl(tmp_path / "model", diffusers.EulerDiscreteScheduler(**SDXL_BASE))
+    first = load_denoiser(tmp_path / "model", CPU, prompts=PROMPTS)
+    kept = sorted((tmp_path / "cache").rglob("prompts-*.safetensors"))
+    assert len(kept) == 2
+    whole = [path.read_bytes() for path in kept]
+    for path, data in zip(kept, whole, strict=True):
+        path.write_bytes(data[:-9])
+    second = load_denoiser(tmp_path / "model", CPU, prompts=PROMPTS)
+    assert torch.equal(first.module.prompts, second.module.prompts)  # type: ignore[arg-type]
+    assert [path.read_bytes() for path in kept] == whole
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept[0]))  # a file, so that nothing can be kept
+    load_denoiser(tmp_path / "model", CPU, prompts=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("build", "own"),
+    [
+        (BUILD["sdxl"], (50, 5.0)),
+        (BUILD["sd3"], (28, 7.0)),
+        (BUILD["flux"], (28, 3.5)),
+        (
+            lambda path: sdxl(path, diffusers.EulerAncestralDiscreteScheduler(**SDXL_TURBO)),
+            (4, 1.0),
+        ),
+        (
+            lambda path: flux(
+                path, diffusers.FlowMatchEulerDiscreteScheduler(), guidance_embeds=False
+            ),
+            (4, 1.0),
+        ),
+        (lambda path: stable_diffusion(path, diffusers.PNDMScheduler()), (50, 7.5)),
+    ],
+    ids=["sdxl", "sd3", "dev", "turbo", "schnell", "sd"],
+)
+def test_steps_and_guidance_are_those_of_the_model(
+    tmp_path: Path, build: Callable[[Path], Any], own: tuple[int, float]
+) -> None:
+    build(tmp_path)
+    size = 16 if (tmp_path / "transformer").is_dir() else None
+    loaded = load_denoiser(tmp_path, CPU, prompts=PROMPTS, image_size=size)
+    assert (loaded.own_steps, loaded.own_guidance_scale) == own

@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import torch
 from small_models import class_unet_folder, dit_folder, stable_diffusion
+from text_models import flux, sd3, sdxl
 
 from dmkd_fast import DiffusionSampler, Steps, load_denoiser
 
@@ -57,7 +58,20 @@ def folders(root: Path) -> dict[str, dict[str, Any]]:
     class_unet_folder(root / "unet", diffusers.DDPMScheduler())
     class_unet_folder(root / "consistency", diffusers.CMStochasticIterativeScheduler())
     stable_diffusion(root / "text", diffusers.DPMSolverMultistepScheduler())
-    return {"dit": {}, "unet": {}, "consistency": {}, "text": {"prompts": ["a cat", "a dog"]}}
+    sdxl(root / "sdxl", diffusers.EulerDiscreteScheduler())
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    sd3(root / "sd3", flow)
+    flux(root / "flux", flow, guidance_embeds=True)
+    text = {"prompts": ["a cat", "a dog"]}
+    return {
+        "dit": {},
+        "unet": {},
+        "consistency": {},
+        "text": text,
+        "sdxl": text,
+        "sd3": text,
+        "flux": text | {"image_size": 16},
+    }
 
 
 def mutate(config: Any, pick: random.Random) -> str:

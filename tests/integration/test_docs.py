@@ -56,11 +56,13 @@ def names_of(kind: Any, prefix: str = "") -> list[str]:
 
 
 def test_a_description_has_type_default_range_and_text() -> None:
-    (setting,) = reference_module.describe("distill", "sampler.num_steps")
+    (setting,) = reference_module.describe("distill", "eval.num_points")
     assert str(setting).splitlines() == [
-        "sampler.num_steps: integer, default 8, 1 to 1,000",
-        "    Denoising steps per image.",
+        "eval.num_points: integer, default 8, 1 to 10,000",
+        "    Number of evaluations during a run, the last one included.",
     ]
+    (setting,) = reference_module.describe("distill", "sampler.num_steps")
+    assert setting.facts == "integer or `auto`, default `auto`, 1 to 1,000"
 
 
 def test_config_verb_prints_a_section_and_names_the_nearest_setting(

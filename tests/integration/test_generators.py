@@ -29,6 +29,7 @@ from dmkd_fast.jobs.parts import prepare
 
 pytestmark = pytest.mark.slow
 TEXT = {"denoiser.prompts": PROMPTS}
+OWN_STEPS = {"sampler.num_steps": "auto", "sampler.guidance_scale": "auto"}
 FLOW = {"shift": 3.0}
 GENERATORS: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "DiT": (dit_folder, {"denoiser.class_map": [3, 1, 4, 2]}),
@@ -38,7 +39,7 @@ GENERATORS: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
         lambda path: sdxl(
             path, diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing")
         ),
-        TEXT | {"sampler.num_steps": 1, "sampler.guidance_scale": 1},
+        TEXT | OWN_STEPS,
     ),
     "Stable Diffusion 3": (
         lambda path: sd3(path, diffusers.FlowMatchEulerDiscreteScheduler(**FLOW)),
@@ -46,7 +47,7 @@ GENERATORS: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     ),
     "FLUX.1 schnell": (
         lambda path: flux(path, diffusers.FlowMatchEulerDiscreteScheduler(), guidance_embeds=False),
-        TEXT | {"denoiser.image_size": 16, "sampler.guidance_scale": 1},
+        TEXT | OWN_STEPS | {"denoiser.image_size": 16},
     ),
     "FLUX.1 dev": (
         lambda path: flux(
@@ -107,6 +108,8 @@ def test_a_family_generates_and_teaches(
     resolved, parts = prepare(load_config(DistillConfig, config))
     denoiser = parts.origin
     assert isinstance(denoiser, Denoiser) and denoiser.image_shape == (3, 16, 16)
+    if "sampler.num_steps" in changes:  # both were distilled to four steps without guidance
+        assert (resolved.config.sampler.num_steps, resolved.config.sampler.guidance_scale) == (4, 1)
     plan = memory.plan(resolved, parts)
     modules = [module for module in (denoiser.module, denoiser.decoder) if module is not None]
     assert plan["denoiser"] == 4 * sum(p.numel() for m in modules for p in m.parameters())

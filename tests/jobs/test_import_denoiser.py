@@ -16,6 +16,7 @@ from command_line import one_line
 from safetensors.torch import load_file, save_file
 from small_jobs import ROOT
 from small_models import VAE, class_unet_folder, dit_folder, spread, stable_diffusion
+from text_models import PROMPTS, sdxl
 from torch import Tensor
 
 from dmkd_fast import assets, cli
@@ -75,6 +76,17 @@ def test_dit_xl_2_in_the_published_layout_makes_the_same_images(
     again = load_denoiser(dit_folder(tmp_path / "same"), CPU).module.state_dict()
     for name, value in load_denoiser(tmp_path / "out", CPU).module.state_dict().items():
         assert torch.equal(value, again[name])
+
+
+def test_all_encoders_of_a_text_model_are_rewritten(tmp_path: Path) -> None:
+    source = tmp_path / "published"
+    sdxl(source, diffusers.EulerDiscreteScheduler())
+    expected = load_denoiser(source, CPU, prompts=PROMPTS).module.state_dict()
+    imported(pickled(source), tmp_path / "out")
+    for name, value in (
+        load_denoiser(tmp_path / "out", CPU, prompts=PROMPTS).module.state_dict().items()
+    ):
+        assert torch.equal(value, expected[name])
 
 
 def test_the_papers_decoder_and_schedule_are_put_in(tmp_path: Path) -> None:

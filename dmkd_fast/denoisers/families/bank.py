@@ -34,9 +34,9 @@ class PromptBank:
             setattr(module, name, nn.Buffer(table[-1:].clone()))
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one prompt in float32."""
-        return sum(table[0].nbytes for table in self.tables.values())
+    def numbers_per_prompt(self) -> int:
+        """How many numbers the embeddings of one prompt are."""
+        return sum(table[0].numel() for table in self.tables.values())
 
     def resize(self, count: int) -> None:
         """Give the module room for `count` prompts, before the last row of the tables."""

@@ -36,6 +36,8 @@ class ModelFolder:
     """One prompt per class, for text-to-image models."""
     image_size: int | None = None
     """Wanted side of the images, for models that make any size; None: that of the config."""
+    dtype: torch.dtype = torch.float32
+    """Dtype of the weights of text-to-image models, which are large."""
     lean: bool = True
     """Whether a DiT becomes the faster module for inference."""
 
@@ -92,7 +94,8 @@ class ModelFolder:
 
     def load(self, name: str, trial: Callable[[Any], object]) -> Any:
         """Load the denoiser as a class of diffusers; the arguments are those of `load_network`."""
-        return load_network(name, self.path / self.part, trial)
+        dtype = self.dtype if self.prompts else torch.float32
+        return load_network(name, self.path / self.part, trial, dtype)
 
     def encode(self, encoder: TextEncoder) -> dict[str, Tensor]:
         """Encode the prompts, and the empty one as the last row; see `families.text.encode`."""

@@ -106,4 +106,6 @@ def load(model: ModelFolder) -> Denoiser:
         num_classes=len(model.prompts),
         null_class=len(model.prompts),
         latent_shape=shape,
+        num_steps=28,  # as diffusers' pipeline
+        guidance_scale=7.0,
     )

@@ -14,7 +14,7 @@ from dmkd_fast.denoisers.config_values import whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.denoisers.families.text import TextEncoder
-from dmkd_fast.denoisers.families.text_unet import TextUNet, guidance_width
+from dmkd_fast.denoisers.families.text_unet import TextUNet, guidance_width, own_settings
 
 ENCODERS = (
     TextEncoder(outputs=("penultimate",)),
@@ -82,4 +82,5 @@ def load(model: ModelFolder) -> Denoiser:
         null_class=len(model.prompts),
         latent_shape=shape,
         takes_guidance=guidance is not None,
+        **own_settings(model, 5.0),
     )

@@ -82,7 +82,26 @@ def load(model: ModelFolder) -> Denoiser:
         null_class=len(model.prompts),
         latent_shape=shape,
         takes_guidance=guidance is not None,
+        **own_settings(model, 7.5),
     )
+
+
+def own_settings(model: ModelFolder, guidance_scale: float) -> dict[str, Any]:
+    """Return `num_steps` and `guidance_scale` of a UNet with prompts.
+
+    Models distilled to few steps (SD-Turbo, SDXL-Turbo) are published with Euler steps of trailing
+    timesteps. Their guidance is folded in. For others, diffusers' pipelines take 50 steps.
+
+    Args:
+        model: Folder of the model.
+        guidance_scale: Scale of a model that is not distilled.
+    """
+    config = model.scheduler
+    is_euler = str(config.get("_class_name")).startswith("Euler")
+    is_noise = config.get("prediction_type", "epsilon") == "epsilon"
+    if is_euler and is_noise and config.get("timestep_spacing") == "trailing":
+        return {"num_steps": 4, "guidance_scale": 1.0}
+    return {"num_steps": 50, "guidance_scale": guidance_scale}
 
 
 def guidance_width(model: ModelFolder) -> int | None:

@@ -29,8 +29,9 @@ from dmkd_fast.runtime.model_files import CONFIG, PICKLES, WEIGHTS, check_plain,
 
 # Parts with weights, by the names of their files: pickled, and as safetensors.
 _NETWORKS = dict.fromkeys(("transformer", "unet", "vae"), (STEM, f"{STEM}.safetensors"))
-_NETWORKS["text_encoder"] = ("pytorch_model", WEIGHTS)
-_PARTS = (*_NETWORKS, "scheduler", "tokenizer")
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_NETWORKS |= dict.fromkeys(_ENCODERS, ("pytorch_model", WEIGHTS))
+_PARTS = (*_NETWORKS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 _INDEX, _SCHEDULER = "model_index.json", "scheduler_config.json"
 _TEXTS = (".json", ".txt", ".model")
 

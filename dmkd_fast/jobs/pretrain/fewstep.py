@@ -97,7 +97,7 @@ def pretrain_fewstep(
         scheduler = {
             **start.scheduler,
             "distilled_steps": config.num_steps,
-            "distilled_guidance_scale": config.sampler.guidance_scale,
+            "distilled_guidance_scale": config.sampler.scale,
         }
         with loop.results(folder) as target:
             save_denoiser(average.module.dit, scheduler, target)
@@ -124,12 +124,12 @@ class Pool:
         config, device, self.display = job.config, job.device, job.display
         self.size, self.num_steps, self.device = config.pool_images, config.num_steps, device
         self.num_classes = start.num_classes
-        self.stride = config.sampler.num_steps // config.num_steps
+        self.stride = config.sampler.steps // config.num_steps
         shape = start.latent_shape
         self.sampler = DiffusionSampler(
             start,
-            Steps(count=config.sampler.num_steps, solver=config.sampler.solver),
-            Guidance(scale=config.sampler.guidance_scale),
+            Steps(count=config.sampler.steps, solver=config.sampler.solver),
+            Guidance(scale=config.sampler.scale),
             micro_batch_images=config.sampler.micro_batch_images,
             dtype=job.dtype,
             device=device,
@@ -139,7 +139,7 @@ class Pool:
         states = {"pool_images": 2 * (config.num_steps + 1) * self.size * math.prod(shape)}
         memory.check_fits(states, available_bytes(device))
         shift = float(start.scheduler.get("shift", 1.0))
-        self.sigmas = flow_sigmas(config.sampler.num_steps, shift)[:: self.stride].float()
+        self.sigmas = flow_sigmas(config.sampler.steps, shift)[:: self.stride].float()
         self.sigmas = self.sigmas.to(device)
         self._states = torch.empty(config.num_steps + 1, self.size, *shape, dtype=torch.float16)
         self._states = self._states.to(device)
@@ -201,7 +201,7 @@ def _compare(
     untrained = DiffusionSampler(
         start,
         Steps(count=config.num_steps, solver=config.sampler.solver),
-        Guidance(scale=config.sampler.guidance_scale),
+        Guidance(scale=config.sampler.scale),
         **shared,
     )
     facts = {}

@@ -99,7 +99,7 @@ def predict(
     grids = GRID_STEPS * (1 + 2 + 2) * GRID_IMAGES * num_classes
     per_pool = fewstep.pool_images * fewstep.num_steps * fewstep.reuse
     pools = math.ceil(fewstep.train.num_views / per_pool)
-    made = pools * fewstep.pool_images * fewstep.sampler.num_steps * 2  # with guidance
+    made = pools * fewstep.pool_images * fewstep.sampler.steps * 2  # with guidance
     ring = distill.ring
     images = distill.train.num_views / ring.samples_per_insert + ring.min_fill_images
     taught = networks[distill.name][0] + networks[teacher.name][1]
@@ -107,7 +107,7 @@ def predict(
         "teacher": START_S + steps(teacher) * networks[teacher.name][0],
         "denoiser": START_S + steps(denoiser) * dit_step + grids * forward,
         "fewstep": START_S + steps(fewstep) * dit_step + made * forward,
-        "distill": START_S + steps(distill) * taught + images * distill.sampler.num_steps * forward,
+        "distill": START_S + steps(distill) * taught + images * distill.sampler.steps * forward,
     }
 
 
