@@ -93,9 +93,10 @@ class EntropyGuide:
         with torch.enable_grad():
             images = image_estimate.detach().requires_grad_()
             log_p = self.student(images.clamp(-1, 1)).log_softmax(dim=1)
-            gradient: Tensor
             (gradient,) = torch.autograd.grad(-(log_p.exp() * log_p).sum(), images)
-        return gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-6)[:, None, None, None]
+        length = gradient.flatten(1).norm(dim=1).clamp(min=1e-6)
+        direction: Tensor = gradient / length[:, None, None, None]
+        return direction
 
 
 def costs(overrides: list[str], n: int, *, guide: Guide | None = None) -> dict[str, Any]:
