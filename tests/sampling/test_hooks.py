@@ -150,6 +150,17 @@ def test_the_best_candidate_of_each_image_is_kept() -> None:
     assert torch.equal(alone[0], kept[5])
 
 
+def test_the_example_keeps_what_the_teacher_takes_for_its_class() -> None:
+    teacher = student().eval()
+    plain, chosen = stream(None), stream(of_docs("teachers_choice")(teacher))
+    ids, labels = plain.next_block(64)
+    sure = [
+        teacher(written(images, ids, labels).float() / 127.5 - 1).softmax(1)[ids, labels].mean()
+        for images in (plain, chosen)
+    ]
+    assert sure[1] > sure[0]
+
+
 def test_select_replaces_the_choice_of_the_best() -> None:
     def dimmest(images: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
         assert images.shape == (8, 3, 1, 8, 8) and scores.shape == (8, 3) and len(labels) == 8
