@@ -7,6 +7,10 @@ import sys
 
 # Name: module, help.
 NAMES = {
+    "block-caching": (
+        "findings.block_caching",
+        "blocks reused and steps guided: images/s, arithmetic, distance, student (5 seeds)",
+    ),
     "cost": ("parts.cost", "how time and memory grow with batch, capacity, image size and ranks"),
     "cuda-facts": (
         "parts.cuda_facts",

@@ -19,8 +19,10 @@ from typing import Any
 
 from benchmarks import provenance
 from benchmarks.__main__ import NAMES
+from benchmarks.findings.generator_tables import GENERATOR_TABLES
 from benchmarks.findings.plots import draw
-from benchmarks.findings.tables import STUDY_TABLES, cell_of, nearest_table
+from benchmarks.findings.tables import STUDY_TABLES as FINDINGS
+from benchmarks.findings.tables import cell_of, nearest_table
 from benchmarks.harness import ROOT, read_rows
 from benchmarks.job.tables import JOB_TABLES
 from benchmarks.loss.tables import LOSS_TABLES
@@ -29,6 +31,7 @@ from benchmarks.parts.tables import PART_TABLES
 
 MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
+STUDY_TABLES = FINDINGS | GENERATOR_TABLES
 
 
 @dataclass(frozen=True, kw_only=True)

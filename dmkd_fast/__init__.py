@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dmkd_fast.runtime.errors import UserError
     from dmkd_fast.sampling.arguments import Guidance, Steps
     from dmkd_fast.sampling.generated import GeneratedImages
+    from dmkd_fast.sampling.hooks import Guide, Selection
     from dmkd_fast.sampling.labels import LabelStream
     from dmkd_fast.sampling.sampler import DiffusionSampler
     from dmkd_fast.training.distiller import Distiller
@@ -53,6 +54,7 @@ _HOMES = {
     "Distiller": "training.distiller",
     "EncodedSet": "data.test_sets",
     "Guidance": "sampling.arguments",
+    "Guide": "sampling.hooks",
     "GeneratedImages": "sampling.generated",
     "GeneratedLoader": "loader",
     "ImageSet": "data.test_sets",
@@ -63,6 +65,7 @@ _HOMES = {
     "RingBuffer": "ring.buffer",
     "RingPlan": "ring.plan",
     "Schedule": "training.schedule",
+    "Selection": "sampling.hooks",
     "Steps": "sampling.arguments",
     "StudentTrainer": "training.student",
     "Targets": "training.targets",
@@ -95,6 +98,7 @@ __all__ = [
     "GeneratedImages",
     "GeneratedLoader",
     "Guidance",
+    "Guide",
     "ImageSet",
     "InputSpec",
     "LabelStream",
@@ -103,6 +107,7 @@ __all__ = [
     "RingBuffer",
     "RingPlan",
     "Schedule",
+    "Selection",
     "Steps",
     "StudentTrainer",
     "Targets",

@@ -34,6 +34,7 @@ CELLS = {
     "reuse": ("how", "held_images"),
     "stored-teacher": ("arm",),
     "cost": ("axis", "value"),
+    "block-caching": ("arm",),
 }
 
 
@@ -74,20 +75,28 @@ class Grid:
 
     def difference(self, one: list[Any], other: list[Any]) -> str:
         """Mean of some cells less that of others, paired by the seeds that all of them have."""
-        cells = [self.by_seed[cell] for cell in (*one, *other)]
-        seeds = [seed for seed in cells[0] if all(seed in cell for cell in cells)]
-        if not seeds:
+        gaps = self.gaps(one, other)
+        if not gaps:
             return "no seed in common"
-        gaps = [
-            statistics.mean(self.by_seed[cell][seed] for cell in one)
-            - statistics.mean(self.by_seed[cell][seed] for cell in other)
-            for seed in seeds
-        ]
         gap = f"{statistics.mean(gaps):+.2f}"
         if len(gaps) == 1:
             return f"{gap} (1 seed)"
-        half = t_975(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
-        return f"{gap} ± {half:.2f} ({len(gaps)} seeds)"
+        return f"{gap} ± {self.half_of(gaps):.2f} ({len(gaps)} seeds)"
+
+    def gaps(self, one: list[Any], other: list[Any]) -> list[float]:
+        """Means of some cells less those of others, for each seed that all of them have."""
+        cells = [self.by_seed[cell] for cell in (*one, *other)]
+        return [
+            statistics.mean(self.by_seed[cell][seed] for cell in one)
+            - statistics.mean(self.by_seed[cell][seed] for cell in other)
+            for seed in cells[0]
+            if all(seed in cell for cell in cells)
+        ]
+
+    @staticmethod
+    def half_of(gaps: list[float]) -> float:
+        """Half of the 95 % interval of the mean of some differences."""
+        return t_975(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
 
     @property
     def seeds(self) -> str:
@@ -124,7 +133,7 @@ def finding_1(rows: list[Row]) -> str:
             f"{grid.difference(['diffusion'], ['real'])}. "
         )
     header = ["student sees", "top-1, %", "std", "seeds", "agreement with teacher, %"]
-    return table(header, body, note + _spent(rows))
+    return table(header, body, note + spent(rows))
 
 
 def finding_2(rows: list[Row]) -> str:
@@ -138,7 +147,7 @@ def finding_2(rows: list[Row]) -> str:
         f"a cell, {shown[0]['images']:,} images and {shown[0]['views']:,} views each. Differences "
         f"of means over a row or column, paired by seed: {_contrasts(grid, CONTRASTS)}. "
     )
-    return table(["guidance", *(f"{k} steps" for k in steps)], body, note + _spent(rows))
+    return table(["guidance", *(f"{k} steps" for k in steps)], body, note + spent(rows))
 
 
 def finding_2_quality(rows: list[Row]) -> str:
@@ -213,7 +222,7 @@ def finding_3(rows: list[Row]) -> str:
             )
     header = ["student", "teacher", *(f"T = {t:g}" for t in temperatures)]
     note = "Top-1 in %, ± 95 % interval (deviation pooled per student). " + " ".join(notes)
-    return table(header, body, f"{note} {_spent(rows)}")
+    return table(header, body, f"{note} {spent(rows)}")
 
 
 def reuse(rows: list[Row]) -> str:
@@ -244,7 +253,7 @@ def reuse(rows: list[Row]) -> str:
         f"{views:,} views, {grid.seeds} seeds a cell, ± 95 % interval (deviation pooled; "
         "differences paired by seed). "
     )
-    return table(header, body, note + _spent(rows))
+    return table(header, body, note + spent(rows))
 
 
 def stored_teacher(rows: list[Row]) -> str:
@@ -270,7 +279,7 @@ def stored_teacher(rows: list[Row]) -> str:
         f"{shown[0]['images']:,} images, {shown[0]['views']:,} views a student, {grid.seeds} seeds "
         "an arm, ± 95 % interval (deviation pooled; differences paired by seed). "
     )
-    return table(header, body, note + _spent(rows))
+    return table(header, body, note + spent(rows))
 
 
 def images_in_memory(row: Row) -> int:
@@ -354,7 +363,7 @@ def _axes(rows: list[Row], name: str) -> list[Any]:
     return sorted({row[name] for row in rows})
 
 
-def _spent(rows: list[Row]) -> str:
+def spent(rows: list[Row]) -> str:
     """Return the cost of students and of recorded images, and the machine."""
     seconds = sum(row.get("cpu_s", 0.0) for row in rows)
     stamp = rows[-1]["environment"]

@@ -36,6 +36,24 @@ def _auto_or(kind: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+class BlockCacheConfig(Section):
+    """Which blocks of a DiT are reused at which steps."""
+
+    every: int = Field(2, ge=2, le=1000)
+    """The blocks are computed at one step of this many, and reused at the others."""
+    blocks: tuple[Fraction, Fraction] = (0.2, 0.8)
+    """Blocks between these fractions of the depth are reused."""
+    steps: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Blocks are reused between these fractions of the steps."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> BlockCacheConfig:
+        for name, (start, stop) in (("blocks", self.blocks), ("steps", self.steps)):
+            if start >= stop:
+                raise ValueError(f"{name}: got [{start}, {stop}], expected start < stop")
+        return self
+
+
 class SamplerConfig(Section):
     """How images are generated."""
 
@@ -59,6 +77,9 @@ class SamplerConfig(Section):
     """Guidance is applied between these fractions of the steps. A step outside costs half."""
     guidance_channels: int | None = Field(None, ge=1, le=1024)
     """Guide only the first channels (3 in the original DiT code). null: all channels."""
+    block_cache: BlockCacheConfig | None = None
+    """Blocks of a DiT that are reused at some steps, which is cheaper and changes the images.
+    null: every step computes all blocks."""
     attention: Literal["auto", "xformers", "sdpa", "short"] = "auto"
     """Attention of DiTs. auto: by capability (xFormers on CUDA where possible, otherwise PyTorch's;
     short sequences on a CPU use the package's own)."""
@@ -114,6 +135,12 @@ class SamplerConfig(Section):
         return {
             label: scale for key, scale in self.class_guidance.items() for label in _classes_in(key)
         }
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any phase or class has a guidance scale other than 1."""
+        scales = {self.guidance_scale, *self.class_guidance.values()}
+        return scales | {phase.guidance_scale for phase in self.phases} != {1}
 
     @model_validator(mode="after")
     def _class_guidance(self) -> SamplerConfig:

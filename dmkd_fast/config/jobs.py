@@ -124,6 +124,9 @@ class DistillConfig(RunConfig):
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig
+    hooks: tuple[Annotated[str, Field(max_length=1000)], ...] = Field((), max_length=10)
+    """Names of the objects that dmkd_fast.distill got as `guide` and `selection`. A run records
+    them, and its config is refused where the objects are missing."""
 
     @property
     def block_images(self) -> int:
@@ -178,6 +181,9 @@ class DistillConfig(RunConfig):
         if self.source is not None and ring.overlap:
             expected = "false, as images on disk are only read"
             raise invalid("ring.overlap", "true with a source", expected, "remove it")
+        if self.denoiser is not None and self.denoiser.weak and not self.sampler.is_guided:
+            fix = "raise sampler.guidance_scale or remove the weak model"
+            raise invalid("denoiser.weak", "a model with guidance_scale=1", "guidance", fix)
         if ring.overlap and self.sampler.phases:
             got = "true with sampler.phases"
             expected = "false, as a block made ahead would be of the phase before"
@@ -277,7 +283,19 @@ class PretrainFewstepConfig(PretrainConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainFewstepConfig:
         for section, names in (
-            ("denoiser", ("prompts", "decoder", "image_size", "class_map")),
+            (
+                "denoiser",
+                (
+                    "prompts",
+                    "prompt_attributes",
+                    "captions",
+                    "decoder",
+                    "decoder_tile",
+                    "weak",
+                    "image_size",
+                    "class_map",
+                ),
+            ),
             (
                 "sampler",
                 (
@@ -285,6 +303,7 @@ class PretrainFewstepConfig(PretrainConfig):
                     "class_guidance",
                     "guidance_interval",
                     "guidance_channels",
+                    "block_cache",
                     "attention",
                     "experimental_fp8",
                 ),

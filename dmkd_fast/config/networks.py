@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dmkd_fast.config.loading import MAX_CLASSES, ClassMap, PathText, Section
+from dmkd_fast.runtime.errors import invalid
 
 _Prompt = Annotated[str, Field(max_length=10_000)]
 
@@ -20,9 +21,25 @@ class DenoiserConfig(Section):
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     """Commit of an `hf-hub:` path, 40 hexadecimal digits."""
     prompts: tuple[_Prompt, ...] | None = Field(None, max_length=MAX_CLASSES)
-    """One prompt per class. For text-to-image models only."""
+    """One prompt per class, or prompts with `{name}`, each for every class, such as
+    ["a photo of a {name}, {style}"]. For text-to-image models only."""
+    prompt_attributes: dict[str, Annotated[tuple[_Prompt, ...], Field(min_length=1)]] = Field(
+        {}, max_length=20
+    )
+    """Values for further places in the prompts, such as {style: [oil painting, snapshot]}. A prompt
+    stands for all combinations; which one an image has is a function of (seed, id)."""
+    captions: PathText | None = None
+    """JSON file of several prompts per class, a list of lists or an object by class name, in place
+    of prompts."""
     decoder: PathText | None = None
     """Path of another autoencoder that decodes the latents, such as an AutoencoderTiny."""
+    decoder_tile: int | None = Field(None, ge=64, le=2**16)
+    """Side in pixels of the overlapping tiles in which larger images are decoded, to save memory.
+    null: whole images."""
+    weak: PathText | None = None
+    """Directory of a weaker model of the same latents and classes, such as a smaller one, or one
+    that was trained for less time. Guidance then steers away from it, and no longer from the null
+    class; sampler.guidance_scale is the strength."""
     image_size: int | None = Field(None, ge=8, le=16_384)
     """Side of the images in pixels, for text-to-image models, which make several sizes. null: that
     of the model."""
@@ -36,7 +53,15 @@ class DenoiserConfig(Section):
     @model_validator(mode="after")
     def _pinned(self) -> DenoiserConfig:
         _check_pinned(self.path, self.revision)
+        if self.captions is not None and (self.prompts or self.prompt_attributes):
+            expected = "one of captions and prompts"
+            raise invalid("captions", "a file beside prompts", expected, "remove one")
         return self
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_text(cls, values: Any) -> Any:
+        return (values,) if isinstance(values, str) else values
 
 
 class ClassifierConfig(Section):

@@ -21,12 +21,14 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
     Args:
         path: File to write.
-        rows: Columns of each image; all have `logits_sha256`, or none.
+        rows: Columns of each image; all have `logits_sha256`, or none, and so for `prompt`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = _schema(with_logits="logits_sha256" in rows[0])
+    if "prompt" in rows[0]:
+        schema = schema.append(pa.field("prompt", pa.string()))
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
     files.sync(path)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.errors import invalid
+
+if TYPE_CHECKING:
+    from dmkd_fast.denoisers.families.bank import PromptBank
 
 MOST_LATENTS = 2**28
 
@@ -38,12 +43,22 @@ class Denoiser:
     decoder: nn.Module | None = None
     """Module that turns latents (B, c, h, w) into images (B, 1 or 3, H, W) in [-1, 1]; None for a
     pixel model."""
+    weak: nn.Module | None = None
+    """Weaker denoiser of the same latents, classes and noise levels, which guidance steers away
+    from in place of the null class; None: guidance needs a null class."""
     num_classes: int = 1
     """Number of labels."""
     null_class: int | None = None
     """Label that stands for "no class"; None if the model was not trained with one."""
     class_map: tuple[int, ...] | None = None
     """The module's own index of each of `num_classes` labels; None if both are the same."""
+    prompts: tuple[str, ...] = ()
+    """Prompt of each of the module's own indices, for a text-to-image model."""
+    num_prompts: tuple[int, ...] | None = None
+    """Number of prompts of each label. Those of a label follow each other, from its entry in
+    `class_map` on; which one an image has is a function of (seed, id). None: one each."""
+    bank: PromptBank | None = None
+    """Embeddings of the prompts, where the module has only those of a micro-batch."""
     takes_guidance: bool = False
     """Whether the module has a fourth input, the guidance scales (B,)."""
     num_steps: int = 8
@@ -78,6 +93,26 @@ class Denoiser:
             raise invalid("image_shape", shape, expected, "leave it out, or give the decoder")
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """All modules: the denoiser, its decoder and the weaker denoiser, if there are any."""
+        return [part for part in (self.module, self.decoder, self.weak) if part is not None]
+
+    def with_prompts(self, by_class: Sequence[Sequence[str]]) -> Denoiser:
+        """Return the same model with these prompts, in the order of the module, a label each."""
+        counts = [len(prompts) for prompts in by_class]
+        prompts = tuple(prompt for some in by_class for prompt in some)
+        if set(counts) == {1}:
+            return replace(self, prompts=prompts)
+        starts = tuple(itertools.accumulate(counts, initial=0))[:-1]
+        return replace(
+            self,
+            num_classes=len(counts),
+            class_map=starts,
+            prompts=prompts,
+            num_prompts=tuple(counts),
+        )
+
+    @property
     def own_steps(self) -> int:
         """Steps of its images, where a job names no number."""
         distilled = self.scheduler.get("distilled_steps")
@@ -86,7 +121,7 @@ class Denoiser:
     @property
     def own_guidance_scale(self) -> float:
         """Guidance scale of its images, where a job names none; 1 if it cannot be guided."""
-        can = self.takes_guidance or self.null_class is not None
+        can = self.takes_guidance or self.null_class is not None or self.weak is not None
         is_folded_in = "distilled_guidance_scale" in self.scheduler
         return self.guidance_scale if can and not is_folded_in else 1.0
 

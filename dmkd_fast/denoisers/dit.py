@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -114,13 +115,22 @@ class LeanDiT(nn.Module):
             if isinstance(product, Product):
                 product.fp8_weight = quantize_rows(product.weight)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        labels: Tensor,
+        kept: KeptBlocks | None = None,
+        reuses: bool = False,
+    ) -> Tensor:
         """Return the prediction, (B, out_channels, h, w).
 
         Args:
             latents: (B, c, h, w).
             timesteps: (B,).
             labels: (B,) int64.
+            kept: Blocks whose sum this call keeps, or reuses; None: no block.
+            reuses: Whether to reuse the kept sum, whose first B rows are these images'.
         """
         p, g = self.patch, self.grid
         x = latents.unflatten(3, (g, p)).unflatten(2, (g, p))  # (B, c, g, p, g, p)
@@ -129,15 +139,33 @@ class LeanDiT(nn.Module):
         condition = F.silu(self._condition(timesteps, labels))  # (B, D)
         modulations = self.modulation(condition).unflatten(1, (2 + 6 * self.num_layers, -1))
         normed = modulated_norm(x, *modulations[:, :2].unbind(1), eps=1e-6)
-        run: Callable[..., tuple[Tensor, Tensor]] = DiTBlock.forward
-        if self.shares_block_graph:
-            run = _run_region
         of_blocks = modulations[:, 2:].unflatten(1, (self.num_layers, 6)).unbind(1)
-        for block, modulation in zip(self.blocks, of_blocks, strict=True):
-            x, normed = run(block, x, normed, modulation, self.attention)
+        todo = list(zip(self.blocks, of_blocks, strict=True))
+        if kept is not None:
+            x, normed = self._run(todo[: kept.first], x, normed)
+            before, span, todo = x, todo[kept.first : kept.last], todo[kept.last :]
+            if reuses:
+                assert kept.total is not None
+                x = x + kept.total[: len(x)]
+                normed = modulated_norm(x, *span[-1][1][:, 4:].unbind(1), eps=1e-6)
+            else:
+                x, normed = self._run(span, x, normed)
+                kept.total = x - before
+        x, normed = self._run(todo, x, normed)
         patches: Tensor = self.out(normed)  # (B, T, p * p * out_channels)
         patches = patches.view(-1, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return patches.reshape(len(latents), self.out_channels, g * p, g * p)
+
+    def _run(
+        self, todo: list[tuple[nn.Module, Tensor]], x: Tensor, normed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run some blocks, each with its modulation; see `DiTBlock.forward`."""
+        run: Callable[..., tuple[Tensor, Tensor]] = DiTBlock.forward
+        if self.shares_block_graph:
+            run = _run_region
+        for block, modulation in todo:
+            x, normed = run(block, x, normed, modulation, self.attention)
+        return x, normed
 
     def _condition(self, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of timestep and label embedding, (B, D)."""
@@ -163,6 +191,35 @@ class Product(nn.Linear):
         if self.fp8_weight is not None and not values.is_meta:
             return fp8_linear(values, self.fp8_weight, bias)
         return F.linear(values, self.weight, bias)
+
+
+@dataclass
+class KeptBlocks:
+    """The blocks `first` to `last - 1` of a DiT, whose sum later calls can reuse."""
+
+    first: int
+    last: int
+    total: Tensor | None = None
+    """What the blocks added to the residual stream when last computed, (B, T, D)."""
+
+
+class CachedDiT(nn.Module):
+    """A DiT whose call keeps the sum of some blocks, or reuses the one that was kept.
+
+    Args:
+        dit: DiT with all blocks.
+        kept: Blocks, and their last sum; shared by the modules that keep and reuse it.
+        reuses: Whether this module reuses the sum.
+    """
+
+    def __init__(self, dit: LeanDiT, kept: KeptBlocks, *, reuses: bool) -> None:
+        super().__init__()
+        self.dit, self.kept, self.reuses = dit, kept, reuses
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Return the prediction; see `LeanDiT.forward`."""
+        prediction: Tensor = self.dit(latents, timesteps, labels, self.kept, self.reuses)
+        return prediction
 
 
 class DiTBlock(nn.Module):

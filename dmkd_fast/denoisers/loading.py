@@ -16,6 +16,7 @@ import torch
 from dmkd_fast.denoisers.config_values import number, whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.families import find_family
+from dmkd_fast.denoisers.families.bank import take_bank
 from dmkd_fast.denoisers.families.folder import ModelFolder, pixels_per_latent
 from dmkd_fast.denoisers.model_folders import check_is_pipeline
 from dmkd_fast.denoisers.networks import load_network
@@ -83,6 +84,9 @@ def load_denoiser(
             got, expected = f"{image_size} for a {kind}", "none, as it makes images of one size"
             raise invalid("image_size", got, expected, "remove denoiser.image_size")
     denoiser = family.load(model)
+    if prompts:
+        num_rows = len(prompts) + (denoiser.null_class is not None)
+        denoiser = replace(denoiser, bank=take_bank(denoiser.module, num_rows))
     if null_class is not None:
         denoiser = _with_null_class(denoiser, null_class)
     if vae.is_dir():

@@ -9,6 +9,7 @@ import logging
 import os
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmkd_fast.denoisers.upsampling import double_by_phases
@@ -68,6 +69,34 @@ class PixelDiT(nn.Module):
         """
         prediction: Tensor = self.dit(latents, timestep=timesteps, class_labels=labels).sample
         return prediction
+
+
+class Autoguided(nn.Module):
+    """A denoiser for guided steps whose second half of rows a weaker denoiser predicts.
+
+    Args:
+        denoiser: Module that is guided.
+        weak: Module that guidance steers away from, in place of the null class.
+    """
+
+    def __init__(self, denoiser: nn.Module, weak: nn.Module) -> None:
+        super().__init__()
+        self.denoiser, self.weak = denoiser, weak
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Return both predictions, (2B, c or 2c, h, w).
+
+        Args:
+            latents: (2B, c, h, w), the same in both halves.
+            timesteps: (2B,).
+            labels: (2B,) int64, the same in both halves.
+        """
+        half = len(latents) // 2
+        strong = self.denoiser(latents[:half], timesteps[:half], labels[:half])
+        weak = self.weak(latents[half:], timesteps[half:], labels[half:])
+        # Only one of the two may predict variances, and only the denoiser's are read.
+        more = strong.shape[1] - weak.shape[1]
+        return torch.cat((strong, nn.functional.pad(weak, (0, 0, 0, 0, 0, more))))
 
 
 class Decoder(nn.Module):

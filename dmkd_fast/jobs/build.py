@@ -12,8 +12,11 @@ from dmkd_fast.jobs.images import OpenSource, named_as_settings
 from dmkd_fast.jobs.parts import Parts
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.ring.buffer import RingBuffer
+from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.arguments import Guidance, Steps
+from dmkd_fast.sampling.block_cache import BlockCache
 from dmkd_fast.sampling.generated import GeneratedImages
+from dmkd_fast.sampling.hooks import NO_HOOKS, Guide, Hooks
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training.distiller import Distiller
@@ -25,8 +28,10 @@ from dmkd_fast.views.crops import Views, ViewSpec
 from dmkd_fast.views.mixing import Mixer
 
 
-def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
-    """Assemble a `Distiller` from a resolved job and its loaded parts."""
+def build(
+    job: ResolvedJob, parts: Parts, *, hooks: Hooks = NO_HOOKS, show: bool = True
+) -> Distiller:
+    """Assemble a `Distiller` from a resolved job, its loaded parts and a caller's hooks."""
     config, ranks = job.config, job.ranks
     if ranks.world_size > 1:
         # Each rank draws its own dropout masks, and draws the same ones after a restart.
@@ -41,14 +46,19 @@ def build(job: ResolvedJob, parts: Parts, *, show: bool = True) -> Distiller:
     )
     # On a CPU, float32 views are rendered as fast, and recorded digits depend on them.
     dtype = job.dtype if job.device.type == "cuda" else torch.float32
-    images, ring, targets = build_images(job, parts, show=show, dtype=dtype)
+    images, ring, targets = build_images(job, parts, hooks=hooks, show=show, dtype=dtype)
     return Distiller(
         images, ring, student, targets, config.run_dir, test_set=parts.test_set, show=show
     )
 
 
 def build_images(
-    job: ResolvedJob, parts: Parts, *, show: bool, dtype: torch.dtype = torch.float32
+    job: ResolvedJob,
+    parts: Parts,
+    *,
+    hooks: Hooks = NO_HOOKS,
+    show: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[GeneratedImages | StoredImages, RingBuffer, Targets]:
     """Assemble what a job trains on: the stream of images, the ring, and views of this dtype."""
     config, ranks, spec = job.config, job.ranks, parts.student_spec
@@ -79,12 +89,18 @@ def build_images(
         compile=job.compile_student,
         stored=stored,
     )
-    images = make_stream(job, parts.origin, ranks.world_size * ring.capacity, show=show)
+    num_slots = ranks.world_size * ring.capacity
+    images = make_stream(job, parts.origin, num_slots, hooks=hooks, show=show)
     return images, ring, targets
 
 
 def make_stream(
-    job: ResolvedJob, images: Denoiser | OpenSource, ring_images: int, *, show: bool
+    job: ResolvedJob,
+    images: Denoiser | OpenSource,
+    ring_images: int,
+    *,
+    hooks: Hooks = NO_HOOKS,
+    show: bool,
 ) -> GeneratedImages | StoredImages:
     """Build the stream of images of a job.
 
@@ -92,11 +108,18 @@ def make_stream(
         job: Resolved job.
         images: Diffusion model or directory of images.
         ring_images: Number of slots of the ring, summed over all ranks.
+        hooks: Objects that take part in the making of images.
         show: Whether to print a message while waiting for images.
+
+    Raises:
+        UserError: There are hooks for images that are not made.
     """
     config, ranks = job.config, job.ranks
     if isinstance(images, OpenSource):
         assert config.source is not None
+        if hooks.in_use:
+            got = f"{', '.join(hooks.names)} with source.path"
+            raise invalid("hooks", got, "none for images that are not made", "remove them")
         decoder = ImageDecoder(
             images.image_shape,
             resize=config.source.image_size is not None,
@@ -119,29 +142,38 @@ def make_stream(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    phases = job.config.sampler.phases
-    later = [(phase.start, make_sampler(job, images, phase)) for phase in phases]
-    return GeneratedImages(labels, make_sampler(job, images), later=later, ranks=ranks)
+    first, *later = (
+        (0.0 if phase is None else phase.start, make_sampler(job, images, phase, hooks.guide))
+        for phase in (None, *config.sampler.phases)
+    )
+    return GeneratedImages(labels, first[1], later=later, selection=hooks.selection, ranks=ranks)
 
 
 def make_sampler(
-    job: ResolvedJob, denoiser: Denoiser, phase: PhaseConfig | None = None
+    job: ResolvedJob,
+    denoiser: Denoiser,
+    phase: PhaseConfig | None = None,
+    guide: Guide | None = None,
 ) -> DiffusionSampler:
     """Build the sampler for the start of a run, or for a later phase."""
     config = job.config.sampler
     count, scale = config.steps, config.scale
     if phase is not None:
         count, scale = phase.num_steps, phase.guidance_scale
+    cache = None
+    if config.block_cache is not None:
+        cache = BlockCache(**config.block_cache.model_dump())
     guidance = Guidance(
         scale=scale,
         by_class=config.guidance_of_classes,
         interval=config.guidance_interval,
         channels=config.guidance_channels,
+        guide=guide,
     )
     with named_as_settings():
         return DiffusionSampler(
             denoiser,
-            Steps(count=count, solver=config.solver),
+            Steps(count=count, solver=config.solver, block_cache=cache),
             guidance,
             micro_batch_images=config.micro_batch_images,
             dtype=job.dtype,

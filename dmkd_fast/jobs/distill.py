@@ -7,8 +7,11 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import Overrides, dump_config, load_config
@@ -25,6 +28,7 @@ from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.distributed import Ranks
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.runtime.output.profile import StepProfile
+from dmkd_fast.sampling.hooks import NO_HOOKS, Guide, Hooks, Selection
 from dmkd_fast.training.distiller import Distiller
 
 LOG = logging.getLogger("dmkd_fast")
@@ -36,6 +40,8 @@ def distill(
     resume: bool = False,
     show: bool = True,
     on_row: Callable[[dict[str, Any]], object] | None = None,
+    guide: Callable[[nn.Module], Guide] | None = None,
+    selection: Callable[[nn.Module], Selection] | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Run a whole distillation job and leave its results in the run directory.
@@ -52,6 +58,8 @@ def distill(
         show: Whether to print progress.
         on_row: Function called with each row of stats.jsonl, on rank 0. An error that it raises
             ends the run.
+        guide: Function of the student that returns a hook between denoiser and step.
+        selection: Function of the student that returns how to choose among generated images.
         overrides: Settings to change. A dictionary changes the settings of a section that it names.
 
     Returns:
@@ -63,7 +71,14 @@ def distill(
             continue, and a checkpoint has been saved.
         KeyboardInterrupt: Training was interrupted; a checkpoint has been saved.
     """
-    return run(config, overrides, resume=resume, show=show, on_row=on_row)
+
+    def hooks(student: nn.Module) -> Hooks:
+        return Hooks(
+            guide=None if guide is None else guide(student),
+            selection=None if selection is None else selection(student),
+        )
+
+    return run(config, overrides, resume=resume, show=show, on_row=on_row, hooks=hooks)
 
 
 def run(
@@ -75,6 +90,7 @@ def run(
     ranks: Ranks | None = None,
     on_row: Callable[[dict[str, Any]], object] | None = None,
     profile_steps: int | None = None,
+    hooks: Callable[[nn.Module], Hooks] = lambda _: NO_HOOKS,
 ) -> dict[str, Any]:
     """Run a whole distillation job; see `distill`.
 
@@ -87,6 +103,7 @@ def run(
             torchrun has started them.
         on_row: See `distill`.
         profile_steps: Number of steps to trace with the profiler; None: none.
+        hooks: Function of the student that returns the objects of `distill`.
 
     Raises:
         UserError, KeyboardInterrupt: See `distill`.
@@ -104,8 +121,10 @@ def run(
     with ranks.agreed():
         job, parts = prepare(run_dir.find(loaded) if resume else loaded, ranks)
         memory.check(job, parts)
+        made = hooks(parts.student)
+        job = replace(job, config=_with_names(job.config, made))
     with memory.explained(job, parts):
-        distiller = build(job, parts, show=show)
+        distiller = build(job, parts, hooks=made, show=show)
         distiller.clock = clock  # Loading counts as part of the run.
         if on_row is not None:
             distiller.on_row.append(on_row)
@@ -156,6 +175,15 @@ def _run(
             with run_dir.resume_hint(folder, run_dir.resume_command(folder, ranks), ranks):
                 distiller.fit()
             return {} if page is None else results.write(distiller, job.config, parts, page)
+
+
+def _with_names(config: DistillConfig, hooks: Hooks) -> DistillConfig:
+    """Return the config with the names of the caller's hooks, which it may have already."""
+    if config.hooks and list(config.hooks) != hooks.names:
+        got, expected = (", ".join(names) or "none" for names in (hooks.names, config.hooks))
+        fix = "call dmkd_fast.distill with guide and selection, or remove hooks"
+        raise invalid("hooks", got, expected, fix)
+    return config.model_copy(update={"hooks": tuple(hooks.names)})
 
 
 def _place(config: DistillConfig, resume: bool, ranks: Ranks) -> tuple[DistillConfig, bool]:

@@ -8,8 +8,10 @@ time. The result depends neither on which job makes a shard nor on how often job
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import itertools
+import json
 import logging
 import math
 import shutil
@@ -34,7 +36,7 @@ from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.evaluate import open_test_set
-from dmkd_fast.jobs.images import attention_facts, open_denoiser
+from dmkd_fast.jobs.images import attention_facts, job_class_names, open_denoiser
 from dmkd_fast.jobs.parts import check_fit
 from dmkd_fast.jobs.resolve import resolve, resolve_images
 from dmkd_fast.jobs.stored_logits import LogitsMaker, Wanted, plan_of
@@ -117,6 +119,8 @@ class Maker:
             "probability": guesses.values,
             "broken": self.sampler.num_broken.clone(),
         }
+        if self.sampler.denoiser.prompts:
+            made["prompt"] = self.sampler.own_indices(numbers, labels)
         stored = None if self.logits is None else self.logits.start(images, labels, numbers)
         made = {name: value.to("cpu", non_blocking=True) for name, value in made.items()}
         if stored is not None:
@@ -143,15 +147,18 @@ class Maker:
         stored: Iterable[dict[str, bytes] | None] = [None] * len(batch.ids)
         if self.logits is not None and batch.logits is not None:
             stored = self.logits.finish(batch.logits)
+        prompts: Iterable[dict[str, str]] = itertools.repeat({}, len(batch.ids))
+        if texts := self.sampler.denoiser.prompts:
+            prompts = [{"prompt": texts[index]} for index in host["prompt"].tolist()]
         columns = (host[name].tolist() for name in ("label", "guess", "probability"))
         made = []
-        for image_id, label, guess, probability, png, arrays in zip(
-            batch.ids, *columns, pngs, stored, strict=True
+        for image_id, label, guess, probability, png, arrays, prompt in zip(
+            batch.ids, *columns, pngs, stored, prompts, strict=True
         ):
             scale = self.sampler.guidance.scale_of(label)
             row = {"guidance_scale": scale, "teacher_class": guess}
             row["teacher_probability"] = probability
-            made.append((image_id, label, png, self.row | row, arrays))
+            made.append((image_id, label, png, self.row | row | prompt, arrays))
         return made
 
 
@@ -239,19 +246,24 @@ def _prepare(
     """Load all networks, and build the plan, which lists everything that images depend on."""
     if config.source is not None:
         raise UserError("source: got it, expected a denoiser to make images with; change config")
+    if config.hooks:
+        expected = "none, as a directory's images depend on config and id alone"
+        fix = "remove it to make the images without them"
+        raise invalid("hooks", ", ".join(config.hooks), expected, fix)
     if config.sampler.phases:
         expected = "none, as a directory's images are all made alike"
         fix = "set sampler.phases=[], or make a directory for each phase"
         raise invalid("sampler.phases", "some", expected, fix)
     job = resolve(config, distributed.read())
     device = job.device
-    denoiser = open_denoiser(config.denoiser, device, job.dtype)
-    job = resolve_images(job, denoiser)
-    config = job.config
-    assert config.denoiser is not None
     teachers = networks.load_teachers(
         config.teachers, temperature=config.loss.temperature, device=device
     )
+    known = job_class_names(config, teachers.class_names["teacher"])
+    denoiser = open_denoiser(config.denoiser, device, job.dtype, known)
+    job = resolve_images(job, denoiser)
+    config = job.config
+    assert config.denoiser is not None
     # A class_map states the order of the classes, so that other names are compared, not mapped.
     names = () if config.teacher.class_map else teachers.class_names["teacher"]
     test_set = open_test_set(
@@ -265,13 +277,16 @@ def _prepare(
     if images_per_shard % batch:
         multiple = f"a multiple of sampler.micro_batch_images={batch}"
         raise invalid("--images-per-shard", images_per_shard, multiple, "change one of the two")
+    prompts_of = {}
+    if denoiser.prompts:
+        text = json.dumps([denoiser.prompts, denoiser.num_prompts])
+        prompts_of["prompts_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     settings = {
         "seed": config.seed,
         "dtype": config.dtype,
         "denoiser": config.denoiser.model_dump(mode="json"),
-        "denoiser_sha256": networks.weights_sha256(
-            denoiser.module, *([] if denoiser.decoder is None else [denoiser.decoder])
-        ),
+        "denoiser_sha256": networks.weights_sha256(*denoiser.modules),
+        **prompts_of,
         "sampler": config.sampler.model_dump(mode="json", exclude={"fidelity"}),
         "teachers": {
             name: teacher.model_dump(mode="json", exclude={"stored"})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +24,17 @@ from dmkd_fast.data.listing import CLASS_NAMES, SourceError
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
+from dmkd_fast.denoisers.families.prompts import ByClass, prompts_by_class, read_captions
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.sampling.noise_levels import trained_alike
+from dmkd_fast.sampling.tiling import TiledDecoder
 
 # Settings by the arguments of `DiffusionSampler` that they become.
 SETTINGS = {
     "steps.count": "sampler.num_steps",
     "steps.solver": "sampler.solver",
+    "steps.block_cache": "sampler.block_cache",
     "steps": "sampler.num_steps, sampler.solver",
     "guidance.scale": "sampler.guidance_scale",
     "guidance.by_class": "sampler.class_guidance",
@@ -48,7 +53,10 @@ class OpenSource:
 
 
 def open_denoiser(
-    config: DenoiserConfig | None, device: torch.device, dtype: torch.dtype = torch.float32
+    config: DenoiserConfig | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    class_names: Sequence[str] = (),
 ) -> Denoiser:
     """Load the diffusion model that a config names; one on the Hub is downloaded first.
 
@@ -56,18 +64,29 @@ def open_denoiser(
         config: Section `denoiser` of the config.
         device: Device of the modules.
         dtype: Compute dtype of the job; see `load_denoiser`.
+        class_names: Class names of the job, for prompts.
     """
     assert config is not None  # DistillConfig has a denoiser or a source.
-    loaded = load_denoiser(
-        resolve_path(config.path, config.revision),
-        device,
-        prompts=config.prompts,
-        decoder=None if config.decoder is None else resolve_path(config.decoder),
+    folder = resolve_path(config.path, config.revision)
+    decoder = None if config.decoder is None else resolve_path(config.decoder)
+    prompts = _prompts(config, class_names)
+    load = functools.partial(
+        load_denoiser,
+        device=device,
+        prompts=None if prompts is None else [prompt for some in prompts for prompt in some],
         null_class=config.null_class,
         image_size=config.image_size,
         dtype=dtype,
     )
-    if config.class_map is not None:
+    loaded = load(folder, decoder=decoder)
+    if config.weak is not None:
+        vae = folder / "vae" if decoder is None and loaded.decoder is not None else decoder
+        loaded = _autoguided(loaded, load(resolve_path(config.weak), decoder=vae))
+    if config.decoder_tile is not None:
+        loaded = _tiled(loaded, config.decoder_tile)
+    if prompts is not None:
+        loaded = loaded.with_prompts(prompts)
+    elif config.class_map is not None:
         loaded = loaded.restricted(config.class_map)
     return replace(loaded, license=license(config.path) or loaded.license)
 
@@ -87,6 +106,67 @@ def attention_facts(
     if isinstance(images.module, LeanDiT):
         return {"attention": images.module.attention_operator(device, getattr(torch, dtype))}
     return {"attention": "sdpa"}
+
+
+def _prompts(config: DenoiserConfig, class_names: Sequence[str]) -> ByClass | None:
+    """Return the prompts of each class of the job; None if the config has none."""
+    if config.captions is not None:
+        found = read_captions(Path(config.captions), class_names)
+    elif config.prompts is not None:
+        found = prompts_by_class(config.prompts, class_names, config.prompt_attributes)
+    elif config.prompt_attributes:
+        raise invalid("denoiser.prompt_attributes", "some without prompts", "prompts", "add them")
+    else:
+        return None
+    if config.class_map is None:
+        return found
+    if max(config.class_map, default=0) >= len(found) or len(set(config.class_map)) < len(
+        config.class_map
+    ):
+        expected = f"different classes from 0 to {len(found) - 1}, those with prompts"
+        raise invalid("denoiser.class_map", str(config.class_map)[:60], expected, "correct it")
+    return tuple(found[label] for label in config.class_map)
+
+
+def job_class_names(config: DistillConfig, teacher: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the class names of a job before its test set is open; none if they are not known.
+
+    Args:
+        config: Config of the job.
+        teacher: Class names that are saved with the teacher.
+    """
+    if config.eval.classes is not None:
+        return read_class_names(Path(config.eval.classes), must_exist=True)
+    chosen = config.teacher.class_map
+    if chosen is None or teacher is None:
+        return tuple(teacher or ())
+    return tuple(teacher[label] for label in chosen) if max(chosen) < len(teacher) else ()
+
+
+def _autoguided(loaded: Denoiser, weak: Denoiser) -> Denoiser:
+    """Return a denoiser that is guided by a weaker one, after checking that both fit."""
+    if weak.bank is not None:
+        got = f"{loaded.num_classes:,} prompts"
+        raise invalid("denoiser.weak", got, "prompts that fit into memory", "use fewer")
+    for what in ("latent_shape", "num_classes", "class_map"):
+        if (got := getattr(weak, what)) != (expected := getattr(loaded, what)):
+            raise invalid("denoiser.weak", f"{what} {got}", f"denoiser.path's {expected}")
+    if not trained_alike(loaded.scheduler, weak.scheduler):
+        got = "other noise levels or predictions in scheduler_config.json"
+        raise invalid("denoiser.weak", got, "denoiser.path's", "use a model trained like it")
+    license = loaded.license
+    if weak.license != license:
+        license = f"{license}, weak denoiser {weak.license}"
+    return replace(loaded, weak=weak.module, license=license)
+
+
+def _tiled(loaded: Denoiser, tile: int) -> Denoiser:
+    """Return a denoiser whose images, where larger than a tile, are decoded in tiles."""
+    if loaded.decoder is None:
+        raise invalid("denoiser.decoder_tile", tile, "none for a model of pixels", "remove it")
+    shapes = {"latent_shape": loaded.latent_shape, "image_shape": loaded.image_shape}
+    decoder = TiledDecoder(loaded.decoder, tile, **shapes)
+    return loaded if max(loaded.image_shape[1:]) <= tile else replace(loaded, decoder=decoder)
 
 
 def denoiser_class_names(config: DenoiserConfig | None) -> tuple[str, ...] | None:

@@ -103,7 +103,7 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
         {f"ring {name}": count for name, count in ring.items()}
         | {
             "denoiser": _weight_bytes(parts.origin, compute.itemsize),
-            **_prompt_bytes(parts.origin, compute),
+            **_prompt_bytes(parts.origin, compute, config.sampler.micro_batch_images),
             **stored,
             "teacher": 4 * sum(p.numel() for p in parts.teachers.together.parameters()),
             "student, gradients, optimizer, average": 4 * weights * (3 + moments),
@@ -176,22 +176,26 @@ def _weight_bytes(images: Denoiser | OpenSource, itemsize: int) -> int:
     """Count the bytes of parameters that are kept on the device to generate images."""
     if not isinstance(images, Denoiser):
         return 0
-    parts = [images.module] + ([] if images.decoder is None else [images.decoder])
-    modules = [module for part in parts for module in part.modules()]
+    modules = [module for part in images.modules for module in part.modules()]
     rounded = [getattr(module, "fp8_weight", None) or () for module in modules]
-    count = sum(p.numel() for part in parts for p in part.parameters())
+    count = sum(p.numel() for part in images.modules for p in part.parameters())
     return itemsize * count + sum(int(w.nbytes) for pair in rounded for w in pair)
 
 
-def _prompt_bytes(images: Denoiser | OpenSource, compute: torch.dtype) -> dict[str, int]:
-    """Count the bytes of encoded prompts, which a text-to-image model keeps for all its classes.
+def _prompt_bytes(
+    images: Denoiser | OpenSource, compute: torch.dtype, micro_batch_images: int
+) -> dict[str, int]:
+    """Count the bytes of encoded prompts that a text-to-image model keeps on the device.
 
     The text encoders are gone by then.
     """
     if not isinstance(images, Denoiser) or not hasattr(images.module, "prompts"):
         return {}
-    tables = images.module.buffers(recurse=False)
-    return {"prompts": compute.itemsize * sum(table.numel() for table in tables)}
+    if images.bank is not None:
+        count = images.bank.numbers_per_prompt * (micro_batch_images + 1)
+    else:
+        count = sum(table.numel() for table in images.module.buffers(recurse=False))
+    return {"prompts": compute.itemsize * count}
 
 
 def batch_plan(

@@ -14,7 +14,13 @@ from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.evaluate import open_test_set
-from dmkd_fast.jobs.images import OpenSource, denoiser_class_names, open_denoiser, open_source
+from dmkd_fast.jobs.images import (
+    OpenSource,
+    denoiser_class_names,
+    job_class_names,
+    open_denoiser,
+    open_source,
+)
 from dmkd_fast.jobs.resolve import ResolvedJob, resolve, resolve_images
 from dmkd_fast.jobs.stored_logits import open_stored
 from dmkd_fast.runtime.distributed import ALONE, Ranks
@@ -49,7 +55,8 @@ def load_parts(job: ResolvedJob) -> Parts:
     num_classes = teachers.num_classes["teacher"]
     images: Denoiser | OpenSource
     if config.source is None:
-        images = open_denoiser(config.denoiser, device, job.dtype)
+        known = job_class_names(config, teachers.class_names["teacher"])
+        images = open_denoiser(config.denoiser, device, job.dtype, known)
         num_classes = images.num_classes
     # A class_map states the order of the classes, so that other names are compared, not mapped.
     names = () if config.teacher.class_map else teachers.class_names["teacher"]

@@ -174,6 +174,8 @@ def _own_steps(config: SamplerConfig, denoiser: Denoiser) -> dict[str, Any]:
 
 def _choose_attention(job: ResolvedJob, denoiser: Denoiser) -> str:
     name = job.config.sampler.attention
+    if isinstance(denoiser.weak, LeanDiT):
+        denoiser.weak.choose_attention("auto", device=job.device, dtype=job.dtype)
     if isinstance(denoiser.module, LeanDiT):
         return denoiser.module.choose_attention(name, device=job.device, dtype=job.dtype)
     if name not in ("auto", "sdpa"):

@@ -20,6 +20,7 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 STREAM_NOISE, STREAM_VIEWS, STREAM_LABELS, STREAM_MIX, STREAM_DRAWS = 0, 1, 2, 3, 4
+STREAM_PROMPTS = 5  # prompts of a class
 STREAM_ORDER = 16  # order of the passes over images on disk
 
 # Coefficients fitted at Chebyshev points, as float32; lowest degree first.

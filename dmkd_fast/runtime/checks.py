@@ -59,6 +59,20 @@ def number(
     return result
 
 
+def fractions(name: str, values: Any) -> tuple[float, float]:
+    """Return a part of a whole as its (start, stop), with 0 <= start < stop <= 1.
+
+    Raises:
+        TypeError, UserError: `values` is not two such numbers.
+    """
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise invalid(name, repr(values)[:60], "two numbers")
+    start, stop = (number(name, end) for end in values)
+    if not 0 <= start < stop <= 1:
+        raise invalid(name, f"({start}, {stop})", "0 <= start < stop <= 1", "change it")
+    return start, stop
+
+
 def image_shape(shape: Any, *, name: str = "image_shape") -> tuple[int, int, int]:
     """Return an image shape as (c, H, W), each 1 or more.
 

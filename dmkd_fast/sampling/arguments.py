@@ -9,6 +9,8 @@ from typing import get_args
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.sampling.block_cache import BlockCache
+from dmkd_fast.sampling.hooks import Guide
 from dmkd_fast.sampling.noise_levels import MOST_TRAINED, Solver
 
 
@@ -26,6 +28,8 @@ class Steps:
     """Solver name; "auto" chooses the scheduler's own. Models trained with DDPM's noise levels
     support "ddpm", "ddim" and "dpm++2m". Flow models support "euler" and "dpm++2m" (second order
     at the same cost)."""
+    block_cache: BlockCache | None = None
+    """Blocks of a DiT that are reused at some steps; None: every step computes all blocks."""
 
     def __post_init__(self) -> None:
         checks.whole("steps.count", self.count, low=1, high=MOST_TRAINED)
@@ -53,6 +57,8 @@ class Guidance:
     guided, and the others run without the unconditional half."""
     channels: int | None = None
     """Number of leading channels that are guided (the original DiT code: 3); None means all."""
+    guide: Guide | None = None
+    """Function that corrects the image estimate of every step, in addition to the scales."""
 
     def __post_init__(self) -> None:
         checks.number("guidance.scale", self.scale, low=0, high=1e6)
@@ -63,13 +69,9 @@ class Guidance:
         for label, scale in self.by_class.items():
             checks.whole("guidance.by_class", label)
             checks.number("guidance.by_class", scale, low=0, high=1e6)
-        if not isinstance(self.interval, tuple | list) or len(self.interval) != 2:
-            raise invalid("guidance.interval", repr(self.interval)[:60], "two numbers")
-        start, stop = (checks.number("guidance.interval", end) for end in self.interval)
-        if not 0 <= start < stop <= 1:
-            raise invalid(
-                "guidance.interval", f"({start}, {stop})", "0 <= start < stop <= 1", "change it"
-            )
+        checks.fractions("guidance.interval", self.interval)
+        if self.guide is not None and not callable(self.guide):
+            raise TypeError(f"guidance.guide: got {type(self.guide).__name__}, expected a Guide")
         if self.channels is not None:
             checks.whole("guidance.channels", self.channels, low=1)
 
@@ -104,7 +106,10 @@ def check_guidance(guidance: Guidance, denoiser: Denoiser) -> None:
         folded_in = denoiser.scheduler["distilled_guidance_scale"]
         got = f"{scale} for a denoiser that has guidance {folded_in} folded in"
         raise invalid(name, got, "1", "turn guidance off")
-    if denoiser.null_class is None and not denoiser.takes_guidance:
+    if denoiser.weak is not None and denoiser.takes_guidance:
+        got = "a weak denoiser for a model that takes the guidance scale as an input"
+        raise invalid("denoiser.weak", got, "none", "remove it")
+    if denoiser.weak is None and denoiser.null_class is None and not denoiser.takes_guidance:
         got = f"{scale} for a model without a null class"
         fix = "turn guidance off, or set denoiser.null_class of a UNet trained with dropped labels"
         raise invalid(name, got, "1", fix)

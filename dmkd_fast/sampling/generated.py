@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.sampling.hooks import Hooks, Selection
 from dmkd_fast.sampling.labels import LabelStream
 from dmkd_fast.sampling.sampler import DiffusionSampler, check_broken
 
@@ -24,14 +26,16 @@ class GeneratedImages:
         sampler: Sampler in use from the start of the run.
         later: Samplers that replace it later in the run: pairs of a progress in (0, 1), from which
             on a sampler is used, and the sampler, in order of the progress.
+        selection: How many candidates to generate for an image, and which one to keep; None: each
+            image is generated once and kept.
         ranks: Processes whose images are counted together.
 
     Raises:
-        UserError: The progress of the later samplers does not rise between 0 and 1.
+        UserError: The progress of the later samplers does not rise between 0 and 1, or one of them
+            has another guide.
     """
 
     is_exhausted = False
-    may_wait = False
 
     def __init__(
         self,
@@ -39,11 +43,15 @@ class GeneratedImages:
         sampler: DiffusionSampler,
         *,
         later: Sequence[tuple[float, DiffusionSampler]] = (),
+        selection: Selection | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         starts = [start for start, _ in later]
         if starts != sorted(set(starts)) or not all(0 < start < 1 for start in starts):
             raise invalid("later", f"starts {starts}", "rising numbers between 0 and 1")
+        guide = sampler.guidance.guide
+        if any(one.guidance.guide is not guide for _, one in later):
+            raise invalid("later", "samplers with another guide", "that of the first sampler")
         self.labels, self._ranks = labels, ranks
         self.samplers = ((0.0, sampler), *later)
         """All samplers, each after the progress of the run from which on it is used."""
@@ -56,11 +64,19 @@ class GeneratedImages:
         # samplers' own counts may change meanwhile, on another stream.
         self._written: Tensor | None = None
         self._used: Tensor | None = None
+        self.hooks = Hooks(guide=guide, selection=selection)
 
     @property
-    def rewrites(self) -> list[Callable[..., Tensor]]:
-        """The `sample` methods of all samplers, in order."""
-        return [sampler.sample for _, sampler in self.samplers]
+    def may_wait(self) -> bool:
+        """Whether blocks are not made ahead of need, because they look at the student."""
+        return not self.hooks.is_function_of_id
+
+    @property
+    def rewrites(self) -> list[Callable[..., object]]:
+        """One function for each sampler, in order; none if images are no function of their id."""
+        if not self.hooks.is_function_of_id:
+            return []
+        return [functools.partial(self._make, sampler) for _, sampler in self.samplers]
 
     def next_block(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the next ids and classes, (count,) int64 each; the same until `advance`."""
@@ -76,7 +92,7 @@ class GeneratedImages:
             progress: Progress of the run in [0, 1].
         """
         sampler = [sampler for start, sampler in self.samplers if start <= progress][-1]
-        sampler.sample(ids, labels, out=out)
+        self._make(sampler, ids, labels, out=out)
         self._written = self._num_broken(out.device)
 
     def advance(self, count: int) -> None:
@@ -98,16 +114,19 @@ class GeneratedImages:
         made = torch.empty_like(scratch)
         ids = torch.arange(len(made), device=made.device)
         for _, sampler in self.samplers:
-            sampler.sample(ids, torch.zeros_like(ids), out=made)
+            self._make(sampler, ids, torch.zeros_like(ids), out=made)
         self._check(int(self._ranks.total(self._num_broken(made.device))))
 
     def counts(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the number of images so far that are not finite.
+        """Return the number of images so far that are not finite, and that were not kept.
 
-        It is multiplied by the number of ranks, because `Metrics` reports the mean over ranks.
+        Both are multiplied by the number of ranks, because `Metrics` reports the mean over ranks.
         """
         number = self._num_broken(device) if self._used is None else self._used
-        return {"broken_images": number.float() * self._ranks.world_size}
+        counts = {"broken_images": number.float() * self._ranks.world_size}
+        if self.hooks.selection is not None:
+            counts["rejected_images"] = torch.tensor(float(self._num_rejected), device=device)
+        return counts
 
     def check(self, counts: Mapping[str, int]) -> None:
         """Stop a run with too many images that are not finite.
@@ -118,16 +137,39 @@ class GeneratedImages:
         self._check(counts["broken_images"])
 
     def totals(self) -> dict[str, float]:
-        """Return no figures."""
-        return {}
+        """Return the number of images that were generated and not kept, with a selection."""
+        return {} if self.hooks.selection is None else {"rejected_images": self._num_rejected}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the labels."""
-        return self.labels.state_dict()
+        """Return the state of the labels, and the names of the hooks if there are any."""
+        hooks = {"hooks": self.hooks.names} if self.hooks.in_use else {}
+        return {**self.labels.state_dict(), **hooks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            UserError: The run was started with other hooks.
+        """
+        names, before = self.hooks.names, state.get("hooks", [])
+        if names != before:
+            fix = "resume from Python with the same objects: dmkd_fast.distill(..., resume=True)"
+            got, expected = (", ".join(part) or "none" for part in (names, before))
+            raise invalid("guide and selection", got, f"those of the run, {expected}", fix)
         self.labels.load_state_dict(state)
+
+    def _make(self, sampler: DiffusionSampler, ids: Tensor, labels: Tensor, *, out: Tensor) -> None:
+        """Write one image per id, kept from several candidates if there is a selection."""
+        if self.hooks.selection is None:
+            sampler.sample(ids, labels, out=out)
+        else:
+            self.hooks.selection.write(sampler.sample, ids, labels, out=out)
+
+    @property
+    def _num_rejected(self) -> int:
+        """Number of images of all ranks that were generated and not kept."""
+        selection = self.hooks.selection
+        return 0 if selection is None else self.labels.next_id * (selection.num_candidates - 1)
 
     def _check(self, num_broken: int) -> None:
         num_made = sum(sampler.num_made for _, sampler in self.samplers)

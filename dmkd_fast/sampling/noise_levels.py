@@ -123,6 +123,20 @@ def trained_steps(scheduler: Scheduler) -> int:
     return whole("scheduler", scheduler, "num_train_timesteps", default, high=MOST_TRAINED)
 
 
+def trained_alike(one: Scheduler, other: Scheduler) -> bool:
+    """Return whether models of two schedulers predict the same at the same timesteps."""
+    if one.get("_class_name") == other.get("_class_name") == CONSISTENCY:
+        return one == other
+    if FLOW in (one.get("_class_name"), other.get("_class_name")):
+        trained = [
+            (s.get("_class_name"), trained_steps(s), s.get("distilled_steps")) for s in (one, other)
+        ]
+        return trained[0] == trained[1]
+    levels = [alpha_bar(scheduler, trained_steps(scheduler)) for scheduler in (one, other)]
+    predicted = [scheduler.get("prediction_type", "epsilon") for scheduler in (one, other)]
+    return torch.equal(*levels) and predicted[0] == predicted[1]
+
+
 def clip_of(scheduler: Scheduler) -> float | None:
     """Return the bound to which image estimates are clipped; None means no clipping."""
     if not scheduler.get("clip_sample", True):

@@ -14,7 +14,9 @@ guidance in an interval (arXiv 2404.07724); for the solvers, see `sampling/solve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,11 +26,12 @@ from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.rng import philox
 from dmkd_fast.runtime import checks, tensor_checks
-from dmkd_fast.runtime.errors import NotFiniteError, invalid
+from dmkd_fast.runtime.errors import NotFiniteError, invalid, warn_once
 from dmkd_fast.sampling.arguments import Guidance, Steps, check_guidance
+from dmkd_fast.sampling.block_cache import modules_by_step
 from dmkd_fast.sampling.graph import CudaGraph, compiled, compiled_for
 from dmkd_fast.sampling.solvers import solver_table
-from dmkd_fast.sampling.step import StepConfig, advance, decode
+from dmkd_fast.sampling.step import StepConfig, advance, coefficients, decode, estimate, update
 
 # Images decoded at a time. Activations of a decoder are hundreds of times larger than latents; on a
 # CPU, four images at a time are slower per image than two (docs/notebook.md, "Decoder on a CPU").
@@ -102,25 +105,40 @@ class DiffusionSampler:
             self._class_map = torch.tensor(denoiser.class_map, device=self.device)
         # A number would be a constant of the compiled step, which other scales could not use.
         self._scale = torch.tensor(guidance.scale, dtype=torch.float32, device=self.device)
+        self._num_prompts = None
+        if denoiser.num_prompts is not None:
+            self._num_prompts = torch.tensor(denoiser.num_prompts, device=self.device)
         self._scales = None
         if guidance.by_class:
             scales = [float(guidance.scale_of(label)) for label in range(denoiser.num_classes)]
             self._scales = torch.tensor(scales, dtype=torch.float32, device=self.device)
+        self._numbers = torch.arange(steps.count, device=self.device)
         self._is_noisy = any(self.table.stochastic)
         first, last = (int(end * steps.count) for end in guidance.interval)
         batched = guidance.is_used and not denoiser.takes_guidance
         self._guided = [batched and first <= k < last for k in range(steps.count)]
-        self._module = denoiser.module.to(device=self.device, dtype=dtype)
-        self._decoder = denoiser.decoder
-        if self._decoder is not None:
-            self._decoder.to(device=self.device, dtype=dtype)
+        self._module, self._null_class = denoiser.module, denoiser.null_class
+        if denoiser.bank is not None:
+            denoiser.bank.resize(self.micro_batch_images)
+            self._null_class = self.micro_batch_images
+        for module in denoiser.modules:
+            module.to(device=self.device, dtype=dtype)
+        self._modules = modules_by_step(denoiser, steps.block_cache, self._guided)
+        self._decoder, self._decoder_dtype = denoiser.decoder, dtype
+        # In float16 a decoder may overflow, which the first images show.
+        self._is_settled = denoiser.decoder is None or dtype != torch.float16
         self._advance, self._finish = advance, decode
+        self._estimate, self._update = estimate, update
+        self._guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = guidance.guide
         if compile:
             key = (self._config, self.micro_batch_images, self.device)
             self._advance = compiled_for(self._module, advance, key)
             if isinstance(self._module, LeanDiT):
                 # Compiling every block takes minutes on CUDA. On a CPU the step is faster whole.
                 self._module.shares_block_graph = self.device.type == "cuda"
+            self._estimate, self._update = compiled(estimate), compiled(update)
+            if guidance.guide is not None:  # in pieces, if it takes gradients
+                self._guide = torch.compile(guidance.guide, dynamic=False)
             # On a CPU, oneDNN runs the convolutions in any case, and compiling slows group norms.
             if self.device.type == "cuda":
                 self._finish = compiled(decode)
@@ -134,7 +152,6 @@ class DiffusionSampler:
         """Number of evaluations of the module per image, unconditional ones included."""
         return len(self._guided) + sum(self._guided)
 
-    @torch.inference_mode()
     def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
         """Generate one image per id.
 
@@ -155,16 +172,16 @@ class DiffusionSampler:
         if out.shape != shape or out.dtype != torch.uint8:
             raise invalid("out", f"{tuple(out.shape)} {out.dtype}", f"{shape} torch.uint8")
         size = self.micro_batch_images
-        for start in range(0, len(ids), size):
-            batch = slice(start, start + size)
-            images = self._images(_fill(ids[batch], size), _fill(labels[batch], size))
-            if images.shape[1:] != shape[1:]:  # `copy_` would broadcast a single channel or row
-                expected = f"{tuple(images.shape[1:])}, the shape of the decoded images"
-                raise invalid("denoiser.image_shape", shape[1:], expected)
-            out[batch].copy_(images[: len(ids[batch])])
+        with self._without_gradients():
+            for start in range(0, len(ids), size):
+                batch = slice(start, start + size)
+                images = self._images(_fill(ids[batch], size), _fill(labels[batch], size))
+                if images.shape[1:] != shape[1:]:  # `copy_` would broadcast a channel or row
+                    expected = f"{tuple(images.shape[1:])}, the shape of the decoded images"
+                    raise invalid("denoiser.image_shape", shape[1:], expected)
+                out[batch].copy_(images[: len(ids[batch])])
         return out
 
-    @torch.inference_mode()
     def trajectory(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Return all states of one micro-batch, noise first.
 
@@ -176,10 +193,45 @@ class DiffusionSampler:
             (K + 1, B, c, h, w) float32.
         """
         self._check_rows(ids, labels)
-        return torch.stack(list(self._states(ids, labels)))
+        with self._without_gradients():
+            self._fill_bank(ids, labels)
+            return torch.stack(list(self._states(ids, labels)))
+
+    def own_indices(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the module's own index for each image, (B,) int64.
+
+        With several prompts a class, the index is drawn by (seed, id).
+        """
+        if self._class_map is None:
+            return labels
+        own: Tensor = self._class_map[labels]
+        if self._num_prompts is not None:
+            bits = philox.random_bits(self.seed, ids, step=0, stream=philox.STREAM_PROMPTS, count=1)
+            own = own + bits[:, 0] % self._num_prompts[labels]
+        return own
+
+    def _indices(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the rows of the module's tables for one micro-batch, (B,) int64."""
+        if self.denoiser.bank is None:
+            return self.own_indices(ids, labels)
+        return torch.arange(len(ids), device=ids.device)
+
+    def _fill_bank(self, ids: Tensor, labels: Tensor) -> None:
+        """Copy the prompts of one micro-batch to the device, which waits for their indices."""
+        if self.denoiser.bank is not None:
+            self.denoiser.bank.fill(self.own_indices(ids, labels).cpu())
+
+    @contextmanager
+    def _without_gradients(self) -> Iterator[None]:
+        """Compute without gradients, which a guide may turn on inside."""
+        with torch.inference_mode(self._guide is None), torch.no_grad():
+            yield
 
     def _images(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Generate one micro-batch, (B, 1 or 3, H, W) uint8; on CUDA by replaying a graph."""
+        if not self._is_settled:
+            self._settle_decoder(len(ids))
+        self._fill_bank(ids, labels)
         self.num_made += len(ids)
         if self.device.type != "cuda":
             return self._make(ids, labels)
@@ -190,12 +242,44 @@ class DiffusionSampler:
 
     def _make(self, ids: Tensor, labels: Tensor) -> Tensor:
         *_, latents = self._states(ids, labels)
+        return self._decoded(latents)
+
+    def _settle_decoder(self, count: int) -> None:
+        """Decode in a dtype of larger range if most of a fixed set of images shows an overflow.
+
+        The images have the ids 0 to count - 1, so that every process of a run decides alike.
+        """
+        self._is_settled = True
+        ids = torch.arange(count, device=self.device)
+        labels = ids % self.denoiser.num_classes
+        self._fill_bank(ids, labels)
+        *_, latents = self._states(ids, labels)
+        before = self.num_broken.clone()
+        self._decoded(latents)
+        broken = int(self.num_broken - before)
+        self.num_broken.copy_(before)
+        if broken <= MOST_BROKEN * count or not latents.isfinite().all():
+            return
+        self._decoder_dtype = wide_dtype(self.device)
+        # A copy, because graphs of other samplers may use the decoder as it is.
+        assert self._decoder is not None
+        with torch.inference_mode(False):
+            self._decoder = copy.deepcopy(self._decoder).to(dtype=self._decoder_dtype)
+        warn_once(
+            f"decoder: {broken} of {count} images overflow in float16; they are decoded in "
+            f"{str(self._decoder_dtype).removeprefix('torch.')}"
+        )
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Decode one micro-batch (B, c, h, w), and count the images that are not finite."""
         size = len(latents)
         if self._decoder is not None:
             size = min(MOST_DECODED[self.device.type], size)
         segments = []
         for segment in latents.split(size):
-            images, is_broken = self._finish(self._decoder, _fill(segment, size), self.dtype)
+            images, is_broken = self._finish(
+                self._decoder, _fill(segment, size), self._decoder_dtype
+            )
             self.num_broken += is_broken[: len(segment)].sum()
             segments.append(images[: len(segment)])
         return torch.cat(segments)
@@ -205,32 +289,39 @@ class DiffusionSampler:
         table = self.table
         x = table.initial_scale * self._noise(ids, step=0)
         yield x
-        scale = self._scale
+        given, scale = labels, self._scale
         if self._scales is not None:
             scale = self._scales[labels][:, None, None, None]  # (B, 1, 1, 1)
-        if self._class_map is not None:
-            labels = self._class_map[labels]
-        both = labels
+        both = labels = self._indices(ids, labels)
         if any(self._guided):
-            assert self.denoiser.null_class is not None
-            nulls = torch.full_like(labels, self.denoiser.null_class)
-            both = torch.cat((labels, nulls))  # (2B,)
+            others = labels
+            if self.denoiser.weak is None:
+                assert self._null_class is not None
+                others = torch.full_like(labels, self._null_class)
+            both = torch.cat((labels, others))  # (2B,)
         before = torch.zeros_like(x)
-        for k, guided in enumerate(self._guided):
+        for k, (module, guided) in enumerate(zip(self._modules, self._guided, strict=True)):
             # Noise is passed also where its coefficient is 0; otherwise torch.compile would need
             # another graph for such a step.
             fresh = self._noise(ids, step=k + 1) if self._is_noisy else None
-            x, before = self._advance(
-                self._module,
-                x,
-                before,
-                table.rows[k],
-                both if guided else labels,
-                fresh,
-                scale,
-                self._config,
-            )
+            rows, row = both if guided else labels, table.rows[k]
+            if self._guide is None:
+                x, before = self._advance(module, x, before, row, rows, fresh, scale, self._config)
+            else:
+                values = coefficients(row)
+                image, variance = self._estimate(module, x, values, rows, scale, self._config)
+                image = image + self._correction(image, given, k)
+                x, before = self._update(x, before, values, image, variance, fresh, self._config)
             yield x
+
+    def _correction(self, image: Tensor, labels: Tensor, step: int) -> Tensor:
+        """Return what the guide adds to the image estimate, (B, c, h, w)."""
+        assert self._guide is not None
+        correction = self._guide(image, labels, self._numbers[step])
+        if not isinstance(correction, Tensor) or correction.shape != image.shape:
+            got = getattr(correction, "shape", type(correction).__name__)
+            raise invalid("guide", f"{got}", f"a correction {tuple(image.shape)}")
+        return correction.detach()
 
     def _noise(self, ids: Tensor, step: int) -> Tensor:
         """Return the noise of one step for ids (B,), as (B, c, h, w) float32."""
@@ -263,6 +354,12 @@ def check_broken(broken: int, made: int) -> None:
             f"{MOST_BROKEN:.0%}; float16 overflows in some denoisers and decoders: set "
             "dtype=bfloat16 or dtype=float32"
         )
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the fastest dtype of a device that has the range of float32."""
+    has_bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def _fill(values: Tensor, size: int) -> Tensor:

@@ -54,8 +54,26 @@ def advance(
     Returns:
         The next x and `before`.
     """
+    values = coefficients(row)
+    image, variance = estimate(module, x, values, labels, scale, config)
+    return update(x, before, values, image, variance, fresh, config)
+
+
+def coefficients(row: Tensor) -> dict[str, Tensor]:
+    """Return the coefficients of a step by name, () float32 each."""
+    return dict(zip(SolverTable.COLUMNS, row.unbind(), strict=True))
+
+
+def estimate(
+    module: nn.Module,
+    x: Tensor,
+    values: dict[str, Tensor],
+    labels: Tensor,
+    scale: float | Tensor,
+    config: StepConfig,
+) -> tuple[Tensor, Tensor]:
+    """Return the first half of `advance`: the image estimate, and the predicted variance."""
     is_guided = len(labels) > len(x)
-    values = dict(zip(SolverTable.COLUMNS, row.unbind(), strict=True))
     inputs = (values["input_scale"] * x).to(config.dtype)
     if is_guided:
         inputs = torch.cat((inputs, inputs))
@@ -74,10 +92,22 @@ def advance(
         if config.channels is not None:
             guided, rest = prediction[:, : config.channels], conditional[:, config.channels :]
             prediction = torch.cat((guided, rest), dim=1)
-    estimate = values["skip"] * x + values["out"] * prediction
+    return values["skip"] * x + values["out"] * prediction, variance
+
+
+def update(
+    x: Tensor,
+    before: Tensor,
+    values: dict[str, Tensor],
+    image: Tensor,
+    variance: Tensor,
+    fresh: Tensor | None,
+    config: StepConfig,
+) -> tuple[Tensor, Tensor]:
+    """Return the second half of `advance`: the next x and `before`, from the image estimate."""
     clip = config.clip
-    newest = estimate if clip is None else estimate.clamp(-clip, clip)
-    x = values["a"] * x + values["b0"] * newest + values["b1"] * before + values["u"] * estimate
+    newest = image if clip is None else image.clamp(-clip, clip)
+    x = values["a"] * x + values["b0"] * newest + values["b1"] * before + values["u"] * image
     if fresh is not None:
         deviation = values["n"]
         if config.learned_variance:

@@ -60,8 +60,8 @@ class Feed:
     ) -> None:
         ring.plan.check_batch(batch_size)
         if ring.plan.guard_blocks and images.may_wait:
-            got = f"{ring.plan.guard_blocks} with stored images"
-            raise invalid("guard_blocks", got, "0, as their blocks are not read ahead")
+            got = f"{ring.plan.guard_blocks} with images that are stored or depend on the student"
+            raise invalid("guard_blocks", got, "0, as their blocks are not made ahead")
         self.images, self.ring, self.targets, self.batch_size = images, ring, targets, batch_size
         self.in_flight = InFlight(ring.images.device)
         self._ahead: Written | None = None

@@ -22,7 +22,10 @@ class ImageStream(Protocol):
 
     @property
     def may_wait(self) -> bool:
-        """Whether `next_block` may wait for images; blocks are then not made ahead of need."""
+        """Whether `next_block` may wait for images, or images depend on the student.
+
+        Blocks are then not made ahead of need.
+        """
         ...
 
     @property

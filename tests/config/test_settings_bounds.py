@@ -32,12 +32,14 @@ from dmkd_fast.runtime.errors import UserError
 CONFIGS = Path(CONFIG).parent
 EVERY_SECTION = [
     "sampler.class_guidance={3: 2}",
+    "sampler.block_cache={every: 2}",
     "mix={mixup_alpha: 0.5}",
     "denoiser.class_map=[1, 2]",
     "sampler.phases=[{start: 0.5, num_steps: 2, guidance_scale: 2}]",
     "optim.milestones=[0.5]",
     "more_teachers=[{path: x, class_map: [1, 2]}]",
     "denoiser.prompts=[a, b]",
+    "denoiser.prompt_attributes={style: [a, b]}",
 ]
 BASES: dict[str, tuple[type[Section], str, list[str]]] = {
     "distill": (DistillConfig, CONFIG, EVERY_SECTION),
@@ -289,6 +291,7 @@ def test_did_you_mean_reaches_into_lists() -> None:
         ("mix={1: 2}", "mix.1: got .*, expected keys that are strings"),
         ("sampler.class_guidance={3: 2, '3': 4}", "got a class twice, as 3 and '3'"),
         ("sampler.class_guidance={3-5: 2, 5: 4}", "got class 5 twice"),
+        ("sampler.block_cache.steps=[0.5, 0.2]", "block_cache: steps: got .* start < stop"),
     ],
 )
 def test_wrong_kinds_say_what_is_expected(override: str, words: str) -> None:

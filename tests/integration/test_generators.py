@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from classifier_folders import saved
 from real_sets import picture
@@ -25,6 +27,7 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory
+from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.parts import prepare
 
 pytestmark = pytest.mark.slow
@@ -138,3 +141,29 @@ def test_a_family_generates_and_teaches(
     assert cli.main(["distill", str(config), f"run_dir={run}", "--quiet"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 <= summary["top1"] <= 1
+
+
+def test_each_image_has_a_prompt_of_its_class_in_the_manifest(
+    tmp_path: Path, job: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stable_diffusion(tmp_path / "model", diffusers.DDIMScheduler())
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"class {label}\n" for label in range(4)))
+    changes = {
+        "denoiser.prompts": ["a {name}, {style}"],
+        "denoiser.prompt_attributes": {"style": ["red", "blue", "green"]},
+        "eval.classes": str(names),
+    }
+    config = config_of(tmp_path, job, changes)
+    for part in ("0/2", "1/2"):
+        command = ["generate", str(config), "--out", str(tmp_path / "images"), "--quiet"]
+        command += ["--num-images", "32", "--images-per-shard", "16", "--shard", part]
+        assert cli.main(command) == 0
+    rows = pq.read_table(tmp_path / "images" / "manifest").to_pylist()
+    resolved, parts = prepare(load_config(DistillConfig, config))
+    assert isinstance(parts.origin, Denoiser)
+    sampler = make_sampler(resolved, parts.origin)
+    own = sampler.own_indices(torch.arange(32), torch.tensor([row["class"] for row in rows]))
+    assert [row["prompt"] for row in rows] == [parts.origin.prompts[i] for i in own.tolist()]
+    assert all(row["prompt"].startswith(f"a class {row['class']}, ") for row in rows)
+    assert len({row["prompt"] for row in rows}) > 6

@@ -82,9 +82,8 @@ def test_a_model_that_takes_guidance_gets_each_images_scale() -> None:
             self.seen.append(guidance)
             return torch.zeros_like(x)
 
-    sampler = dit_sampler(by_class={5: 1.0, 6: 3.5}, takes_guidance=True)
     takes = Takes()
-    sampler._module = takes
+    sampler = dit_sampler(module=takes, by_class={5: 1.0, 6: 3.5}, takes_guidance=True)
     make(sampler, torch.tensor([5, 6, 7, 5]), 1000)
     assert len(takes.seen) == 4
     for seen in takes.seen:

@@ -1,0 +1,94 @@
+"""Embeddings of many prompts in a file, of which a device has those of one micro-batch at a time.
+
+Shapes: B micro-batch, P prompts, with the empty one last if the model has a null class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dmkd_fast.runtime import files
+from dmkd_fast.runtime.errors import warn_once
+from dmkd_fast.runtime.model_files import file_parts
+
+# Embeddings of fewer bytes stay on the device, where no copy is needed.
+LEAST_BYTES = 2**28
+
+
+class PromptBank:
+    """The tables of a module with one row a prompt.
+
+    Args:
+        module: Module of a text-to-image family. Its tables keep their last row alone.
+        tables: Tables by the name of their buffer, (P, ...) each.
+    """
+
+    def __init__(self, module: nn.Module, tables: Mapping[str, Tensor]) -> None:
+        self.module, self.tables = module, _mapped(tables)
+        for name, table in self.tables.items():
+            setattr(module, name, nn.Buffer(table[-1:].clone()))
+
+    @property
+    def numbers_per_prompt(self) -> int:
+        """How many numbers the embeddings of one prompt are."""
+        return sum(table[0].numel() for table in self.tables.values())
+
+    def resize(self, count: int) -> None:
+        """Give the module room for `count` prompts, before the last row of the tables."""
+        for name, table in self.tables.items():
+            held = getattr(self.module, name)
+            if len(held) != count + 1:
+                rows = held[-1:].expand(count + 1, *table.shape[1:]).clone()
+                setattr(self.module, name, nn.Buffer(rows))
+
+    def fill(self, indices: Tensor) -> None:
+        """Copy the prompts of one micro-batch to the first rows of the module.
+
+        Args:
+            indices: Prompts, (B,) int64 on the CPU, at most as many as `resize` made room for.
+        """
+        for name, table in self.tables.items():
+            held = getattr(self.module, name)
+            # The order of a micro-batch is kept: its image i has row i.
+            held[: len(indices)].copy_(table[indices])
+
+
+def take_bank(module: nn.Module, num_rows: int) -> PromptBank | None:
+    """Return the prompts of a module as a bank, if they are too many for a device.
+
+    Args:
+        module: Module of a text-to-image family, on the CPU.
+        num_rows: Number of prompts, with the empty one if the model has a null class.
+    """
+    tables = {
+        name: table
+        for name, table in module.named_buffers(recurse=False)
+        if table.ndim > 1 and len(table) == num_rows
+    }
+    if sum(table.nbytes for table in tables.values()) < LEAST_BYTES:
+        return None
+    return PromptBank(module, tables)
+
+
+def _mapped(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same tables, mapped from a file in the cache folder where it can be written."""
+    digest = hashlib.sha256()
+    for name in sorted(tables):
+        digest.update(name.encode())
+        digest.update(tables[name].contiguous().view(torch.uint8).numpy().data)
+    path = files.cache_folder() / f"bank-{digest.hexdigest()[:32]}.safetensors"
+    try:
+        if not path.is_file():
+            files.make_folder(path.parent)
+            with files.locked(path.parent / "lock", wait_s=60) as is_ours:
+                if is_ours:
+                    files.replace(path, file_parts(dict(tables)))
+        return dict(load_file(path))
+    except Exception as error:  # a full disk, or a file that another program damaged
+        warn_once(f"{path.parent}: cannot map prompts from there ({error}); they stay in memory")
+        return dict(tables)
