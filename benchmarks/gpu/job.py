@@ -50,10 +50,10 @@ ARMS: dict[str, tuple[tuple[str, ...], bool]] = {
     "ours, not compiled": (("train.compile=false", "sampler.compile=false"), True),
 }
 SMALL = (
-    "ring.capacity_images=192",
-    "ring.min_fill_images=64",
+    "ring.capacity_images=96",
+    "ring.min_fill_images=32",
     "ring.samples_per_insert=4",
-    "sampler.micro_batch_images=64",
+    "sampler.micro_batch_images=32",
     "sampler.num_steps=4",
     "train.batch_size=32",
     "train.num_views=256",

@@ -92,7 +92,7 @@ class Pieces(Bench):
         )
         self.product = 2e-9 * side**3 / found["product"]
         for name, ms in found.items():
-            rate = {"tflop_per_s": round(2e-9 * side**3 / ms, 3)}
+            rate = {"tflop_per_s": round(2e-9 * side**3 / ms, 6)}
             if name == "copy":
                 rate = {"gb_per_s": round(2e-6 * a.nbytes / ms, 3)}
             row = {"part": "ceiling", "piece": name, "side": side, "median_ms": ms}
@@ -141,7 +141,9 @@ class Pieces(Bench):
         two._captures = False
         draw = one.ring.sample(s.batch)
         at = one.ring.images, draw.indices, draw.ids, draw.uses
-        spec = ViewSpec(size=s.view_size, mean=MEAN, std=STD, dtype=self.half, device=self.device)
+        spec = ViewSpec(
+            size=s.view_size, mean=MEAN, std=STD, dtype=self.view_dtype, device=self.device
+        )
         views = Views(spec, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
         seen = views(*at)
         logits = [torch.randn(s.batch, s.num_classes, device=self.device) for _ in range(2)]
@@ -197,8 +199,8 @@ class Pieces(Bench):
                     "piece": piece,
                     **facts,
                     "median_ms": ms,
-                    "tflop_per_s": round(rate, 3),
-                    "share_of_product": round(rate / self.product, 4),
+                    "tflop_per_s": round(rate, 6),
+                    "share_of_product": round(rate / self.product, 6),
                 }
             )
 
@@ -233,7 +235,7 @@ class Pieces(Bench):
 
 @torch.no_grad()
 def _teacher(distiller: Distiller, views: Any) -> Any:
-    return distiller.targets.networks.networks[0](views)
+    return distiller.targets.networks.networks[0](views.to(distiller.targets._dtype))
 
 
 def _learn(distiller: Distiller, views: Any) -> None:

@@ -100,6 +100,7 @@ class Bench:
     def __init__(self, report: Report, settings: Settings, device: torch.device) -> None:
         self.report, self.settings, self.device = report, settings, device
         self.half = resolve_dtype("auto", device)
+        self.view_dtype = self.half if settings.half_views else torch.float32
         self.found: dict[tuple[str, ...], float] = {}
         """Images/s by ("sampler", arm, steps), views/s by ("training", arm, student)."""
 
@@ -293,7 +294,9 @@ class Bench:
             Denoiser(module=nn.Identity(), scheduler=DDIM, latent_shape=shape), device=self.device
         )
         views = Views(
-            ViewSpec(size=s.view_size, mean=MEAN, std=STD, dtype=self.half, device=self.device),
+            ViewSpec(
+                size=s.view_size, mean=MEAN, std=STD, dtype=self.view_dtype, device=self.device
+            ),
             scale=(0.08, 1.0),
             ratio=(3 / 4, 4 / 3),
         )
