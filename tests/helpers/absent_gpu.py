@@ -101,6 +101,8 @@ def absent_h100() -> Iterator[FakeTensorMode]:
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
     }
+    # Otherwise operators of C++ would set the current device.
+    torch._C._ensureCUDADeviceGuardSet()
     with contextlib.ExitStack() as stack:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         interface = torch._dynamo.device_interface.CudaInterface
