@@ -152,7 +152,7 @@ def check_barriers(name: str, steps: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_barrier_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_barriers("tile", 5, monkeypatch)
+    check_barriers("tile", 9, monkeypatch)
 
 
 @pytest.mark.slow
