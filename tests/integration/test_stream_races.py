@@ -30,7 +30,7 @@ from dmkd_fast.ring.cuda_sync import ProducerStream
 
 
 def job(run_dir: Path, every_s: float) -> Distiller:
-    """Four steps; each replaces the images of the whole ring of four blocks, one of them guarded."""
+    """Four steps; each replaces all images of the ring: four blocks, one of them guarded."""
     torch.manual_seed(3)
     return Distiller(
         GeneratedImages(LabelStream(4, device="cuda"), tiny_sampler(device="cuda")),
