@@ -96,6 +96,11 @@ class Log:
             if not self._leave_out("device", names):
                 self._engine._handle_device_synchronization()
 
+    def wait_for_stream(self) -> None:
+        """Let the main thread wait for the current stream."""
+        with self._lock:
+            self._engine._handle_stream_synchronization(self.current)
+
     def thread(self) -> int:
         """Return the stream that stands for the calling thread."""
         ident = threading.get_ident()
@@ -196,6 +201,8 @@ class Kernels(TorchDispatchMode):
                 writes |= self._log.places(tensor) - reads
         if reads or writes:
             self._log.kernel(self._log.current, reads, writes, str(func))
+        if torch.Tag.data_dependent_output in func.tags:  # the host waits for a value
+            self._log.wait_for_stream()
         return result
 
 

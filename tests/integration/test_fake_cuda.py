@@ -180,11 +180,13 @@ def test_refill_and_step_of_a_whole_job_stay_on_cuda(
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
             run.student.autocast = torch.autocast("cuda", dtype=torch.float16)
-        # Generators and graphs of CUDA cannot be faked.
+        # Generators, graphs and streams of CUDA cannot be faked.
         order: Any = ring._order
         order._generator = None
         monkeypatch.setattr(order, "_permutation", lambda n: torch.randperm(n, device=CUDA))
         monkeypatch.setattr(sampler, "_images", sampler._make)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
         made: list[Tensor] = []
         monkeypatch.setattr(Tensor, "backward", lambda logits, grad: made.extend((logits, grad)))
         monkeypatch.setattr(run.student, "finish", lambda: None)  # There are no gradients.

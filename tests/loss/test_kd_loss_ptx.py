@@ -113,7 +113,7 @@ def test_ptx_of_every_divergence_agrees_with_float64(
 
 CASES = {
     "tile": (9, 1000, torch.bfloat16, "ids"),
-    "two_pass": (2, VECTORS, torch.float16, "probabilities"),
+    "two_pass": (5, VECTORS, torch.float16, "probabilities"),
 }
 
 
@@ -152,7 +152,7 @@ def check_barriers(name: str, steps: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_barrier_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_barriers("tile", 5, monkeypatch)
+    check_barriers("tile", 9, monkeypatch)
 
 
 @pytest.mark.slow
@@ -163,19 +163,17 @@ def test_each_missing_barrier_is_noticed(name: str, monkeypatch: pytest.MonkeyPa
 
 MUTATIONS = {
     "mask of columns": ("tile", "(cols < num_classes)[None, :]", "(cols <= num_classes)[None, :]"),
-    "mask of rows": ("tile", "counts = (rows < num_rows)", "counts = (rows <= num_rows)"),
     "stored rows": ("tile", "stored = (rows < num_rows)", "stored = (rows <= num_rows)"),
-    "target's mass": ("tile", "(mass / sum1)[:, None]", "(1 / sum1)[:, None]"),
+    "label smoothing": ("tile", "kept + spread, spread)", "kept, spread)"),
     "row weight": ("tile", "up = factor * grad_scale", "up = grad_scale"),
     "series": ("math", "-0.166666657", "-0.156666657"),
-    "base of the logarithm": ("math", "1.4426950408889634", "1.4416950408889634"),
     "ticket": ("math", "if done == programs - 1:", "if done == programs - 2:"),
     "sum over programs": ("math", "inside = index < programs", "inside = index <= programs"),
     "order of publishing": ("math", 'sem="acq_rel"', 'sem="relaxed"'),
     "long mask": ("long", "inside = (cols < num_classes) &", "inside = (cols <= num_classes) &"),
     "long store": ("long", "cols < num_classes)\n    if LOSS", "cols <= num_classes)\n    if LOSS"),
     "rescaled sum": ("long", "t_sum *= tl.exp2((t_max - t_top) * scale2)", "t_sum *= 1.0"),
-    "one block more": ("long", "blocks = begin + 1", "blocks = begin + 2"),
+    "first block": ("long", "begin = tl.program_id(1)", "begin = tl.program_id(1) + 1"),
 }
 
 
