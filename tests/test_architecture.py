@@ -22,7 +22,7 @@ HOMES = {
     },
     "torchvision": {"classifiers/loading.py", "data/decode.py"},
     "diffusers": {"denoisers/wrappers.py", "denoisers/single_file.py"},
-    "transformers": {"denoisers/families/text.py", "jobs/exchange/zero_shot.py"},
+    "transformers": {"denoisers/prompts/encoders.py", "jobs/exchange/zero_shot.py"},
     "xformers": {"denoisers/attention.py"},
     "onnx": {"jobs/exchange/export.py"},
     "onnxruntime": {"jobs/exchange/export.py"},

@@ -145,8 +145,8 @@ def _baseline(device: torch.device, options: argparse.Namespace, folder: Path) -
             diffusers_dit(resolve(config.denoiser.path)).to(device, half),
             noise,
             labels,
-            num_steps=config.sampler.num_steps,
-            guidance_scale=config.sampler.guidance_scale or 1.0,
+            num_steps=int(config.sampler.num_steps),
+            guidance_scale=float(config.sampler.guidance_scale) or 1.0,
             batch=128,
         )
     baseline.write_pngs(images.cpu(), labels.cpu(), folder / "pngs")

@@ -23,7 +23,7 @@ from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from dmkd_fast.data import shards
 from dmkd_fast.data.sources import ShardSource, Source, open_files
 from dmkd_fast.data.stored import ImageDecoder, StoredImages
-from dmkd_fast.jobs import generate
+from dmkd_fast.jobs import image_maker
 
 BATCH = 256
 SETS = {(1, 28, 28): 8192, (3, 256, 256): 512}
@@ -67,7 +67,7 @@ def measure(folder: Path, shape: tuple[int, int, int], count: int) -> list[dict[
         for number in range(plan.num_shards):
             writer = shards.ShardWriter(folder / "set", number, "0-of-1", plan)
             ids = plan.ids(number)
-            pngs = pool.map(generate.to_png, images[ids.start : ids.stop])
+            pngs = pool.map(image_maker.to_png, images[ids.start : ids.stop])
             for i, png in zip(ids, pngs, strict=True):
                 writer.add(i, i % 2, png, {"seed": 0})
             writer.commit()

@@ -14,7 +14,7 @@ from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.errors import invalid
 
 if TYPE_CHECKING:
-    from dmkd_fast.denoisers.families.bank import PromptBank
+    from dmkd_fast.denoisers.prompts.bank import PromptBank
 
 MOST_LATENTS = 2**28
 

@@ -115,7 +115,11 @@ class LeanDiT(nn.Module):
             if isinstance(product, Product):
                 product.fp8_weight = quantize_rows(product.weight)
 
-    def forward(
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Return the prediction; see `predict`."""
+        return self.predict(latents, timesteps, labels)
+
+    def predict(
         self,
         latents: Tensor,
         timesteps: Tensor,
@@ -218,8 +222,7 @@ class CachedDiT(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Return the prediction; see `LeanDiT.forward`."""
-        prediction: Tensor = self.dit(latents, timesteps, labels, self.kept, self.reuses)
-        return prediction
+        return self.dit.predict(latents, timesteps, labels, self.kept, self.reuses)
 
 
 class DiTBlock(nn.Module):

@@ -16,10 +16,10 @@ import torch
 from dmkd_fast.denoisers.config_values import number, whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.families import find_family
-from dmkd_fast.denoisers.families.bank import take_bank
 from dmkd_fast.denoisers.families.folder import ModelFolder, pixels_per_latent
 from dmkd_fast.denoisers.model_folders import check_is_pipeline
 from dmkd_fast.denoisers.networks import load_network
+from dmkd_fast.denoisers.prompts.bank import take_bank
 from dmkd_fast.denoisers.wrappers import Decoder, Encoder
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.errors import UserError, invalid

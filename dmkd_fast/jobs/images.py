@@ -24,8 +24,8 @@ from dmkd_fast.data.listing import CLASS_NAMES, SourceError
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
-from dmkd_fast.denoisers.families.prompts import ByClass, prompts_by_class, read_captions
 from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.denoisers.prompts.by_class import ByClass, prompts_by_class, read_captions
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.sampling.noise_levels import trained_alike
 from dmkd_fast.sampling.tiling import TiledDecoder

@@ -84,14 +84,14 @@ class DiffusionSampler:
         seed: int = 0,
         compile: bool = False,
     ) -> None:
-        checks.whole("seed", seed, high=checks.MAX_SEED)
-        checks.whole("micro_batch_images", micro_batch_images, low=1, high=2**20)
+        self.seed = checks.whole("seed", seed, high=checks.MAX_SEED)
+        size = checks.whole("micro_batch_images", micro_batch_images, low=1, high=2**20)
         if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise invalid("dtype", dtype, "float32, float16 or bfloat16")
         check_guidance(guidance, denoiser)
         self.denoiser, self.steps, self.guidance = denoiser, steps, guidance
-        self.device, self.dtype, self.seed = torch.device(device), dtype, seed
-        self.micro_batch_images = max(micro_batch_images, FEWEST_IMAGES)
+        self.device, self.dtype = torch.device(device), dtype
+        self.micro_batch_images = max(size, FEWEST_IMAGES)
         self.table = solver_table(denoiser.scheduler, steps, self.device)
         self._config = StepConfig(
             takes_guidance=denoiser.takes_guidance,
@@ -144,8 +144,7 @@ class DiffusionSampler:
                 self._finish = compiled(decode)
         self._graph: CudaGraph | None = None
         self.graph_pool: Any = None
-        self.num_made = 0
-        self.num_broken = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.num_made, self.num_broken = 0, torch.zeros((), dtype=torch.int64, device=self.device)
 
     @property
     def forwards_per_image(self) -> int:

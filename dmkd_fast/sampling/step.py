@@ -69,7 +69,7 @@ def estimate(
     x: Tensor,
     values: dict[str, Tensor],
     labels: Tensor,
-    scale: float | Tensor,
+    scale: Tensor,
     config: StepConfig,
 ) -> tuple[Tensor, Tensor]:
     """Return the first half of `advance`: the image estimate, and the predicted variance."""

@@ -19,8 +19,8 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.config.networks import DenoiserConfig
 from dmkd_fast.data import manifest
-from dmkd_fast.denoisers.families import bank
-from dmkd_fast.denoisers.families.prompts import prompts_by_class, read_captions
+from dmkd_fast.denoisers.prompts import bank
+from dmkd_fast.denoisers.prompts.by_class import prompts_by_class, read_captions
 from dmkd_fast.jobs.images import job_class_names, open_denoiser
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.sampler import DiffusionSampler

@@ -15,7 +15,7 @@ from benchmarks.fake_cuda import pretended
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import generate
-from dmkd_fast.jobs.generate import Maker, Started
+from dmkd_fast.jobs.image_maker import Maker, Started
 from dmkd_fast.jobs.stored_logits import Wanted
 
 

@@ -15,7 +15,7 @@ from dmkd_fast.denoisers.config_values import whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.families.flow import flow_scheduler
 from dmkd_fast.denoisers.families.folder import ModelFolder
-from dmkd_fast.denoisers.families.text import TextEncoder
+from dmkd_fast.denoisers.prompts.encoders import TextEncoder
 from dmkd_fast.runtime.errors import invalid
 
 CLIP = TextEncoder(outputs=("pooled",))

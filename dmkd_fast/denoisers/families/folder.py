@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.denoisers.config_values import sides, whole
-from dmkd_fast.denoisers.families.text import TextEncoder, encode
 from dmkd_fast.denoisers.networks import load_network
+from dmkd_fast.denoisers.prompts.encoders import TextEncoder, encode
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.runtime.model_files import CONFIG, read_json
 
@@ -105,7 +105,7 @@ class ModelFolder:
         return load_network(name, self.path / self.part, trial, dtype)
 
     def encode(self, encoder: TextEncoder) -> dict[str, Tensor]:
-        """Encode the prompts, and the empty one as the last row; see `families.text.encode`."""
+        """Encode the prompts, and the empty one as the last row; see `prompts.encoders.encode`."""
         return encode(self.path, encoder, [*self.prompts, ""], self.device)
 
     def check_width(self, embeddings: Tensor, width: int) -> Tensor:

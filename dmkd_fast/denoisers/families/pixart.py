@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmkd_fast.denoisers.config_values import whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.families.folder import ModelFolder
-from dmkd_fast.denoisers.families.text import TextEncoder
+from dmkd_fast.denoisers.prompts.encoders import TextEncoder
 from dmkd_fast.denoisers.wrappers import resize_positions
 
 # Tokens of a prompt, by the name of the pipeline.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dmkd_fast.denoisers.config_values import number, whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.families.folder import ModelFolder
-from dmkd_fast.denoisers.families.text import TextEncoder
+from dmkd_fast.denoisers.prompts.encoders import TextEncoder
 from dmkd_fast.denoisers.wrappers import import_diffusers, resize_positions
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
 

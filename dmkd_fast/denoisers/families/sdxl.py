@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dmkd_fast.denoisers.config_values import whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.families.folder import ModelFolder
-from dmkd_fast.denoisers.families.text import TextEncoder
 from dmkd_fast.denoisers.families.text_unet import TextUNet, guidance_width, own_settings
+from dmkd_fast.denoisers.prompts.encoders import TextEncoder
 
 ENCODERS = (
     TextEncoder(outputs=("penultimate",)),

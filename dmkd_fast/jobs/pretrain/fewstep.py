@@ -106,7 +106,8 @@ def pretrain_fewstep(
             predicted = forward(states, timesteps, labels)
         width = wanted.shape[1]  # a model with learned variances predicts further channels
         squares = (predicted[:, :width].float() - wanted).square()
-        return (weights * squares).mean()
+        loss: Tensor = (weights * squares).mean()
+        return loss
 
     with run_dir.opened(config, resume=resume) as folder:
         average, facts = loop.train(
