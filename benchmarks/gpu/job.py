@@ -50,13 +50,13 @@ ARMS: dict[str, tuple[tuple[str, ...], bool]] = {
     "ours, not compiled": (("train.compile=false", "sampler.compile=false"), True),
 }
 SMALL = (
-    "ring.capacity_images=96",
+    "ring.capacity_images=64",
     "ring.min_fill_images=32",
     "ring.samples_per_insert=4",
-    "sampler.micro_batch_images=32",
+    "sampler.micro_batch_images=16",
     "sampler.num_steps=4",
     "train.batch_size=32",
-    "train.num_views=256",
+    "train.num_views=128",
     "eval.num_points=1",
     "teacher.path=embedded:fashion_mnist/weak",
     "dtype=float32",

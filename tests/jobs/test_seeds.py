@@ -38,7 +38,7 @@ def numbers(seed: int, folder: Path) -> dict[str, Tensor]:
     job, parts = prepare(config)
     distiller = build(job, parts, show=False)
     sampler, labels, ring = sampler_of(distiller), labels_of(distiller), distiller.ring
-    mixer = distiller.targets._mixer
+    mixer = distiller.targets.mixer
     assert isinstance(sampler, DiffusionSampler) and isinstance(labels, LabelStream) and mixer
     ids = torch.arange(64)
     ring.commit(ring.reserve(), ids=ids, labels=ids % 10)
