@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from dmkd_fast.denoisers.config_values import number, whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.families.folder import ModelFolder
-from dmkd_fast.denoisers.prompts.encoders import TextEncoder
+from dmkd_fast.denoisers.prompts.encoders import TextEncoder, num_tokens
 from dmkd_fast.denoisers.wrappers import import_diffusers, resize_positions
-from dmkd_fast.runtime.errors import UserError, invalid, one_line
+from dmkd_fast.runtime.errors import invalid
 
 GEMMA = TextEncoder(
     model_class="Gemma2Model",
@@ -83,7 +83,7 @@ def load(model: ModelFolder) -> Denoiser:
     instruction = _instruction()
     texts = tuple(instruction + prompt.lower().strip() for prompt in model.prompts)
     tokens = GEMMA.max_tokens or 0
-    longest = _num_tokens(model, instruction) + tokens - 2
+    longest = num_tokens(model.path / GEMMA.tokenizer, instruction) + tokens - 2
     made = replace(model, prompts=texts).encode(replace(GEMMA, max_tokens=longest))
     # The first token and the last ones, which do not belong to the instruction.
     kept = [0, *range(longest - tokens + 1, longest)]
@@ -114,18 +114,6 @@ def load(model: ModelFolder) -> Denoiser:
         guidance_scale=4.5,
         takes_guidance=is_sprint,
     )
-
-
-def _num_tokens(model: ModelFolder, text: str) -> int:
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.path / GEMMA.tokenizer, local_files_only=True
-        )
-        return len(tokenizer.encode(text))
-    except Exception as error:  # transformers raises many kinds of errors for a damaged folder
-        raise UserError(f"{model.path / GEMMA.tokenizer}: {one_line(error)}") from None
 
 
 def _instruction() -> str:

@@ -92,6 +92,20 @@ def encode(
 
 
 @torch.no_grad()
+def num_tokens(folder: Path, text: str) -> int:
+    """Count the tokens of a text, by the tokenizer in a folder.
+
+    Raises:
+        UserError: The folder cannot be read.
+    """
+    try:
+        from transformers import AutoTokenizer
+
+        return len(AutoTokenizer.from_pretrained(folder, local_files_only=True).encode(text))
+    except Exception as error:  # transformers raises many kinds of errors for a damaged folder
+        raise UserError(f"{folder}: {one_line(error)}") from None
+
+
 def _encode(
     folder: Path, encoder: TextEncoder, prompts: list[str], device: torch.device
 ) -> dict[str, Tensor]:
