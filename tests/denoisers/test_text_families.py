@@ -7,6 +7,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from dmkd_fast.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([2, 0, 3, 1])
+# CI runs these with the generators.
+LONG = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def noise_of(step: int, shape: tuple[int, ...]) -> Tensor:
@@ -63,8 +66,8 @@ SDXL_BASE = {
 SDXL_TURBO = SDXL_BASE | {"timestep_spacing": "trailing"}
 
 
-@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "empty prompt"])
-@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("zeros", [True, LONG(False)], ids=["zeros", "empty prompt"])
+@pytest.mark.parametrize("scale", [LONG(1.0), 5.0])
 def test_sdxl(tmp_path: Path, scale: float, zeros: bool) -> None:
     scheduler = diffusers.EulerDiscreteScheduler(**SDXL_BASE)
     pipeline = sdxl(tmp_path, scheduler, force_zeros_for_empty_prompt=zeros)
@@ -74,7 +77,7 @@ def test_sdxl(tmp_path: Path, scale: float, zeros: bool) -> None:
     same_pixels(got, run(pipeline, guidance_scale=scale, num_inference_steps=5, latents=latents))
 
 
-@pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("num_steps", [LONG(1), 4])
 def test_sdxl_turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
     pipeline = sdxl(tmp_path, diffusers.EulerAncestralDiscreteScheduler(**SDXL_TURBO))
     loaded = load_denoiser(tmp_path, CPU, prompts=PROMPTS)
@@ -94,6 +97,7 @@ def test_sdxl_turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: 
     )
 
 
+@pytest.mark.slow
 def test_sdxl_is_told_another_size(tmp_path: Path) -> None:
     pipeline = sdxl(tmp_path, diffusers.EulerDiscreteScheduler(**SDXL_BASE))
     loaded = load_denoiser(tmp_path, CPU, prompts=PROMPTS, image_size=24)
@@ -124,7 +128,7 @@ DYNAMIC = {
 }
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.5])
+@pytest.mark.parametrize("scale", [LONG(1.0), 4.5])
 @pytest.mark.parametrize(
     ("shift", "changes"),
     [({"shift": 3.0}, {}), (DYNAMIC, {"qk_norm": "rms_norm", "dual_attention_layers": (0,)})],
@@ -138,6 +142,7 @@ def test_sd3(tmp_path: Path, shift: dict[str, Any], changes: dict[str, Any], sca
     same_pixels(got, run(pipeline, guidance_scale=scale, num_inference_steps=5, latents=latents))
 
 
+@pytest.mark.slow
 def test_sd3_without_t5(tmp_path: Path) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipeline = sd3(tmp_path, scheduler, with_t5=False)
@@ -160,9 +165,9 @@ def test_sd3_without_t5(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("guidance_embeds", "shift", "scale", "num_steps"),
     [
-        (False, {"shift": 1.0}, 1.0, 4),
+        LONG(False, {"shift": 1.0}, 1.0, 4),
         (True, DYNAMIC, 3.5, 5),
-        (True, DYNAMIC | {"time_shift_type": "linear"}, 1.0, 3),
+        LONG(True, DYNAMIC | {"time_shift_type": "linear"}, 1.0, 3),
     ],
     ids=["schnell", "dev", "linear shift"],
 )
@@ -188,6 +193,7 @@ def test_flux(
     )
 
 
+@pytest.mark.slow
 def test_flux_makes_images_of_128_latents_by_default(tmp_path: Path) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
     flux(tmp_path, scheduler, guidance_embeds=False)
@@ -207,6 +213,7 @@ BUILD: dict[str, Callable[[Path], Any]] = {
 SIZES: dict[str, int | None] = {"sdxl": None, "sd3": None, "flux": 16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILD)
 def test_an_image_depends_on_its_id_alone(tmp_path: Path, family: str) -> None:
     BUILD[family](tmp_path)
@@ -221,6 +228,7 @@ def test_an_image_depends_on_its_id_alone(tmp_path: Path, family: str) -> None:
     assert (other.float() - got.float()).abs().max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILD)
 def test_a_class_map_chooses_among_the_prompts(tmp_path: Path, family: str) -> None:
     BUILD[family](tmp_path)
@@ -252,6 +260,7 @@ def breakages(folder: Path, family: str) -> dict[str, tuple[Callable[[], object]
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(breakages(Path(), "sdxl")))
 @pytest.mark.parametrize("family", BUILD)
 def test_a_wrong_folder_is_one_clear_line(tmp_path: Path, family: str, name: str) -> None:
@@ -268,6 +277,7 @@ def test_a_wrong_folder_is_one_clear_line(tmp_path: Path, family: str, name: str
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILD)
 def test_no_encoder_is_alive_while_images_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
@@ -302,6 +312,7 @@ def test_no_encoder_is_alive_while_images_are_made(
     assert len(alive) == 2 * made  # other prompts are encoded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILD)
 def test_parts_that_name_code_are_refused(tmp_path: Path, family: str) -> None:
     BUILD[family](tmp_path)
@@ -319,6 +330,7 @@ def test_parts_that_name_code_are_refused(tmp_path: Path, family: str) -> None:
             config.write_text(before)
 
 
+@pytest.mark.slow
 def test_weights_may_be_loaded_in_the_dtype_of_the_job(tmp_path: Path) -> None:
     sdxl(tmp_path, diffusers.EulerDiscreteScheduler(**SDXL_BASE))
     whole = load_denoiser(tmp_path, CPU, prompts=PROMPTS)
@@ -327,6 +339,7 @@ def test_weights_may_be_loaded_in_the_dtype_of_the_job(tmp_path: Path) -> None:
         assert b.dtype == torch.bfloat16 and torch.equal(a.bfloat16(), b)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_the_cache_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +403,7 @@ class Places(TorchDispatchMode):
         return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILD)
 def test_a_forward_pass_is_one_graph_and_makes_no_tensor_on_the_host(
     tmp_path: Path, family: str
