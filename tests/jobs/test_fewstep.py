@@ -88,7 +88,8 @@ def theirs(loaded: Denoiser, folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "kind", ["pixels", "latents", pytest.param("unet", marks=pytest.mark.slow)]
+    "kind",
+    ["latents", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pixels", "unet"))],
 )
 def test_few_steps_come_closer_to_many_than_the_given_model_does(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
