@@ -259,7 +259,7 @@ def _dpm_flow(scheduler: Scheduler, num_steps: int, trained: int) -> tuple[Tenso
     for key, wanted in (needed | dict.fromkeys(SPACINGS, False)).items():
         if (got := scheduler.get(key, wanted)) != wanted:
             what = f"{key}={got!r:.60} with use_flow_sigmas"
-            raise invalid("scheduler", what, wanted, "use another model")
+            raise invalid("scheduler", what, str(wanted), "use another model")
     shift = number("scheduler", scheduler, "flow_shift", 1.0, low=1e-6, high=1e6)
     # By NumPy as in diffusers, which cuts timesteps to whole numbers after its rounding errors.
     levels = 1 - np.linspace(1, 1 / trained, num_steps + 1)
