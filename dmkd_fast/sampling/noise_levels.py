@@ -263,7 +263,8 @@ def _beta_quantiles(p: np.ndarray) -> np.ndarray:
     factors = np.cumprod(np.concatenate(([1.0], (orders + 1 - a) / (orders + 1))))[:-1]
 
     def mass(x: np.ndarray) -> np.ndarray:  # not normalized; the series converges up to 1 / 2
-        return np.asarray(x**a * (factors / (a + orders) * x[:, None] ** orders).sum(1))
+        terms: np.ndarray = factors / (a + orders) * x[:, None] ** orders
+        return np.asarray(x**a * terms.sum(1))
 
     target = np.minimum(p, 1 - p) * 2 * mass(np.array([0.5]))
     low, high = np.zeros_like(p), np.full_like(p, 0.5)

@@ -43,7 +43,7 @@ def dpm(**settings: Any) -> Any:
     ("name", "changes"),
     [
         ("PixArtAlphaPipeline", {}),
-        ("PixArtAlphaPipeline", TOLD),
+        pytest.param("PixArtAlphaPipeline", TOLD, marks=pytest.mark.slow),
         ("PixArtSigmaPipeline", {"use_additional_conditions": False}),
     ],
     ids=["alpha", "alpha 1024", "sigma"],
@@ -61,7 +61,7 @@ def test_pixart(tmp_path: Path, name: str, changes: dict[str, Any], scale: float
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.5])
-@pytest.mark.parametrize("num_steps", [2, 5])
+@pytest.mark.parametrize("num_steps", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_sana(tmp_path: Path, scale: float, num_steps: int) -> None:
     pipeline = sana(tmp_path, dpm(**FLOW), sample_size=16)
     loaded = load_denoiser(tmp_path, CPU, prompts=PROMPTS)
@@ -78,7 +78,7 @@ def test_sana(tmp_path: Path, scale: float, num_steps: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.5])
-@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("num_steps", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sana_sprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, num_steps: int
 ) -> None:
@@ -148,6 +148,7 @@ def test_another_size_than_the_configs(tmp_path: Path) -> None:
     same_pixels(got, run(pipeline, height=24, width=24, **(PLAIN | settings)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BUILD)
 def test_a_forward_pass_is_one_graph_on_one_device(tmp_path: Path, kind: str) -> None:
     """On CUDA, the sampler compiles a step as one graph and captures it."""
