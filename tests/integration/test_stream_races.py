@@ -105,7 +105,6 @@ PLANTED: dict[str, Callable[[str, Names], bool]] = {
     "producer waits for the readers": lambda kind, at: kind == "wait" and at[0] == "before_write",
     "event after a checkpoint": lambda kind, at: kind == "record" and at[0] == "_restart",
     "streams of a capture": lambda kind, at: kind == "wait" and at[0] == "__init__",
-    "device before the warm-up": lambda kind, at: kind == "device" and "warm_up" in at,
 }
 # Checkpoints make the producer wait for everything, so these two count only between them.
 BETWEEN_CHECKPOINTS: dict[str, Callable[[str, Names], bool]] = {

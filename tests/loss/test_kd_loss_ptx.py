@@ -143,7 +143,7 @@ def check_barriers(name: str, steps: int, patch: pytest.MonkeyPatch) -> None:
         triton_launch.forward(*problem, False)
         [program] = kernels[name].programs
     barriers = range(0, len(program.positions("bar")), steps)
-    assert len(barriers) > 3
+    assert len(barriers) > 1
     for number in barriers:
         with patch.context() as context:
             emulate(context, change=without_barrier(number))
