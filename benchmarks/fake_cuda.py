@@ -26,6 +26,8 @@ from unittest import mock
 import torch
 import torch._dynamo  # looks at the real torch.cuda when imported
 from torch import Tensor
+from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.fake_graphs import CPU, READS, Capture, Graph, Recorder
@@ -47,6 +49,15 @@ def main(argv: list[str]) -> None:
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
 
 
+def _on_cuda(group: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+    """A function that groups tensors by device; C++ names the device that computes."""
+
+    def call(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return {(CUDA, dtype): found for (_, dtype), found in group(*args, **kwargs).items()}
+
+    return call
+
+
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
     """There is a GPU inside."""
@@ -58,6 +69,9 @@ def pretended() -> Iterator[None]:
         for name, kind in (("Stream", _Stream), ("Event", _Event), ("CUDAGraph", Graph)):
             stack.enter_context(mock.patch.object(torch.cuda, name, kind))
         stack.enter_context(mock.patch.object(_Stream, "capture", mode.capture))
+        for home in (Optimizer, clip_grad):
+            group = "_group_tensors_by_device_and_dtype"
+            stack.enter_context(mock.patch.object(home, group, _on_cuda(getattr(home, group))))
         stack.enter_context(mock.patch.object(_Event, "capture", mode.capture))
         for name in ("stream", "device"):
             stack.enter_context(mock.patch.object(torch.cuda, name, contextlib.nullcontext))

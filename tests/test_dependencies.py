@@ -260,7 +260,31 @@ def attention_choice() -> None:
     )
 
 
+def fused_products() -> None:
+    x, weight, bias = torch.randn(4, 8), torch.randn(8, 16), torch.randn(16)
+    made = torch._addmm_activation(bias, x, weight, use_gelu=True)
+    expected = torch.nn.functional.gelu(x @ weight + bias, approximate="tanh")
+    torch.testing.assert_close(made, expected, atol=1e-3, rtol=1e-3)
+    rows, columns = torch.ones(16, 32, device="meta"), torch.ones(64, 32, device="meta")
+    halves = [rows.to(torch.float8_e4m3fn), columns.to(torch.float8_e4m3fn).t()]
+    scales = torch.ones(16, 1, device="meta"), torch.ones(1, 64, device="meta")
+    product = torch._scaled_mm(*halves, *scales, out_dtype=torch.bfloat16)
+    assert product.shape == (16, 64) and product.dtype == torch.bfloat16
+
+
+def trees() -> None:
+    from torch.utils._pytree import tree_leaves, tree_map_only
+
+    tree = (1, {"a": torch.zeros(2)})
+    moved = tree_map_only(torch.Tensor, lambda t: t + 1, tree)
+    assert moved[0] == 1 and [type(leaf) for leaf in tree_leaves(moved)] == [int, torch.Tensor]
+
+
 CANARIES = {
+    "torch._addmm_activation": fused_products,
+    "torch._scaled_mm": fused_products,
+    "torch.utils._pytree.tree_leaves": trees,
+    "torch.utils._pytree.tree_map_only": trees,
     "torch._fused_sdp_choice": attention_choice,
     "torch._C._are_functorch_transforms_active": functorch,
     "torch._C._distributed_c10d.PrefixStore": stores,
