@@ -58,6 +58,13 @@ class DenoiserConfig(Section):
             raise invalid("captions", "a file beside prompts", expected, "remove one")
         return self
 
+    @field_validator("prompt_attributes", mode="before")
+    @classmethod
+    def _tuples(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
     @field_validator("prompts", mode="before")
     @classmethod
     def _one_text(cls, values: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
 import math
 import time
@@ -148,6 +149,15 @@ def test_every_number_has_two_bounds_and_every_list_a_length(base: str) -> None:
             assert kinds & {annotated_types.Le, annotated_types.Lt}, (path, bounds)
 
 
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Garbage is not collected: with all libraries loaded that takes longer than a config."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("base", BASES)
 def test_every_field_takes_its_documented_range_and_refuses_the_rest_in_one_line(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

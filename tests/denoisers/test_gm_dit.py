@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dmkd_fast import DiffusionSampler, Guidance, Steps, load_denoiser
 
+pytestmark = pytest.mark.slow  # run by .ci/run
+
 CPU = torch.device("cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 LINEAR = {

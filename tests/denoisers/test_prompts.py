@@ -179,6 +179,7 @@ def test_a_config_with_a_template_opens_a_model_of_as_many_classes(folder: Path)
         open_denoiser(config.model_copy(update={"class_map": (2,)}), CPU, class_names=NAMES)
 
 
+@pytest.mark.slow
 def test_a_bank_gives_the_same_images(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,8 @@ from text_models import PROMPTS, pixart, sana
 from dmkd_fast import Steps, load_denoiser
 from dmkd_fast.sampling.solvers import solver_table
 
+pytestmark = pytest.mark.slow  # run by .ci/run
+
 CPU = torch.device("cpu")
 DPM: dict[str, Any] = {"solver_order": 2}
 FLOW: dict[str, Any] = {
@@ -148,7 +150,6 @@ def test_another_size_than_the_configs(tmp_path: Path) -> None:
     same_pixels(got, run(pipeline, height=24, width=24, **(PLAIN | settings)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", BUILD)
 def test_a_forward_pass_is_one_graph_on_one_device(tmp_path: Path, kind: str) -> None:
     """On CUDA, the sampler compiles a step as one graph and captures it."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from dmkd_fast import DiffusionSampler, Guidance, Steps, cli, load_denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
 
+pytestmark = pytest.mark.slow  # run by .ci/run
+
 CPU = torch.device("cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -25,6 +25,8 @@ from dmkd_fast import Denoiser, load_denoiser
 from dmkd_fast.rng import philox
 from dmkd_fast.runtime.errors import UserError
 
+pytestmark = pytest.mark.slow  # run by .ci/run
+
 CPU = torch.device("cpu")
 LABELS = torch.tensor([2, 0, 3, 1])
 # CI runs these with the generators.
@@ -97,7 +99,6 @@ def test_sdxl_turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: 
     )
 
 
-@pytest.mark.slow
 def test_sdxl_is_told_another_size(tmp_path: Path) -> None:
     pipeline = sdxl(tmp_path, diffusers.EulerDiscreteScheduler(**SDXL_BASE))
     loaded = load_denoiser(tmp_path, CPU, prompts=PROMPTS, image_size=24)
@@ -142,7 +143,6 @@ def test_sd3(tmp_path: Path, shift: dict[str, Any], changes: dict[str, Any], sca
     same_pixels(got, run(pipeline, guidance_scale=scale, num_inference_steps=5, latents=latents))
 
 
-@pytest.mark.slow
 def test_sd3_without_t5(tmp_path: Path) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipeline = sd3(tmp_path, scheduler, with_t5=False)
@@ -193,7 +193,6 @@ def test_flux(
     )
 
 
-@pytest.mark.slow
 def test_flux_makes_images_of_128_latents_by_default(tmp_path: Path) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
     flux(tmp_path, scheduler, guidance_embeds=False)
@@ -213,7 +212,6 @@ BUILD: dict[str, Callable[[Path], Any]] = {
 SIZES: dict[str, int | None] = {"sdxl": None, "sd3": None, "flux": 16}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILD)
 def test_an_image_depends_on_its_id_alone(tmp_path: Path, family: str) -> None:
     BUILD[family](tmp_path)
@@ -228,7 +226,6 @@ def test_an_image_depends_on_its_id_alone(tmp_path: Path, family: str) -> None:
     assert (other.float() - got.float()).abs().max() <= 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILD)
 def test_a_class_map_chooses_among_the_prompts(tmp_path: Path, family: str) -> None:
     BUILD[family](tmp_path)
@@ -260,7 +257,6 @@ def breakages(folder: Path, family: str) -> dict[str, tuple[Callable[[], object]
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(breakages(Path(), "sdxl")))
 @pytest.mark.parametrize("family", BUILD)
 def test_a_wrong_folder_is_one_clear_line(tmp_path: Path, family: str, name: str) -> None:
@@ -277,7 +273,6 @@ def test_a_wrong_folder_is_one_clear_line(tmp_path: Path, family: str, name: str
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILD)
 def test_no_encoder_is_alive_while_images_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
@@ -312,7 +307,6 @@ def test_no_encoder_is_alive_while_images_are_made(
     assert len(alive) == 2 * made  # other prompts are encoded
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILD)
 def test_parts_that_name_code_are_refused(tmp_path: Path, family: str) -> None:
     BUILD[family](tmp_path)
@@ -330,7 +324,6 @@ def test_parts_that_name_code_are_refused(tmp_path: Path, family: str) -> None:
             config.write_text(before)
 
 
-@pytest.mark.slow
 def test_weights_may_be_loaded_in_the_dtype_of_the_job(tmp_path: Path) -> None:
     sdxl(tmp_path, diffusers.EulerDiscreteScheduler(**SDXL_BASE))
     whole = load_denoiser(tmp_path, CPU, prompts=PROMPTS)
@@ -339,7 +332,6 @@ def test_weights_may_be_loaded_in_the_dtype_of_the_job(tmp_path: Path) -> None:
         assert b.dtype == torch.bfloat16 and torch.equal(a.bfloat16(), b)
 
 
-@pytest.mark.slow
 def test_a_damaged_file_of_the_cache_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,7 +395,6 @@ class Places(TorchDispatchMode):
         return made
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILD)
 def test_a_forward_pass_is_one_graph_and_makes_no_tensor_on_the_host(
     tmp_path: Path, family: str

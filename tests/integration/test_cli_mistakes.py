@@ -129,7 +129,7 @@ MISTAKES = [
         ],
         ["phases", "sort"],
     ),
-    (["eval.classes={tmp}/none.txt"], ["one class name a line", "remove it"]),
+    (["eval.classes={tmp}/none.txt"], ["none.txt", "no such file"]),
     (["teacher.path={tmp}/nowhere"], ["nowhere", "config.json"]),
     (["teacher.path={tmp}/empty"], ["config.json", "No such file"]),
     (["teacher.path={tmp}/badjson"], ["config.json", "not valid JSON"]),

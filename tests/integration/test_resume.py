@@ -66,7 +66,7 @@ def resume_at(make: Make, stop_at: int, whole: Distiller, **settings: Any) -> No
     ("seeds", "points"),
     [([0], POINTS[:4]), pytest.param([0, 1, 2], POINTS, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.slow), "sgd"])
 def test_resumed_run_ends_bit_equal(
     make_distiller: Make,
     name: str,

@@ -23,6 +23,8 @@ from dmkd_fast.denoisers.wrappers import Decoder
 from dmkd_fast.jobs.inspect import gpus
 from dmkd_fast.jobs.inspect.flops import Flops, count, generator_flops
 
+pytestmark = pytest.mark.slow  # run by .ci/run
+
 PATH = ROOT / "configs" / "imagenet_fast.yaml"
 PAPER = ROOT / "configs" / "paper" / "imagenet.yaml"
 

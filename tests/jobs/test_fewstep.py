@@ -114,6 +114,7 @@ def test_few_steps_come_closer_to_many_than_the_given_model_does(
     assert DiffusionSampler(loaded, Steps(count=2)).sample(ids, ids % 3, out=out).float().std() > 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_a_latent_v_model_has_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_dit_xl_2_in_the_published_layout_makes_the_same_images(
         assert torch.equal(value, again[name])
 
 
+@pytest.mark.slow
 def test_all_encoders_of_a_text_model_are_rewritten(tmp_path: Path) -> None:
     source = tmp_path / "published"
     sdxl(source, diffusers.EulerDiscreteScheduler())
@@ -147,6 +148,7 @@ def text_images(pipeline: Any) -> Tensor:
     return torch.from_numpy(made.images)
 
 
+@pytest.mark.slow
 def test_text_to_image_folders_keep_the_encoder_and_leave_the_safety_checker(
     tmp_path: Path,
 ) -> None:

@@ -91,7 +91,9 @@ def test_a_step_is_that_of_an_eager_loop(make: Make) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("stop_at", [0, 1, 7, 19])
+@pytest.mark.parametrize(
+    "stop_at", [*(pytest.param(step, marks=pytest.mark.slow) for step in (0, 1, 19)), 7]
+)
 def test_resumed_run_ends_like_an_uninterrupted_one(make: Make, stop_at: int) -> None:
     whole, broken = make(), make()
     whole.fit()

@@ -24,6 +24,8 @@ from dmkd_fast.loss import ops, triton_launch, triton_long, triton_math, triton_
 from dmkd_fast.loss.divergences import terms_of
 from dmkd_fast.loss.ops import Problem
 
+pytestmark = pytest.mark.slow  # run by .ci/run
+
 VECTORS = LONG + 7  # a multiple of 8: one access is 128 bits wide
 
 
@@ -76,7 +78,6 @@ def test_the_order_of_the_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatc
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["none", "ids", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -90,7 +91,6 @@ def test_ptx_agrees_with_float64_for_any_shape(
     check(make(rows, classes, dtype, target))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_ptx_of_every_divergence_agrees_with_float64(
@@ -117,7 +117,6 @@ CASES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_ptx_of_losses_per_row_agrees_with_float64(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -155,7 +154,6 @@ def test_a_missing_barrier_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     check_barriers("tile", 9, monkeypatch)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_each_missing_barrier_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_barriers(name, 1, monkeypatch)
@@ -177,7 +175,6 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_changed_kernel_is_noticed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -107,6 +107,7 @@ def test_capture_is_told_to_the_optimizer_and_leaves_its_settings(
     assert group["capturable"] is False and isinstance(group["lr"], float)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_captured_steps_ends_with_the_same_bits(tmp_path: Path) -> None:
     settings = {"dropout": 0.3, "ema_decay": 0.9, "num_views": 192}
     torch.manual_seed(0)

@@ -18,6 +18,8 @@ from views_cases import RECIPES, TOLERANCES, problem
 from dmkd_fast.views import triton
 from dmkd_fast.views.reference import reference_boxes, reference_views
 
+pytestmark = pytest.mark.slow  # run by .ci/run
+
 SHAPE = (3, 20, 24, 16, 2)  # channels, height, width, side of the views, border
 
 
@@ -87,7 +89,6 @@ def test_boxes_have_the_bits_of_the_definition(
     check_boxes(monkeypatch, 2**40 + 11, recipe)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_boxes_have_the_bits_of_the_definition_for_any_recipe(
     recipe: tuple, monkeypatch: pytest.MonkeyPatch
@@ -104,7 +105,6 @@ def test_views_equal_the_float64_definition(
     assert any("v4" in program.code[at].modifiers for at in program.positions("st"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize(
     "shape",
@@ -179,7 +179,6 @@ def check_rows(patch: pytest.MonkeyPatch, kernel: Any) -> None:
     check_views(patch, *drawn(3, *SHAPE), kernel=kernel)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_changed_kernel_is_noticed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -194,7 +193,6 @@ def check_recipes(patch: pytest.MonkeyPatch, kernel: Any) -> None:
         check_boxes(patch, 5, recipe, kernel=kernel)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [
