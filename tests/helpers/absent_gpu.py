@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.runtime import triton_helpers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
 from torch.nn.attention import SDPBackend
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -121,6 +122,9 @@ def absent_h100() -> Iterator[FakeTensorMode]:
         stack.callback(library._destroy)
         # Constants would be made on the device.
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
+        folder = joint_graph.UniformValueConstantFolder
+        deduce = _deduced_on_cpu(folder._deduce_value)
+        stack.enter_context(mock.patch.object(folder, "_deduce_value", deduce))
         # Patterns of graphs are traced forward and backward, on the CPU as well as on a GPU.
         patterns = functools.partial(joint_graph.lazy_init, CPU)
         on_cpu = mock.Mock(side_effect=lambda _=None: patterns())
@@ -152,6 +156,21 @@ def _to(module: nn.Module, mode: FakeTensorMode, *args: Any, **kwargs: Any) -> n
         for name, value in part.named_buffers(recurse=False):
             part._buffers[name] = moved(value)
     return module
+
+
+def _deduced_on_cpu(deduce: Callable[[Any, Node], Any]) -> Callable[[Any, Node], Any]:
+    """Compute the values that constant folding reads on the CPU."""
+
+    def deduced(folder: Any, node: Node) -> Any:
+        kwargs = node.kwargs
+        if kwargs.get("device") == DEVICE:
+            node.kwargs = {**kwargs, "device": CPU}
+        try:
+            return deduce(folder, node)
+        finally:
+            node.kwargs = kwargs
+
+    return deduced
 
 
 def _chosen_attention(query: Tensor, *_: Any, **__: Any) -> int:

@@ -38,6 +38,7 @@ PAGE, BEGIN, END = ROOT / "docs" / "guides" / "gpu.md", "<!-- inductor -->\n", "
 OPTIONS = {
     "compile_threads": 1,
     "force_disable_caches": True,
+    "use_static_cuda_launcher": False,  # it loads kernels on the device
     "deterministic": True,  # as `runtime.device.make_repeatable` sets it
 }
 KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
@@ -109,6 +110,8 @@ class Recorder:
         products: Counter[str] = Counter()
         launches = in_products = between = 0
         for node in _nodes(lowering, {}):
+            if isinstance(node.node, ir.MultiOutput):  # a name for one of a product's results
+                continue
             num_bytes = int(node.get_read_write_buffers_sizes())
             if isinstance(node, scheduler.ExternKernelSchedulerNode):
                 products[_name(node.node)] += 1
@@ -182,10 +185,10 @@ def record(run: Callable[[FakeTensorMode], None]) -> dict[str, Any]:
 
 def usage(ptx: str) -> dict[str, int]:
     """Return registers and spilled bytes of a kernel, as ptxas reports them."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [str(aot.TOOLS / "ptxas"), "-v", "--gpu-name=sm_90a", file.name, "-o/dev/null"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [aot.TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", source, "-o", f"{source}.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = [re.search(pattern, said) for pattern in REPORT]
     registers, *spills = (int(match[1]) if match else 0 for match in found)
@@ -235,8 +238,8 @@ def _nodes(lowering: Any, subgraphs: dict[str, Any]) -> Iterator[Any]:
 
 
 def _name(node: Any) -> str:
-    name = node.get_kernel_name() if hasattr(node, "get_kernel_name") else None
-    return str(name or getattr(node, "op_overload", None) or type(node).__name__)
+    names = (getattr(node, name, None) for name in ("python_kernel_name", "op_overload"))
+    return str(next(filter(None, names), type(node).__name__))
 
 
 def _on_cuda(value: Any) -> Any:
