@@ -22,7 +22,7 @@ from torch._inductor.fx_passes import joint_graph
 from torch._inductor.runtime import triton_helpers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.nn.attention import SDPBackend
+from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -47,8 +47,6 @@ PROPERTIES = SimpleNamespace(
     memory_bus_width=5120,
     gcnArchName="",
 )
-# Widest head of FlashAttention; a wider one, as in the decoder, runs in the next kernel.
-FLASH_HEAD_DIM = 256
 
 
 class _Driver:
@@ -117,9 +115,7 @@ def absent_h100() -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(fake, "init_gpu_context"))
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
-        library = torch.library.Library("aten", "IMPL")
-        library.impl("_fused_sdp_choice", _chosen_attention, "Meta", allow_override=True)
-        stack.callback(library._destroy)
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
         # Constants would be made on the device.
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         folder = joint_graph.UniformValueConstantFolder
@@ -173,8 +169,12 @@ def _deduced_on_cpu(deduce: Callable[[Any, Node], Any]) -> Callable[[Any, Node],
     return deduced
 
 
-def _chosen_attention(query: Tensor, *_: Any, **__: Any) -> int:
-    """Choose the kernel of `scaled_dot_product_attention` by the width of a head alone."""
-    fits = query.shape[-1] <= FLASH_HEAD_DIM and query.dtype != torch.float32
-    chosen = SDPBackend.FLASH_ATTENTION if fits else SDPBackend.EFFICIENT_ATTENTION
-    return int(chosen.value)
+def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Take the place of PyTorch's attention, which asks the real device for its kernel.
+
+    Heads of more than 256 numbers, as in the decoder, are too wide for all other kernels.
+    """
+    assert query.shape[-1] > 256 and not any(options.values())
+    run = torch.ops.aten._scaled_dot_product_efficient_attention
+    attended: Tensor = run(query, key, value, None, compute_log_sumexp=False)[0]
+    return attended

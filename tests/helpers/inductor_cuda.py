@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx, config, graph, ir, output_code, scheduler
 from torch._inductor.codecache import PyCodeCache
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 ROOT = Path(__file__).parents[2]
@@ -109,10 +110,9 @@ class Recorder:
     def _facts(self, lowering: Any, code: str) -> dict[str, Any]:
         products: Counter[str] = Counter()
         launches = in_products = between = 0
-        for node in _nodes(lowering, {}):
+        for node, num_bytes in _nodes(lowering, {}):
             if isinstance(node.node, ir.MultiOutput):  # a name for one of a product's results
                 continue
-            num_bytes = int(node.get_read_write_buffers_sizes())
             if isinstance(node, scheduler.ExternKernelSchedulerNode):
                 products[_name(node.node)] += 1
                 in_products += num_bytes
@@ -227,14 +227,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _nodes(lowering: Any, subgraphs: dict[str, Any]) -> Iterator[Any]:
-    """Yield what a graph runs; a subgraph, such as a block's, as often as it is called."""
+def _nodes(lowering: Any, subgraphs: dict[str, Any]) -> Iterator[tuple[Any, int]]:
+    """Yield what a graph runs, and its bytes; a subgraph, as a block, as often as it is called."""
     for node in lowering.scheduler.nodes:
         if isinstance(getattr(node, "node", None), ir.InvokeSubgraph):
             subgraph = node.node.subgraph  # its code is generated once
             yield from _nodes(subgraphs.setdefault(subgraph.name, subgraph.graph), subgraphs)
         else:
-            yield node
+            with V.set_graph_handler(lowering):  # names of buffers are those of the graph
+                num_bytes = node.get_read_write_buffers_sizes_impl(
+                    include_reads=True, include_writes=True
+                )
+            yield node, int(num_bytes)
 
 
 def _name(node: Any) -> str:
