@@ -119,7 +119,9 @@ class Recorder:
             elif not isinstance(node, scheduler.NopKernelSchedulerNode):
                 launches += 1
                 between += num_bytes
-        builds = [self._build(name, source) for name, source in dict(KERNEL.findall(code)).items()]
+        sources = dict(KERNEL.findall(code))
+        assert len(sources) == code.count("async_compile.triton("), "KERNEL does not find all"
+        builds = [self._build(name, source) for name, source in sources.items()]
         return {
             "calls": 0,
             "products": dict(sorted(products.items())),
