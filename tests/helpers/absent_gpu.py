@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.runtime import triton_helpers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend
+from torch.fx import Node
+from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -46,8 +47,6 @@ PROPERTIES = SimpleNamespace(
     memory_bus_width=5120,
     gcnArchName="",
 )
-# Widest head of FlashAttention; a wider one, as in the decoder, runs in the next kernel.
-FLASH_HEAD_DIM = 256
 
 
 class _Driver:
@@ -116,11 +115,12 @@ def absent_h100() -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(fake, "init_gpu_context"))
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
-        library = torch.library.Library("aten", "IMPL")
-        library.impl("_fused_sdp_choice", _chosen_attention, "Meta", allow_override=True)
-        stack.callback(library._destroy)
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
         # Constants would be made on the device.
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
+        folder = joint_graph.UniformValueConstantFolder
+        deduce = _deduced_on_cpu(folder._deduce_value)
+        stack.enter_context(mock.patch.object(folder, "_deduce_value", deduce))
         # Patterns of graphs are traced forward and backward, on the CPU as well as on a GPU.
         patterns = functools.partial(joint_graph.lazy_init, CPU)
         on_cpu = mock.Mock(side_effect=lambda _=None: patterns())
@@ -154,8 +154,27 @@ def _to(module: nn.Module, mode: FakeTensorMode, *args: Any, **kwargs: Any) -> n
     return module
 
 
-def _chosen_attention(query: Tensor, *_: Any, **__: Any) -> int:
-    """Choose the kernel of `scaled_dot_product_attention` by the width of a head alone."""
-    fits = query.shape[-1] <= FLASH_HEAD_DIM and query.dtype != torch.float32
-    chosen = SDPBackend.FLASH_ATTENTION if fits else SDPBackend.EFFICIENT_ATTENTION
-    return int(chosen.value)
+def _deduced_on_cpu(deduce: Callable[[Any, Node], Any]) -> Callable[[Any, Node], Any]:
+    """Compute the values that constant folding reads on the CPU."""
+
+    def deduced(folder: Any, node: Node) -> Any:
+        kwargs = node.kwargs
+        if kwargs.get("device") == DEVICE:
+            node.kwargs = {**kwargs, "device": CPU}
+        try:
+            return deduce(folder, node)
+        finally:
+            node.kwargs = kwargs
+
+    return deduced
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Take the place of PyTorch's attention, which asks the real device for its kernel.
+
+    Heads of more than 256 numbers, as in the decoder, are too wide for all other kernels.
+    """
+    assert query.shape[-1] > 256 and not any(options.values())
+    run = torch.ops.aten._scaled_dot_product_efficient_attention
+    attended: Tensor = run(query, key, value, None, compute_log_sumexp=False)[0]
+    return attended

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx, config, graph, ir, output_code, scheduler
 from torch._inductor.codecache import PyCodeCache
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,7 @@ PAGE, BEGIN, END = ROOT / "docs" / "guides" / "gpu.md", "<!-- inductor -->\n", "
 OPTIONS = {
     "compile_threads": 1,
     "force_disable_caches": True,
+    "use_static_cuda_launcher": False,  # it loads kernels on the device
     "deterministic": True,  # as `runtime.device.make_repeatable` sets it
 }
 KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
@@ -108,15 +110,18 @@ class Recorder:
     def _facts(self, lowering: Any, code: str) -> dict[str, Any]:
         products: Counter[str] = Counter()
         launches = in_products = between = 0
-        for node in _nodes(lowering, {}):
-            num_bytes = int(node.get_read_write_buffers_sizes())
+        for node, num_bytes in _nodes(lowering, {}):
+            if isinstance(node.node, ir.MultiOutput):  # a name for one of a product's results
+                continue
             if isinstance(node, scheduler.ExternKernelSchedulerNode):
                 products[_name(node.node)] += 1
                 in_products += num_bytes
             elif not isinstance(node, scheduler.NopKernelSchedulerNode):
                 launches += 1
                 between += num_bytes
-        builds = [self._build(name, source) for name, source in dict(KERNEL.findall(code)).items()]
+        sources = dict(KERNEL.findall(code))
+        assert len(sources) == code.count("async_compile.triton("), "KERNEL does not find all"
+        builds = [self._build(name, source) for name, source in sources.items()]
         return {
             "calls": 0,
             "products": dict(sorted(products.items())),
@@ -182,10 +187,10 @@ def record(run: Callable[[FakeTensorMode], None]) -> dict[str, Any]:
 
 def usage(ptx: str) -> dict[str, int]:
     """Return registers and spilled bytes of a kernel, as ptxas reports them."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [str(aot.TOOLS / "ptxas"), "-v", "--gpu-name=sm_90a", file.name, "-o/dev/null"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [aot.TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", source, "-o", f"{source}.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = [re.search(pattern, said) for pattern in REPORT]
     registers, *spills = (int(match[1]) if match else 0 for match in found)
@@ -224,19 +229,23 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _nodes(lowering: Any, subgraphs: dict[str, Any]) -> Iterator[Any]:
-    """Yield what a graph runs; a subgraph, such as a block's, as often as it is called."""
+def _nodes(lowering: Any, subgraphs: dict[str, Any]) -> Iterator[tuple[Any, int]]:
+    """Yield what a graph runs, and its bytes; a subgraph, as a block, as often as it is called."""
     for node in lowering.scheduler.nodes:
         if isinstance(getattr(node, "node", None), ir.InvokeSubgraph):
             subgraph = node.node.subgraph  # its code is generated once
             yield from _nodes(subgraphs.setdefault(subgraph.name, subgraph.graph), subgraphs)
         else:
-            yield node
+            with V.set_graph_handler(lowering):  # names of buffers are those of the graph
+                num_bytes = node.get_read_write_buffers_sizes_impl(
+                    include_reads=True, include_writes=True
+                )
+            yield node, int(num_bytes)
 
 
 def _name(node: Any) -> str:
-    name = node.get_kernel_name() if hasattr(node, "get_kernel_name") else None
-    return str(name or getattr(node, "op_overload", None) or type(node).__name__)
+    names = (getattr(node, name, None) for name in ("python_kernel_name", "op_overload"))
+    return str(next(filter(None, names), type(node).__name__))
 
 
 def _on_cuda(value: Any) -> Any:
