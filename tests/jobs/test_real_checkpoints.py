@@ -137,7 +137,8 @@ def test_a_checkpoint_of_an_unchanged_train_py(tmp_path: Path, folder: Path) -> 
     facts = import_teacher(file, "resnet10t", out=tmp_path / "out", data=folder)
     assert facts["input_size"] == 64 and facts["weights"] == "state_dict_ema"
     model = timm.create_model("resnet10t", num_classes=3)
-    model.load_state_dict(torch.load(file, weights_only=True)["state_dict_ema"])
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        model.load_state_dict(torch.load(file, weights_only=True)["state_dict_ema"])
     same_logits(tmp_path / "out", model)
 
 
