@@ -247,6 +247,7 @@ def test_interrupt_saves_within_five_seconds_and_resumes(
     assert summary["views"] == 32 * (step + 3)
 
 
+@pytest.mark.slow
 def test_no_real_training_image_is_opened(tmp_path: Path) -> None:
     """A decoy training set lies where one would look; every opened file is on the allow-list."""
     decoy = tmp_path / "data" / "fashion-mnist"

@@ -165,6 +165,7 @@ def test_wrong_label_map() -> None:
     assert "class_map" in found["teacher: classes"].do
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.INSTRUCTION_SET != "avx512", reason="no attention of this package")
 def test_attention_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(faults("sampler.attention=sdpa")) == {"attention"}

@@ -106,6 +106,7 @@ def test_an_export_to_timm_is_loaded_by_timm(
     assert (out / "classes.txt").read_text().split("\n")[:3] == list(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("to", ["pt2", "onnx"])
 def test_a_program_takes_any_batch_and_normalizes_on_request(

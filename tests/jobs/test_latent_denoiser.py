@@ -61,6 +61,7 @@ def pretrain(kind: str, *arguments: str) -> int:
     return cli.main(["pretrain", kind, *arguments, "--quiet"])
 
 
+@pytest.mark.slow
 def test_latent_denoiser_trains_resumes_bit_for_bit_samples_and_takes_few_steps(
     folder: Path, vae: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,7 @@ def test_the_last_5000_training_images_are_held_out(data: Path) -> None:
     assert torch.equal(real.held_out.labels, full.labels[-5000:])
 
 
+@pytest.mark.slow
 def test_teacher_learns_and_resumes_exactly(data: Path, tmp_path: Path) -> None:
     views = "train.num_views=12800"
     facts = run("teacher", "lenet5", data, tmp_path / "whole", views)
@@ -126,6 +127,7 @@ def pretrain_state(data: Path, tmp_path: Path, views: str) -> Path:
     return tmp_path / "half" / "checkpoints" / "step-000000050"
 
 
+@pytest.mark.slow
 def test_a_teacher_that_learns_nothing_stops_and_batches_may_come_in_parts(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,6 +140,7 @@ def test_warm_up_changes_no_bit(make: Make) -> None:
     assert all(p.grad is None for p in run.student.model.parameters())
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_in_the_background_and_a_full_disk_costs_no_step(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

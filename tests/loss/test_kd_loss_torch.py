@@ -258,6 +258,7 @@ os._exit(0)  # gloo's threads, which the wrapped model still holds, may abort an
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     script = tmp_path / "ddp.py"
     script.write_text(DDP, encoding="utf-8")

@@ -76,6 +76,7 @@ def test_whole_matrix_of_machine_code_is_as_recorded() -> None:
         check(case)
 
 
+@pytest.mark.slow
 def test_widest_tile_needs_no_spills() -> None:
     for kind in ("one_pass", "one_pass_target", *aot.DIVERGENCES):
         for architecture in (80, 90, 100) if kind.startswith("one_pass") else (90,):

@@ -305,6 +305,7 @@ def test_two_ranks_reach_the_accuracy_of_one(tmp_path: Path) -> None:
     assert abs(scores[0]["top1"] - scores[1]["top1"]) < 0.01
 
 
+@pytest.mark.slow
 def test_generate_shares_out_the_shards(serve: Serve, tmp_path: Path) -> None:
     def make(out: Path, world_size: int) -> list[dict[str, Any]]:
         command = [

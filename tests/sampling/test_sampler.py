@@ -87,6 +87,7 @@ def test_the_loop_never_reads_the_device() -> None:
         sampler._make(torch.arange(4), torch.arange(4))
 
 
+@pytest.mark.slow
 def test_no_recompiles_over_1000_batches_tails_included() -> None:
     sampler = tiny_sampler(count=2, interval=(0.0, 0.5), compile=True)
     sizes = torch.randint(1, 40, (1000,), generator=torch.Generator().manual_seed(0)).tolist()

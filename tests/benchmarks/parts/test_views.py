@@ -14,6 +14,7 @@ from benchmarks import render
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_views_benchmark_ends_with_one_json_line() -> None:
     command = [sys.executable, "-m", "benchmarks", "views", "--quick", "--n", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
