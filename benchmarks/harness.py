@@ -9,7 +9,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -245,3 +246,15 @@ def _commit() -> str:
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def run_parts(bench: object, names: Iterable[str]) -> int:
+    """Run methods of a measurement; return 1 if one failed, whose error is printed."""
+    failed = 0
+    for name in names:
+        try:
+            getattr(bench, name)()
+        except Exception:  # Minutes of a rented GPU must not be lost for one part.
+            traceback.print_exc()
+            failed = 1
+    return failed

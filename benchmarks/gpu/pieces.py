@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import ROOT, Report, arguments, recorded, time_interleaved
+from benchmarks.harness import ROOT, Report, arguments, recorded, run_parts, time_interleaved
 from benchmarks.job.imagenet import MEAN, STD, Bench
 from benchmarks.job.imagenet_sizes import TINY, Settings
 from benchmarks.parts.sampler_models import dit_flops
@@ -62,13 +61,7 @@ def main(argv: list[str]) -> int:
     if options.one is not None:
         print(json.dumps({"first_call_s": bench.first_call(options.one)}))
         return 0
-    failed = 0
-    for name in PARTS if options.part is None else (options.part,):
-        try:
-            getattr(bench, name)()
-        except Exception:  # Minutes of a rented GPU must not be lost for one part.
-            traceback.print_exc()
-            failed = 1
+    failed = run_parts(bench, PARTS if options.part is None else (options.part,))
     report.finish(record=options.record)
     return failed
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import tempfile
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Report, arguments, recorded
+from benchmarks.harness import Report, arguments, recorded, run_parts
 from benchmarks.job.imagenet import Bench
 from benchmarks.job.imagenet_sizes import TINY, Settings
 from benchmarks.loss.kd_loss import eager as eager_loss
@@ -51,13 +50,7 @@ def main(argv: list[str]) -> int:
     set_repeatable()
     report = Report(bench="gpu-rivals", arguments=recorded(options), device=device)
     bench = Rivals(report, TINY if options.tiny else Settings(), device)
-    failed = 0
-    for name in PARTS if options.part is None else (options.part,):
-        try:
-            getattr(bench, name)()
-        except Exception:  # Minutes of a rented GPU must not be lost for one arm.
-            traceback.print_exc()
-            failed = 1
+    failed = run_parts(bench, PARTS if options.part is None else (options.part,))
     report.finish(record=options.record)
     return failed
 

@@ -118,7 +118,7 @@ def test_every_config_parses_and_says_command_hardware_and_result(path: Path) ->
 def test_recipe_is_the_papers(path: Path) -> None:
     assert [top1 for top1, _ in pairs(path)] == PUBLISHED[path.stem]
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert "At hand:" in comment(path) and values["loss"] == {"temperature": 10}
+    assert "Needed:" in comment(path) and values["loss"] == {"temperature": 10}
     optim = values["optim"]
     assert (optim["name"], optim["lr"], optim["momentum"]) == ("sgd", 0.1, 0.9)
     assert optim["nesterov"] is False and optim["warmup"] == 0

@@ -111,5 +111,5 @@ def _filled(prompt: str, values: Mapping[str, Sequence[str]]) -> tuple[str, ...]
 
 
 def _with_values(prompt: str, values: Mapping[str, str]) -> str:
-    """Return a prompt with values in their places; other places stay as they are."""
+    """Fill the places of a prompt that have a value; leave the others unchanged."""
     return _PLACE.sub(lambda found: values.get(found[1], found[0]), prompt)
