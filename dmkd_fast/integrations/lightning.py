@@ -98,6 +98,6 @@ class DistillModule(LightningModule):
     def on_train_start(self) -> None:
         """Restore the train loader; Lightning does so in the middle of an epoch only."""
         states, self._loader_states = self._loader_states, []
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         if len(states) == 1 and hasattr(loader, "load_state_dict"):
             loader.load_state_dict(states[0])

@@ -12,7 +12,7 @@ from typing import Any
 import mlflow
 
 
-def rows(experiment: str, **options: Any) -> Callable[[dict[str, Any]], None]:
+def rows(experiment: str, **options: Any) -> Callable[[dict[str, Any]], object]:
     """Start a run with the arguments of `mlflow.start_run`, and return a function for `on_row`."""
     mlflow.set_experiment(experiment)
     mlflow.start_run(**options)
