@@ -1,4 +1,4 @@
-"""Tables of the studies about the generator: cheaper steps beside what their students learn."""
+"""Tables of the studies about the generator: cheaper steps, and its images in another loop."""
 
 from __future__ import annotations
 
@@ -79,6 +79,33 @@ def _low(grid: Grid, arm: str) -> float:
     return statistics.mean(gaps) - grid.half_of(gaps)
 
 
+def loader(rows: list[Row]) -> str:
+    """Speed and accuracy of an ordinary loop beside the Distiller."""
+    arms = ("Distiller", "ordinary loop")
+    shown = counted((r for r in rows if "top1" in r), cell_of("loader"))
+    grid = Grid(shown, lambda r: r["arm"])
+    speed = next((r for r in rows if r["arm"] == "speed"), None)
+    body = []
+    for arm in arms:
+        rate = f"{speed[f'{arm} views/s']:,}" if speed else ""
+        paired = arm != arms[0] and set(arms) <= grid.cells.keys()
+        body.append([arm, rate, grid.text(arm), grid.difference([arm], arms[:1]) if paired else ""])
+    note = "The student of the embedded job, on the same views. "
+    if speed:
+        note += (
+            f"Speed of the loop: {speed['times_distiller']:.3f} of the Distiller's (median of "
+            f"{speed['n']} pieces in turn, 20 to 80 %: {speed['p20']:.3f} to {speed['p80']:.3f}). "
+        )
+    if shown:
+        note += (
+            f"{shown[0]['views']:,} views a student, {grid.seeds} seeds an arm, ± 95 % interval "
+            "(deviation pooled; differences paired by seed). "
+        )
+    header = ["loop", "views/s", "student top-1, %", "less the Distiller"]
+    return table(header, body, note + spent(rows))
+
+
 GENERATOR_TABLES: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]] = {
-    "block-caching": ("block-caching", lambda r: True, block_caching)
+    "block-caching": ("block-caching", lambda r: True, block_caching),
+    "loader": ("loader", lambda r: True, loader),
 }

@@ -35,6 +35,7 @@ CELLS = {
     "stored-teacher": ("arm",),
     "cost": ("axis", "value"),
     "block-caching": ("arm",),
+    "loader": ("arm",),
 }
 
 
