@@ -89,7 +89,9 @@ def loader(rows: list[Row]) -> str:
     for arm in arms:
         rate = f"{speed[f'{arm} views/s']:,}" if speed else ""
         paired = arm != arms[0] and set(arms) <= grid.cells.keys()
-        body.append([arm, rate, grid.text(arm), grid.difference([arm], arms[:1]) if paired else ""])
+        body.append(
+            [arm, rate, grid.text(arm), grid.difference([arm], [arms[0]]) if paired else ""]
+        )
     note = "The student of the embedded job, on the same views. "
     if speed:
         note += (
