@@ -30,8 +30,9 @@ ARMS: dict[str, Wanted | None] = {"live": None, "full": Wanted(None, 8), "topk:3
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the arguments of the command line."""
-    parser = arguments("stored-teacher", __doc__ or "", selects=["seeds"])
+    parser = arguments("stored-teacher", __doc__ or "", selects=["seeds", "arms"])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--images", type=int, default=10_240, help=f"a multiple of {BLOCK}")
     parser.add_argument("--views", type=int, default=200_000, help="per student")
     parser.add_argument("--threads", type=int, default=1, help="0: all cores")
@@ -41,15 +42,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     cells = study.Cells("stored-teacher", options)
-    for arm, wanted in ARMS.items():
+    for arm in options.arms:
         folder = study.CACHE / f"stored-teacher {arm} {options.images}"
         cell = {"arm": arm, "seed": "set", "images": options.images}
         if not cells.has(**cell) or not (folder / PLAN).exists():
-            made = make_set(folder, wanted, options)
+            made = make_set(folder, ARMS[arm], options)
             if not cells.has(**cell):
                 cells.add(cell, made)
     for seed in study.student_seeds(options.seeds):
-        for arm in ARMS:
+        for arm in options.arms:
             cell = {"arm": arm, "seed": seed, "images": options.images, "views": options.views}
             if not cells.has(**cell):
                 folder = study.CACHE / f"stored-teacher {arm} {options.images}"
