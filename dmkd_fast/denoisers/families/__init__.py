@@ -56,6 +56,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 """Families by the `_class_name` in the config of their network, with the `addition_embed_type` of
 a UNet."""
+# DiT and PixArt are published under a name that they shared, with the kind of their norms.
+PUBLISHED = {
+    ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
+    ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
+}
 
 
 def find_family(path: Path, config: Mapping[str, Any]) -> tuple[str, Family]:
@@ -68,10 +73,17 @@ def find_family(path: Path, config: Mapping[str, Any]) -> tuple[str, Family]:
     Raises:
         UserError: No family has networks of this class.
     """
-    name = config.get("_class_name")
+    name = published_name(config)
     if config.get("addition_embed_type") is not None:
         name = f"{name} with {config['addition_embed_type']!s:.60}"
     if not isinstance(name, str) or name not in FAMILIES:
         got, fix = f"_class_name {name!r:.60}", "use a class-conditional or text-to-image model"
         raise invalid(f"{path}", got, f"one of {', '.join(FAMILIES)}", fix)
     return name, FAMILIES[name]
+
+
+def published_name(config: Mapping[str, Any]) -> Any:
+    """Return the class that the config of a network names, by its name in diffusers today."""
+    name, norm = config.get("_class_name"), config.get("norm_type")
+    is_text = isinstance(name, str) and isinstance(norm, str)
+    return PUBLISHED.get((name, norm), name) if is_text else name
