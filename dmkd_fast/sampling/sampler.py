@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
@@ -150,6 +150,11 @@ class DiffusionSampler:
     def forwards_per_image(self) -> int:
         """Number of evaluations of the module per image, unconditional ones included."""
         return len(self._guided) + sum(self._guided)
+
+    @property
+    def calls(self) -> list[tuple[nn.Module, int]]:
+        """The module that each step calls, and its rows per image: 2 for a guided step."""
+        return [(m, 1 + g) for m, g in zip(self._modules, self._guided, strict=True)]
 
     def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
         """Generate one image per id.
