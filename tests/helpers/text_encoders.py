@@ -51,7 +51,12 @@ def clip(width: int, *, projected: bool, seed: int) -> Any:
         bos_token_id=52,
         eos_token_id=53,
     )
-    return spread(getattr(transformers, name)(config), seed=seed)
+    encoder = spread(getattr(transformers, name)(config), seed=seed)
+    with torch.no_grad():  # so that prompts differ by more than their common bias
+        for part, value in encoder.named_parameters():
+            if part.endswith(("token_embedding.weight", "norm.weight", "norm1.weight")):
+                value.mul_(4)
+    return encoder
 
 
 def t5(folder: Path, width: int, *, seed: int) -> tuple[Any, Any]:
