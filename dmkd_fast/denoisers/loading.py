@@ -15,7 +15,7 @@ import torch
 
 from dmkd_fast.denoisers.config_values import number, whole
 from dmkd_fast.denoisers.denoiser import Denoiser
-from dmkd_fast.denoisers.families import find_family
+from dmkd_fast.denoisers.families import check_index, find_family
 from dmkd_fast.denoisers.families.folder import ModelFolder, pixels_per_latent
 from dmkd_fast.denoisers.model_folders import check_is_pipeline
 from dmkd_fast.denoisers.networks import load_network
@@ -74,6 +74,7 @@ def load_denoiser(
         lean=lean,
     )
     kind, family = find_family(model.config_path, model.config)
+    check_index(model, family)
     if not (prompts if family.takes_prompts else prompts is None):
         got = f"{len(prompts or ()) or 'no'} prompts for a {kind}"
         expected = "one per class for text-to-image models and none for others"

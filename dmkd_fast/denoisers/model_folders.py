@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -14,6 +17,8 @@ from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import CONFIG, PICKLES, check_plain, read_json
 
 STEM = "diffusion_pytorch_model"
+# What a clone without Git LFS has in place of a large file.
+POINTER = b"version https://git-lfs.github.com"
 
 
 def check_is_pipeline(folder: Path) -> None:
@@ -45,10 +50,14 @@ def check_is_pipeline(folder: Path) -> None:
     raise invalid(f"{folder}", got, expected, fix)
 
 
-def weight_files(folder: Path) -> tuple[list[Path], str | None]:
+def weight_files(folder: Path, stem: str = STEM) -> tuple[list[Path], str | None]:
     """Find the weight files of one part of a model.
 
     Full precision is preferred to float16, and a single file to shards of the same precision.
+
+    Args:
+        folder: Folder of the part.
+        stem: Name of a single file without its suffix, by the library that wrote it.
 
     Returns:
         The files, and diffusers' name for their variant: `fp16`, or None for full precision.
@@ -58,7 +67,7 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
             files elsewhere.
     """
     check_plain(folder)
-    if found := find_files(folder, STEM, ".safetensors"):
+    if found := find_files(folder, stem, ".safetensors"):
         return found
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
     if pickles:
@@ -69,7 +78,7 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
         )
     others = sorted(p.name for p in folder.glob("*.safetensors"))
     got = f"only {others[0]}" if others else "no .safetensors file"
-    raise UserError(f"{folder}: no such file: {STEM}.safetensors; got {got}; fetch the model again")
+    raise UserError(f"{folder}: no such file: {stem}.safetensors; got {got}; fetch the model again")
 
 
 def find_files(folder: Path, stem: str, suffix: str) -> tuple[list[Path], str | None] | None:
@@ -141,17 +150,43 @@ def num_stored(files: list[Path]) -> int:
     """Count the numbers in safetensors files, by reading only the headers.
 
     Raises:
-        UserError: A file is damaged.
+        UserError: A file is damaged, or weights are quantized.
     """
     total = 0
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    total += math.prod(file.get_slice(name).get_shape())
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                kinds = {name: part.get_dtype() for name, part in slices.items()}
+                total += sum(math.prod(part.get_shape()) for part in slices.values())
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
+        for name, kind in kinds.items():
+            # transformers stores the numbers of positions.
+            if not kind.startswith(("F", "BF")) and not name.endswith("position_ids"):
+                fix = "fetch weights that are not quantized"
+                raise invalid(f"weights {path}: {name}", kind, "floating-point numbers", fix)
     return total
+
+
+@contextmanager
+def quietly(logging: Any) -> Iterator[None]:
+    """Use diffusers or transformers without its log lines and progress bars.
+
+    Reports on a damaged folder would stand beside our error of one line.
+
+    Args:
+        logging: `utils.logging` of the library.
+    """
+    level, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def _shards(index: Path, suffix: str) -> list[Path]:
@@ -172,4 +207,8 @@ def _shards(index: Path, suffix: str) -> list[Path]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            got, fix = "a pointer of Git LFS", "run git lfs pull, or fetch it with hf download"
+            return invalid(f"weights {path}", got, "the weights", fix)
     return UserError(f"weights {path}: damaged ({one_line(error)}); fetch or save them again")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dmkd_fast.denoisers.config_values import check_values
-from dmkd_fast.denoisers.model_folders import num_stored, weight_files
+from dmkd_fast.denoisers.model_folders import num_stored, quietly, weight_files
 from dmkd_fast.denoisers.wrappers import import_diffusers
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import CONFIG, read_json
@@ -36,7 +36,7 @@ def check_config(
     """
     check_values(path, config, model_class)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), quietly(import_diffusers().utils.logging):
             described = model_class.from_config(config).eval()
     except Exception as error:  # diffusers checks little, so errors of many kinds can occur
         raise UserError(f"{path}: {one_line(error)}; fetch it again") from None
@@ -70,15 +70,16 @@ def load_network(
     model_class = getattr(import_diffusers(), name)
     check_config(model_class, folder / CONFIG, read_json(folder / CONFIG), files, trial)
     try:
-        model, info = model_class.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-            variant=variant,
-            torch_dtype=dtype,
-        )
+        with quietly(import_diffusers().utils.logging):
+            model, info = model_class.from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+                variant=variant,
+                torch_dtype=dtype,
+            )
     except Exception as error:  # diffusers and safetensors raise many kinds of errors
         raise UserError(f"{folder}: {one_line(error)}; fetch or save it again") from None
     problems = {key: info[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys")}

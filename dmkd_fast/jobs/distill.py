@@ -58,8 +58,8 @@ def distill(
         show: Whether to print progress.
         on_row: Function called with each row of stats.jsonl, on rank 0. An error that it raises
             ends the run.
-        guide: Function of the student that returns a hook between denoiser and step.
-        selection: Function of the student that returns how to choose among generated images.
+        guide: Function of the student that returns a `Guide`, a hook between denoiser and step.
+        selection: Function of the student that returns a `Selection` among generated images.
         overrides: Settings to change. A dictionary changes the settings of a section that it names.
 
     Returns:
@@ -74,8 +74,7 @@ def distill(
 
     def hooks(student: nn.Module) -> Hooks:
         return Hooks(
-            guide=None if guide is None else guide(student),
-            selection=None if selection is None else selection(student),
+            guide=_hook("guide", guide, student), selection=_hook("selection", selection, student)
         )
 
     return run(config, overrides, resume=resume, show=show, on_row=on_row, hooks=hooks)
@@ -175,6 +174,21 @@ def _run(
             with run_dir.resume_hint(folder, run_dir.resume_command(folder, ranks), ranks):
                 distiller.fit()
             return {} if page is None else results.write(distiller, job.config, parts, page)
+
+
+def _hook(name: str, maker: Callable[[nn.Module], Any] | None, student: nn.Module) -> Any:
+    """Return the hook of a run, from a caller's function of the student."""
+    if maker is None:
+        return None
+    if not callable(maker) or (hasattr(maker, "is_function_of_id") and not isinstance(maker, type)):
+        got, expected = f"a {type(maker).__name__}", "a function of the student that returns one"
+        raise invalid(name, got, expected, f"write {name}=lambda student: ...")
+    hook = maker(student)
+    is_one = isinstance(hook, Selection) if name == "selection" else callable(hook)
+    if not is_one:
+        got = f"a function of the student that returns a {type(hook).__name__}"
+        raise invalid(name, got, f"one that returns a {name.capitalize()}")
+    return hook
 
 
 def _with_names(config: DistillConfig, hooks: Hooks) -> DistillConfig:

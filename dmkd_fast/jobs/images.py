@@ -25,6 +25,7 @@ from dmkd_fast.data.shards import PLAN
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.loading import load_denoiser
+from dmkd_fast.denoisers.prompts.bank import PromptBank, take_bank
 from dmkd_fast.denoisers.prompts.by_class import ByClass, prompts_by_class, read_captions
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.sampling.noise_levels import trained_alike
@@ -145,9 +146,6 @@ def job_class_names(config: DistillConfig, teacher: Sequence[str] | None) -> tup
 
 def _autoguided(loaded: Denoiser, weak: Denoiser) -> Denoiser:
     """Return a denoiser that is guided by a weaker one, after checking that both fit."""
-    if weak.bank is not None:
-        got = f"{loaded.num_classes:,} prompts"
-        raise invalid("denoiser.weak", got, "prompts that fit into memory", "use fewer")
     for what in ("latent_shape", "num_classes", "class_map"):
         if (got := getattr(weak, what)) != (expected := getattr(loaded, what)):
             raise invalid("denoiser.weak", f"{what} {got}", f"denoiser.path's {expected}")
@@ -157,7 +155,20 @@ def _autoguided(loaded: Denoiser, weak: Denoiser) -> Denoiser:
     license = loaded.license
     if weak.license != license:
         license = f"{license}, weak denoiser {weak.license}"
-    return replace(loaded, weak=weak.module, license=license)
+    bank = None
+    if loaded.bank is not None or weak.bank is not None:
+        # Both have the same rows, so that neither may keep all prompts on the device.
+        bank, other = (_bank(one) for one in (loaded, weak))
+        bank = bank.joined(other)
+    return replace(loaded, weak=weak.module, bank=bank, license=license)
+
+
+def _bank(loaded: Denoiser) -> PromptBank:
+    """Return the bank of a text-to-image model, made of its tables if it has none."""
+    num_rows = loaded.num_classes + (loaded.null_class is not None)
+    bank = loaded.bank or take_bank(loaded.module, num_rows, least_bytes=0)
+    assert bank is not None
+    return bank
 
 
 def _tiled(loaded: Denoiser, tile: int) -> Denoiser:

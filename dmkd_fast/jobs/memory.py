@@ -194,7 +194,8 @@ def _prompt_bytes(
     if images.bank is not None:
         count = images.bank.numbers_per_prompt * (micro_batch_images + 1)
     else:
-        count = sum(table.numel() for table in images.module.buffers(recurse=False))
+        modules = [part for part in (images.module, images.weak) if part is not None]
+        count = sum(table.numel() for part in modules for table in part.buffers(recurse=False))
     return {"prompts": compute.itemsize * count}
 
 

@@ -10,7 +10,7 @@ from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.sampling.block_cache import BlockCache
-from dmkd_fast.sampling.hooks import Guide
+from dmkd_fast.sampling.hooks import Guide, check_says
 from dmkd_fast.sampling.noise_levels import MOST_TRAINED, Solver
 
 
@@ -70,8 +70,11 @@ class Guidance:
             checks.whole("guidance.by_class", label)
             checks.number("guidance.by_class", scale, low=0, high=1e6)
         checks.fractions("guidance.interval", self.interval)
-        if self.guide is not None and not callable(self.guide):
-            raise TypeError(f"guidance.guide: got {type(self.guide).__name__}, expected a Guide")
+        if self.guide is not None:
+            if not callable(self.guide):
+                got = type(self.guide).__name__
+                raise TypeError(f"guidance.guide: got {got}, expected a Guide")
+            check_says("guidance.guide", self.guide)
         if self.channels is not None:
             checks.whole("guidance.channels", self.channels, low=1)
 

@@ -173,7 +173,8 @@ class GeneratedImages:
 
     def _check(self, num_broken: int) -> None:
         num_made = sum(sampler.num_made for _, sampler in self.samplers)
-        check_broken(num_broken, num_made * self._ranks.world_size)
+        is_guided = self.hooks.guide is not None
+        check_broken(num_broken, num_made * self._ranks.world_size, is_guided=is_guided)
 
     def _num_broken(self, device: torch.device) -> Tensor:
         none = torch.zeros((), dtype=torch.int64, device=device)

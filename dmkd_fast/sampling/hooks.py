@@ -9,6 +9,7 @@ Shapes: B images, c channels, h x w latent cells, H x W pixels, k candidates for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dmkd_fast.runtime import checks
+from dmkd_fast.runtime import checks, tensor_checks
 from dmkd_fast.runtime.errors import invalid
 
 
@@ -37,7 +38,7 @@ class Guide(Protocol):
 
         Args:
             image_estimate: Estimate of the clean image, or of its latents, (B, c, h, w) float32;
-                pixels are in [-1, 1].
+                pixels are in [-1, 1]. It must not be changed in place.
             labels: Classes of the job, (B,) int64.
             step: Index of the step, () int64 on the device.
 
@@ -48,7 +49,7 @@ class Guide(Protocol):
 
 
 class Score(Protocol):
-    """Scores candidates; a higher score is better."""
+    """Scores candidates; a higher score is better, and NaN is worse than any number."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return one score per image, (B,).
@@ -105,6 +106,7 @@ class Selection:
         for name in ("score", "select"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"selection.{name}: got a value, expected a function")
+        check_says("selection", self)
 
     @torch.no_grad()
     def write(
@@ -119,7 +121,7 @@ class Selection:
             out: (B, c, H, W) uint8.
 
         Raises:
-            UserError: Scores or choices have a wrong shape.
+            UserError: Scores or choices have a wrong shape, or choices are not those of candidates.
         """
         k = self.num_candidates
         candidates = (ids[:, None] * k + torch.arange(k, device=ids.device)).flatten()
@@ -129,8 +131,12 @@ class Selection:
         scores = self.score(images, repeated)
         _check("selection.score", scores, (len(candidates),))
         images = images.unflatten(0, (len(ids), k))
-        keep = self.select(images, labels, scores.float().view(len(ids), k))
+        # `argmax` takes NaN for the best score.
+        scores = scores.float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        keep = self.select(images, labels, scores.view(len(ids), k))
         _check("selection.select", keep, (len(ids),))
+        tensor_checks.rows("selection.select", keep)
+        tensor_checks.within("selection.select", keep, low=0, high=k - 1)
         out.copy_(images[torch.arange(len(ids), device=ids.device), keep])
 
 
@@ -164,6 +170,18 @@ class Hooks:
 
 
 NO_HOOKS = Hooks()
+
+
+def check_says(name: str, hook: object) -> None:
+    """Check that a hook says whether it depends on its arguments alone.
+
+    Raises:
+        UserError: It has no `is_function_of_id`, or one that is not True or False.
+    """
+    if not isinstance(value := getattr(hook, "is_function_of_id", None), bool):
+        got = "nothing" if value is None else f"a {type(value).__name__}"
+        fix = "set False if it looks at anything that changes, such as the student"
+        raise invalid(f"{name}.is_function_of_id", got, "True or False", fix)
 
 
 def _name(hook: object) -> str:

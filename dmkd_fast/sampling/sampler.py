@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
@@ -150,6 +150,11 @@ class DiffusionSampler:
     def forwards_per_image(self) -> int:
         """Number of evaluations of the module per image, unconditional ones included."""
         return len(self._guided) + sum(self._guided)
+
+    @property
+    def calls(self) -> list[tuple[nn.Module, int]]:
+        """The module that each step calls, and its rows per image: 2 for a guided step."""
+        return [(m, 1 + g) for m, g in zip(self._modules, self._guided, strict=True)]
 
     def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
         """Generate one image per id.
@@ -316,11 +321,18 @@ class DiffusionSampler:
     def _correction(self, image: Tensor, labels: Tensor, step: int) -> Tensor:
         """Return what the guide adds to the image estimate, (B, c, h, w)."""
         assert self._guide is not None
+        version = image._version
         correction = self._guide(image, labels, self._numbers[step])
-        if not isinstance(correction, Tensor) or correction.shape != image.shape:
-            got = getattr(correction, "shape", type(correction).__name__)
-            raise invalid("guide", f"{got}", f"a correction {tuple(image.shape)}")
-        return correction.detach()
+        if image._version != version:
+            got, fix = "an image estimate changed in place", "clone it, or return what to add"
+            raise invalid("guide", got, "one left as it is", fix)
+        is_tensor = isinstance(correction, Tensor) and correction.is_floating_point()
+        if not is_tensor or correction.shape != image.shape:
+            got = type(correction).__name__
+            if isinstance(correction, Tensor):
+                got = f"{tuple(correction.shape)} {correction.dtype}"
+            raise invalid("guide", got, f"a correction {tuple(image.shape)} {image.dtype}")
+        return correction.detach().to(image.dtype)
 
     def _noise(self, ids: Tensor, step: int) -> Tensor:
         """Return the noise of one step for ids (B,), as (B, c, h, w) float32."""
@@ -337,21 +349,26 @@ class DiffusionSampler:
         tensor_checks.within("labels", labels, low=0, high=self.denoiser.num_classes - 1)
 
 
-def check_broken(broken: int, made: int) -> None:
+def check_broken(broken: int, made: int, *, is_guided: bool = False) -> None:
     """Raise an error if too many images have values that are not finite.
 
     Args:
         broken: Number of images with such values.
         made: Number of all images.
+        is_guided: Whether a guide has corrected the images.
 
     Raises:
         NotFiniteError: More than 1 % of the images have such values.
     """
     if broken > MOST_BROKEN * made:
+        fix = (
+            "float16 overflows in some denoisers and decoders: set dtype=bfloat16 or dtype=float32"
+        )
+        if is_guided:
+            fix = f"check that the guide's corrections are finite; {fix}"
         raise NotFiniteError(
             f"{broken:,} of {made:,} images have values that are not finite, expected at most "
-            f"{MOST_BROKEN:.0%}; float16 overflows in some denoisers and decoders: set "
-            "dtype=bfloat16 or dtype=float32"
+            f"{MOST_BROKEN:.0%}; {fix}"
         )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from small_models import class_unet_folder, dit_folder, stable_diffusion
+from small_models import class_unet_folder, dit_folder
+from text_models import stable_diffusion
 
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.runtime.errors import UserError

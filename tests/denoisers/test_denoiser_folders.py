@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from families import copy_of, load
 from safetensors.torch import load_file, save_file
 from small_models import VAE, class_unet_folder, dit_folder, small_dit, spread
 from torch import Tensor
@@ -54,6 +55,45 @@ def test_a_null_class_is_no_class_of_the_job(tmp_path: Path) -> None:
         load_denoiser(folder, CPU, null_class=11)
     with pytest.raises(ValueError, match="null_class: got 3 for a model whose null class is 1000"):
         load_denoiser(dit_folder(tmp_path / "dit"), CPU, null_class=3)
+
+
+# What facebook/DiT-XL-2-256 has beside the sizes, and PixArt with ada_norm_single.
+PUBLISHED = {
+    "_class_name": "Transformer2DModel",
+    "_diffusers_version": "0.12.0.dev0",
+    "cross_attention_dim": None,
+    "norm_num_groups": 32,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("DiT", ()), pytest.param("PixArt", ("cross_attention_dim",), marks=pytest.mark.slow)],
+)
+def test_the_class_name_of_published_configs_is_read(
+    tmp_path: Path, name: str, kept: tuple[str, ...]
+) -> None:
+    expected = load(name).module
+    folder = copy_of(name, tmp_path)
+    path, index = folder / "transformer" / "config.json", folder / "model_index.json"
+    config = json.loads(path.read_text())
+    changes = {key: value for key, value in PUBLISHED.items() if key not in kept}
+    path.write_text(json.dumps(config | changes))
+    index.write_text(
+        json.dumps(
+            json.loads(index.read_text()) | {"transformer": ["diffusers", "Transformer2DModel"]}
+        )
+    )
+    got = load(name, folder).module
+    assert type(got) is type(expected)
+    for a, b in zip(got.state_dict().values(), expected.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    path.write_text(json.dumps(config | changes | {"norm_type": "layer_norm"}))
+    with pytest.raises(ValueError, match="got _class_name 'Transformer2DModel', expected one of"):
+        load(name, folder)
 
 
 def shard(folder: Path, infix: str = "") -> None:

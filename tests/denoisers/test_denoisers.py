@@ -14,7 +14,8 @@ from diffusers.pipelines.consistency_models import pipeline_consistency_models
 from diffusers.pipelines.dit import pipeline_dit
 from diffusers.schedulers import scheduling_consistency_models, scheduling_ddpm
 from small_jobs import sampler_from
-from small_models import class_unet_folder, dit_folder, small_dit, spread, stable_diffusion
+from small_models import class_unet_folder, dit_folder, small_dit, spread
+from text_models import stable_diffusion
 from torch import Tensor
 
 from dmkd_fast import Denoiser, DiffusionSampler, Guidance, Steps, load_denoiser
@@ -97,12 +98,16 @@ def test_dit_pipeline(
     same_pixels(got, theirs)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
-def test_class_conditional_unet(tmp_path: Path, monkeypatch: Any, name: str) -> None:
+def test_class_conditional_unet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, scale: float
+) -> None:
     scheduler = getattr(diffusers, name)()
-    loaded = load_denoiser(class_unet_folder(tmp_path, scheduler), CPU)
-    labels = torch.tensor([3, 9, 0, 3])
-    states = sampler_of(loaded, count=8).trajectory(IDS, labels)
+    folder = class_unet_folder(tmp_path, scheduler, num_class_embeds=11)
+    loaded = load_denoiser(folder, CPU, null_class=10)
+    labels, nulls = torch.tensor([3, 9, 0, 3]), torch.full((4,), 10)
+    states = sampler_of(loaded, count=8, scale=scale).trajectory(IDS, labels)
     patch_noise(monkeypatch, (3, 8, 8))
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet")
     scheduler.set_timesteps(8)
@@ -114,6 +119,9 @@ def test_class_conditional_unet(tmp_path: Path, monkeypatch: Any, name: str) -> 
     for timestep in scheduler.timesteps:
         with torch.no_grad():
             output = unet(x, timestep, class_labels=labels).sample
+            if scale != 1:
+                none = unet(x, timestep, class_labels=nulls).sample
+                output = none + scale * (output - none)
         x = scheduler.step(output, timestep, x).prev_sample
     assert (states[-1] - x).abs().max() < 2e-4
 
@@ -136,14 +144,17 @@ def test_consistency_pipeline(tmp_path: Path, monkeypatch: Any, num_steps: int) 
 
 
 @pytest.mark.parametrize(
-    ("solver", "changes"),
+    ("solver", "scale", "changes"),
     [
-        ("ddim", {}),
-        pytest.param("dpm++2m", {}, marks=pytest.mark.slow),
-        ("dpm++2m", {"time_cond_proj_dim": 12}),
+        ("ddim", 3.0, {}),
+        pytest.param("ddim", 1.0, {}, marks=pytest.mark.slow),
+        pytest.param("dpm++2m", 3.0, {}, marks=pytest.mark.slow),
+        ("dpm++2m", 3.0, {"time_cond_proj_dim": 12}),
     ],
 )
-def test_stable_diffusion_pipeline(tmp_path: Path, solver: str, changes: dict[str, Any]) -> None:
+def test_stable_diffusion_pipeline(
+    tmp_path: Path, solver: str, scale: float, changes: dict[str, Any]
+) -> None:
     """PNDM's config, as SD 1.5 ships; sampled with another solver of the same noise schedule."""
     prompts = ["a cat", "some dog", "the car", "no"]
     pipeline = stable_diffusion(
@@ -152,8 +163,8 @@ def test_stable_diffusion_pipeline(tmp_path: Path, solver: str, changes: dict[st
     loaded = load_denoiser(tmp_path, CPU, prompts=prompts)
     assert loaded.takes_guidance == bool(changes)
     labels = torch.tensor([2, 0, 3, 1])
-    sampler = sampler_of(loaded, count=5, solver=solver, scale=3.0)
-    assert sampler.forwards_per_image == (5 if changes else 10)
+    sampler = sampler_of(loaded, count=5, solver=solver, scale=scale)
+    assert sampler.forwards_per_image == (5 if changes or scale == 1 else 10)
     got = images_of(sampler, loaded, labels)
     kind = {"ddim": diffusers.DDIMScheduler, "dpm++2m": diffusers.DPMSolverMultistepScheduler}
     saved = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
@@ -161,7 +172,7 @@ def test_stable_diffusion_pipeline(tmp_path: Path, solver: str, changes: dict[st
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         [prompts[i] for i in labels],
-        guidance_scale=3.0,
+        guidance_scale=scale,
         num_inference_steps=5,
         output_type="np",
         latents=noise_of(0, (4, 8, 8)),
@@ -259,7 +270,7 @@ def breakages(folder: Path) -> dict[str, Any]:
         "other vae": (lambda: edit(vae / "config.json", latent_channels=16), "latent channels"),
         "video vae": (lambda: edit(vae / "config.json", _class_name=video), "AutoencoderTiny"),
         "cut vae": (lambda: next(vae.glob("*.safetensors")).write_bytes(b"x" * 99), "vae"),
-        "text model": (lambda: edit(transformer / "config.json", _class_name=flux), flux),
+        "text model": (lambda: edit(transformer / "config.json", _class_name=flux), "FluxPipeline"),
         "other size": (lambda: edit(transformer / "config.json", num_layers=3), "blocks.2"),
         "bad json": (lambda: (transformer / "config.json").write_text("{"), "not valid JSON"),
     }

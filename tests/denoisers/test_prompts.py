@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from small_jobs import CONFIG, SHORT, sampler_from, tiny_sampler
-from small_models import stable_diffusion
+from text_models import stable_diffusion
 from torch import Tensor, nn
 
 from dmkd_fast import load_denoiser
@@ -19,6 +19,7 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.config.networks import DenoiserConfig
 from dmkd_fast.data import manifest
+from dmkd_fast.denoisers import loading
 from dmkd_fast.denoisers.prompts import bank
 from dmkd_fast.denoisers.prompts.by_class import prompts_by_class, read_captions
 from dmkd_fast.jobs.images import job_class_names, open_denoiser
@@ -198,11 +199,44 @@ def test_a_bank_gives_the_same_images(
     assert plain.bank is None and len(plain.module.prompts) == 41
     assert banked.bank is not None and len(banked.module.prompts) == 5
     (path,) = bank.files.cache_folder().glob("bank-*.safetensors")
-    assert len(banked.bank.tables["prompts"]) == 41 and path.stat().st_size > 41 * 16 * 16 * 4
+    assert (
+        len(banked.bank.tables[banked.module, "prompts"]) == 41
+        and path.stat().st_size > 41 * 16 * 16 * 4
+    )
     assert str(path) in Path("/proc/self/maps").read_text()
     again = load_denoiser(folder, CPU, prompts=prompts)
     assert again.bank is not None
-    assert torch.equal(again.bank.tables["prompts"], plain.module.prompts)
+    assert torch.equal(again.bank.tables[again.module, "prompts"], plain.module.prompts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 1), (1, None), (None, 1)], ids=["both", "one", "weak"])
+def test_a_weaker_model_gets_the_prompts_of_a_bank(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int | None, ...]
+) -> None:
+    """Also where the prompts of only one of the two are too many for the device."""
+    stable_diffusion(tmp_path / "weak", diffusers.DDIMScheduler(clip_sample=False), seed=9)
+    config = DenoiserConfig(
+        path=str(folder),
+        weak=str(tmp_path / "weak"),
+        prompts="a {name}, {style}",
+        prompt_attributes={"style": ("oil", "ink", "red", "big", "old")},
+    )
+
+    made = []
+    for least in ((None, None), sizes):
+        rest = list(least)
+        monkeypatch.setattr(
+            loading, "take_bank", lambda *a, rest=rest: bank.take_bank(*a, least_bytes=rest.pop(0))
+        )
+        loaded = open_denoiser(config, CPU, class_names=NAMES)
+        assert (loaded.bank is not None) == (least == sizes) and loaded.weak is not None
+        sampler = sampler_from(**vars(loaded), count=2, scale=3.0, micro_batch_images=4)
+        out = torch.empty(10, *loaded.image_shape, dtype=torch.uint8)
+        made.append(sampler.sample(torch.arange(10), torch.arange(10) % 2, out=out))
+        rows = {len(module.prompts) for module in (loaded.module, loaded.weak)}
+        assert rows == {5 if least == sizes else 11}
+    assert torch.equal(*made) and len(made[0].flatten(1).unique(dim=0)) == 10
 
 
 def test_the_manifest_has_the_prompt_of_each_image(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from real_sets import write_shard
 from safetensors.torch import save_file
 from shard_files import encode
-from small_models import letters_tokenizer
+from text_encoders import letters_tokenizer
 
 from dmkd_fast.classifiers.loading import build_classifier, save_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec

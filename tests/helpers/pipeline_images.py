@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from small_jobs import sampler_from
-from text_models import PROMPTS
+from text_encoders import PROMPTS
 from torch import Tensor
 
 from dmkd_fast import Denoiser

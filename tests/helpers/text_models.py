@@ -2,69 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from small_models import UNET, VAE, letters_tokenizer, spread
-
-PROMPTS = ["a cat", "some dog", "the car", "no"]
-# Tokens of a prompt for CLIP.
-TOKENS = 16
-
-
-def clip(width: int, *, projected: bool, seed: int) -> Any:
-    """Build a small CLIP text encoder; `projected` adds the projection to a pooled vector."""
-    import transformers
-
-    name = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
-    config = transformers.CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        projection_dim=width,
-        bos_token_id=52,
-        eos_token_id=53,
-    )
-    return spread(getattr(transformers, name)(config), seed=seed)
-
-
-def t5(folder: Path, width: int, *, seed: int) -> tuple[Any, Any]:
-    """Build a small T5 encoder, and a tokenizer of single letters with its files in `folder`."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    letters = [chr(c) for c in range(97, 123)]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    vocabulary += [(letter, -3.0) for letter in letters]
-    fast = Tokenizer(models.Unigram(vocabulary, unk_id=2))
-    fast.pre_tokenizer = pre_tokenizers.Metaspace()
-    fast.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    fast.save(str(folder / "tokenizer.json"))
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "extra_ids": 0}
-    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    encoder = transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=len(vocabulary),
-            d_model=width,
-            d_kv=8,
-            d_ff=2 * width,
-            num_layers=2,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-    tokenizer = transformers.T5TokenizerFast.from_pretrained(folder, local_files_only=True)
-    return spread(encoder, seed=seed), tokenizer
+from small_models import UNET, VAE, spread
+from text_encoders import clip, gemma, letters_tokenizer, t5
 
 
 def vae(channels: int, **changes: Any) -> Any:
@@ -72,35 +16,66 @@ def vae(channels: int, **changes: Any) -> Any:
     return spread(diffusers.AutoencoderKL(**(VAE | {"latent_channels": channels} | changes)), 1)
 
 
-def sdxl(folder: Path, scheduler: Any, **changes: Any) -> Any:
+def saved(folder: Path, kind: str, network: Any, *, seed: int = 3, **parts: Any) -> Any:
+    """Build a pipeline of a network with random weights, and save it."""
+    name = "unet" if "UNet" in type(network).__name__ else "transformer"
+    pipeline = getattr(diffusers, kind)(**{name: spread(network, seed=seed)}, **parts)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def text_unet(**changes: Any) -> Any:
+    """Build a UNet of two levels with cross-attention in one of them."""
+    blocks = ["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]
+    settings = {"in_channels": 4, "out_channels": 4, "attention_head_dim": 2}
+    settings |= {"down_block_types": blocks[0], "up_block_types": blocks[1]}
+    return diffusers.UNet2DConditionModel(**(UNET | settings | changes))
+
+
+def stable_diffusion(folder: Path, scheduler: Any, *, seed: int = 3, **changes: Any) -> Any:
+    """Build and save a small StableDiffusionPipeline of 16-pixel images."""
+    return saved(
+        folder,
+        "StableDiffusionPipeline",
+        text_unet(**({"cross_attention_dim": 16} | changes)),
+        seed=seed,
+        vae=vae(4),
+        text_encoder=clip(16, projected=False, seed=2),
+        tokenizer=letters_tokenizer(folder),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(
+    folder: Path, scheduler: Any, *, force_zeros_for_empty_prompt: bool = True, **changes: Any
+) -> Any:
     """Build and save a small StableDiffusionXLPipeline of 16-pixel images."""
-    index = {"force_zeros_for_empty_prompt": changes.pop("force_zeros_for_empty_prompt", True)}
     settings: dict[str, Any] = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
         "cross_attention_dim": 24,
-        "attention_head_dim": 2,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 48 + 16,
     }
-    tokenizer = letters_tokenizer(folder, max_length=TOKENS)
-    pipeline = diffusers.StableDiffusionXLPipeline(
+    tokenizer = letters_tokenizer(folder)
+    return saved(
+        folder,
+        "StableDiffusionXLPipeline",
+        text_unet(**(settings | changes)),
         vae=vae(4),
         text_encoder=clip(8, projected=False, seed=2),
         text_encoder_2=clip(16, projected=True, seed=4),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=spread(diffusers.UNet2DConditionModel(**(UNET | settings | changes)), seed=3),
         scheduler=scheduler,
         add_watermarker=False,
-        **index,
+        force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
     )
-    pipeline.save_pretrained(folder)
-    return pipeline
 
 
 def sd3(folder: Path, scheduler: Any, *, with_t5: bool = True, **changes: Any) -> Any:
@@ -118,10 +93,12 @@ def sd3(folder: Path, scheduler: Any, *, with_t5: bool = True, **changes: Any) -
         "pooled_projection_dim": 24,
         "pos_embed_max_size": 12,
     }
-    tokenizer = letters_tokenizer(folder, max_length=TOKENS)
+    tokenizer = letters_tokenizer(folder)
     long, tokenizer_3 = t5(folder / "files", 32, seed=5) if with_t5 else (None, None)
-    transformer = diffusers.SD3Transformer2DModel(**(settings | changes))
-    pipeline = diffusers.StableDiffusion3Pipeline(
+    return saved(
+        folder,
+        "StableDiffusion3Pipeline",
+        diffusers.SD3Transformer2DModel(**(settings | changes)),
         vae=vae(16, shift_factor=0.1, scaling_factor=1.5, use_quant_conv=False),
         text_encoder=clip(8, projected=True, seed=2),
         text_encoder_2=clip(16, projected=True, seed=4),
@@ -129,11 +106,8 @@ def sd3(folder: Path, scheduler: Any, *, with_t5: bool = True, **changes: Any) -
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         tokenizer_3=tokenizer_3,
-        transformer=spread(transformer, seed=3),
         scheduler=scheduler,
     )
-    pipeline.save_pretrained(folder)
-    return pipeline
 
 
 def flux(folder: Path, scheduler: Any, *, guidance_embeds: bool, **changes: Any) -> Any:
@@ -147,22 +121,20 @@ def flux(folder: Path, scheduler: Any, *, guidance_embeds: bool, **changes: Any)
         "joint_attention_dim": 32,
         "pooled_projection_dim": 8,
         "axes_dims_rope": (4, 4, 8),
+        "guidance_embeds": guidance_embeds,
     }
     long, tokenizer_2 = t5(folder / "files", 32, seed=5)
-    transformer = diffusers.FluxTransformer2DModel(
-        guidance_embeds=guidance_embeds, **(settings | changes)
-    )
-    pipeline = diffusers.FluxPipeline(
+    return saved(
+        folder,
+        "FluxPipeline",
+        diffusers.FluxTransformer2DModel(**(settings | changes)),
         vae=vae(16, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False),
         text_encoder=clip(8, projected=False, seed=2),
         text_encoder_2=long,
-        tokenizer=letters_tokenizer(folder, max_length=TOKENS),
+        tokenizer=letters_tokenizer(folder),
         tokenizer_2=tokenizer_2,
-        transformer=spread(transformer, seed=3),
         scheduler=scheduler,
     )
-    pipeline.save_pretrained(folder)
-    return pipeline
 
 
 def pixart(
@@ -181,45 +153,15 @@ def pixart(
         "caption_channels": 32,
     }
     encoder, tokenizer = t5(folder / "files", 32, seed=5)
-    transformer = diffusers.PixArtTransformer2DModel(**(settings | changes))
-    pipeline = getattr(diffusers, name)(
+    return saved(
+        folder,
+        name,
+        diffusers.PixArtTransformer2DModel(**(settings | changes)),
         vae=vae(4),
         text_encoder=encoder,
         tokenizer=tokenizer,
-        transformer=spread(transformer, seed=3),
         scheduler=scheduler,
     )
-    pipeline.save_pretrained(folder)
-    return pipeline
-
-
-def gemma(width: int, *, seed: int) -> tuple[Any, Any]:
-    """Build a small Gemma, and a tokenizer of the words of `PROMPTS` that pads on the left."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = ["<pad>", "<bos>", "<unk>", *dict.fromkeys(" ".join(PROMPTS).split())]
-    fast = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>"
-    )
-    tokenizer.padding_side = "left"
-    config = transformers.Gemma2Config(
-        vocab_size=len(words),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=0,
-        bos_token_id=1,
-    )
-    return spread(transformers.Gemma2Model(config), seed=seed), tokenizer
 
 
 def sana(folder: Path, scheduler: Any, *, sprint: bool = False, **changes: Any) -> Any:
@@ -252,17 +194,15 @@ def sana(folder: Path, scheduler: Any, *, sprint: bool = False, **changes: Any) 
         scaling_factor=0.4,
     )
     encoder, tokenizer = gemma(16, seed=5)
-    transformer = diffusers.SanaTransformer2DModel(**(settings | changes))
-    kind = diffusers.SanaSprintPipeline if sprint else diffusers.SanaPipeline
-    pipeline = kind(
+    return saved(
+        folder,
+        "SanaSprintPipeline" if sprint else "SanaPipeline",
+        diffusers.SanaTransformer2DModel(**(settings | changes)),
         vae=spread(autoencoder, seed=1),
         text_encoder=encoder,
         tokenizer=tokenizer,
-        transformer=spread(transformer, seed=3),
         scheduler=scheduler,
     )
-    pipeline.save_pretrained(folder)
-    return pipeline
 
 
 def packed(noise: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,9 @@ from classifier_folders import trap
 from command_line import one_line
 from safetensors.torch import load_file, save_file
 from small_jobs import ROOT
-from small_models import VAE, class_unet_folder, dit_folder, spread, stable_diffusion
-from text_models import PROMPTS, sdxl
+from small_models import VAE, class_unet_folder, dit_folder, spread
+from text_encoders import PROMPTS
+from text_models import sdxl, stable_diffusion
 from torch import Tensor
 
 from dmkd_fast import assets, cli

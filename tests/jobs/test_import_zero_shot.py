@@ -13,7 +13,7 @@ import torch
 from classifier_folders import edit
 from command_line import one_line
 from real_sets import NAMES as CLASSES
-from small_models import letters_tokenizer, spread
+from text_encoders import clip_folder
 
 from dmkd_fast import cli
 from dmkd_fast.classifiers.loading import for_inference, load_classifier
@@ -22,46 +22,6 @@ from dmkd_fast.jobs import networks
 
 transformers = pytest.importorskip("transformers")
 NAMES = ("red_square", "blue_ring", "star")
-PROCESSOR = {
-    "image_mean": [0.4, 0.5, 0.6],
-    "image_std": [0.2, 0.25, 0.3],
-    "size": {"shortest_edge": 28},
-    "crop_size": {"height": 24, "width": 24},
-    "resample": 3,
-}
-
-
-def clip_folder(folder: Path, **vision: Any) -> Any:
-    """Save a small CLIP with random weights in the layout of openai/clip-vit-base-patch32."""
-    tokenizer = letters_tokenizer(folder, max_length=32)
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 32,
-        "bos_token_id": 52,
-        "eos_token_id": 53,
-        "pad_token_id": 53,
-    }
-    image = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 24,
-        "patch_size": 8,
-    } | vision
-    config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=20)
-    model = spread(transformers.CLIPModel(config))
-    with torch.no_grad():
-        model.logit_scale.fill_(4.6)  # 100, as in published models
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    return model
 
 
 def names_file(folder: Path) -> Path:

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from sampler_cases import dit_sampler
 from small_jobs import CONFIG, ROOT, SHORT
+from small_models import small_dit
 from torch import Tensor, nn
 
 from dmkd_fast import cli
-from dmkd_fast.denoisers.dit import LeanDiT
+from dmkd_fast.denoisers.dit import LeanDiT, lean_dit
 from dmkd_fast.denoisers.wrappers import PixelDiT, import_diffusers
 from dmkd_fast.jobs.inspect import gpus, plan, rates
-from dmkd_fast.jobs.inspect.flops import Flops, count
+from dmkd_fast.jobs.inspect.flops import Flops, count, evaluations_per_image, generator_flops
 from dmkd_fast.ring.limiter import Limiter
 from dmkd_fast.ring.plan import RingPlan
 from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.sampling.block_cache import BlockCache
 
 EMBEDDED = str(ROOT / "configs" / "fashion_mnist.yaml")
 DIT_XL_2 = {
@@ -83,6 +86,48 @@ def test_a_network_that_depends_on_values_is_not_counted() -> None:
             return x if x.sum() > 0 else -x
 
     assert count(Branching(), (torch.zeros(2, 3),)) is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0], ids=["plain", "guided"])
+@pytest.mark.parametrize("parts", [(), ("block_cache",), ("weak",), ("block_cache", "weak")])
+def test_the_work_of_an_image_is_what_its_steps_multiply(
+    parts: tuple[str, ...], scale: float
+) -> None:
+    """Blocks that are reused are not counted, and a weaker denoiser counts as what it is."""
+    strong, weak = (lean_dit(small_dit(num_layers=n)) for n in (5, 1))
+    choices: dict[str, object] = {"block_cache": BlockCache(every=3), "weak": weak}
+    sampler = dit_sampler(
+        module=strong, count=7, scale=scale, **{name: choices[name] for name in parts}
+    )
+    whole, one_block = (
+        generator_flops(dit_sampler(module=module).denoiser)[0] or 0 for module in (strong, weak)
+    )
+    # The modulation of all blocks is one product of (6 x width) x width each.
+    block = (whole - one_block) / 4 - 2 * 6 * 16 * 16
+    reused = whole - 3 * block  # blocks 1 to 3 of 5
+    steps = [whole] * 7
+    if "block_cache" in parts:
+        steps = [whole, reused, reused, whole, reused, reused, whole]
+    expected = sum(steps)
+    if scale > 1:
+        expected += 7 * one_block if "weak" in parts else sum(steps)
+    assert evaluations_per_image(sampler, whole) * whole == pytest.approx(expected, rel=1e-9)
+    assert evaluations_per_image(sampler, None) == sampler.forwards_per_image
+
+
+def test_a_plan_with_reused_blocks_is_one_of_less_work_and_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = "sampler.block_cache={every: 2, blocks: [0.2, 0.8]}"
+    steps = [*SHORT, "sampler.num_steps=8"]
+    plain, cached = (plan.plan(CONFIG, [*steps, *more], gpu="h100") for more in ([], [cache]))
+    assert plain["run"] == cached["run"] and cached["run"]["forwards_per_image"] == 8
+    works = [found["flops"]["image"] for found in (plain, cached)]
+    assert works[0] == 8 * plain["flops"]["denoiser_forward"]
+    # Three of five blocks in four of eight steps; the rest of a step is small.
+    assert 0.68 < works[1] / works[0] < 0.75
+    seconds = [found["seconds"]["generate"] for found in (plain, cached)]
+    assert seconds[1] / seconds[0] == pytest.approx(works[1] / works[0])
 
 
 @pytest.mark.parametrize("reuse", [0.5, 1, 7, 20])

@@ -5,6 +5,7 @@ Shapes: B micro-batch, P prompts, with the empty one last if the model has a nul
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 
@@ -29,9 +30,16 @@ class PromptBank:
     """
 
     def __init__(self, module: nn.Module, tables: Mapping[str, Tensor]) -> None:
-        self.module, self.tables = module, _mapped(tables)
-        for name, table in self.tables.items():
+        self.tables = {(module, name): table for name, table in _mapped(tables).items()}
+        """Tables by their module and the name of their buffer."""
+        for (_, name), table in self.tables.items():
             setattr(module, name, nn.Buffer(table[-1:].clone()))
+
+    def joined(self, other: PromptBank) -> PromptBank:
+        """Return a bank of the modules of both, which get the same prompts."""
+        both = copy.copy(self)
+        both.tables = self.tables | other.tables
+        return both
 
     @property
     def numbers_per_prompt(self) -> int:
@@ -39,38 +47,42 @@ class PromptBank:
         return sum(table[0].numel() for table in self.tables.values())
 
     def resize(self, count: int) -> None:
-        """Give the module room for `count` prompts, before the last row of the tables."""
-        for name, table in self.tables.items():
-            held = getattr(self.module, name)
+        """Give the modules room for `count` prompts, before the last row of the tables."""
+        for (module, name), table in self.tables.items():
+            held = getattr(module, name)
             if len(held) != count + 1:
                 rows = held[-1:].expand(count + 1, *table.shape[1:]).clone()
-                setattr(self.module, name, nn.Buffer(rows))
+                setattr(module, name, nn.Buffer(rows))
 
     def fill(self, indices: Tensor) -> None:
-        """Copy the prompts of one micro-batch to the first rows of the module.
+        """Copy the prompts of one micro-batch to the first rows of the modules.
 
         Args:
             indices: Prompts, (B,) int64 on the CPU, at most as many as `resize` made room for.
         """
-        for name, table in self.tables.items():
-            held = getattr(self.module, name)
+        for (module, name), table in self.tables.items():
+            held = getattr(module, name)
             # The order of a micro-batch is kept: its image i has row i.
             held[: len(indices)].copy_(table[indices])
 
 
-def take_bank(module: nn.Module, num_rows: int) -> PromptBank | None:
+def take_bank(
+    module: nn.Module, num_rows: int, *, least_bytes: int | None = None
+) -> PromptBank | None:
     """Return the prompts of a module as a bank, if they are too many for a device.
 
     Args:
-        module: Module of a text-to-image family, on the CPU.
+        module: Module of a text-to-image family.
         num_rows: Number of prompts, with the empty one if the model has a null class.
+        least_bytes: Bytes of the smallest bank; None: `LEAST_BYTES`.
     """
     tables = {
-        name: table
+        name: table.cpu()
         for name, table in module.named_buffers(recurse=False)
         if table.ndim > 1 and len(table) == num_rows
     }
-    if sum(table.nbytes for table in tables.values()) < LEAST_BYTES:
+    least_bytes = LEAST_BYTES if least_bytes is None else least_bytes
+    if sum(table.nbytes for table in tables.values()) < least_bytes:
         return None
     return PromptBank(module, tables)
 

@@ -21,13 +21,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dmkd_fast.assets import file_sha256
-from dmkd_fast.denoisers.model_folders import find_files
+from dmkd_fast.denoisers.model_folders import num_stored, quietly, weight_files
 from dmkd_fast.runtime import files
-from dmkd_fast.runtime.errors import UserError, one_line, warn_once
-from dmkd_fast.runtime.model_files import check_plain, file_parts
+from dmkd_fast.runtime.errors import UserError, invalid, one_line, warn_once
+from dmkd_fast.runtime.model_files import CONFIG, check_plain, file_parts, read_json
 
 # Prompts encoded at a time.
 BATCH = 32
+# First part of `model_type` in the config of an encoder, by its class.
+KINDS = {
+    "CLIPTextModel": "clip",
+    "CLIPTextModelWithProjection": "clip",
+    "T5EncoderModel": "t5",
+    "Gemma2Model": "gemma2",
+}
+# Files of which a tokenizer needs one, or two together.
+VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +82,18 @@ def encode(
     Raises:
         UserError: transformers is not installed, or a part of the folder cannot be loaded.
     """
-    for part in (encoder.part, encoder.tokenizer):
-        check_plain(folder / part)
-    path = files.cache_folder() / f"prompts-{_digest(folder, encoder, prompts, device)}.safetensors"
+    found = _check_parts(folder, encoder)
+    path = (
+        files.cache_folder()
+        / f"prompts-{_digest(folder, encoder, prompts, device, found[0])}.safetensors"
+    )
     try:
         kept = load_file(path) if path.is_file() else {}
     except (SafetensorError, OSError):
         kept = {}  # a damaged file is written again
     if kept.keys() == set(encoder.outputs):
         return kept
-    outputs = _encode(folder, encoder, prompts, device)
+    outputs = _encode(folder, encoder, prompts, device, found[1])
     gc.collect()  # models of transformers refer to themselves
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -99,15 +115,50 @@ def num_tokens(folder: Path, text: str) -> int:
         UserError: The folder cannot be read.
     """
     try:
-        from transformers import AutoTokenizer
+        import transformers
 
-        return len(AutoTokenizer.from_pretrained(folder, local_files_only=True).encode(text))
+        with quietly(transformers.utils.logging):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return len(tokenizer.encode(text))
     except Exception as error:  # transformers raises many kinds of errors for a damaged folder
         raise UserError(f"{folder}: {one_line(error)}") from None
 
 
+def _check_parts(folder: Path, encoder: TextEncoder) -> tuple[list[Path], str | None]:
+    """Check the files of an encoder and of its tokenizer, and return those of the weights.
+
+    transformers takes the defaults of its class where a file is missing: an encoder of another
+    size, or a tokenizer without words.
+
+    Returns:
+        The weight files and their variant, as `weight_files` does.
+
+    Raises:
+        UserError: A file is missing or damaged, or belongs to another kind of encoder.
+    """
+    part, tokenizer = folder / encoder.part, folder / encoder.tokenizer
+    for each in (part, tokenizer):
+        check_plain(each)
+    kind, wanted = read_json(part / CONFIG).get("model_type"), KINDS[encoder.model_class]
+    if isinstance(kind, str) and kind.partition("_")[0] != wanted:
+        fix = "use the encoder that belongs to the model"
+        raise invalid(f"{part / CONFIG}: model_type", f"{kind!r:.60}", repr(wanted), fix)
+    found = weight_files(part, "model")
+    num_stored(found[0])
+    present = {path.name for path in tokenizer.glob("*")}
+    if not any(present.issuperset(files) for files in VOCABULARIES):
+        expected = f"{', '.join(' with '.join(files) for files in VOCABULARIES[:-1])}"
+        expected += f" or {VOCABULARIES[-1][0]}"
+        raise invalid(f"{tokenizer}", "no vocabulary", expected, "fetch the model again")
+    return found
+
+
 def _encode(
-    folder: Path, encoder: TextEncoder, prompts: list[str], device: torch.device
+    folder: Path,
+    encoder: TextEncoder,
+    prompts: list[str],
+    device: torch.device,
+    variant: str | None,
 ) -> dict[str, Tensor]:
     try:
         import transformers
@@ -115,22 +166,27 @@ def _encode(
         raise UserError(
             "prompts: text-to-image models need transformers; pip install transformers"
         ) from None
-    part = folder / encoder.part
-    found = find_files(part, "model", ".safetensors")
     try:
-        tokenizer = getattr(transformers, encoder.tokenizer_class).from_pretrained(
-            folder / encoder.tokenizer, local_files_only=True
-        )
-        loaded: Any = getattr(transformers, encoder.model_class).from_pretrained(
-            part,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            variant=found[1] if found else None,
-        )
+        with quietly(transformers.utils.logging):
+            tokenizer = getattr(transformers, encoder.tokenizer_class).from_pretrained(
+                folder / encoder.tokenizer, local_files_only=True
+            )
+            loaded: Any = getattr(transformers, encoder.model_class).from_pretrained(
+                folder / encoder.part,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, which is checked here
+                variant=variant,
+            )
         model, info = loaded
-        if info["missing_keys"]:
-            raise ValueError(f"no weights for {min(info['missing_keys'])}, and others")
+        for what in ("missing", "mismatched"):
+            if keys := info[f"{what}_keys"]:
+                name = min(str(key if isinstance(key, str) else key[0]) for key in keys)
+                raise ValueError(f"{what} weights such as {name}; fetch the model again")
+        if len(tokenizer) > model.config.vocab_size:
+            sizes = f"{len(tokenizer):,} tokens for an encoder of {model.config.vocab_size:,}"
+            raise ValueError(f"got {sizes}; use the tokenizer that belongs to it")
         is_exact = device.type == "cpu" or encoder.model_class.startswith("CLIP")
         model.to(device, torch.float32 if is_exact else torch.bfloat16).eval()
         # A tokenizer whose files state no length reports 10**30.
@@ -170,10 +226,15 @@ def _taken(name: str, made: Any, inputs: dict[str, Tensor]) -> Tensor:
     return value.contiguous()
 
 
-def _digest(folder: Path, encoder: TextEncoder, prompts: list[str], device: torch.device) -> str:
+def _digest(
+    folder: Path,
+    encoder: TextEncoder,
+    prompts: list[str],
+    device: torch.device,
+    weights: list[Path],
+) -> str:
     """Return a digest of all that the outputs of an encoder depend on."""
-    found = find_files(folder / encoder.part, "model", ".safetensors")
-    read = list(found[0]) if found else []
+    read = list(weights)
     for part in (encoder.part, encoder.tokenizer):
         read += sorted(p for p in (folder / part).glob("*") if p.suffix != ".safetensors")
     hashes = [[path.name, file_sha256(path)] for path in read]

@@ -16,6 +16,7 @@ from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.data.class_names import read_class_names
 from dmkd_fast.denoisers.config_values import number, whole
+from dmkd_fast.denoisers.model_folders import quietly
 from dmkd_fast.jobs.exchange.folders import check_new, save_teacher
 from dmkd_fast.runtime.device import exact_float32
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
@@ -113,13 +114,11 @@ def _load(folder: Path) -> tuple[Any, Any]:
         raise UserError(
             "--zero-shot: needs transformers; install it with: pip install 'dmkd_fast[text]'"
         ) from None
-    # Reports on missing weights would stand beside the error of one line.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        loaded: Any = CLIPModel.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        with quietly(logging):
+            loaded: Any = CLIPModel.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
         model, info = loaded
         if missing := info["missing_keys"]:
             raise ValueError(f"no weights for {min(missing)}")

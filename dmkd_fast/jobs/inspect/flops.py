@@ -19,6 +19,7 @@ from dmkd_fast.classifiers.ensemble import Teacher
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs.memory import on_meta
 from dmkd_fast.jobs.parts import Parts
+from dmkd_fast.sampling.sampler import DiffusionSampler
 
 # Batch norms in training mode need several images.
 IMAGES = 2
@@ -44,13 +45,13 @@ class Flops:
         """Operations of one view: the teachers and the step of the student."""
         return _sum(self.teachers, self.student_step)
 
-    def image(self, forwards: float) -> int | None:
+    def image(self, evaluations: float) -> int | None:
         """Return the operations of one generated image.
 
         Args:
-            forwards: Evaluations of the denoiser per image, unconditional ones included.
+            evaluations: Work of its steps, in evaluations of the denoiser.
         """
-        denoiser = None if self.denoiser is None else round(forwards * self.denoiser)
+        denoiser = None if self.denoiser is None else round(evaluations * self.denoiser)
         return _sum(denoiser, self.decoder)
 
 
@@ -74,14 +75,39 @@ def job_flops(parts: Parts) -> Flops:
     )
 
 
+def evaluations_per_image(sampler: DiffusionSampler, one: int | None) -> float:
+    """Return the work of a sampler's steps for one image, in evaluations of its denoiser.
+
+    Steps that reuse blocks, or that a weaker denoiser guides, are less than their forwards.
+
+    Args:
+        sampler: Sampler that has made no image yet.
+        one: Operations of one evaluation. None or 0: forwards are counted in their place.
+    """
+    denoiser = sampler.denoiser
+    # In the order of the steps, since one that reuses blocks takes the sum of an earlier one.
+    others = dict.fromkeys(m for m, _ in sampler.calls if m is not denoiser.module)
+    works = {module: _per_image(module, _inputs(denoiser)) for module in others}
+    if not one or None in works.values():
+        return float(sampler.forwards_per_image)
+    works[denoiser.module] = one
+    return sum(rows * (works[module] or 0) for module, rows in sampler.calls) / one
+
+
 def generator_flops(denoiser: Denoiser) -> tuple[int | None, int | None]:
     """Count one evaluation of a denoiser, and the decoding of one image."""
-    latents = torch.empty(IMAGES, *denoiser.latent_shape)
+    inputs, decoder = _inputs(denoiser), denoiser.decoder
+    decode = 0 if decoder is None else _per_image(decoder, inputs[:1])
+    return _per_image(denoiser.module, inputs), decode
+
+
+def _inputs(denoiser: Denoiser) -> tuple[Tensor, ...]:
+    """Return arguments of a denoiser's module, for `IMAGES` rows."""
+    # A text-to-image model is loaded in the dtype of the job, and a sampler casts any other.
+    dtype = next((p.dtype for p in denoiser.module.parameters()), torch.float32)
+    latents = torch.empty(IMAGES, *denoiser.latent_shape, dtype=dtype)
     one = torch.zeros(IMAGES)
-    inputs = (latents, one, one.long(), *([one] if denoiser.takes_guidance else []))
-    module, decoder = denoiser.module, denoiser.decoder
-    decode = 0 if decoder is None else _per_image(decoder, (latents,))
-    return _per_image(module, inputs), decode
+    return latents, one, one.long(), *([one] if denoiser.takes_guidance else [])
 
 
 def count(model: nn.Module, inputs: Sequence[Tensor], *, backward: bool = False) -> int | None:

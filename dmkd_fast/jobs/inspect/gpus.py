@@ -52,17 +52,17 @@ def find(name: str) -> Gpu:
     return GPUS[name]
 
 
-def images_per_s(gpu: Gpu, flops: Flops, forwards: float) -> float | None:
+def images_per_s(gpu: Gpu, flops: Flops, evaluations: float) -> float | None:
     """Return the images generated per second, or None if their operations are unknown or 0.
 
     Args:
         gpu: Peak of the GPU.
         flops: Operations of the job.
-        forwards: Evaluations of the denoiser per image.
+        evaluations: Work of the steps of an image, in evaluations of the denoiser.
     """
     if flops.denoiser is None or flops.decoder is None:
         return None
-    work = forwards * flops.denoiser / DENOISER + flops.decoder / DECODER
+    work = evaluations * flops.denoiser / DENOISER + flops.decoder / DECODER
     return gpu.tflop_per_s * 1e12 / work if work else None
 
 

@@ -18,7 +18,7 @@ from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.images import OpenSource
 from dmkd_fast.jobs.inspect import gpus
 from dmkd_fast.jobs.inspect import rates as speeds
-from dmkd_fast.jobs.inspect.flops import Flops, job_flops
+from dmkd_fast.jobs.inspect.flops import Flops, evaluations_per_image, job_flops
 from dmkd_fast.jobs.inspect.rates import Rates
 from dmkd_fast.jobs.parts import Parts, prepare
 from dmkd_fast.jobs.resolve import ResolvedJob
@@ -65,7 +65,7 @@ def plan(
     both = {"images_per_s": images_per_s, "views_per_s": views_per_s}
     given: dict[str, Any] = {name: value for name, value in both.items() if value is not None}
     if gpu is not None:
-        rates = speeds.estimate(gpu, flops, forwards_per_image(job, parts))
+        rates = speeds.estimate(gpu, flops, _steps(job, parts, flops)[1])
         have = int(gpus.GPUS[gpu].memory_gb * 1e9)
         job = replace(job, dtype=torch.float16)
     elif len(given) == 2:
@@ -105,7 +105,7 @@ def make(
     """
     flops = flops or job_flops(parts)
     ring = memory.ring_plan(job.config, parts.origin.image_shape, job.ranks)
-    forwards = forwards_per_image(job, parts)
+    forwards, evaluations = _steps(job, parts, flops)
     images, views = _images(job, parts, ring), job.schedule.num_steps * job.schedule.batch_size
     # The memory of another machine is that of a GPU, where activations are counted as well.
     placed = job if have is None else replace(job, device=torch.device("cuda", 0))
@@ -114,7 +114,7 @@ def make(
         "flops": {
             "denoiser_forward": flops.denoiser,
             "decode": flops.decoder,
-            "image": flops.image(forwards),
+            "image": flops.image(evaluations),
             "teachers_forward": flops.teachers,
             "student_forward": flops.student,
             "student_step": flops.student_step,
@@ -144,18 +144,6 @@ def make(
         times = _times(job, parts, ring, rates)
         found |= times | {"suggested": found["suggested"] | times["suggested"]}
     return found
-
-
-def forwards_per_image(job: ResolvedJob, parts: Parts) -> float:
-    """Return the evaluations of the denoiser per image, a mean over the phases of the run."""
-    if isinstance(parts.origin, OpenSource):
-        return 0.0
-    ring = memory.ring_plan(job.config, parts.origin.image_shape, job.ranks)
-    total = 0.0
-    phases = (None, *job.config.sampler.phases)
-    for phase, (_, weight) in zip(phases, speeds.phase_weights(job, ring), strict=True):
-        total += weight * make_sampler(job, parts.origin, phase).forwards_per_image
-    return total
 
 
 def memory_lines(counts: dict[str, int], *, num_ranks: int = 1) -> Iterator[str]:
@@ -204,6 +192,23 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
             f"ring.capacity_images={suggested['capacity_images']}, {suggested['ranks']} rank(s)"
         )
     yield f"largest ring.capacity_images that fits: {found['largest_capacity_images']:,}"
+
+
+def _steps(job: ResolvedJob, parts: Parts, flops: Flops) -> tuple[float, float]:
+    """Return forwards of the denoiser per image and their work, means over the phases of the run.
+
+    The work is in evaluations of the denoiser; see `evaluations_per_image`.
+    """
+    if isinstance(parts.origin, OpenSource):
+        return 0.0, 0.0
+    ring = memory.ring_plan(job.config, parts.origin.image_shape, job.ranks)
+    forwards = evaluations = 0.0
+    phases = (None, *job.config.sampler.phases)
+    for phase, (_, weight) in zip(phases, speeds.phase_weights(job, ring), strict=True):
+        sampler = make_sampler(job, parts.origin, phase)
+        forwards += weight * sampler.forwards_per_image
+        evaluations += weight * evaluations_per_image(sampler, flops.denoiser)
+    return forwards, evaluations
 
 
 def _images(job: ResolvedJob, parts: Parts, ring: RingPlan) -> int:

@@ -59,13 +59,13 @@ def phase_weights(job: ResolvedJob, ring: RingPlan) -> list[tuple[float, float]]
     return [(s, (b - a) / total) for s, a, b in zip(starts, made, ends, strict=True)]
 
 
-def estimate(gpu: str, flops: Flops, forwards: float) -> Rates:
+def estimate(gpu: str, flops: Flops, evaluations: float) -> Rates:
     """Estimate the rates of one GPU from its peak.
 
     Args:
         gpu: Name in `gpus.GPUS`.
         flops: Operations of the job.
-        forwards: Evaluations of the denoiser per image.
+        evaluations: Work of the steps of an image, in evaluations of the denoiser.
 
     Raises:
         UserError: The GPU is not in the table.
@@ -74,7 +74,7 @@ def estimate(gpu: str, flops: Flops, forwards: float) -> Rates:
     return Rates(
         origin=f"estimates for one {gpu} at {gpus.DENOISER:.0%} of its peak for the denoiser, "
         f"{gpus.DECODER:.0%} for the decoder and {gpus.VIEWS:.0%} for views",
-        images_per_s=gpus.images_per_s(found, flops, forwards),
+        images_per_s=gpus.images_per_s(found, flops, evaluations),
         views_per_s=gpus.views_per_s(found, flops),
     )
 
