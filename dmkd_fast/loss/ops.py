@@ -27,6 +27,7 @@ from dmkd_fast.loss.reference import (
     reference_divergence,
     reference_divergence_grad,
 )
+from dmkd_fast.runtime import native
 from dmkd_fast.runtime.operators import cuda_kernel, warn_if_eager
 
 
@@ -78,6 +79,37 @@ forward_backward = torch.ops.dmkd_fast.kd_loss_forward_backward.default
 row_weights = torch.ops.dmkd_fast.kd_loss_row_weights.default
 
 _Losses = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+# What a plain tensor on the CPU dispatches to, outside and inside of torch.inference_mode(): no
+# subclass, no lazy negation, nothing that a transform has wrapped.
+with torch.inference_mode():
+    _INFERENCE = torch.empty(0)
+_PLAIN = {torch._C._dispatch_keys(x).raw_repr() for x in (torch.empty(0), _INFERENCE)}
+
+
+def loss_and_gradient(problem: Problem, parts: bool = False) -> tuple[Tensor, ...]:
+    """Return the loss on the CPU, with `parts` also KD and CE; statistics; the gradient, allocated.
+
+    The same as `forward_backward`. Where no tensor, mode or profiler wants to see the operator, the
+    call goes past the dispatcher, which costs more than the loss of a small batch.
+    """
+    if (
+        not parts
+        and native.loss_and_gradient is not None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._autograd._profiler_enabled()
+    ):
+        for tensor in (*problem[:4], problem.temperatures):
+            if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() not in _PLAIN:
+                break
+        else:
+            return native.loss_and_gradient(problem)
+    student = problem.student
+    grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+    # Detached, because operators are called faster with tensors that need no gradient.
+    loss, kd, ce, stats = forward_backward(grad, None, 1.0, student.detach(), *problem[1:])
+    return (loss, kd, ce, stats, grad) if parts else (loss, stats, grad)
 
 
 def accumulated_type(student: Tensor, teacher: Tensor) -> torch.dtype:
