@@ -233,7 +233,7 @@ DMKD_INLINE int64_t column_sums(const KdArguments& a, int64_t begin, int64_t end
                                   memory + kStudentCopy * padded,
                                   memory + kTeacherCopy * padded};
       if (a.standardize) row.standardize();
-      const compute_t ratio = row.exponentials();
+      const double ratio = row.exponentials();
       compute_t unused[4];
       row.changes(ratio, p + filled * padded, change + filled * padded, 0, unused[0], unused[1],
                   unused[2], unused[3]);

@@ -32,8 +32,8 @@ constexpr int64_t kColumnSums = 5;
 
 // What is kept of a row so that its gradient can be computed later in one sweep: maximum and sum of
 // exponentials of student and teacher at temperature T, what every log p - log q has in common, the
-// student's sum at T = 1, and the target's.
-constexpr int64_t kStats = 7;
+// student's sum at T = 1, the target's, and what is lost in rounding the first two sums.
+constexpr int64_t kStats = 9;
 
 struct Matrix {  // (B, C), any strides, any of the dtypes
   void* data;    // null: not there

@@ -86,28 +86,26 @@ DMKD_INLINE Binary binary_of(double teacher, double excess) {
   return {loss < 0 ? 0 : loss, change};
 }
 
-// The same in float, without calls of the library, which take a quarter of a row's time. Log odds
-// are small enough that no probability is 0.
+// The same without the slow functions of the library, which take a quarter of a row's time; the
+// loss in float. Log odds are small enough that no probability is 0.
 template <bool has_fma>
-DMKD_INLINE Binary near_binary_of(float teacher, float excess) {
-  const float student = teacher + excess;
-  constexpr float log2e = 1.44269504f, lowest = -127.0f / log2e;
-  const auto exp_of = [&](float x) { return exp_scaled<has_fma>(-std::abs(x), log2e, lowest); };
-  const float t_small = exp_of(teacher), s_small = exp_of(student), far_size = 1 - exp_of(excess);
-  const float t_large = 1 / (1 + t_small), s_large = 1 / (1 + s_small);
-  const float p = teacher > 0 ? t_large : t_small * t_large;
-  const float p_rest = teacher > 0 ? t_small * t_large : t_large;
-  const float q = student > 0 ? s_large : s_small * s_large;
-  const float q_rest = student > 0 ? s_small * s_large : s_large;
-  const float near_size = -near_expm1<has_fma>(std::abs(excess));
-  const float size = std::abs(excess) < 0.5f ? near_size : far_size;
-  const float change = excess > 0 ? size * q * p_rest : -size * p * q_rest;
+DMKD_INLINE Binary near_binary_of(double teacher, double excess) {
+  const double student = teacher + excess, x = std::abs(excess);
+  const double t_small = std::exp(-std::abs(teacher)), s_small = std::exp(-std::abs(student));
+  const double t_large = 1 / (1 + t_small), s_large = 1 / (1 + s_small);
+  const double p = teacher > 0 ? t_large : t_small * t_large;
+  const double p_rest = teacher > 0 ? t_small * t_large : t_large;
+  const double q = student > 0 ? s_large : s_small * s_large;
+  const double q_rest = student > 0 ? s_small * s_large : s_large;
+  const double near_size = x * (1 - x * (1.0 / 2 - x * (1.0 / 6 - x * (1.0 / 24 - x / 120))));
+  const double size = x < 0.01 ? near_size : 1 - std::exp(-x);
+  const double change = excess > 0 ? size * q * p_rest : -size * p * q_rest;
   float term, rest_term, unused;
-  const float d = log_ratio<has_fma>(p, q, change / p);
-  const float rest_d = log_ratio<has_fma>(p_rest, q_rest, -change / p_rest);
-  divergence<has_fma>(p, q, d, 0.0f, term, unused);
-  divergence<has_fma>(p_rest, q_rest, rest_d, 0.0f, rest_term, unused);
-  return {double(term) + double(rest_term), double(change)};
+  const float d = log_ratio<has_fma>(float(p), float(q), float(change / p));
+  const float rest_d = log_ratio<has_fma>(float(p_rest), float(q_rest), float(-change / p_rest));
+  divergence<has_fma>(float(p), float(q), d, 0.0f, term, unused);
+  divergence<has_fma>(float(p_rest), float(q_rest), rest_d, 0.0f, rest_term, unused);
+  return {double(term) + double(rest_term), change};
 }
 
 // What the classes of a row share.
@@ -115,28 +113,61 @@ template <typename compute_t>
 struct Shared {
   compute_t near_limit;     // of `divergence`
   compute_t first, second;  // the divergence's parameters: (beta) or (alpha, beta)
-  compute_t gamma, lowest;  // alpha + beta, and where 2^(gamma x) is 0
-  compute_t cumulants[7];  // of a draw that is 1 with probability beta: the n-th over n!, from 2 on
+  compute_t gamma;          // alpha + beta
+  Exponent<compute_t> by_temperature, power;  // of e^(x / T) and of its gamma-th power
+  compute_t p_power, q_power, mixed;          // factors of p^gamma, q^gamma and p^alpha q^beta
+  compute_t series[7];  // of a term as q -> p, by powers of d from the second on
+
+  // The sums are those of the exponentials.
+  DMKD_INLINE Shared(Divergence kind, const Term& term, double temperature, compute_t near_limit,
+                     double s_sum, double t_sum)
+      : near_limit(near_limit),
+        first(compute_t(term.first)),
+        second(compute_t(term.second)),
+        gamma(compute_t(term.first + term.second)),
+        by_temperature(1 / temperature),
+        power((term.first + term.second) / temperature) {
+    if (kind == Divergence::kAlphaBeta) {
+      const double s_log = std::log(s_sum), t_log = std::log(t_sum);
+      p_power = compute_t(std::exp(-(term.first + term.second) * t_log));
+      q_power = compute_t(std::exp(-(term.first + term.second) * s_log));
+      mixed = compute_t(std::exp(-term.first * t_log - term.second * s_log));
+      set_differences(term.first, term.second);
+    } else if (kind == Divergence::kJsd) {
+      set_cumulants(term.first);
+    }
+  }
+
+  // Of a draw that is 1 with probability beta: the n-th over n!.
+  DMKD_INLINE void set_cumulants(double beta) {
+    const double v = beta * (1 - beta), skew = 1 - 2 * beta;
+    const double values[] = {v / 2,
+                             v * skew / 6,
+                             v * (1 - 6 * v) / 24,
+                             v * skew * (1 - 12 * v) / 120,
+                             v * (1 + v * (-30 + 120 * v)) / 720,
+                             v * skew * (1 + v * (-60 + 360 * v)) / 5040,
+                             v * (1 + v * (-126 + v * (1680 - 5040 * v))) / 40320};
+    for (int i = 0; i < 7; ++i) series[i] = compute_t(values[i]);
+  }
+
+  // beta / gamma (exp(-gamma d) - 1 + gamma d) - (exp(-beta d) - 1 + beta d).
+  DMKD_INLINE void set_differences(double alpha, double beta) {
+    const double both = alpha + beta;
+    double of_both = beta * both / 2, of_beta = beta * beta / 2;
+    for (int i = 0; i < 7; ++i) {
+      series[i] = compute_t(of_both - of_beta);
+      of_both *= -both / (i + 3);
+      of_beta *= -beta / (i + 3);
+    }
+  }
 };
 
-template <typename compute_t>
-DMKD_INLINE void set_cumulants(Shared<compute_t>& shared, double beta) {
-  const double v = beta * (1 - beta), skew = 1 - 2 * beta;
-  const double values[] = {v / 2,
-                           v * skew / 6,
-                           v * (1 - 6 * v) / 24,
-                           v * skew * (1 - 12 * v) / 120,
-                           v * (1 + v * (-30 + 120 * v)) / 720,
-                           v * skew * (1 + v * (-60 + 360 * v)) / 5040,
-                           v * (1 + v * (-126 + v * (1680 - 5040 * v))) / 40320};
-  for (int i = 0; i < 7; ++i) shared.cumulants[i] = compute_t(values[i]);
-}
-
-// p, q: the class's probabilities; d = log p - log q; log2 of both for alpha_beta and jsd. With
+// p, q: the class's probabilities; d = log p - log q; y, x: logits less their maxima. With
 // `with_zeros`, a class of probability 0 follows 0 * log 0 = 0 and has a finite slope.
 template <Divergence kind, bool with_zeros, bool has_fma, typename compute_t>
 DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, compute_t q, compute_t d,
-                            compute_t log2_p, compute_t log2_q, compute_t& term, compute_t& slope) {
+                            compute_t y, compute_t x, compute_t& term, compute_t& slope) {
   constexpr compute_t half = 0.5;
   if constexpr (kind == Divergence::kForwardKl) {
     divergence<has_fma>(p, q, d, shared.near_limit, term, slope);
@@ -153,22 +184,25 @@ DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, comput
     compute_t unused, difference;
     divergence<has_fma>(p, q, d, shared.near_limit, unused, difference);
     term = half * std::abs(difference);
-    slope = difference > 0 ? half * q : difference < 0 ? -half * q : compute_t(0);
+    slope = difference == 0 ? compute_t(0) : std::copysign(half * q, difference);
   } else if constexpr (kind == Divergence::kJsd) {
     // With m = beta p + (1 - beta) q, log(m / q) is the cumulant generating function K at d, and
     // the term is m (d K' - K): near d = 0 by the cumulants, elsewhere by logarithms.
     const compute_t beta = shared.first, p_part = beta * p, q_part = (1 - beta) * q;
-    const compute_t m = p_part + q_part, log_m = log_of<has_fma>(m);
-    constexpr compute_t log_2 = 0.69314718055994530942;
-    compute_t p_far = p_part * (log2_p * log_2 - log_m);
-    compute_t q_far = q_part * (log2_q * log_2 - log_m);
+    const compute_t m = p_part + q_part;
+    // log(m / p) where p is the larger one, else log(m / q).
+    const compute_t ratio = std::min(p, q) / std::max(p, q);
+    const compute_t own = d > 0 ? beta : 1 - beta, other = d > 0 ? 1 - beta : beta;
+    const compute_t by_larger = log_of<has_fma>(multiply_add<has_fma>(other, ratio, own));
+    compute_t p_far = -p_part * (by_larger + std::max(-d, compute_t(0)));
+    compute_t q_far = -q_part * (by_larger + std::max(d, compute_t(0)));
     if constexpr (with_zeros) {
       p_far = p == 0 ? compute_t(0) : p_far;
       q_far = q == 0 ? compute_t(0) : q_far;
     }
     compute_t by_q, near;  // log(m / q), and the term
     if constexpr (sizeof(compute_t) == sizeof(float)) {
-      const float* const c = shared.cumulants;
+      const float* const c = shared.series;
       float k = c[6], bregman = 7 * c[6];
       for (int n = 5; n >= 0; --n) {
         k = multiply_add<has_fma>(k, d, c[n]);
@@ -186,14 +220,23 @@ DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, comput
     slope = is_near ? -q_part * by_q : q_far;
   } else if constexpr (kind == Divergence::kAlphaBeta) {
     const compute_t alpha = shared.first, beta = shared.second, gamma = shared.gamma;
-    const compute_t q_power = power_of_2<has_fma>(log2_q, gamma, shared.lowest);
-    const compute_t p_power = power_of_2<has_fma>(log2_p, gamma, shared.lowest);
-    const compute_t mixed = multiply_add<has_fma>(alpha, log2_p, beta * log2_q);  // p^alpha q^beta
-    const compute_t mixed_power = power_of_2<has_fma>(mixed, compute_t(1), compute_t(-127));
+    const auto power_of = [&](compute_t logit, compute_t factor) DMKD_LAMBDA {
+      return exp_scaled<has_fma>(logit, shared.power) * factor;
+    };
+    const compute_t p_power = power_of(y, shared.p_power), q_power = power_of(x, shared.q_power);
+    const compute_t mean = multiply_add<has_fma>(alpha, y, beta * x);  // of log(p^alpha q^beta) * T
+    const compute_t mixed_power = exp_scaled<has_fma>(mean, shared.by_temperature) * shared.mixed;
     const compute_t p_part = alpha / gamma, q_part = beta / gamma, scale = 1 / (alpha * beta);
     const bool is_near = std::abs(d) * gamma < half;
-    const compute_t near =
-        p_power * (q_part * near_excess<has_fma>(gamma * d) - near_excess<has_fma>(beta * d));
+    compute_t near;
+    if constexpr (sizeof(compute_t) == sizeof(float)) {
+      const float* const c = shared.series;
+      float k = c[6];
+      for (int n = 5; n >= 0; --n) k = multiply_add<has_fma>(k, d, c[n]);
+      near = p_power * (d * (d * k));
+    } else {
+      near = p_power * (q_part * near_excess<has_fma>(gamma * d) - near_excess<has_fma>(beta * d));
+    }
     const compute_t far = p_part * p_power + q_part * q_power - mixed_power;
     term = (is_near ? near : far) * scale;
     slope = (is_near ? -(q_power * near_expm1<has_fma>(-(alpha * d))) : q_power - mixed_power) *

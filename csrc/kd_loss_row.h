@@ -10,8 +10,6 @@
 
 namespace dmkd {
 
-constexpr double kLog2E = 1.44269504088896340736;
-
 template <typename compute_t, bool has_fma>
 struct Row {
   const KdArguments& a;
@@ -24,45 +22,61 @@ struct Row {
   compute_t* __restrict t_exp;
   compute_t* __restrict slopes;
   compute_t* stats;
-  compute_t* s_masked;  // scratch: logits for kDkd, or standardized
-  compute_t* t_masked;
+  compute_t* s_standard;  // scratch: standardized logits
+  compute_t* t_standard;
   compute_t s_inverse_std = 1;  // of standardized logits: 1 / (standard deviation + 1e-7)
   compute_t s_chain = 0;        // and 1 / ((n - 1) standard deviation)
 
   // Exponentials of both at temperature T into scratch; maxima and sums into stats. Returns the
-  // logarithm of the ratio of the sums.
-  DMKD_INLINE compute_t exponentials() {
-    const compute_t scale2 = compute_t(kLog2E / temperature);
-    const compute_t lowest = compute_t(-127) / scale2;
+  // logarithm of the ratio of the sums. Class `without` does not count; -1: all classes count.
+  DMKD_INLINE double exponentials(int64_t without = -1) {
+    const Exponent<compute_t> exponent(1 / temperature);
     compute_t s_max = -std::numeric_limits<compute_t>::infinity(), t_max = s_max;
-#pragma omp simd reduction(max : s_max, t_max)
+    const auto add_maxima = [&](int64_t begin, int64_t end) DMKD_LAMBDA {
+      compute_t s_top = s_max, t_top = t_max;
+#pragma omp simd reduction(max : s_top, t_top)
+      for (int64_t i = begin; i < end; ++i) {
+        s_top = s[i] > s_top ? s[i] : s_top;
+        t_top = t[i] > t_top ? t[i] : t_top;
+      }
+      s_max = s_top;
+      t_max = t_top;
+    };
+    if (without >= 0) add_maxima(0, without);
+    add_maxima(without + 1, n);
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      s_max = s[i] > s_max ? s[i] : s_max;
-      t_max = t[i] > t_max ? t[i] : t_max;
+      s_exp[i] = exp_scaled<has_fma>(s[i] - s_max, exponent);
+      t_exp[i] = exp_scaled<has_fma>(t[i] - t_max, exponent);
     }
-    compute_t s_sum = 0, t_sum = 0, gap = 0;
-#pragma omp simd reduction(+ : s_sum, t_sum, gap)
+    if (without >= 0) s_exp[without] = t_exp[without] = 0;
+    // In double: among many small terms and a large one, roundings would add up.
+    double s_sum = 0, t_sum = 0;
+#pragma omp simd reduction(+ : s_sum, t_sum)
     for (int64_t i = 0; i < n; ++i) {
-      const compute_t es = exp_scaled<has_fma>(s[i] - s_max, scale2, lowest);
-      const compute_t et = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest);
-      s_exp[i] = es;
-      t_exp[i] = et;
-      s_sum += es;
-      t_sum += et;
-      gap += es - et;
+      s_sum += s_exp[i];
+      t_sum += t_exp[i];
     }
+    const double gap = s_sum - t_sum;
+    const Pair<compute_t> s_pair(s_sum), t_pair(t_sum);
     stats[0] = s_max;
-    stats[1] = s_sum;
+    stats[1] = s_pair.high;
     stats[2] = t_max;
-    stats[3] = t_sum;
-    // The gradient feels this one's error in full. Near the teacher the sums' own rounding would be
-    // most of it; that of their difference, added up separately, is not.
-    const double ratio = std::abs(gap) < compute_t(0.5) * t_sum
-                             ? std::log1p(double(gap) / double(t_sum))
-                             : std::log(double(s_sum) / double(t_sum));
+    stats[3] = t_pair.high;
+    stats[7] = s_pair.low;
+    stats[8] = t_pair.low;
+    // The gradient feels this one's error in full.
+    const double ratio =
+        std::abs(gap) < 0.5 * t_sum ? std::log1p(gap / t_sum) : std::log(s_sum / t_sum);
     stats[4] = compute_t(((double(s_max) - double(t_max)) / temperature + ratio) * (n > 1));
-    return compute_t(ratio);
+    return ratio;
   }
+
+  // What an exponential is multiplied by to become a probability.
+  DMKD_INLINE Pair<compute_t> s_inverse() const { return Pair<compute_t>(1 / s_sum()); }
+  DMKD_INLINE Pair<compute_t> t_inverse() const { return Pair<compute_t>(1 / t_sum()); }
+  DMKD_INLINE double s_sum() const { return double(stats[1]) + double(stats[7]); }
+  DMKD_INLINE double t_sum() const { return double(stats[3]) + double(stats[8]); }
 
   // Where d is the small difference of large numbers, its rounding weighs more than that of q - p.
   DMKD_INLINE compute_t near_limit() const {
@@ -80,11 +94,11 @@ struct Row {
   template <bool with_grad, bool with_zeros = false>
   DMKD_INLINE compute_t forward_kl(compute_t factor) {
     const compute_t scale = scale_of_d(), common = stats[4], limit = near_limit();
-    const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
+    const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
     compute_t loss = 0;
 #pragma omp simd reduction(+ : loss)
     for (int64_t i = 0; i < n; ++i) {
-      const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
+      const compute_t q = times<has_fma>(s_exp[i], by_s), p = times<has_fma>(t_exp[i], by_t);
       const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
       compute_t term, difference;
       divergence<has_fma>(p, q, d, limit, term, difference);
@@ -101,14 +115,13 @@ struct Row {
   // The gradient of forward KL again from stats: the same operations in the same order as above.
   DMKD_INLINE void forward_kl_gradient(compute_t factor) {
     const compute_t scale = scale_of_d(), common = stats[4], limit = near_limit();
-    const compute_t scale2 = compute_t(kLog2E / temperature);
-    const compute_t lowest = compute_t(-127) / scale2;
-    const compute_t s_max = stats[0], s_inverse = 1 / stats[1];
-    const compute_t t_max = stats[2], t_inverse = 1 / stats[3];
+    const Exponent<compute_t> exponent(1 / temperature);
+    const compute_t s_max = stats[0], t_max = stats[2];
+    const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const compute_t q = exp_scaled<has_fma>(s[i] - s_max, scale2, lowest) * s_inverse;
-      const compute_t p = exp_scaled<has_fma>(t[i] - t_max, scale2, lowest) * t_inverse;
+      const compute_t q = times<has_fma>(exp_scaled<has_fma>(s[i] - s_max, exponent), by_s);
+      const compute_t p = times<has_fma>(exp_scaled<has_fma>(t[i] - t_max, exponent), by_t);
       const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
       compute_t term, difference;
       divergence<has_fma>(p, q, d, limit, term, difference);
@@ -121,7 +134,7 @@ struct Row {
   DMKD_INLINE compute_t divergences(int64_t id, compute_t factor, compute_t column_factor) {
     compute_t loss = 0;
     bool is_ready = false;  // whether the exponentials in scratch are those of all classes
-    compute_t ratio = 0;
+    double ratio = 0;
     for (int64_t k = 0; k < a.num_terms; ++k) {
       const Term& term = a.terms[k];
       if (!is_ready && term.kind != Divergence::kDkd) ratio = exponentials();
@@ -130,7 +143,11 @@ struct Row {
       compute_t value = 0;
       switch (term.kind) {
         case Divergence::kForwardKl:
-          value = sweep<Divergence::kForwardKl>(term, ratio, part, k == 0);
+          if (k == 0) {
+            value = out != nullptr ? forward_kl<true>(part) : forward_kl<false>(part);
+          } else {
+            value = sweep<Divergence::kForwardKl>(term, ratio, part, false);
+          }
           break;
         case Divergence::kReverseKl:
           value = sweep<Divergence::kReverseKl>(term, ratio, part, k == 0);
@@ -156,51 +173,72 @@ struct Row {
     return loss;
   }
 
+  // log p - log q from the two logits less their maxima. `is_finite`: no logit is infinite.
+  template <bool is_finite>
+  DMKD_INLINE compute_t difference_of_logs(compute_t y, compute_t x, const Pair<compute_t>& scale,
+                                           const Pair<compute_t>& ratio) const {
+    const compute_t d = multiply_add<has_fma>(y - x, scale.high, ratio.high);
+    const compute_t rest = multiply_add<has_fma>(y - x, scale.low, ratio.low);
+    if constexpr (!is_finite) {
+      return std::abs(d) <= std::numeric_limits<compute_t>::max() ? d + rest : d;
+    }
+    return d + rest;
+  }
+
   // One divergence of `class_part`; with infinite logits once more with the rules for 0.
   template <Divergence kind, bool with_zeros = false>
-  DMKD_INLINE compute_t sweep(const Term& term, compute_t ratio, compute_t factor, bool first) {
-    const compute_t scale = compute_t(1 / temperature), scale2 = compute_t(kLog2E / temperature);
+  DMKD_INLINE compute_t sweep(const Term& term, double ratio, compute_t factor, bool first) {
+    const Pair<compute_t> scale(1 / temperature), ratio_pair(ratio);
+    const compute_t plain_scale = scale_of_d();
     const compute_t s_max = stats[0], t_max = stats[2];
-    const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
-    constexpr bool with_logs = kind == Divergence::kAlphaBeta || kind == Divergence::kJsd;
-    const compute_t s_log2 = with_logs ? compute_t(std::log2(double(stats[1]))) : compute_t(0);
-    const compute_t t_log2 = with_logs ? compute_t(std::log2(double(stats[3]))) : compute_t(0);
-    const compute_t gamma = compute_t(term.first + term.second);
-    Shared<compute_t> shared{std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0),
-                             compute_t(term.first),
-                             compute_t(term.second),
-                             gamma,
-                             compute_t(-127) / gamma,
-                             {}};
-    if constexpr (kind == Divergence::kJsd) set_cumulants(shared, term.first);
-    compute_t loss = 0, total = 0;
-#pragma omp simd reduction(+ : loss, total)
+    const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
+    const Shared<compute_t> shared(kind, term, temperature, near_limit(), s_sum(), t_sum());
+    compute_t loss = 0;
+#pragma omp simd reduction(+ : loss)
     for (int64_t i = 0; i < n; ++i) {
-      const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
+      const compute_t q = times<has_fma>(s_exp[i], by_s), p = times<has_fma>(t_exp[i], by_t);
       // Maxima first: logits that a constant sets apart keep their digits.
       const compute_t x = s[i] - s_max, y = t[i] - t_max;
-      const compute_t d = multiply_add<has_fma>(y - x, scale, ratio);
-      compute_t log2_p = 0, log2_q = 0, value, slope;
-      if constexpr (with_logs) {
-        log2_p = multiply_add<has_fma>(y, scale2, -t_log2);
-        log2_q = multiply_add<has_fma>(x, scale2, -s_log2);
+      compute_t d, value, slope;
+      if constexpr (kind == Divergence::kForwardKl || kind == Divergence::kTotalVariation) {
+        d = multiply_add<has_fma>(t[i] - s[i], plain_scale, stats[4]);
+      } else {
+        d = difference_of_logs<!with_zeros>(y, x, scale, ratio_pair);
       }
-      class_part<kind, with_zeros, has_fma>(shared, p, q, d, log2_p, log2_q, value, slope);
+      class_part<kind, with_zeros, has_fma>(shared, p, q, d, y, x, value, slope);
       loss += value;
-      total += slope;
       slopes[i] = slope;
     }
     if constexpr (!with_zeros) {
       const bool finite = loss <= std::numeric_limits<compute_t>::max();
       if (!finite) return sweep<kind, true>(term, ratio, factor, first);
     }
-    if (out != nullptr) center(total, loss != loss ? loss : factor, first);
+    if (out != nullptr) center(loss != loss ? loss : factor, first);
     return loss;
   }
 
+  // Four at a time in the accumulated type, and from there in double.
+  DMKD_INLINE double sum_of_slopes() const {
+    constexpr int64_t kLanes = 16, kBlock = 4 * kLanes;
+    double lanes[kLanes] = {}, total = 0;
+    int64_t begin = 0;
+    for (; begin + kBlock <= n; begin += kBlock) {
+#pragma omp simd
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const compute_t* const at = slopes + begin + i;
+        lanes[i] += (at[0] + at[kLanes]) + (at[2 * kLanes] + at[3 * kLanes]);
+      }
+    }
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = begin; i < n; ++i) total += slopes[i];
+    for (int64_t i = 0; i < kLanes; ++i) total += lanes[i];
+    return total;
+  }
+
   // From slopes to the gradient: slope - q * (sum of slopes), times `factor`.
-  DMKD_INLINE void center(compute_t total, compute_t factor, bool first) {
-    const compute_t share = total == 0 ? compute_t(0) : total / stats[1];
+  DMKD_INLINE void center(compute_t factor, bool first) {
+    const double total = sum_of_slopes();
+    const compute_t share = total == 0 ? compute_t(0) : compute_t(total / s_sum());
     if (first) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
@@ -216,11 +254,9 @@ struct Row {
 
   // Defined in kd_loss_terms.h.
   DMKD_INLINE compute_t decoupled(const Term& term, int64_t id, compute_t factor, bool first);
-  DMKD_INLINE compute_t rest(const Term& term, int64_t id, compute_t s_id, compute_t t_id,
-                             compute_t ratio, compute_t factor, bool first);
-  DMKD_INLINE compute_t correlations(const Term& term, compute_t ratio, compute_t factor,
+  DMKD_INLINE compute_t correlations(const Term& term, double ratio, compute_t factor,
                                      compute_t column_factor, bool first);
-  DMKD_INLINE void changes(compute_t ratio, compute_t* __restrict p_out,
+  DMKD_INLINE void changes(double ratio, compute_t* __restrict p_out,
                            compute_t* __restrict change_out, compute_t mean, compute_t& teacher,
                            compute_t& student, compute_t& covariance, compute_t& variance);
 
@@ -249,11 +285,11 @@ struct Row {
     const compute_t t_inverse_std = compute_t(1 / (t_std + 1e-7));
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      s_masked[i] = (s[i] - s_mean) * s_inverse_std;
-      t_masked[i] = (t[i] - t_mean) * t_inverse_std;
+      s_standard[i] = (s[i] - s_mean) * s_inverse_std;
+      t_standard[i] = (t[i] - t_mean) * t_inverse_std;
     }
-    s = s_masked;
-    t = t_masked;
+    s = s_standard;
+    t = t_standard;
     return top;
   }
 
@@ -274,7 +310,7 @@ struct Row {
   DMKD_INLINE compute_t cross_entropy(const compute_t* __restrict logits, compute_t top, int64_t id,
                                       const compute_t* __restrict target, bool with_loss,
                                       compute_t factor) {
-    const compute_t scale2 = compute_t(kLog2E), lowest = compute_t(-127) / scale2;
+    const Exponent<compute_t> exponent(1);
     const compute_t spread = compute_t(a.label_smoothing / double(n));
     const compute_t kept = compute_t(1 - a.label_smoothing);
     compute_t mass = 1, loss = 0;
@@ -286,12 +322,12 @@ struct Row {
       for (int64_t i = 0; i < n; ++i) mass += multiply_add<has_fma>(target[i], kept, spread);
     }
     if (with_loss) {
-      compute_t sum = 0;
+      double sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += exp_scaled<has_fma>(logits[i] - top, scale2, lowest);
-      stats[5] = sum;
+      for (int64_t i = 0; i < n; ++i) sum += exp_scaled<has_fma>(logits[i] - top, exponent);
+      stats[5] = compute_t(sum);
       stats[6] = mass;
-      const compute_t log_sum = std::log(sum);
+      const compute_t log_sum = std::log(stats[5]);
       if (id < 0) {
 #pragma omp simd reduction(+ : loss)
         for (int64_t i = 0; i < n; ++i) {
@@ -314,14 +350,14 @@ struct Row {
     if (id < 0) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        const compute_t q = exp_scaled<has_fma>(logits[i] - top, scale2, lowest) * inverse;
+        const compute_t q = exp_scaled<has_fma>(logits[i] - top, exponent) * inverse;
         const compute_t weight = multiply_add<has_fma>(target[i], kept, spread);
         out[i] += (q - weight) * factor;
       }
     } else {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        const compute_t q = exp_scaled<has_fma>(logits[i] - top, scale2, lowest) * inverse;
+        const compute_t q = exp_scaled<has_fma>(logits[i] - top, exponent) * inverse;
         out[i] += (q - spread) * factor;
       }
       out[id] -= kept * factor;

@@ -7,58 +7,37 @@
 namespace dmkd {
 
 // Decoupled KD: `first` times the KL of target against rest, plus `second` times that among the
-// rest, whose exponentials come from a copy of the logits with -inf at the target.
+// rest, whose exponentials leave the target out.
 template <typename compute_t, bool has_fma>
 DMKD_INLINE compute_t Row<compute_t, has_fma>::decoupled(const Term& term, int64_t id,
                                                          compute_t factor, bool first) {
+  const double ratio = exponentials(id);
   const compute_t s_id = s[id], t_id = t[id];
-  if (s != s_masked) {
-    std::copy(s, s + n, s_masked);
-    std::copy(t, t + n, t_masked);
-  }
-  const compute_t *s_all = s, *t_all = t;
-  s = s_masked;
-  t = t_masked;
-  s_masked[id] = t_masked[id] = -std::numeric_limits<compute_t>::infinity();
-  const compute_t ratio = exponentials();
-  const compute_t whole = rest(term, id, s_id, t_id, ratio, factor, first);
-  s_masked[id] = s_id;
-  t_masked[id] = t_id;
-  s = s_all;
-  t = t_all;
-  return whole;
-}
-
-template <typename compute_t, bool has_fma>
-DMKD_INLINE compute_t Row<compute_t, has_fma>::rest(const Term& term, int64_t id, compute_t s_id,
-                                                    compute_t t_id, compute_t ratio,
-                                                    compute_t factor, bool first) {
   const bool alone = stats[0] == -std::numeric_limits<compute_t>::infinity() ||
                      stats[2] == -std::numeric_limits<compute_t>::infinity();
   const compute_t s_max = stats[0], t_max = stats[2];
   // Log odds of the target for the teacher, and by how much the student's exceed them.
-  const double teacher = (double(t_id) - double(t_max)) / temperature - std::log(double(stats[3]));
+  const double teacher = (double(t_id) - double(t_max)) / temperature - std::log(t_sum());
   const double excess =
-      ((double(s_id) - double(s_max)) - (double(t_id) - double(t_max))) / temperature -
-      double(ratio);
+      ((double(s_id) - double(s_max)) - (double(t_id) - double(t_max))) / temperature - ratio;
   const bool is_near = sizeof(compute_t) == sizeof(float) && std::abs(teacher) < 60 &&
                        std::abs(teacher + excess) < 60;
   const Binary binary = alone ? Binary{double(s_id - s_id) + double(t_id - t_id), 0}
                         // as with one class: 0 or nan
-                        : is_near ? near_binary_of<has_fma>(float(teacher), float(excess))
+                        : is_near ? near_binary_of<has_fma>(teacher, excess)
                                   : binary_of(teacher, excess);
-  const compute_t scale = compute_t(1 / temperature);
-  const compute_t s_inverse = alone ? compute_t(0) : 1 / stats[1];
-  const compute_t t_inverse = alone ? compute_t(0) : 1 / stats[3];
-  const compute_t limit = std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0);
+  const compute_t scale = scale_of_d(), common = stats[4];
+  const Pair<compute_t> by_s = alone ? Pair<compute_t>(0) : s_inverse();
+  const Pair<compute_t> by_t = alone ? Pair<compute_t>(0) : t_inverse();
+  const compute_t limit = near_limit();
   const compute_t others = compute_t(term.second);
   const compute_t binary_slope = compute_t(term.first * binary.change);
   compute_t* __restrict const part = out != nullptr && first ? out : slopes;
   compute_t loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t i = 0; i < n; ++i) {
-    const compute_t q_i = s_exp[i] * s_inverse, p_i = t_exp[i] * t_inverse;
-    const compute_t d = multiply_add<has_fma>((t[i] - t_max) - (s[i] - s_max), scale, ratio);
+    const compute_t q_i = times<has_fma>(s_exp[i], by_s), p_i = times<has_fma>(t_exp[i], by_t);
+    const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
     compute_t value, difference;
     divergence<has_fma>(p_i, q_i, d, limit, value, difference);
     loss += p_i == 0 ? q_i : value;
@@ -82,7 +61,7 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::rest(const Term& term, int64_t id
 // DIST: `first` times 1 - correlation over the classes, plus `second` times the mean of
 // 1 - correlation over the columns. `column_factor`: that of the latter's gradient.
 template <typename compute_t, bool has_fma>
-DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations(const Term& term, compute_t ratio,
+DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations(const Term& term, double ratio,
                                                             compute_t factor,
                                                             compute_t column_factor, bool first) {
   const compute_t mean = compute_t(1.0 / double(n));
@@ -94,26 +73,23 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations(const Term& term, co
   const compute_t by_p = row * compute_t(found.by_p), by_change = row * compute_t(found.by_change);
   const compute_t column_part = column_factor * compute_t(term.second / double(n));
   const compute_t parallel = compute_t(double(covariance) / double(teacher));
-  const compute_t s_inverse = 1 / stats[1];
+  const compute_t by_s = compute_t(1 / s_sum());
   const compute_t* const columns = static_cast<const compute_t*>(a.columns);
   const compute_t* __restrict const column_p = columns;
   const compute_t* __restrict const column_change = columns + n;
   const compute_t* __restrict const p_mean = columns + 2 * n;
   const compute_t* __restrict const change_mean = columns + 3 * n;
-  compute_t total = 0, residual = 0;
-#pragma omp simd reduction(+ : total, residual)
+  compute_t residual = 0;
+#pragma omp simd reduction(+ : residual)
   for (int64_t i = 0; i < n; ++i) {
     const compute_t b = t_exp[i] - mean, change = slopes[i];
     const compute_t apart = change - parallel * b;
     residual += apart * apart;
     const compute_t column =
         column_p[i] * (t_exp[i] - p_mean[i]) + column_change[i] * (change - change_mean[i]);
-    const compute_t slope =
-        s_exp[i] * s_inverse * (by_p * b + by_change * change + column_part * column);
-    slopes[i] = slope;
-    total += slope;
+    slopes[i] = s_exp[i] * by_s * (by_p * b + by_change * change + column_part * column);
   }
-  if (out != nullptr) center(total, compute_t(1), first);
+  if (out != nullptr) center(compute_t(1), first);
   // The residual is the part of variance * teacher - covariance^2 that subtraction would blur.
   const double row_loss = found.by_norms > 0 ? found.by_norms * double(residual) : found.loss;
   return compute_t(term.first * row_loss + term.second * a.columns_loss);
@@ -121,18 +97,19 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations(const Term& term, co
 
 // p and q - p of every class, and the sums of a `Correlation`, p and q less `mean`.
 template <typename compute_t, bool has_fma>
-DMKD_INLINE void Row<compute_t, has_fma>::changes(compute_t ratio, compute_t* __restrict p_out,
+DMKD_INLINE void Row<compute_t, has_fma>::changes(double ratio, compute_t* __restrict p_out,
                                                   compute_t* __restrict change_out, compute_t mean,
                                                   compute_t& teacher, compute_t& student,
                                                   compute_t& covariance, compute_t& variance) {
-  const compute_t scale = compute_t(1 / temperature), s_max = stats[0], t_max = stats[2];
-  const compute_t s_inverse = 1 / stats[1], t_inverse = 1 / stats[3];
-  const compute_t limit = std::abs(ratio) < compute_t(1) ? compute_t(0.5) : compute_t(0);
+  const compute_t s_max = stats[0], t_max = stats[2];
+  const compute_t scale = compute_t(1 / temperature), common = compute_t(ratio);
+  const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
+  const compute_t limit = std::abs(ratio) < 1 ? compute_t(0.5) : compute_t(0);
   compute_t b_squares = 0, a_squares = 0, products = 0, squares = 0;
 #pragma omp simd reduction(+ : b_squares, a_squares, products, squares)
   for (int64_t i = 0; i < n; ++i) {
-    const compute_t q = s_exp[i] * s_inverse, p = t_exp[i] * t_inverse;
-    const compute_t d = multiply_add<has_fma>((t[i] - t_max) - (s[i] - s_max), scale, ratio);
+    const compute_t q = times<has_fma>(s_exp[i], by_s), p = times<has_fma>(t_exp[i], by_t);
+    const compute_t d = multiply_add<has_fma>((t[i] - t_max) - (s[i] - s_max), scale, common);
     compute_t value, change;
     divergence<has_fma>(p, q, d, limit, value, change);
     p_out[i] = p;

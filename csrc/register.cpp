@@ -3,7 +3,6 @@
 // Only torch/csrc/stable and torch/headeronly are used, so one binary serves every later torch too.
 // Arguments are checked in Python, and here again where memory safety depends on them.
 
-#include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,32 +18,15 @@
 
 #include "instruction_sets.h"
 #include "kd_loss_cpu.h"
+#include "kd_loss_operator.h"
 
 namespace dmkd {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Losses = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kElementsPerTask = 16384;
-
-// What all three operators take after their own arguments, in the order of the schema.
-struct Problem {
-  const Tensor& student;
-  const Tensor& teacher;
-  const std::optional<Tensor>& target;
-  const std::optional<Tensor>& weight;
-  double temperature, alpha, kd_scale, ce_scale, label_smoothing;
-  const std::optional<Tensor>& temperatures;
-  const std::vector<double>& divergences;
-  bool standardize;
-
-  bool is_double() const {
-    return student.scalar_type() == ScalarType::Double ||
-           teacher.scalar_type() == ScalarType::Double;
-  }
-};
 
 ScalarKind kind_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -264,22 +246,27 @@ void reduce(const Problem& p, const value_t* rows, int64_t n, bool per_row, void
   mix<value_t>(p, kl_sum, ce_sum, loss, kd, ce, 0);
 }
 
-Losses losses_of(KdArguments& a, const Problem& p, const Tensor& stats, bool per_row) {
+// Runs the rows and writes the losses, which are of the accumulated type: one each, or (B,).
+void write_losses(KdArguments& a, const Problem& p, bool per_row, void* loss, void* kd, void* ce) {
   std::vector<double> rows(a.is_double ? 2 * a.num_rows : a.num_rows);  // or as many floats
   a.losses = rows.data();
   run(a);
-  const ScalarType dtype = accumulated_type(p);
+  const int64_t n = a.num_rows;
+  if (a.is_double) {
+    reduce(p, static_cast<const double*>(a.losses), n, per_row, loss, kd, ce);
+  } else {
+    reduce(p, static_cast<const float*>(a.losses), n, per_row, loss, kd, ce);
+  }
+}
+
+Losses losses_of(KdArguments& a, const Problem& p, const Tensor& stats, bool per_row) {
   const auto make = [&] {
+    const ScalarType dtype = accumulated_type(p);
     return per_row ? allocate<1>({a.num_rows}, dtype) : allocate<0>({}, dtype);
   };
   Tensor loss = make(), kd = make(), ce = make();
-  if (a.is_double) {
-    reduce(p, static_cast<const double*>(a.losses), a.num_rows, per_row, loss.mutable_data_ptr(),
-           kd.mutable_data_ptr(), ce.mutable_data_ptr());
-  } else {
-    reduce(p, static_cast<const float*>(a.losses), a.num_rows, per_row, loss.mutable_data_ptr(),
-           kd.mutable_data_ptr(), ce.mutable_data_ptr());
-  }
+  write_losses(a, p, per_row, loss.mutable_data_ptr(), kd.mutable_data_ptr(),
+               ce.mutable_data_ptr());
   return {loss, kd, ce, stats};
 }
 
@@ -368,6 +355,17 @@ Tensor kd_loss_row_weights(const Tensor& student, const Tensor& teacher,
 }
 
 }  // namespace
+
+std::array<Tensor, 3> loss_and_gradient(const Problem& p) {
+  const Tensor loss = allocate<0>({}, accumulated_type(p)), stats = stats_for(p);
+  const Tensor grad = allocate<2>({p.student.size(0), p.student.size(1)}, p.student.scalar_type());
+  KdArguments a = arguments_for(p, stats);
+  add_gradient(a, p, grad, std::nullopt, 1);
+  double kd, ce;  // room for either type
+  write_losses(a, p, false, loss.mutable_data_ptr(), &kd, &ce);
+  return {loss, stats, grad};
+}
+
 }  // namespace dmkd
 
 STABLE_TORCH_LIBRARY_IMPL(dmkd_fast, CPU, m) {
@@ -376,25 +374,3 @@ STABLE_TORCH_LIBRARY_IMPL(dmkd_fast, CPU, m) {
   m.impl("kd_loss_forward_backward", TORCH_BOX(&dmkd::kd_loss_forward_backward));
   m.impl("kd_loss_row_weights", TORCH_BOX(&dmkd::kd_loss_row_weights));
 }
-
-namespace {
-
-PyObject* instruction_set(PyObject*, PyObject*) {
-  const dmkd::Isa isa = dmkd::best_isa();
-  return PyUnicode_FromString(isa >= dmkd::Isa::kAvx512 ? "avx512"
-                              : isa == dmkd::Isa::kAvx2 ? "avx2"
-                                                        : "scalar");
-}
-
-PyMethodDef methods[] = {
-    {"instruction_set", instruction_set, METH_NOARGS, "avx512, avx2 or scalar."},
-    {nullptr, nullptr, 0, nullptr},
-};
-
-PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
-
-}  // namespace
-
-// Importing the module runs the registrations above.
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -15,6 +15,7 @@
 namespace dmkd {
 
 #define DMKD_INLINE inline __attribute__((always_inline))
+#define DMKD_LAMBDA __attribute__((always_inline))
 
 // AddressSanitizer does not see what masked and gathering vector instructions touch: sanitized
 // builds (tests/sanitized.py) check these addresses here.
@@ -116,38 +117,55 @@ DMKD_INLINE compute_t multiply_add(compute_t x, compute_t y, compute_t z) {
   }
 }
 
-// exp(x * scale) for x * scale <= 0, where `scale2` = scale * log2(e) and `lowest` = -127 / scale2.
-// Relative error 1e-7 + 6e-8 |x * scale|: 2^n * P(f), P minimax of degree 5 on [-1/2, 1/2] with
-// P(0) = 1. Exactly 0 below 2^-127; NaN stays NaN.
+// A number in two parts, so that a product with it is not rounded twice.
+template <typename compute_t>
+struct Pair {
+  compute_t high, low;
+
+  Pair() = default;
+  explicit Pair(double value)
+      : high(static_cast<compute_t>(value)),
+        low(static_cast<compute_t>(value - static_cast<double>(high))) {}
+};
+
+// x * y.
+template <bool has_fma, typename compute_t>
+DMKD_INLINE compute_t times(compute_t x, const Pair<compute_t>& y) {
+  return multiply_add<has_fma>(x, y.high, x * y.low);
+}
+
+// The factor of `exp_scaled`, in units of log 2, and the x below which the result is 0.
+template <typename compute_t>
+struct Exponent {
+  Pair<compute_t> scale;
+  compute_t lowest;
+
+  explicit Exponent(double factor)
+      : scale(factor * 1.44269504088896340736), lowest(compute_t(-127) / scale.high) {}
+};
+
+// exp(x * factor) for x * factor <= 0. Relative error 9e-8: 2^n * P(f), P minimax of degree 6 on
+// [-1/2, 1/2] with P(0) = 1. Exactly 0 below 2^-127; NaN stays NaN.
 template <bool has_fma>
-DMKD_INLINE float exp_scaled(float x, float scale2, float lowest) {
-  constexpr float magic = 12582912.0f + 127.0f;   // 1.5 * 2^23: adding rounds; 127: exponent's bias
-  const float clamped = lowest > x ? lowest : x;  // in this order a NaN passes
-  const float shifted = multiply_add<has_fma>(clamped, scale2, magic);
-  const float f = multiply_add<has_fma>(clamped, scale2, -(shifted - magic));
-  float poly = 0x1.5bba18p-10f;
-  poly = multiply_add<has_fma>(poly, f, 0x1.3cea84p-7f);
-  poly = multiply_add<has_fma>(poly, f, 0x1.c6b752p-5f);
-  poly = multiply_add<has_fma>(poly, f, 0x1.ebf9bcp-3f);
-  poly = multiply_add<has_fma>(poly, f, 0x1.62e42ap-1f);
+DMKD_INLINE float exp_scaled(float x, const Exponent<float>& exponent) {
+  constexpr float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding rounds; 127: exponent's bias
+  const float clamped = exponent.lowest > x ? exponent.lowest : x;  // in this order a NaN passes
+  const float shifted = multiply_add<has_fma>(clamped, exponent.scale.high, magic);
+  float f = multiply_add<has_fma>(clamped, exponent.scale.high, -(shifted - magic));
+  f = multiply_add<has_fma>(clamped, exponent.scale.low, f);
+  float poly = 0x1.41fbbcp-13f;
+  poly = multiply_add<has_fma>(poly, f, 0x1.5f3e52p-10f);
+  poly = multiply_add<has_fma>(poly, f, 0x1.3b2d4cp-7f);
+  poly = multiply_add<has_fma>(poly, f, 0x1.c6aee8p-5f);
+  poly = multiply_add<has_fma>(poly, f, 0x1.ebfbdcp-3f);
+  poly = multiply_add<has_fma>(poly, f, 0x1.62e430p-1f);
   poly = multiply_add<has_fma>(poly, f, 1.0f);
   return poly * bits_to_float(float_to_bits(shifted) << 23);
 }
 
 template <bool has_fma>
-DMKD_INLINE double exp_scaled(double x, double scale2, double) {
-  return std::exp(x * (scale2 * 0.69314718055994530942));
-}
-
-// 2^(x * factor) for x * factor <= 0, where `lowest` = -127 / factor.
-template <bool has_fma>
-DMKD_INLINE float power_of_2(float x, float factor, float lowest) {
-  return exp_scaled<has_fma>(x, factor, lowest);
-}
-
-template <bool has_fma>
-DMKD_INLINE double power_of_2(double x, double factor, double) {
-  return std::exp2(x * factor);
+DMKD_INLINE double exp_scaled(double x, const Exponent<double>& exponent) {
+  return std::exp(x * (exponent.scale.high * 0.69314718055994530942));
 }
 
 // (e^-d - 1 + d) / d^2 where |d| < 1/2, minimax of degree 5 (2e-8).

@@ -74,7 +74,7 @@ DMKD_AVX512 DMKD_INLINE __m512 exp2(__m512 x) {
     poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(0x1.62f31ap-1f));
     poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(0x1.fff692p-1f));
     return _mm512_scalef_ps(poly, n);
-  } else {  // the coefficients of exp_scaled
+  } else {
     __m512 poly = _mm512_set1_ps(0x1.5bba18p-10f);
     for (const float c : {0x1.3cea84p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f}) {
       poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(c));

@@ -103,11 +103,17 @@ def family_arms(student: Tensor, teacher: Tensor) -> dict[str, Callable[[], None
 
 
 def measure_family(report: Report, shape: tuple[int, int], n: int) -> None:
-    """Time each divergence beside forward KL, and beside its own eager definition."""
+    """Time each divergence beside forward KL, then the eager definitions beside each other.
+
+    Between calls of eager losses, whose many matrices the allocator gives back to the system, a
+    call of ours would pay for hundreds of page faults, or not, by chance.
+    """
     torch.manual_seed(0)
-    timings = time_interleaved(
-        family_arms(torch.randn(shape).requires_grad_(), torch.randn(shape)), n=n
-    )
+    calls = family_arms(torch.randn(shape).requires_grad_(), torch.randn(shape))
+    timings: dict[str, dict[str, float]] = {}
+    for is_eager in (False, True):
+        some = {name: call for name, call in calls.items() if name.endswith("eager") == is_eager}
+        timings |= time_interleaved(some, n=n)
     medians = {name: timing["median_ms"] for name, timing in timings.items()}
     for name in ("forward_kl", *FAMILY):
         gain = medians[f"{name}, eager"] / medians[name]

@@ -80,16 +80,17 @@ def problem_of(
 
     Both scales contain the denominators that are not part of the row weights.
     """
-    _refuse_transforms(
-        student, teacher, target, row_weight, temperature, alpha, label_smoothing, num_items
-    )
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        _refuse_transforms(
+            student, teacher, target, row_weight, temperature, alpha, label_smoothing, num_items
+        )
     if class_dim != -1 or num_classes is not None:
         student = arranged("student_logits", student, class_dim, num_classes)
         teacher = arranged("teacher_logits", teacher, class_dim, num_classes)
         if target is not None and target.is_floating_point():
             target = arranged("target", target, class_dim, None)
-    _check_logits(student, teacher)
-    leading, classes = student.shape[:-1], student.shape[-1]
+    shape = _check_logits(student, teacher)
+    leading, classes = shape[:-1], shape[-1]
     rows = student.numel() // classes
     terms = [] if divergence == "forward_kl" else terms_of(divergence)
     if standardize_logits is not False and standardize_logits is not True:
@@ -108,9 +109,10 @@ def problem_of(
     if reduction not in REDUCTIONS:
         raise invalid("reduction", repr(reduction), f"one of {REDUCTIONS}")
     alpha = _check_target(student, target, alpha, ignore_index, label_smoothing, DKD in terms[::4])
-    for name, given in (("mask", mask), ("row_weight", row_weight)):
-        if given is not None:
-            _check(name, given, student, leading)
+    if mask is not None:
+        _check("mask", mask, student, leading)
+    if row_weight is not None:
+        _check("row_weight", row_weight, student, leading)
     if teacher.requires_grad:
         teacher = teacher.detach()
     if len(leading) != 1:
@@ -119,9 +121,13 @@ def problem_of(
     if target is not None:
         target = target.detach()
         target = target.reshape(rows) if has_ids else target.reshape(rows, classes)
-    weight, divisor = _row_weights(
-        student, teacher, target, reduction, mask, row_weight, ignore_index, num_items
-    )
+    if target is None and mask is None and row_weight is None and num_items is None:
+        is_counted = reduction in ("batchmean", "mean")
+        weight, divisor = None, (float(rows) or math.nan) if is_counted else 1.0
+    else:
+        weight, divisor = _row_weights(
+            student, teacher, target, reduction, mask, row_weight, ignore_index, num_items
+        )
     kd_scale = (temperature**2 if t_squared else 1.0) / divisor
     if reduction == "mean":
         kd_scale /= classes
@@ -164,16 +170,20 @@ def _temperatures(temperature: Tensor, student: Tensor, teacher: Tensor, t_squar
     return torch.stack((each, each**2 if t_squared else torch.ones_like(each)), 1)
 
 
-def _check_logits(student: Tensor, teacher: Tensor) -> None:
+def _check_logits(student: Tensor, teacher: Tensor) -> torch.Size:
+    """Check both logits and return their shape."""
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        _check(name, logits)
-        if logits.ndim == 0 or logits.shape[-1] == 0:
-            raise invalid(name, f"shape {tuple(logits.shape)}", "(..., C) with C >= 1")
-    _fits("teacher_logits", teacher, student, student.shape)
+        if not isinstance(logits, Tensor) or logits.dtype not in DTYPES:
+            _check(name, logits)
+    shape = student.shape
+    if not shape or shape[-1] == 0:
+        raise invalid("student_logits", f"shape {tuple(shape)}", "(..., C) with C >= 1")
+    _fits("teacher_logits", teacher, student, shape)
     is_wasted = teacher.requires_grad and torch.is_grad_enabled()
     if is_wasted and not torch.compiler.is_compiling():
         why = "kd_loss computes none for it; torch.no_grad() saves the memory of its graph"
         warn_once(f"teacher_logits: got a tensor that requires grad; {why}")
+    return shape
 
 
 def _check_target(
@@ -332,7 +342,7 @@ def _refuse_grad(name: str, tensor: Tensor) -> None:
 
 
 def _refuse_transforms(*arguments: object) -> None:
-    """Reject transforms and forward mode: the operators would silently drop a tangent."""
+    """Reject a transform or a tangent among the arguments, which the operators would drop."""
     if torch._C._are_functorch_transforms_active() or (
         forward_ad._current_level >= 0
         and any(

@@ -21,7 +21,7 @@ def differentiable(per_row: bool, parts: bool, problem: Problem) -> Any:
     student = problem.student
     if (
         per_row
-        or student.device.type != "cpu"
+        or not student.is_cpu
         or student.dtype == torch.float16
         or torch.compiler.is_compiling()
     ):
@@ -39,10 +39,8 @@ class _HandedOver(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, parts: bool, problem: Problem) -> Any:
-        ctx.grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-        # Detached, because operators are called faster with tensors that need no gradient.
-        losses = ops.forward_backward(ctx.grad, None, 1.0, student.detach(), *problem[1:])
-        return _save(ctx, parts, problem, losses)
+        *losses, stats, ctx.grad = ops.loss_and_gradient(problem, parts)
+        return _save(ctx, problem, stats, losses)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -62,7 +60,8 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, per_row: bool, parts: bool, *arguments: Any) -> Any:
-        return _save(ctx, parts, Problem(*arguments), ops.forward(*arguments, per_row))
+        *losses, stats = ops.forward(*arguments, per_row)
+        return _save(ctx, Problem(*arguments), stats, losses if parts else losses[:1])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -76,20 +75,25 @@ def _refuse_second_derivative() -> None:
         raise RuntimeError("kd_loss has no second derivative; do not pass create_graph=True")
 
 
-def _save(ctx: Any, parts: bool, problem: Problem, losses: Any) -> Any:
+def _save(ctx: Any, problem: Problem, stats: Tensor, losses: list[Tensor]) -> Any:
     """Save the arguments of `ops.backward` but the first; return the outputs of the function."""
-    loss, kd, ce, stats = losses
-    tensors = (stats, *problem[:4], problem.temperatures)
-    ctx.numbers = (problem[4:9], problem[10:])
+    tensors = [stats, *problem[:4], problem.temperatures]
+    ctx.numbers = problem[4:9], problem[10:]
     # Tensors of torch.inference_mode() cannot be saved for backward; nothing can change them.
     ctx.fixed = {}
     if not torch.compiler.is_compiling():
-        ctx.fixed = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
-    ctx.save_for_backward(*(None if i in ctx.fixed else t for i, t in enumerate(tensors)))
-    if not parts:
-        return loss
-    ctx.mark_non_differentiable(kd, ce)
-    return loss, kd, ce
+        for i in _GIVEN:
+            tensor = tensors[i]
+            if tensor is not None and tensor.is_inference():
+                ctx.fixed[i], tensors[i] = tensor, None
+    ctx.save_for_backward(*tensors)
+    if len(losses) == 1:
+        return losses[0]
+    ctx.mark_non_differentiable(*losses[1:])
+    return tuple(losses)
+
+
+_GIVEN = (2, 3, 4)  # teacher, target and weight
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ from dmkd_fast.loss.reference import (
     reference_divergence,
     reference_divergence_grad,
 )
+from dmkd_fast.runtime import native
 from dmkd_fast.runtime.operators import cuda_kernel, warn_if_eager
 
 
@@ -51,8 +52,9 @@ class Problem(NamedTuple):
 
 
 # Per row: maximum and sum of exponentials of s / T, the same of t / T, the common part of
-# log p - log q, the sum of exponentials of s, and the sum of the target.
-NUM_STATS = 7
+# log p - log q, the sum of exponentials of s, and the sum of the target; on the CPU also what is
+# lost in rounding the first two sums.
+NUM_STATS, NUM_CPU_STATS = 7, 9
 
 _PROBLEM = (
     "Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
@@ -78,6 +80,37 @@ forward_backward = torch.ops.dmkd_fast.kd_loss_forward_backward.default
 row_weights = torch.ops.dmkd_fast.kd_loss_row_weights.default
 
 _Losses = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+# What a plain tensor on the CPU dispatches to, outside and inside of torch.inference_mode(): no
+# subclass, no lazy negation, nothing that a transform has wrapped.
+with torch.inference_mode():
+    _INFERENCE = torch.empty(0)
+_PLAIN = {torch._C._dispatch_keys(x).raw_repr() for x in (torch.empty(0), _INFERENCE)}
+
+
+def loss_and_gradient(problem: Problem, parts: bool = False) -> tuple[Tensor, ...]:
+    """Return the loss on the CPU, with `parts` also KD and CE; statistics; the gradient, allocated.
+
+    The same as `forward_backward`. Where no tensor, mode or profiler wants to see the operator, the
+    call goes past the dispatcher, which costs more than the loss of a small batch.
+    """
+    if (
+        not parts
+        and native.loss_and_gradient is not None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._autograd._profiler_enabled()
+    ):
+        for tensor in (*problem[:4], problem.temperatures):
+            if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() not in _PLAIN:
+                break
+        else:
+            return native.loss_and_gradient(problem)
+    student = problem.student
+    grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+    # Detached, because operators are called faster with tensors that need no gradient.
+    loss, kd, ce, stats = forward_backward(grad, None, 1.0, student.detach(), *problem[1:])
+    return (loss, kd, ce, stats, grad) if parts else (loss, stats, grad)
 
 
 def accumulated_type(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -164,7 +197,8 @@ def _fake_forward(*arguments: Any) -> _Losses:
     dtype = accumulated_type(student, teacher)
     shape = student.shape[:1] if per_row else ()
     loss, kd, ce = (student.new_empty(shape, dtype=dtype) for _ in range(3))
-    return loss, kd, ce, student.new_empty((student.shape[0], NUM_STATS), dtype=dtype)
+    num_stats = NUM_CPU_STATS if student.device.type == "cpu" else NUM_STATS
+    return loss, kd, ce, student.new_empty((student.shape[0], num_stats), dtype=dtype)
 
 
 def _fake_backward(upstream: Tensor, stats: Tensor, student: Tensor, *_: object) -> Tensor:

@@ -12,9 +12,11 @@ import torch
 from textbook import reference_grad
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad
 from dmkd_fast.loss import ops
+from dmkd_fast.runtime import native
 
 
 def logits(
@@ -228,6 +230,51 @@ def test_double_backward_and_function_transforms_say_that_they_are_not_there() -
             dual = forward_ad.make_dual(value, torch.ones_like(value))
             with pytest.raises(NotImplementedError, match="only reverse mode works"):
                 kd_loss(**(plain | {name: dual}))
+
+
+class Seen(TorchDispatchMode):
+    """Record the names of all operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(native.loss_and_gradient is None, reason="needs the extension and torch 2.14")
+def test_only_plain_calls_go_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, target = logits(5, 10, seed=0), logits(5, 10, seed=1), torch.arange(5)
+    direct, problems = native.loss_and_gradient, []
+    monkeypatch.setattr(native, "loss_and_gradient", lambda p: problems.append(p) or direct(p))
+
+    def results(teacher: Tensor = teacher) -> tuple[Tensor, ...]:
+        leaf = student.clone().requires_grad_()
+        loss = kd_loss(leaf, teacher, target, alpha=0.5)
+        loss.backward()
+        return loss.detach(), leaf.grad, *kd_loss_and_grad(student, teacher, target, alpha=0.5)
+
+    def assert_same(found: tuple[Tensor, ...], calls: int) -> None:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert len(problems) == calls
+
+    expected = results()
+    assert torch.equal(expected[0], expected[2]) and torch.equal(expected[1], expected[3])
+    with torch.inference_mode():
+        inferred = teacher.clone()
+    assert_same(results(inferred), 4)
+    name = "dmkd_fast::kd_loss_forward_backward"
+    with Seen() as seen:
+        assert_same(results(), 4)
+    assert seen.names.count(name) == 2
+    with torch.profiler.profile() as profile:
+        assert_same(results(), 4)
+    assert [event.name for event in profile.events()].count(name) == 2
+    assert_same(results(torch._neg_view(-teacher)), 4)  # its memory holds other numbers
+    monkeypatch.setattr(native, "loss_and_gradient", None)
+    assert_same(results(), 4)
 
 
 DDP = """
