@@ -49,7 +49,9 @@ class Sizes:
     head_dim: int
     batch_size: int
     teacher_views: int
+    denoiser_batch_size: int
     denoiser_views: int
+    denoiser_lr: float
     fewstep_views: int
     pool_images: int
     student_views: int
@@ -64,11 +66,13 @@ SIZES = {
     "cpu": Sizes(
         most_side=32,
         layers=3,
-        heads=2,
-        head_dim=64,
+        heads=4,
+        head_dim=32,
         batch_size=64,
         teacher_views=12_288,
-        denoiser_views=65_536,
+        denoiser_batch_size=32,
+        denoiser_views=40_960,
+        denoiser_lr=5e-3,
         fewstep_views=16_384,
         pool_images=512,
         student_views=40_960,
@@ -82,7 +86,9 @@ SIZES = {
         head_dim=64,
         batch_size=256,
         teacher_views=1_048_576,
+        denoiser_batch_size=256,
         denoiser_views=8_388_608,
+        denoiser_lr=3e-3,
         fewstep_views=1_048_576,
         pool_images=16_384,
         student_views=2_097_152,
@@ -261,8 +267,8 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
             f"ema_decay: {decay}{clip}}}\n"
         )
 
-    def train(num_views: int) -> str:
-        views, batch = int(num_views * longer), sizes.batch_size
+    def train(num_views: int, batch: int = sizes.batch_size) -> str:
+        views = int(num_views * longer)
         return f"train: {{batch_size: {batch}, num_views: {views}, log_every_steps: 50}}\n"
 
     def network(widths: Iterable[int]) -> str:
@@ -282,7 +288,8 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
         "# More layers and more views make better images.\n"
         f"name: denoiser\n{section}patch_size: {patch}\nnum_layers: {sizes.layers}\n"
         f"num_heads: {sizes.heads}\nhead_dim: {sizes.head_dim}\n"
-        f"{optim(3e-3, 0.99, clip)}{train(sizes.denoiser_views)}"
+        f"{optim(sizes.denoiser_lr, 0.99, clip)}"
+        f"{train(sizes.denoiser_views, sizes.denoiser_batch_size)}"
     )
     block = min(128, sizes.pool_images)
     fewstep = (
