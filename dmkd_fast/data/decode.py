@@ -33,6 +33,7 @@ _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
 _MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N")
 _MODES_OF_FORMATS = ("PPM I", "JPEG2000 LA")
 _MEMORY = "memory is used up: set a smaller batch or device=cpu"
+_SHRINK = "make it smaller or remove it"
 _ORIENTATION = 0x0112  # EXIF tag
 _GRAY = (9797, 19234, 3737)  # of 2**15; DALI's decoders round down for PNG and JPEG
 
@@ -175,10 +176,30 @@ def image_size(name: str, data: bytes, *, short_side: int = 1) -> tuple[int, int
     else:
         width, height = _size_by_pillow(name, data)
     short, long = sorted((width, height))
-    if short < 1 or max(short * long, short_side**2 * long // short) > MOST_PIXELS:
-        expected = f"1 to {MOST_PIXELS} in all, also if the short side is resized to {short_side}"
-        raise SourceError.invalid(name, f"{width} x {height} pixels", expected, "remove it")
+    if short < 1 or short * long > MOST_PIXELS:
+        expected = f"1 to {MOST_PIXELS:,} in all"
+        raise SourceError.invalid(name, f"{width} x {height} pixels", expected, _SHRINK)
+    if short_side**2 * long // short > MOST_PIXELS:
+        expected = f"at most {MOST_PIXELS:,} in all once the short side is resized to {short_side}"
+        raise SourceError.invalid(name, f"{width} x {height} pixels", expected, "cut or remove it")
     return height, width
+
+
+def is_transparent(data: bytes) -> bool:
+    """Return whether parts of an encoded image are transparent; False if it cannot be read.
+
+    Decoding drops transparency and shows the colors that are stored below, often black.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if not image.has_transparency_data:
+                return False
+            lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+            return bool(lowest < 128)  # type: ignore[operator]
+    except Exception:  # Pillow raises many kinds of errors; decoding reports them
+        return False
 
 
 def _find_dali(device: torch.device) -> bool:

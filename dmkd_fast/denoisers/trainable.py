@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from dmkd_fast.denoisers.model_folders import STEM
@@ -49,6 +50,17 @@ def share_embedder(dit: Any) -> None:
     embedder.class_embedder.dropout_prob = 0.0
     for block in dit.transformer_blocks:
         block.norm1.emb = embedder
+
+
+@torch.no_grad()
+def zero_modulations(dit: Any) -> None:
+    """Zero the modulations, so that training starts from blocks that are the identity.
+
+    This is adaLN-Zero (Peebles & Xie, arXiv 2212.09748, section 3.2). diffusers leaves them random.
+    """
+    for modulation in (dit.proj_out_1, *(block.norm1.linear for block in dit.transformer_blocks)):
+        modulation.weight.zero_()
+        modulation.bias.zero_()
 
 
 def save_denoiser(dit: Any, scheduler: dict[str, Any], folder: Path) -> None:

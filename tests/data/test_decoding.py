@@ -114,7 +114,9 @@ def test_sizes_are_checked_before_anything_is_decoded(
     if fits:
         assert decode.image_size("x", data, short_side=short_side) == (height, width)
     else:
-        with pytest.raises(SourceError, match=f"got {width} x {height} pixels, expected 1 to"):
+        with pytest.raises(
+            SourceError, match=f"got {width} x {height} pixels, expected (1|at most)"
+        ):
             decode.image_size("x", data, short_side=short_side)
 
 

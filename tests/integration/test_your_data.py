@@ -49,6 +49,25 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     return lines
 
 
+def test_the_script_of_the_guide_splits_each_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files_and_commands(tmp_path)
+    for number in range(12):
+        folder = tmp_path / "pictures" / f"class {number % 2}" / f"part {number % 3}"
+        path = folder / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(number))
+    arguments = ["split.py", str(tmp_path / "pictures"), str(tmp_path / "data")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(tmp_path / "split.py"))
+    copies = [*(tmp_path / "data").rglob("*.png")]
+    assert sorted(int(path.read_text()) for path in copies) == list(range(12))
+    for part, count in (("train", 5), ("test", 1)):
+        for name in ("class 0", "class 1"):
+            assert len([*(tmp_path / "data" / part / name).rglob("*.png")]) == count
+
+
 @pytest.mark.slow
 def test_the_guide_leads_from_a_folder_to_a_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

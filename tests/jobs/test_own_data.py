@@ -16,6 +16,7 @@ from dmkd_fast import cli
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.config.reference import JOBS
 from dmkd_fast.jobs.pretrain import own_data, own_time
+from dmkd_fast.runtime.errors import UserError
 
 KINDS = ("teacher", "denoiser", "fewstep", "distill")
 
@@ -85,6 +86,31 @@ def test_gray_small_images_and_idx_files(here: Path, capsys: pytest.CaptureFixtu
     denoiser, distill = (load_config(JOBS[k], f"{k}.yaml") for k in ("denoiser", "distill"))
     assert denoiser.data.image_size is None and denoiser.patch_size == 4
     assert distill.views.size == 28 and distill.eval.path == str(idx)
+
+
+def test_all_images_that_cannot_be_used_are_named_at_once(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = image_set(here / "data", sides=(16, 16))
+    (data / "train" / "a" / "0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^\S+0\.png: not an image that can be read"):
+        own_data.look(data, torch.device("cpu"))
+    cut = data / "test" / "b" / "1.png"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"got 2 of 36 images .* listed above, in \S+data, "):
+        own_data.look(data, torch.device("cpu"))
+    assert "a/0.png: not an image" in caplog.text and "b/1.png: damaged" in caplog.text
+
+
+def test_transparent_images_are_announced(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = image_set(here / "data", sides=(16, 16))
+    opaque = Image.new("RGBA", (16, 16), (9, 9, 9, 255))
+    opaque.save(data / "train" / "a" / "0.png")
+    own_data.look(data, torch.device("cpu"))
+    assert not caplog.text
+    Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(data / "train" / "a" / "1.png")
+    own_data.look(data, torch.device("cpu"))
+    assert "1 of 30 images looked at are partly transparent" in caplog.text
 
 
 def test_mistakes_are_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,17 +9,19 @@ import json
 import signal
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import spread
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmkd_fast import cli
 from dmkd_fast.data import test_sets
 from dmkd_fast.denoisers.loading import load_denoiser
-from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
-from dmkd_fast.jobs.pretrain.denoiser import FLOW, _sample_grids
+from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser, zero_modulations
+from dmkd_fast.jobs.pretrain.denoiser import FLOW, _sample_grids, training_attention
 from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.runtime.output.progress import Progress
 
@@ -228,6 +230,41 @@ def fewstep(out: Path, *changes: str) -> dict:
     with contextlib.redirect_stdout(printed):
         assert cli.main(["pretrain", "fewstep", *arguments]) == 0
     return json.loads(printed.getvalue().splitlines()[-1])
+
+
+def test_training_starts_from_blocks_that_are_the_identity() -> None:
+    sizes = {"num_classes": 3, "channels": 1, "image_size": 8, "patch_size": 4}
+    dit = new_pixel_dit(**sizes, num_layers=2, num_heads=2, head_dim=8).dit
+    tokens, times = torch.randn(2, 4, 16), torch.tensor([10, 900])
+    for block in dit.transformer_blocks:
+        assert not torch.equal(block(tokens, timestep=times, class_labels=times % 3), tokens)
+    zero_modulations(dit)
+    for block in dit.transformer_blocks:
+        assert torch.equal(block(tokens, timestep=times, class_labels=times % 3), tokens)
+
+
+def test_attention_trains_in_the_dtype_of_its_inputs_on_a_cpu() -> None:
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    heads = torch.randn(2, 2, 5, 8, dtype=torch.bfloat16, requires_grad=True)
+    with Dtypes() as seen, training_attention(torch.device("cpu")):
+        mixed = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        mixed.sum().backward()
+    assert seen.dtypes == {torch.bfloat16}
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == before
+
+
+class Dtypes(TorchDispatchMode):
+    """Collect the dtypes of all results of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+            self.dtypes.add(result.dtype)
+        return result
 
 
 @pytest.mark.slow

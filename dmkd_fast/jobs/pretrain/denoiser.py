@@ -24,7 +24,7 @@ from dmkd_fast.data import test_sets
 from dmkd_fast.data.class_names import write_class_names
 from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.denoisers.loading import load_denoiser, load_encoder
-from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser
+from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser, zero_modulations
 from dmkd_fast.denoisers.wrappers import Encoder
 from dmkd_fast.jobs import memory, run_dir
 from dmkd_fast.jobs.pretrain import cache, loop
@@ -87,6 +87,7 @@ def pretrain_denoiser(
         num_heads=config.num_heads,
         head_dim=config.head_dim,
     ).to(device)
+    zero_modulations(model.dit)
     forward = job.compiled(model)
 
     def loss_of(indices: Tensor, uses: Tensor) -> Tensor:
@@ -183,12 +184,24 @@ def flow_loss(
     return nn.functional.mse_loss(velocity.float(), noise - clean)
 
 
-def training_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def training_attention(device: torch.device) -> Iterator[None]:
     """Choose attention by plain matrix products on a CPU; leave the choice to PyTorch elsewhere.
 
     For short sequences the backward pass of flash attention is slow on a CPU (docs/notebook.md).
+    The products run in the dtype of their inputs, which PyTorch would first convert to float32.
     """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+    if device.type != "cpu":
+        yield
+        return
+    settings: Any = torch.backends.cuda  # This setting of theirs also holds on a CPU.
+    before = settings.fp16_bf16_reduction_math_sdp_allowed()
+    settings.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        settings.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 @torch.inference_mode()

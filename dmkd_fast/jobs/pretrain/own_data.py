@@ -6,6 +6,7 @@ random weights, and decide nothing.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ from dmkd_fast.config.jobs import (
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.config.shipped import with_comments, write_new
 from dmkd_fast.config.yaml_text import dump_flow
-from dmkd_fast.data.decode import image_size
+from dmkd_fast.data.decode import image_size, is_transparent
+from dmkd_fast.data.listing import Item, SourceError
 from dmkd_fast.data.test_sets import EncodedSet, open_set
 from dmkd_fast.jobs.pretrain import own_time
 from dmkd_fast.jobs.pretrain.real_data import RealData, load_real
 from dmkd_fast.runtime.device import keep_freed_memory, resolve_device, set_num_threads
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, warn_once
 
 # Images of a folder that are looked at to choose the size and the channels.
 SAMPLE = 200
@@ -47,7 +49,9 @@ class Sizes:
     head_dim: int
     batch_size: int
     teacher_views: int
+    denoiser_batch_size: int
     denoiser_views: int
+    denoiser_lr: float
     fewstep_views: int
     pool_images: int
     student_views: int
@@ -62,11 +66,13 @@ SIZES = {
     "cpu": Sizes(
         most_side=32,
         layers=3,
-        heads=2,
-        head_dim=64,
+        heads=4,
+        head_dim=32,
         batch_size=64,
         teacher_views=12_288,
-        denoiser_views=65_536,
+        denoiser_batch_size=32,
+        denoiser_views=40_960,
+        denoiser_lr=5e-3,
         fewstep_views=16_384,
         pool_images=512,
         student_views=40_960,
@@ -80,7 +86,9 @@ SIZES = {
         head_dim=64,
         batch_size=256,
         teacher_views=1_048_576,
+        denoiser_batch_size=256,
         denoiser_views=8_388_608,
+        denoiser_lr=3e-3,
         fewstep_views=1_048_576,
         pool_images=16_384,
         student_views=2_097_152,
@@ -197,8 +205,7 @@ def look(folder: Path, device: torch.device) -> OwnData:
         )
     encoded = open_set(folder / "train", device)
     assert isinstance(encoded, EncodedSet)
-    items = encoded.items[:: max(1, len(encoded.items) // SAMPLE)]
-    sizes = [image_size(item.name, item.read()) for item in items]
+    sizes = _look_at(encoded.items[:: max(1, len(encoded.items) // SAMPLE)], folder)
     shorts = sorted(min(size) for size in sizes)
     data = RealImagesConfig(image_size=_side(shorts[len(shorts) // 2], device))
     real = load_real(folder, device, data)
@@ -209,6 +216,26 @@ def look(folder: Path, device: torch.device) -> OwnData:
     heights, widths = zip(*sizes, strict=True)
     stored = f"{_range(widths)} x {_range(heights)}"
     return OwnData(folder=folder, test=tests[0], real=real, data=data, stored=stored)
+
+
+def _look_at(items: Sequence[Item], folder: Path) -> list[tuple[int, int]]:
+    """Return the heights and widths of images, and log how many are partly transparent.
+
+    Images that cannot be read are left to `load_real`, which reports all of them.
+    """
+    sizes, transparent = [], 0
+    for item in items:
+        with contextlib.suppress(SourceError):
+            data = item.read()
+            sizes.append(image_size(item.name, data))
+            transparent += is_transparent(data)
+    if transparent:
+        warn_once(
+            f"{folder}: {transparent} of {len(sizes)} images looked at are partly transparent; "
+            "transparency is dropped, which shows the colors stored below, often black. To put "
+            "them on white: mogrify -background white -alpha remove FILE..."
+        )
+    return sizes or [(1, 1)]
 
 
 def _range(values: Sequence[int]) -> str:
@@ -240,8 +267,8 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
             f"ema_decay: {decay}{clip}}}\n"
         )
 
-    def train(num_views: int) -> str:
-        views, batch = int(num_views * longer), sizes.batch_size
+    def train(num_views: int, batch: int = sizes.batch_size) -> str:
+        views = int(num_views * longer)
         return f"train: {{batch_size: {batch}, num_views: {views}, log_every_steps: 50}}\n"
 
     def network(widths: Iterable[int]) -> str:
@@ -261,7 +288,8 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
         "# More layers and more views make better images.\n"
         f"name: denoiser\n{section}patch_size: {patch}\nnum_layers: {sizes.layers}\n"
         f"num_heads: {sizes.heads}\nhead_dim: {sizes.head_dim}\n"
-        f"{optim(3e-3, 0.99, clip)}{train(sizes.denoiser_views)}"
+        f"{optim(sizes.denoiser_lr, 0.99, clip)}"
+        f"{train(sizes.denoiser_views, sizes.denoiser_batch_size)}"
     )
     block = min(128, sizes.pool_images)
     fewstep = (

@@ -64,9 +64,6 @@ def predict(
         resume=False,
         display=Progress(show=False),
     )
-    batch = denoiser.train.batch_size
-    labels = torch.arange(batch, device=device) % num_classes
-    pixels = torch.randint(256, (batch, *shape), dtype=torch.uint8, device=device)
     dit = new_pixel_dit(
         num_classes=num_classes,
         channels=shape[0],
@@ -76,18 +73,28 @@ def predict(
         num_heads=denoiser.num_heads,
         head_dim=denoiser.head_dim,
     ).to(device)
-    dit_step = _train_s(dit, denoiser, lambda: flow_loss(dit, pixels, labels, job), job)
+
+    def images(count: int) -> tuple[Tensor, Tensor]:
+        pixels = torch.randint(256, (count, *shape), dtype=torch.uint8, device=device)
+        return pixels, torch.arange(count, device=device) % num_classes
+
+    def dit_step(config: PretrainConfig) -> float:
+        pixels, labels = images(config.train.batch_size)
+        return _train_s(dit, config, lambda: flow_loss(dit, pixels, labels, job), job)
+
     forward = _image_s(dit, shape, num_classes, fewstep.sampler.micro_batch_images, job)
 
     networks = {}
     for config, model in ((teacher, teacher.model), (distill, distill.student)):
         network = _classifier(model, shape, num_classes).to(device)
-        views = torch.randn(config.train.batch_size, *shape, device=device)
+        pixels, labels = images(config.train.batch_size)
 
-        def loss_of(network: nn.Module = network, views: Tensor = views) -> Tensor:
+        def loss_of(
+            network: nn.Module = network, views: Tensor = pixels / 255, labels: Tensor = labels
+        ) -> Tensor:
             with job.autocast():
                 logits = network(views)
-            return nn.functional.cross_entropy(logits.float(), labels[: len(views)])
+            return nn.functional.cross_entropy(logits.float(), labels)
 
         step = _train_s(network, config, loss_of, job)
         with torch.inference_mode():
@@ -101,13 +108,13 @@ def predict(
     pools = math.ceil(fewstep.train.num_views / per_pool)
     made = pools * fewstep.pool_images * fewstep.sampler.steps * 2  # with guidance
     ring = distill.ring
-    images = distill.train.num_views / ring.samples_per_insert + ring.min_fill_images
+    generated = distill.train.num_views / ring.samples_per_insert + ring.min_fill_images
     taught = networks[distill.name][0] + networks[teacher.name][1]
     return {
         "teacher": START_S + steps(teacher) * networks[teacher.name][0],
-        "denoiser": START_S + steps(denoiser) * dit_step + grids * forward,
-        "fewstep": START_S + steps(fewstep) * dit_step + made * forward,
-        "distill": START_S + steps(distill) * taught + images * distill.sampler.steps * forward,
+        "denoiser": START_S + steps(denoiser) * dit_step(denoiser) + grids * forward,
+        "fewstep": START_S + steps(fewstep) * dit_step(fewstep) + made * forward,
+        "distill": START_S + steps(distill) * taught + generated * distill.sampler.steps * forward,
     }
 
 

@@ -22,12 +22,13 @@ from torch import Tensor
 from dmkd_fast.config.data import RealImagesConfig
 from dmkd_fast.data import test_sets
 from dmkd_fast.data.class_names import compare_class_names
-from dmkd_fast.data.listing import CLASS_NAMES, Item
+from dmkd_fast.data.decode import Decoder
+from dmkd_fast.data.listing import CLASS_NAMES, Item, SourceError
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet, load_idx, open_set
 from dmkd_fast.jobs.pretrain import cache
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import available_bytes
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, warn_once
 from dmkd_fast.views.spec import InputSpec
 
 HELD_OUT, HELD_OUT_FRACTION = 5_000, 0.1
@@ -119,12 +120,12 @@ def _load_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
     classes = listed if has_parts and listed.is_file() else None
     full = _open(folder / "train" if has_parts else folder, device, classes, None)
     fraction = HELD_OUT_FRACTION if config.held_out is None else config.held_out
-    kept, held_out = _split(full.items, len(full.class_names), fraction, folder)
+    kept, held_out_items = _split(full.items, len(full.class_names), fraction, folder)
     test = None
     if has_parts and tests:
         test = _open(tests[0], device, classes, len(full.class_names))
-        names, tested = full.class_names, test.class_names
-        compare_class_names(str(folder / "train"), names, tested, setting=str(listed))
+        names = full.class_names
+        compare_class_names(str(folder / "train"), names, test.class_names, setting=str(listed))
         if len(test.class_names) != len(full.class_names):
             what = f"{len(test.class_names)} classes in {tests[0]}"
             raise invalid("--data", what, f"{len(full.class_names)}, as in train")
@@ -136,15 +137,47 @@ def _load_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
         raise invalid("--data", what, f"at most {have / 2**30:.1f} GiB", "lower data.image_size")
     every = "\n".join(sorted(_name(item, folder) for item in full.items))
     digest = hashlib.sha256(every.encode("utf-8", "surrogateescape")).hexdigest()
+    try:
+        train, held_out = (
+            _decoded(replace(full, items=items), config) for items in (kept, held_out_items)
+        )
+        tested = None if test is None else _decoded(test, config)
+    except SourceError:
+        items = full.items if test is None else full.items + test.items
+        _report_unusable(items, config, folder)
+        raise
     return RealData(
-        train=_decoded(replace(full, items=kept), config),
-        held_out=_decoded(replace(full, items=held_out), config),
-        test=None if test is None else _decoded(test, config),
+        train=train,
+        held_out=held_out,
+        test=tested,
         source=f"{len(kept):,} images of {len(full.class_names)} classes; {len(held_out):,} others "
         f"were held out ({HELD_OUT_FILE} in the run directory)",
         record=f"# held out of {len(full.items)} images, sha256 of their names {digest}\n"
-        + "".join(f"{_name(item, folder)}\n" for item in held_out),
+        + "".join(f"{_name(item, folder)}\n" for item in held_out_items),
     )
+
+
+def _report_unusable(items: Sequence[Item], config: RealImagesConfig, folder: Path) -> None:
+    """Log a line for each image that cannot be used, if there are several.
+
+    Raises:
+        UserError: There are several; the message says how many.
+    """
+    assert config.image_size is not None
+    spec = _pixels(config.image_size, config.channels)
+    decoder = Decoder(config.channels, [spec], device=torch.device("cpu"), num_threads=1)
+    unusable = []
+    for item in items:
+        try:
+            decoder.decode([item.name], [item.read()])
+        except SourceError as error:
+            unusable.append(str(error))
+    if len(unusable) < 2:
+        return
+    for line in unusable:
+        warn_once(line)
+    got = f"{len(unusable)} of {len(items):,} images that cannot be used, listed above"
+    raise invalid("--data", f"{got}, in {folder}", "none", "replace or remove them")
 
 
 def _open(
