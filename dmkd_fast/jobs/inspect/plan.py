@@ -13,6 +13,7 @@ import torch
 
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import Overrides, load_config
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory
 from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.images import OpenSource
@@ -148,7 +149,7 @@ def make(
 
 def forwards_per_image(job: ResolvedJob, parts: Parts) -> float:
     """Return the evaluations of the denoiser per image, a mean over the phases of the run."""
-    if isinstance(parts.origin, OpenSource):
+    if not isinstance(parts.origin, Denoiser):
         return 0.0
     ring = memory.ring_plan(job.config, parts.origin.image_shape, job.ranks)
     total = 0.0
