@@ -2,10 +2,12 @@
 
 LeNet-5 teaches LeNet-5-half, the pair of zero-shot distillation (Nayak et al., arXiv 1905.08114:
 teacher 90.84, with real images 89.66, zero-shot 79.62). Arms, at equal student steps: images of the
-few-step denoiser; the real training images by the same trainer (what the others can at best
-reach); crops of one photograph (after Asano & Saeed, arXiv 2112.00725); uniform noise. Unlike
-zero-shot distillation, ours uses a denoiser that was trained on the real set; `nearest` says how
-much of it the images repeat.
+few-step denoiser; the same from noise that its training has not seen (images of seed 0 start from
+noise of its trajectories); the real training images by the same trainer (what the others can at
+best reach); procedural images (`source.kind: priors`), which need the teacher alone; crops of one
+photograph (after Asano & Saeed, arXiv 2112.00725); uniform noise. Unlike zero-shot distillation,
+ours uses a denoiser that was trained on the real set; `nearest` says how much of it the images
+repeat.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from torch import Tensor
 
 from benchmarks.findings import study
 from benchmarks.harness import arguments
-from dmkd_fast import Views, ViewSpec
+from dmkd_fast import LabelStream, Views, ViewSpec
+from dmkd_fast.sampling.priors import PriorImages
 
 COUNT = 30_720
-ARMS = ("diffusion", "real", "one image", "noise")
+ARMS = ("diffusion", "other noise", "real", "priors", "one image", "noise")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -63,10 +66,21 @@ def arm_images(arm: str, data: Path) -> study.FixedSet:
     """Return the images of one arm."""
     if arm == "diffusion":
         return study.generated(COUNT, [], file="fashion_mnist.yaml")
+    if arm == "other noise":
+        return study.generated(COUNT, ["seed=1"], file="fashion_mnist.yaml")
     if arm == "real":
         return study.real(data)[0]
-    images = crops_of_a_photo(COUNT) if arm == "one image" else noise(COUNT)
-    return study.FixedSet(images=images, labels=torch.arange(COUNT) % 10)
+    make = {"priors": procedural, "one image": crops_of_a_photo, "noise": noise}[arm]
+    return study.FixedSet(images=make(COUNT), labels=torch.arange(COUNT) % 10)
+
+
+def procedural(count: int) -> Tensor:
+    """The first images of a job with `source.kind: priors`."""
+    stream = PriorImages(LabelStream(1), (1, 28, 28))
+    ids, labels = stream.next_block(count)
+    images = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
+    stream.write(ids, labels, images, progress=0.0)
+    return images
 
 
 def crops_of_a_photo(count: int) -> Tensor:
