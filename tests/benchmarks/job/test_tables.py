@@ -49,3 +49,17 @@ def test_gains_that_one_run_cannot_tell_are_called_noise() -> None:
     ]
     text = tables.ladder(rows)
     assert "| 1.11x (noise) |" in text and "| 1.50x |" in text
+
+
+def test_gains_of_several_seeds_are_noise_where_their_interval_contains_one() -> None:
+    low, mean, high = tables.ratio_interval([2.0, 8.0])
+    assert abs(mean - 4.0) < 1e-9 and abs(low * high - 16.0) < 1e-6 and low < 1 < high
+    assert tables._gain(1.1, [1.10, 1.11, 1.09]) == "1.10x"
+    assert tables._gain(1.5, [1.5, 0.9, 1.2]) == "1.50x (noise)"
+    rows = [
+        {"arm": "ours, default", "times_faster_than_fp32": f, "times_faster_than_bf16": None}
+        for f in (6.0, 6.0, 6.0)
+    ]
+    text = tables.ratios(rows)
+    assert "ours, default, vs fp32: 6.0x (6.0 to 6.0, 3 runs)" in text and "bf16" not in text
+    assert tables.ratios(rows[:1]) == ""
