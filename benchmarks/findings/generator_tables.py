@@ -113,7 +113,7 @@ def _from_first(grid: Grid) -> str:
 
 
 # Contrast: two means over the cells (guidance, steps) of a row or a column.
-CONTRASTS = ("guidance 2 less 4", "guidance 1 less 4", "50 steps less 4")
+CONTRASTS = ("guidance 2 less 4", "guidance 1 less 2", "guidance 1 less 4", "50 steps less 4")
 
 
 def _contrasts(grid: Grid, names: Sequence[str]) -> str:

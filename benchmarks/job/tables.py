@@ -71,8 +71,26 @@ def fewstep(rows: list[Row]) -> str:
         reached = sum(r["s_to_target"] is not None for r in shown)
         body.append([job, "mean ± std", *cells, f"{reached} of {len(shown)} reach it", ""])
     many, few = (statistics.mean(r["cpu_s"] for r in rows if r["job"] == job) for job in jobs)
-    note = f"Target: mean top-1 of the many-step job. {break_even([many - few])} {where(rows)}."
+    note = (
+        f"Target: mean top-1 of the many-step job. {less(rows, jobs)}{break_even([many - few])} "
+        f"{where(rows)}."
+    )
     return table(header, body, note)
+
+
+def less(rows: list[Row], jobs: Sequence[str]) -> str:
+    """Compare the second job with the first, paired by seed; empty for one seed."""
+    first, second = ({r["seed"]: r for r in rows if r["job"] == job} for job in jobs)
+    seeds = first.keys() & second.keys()
+    if len(seeds) < 2:
+        return ""
+    said = []
+    for name, unit, scale in (("top1", "points", 100.0), ("wall_s", "s", 1.0)):
+        gaps = [scale * (second[seed][name] - first[seed][name]) for seed in sorted(seeds)]
+        half = t_975(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        said.append(f"{statistics.mean(gaps):+.2f} ± {half:.2f} {unit}")
+    names = f"{jobs[1].capitalize()} less {jobs[0]}"
+    return f"{names}, paired by seed, ± 95 % interval: {' and '.join(said)}. "
 
 
 def end_to_end(rows: list[Row]) -> str:

@@ -63,3 +63,21 @@ def test_gains_of_several_seeds_are_noise_where_their_interval_contains_one() ->
     text = tables.ratios(rows)
     assert "ours, default, vs fp32: 6.0x (6.0 to 6.0, 3 runs)" in text and "bf16" not in text
     assert tables.ratios(rows[:1]) == ""
+
+
+def test_few_steps_are_compared_with_many_by_seed() -> None:
+    """Gaps of 1 and 2 points, and of 10 and 20 s less."""
+    rows = [
+        {"job": job, "seed": seed, "top1": top1, "wall_s": wall}
+        for job, values in (
+            ("many", ((0.80, 100.0), (0.70, 200.0))),
+            ("few", ((0.81, 90.0), (0.72, 180.0))),
+        )
+        for seed, (top1, wall) in enumerate(values)
+    ]
+    text = tables.less(rows, ["many", "few"])
+    assert (
+        f"Few less many, paired by seed, ± 95 % interval: +1.50 ± {12.706 / 2:.2f} points" in text
+    )
+    assert f"-15.00 ± {12.706 * 5:.2f} s." in text
+    assert tables.less(rows[:1] + rows[2:3], ["many", "few"]) == ""
