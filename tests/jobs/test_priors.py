@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from small_jobs import CONFIG, SHORT, fit_until
 
-from dmkd_fast import Distiller, cli
+from dmkd_fast import Distiller, GeneratedLoader, cli
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs.build import build
@@ -102,3 +102,11 @@ def test_hooks_need_a_denoiser(tmp_path: Path) -> None:
     hooks = Hooks(guide=lambda *_: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match="none for images that no denoiser makes"):
         build(resolved, parts, hooks=hooks, show=False)
+
+
+def test_a_loader_of_priors_gives_logits_in_place_of_classes(tmp_path: Path) -> None:
+    settings = load_config(DistillConfig, CONFIG, [*JOB, f"run_dir={tmp_path}"])
+    with pytest.raises(ValueError, match="teacher_logits: got false with source.kind=priors"):
+        GeneratedLoader(settings)
+    views, _, logits = next(iter(GeneratedLoader(settings, teacher_logits=True)))
+    assert views.shape == (32, 1, 28, 28) and logits.shape == (32, 10)
