@@ -60,7 +60,9 @@ SOURCES = {
         ),
     ),
     "ladder": (Source(bench="end-to-end", only={"part": "ladder"}, required=("--part", "ladder")),),
-    "finding-1": (Source(bench="finding-1", required=("--data", "DIR")),),
+    **dict.fromkeys(
+        ("finding-1", "finding-1-long"), (Source(bench="finding-1", required=("--data", "DIR")),)
+    ),
     **dict.fromkeys(FAMILY_TABLES, (Source(bench="finding-3-family", required=("--data", "DIR")),)),
     "nearest": (Source(bench="nearest", required=("--data", "DIR")),),
 }
