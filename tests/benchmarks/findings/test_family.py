@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity
+from likeness import likeness
 
 from benchmarks.findings import finding_3_family as family
 from benchmarks.findings import study
@@ -16,17 +16,6 @@ from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 
 OPTIONS = family.parse(["--data", "DIR"])
-
-
-def likeness(one: torch.nn.Module, other: torch.nn.Module) -> float:
-    """Largest cosine between weights of two networks, in standard deviations of unrelated ones."""
-    pairs = [
-        (a.flatten()[:n], b.flatten()[:n])
-        for a in one.parameters()
-        for b in other.parameters()
-        if (n := min(a.numel(), b.numel())) >= 64 and a.std() > 0 and b.std() > 0
-    ]
-    return max(float(cosine_similarity(a, b, dim=0).abs()) * len(a) ** 0.5 for a, b in pairs)
 
 
 @torch.no_grad()

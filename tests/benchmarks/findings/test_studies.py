@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity
+from likeness import likeness
 
 from benchmarks.findings import finding_1, finding_2, generator_tables, study, tables
 from dmkd_fast import RingBuffer
@@ -214,17 +214,6 @@ def test_a_ring_that_held_a_block_more_is_shown_with_it() -> None:
     text = tables.reuse([old, new])
     assert "| ring, 4,096 pass | 1,536 | 1.1 | 2 | 80.00 | -10.00 (1 seed) |" in text
     assert "| frozen set | 4,096 | 3.1 | 2 | 90.00 |  |" in text
-
-
-def likeness(one: torch.nn.Module, other: torch.nn.Module) -> float:
-    """Largest cosine between weights of two networks, in standard deviations of unrelated ones."""
-    pairs = [
-        (a.flatten()[:n], b.flatten()[:n])
-        for a in one.parameters()
-        for b in other.parameters()
-        if (n := min(a.numel(), b.numel())) >= 64 and a.std() > 0 and b.std() > 0
-    ]
-    return max(float(cosine_similarity(a, b, dim=0).abs()) * len(a) ** 0.5 for a, b in pairs)
 
 
 @torch.no_grad()
