@@ -32,8 +32,10 @@ DARK, MIRRORED, STRIPED = 0.5, 0.5, 0.3
 """Probabilities of a black background, of symmetry, and of a texture of stripes."""
 TOGETHER = 2**17
 """Pixels of all images that are drawn together, few enough for the caches of a CPU."""
-_SCENE, _SHAPE = 32, 9
-"""Random numbers of a scene, and of a shape beside its color."""
+TAPER, CENTERED = 0.7, 0.8
+"""How much shapes may narrow to one end, and how close the first, larger one is to the center."""
+_SCENE, _SHAPE = 20, 10
+"""Random numbers of a scene, and of a shape, beside those of colors."""
 
 
 class PriorImages:
@@ -118,10 +120,12 @@ def scenes(seed: int, ids: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
         ids,
         step=0,
         stream=philox.STREAM_PRIORS,
-        count=_SCENE + MOST_SHAPES * (_SHAPE + channels),
+        count=_SCENE + channels + MOST_SHAPES * (_SHAPE + channels),
+    )[..., None, None]  # one number for all pixels of an image
+    of_scene, background, of_shapes = numbers.split(
+        [_SCENE, channels, MOST_SHAPES * (_SHAPE + channels)], dim=1
     )
-    of_scene = numbers[:, :_SCENE, None, None]  # (B, 32, 1, 1)
-    of_shapes = numbers[:, _SCENE:].view(len(ids), MOST_SHAPES, _SHAPE + channels, 1, 1)
+    of_shapes = of_shapes.unflatten(1, (MOST_SHAPES, _SHAPE + channels))
     draw = iter(of_scene.unbind(1))
     is_mirrored, is_dark = next(draw) < MIRRORED, next(draw) < DARK
     x = torch.linspace(-1, 1, width, device=ids.device).expand(len(ids), height, width)
@@ -138,12 +142,10 @@ def scenes(seed: int, ids: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
     outline = outline * (0.5 * next(draw))
     count, contrast = 1 + (MOST_SHAPES * next(draw)).floor(), 0.5 * next(draw).square()
     gain = torch.exp2(0.5 * (next(draw) - 0.5))
-    background = numbers[:, _SCENE - min(channels, 8) : _SCENE]  # (B, c)
-    background = background.repeat(1, -(-channels // 8))[:, :channels, None, None]
     image = (background + contrast[:, None] * textures[0]) * ~is_dark[:, None]
     for k, numbers_of_shape in enumerate(of_shapes.unbind(1)):
         cover = _cover(numbers_of_shape, k, x, y, outline, is_mirrored) * (k < count)
-        paint = 0.6 * numbers_of_shape[:, 8:9].square() * textures[k % 2]
+        paint = 0.6 * numbers_of_shape[:, 9:10].square() * textures[k % 2]
         paint = paint + numbers_of_shape[:, _SHAPE:]
         image = torch.lerp(image, paint, cover[:, None])
     return (image * gain[:, None]).clamp_(0, 1)
@@ -210,20 +212,24 @@ def _cover(
     """Return how much each pixel is covered by a box or an ellipse, (B, H, W) in [0, 1].
 
     Args:
-        numbers: Random numbers of the shape, (B, 9 + c, 1, 1).
+        numbers: Random numbers of the shape, (B, 10 + c, 1, 1).
         k: Number of the shape; later ones are smaller.
         x, y: Coordinates of the pixels, (B, H, W) in [-1, 1].
         outline: What is added to the distance from the shape, (B, H, W).
         is_mirrored: Whether x is the distance from the axis of symmetry, (B, 1, 1).
     """
-    across, down, size, aspect, angle, kind, sharpness, is_upright = numbers[:, :8].unbind(1)
+    across, down, size, aspect, angle, kind, sharpness, is_upright, taper = numbers[:, :9].unbind(1)
     size = 0.15 + 0.75 * size * (0.5 + 1 / (2 + k))
+    near = 1.0
+    if k == 0:  # A picture has a subject.
+        size, near = torch.lerp(size, 0.4 + 0.5 * size, CENTERED), 1 - CENTERED
     stretch = torch.exp2(1.5 * aspect - 0.75)
     angle = math.pi * angle * (is_upright >= 0.5)
-    dx = x - torch.where(is_mirrored, 0.9 * across, 1.6 * across - 0.8)
-    dy = y - (1.6 * down - 0.8)
+    dx = x - near * torch.where(is_mirrored, 0.9 * across, 1.6 * across - 0.8)
+    dy = y - near * (1.6 * down - 0.8)
     a = (angle.cos() * dx + angle.sin() * dy) / (size * stretch)
     b = (angle.cos() * dy - angle.sin() * dx) / (size / stretch)
+    a = a / (1 + TAPER * (2 * taper - 1) * b.clamp(-1, 1))
     box, ellipse = torch.maximum(a.abs(), b.abs()), torch.hypot(a, b)
     distance = torch.where(kind < 0.5, box, ellipse) - 1 + outline
     pixels = size * min(x.shape[1:])  # The edge is a pixel wide, or soft.
