@@ -39,6 +39,10 @@ NAMES = {
         "findings.finding_3",
         "three teachers, two students, three temperatures (3 seeds)",
     ),
+    "finding-3-family": (
+        "findings.finding_3_family",
+        "teachers of one family, two students, three temperatures and losses (3 seeds)",
+    ),
     "fp8-emulation": (
         "parts.fp8_emulation",
         "what products in 8 bits change: images, Frechet distance, students",

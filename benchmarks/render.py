@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import provenance
 from benchmarks.__main__ import NAMES
+from benchmarks.findings.finding_3_family import FAMILY_TABLES
 from benchmarks.findings.generator_tables import GENERATOR_TABLES
 from benchmarks.findings.plots import draw
 from benchmarks.findings.tables import STUDY_TABLES as FINDINGS
@@ -31,7 +32,7 @@ from benchmarks.parts.tables import PART_TABLES
 
 MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
-STUDY_TABLES = FINDINGS | GENERATOR_TABLES
+STUDY_TABLES = FINDINGS | GENERATOR_TABLES | FAMILY_TABLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,10 @@ SOURCES = {
         ),
     ),
     "ladder": (Source(bench="end-to-end", only={"part": "ladder"}, required=("--part", "ladder")),),
-    "finding-1": (Source(bench="finding-1", required=("--data", "DIR")),),
+    **dict.fromkeys(
+        ("finding-1", "finding-1-long"), (Source(bench="finding-1", required=("--data", "DIR")),)
+    ),
+    **dict.fromkeys(FAMILY_TABLES, (Source(bench="finding-3-family", required=("--data", "DIR")),)),
     "nearest": (Source(bench="nearest", required=("--data", "DIR")),),
 }
 

@@ -20,6 +20,7 @@ from dmkd_fast.checkpoint.state import join_state, split_state
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs.build import build_images
+from dmkd_fast.jobs.images import Priors
 from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.runtime import checks, distributed
 from dmkd_fast.runtime.distributed import Ranks
@@ -75,6 +76,9 @@ class GeneratedLoader:
         # The new student of the job is seeded; the caller's networks are not.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             job, parts = prepare(loaded, ranks)
+            if isinstance(parts.origin, Priors) and not teacher_logits:
+                got = "false with source.kind=priors, whose images have no classes"
+                raise invalid("teacher_logits", got, "true", "pass teacher_logits=True")
             images, ring, targets = build_images(job, parts, show=show)
         self.batch_size = ranks.per_rank("train.batch_size", job.schedule.batch_size)
         self._feed = Feed(images, ring, targets, batch_size=self.batch_size)

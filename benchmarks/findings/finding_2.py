@@ -2,11 +2,15 @@
 
 One solver and one denoiser; guidance x steps at equal views of 2,048 images a cell, all seeds of a
 cell on the same images; LeNet-5 teaches LeNet-5-half. Then four cells again at equal total compute
-(denoiser forwards and views), and four corners with the strong pair. `quality` rows say what a
-cell's images are like: Frechet distance, precision and recall (Kynkaanniemi et al., arXiv
-1904.06991, k = 3) to 2,048 real test images in the features of the embedded strong classifier,
-which is not Inception; that classifier's confidence and agreement with the wanted class; and the
-processor time of making them.
+(denoiser forwards and views), and four corners with the strong pair. `samples` varies the images as
+well: noise seeds x student seeds at guidance 2 and 4, for both pairs of networks.
+
+`quality` rows say what a cell's images are like: Frechet distance, precision and recall
+(Kynkaanniemi et al., arXiv 1904.06991, k = 3) to 2,048 real test images in the features of the
+embedded strong classifier, which is not Inception; that classifier's confidence and agreement with
+the wanted class; and the processor time of making them.
+
+All solvers of a flow model here are deterministic, so there is no arm of an ancestral sampler.
 """
 
 from __future__ import annotations
@@ -22,24 +26,28 @@ from benchmarks.harness import arguments
 from benchmarks.job.fidelity import frechet
 from dmkd_fast.data.test_sets import prepare
 
+PARTS = ("grid", "compute", "corners", "samples")
 GUIDANCE, STEPS = (1.0, 1.5, 2.0, 4.0), (4, 16, 50)
 COUNT, VIEWS = 2_048, 128_000
 FORWARDS = 102_400
 """Forward passes of the denoiser for all images of a student, equal in equal-compute cells."""
 EQUAL_COMPUTE = ((1.0, 4), (1.0, 16), (2.0, 16), (4.0, 50))
 CORNERS = ((1.0, 4), (1.0, 50), (4.0, 4), (4.0, 50))
+SAMPLED, SAMPLED_STEPS = (2.0, 4.0), 16
+LENET: dict[str, Any] = {"teacher": "lenet5", "student": "lenet5_half"}
+RESNET: dict[str, Any] = {"teacher": "strong", "student": "resnet"}
+RESNET_VIEWS = 38_400
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the arguments of the command line."""
-    parser = arguments("finding-2", __doc__ or "", selects=["seeds", "parts"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=("grid", "compute", "corners"),
-        default=["grid", "compute", "corners"],
+    parser = arguments(
+        "finding-2", __doc__ or "", selects=["seeds", "parts", "noise_seeds", "student_seeds"]
     )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--noise-seeds", type=int, default=4, help="of the part samples")
+    parser.add_argument("--student-seeds", type=int, default=2, help="of the part samples")
     parser.add_argument("--threads", type=int, default=1, help="0: all cores")
     return parser.parse_args(argv)
 
@@ -47,14 +55,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     cells = study.Cells("finding-2", options)
-    lenet: dict[str, Any] = {"teacher": "lenet5", "student": "lenet5_half"}
-    resnet: dict[str, Any] = {"teacher": "strong", "student": "resnet"}
     parts = {
-        "grid": ([(s, k, COUNT) for k in STEPS for s in GUIDANCE], VIEWS, lenet),
-        "compute": ([(s, k, FORWARDS // forwards(s, k)) for s, k in EQUAL_COMPUTE], VIEWS, lenet),
-        "corners": ([(s, k, COUNT) for s, k in CORNERS], 38_400, resnet),
+        "grid": ([(s, k, COUNT) for k in STEPS for s in GUIDANCE], VIEWS, LENET),
+        "compute": ([(s, k, FORWARDS // forwards(s, k)) for s, k in EQUAL_COMPUTE], VIEWS, LENET),
+        "corners": ([(s, k, COUNT) for s, k in CORNERS], RESNET_VIEWS, RESNET),
     }
-    for part in options.parts:
+    for part in [part for part in options.parts if part in parts]:
         wanted, num_views, settings = parts[part]
         for guidance, steps, count in wanted:
             cell: dict[str, Any] = {"part": part, "guidance_scale": guidance, "num_steps": steps}
@@ -71,7 +77,29 @@ def main(argv: list[str]) -> None:
                             **settings,
                         ),
                     )
+    if "samples" in options.parts:
+        samples(cells, options.noise_seeds, options.student_seeds)
     cells.finish()
+
+
+def samples(cells: study.Cells, num_noise_seeds: int, num_student_seeds: int) -> None:
+    """Measure guidance 2 and 4 on several samples of images, which are apart from the grid's."""
+    for noise_seed in range(1, num_noise_seeds + 1):
+        for guidance in SAMPLED:
+            for seed in study.student_seeds(num_student_seeds):
+                for pair, num_views in ((LENET, VIEWS), (RESNET, RESNET_VIEWS)):
+                    cell: dict[str, Any] = {
+                        "part": "samples",
+                        "guidance_scale": guidance,
+                        "num_steps": SAMPLED_STEPS,
+                        "noise_seed": noise_seed,
+                        "student": pair["student"],
+                        "seed": seed,
+                    }
+                    if not cells.has(**cell):
+                        images = cell_images(guidance, SAMPLED_STEPS, COUNT, noise_seed)
+                        found = study.train_student(images, num_views=num_views, seed=seed, **pair)
+                        cells.add(cell, found)
 
 
 def forwards(guidance: float, steps: int) -> int:
@@ -79,10 +107,11 @@ def forwards(guidance: float, steps: int) -> int:
     return steps * (1 if guidance == 1 else 2)
 
 
-def cell_images(guidance: float, steps: int, count: int) -> study.FixedSet:
+def cell_images(guidance: float, steps: int, count: int, noise_seed: int = 0) -> study.FixedSet:
     """The first images of a cell's stream."""
+    seeds = [f"seed={noise_seed}"] if noise_seed else []
     overrides = [f"sampler.guidance_scale={guidance:g}", f"sampler.num_steps={steps}"]
-    return study.generated(count, overrides)
+    return study.generated(count, [*overrides, *seeds])
 
 
 @torch.inference_mode()

@@ -9,8 +9,10 @@ import argparse
 
 from benchmarks.findings import study
 from benchmarks.harness import arguments
+from dmkd_fast import Objective
 
 COUNT = 10_240
+STUDENTS = ("lenet5_half", "resnet")
 TEACHERS, TEMPERATURES = study.EMBEDDED_TEACHERS, (1.0, 4.0, 10.0)
 
 
@@ -18,9 +20,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the arguments of the command line."""
     parser = arguments("finding-3", __doc__ or "", selects=["seeds", "students"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--students", nargs="+", choices=study.STUDENTS, default=["lenet5_half", "resnet"]
-    )
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--threads", type=int, default=1, help="0: all cores")
     return parser.parse_args(argv)
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
                                 teacher=teacher,
                                 student=student,
                                 seed=seed,
-                                temperature=temperature,
+                                objective=Objective(temperature=temperature),
                                 num_views=128_000 if small else 38_400,
                             ),
                         )

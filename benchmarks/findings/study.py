@@ -61,12 +61,17 @@ RESNET: Row = {
     "stem": "conv3_stride2",
     "model_args": {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 128]},
 }
-STUDENTS: dict[str, Row] = {"lenet5_half": {"architecture": "lenet5_half"}, "resnet": RESNET}
-"""LeNet-5-half is that of zero-shot distillation; the other is configs/fashion_mnist.yaml's."""
+STUDENTS: dict[str, Row] = {
+    "lenet5_half": {"architecture": "lenet5_half"},
+    "resnet": RESNET,
+    "resnet_half": {**RESNET, "model_args": {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64]}},
+}
+"""LeNet-5-half is that of zero-shot distillation, `resnet` that of configs/fashion_mnist.yaml."""
 # AdamW, chosen on the 5,000 held-out images: docs/notebook.md.
 OPTIM: dict[str, Row] = {
     "lenet5_half": {"lr": 8e-3, "batch_size": 32},
     "resnet": {"lr": 2e-3, "batch_size": 64},
+    "resnet_half": {"lr": 2e-3, "batch_size": 64},
 }
 EMBEDDED_TEACHERS = ("weak", "lenet5", "strong")
 FIRST_SEED = 1
@@ -191,8 +196,8 @@ def test_images() -> ImageSet:
 
 
 def load_teacher(name: str) -> tuple[nn.Module, ClassifierSpec]:
-    """One of the embedded classifiers: weak, lenet5, strong."""
-    path = f"embedded:fashion_mnist/{name}"
+    """One of the embedded classifiers (weak, lenet5, strong), or the one in a folder."""
+    path = f"embedded:fashion_mnist/{name}" if name in EMBEDDED_TEACHERS else name
     model, spec, _ = networks.load_trained(path, torch.device("cpu"))
     return model, spec
 
@@ -224,18 +229,18 @@ def train_student(
     student: str,
     num_views: int,
     seed: int,
-    temperature: float = 4.0,
+    objective: Objective | None = None,
     capacity: int | None = None,
 ) -> Row:
     """Train one student from its random weights, and score it on the test images.
 
     Args:
         images: Images to train on, cut to whole blocks.
-        teacher: Name of an embedded classifier.
+        teacher: Name of an embedded classifier, or the folder of another one.
         student: A key of `STUDENTS`.
         num_views: Number of views in the whole run.
         seed: Seed of the student's weights, of draws and views.
-        temperature: Softmax temperature.
+        objective: Loss of the student; None: KL at a temperature of 4.
         capacity: Images in the ring at a time; None: all of them, from the first step on.
 
     Returns:
@@ -271,7 +276,7 @@ def train_student(
         distiller = Distiller(
             source,
             RingBuffer(plan, seed=seed),
-            StudentTrainer(network, schedule, Objective(temperature=temperature), dtype=dtype),
+            StudentTrainer(network, schedule, objective or Objective(), dtype=dtype),
             Targets(scorer, views, dtype=dtype),
             folder,
             show=False,

@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,10 +194,11 @@ def train(
             seed=config.seed,
         )
         choosing = Clock()
+        plain = replace(recipe, compiled_student=False)  # Compilation counts, so not here.
         workers = baseline.fastest(
             baseline.WORKERS,
             lambda count: _try(
-                Trainer(*deepcopy((student, teacher)), recipe, **settings), read(workers=count)
+                Trainer(*deepcopy((student, teacher)), plain, **settings), read(workers=count)
             ),
         )
         gc.collect()  # The losers' processes end here, and outside the clock.

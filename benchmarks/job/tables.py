@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.findings.tables import t_975
 from benchmarks.markdown import table, where
 from dmkd_fast import assets
 
@@ -70,8 +71,26 @@ def fewstep(rows: list[Row]) -> str:
         reached = sum(r["s_to_target"] is not None for r in shown)
         body.append([job, "mean ± std", *cells, f"{reached} of {len(shown)} reach it", ""])
     many, few = (statistics.mean(r["cpu_s"] for r in rows if r["job"] == job) for job in jobs)
-    note = f"Target: mean top-1 of the many-step job. {break_even([many - few])} {where(rows)}."
+    note = (
+        f"Target: mean top-1 of the many-step job. {less(rows, jobs)}{break_even([many - few])} "
+        f"{where(rows)}."
+    )
     return table(header, body, note)
+
+
+def less(rows: list[Row], jobs: Sequence[str]) -> str:
+    """Compare the second job with the first, paired by seed; empty for one seed."""
+    first, second = ({r["seed"]: r for r in rows if r["job"] == job} for job in jobs)
+    seeds = first.keys() & second.keys()
+    if len(seeds) < 2:
+        return ""
+    said = []
+    for name, unit, scale in (("top1", "points", 100.0), ("wall_s", "s", 1.0)):
+        gaps = [scale * (second[seed][name] - first[seed][name]) for seed in sorted(seeds)]
+        half = t_975(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        said.append(f"{statistics.mean(gaps):+.2f} ± {half:.2f} {unit}")
+    names = f"{jobs[1].capitalize()} less {jobs[0]}"
+    return f"{names}, paired by seed, ± 95 % interval: {' and '.join(said)}. "
 
 
 def end_to_end(rows: list[Row]) -> str:
@@ -91,7 +110,7 @@ def end_to_end(rows: list[Row]) -> str:
         "disk MiB",
         "memory MiB",
         "s to target",
-        "vs fp32 / bf16 channels-last",
+        "vs fp32 / faster bf16 channels-last",
     ]
     body = [
         [
@@ -124,10 +143,32 @@ def end_to_end(rows: list[Row]) -> str:
     note = (
         f"{rows[0]['images']:,} images and {rows[0]['views']:,} views. Target "
         f"{targets}; evaluations are {min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: "
-        f"PNG files; of ours the run directory, checkpoints included. {drift(rows)}"
+        f"PNG files; of ours the run directory, checkpoints included. {ratios(rows)}{drift(rows)}"
         f"{break_even(saved)} {where(rows)}."
     )
     return table(header, body, note)
+
+
+def ratios(rows: list[Row]) -> str:
+    """Say how much sooner ours reaches the target, with intervals; empty for one run an arm."""
+    said = []
+    for arm in ("ours, default", "ours, equal settings"):
+        for label in ("fp32", "bf16"):
+            found = [r[f"times_faster_than_{label}"] for r in rows if r["arm"] == arm]
+            gains = [gain for gain in found if gain is not None]
+            if len(gains) > 1:
+                low, mean, high = ratio_interval(gains)
+                text = f"{arm}, vs {label}: {mean:.1f}x ({low:.1f} to {high:.1f}, {len(gains)} runs"
+                said.append(f"{text}{', the others never' if len(gains) < len(found) else ''})")
+    return f"Time to target, geometric mean and 95 % interval: {'; '.join(said)}. " if said else ""
+
+
+def ratio_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Return lower end of the 95 % interval, geometric mean, and upper end."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = statistics.mean(logs)
+    half = t_975(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean - half), math.exp(mean), math.exp(mean + half)
 
 
 def drift(rows: list[Row]) -> str:
@@ -185,7 +226,13 @@ def ladder(rows: list[Row]) -> str:
     ]
     wall = {(r["arm"], r["seed"]): r["wall_s"] for r in rows}
     once = len({r["seed"] for r in rows}) == 1
-    noise = f"; a factor within {DRIFT:g} of 1 is noise, since each rung ran once" if once else ""
+    noise = "; noise: the 95 % interval over seeds contains 1"
+    if once:
+        noise = f"; a factor within {DRIFT:g} of 1 is noise, since each rung ran once"
+    gains: dict[str, list[float]] = {}
+    for r in rows:
+        if r["after"]:
+            gains.setdefault(r["arm"], []).append(wall[r["after"], r["seed"]] / r["wall_s"])
     body = [
         [
             r["after"] or "-",
@@ -195,7 +242,9 @@ def ladder(rows: list[Row]) -> str:
             f"{r['images_per_s']:.0f}",
             f"{r['views_per_s']:,.0f}",
             f"{r['wall_s']:.0f}",
-            _gain(wall[r["after"], r["seed"]] / r["wall_s"], once) if r["after"] else "-",
+            _gain(wall[r["after"], r["seed"]] / r["wall_s"], gains[r["arm"]])
+            if r["after"]
+            else "-",
             _seconds(r["s_to_target"]),
             _seen(r["proof"]),
         ]
@@ -272,8 +321,10 @@ def _range(values: Sequence[float], text: Callable[[float], str]) -> str:
     return " to ".join(dict.fromkeys((text(min(values)), text(max(values)))))
 
 
-def _gain(factor: float, once: bool) -> str:
-    return f"{factor:.2f}x" + (" (noise)" if once and 1 / DRIFT < factor < DRIFT else "")
+def _gain(factor: float, every: Sequence[float]) -> str:
+    """Write a gain, and call it noise if the gains of all seeds do not show one."""
+    low, _, high = ratio_interval(every) if len(every) > 1 else (factor / DRIFT, 1, factor * DRIFT)
+    return f"{factor:.2f}x" + (" (noise)" if low < 1 < high else "")
 
 
 def _seconds(value: float | None) -> str:

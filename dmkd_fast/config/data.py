@@ -24,26 +24,50 @@ class RealImagesConfig(Section):
 
 
 class SourceConfig(Section):
-    """Images on disk in place of a denoiser: shards of `dmkd generate`, or single files."""
+    """Images in place of a denoiser's: on disk (shards or files), or drawn by a procedure."""
 
-    path: PathText
-    """Directory of the images."""
-    kind: Literal["auto", "shards", "imagefolder", "paper"] = "auto"
+    path: PathText | None = None
+    """Directory of the images. Not for priors, which need none."""
+    kind: Literal["auto", "shards", "imagefolder", "paper", "priors"] = "auto"
     """Layout. shards: made by `dmkd generate`. imagefolder: class subfolders. paper: files named
     class_X_seed_Y_num_Z.png, as in the sets released with DM-KD. auto: by the content of the
-    directory."""
+    directory. priors: no directory, but procedural images of shapes and textures, for jobs with
+    neither a generator nor data."""
     image_size: int | None = Field(None, ge=1, le=8192)
-    """Resize to this many pixels, short side first, and crop to the center. null: as stored."""
+    """Resize to this many pixels, short side first, and crop to the center. null: as stored. Of
+    priors: side of the images; null: views.size."""
     block_images: int = Field(256, ge=1, le=10**6)
-    """Images read together: the ring's block."""
+    """Images read or drawn together: the ring's block."""
     follow: bool = False
     """Use new shards as they appear, while they are still being made."""
     wait_s: float = Field(3600.0, gt=0, le=1e9)
     """Seconds without a new shard after which a following run stops."""
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the images are read, and not drawn."""
+        return self.kind != "priors"
+
+    @property
+    def folder(self) -> str:
+        """`path` of images on disk."""
+        assert self.path is not None
+        return self.path
+
+    @model_validator(mode="after")
+    def _path(self) -> SourceConfig:
+        if self.is_on_disk and self.path is None:
+            raise ValueError(
+                "path: missing; add it, or set kind=priors for procedural images, which need none"
+            )
+        if not self.is_on_disk and self.path is not None:
+            fix = "remove one, for example with source.path=null"
+            raise invalid("path", "a directory with kind=priors", "none", fix)
+        return self
+
     @model_validator(mode="after")
     def _follow(self) -> SourceConfig:
-        if self.follow and self.kind in ("imagefolder", "paper"):
+        if self.follow and self.kind in ("imagefolder", "paper", "priors"):
             got = f"true with kind={self.kind}"
             expected = "kind=shards, as only shards say when they are finished"
             raise invalid("follow", got, expected, "remove one of the two")

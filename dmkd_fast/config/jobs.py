@@ -37,7 +37,7 @@ class RingConfig(Section):
     """Views after which an image is no longer drawn. Only for shuffled and equal."""
     overlap: bool = False
     """Generate the next block on a CUDA stream of its own while the student trains. The block that
-    will be overwritten next is then not drawn. Not for images on disk."""
+    will be overwritten next is then not drawn. Only for images of a denoiser."""
 
 
 _AreaFraction = Annotated[float, Field(ge=1e-4, le=1)]
@@ -106,7 +106,7 @@ class RunConfig(Section):
 class DistillConfig(RunConfig):
     """Distillation from generated images: `dmkd distill`, `dmkd generate`.
 
-    Images come from a denoiser and its sampler, or from a source on disk.
+    Images come from a denoiser and its sampler, or from a source: on disk, or procedural.
     """
 
     denoiser: DenoiserConfig | None = None
@@ -147,12 +147,15 @@ class DistillConfig(RunConfig):
         if not isinstance(values, dict) or not set(values) <= set(cls.model_fields):
             return values
         if values.get("source") is None and values.get("denoiser") is None:
-            raise ValueError("denoiser: missing; add it, or source for images on disk")
+            raise ValueError(
+                "denoiser: missing; add it, or source for images on disk, or source.kind=priors "
+                "for procedural images"
+            )
         if values.get("source") is not None:
             for name in ("denoiser", "sampler"):
                 if values.get(name) is not None:
                     got = "it beside source"
-                    expected = "one of the two, as images on disk are not made again"
+                    expected = "one of the two"
                     raise invalid(name, got, expected, f"remove one, for example with {name}=null")
             values = {k: v for k, v in values.items() if k not in ("denoiser", "sampler")}
         return values
@@ -179,7 +182,7 @@ class DistillConfig(RunConfig):
             fix = f"raise the capacity to {2 * block} or lower {where.partition('.')[2]}"
             raise invalid("ring.capacity_images", ring.capacity_images, expected, fix)
         if self.source is not None and ring.overlap:
-            expected = "false, as images on disk are only read"
+            expected = "false, as only images of a denoiser are made ahead"
             raise invalid("ring.overlap", "true with a source", expected, "remove it")
         if self.denoiser is not None and self.denoiser.weak and not self.sampler.is_guided:
             fix = "raise sampler.guidance_scale or remove the weak model"
@@ -199,7 +202,26 @@ class DistillConfig(RunConfig):
             expected = "one without classes, as a mixed view is of two"
             raise invalid("loss.divergence", "dkd with mix", expected, "remove one of the two")
         self._check_stored()
+        self._check_priors()
         return self
+
+    def _check_priors(self) -> None:
+        """Refuse settings that need the class of an image, which procedural images do not have."""
+        if self.source is None or self.source.is_on_disk:
+            return
+        if self.ring.order == "balanced":
+            expected = "an order without classes, as priors have none"
+            raise invalid("ring.order", "balanced", expected, "remove it")
+        if self.loss.alpha < 1:
+            expected = "1, as priors have no classes"
+            raise invalid("loss.alpha", self.loss.alpha, expected, "remove it")
+        if self.loss.uses_classes:
+            expected = "a divergence without classes, as priors have none"
+            raise invalid("loss.divergence", "dkd", expected, "use another one")
+        for name, teacher in self.teachers.items():
+            if teacher.teaches is not None:
+                got, expected = "classes", "none, as priors have no classes"
+                raise invalid(f"{name}.teaches", got, expected, "remove it")
 
     def _check_stored(self) -> None:
         """Check the settings of stored teacher logits."""
@@ -212,9 +234,9 @@ class DistillConfig(RunConfig):
                 expected = "it with teacher.stored=true, whose top-k logits it is for"
                 raise invalid("loss.rest", self.loss.rest, expected, "remove it")
             return
-        if self.source is None:
+        if self.source is None or not self.source.is_on_disk:
             expected = "false, or source with shards that have teacher logits"
-            raise invalid("teacher.stored", "true without source", expected, "change one")
+            raise invalid("teacher.stored", "true without shards", expected, "change one")
         if self.mix.is_on:
             got, expected = (
                 "mixing with teacher.stored",

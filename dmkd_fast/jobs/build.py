@@ -8,7 +8,7 @@ from dmkd_fast.config.generator import PhaseConfig
 from dmkd_fast.data.stored import ImageDecoder, StoredImages
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory
-from dmkd_fast.jobs.images import OpenSource, named_as_settings
+from dmkd_fast.jobs.images import OpenSource, Origin, Priors, named_as_settings
 from dmkd_fast.jobs.parts import Parts
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.ring.buffer import RingBuffer
@@ -18,8 +18,10 @@ from dmkd_fast.sampling.block_cache import BlockCache
 from dmkd_fast.sampling.generated import GeneratedImages
 from dmkd_fast.sampling.hooks import NO_HOOKS, Guide, Hooks
 from dmkd_fast.sampling.labels import LabelStream
+from dmkd_fast.sampling.priors import PriorImages
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training.distiller import Distiller
+from dmkd_fast.training.images import ImageStream
 from dmkd_fast.training.objective import Objective
 from dmkd_fast.training.stored_teacher import StoredTeacher
 from dmkd_fast.training.student import StudentTrainer
@@ -59,7 +61,7 @@ def build_images(
     hooks: Hooks = NO_HOOKS,
     show: bool,
     dtype: torch.dtype = torch.float32,
-) -> tuple[GeneratedImages | StoredImages, RingBuffer, Targets]:
+) -> tuple[ImageStream, RingBuffer, Targets]:
     """Assemble what a job trains on: the stream of images, the ring, and views of this dtype."""
     config, ranks, spec = job.config, job.ranks, parts.student_spec
     ring = RingBuffer(
@@ -95,31 +97,26 @@ def build_images(
 
 
 def make_stream(
-    job: ResolvedJob,
-    images: Denoiser | OpenSource,
-    ring_images: int,
-    *,
-    hooks: Hooks = NO_HOOKS,
-    show: bool,
-) -> GeneratedImages | StoredImages:
+    job: ResolvedJob, images: Origin, ring_images: int, *, hooks: Hooks = NO_HOOKS, show: bool
+) -> ImageStream:
     """Build the stream of images of a job.
 
     Args:
         job: Resolved job.
-        images: Diffusion model or directory of images.
+        images: Producer of the images.
         ring_images: Number of slots of the ring, summed over all ranks.
         hooks: Objects that take part in the making of images.
         show: Whether to print a message while waiting for images.
 
     Raises:
-        UserError: There are hooks for images that are not made.
+        UserError: There are hooks for images that no denoiser makes.
     """
     config, ranks = job.config, job.ranks
+    if not isinstance(images, Denoiser) and hooks.in_use:
+        got = f"{', '.join(hooks.names)} with source"
+        raise invalid("hooks", got, "none for images that no denoiser makes", "remove them")
     if isinstance(images, OpenSource):
         assert config.source is not None
-        if hooks.in_use:
-            got = f"{', '.join(hooks.names)} with source.path"
-            raise invalid("hooks", got, "none for images that are not made", "remove them")
         decoder = ImageDecoder(
             images.image_shape,
             resize=config.source.image_size is not None,
@@ -136,12 +133,14 @@ def make_stream(
             ranks=ranks,
         )
     labels = LabelStream(
-        images.num_classes,
+        1 if isinstance(images, Priors) else images.num_classes,
         seed=config.seed,
         device=job.device,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+    if isinstance(images, Priors):
+        return PriorImages(labels, images.image_shape)
     first, *later = (
         (0.0 if phase is None else phase.start, make_sampler(job, images, phase, hooks.guide))
         for phase in (None, *config.sampler.phases)

@@ -1,4 +1,4 @@
-"""Open the images of a run: a diffusion model, or a directory of images."""
+"""Open the images of a run: a diffusion model, a directory of images, or a procedure."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.prompts.bank import PromptBank, take_bank
 from dmkd_fast.denoisers.prompts.by_class import ByClass, prompts_by_class, read_captions
+from dmkd_fast.jobs.report.images import NO_CLASS
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.sampling.noise_levels import trained_alike
 from dmkd_fast.sampling.tiling import TiledDecoder
@@ -51,6 +52,20 @@ class OpenSource:
     image_shape: tuple[int, int, int]
     num_classes: int
     license: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priors:
+    """Procedural images, with the facts that a `Denoiser` states too."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    """Number of classes of the teacher; the images themselves have none."""
+    license: str = "none, as the images are drawn by a procedure"
+
+
+Origin = Denoiser | OpenSource | Priors
+"""Producer of the images of a run."""
 
 
 def open_denoiser(
@@ -92,17 +107,15 @@ def open_denoiser(
     return replace(loaded, license=license(config.path) or loaded.license)
 
 
-def attention_facts(
-    images: Denoiser | OpenSource, device: torch.device, dtype: str
-) -> dict[str, str]:
-    """Return `attention`, the kernel in use, for a summary; nothing for images from disk.
+def attention_facts(images: Origin, device: torch.device, dtype: str) -> dict[str, str]:
+    """Return `attention`, the kernel in use, for a summary; nothing without a denoiser.
 
     Args:
-        images: Diffusion model whose attention is chosen, or directory of images.
+        images: Producer of the images.
         device: Device of the model.
         dtype: Name of the compute dtype.
     """
-    if isinstance(images, OpenSource):
+    if not isinstance(images, Denoiser):
         return {}
     if isinstance(images.module, LeanDiT):
         return {"attention": images.module.attention_operator(device, getattr(torch, dtype))}
@@ -210,7 +223,7 @@ def open_source(
         UserError: There are no images, the set is incomplete, or its classes are not the
             teacher's.
     """
-    folder = Path(config.path)
+    folder = Path(config.folder)
     if config.follow:
         _wait_for_plan(folder, config.wait_s)
     kind = sources.find_kind(folder) if config.kind == "auto" else config.kind
@@ -266,10 +279,17 @@ def check_count(config: DistillConfig, count: int) -> None:
         raise invalid("ring.max_uses", got, expected, "remove it")
 
 
-def describe_images(config: DistillConfig, images: Denoiser | OpenSource) -> str:
+def row_names(images: Origin, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the classes by which pictures of images are sorted in rows."""
+    return (NO_CLASS,) if isinstance(images, Priors) else class_names
+
+
+def describe_images(config: DistillConfig, images: Origin) -> str:
     """Describe the images and their license in one line for the log."""
+    if isinstance(images, Priors):
+        return f"{' x '.join(map(str, images.image_shape))} procedural images, made without weights"
     if isinstance(images, OpenSource):
-        path = config.source.path if config.source else ""
+        path = config.source.folder if config.source else ""
         text = f"{path}: {images.source.num_images:,} images ({images.kind})"
         made = f", made with weights under license {images.license}"
         return text + made if images.kind == "shards" else text
@@ -282,6 +302,11 @@ def card_sentence(config: DistillConfig) -> str:
     no_real = (
         "The student saw no real training image; the images' generator was trained on real ones."
     )
+    if config.source is not None and not config.source.is_on_disk:
+        return (
+            "a procedure (`source.kind: priors`). The student saw no real image, and no generator "
+            "was trained."
+        )
     if config.source is not None:
         text = f"`{config.source.path}` ({config.source.kind})."
         return f"{text} {no_real}" if config.source.kind == "shards" else text

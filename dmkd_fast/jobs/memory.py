@@ -24,7 +24,7 @@ from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.sampling.sampler import FEWEST_IMAGES, MOST_DECODED
 
 if TYPE_CHECKING:
-    from dmkd_fast.jobs.images import OpenSource
+    from dmkd_fast.jobs.images import Origin
     from dmkd_fast.jobs.parts import Parts
     from dmkd_fast.jobs.resolve import ResolvedJob
 
@@ -172,7 +172,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _weight_bytes(images: Denoiser | OpenSource, itemsize: int) -> int:
+def _weight_bytes(images: Origin, itemsize: int) -> int:
     """Count the bytes of parameters that are kept on the device to generate images."""
     if not isinstance(images, Denoiser):
         return 0
@@ -182,9 +182,7 @@ def _weight_bytes(images: Denoiser | OpenSource, itemsize: int) -> int:
     return itemsize * count + sum(int(w.nbytes) for pair in rounded for w in pair)
 
 
-def _prompt_bytes(
-    images: Denoiser | OpenSource, compute: torch.dtype, micro_batch_images: int
-) -> dict[str, int]:
+def _prompt_bytes(images: Origin, compute: torch.dtype, micro_batch_images: int) -> dict[str, int]:
     """Count the bytes of encoded prompts that a text-to-image model keeps on the device.
 
     The text encoders are gone by then.

@@ -11,11 +11,12 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.sources import ShardSource
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
-from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.evaluate import open_test_set
 from dmkd_fast.jobs.images import (
     OpenSource,
+    Origin,
+    Priors,
     denoiser_class_names,
     job_class_names,
     open_denoiser,
@@ -31,8 +32,8 @@ from dmkd_fast.runtime.errors import UserError
 class Parts:
     """Networks and data of a run, loaded and checked against each other."""
 
-    origin: Denoiser | OpenSource
-    """Producer of the images: a diffusion model, or files."""
+    origin: Origin
+    """Producer of the images: a diffusion model, files, or a procedure."""
     teachers: networks.LoadedTeachers
     student: nn.Module
     student_spec: ClassifierSpec
@@ -53,7 +54,7 @@ def load_parts(job: ResolvedJob) -> Parts:
     )
     first = teachers.specs["teacher"]
     num_classes = teachers.num_classes["teacher"]
-    images: Denoiser | OpenSource
+    images: Origin
     if config.source is None:
         known = job_class_names(config, teachers.class_names["teacher"])
         images = open_denoiser(config.denoiser, device, job.dtype, known)
@@ -66,7 +67,10 @@ def load_parts(job: ResolvedJob) -> Parts:
     if config.source is None and config.eval.classes is None:
         names = denoiser_class_names(config.denoiser)
         compare_class_names("denoiser.path", names, test_set.class_names, setting="eval.classes")
-    if config.source is not None:
+    if config.source is not None and not config.source.is_on_disk:
+        size = config.source.image_size or config.views.size
+        images = Priors(image_shape=(first.in_chans, size, size), num_classes=num_classes)
+    elif config.source is not None:
         images = open_source(
             config.source,
             num_classes=num_classes,
@@ -103,7 +107,7 @@ def prepare(config: DistillConfig, ranks: Ranks = ALONE) -> tuple[ResolvedJob, P
 
 def check_fit(
     config: DistillConfig,
-    images: Denoiser | OpenSource,
+    images: Origin,
     teachers: networks.LoadedTeachers,
     test_set: ImageSet | EncodedSet,
 ) -> None:
@@ -112,7 +116,9 @@ def check_fit(
     Raises:
         UserError: Numbers of classes, class names or numbers of channels differ.
     """
-    whose = "denoiser.path" if config.source is None else "source.path"
+    whose = "denoiser.path" if config.source is None else "source"
+    if isinstance(images, OpenSource):
+        whose = "source.path"
     for section, spec in teachers.specs.items():
         facts = (
             (

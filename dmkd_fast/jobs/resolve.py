@@ -13,7 +13,7 @@ from dmkd_fast.config.loading import load_config
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.jobs import networks, run_dir
-from dmkd_fast.jobs.images import OpenSource, check_count, named_as_settings
+from dmkd_fast.jobs.images import OpenSource, Origin, Priors, check_count, named_as_settings
 from dmkd_fast.jobs.stored_logits import with_teachers_of_source
 from dmkd_fast.runtime.device import (
     can_compile,
@@ -96,7 +96,7 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> ResolvedJob:
     )
 
 
-def resolve_images(job: ResolvedJob, images: Denoiser | OpenSource) -> ResolvedJob:
+def resolve_images(job: ResolvedJob, images: Origin) -> ResolvedJob:
     """Replace every "auto" that depends on the loaded denoiser or the opened directory.
 
     Raises:
@@ -107,6 +107,8 @@ def resolve_images(job: ResolvedJob, images: Denoiser | OpenSource) -> ResolvedJ
     if isinstance(images, OpenSource):
         check_count(config, images.source.num_images)
         changes: dict[str, Any] = {"source": {"kind": images.kind}}
+    elif isinstance(images, Priors):
+        changes = {"source": {"image_size": images.image_shape[1]}}
     else:
         with named_as_settings():
             solver = choose_solver(images.scheduler, config.sampler.solver)

@@ -15,7 +15,7 @@ from dmkd_fast.classifiers.loading import save_classifier, timm_lines
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.jobs import run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, evaluate_run
-from dmkd_fast.jobs.images import attention_facts, card_sentence
+from dmkd_fast.jobs.images import attention_facts, card_sentence, row_names
 from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.jobs.report.live import LivePage
 from dmkd_fast.jobs.report.scores import evaluation_facts
@@ -45,7 +45,9 @@ def write(
         with distiller.clock.part("evaluate"):
             found = evaluate_run(folder, display=distiller.display)
         scores = found.scores
-        _draw_samples(distiller, parts.test_set.class_names, folder / "samples.png")
+        _draw_samples(
+            distiller, row_names(parts.origin, parts.test_set.class_names), folder / "samples.png"
+        )
         summary = {
             **{name: scores[name] for name in ("top1", "top5", "teacher_top1", "agreement")},
             **distiller.totals(),

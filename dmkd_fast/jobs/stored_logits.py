@@ -142,7 +142,7 @@ def with_teachers_of_source(config: DistillConfig) -> DistillConfig:
     if config.more_teachers:
         got = "some beside teacher.stored without path"
         raise invalid("more_teachers", got, "none, as the shards name all teachers", "remove them")
-    named = _teachers_of(read_plan(Path(config.source.path)))
+    named = _teachers_of(read_plan(Path(config.source.folder)))
     if not named:
         got = f"true without path, for {config.source.path}, which names no teacher"
         raise invalid("teacher.stored", got, "shards of dmkd generate", "set teacher.path")

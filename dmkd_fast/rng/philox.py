@@ -21,6 +21,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 STREAM_NOISE, STREAM_VIEWS, STREAM_LABELS, STREAM_MIX, STREAM_DRAWS = 0, 1, 2, 3, 4
 STREAM_PROMPTS = 5  # prompts of a class
+STREAM_PRIORS = 6  # procedural images
 STREAM_ORDER = 16  # order of the passes over images on disk
 
 # Coefficients fitted at Chebyshev points, as float32; lowest degree first.

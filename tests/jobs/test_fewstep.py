@@ -18,6 +18,7 @@ from dmkd_fast import cli
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import save_denoiser
+from dmkd_fast.jobs.pretrain.fewstep import Pool
 from dmkd_fast.sampling.arguments import Steps
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training.ema import WeightEMA
@@ -92,12 +93,18 @@ def theirs(loaded: Denoiser, folder: Path, ids: torch.Tensor) -> torch.Tensor:
     ["latents", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pixels", "unet"))],
 )
 def test_few_steps_come_closer_to_many_than_the_given_model_does(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trajectories, used = Pool.trajectories, []
+    monkeypatch.setattr(
+        Pool, "trajectories", lambda *a: (used.append(int(a[1].min())), trajectories(*a))[1]
+    )
     given = start(kind, tmp_path / "given")
     config = config_of(tmp_path, given, num_views=2048)
     assert fewstep(config, f"run_dir={tmp_path}/run") == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # Trained on, and held out; the noise of jobs, whose ids count from 0, is neither.
+    assert {first >> 40 for first in used} == {2, 1} and used[0] == 2**41
     assert facts["rms_to_teacher"] < 0.8 * facts["rms_without_training"]
 
     folder = tmp_path / "run" / "model"

@@ -318,7 +318,7 @@ def test_renormalized_top_logits_are_for_any_temperature(top: Path, tmp_path: Pa
         (["--teacher-logits", "topk:11"], "--teacher-logits: got topk:11, expected K from 1 to 10"),
         (
             ["--teacher-logits", "full", "teacher={stored: true}"],
-            "teacher.stored: got true without source",
+            "teacher.stored: got true without shards",
         ),
     ],
 )

@@ -18,6 +18,7 @@ from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.jobs import memory
 from dmkd_fast.jobs.build import build
+from dmkd_fast.jobs.images import Priors
 from dmkd_fast.jobs.inspect import machine, networks
 from dmkd_fast.jobs.inspect.findings import Finding, ok, wrong
 from dmkd_fast.jobs.inspect.rates import fill
@@ -85,7 +86,8 @@ def examine_job(job: ResolvedJob, parts: Parts, distiller: Distiller) -> Iterato
     yield broken(distiller, images)
     yield from training_step(distiller, images)
     yield compiled(job)
-    yield from networks.understanding(parts, images, labels)
+    if not isinstance(parts.origin, Priors):  # They have no classes.
+        yield from networks.understanding(parts, images, labels)
     yield networks.real_images(parts)
 
 

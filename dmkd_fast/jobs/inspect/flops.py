@@ -30,9 +30,9 @@ class Flops:
     """Operations of each network for one image or view; None where a network cannot be counted."""
 
     denoiser: int | None
-    """One evaluation of the denoiser; 0 for images on disk."""
+    """One evaluation of the denoiser; 0 without one."""
     decoder: int | None
-    """Decoding of one image; 0 for pixel models and images on disk."""
+    """Decoding of one image; 0 for pixel models and without a denoiser."""
     teachers: int | None
     """Forward pass of all teachers, each weighted with its part of the run."""
     student: int | None

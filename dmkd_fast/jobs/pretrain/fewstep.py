@@ -47,8 +47,9 @@ from dmkd_fast.sampling.noise_levels import (
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.sampling.solvers import solver_table
 
-# First id of the trajectories that measure the result; training uses lower ids.
-HELD_OUT_ID = 2**40
+# First ids of the trajectories that train and that measure the result. The images of a job with the
+# same seed count from 0, so that the result is not used on the noise that it was trained on.
+FIRST_ID, HELD_OUT_ID = 2**41, 2**40
 # What a scheduler_config.json says about how a model was trained.
 TRAINED = (
     "num_train_timesteps",
@@ -228,7 +229,8 @@ class Pool:
         if number == self._number:
             return
         self._number = None
-        ids = number * self.size + torch.arange(self.size, device=self.device)
+        first = FIRST_ID + number * self.size
+        ids = first + torch.arange(self.size, device=self.device)
         self._labels = ids % self.num_classes
         size = self.sampler.micro_batch_images
         with self.display.phase("generating", self.size, "images") as phase:

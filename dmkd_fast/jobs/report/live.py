@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dmkd_fast import __version__
+from dmkd_fast.jobs.images import row_names
 from dmkd_fast.jobs.report import checks
 from dmkd_fast.jobs.report import data as report_data
 from dmkd_fast.jobs.report import page as report_page
@@ -128,13 +129,14 @@ def page_of(distiller: Distiller, job: ResolvedJob, parts: Parts) -> LivePage:
     """Return the page of a distillation; each row of its statistics may rewrite the page."""
     config = job.config
     names = parts.test_set.class_names
+    rows = row_names(parts.origin, names)
     spec = parts.student_spec
     teachers = [section.path or section.arch or "" for section in config.teachers.values()]
     origin = config.denoiser.path if config.denoiser else config.source and config.source.path
     facts = {
         "command": "dmkd distill",
         "title": f"Student {spec.architecture}, teacher {', '.join(teachers)}, "
-        f"images from {origin}.",
+        f"images from {origin or 'a procedure'}.",
         "num_classes": len(names),
         "num_teachers": len(teachers),
         "world_size": job.ranks.world_size,
@@ -147,7 +149,7 @@ def page_of(distiller: Distiller, job: ResolvedJob, parts: Parts) -> LivePage:
     if samplers:
         facts["forwards_per_image"] = [(at, one.forwards_per_image) for at, one in samplers]
     folder = Path(config.run_dir)
-    page = LivePage(folder, facts, distiller.clock, lambda: ring_facts(distiller, names))
+    page = LivePage(folder, facts, distiller.clock, lambda: ring_facts(distiller, rows))
     distiller.on_row.append(page.add)
     return page
 

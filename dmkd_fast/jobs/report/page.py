@@ -20,6 +20,7 @@ from dmkd_fast.jobs.report.html import (
     table,
     text,
 )
+from dmkd_fast.jobs.report.images import NO_CLASS
 
 MOST_CLASSES, SHOWN_EACH = 40, 20
 _NAME = 48
@@ -174,10 +175,14 @@ def _samples(run: RunData) -> str:
         f"<span>{shorten(row['class'], _NAME)}</span>{_image(row, row['class'])}" for row in samples
     )
     count = run.facts.get("num_classes", len(samples))
-    which = "each class" if count <= len(samples) else f"{len(samples)} of {count:,} classes"
+    which = f"Images of {len(samples)} of {count:,} classes"
+    if count <= len(samples):
+        which = "Images of each class"
+    elif [row["class"] for row in samples] == [NO_CLASS]:
+        which = "Images, which have no class,"
     return figure(
         f'<div class="rows">{rows}</div>',
-        f"Images of {which} that were in the ring at the last look; the student learns from random "
+        f"{which} that were in the ring at the last look; the student learns from random "
         "views of such images, labeled by the teacher.",
     )
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity
+from likeness import likeness
 
-from benchmarks.findings import finding_1, finding_2, study, tables
+from benchmarks.findings import finding_1, finding_2, generator_tables, study, tables
 from dmkd_fast import RingBuffer
 
 
@@ -189,7 +189,7 @@ def test_guidance_and_steps_are_compared_over_the_other_axis() -> None:
         for k in (4, 50)
         for seed in (1, 2)
     ]
-    text = tables.finding_2(rows)
+    text = generator_tables.finding_2(rows)
     # Gaps of seeds 1 and 2: 2 - 0.5 and 2 - 1; 3 - 0.5 and 3 - 1; twice 4.6.
     half = 12.706 * 0.5 / 2
     assert f"guidance 2 less 4: +1.25 ± {half:.2f} (2 seeds)" in text
@@ -216,17 +216,6 @@ def test_a_ring_that_held_a_block_more_is_shown_with_it() -> None:
     assert "| frozen set | 4,096 | 3.1 | 2 | 90.00 |  |" in text
 
 
-def likeness(one: torch.nn.Module, other: torch.nn.Module) -> float:
-    """Largest cosine between weights of two networks, in standard deviations of unrelated ones."""
-    pairs = [
-        (a.flatten()[:n], b.flatten()[:n])
-        for a in one.parameters()
-        for b in other.parameters()
-        if (n := min(a.numel(), b.numel())) >= 64 and a.std() > 0 and b.std() > 0
-    ]
-    return max(float(cosine_similarity(a, b, dim=0).abs()) * len(a) ** 0.5 for a, b in pairs)
-
-
 @torch.no_grad()
 def test_no_student_starts_like_a_teacher() -> None:
     """Trained teachers keep so much of their initial weights that a common seed shows."""
@@ -243,7 +232,7 @@ def test_no_student_starts_like_a_teacher() -> None:
 def test_tables_render_with_whatever_rows_exist() -> None:
     stamp = {"device": "CPU", "date": "2026-01-01"}
     one = {"arm": "real", "top1": 0.9, "agreement": 0.95, "views": 100, "environment": stamp}
-    assert "| real training images (55,000) | 90.00 |  | 1 | 95.00 |" in tables.finding_1([one])
+    assert "| real training images | 90.00 |  | 1 | 95.00 |" in tables.finding_1([one])
     cell = {
         "part": "grid",
         "guidance_scale": 1.0,
@@ -255,7 +244,7 @@ def test_tables_render_with_whatever_rows_exist() -> None:
         "cpu_s": 3600.0,
         "environment": stamp,
     }
-    text = tables.finding_2([cell])
+    text = generator_tables.finding_2([cell])
     assert "| 1 | 80.00 |" in text and "1.00 CPU hours" in text
 
 
@@ -313,3 +302,110 @@ def test_a_line_is_found_and_a_bend_is_told() -> None:
     intercept, slope, worst = tables.line(xs, [3 + 2 * x for x in xs])
     assert (intercept, slope) == (pytest.approx(3.0), pytest.approx(2.0)) and worst < 1e-9
     assert tables.line(xs, [x**2 for x in xs])[2] > 0.2
+
+
+def test_every_arm_is_compared_with_real_images_by_seed() -> None:
+    stamp = {
+        "agreement": 0.9,
+        "views": 100,
+        "images": 512,
+        "environment": {"device": "CPU", "date": "2026-01-01"},
+    }
+    top1 = {"real": (0.90, 0.88), "diffusion": (0.89, 0.86), "other noise": (0.90, 0.86)}
+    rows = [
+        {"arm": arm, "seed": seed, "top1": value, **stamp}
+        for arm, values in top1.items()
+        for seed, value in enumerate(values)
+    ]
+    text = tables.finding_1(rows)
+    assert "| diffusion images (512) | 87.50 | 2.12 | 2 | 90.00 | -1.50 ± 6.35 (2 seeds) |" in text
+    assert "has not seen less noise that it has: +0.50 ± 6.35 (2 seeds)." in text
+    assert set(tables.ARMS) == set(finding_1.ARMS)
+
+
+def test_samples_of_images_are_what_the_interval_of_guidance_is_over() -> None:
+    """Gaps of the noise seeds 1 and 2 are 3 and 5, whatever the students of a sample do."""
+    stamp = {"environment": {"device": "CPU", "date": "2026-01-01"}, "images": 8, "views": 8}
+    rows = [
+        {
+            "part": "samples",
+            "student": "lenet5_half",
+            "guidance_scale": scale,
+            "num_steps": 16,
+            "noise_seed": noise,
+            "seed": seed,
+            "top1": (80 - (1 + 2 * noise) * (scale == 4) + (-1) ** seed) / 100,
+            **stamp,
+        }
+        for scale in (2.0, 4.0)
+        for noise in (1, 2)
+        for seed in (1, 2)
+    ]
+    text = generator_tables.finding_2_samples(rows)
+    wanted = f"| 80.00 | 76.00 | +4.00 ± {12.706:.2f} (2 noise seeds) | +3.00 +5.00 |"
+    assert f"| lenet5_half {wanted}" in text
+    assert "2 samples of 8 images, 2 student seeds on each, 16 steps" in text
+
+
+def test_equal_compute_cells_are_compared_with_the_first_by_seed() -> None:
+    stamp = {"environment": {"device": "CPU", "date": "2026-01-01"}, "images": 8, "views": 8}
+    rows = [
+        {
+            "part": "compute",
+            "guidance_scale": scale,
+            "num_steps": steps,
+            "seed": seed,
+            "top1": (80 - scale + seed) / 100,
+            **stamp,
+        }
+        for scale, steps in finding_2.EQUAL_COMPUTE
+        for seed in (1, 2)
+    ]
+    text = generator_tables.finding_2_checks(rows)
+    assert "guidance 1, 4 steps less guidance 1, 16 steps: +0.00 ± 0.00 (2 seeds)" in text
+    assert "less guidance 4, 50 steps: +3.00 ± 0.00 (2 seeds)." in text
+
+
+def test_each_sample_of_images_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        study, "generated", lambda count, settings, **_: (asked.append(settings), small_set(512))[1]
+    )
+    monkeypatch.setattr(study, "train_student", lambda *_, **__: {"top1": 0.5})
+    cells = study.Cells("thing", argparse.Namespace(record=False, threads=1, selects=()))
+    finding_2.samples(cells, 4, 2)
+    assert len(cells.rows) == 4 * 2 * 2 * 2
+    assert {settings[-1] for settings in asked} == {f"seed={n}" for n in (1, 2, 3, 4)}
+    assert len({tuple(settings) for settings in asked}) == 8
+
+
+def test_procedural_images_are_those_of_a_job() -> None:
+    images = finding_1.procedural(600)
+    assert images.shape == (600, 1, 28, 28) and len(images.flatten(1).unique(dim=0)) > 595
+    assert torch.equal(finding_1.procedural(50), images[:50])
+
+
+def test_long_trainings_see_as_many_generated_images_as_real_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def images(arm: str, data: Path, count: int = 0) -> study.FixedSet:
+        del data
+        seen.append((arm, count, 0))
+        return small_set(512)
+
+    def trained(images: study.FixedSet, **settings: Any) -> dict[str, Any]:
+        seen[-1] = (*seen[-1][:2], settings["num_views"])
+        return {"top1": 0.9}
+
+    monkeypatch.setattr(finding_1, "arm_images", images)
+    monkeypatch.setattr(study, "train_student", trained)
+    monkeypatch.setattr(study, "generated", lambda *_, **__: small_set(512))
+    finding_1.main(["--data", "DIR", "--seeds", "1", "--long-seeds", "2"])
+    assert [s[0] for s in seen[:6]] == list(finding_1.ARMS)
+    assert {s[1:] for s in seen[:6]} == {(30_720, tables.VIEWS)}
+    assert seen[6:] == 2 * [("diffusion", 54_784, 3_072_000), ("real", 54_784, 3_072_000)]
+    assert 0 <= 55_000 - finding_1.LONG_COUNT < study.BLOCK
+    _, is_shown, _ = tables.STUDY_TABLES["finding-1-long"]
+    assert is_shown({"views": 3_072_000}) and not is_shown({"views": tables.VIEWS})

@@ -49,3 +49,35 @@ def test_gains_that_one_run_cannot_tell_are_called_noise() -> None:
     ]
     text = tables.ladder(rows)
     assert "| 1.11x (noise) |" in text and "| 1.50x |" in text
+
+
+def test_gains_of_several_seeds_are_noise_where_their_interval_contains_one() -> None:
+    low, mean, high = tables.ratio_interval([2.0, 8.0])
+    assert abs(mean - 4.0) < 1e-9 and abs(low * high - 16.0) < 1e-6 and low < 1 < high
+    assert tables._gain(1.1, [1.10, 1.11, 1.09]) == "1.10x"
+    assert tables._gain(1.5, [1.5, 0.9, 1.2]) == "1.50x (noise)"
+    rows = [
+        {"arm": "ours, default", "times_faster_than_fp32": f, "times_faster_than_bf16": None}
+        for f in (6.0, 6.0, 6.0)
+    ]
+    text = tables.ratios(rows)
+    assert "ours, default, vs fp32: 6.0x (6.0 to 6.0, 3 runs)" in text and "bf16" not in text
+    assert tables.ratios(rows[:1]) == ""
+
+
+def test_few_steps_are_compared_with_many_by_seed() -> None:
+    """Gaps of 1 and 2 points, and of 10 and 20 s less."""
+    rows = [
+        {"job": job, "seed": seed, "top1": top1, "wall_s": wall}
+        for job, values in (
+            ("many", ((0.80, 100.0), (0.70, 200.0))),
+            ("few", ((0.81, 90.0), (0.72, 180.0))),
+        )
+        for seed, (top1, wall) in enumerate(values)
+    ]
+    text = tables.less(rows, ["many", "few"])
+    assert (
+        f"Few less many, paired by seed, ± 95 % interval: +1.50 ± {12.706 / 2:.2f} points" in text
+    )
+    assert f"-15.00 ± {12.706 * 5:.2f} s." in text
+    assert tables.less(rows[:1] + rows[2:3], ["many", "few"]) == ""
