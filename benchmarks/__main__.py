@@ -53,6 +53,7 @@ NAMES = {
     "kd-loss-gpu": ("loss.kd_loss_gpu", "the same on a GPU, in GB/s (benchmarks/gpu.sh)"),
     "nearest": ("findings.nearest", "generated images beside their nearest real ones"),
     "reuse": ("findings.reuse", "how many different images, and where the ring pays (3 seeds)"),
+    "plan": ("job.plan", "the time that dmkd plan predicts for the embedded job, and its run"),
     "ring": ("parts.ring", "insert, draw and limiter, and their share of a training step"),
     "sampler": ("parts.sampler", "images/s against diffusers' pipelines"),
     "step": ("job.step", "a training step alone, one change at a time, on ready views"),
