@@ -58,6 +58,7 @@ NAMES = {
     "loader": ("job.loader", "an ordinary loop with GeneratedLoader beside ours (5 seeds)"),
     "nearest": ("findings.nearest", "generated images beside their nearest real ones"),
     "reuse": ("findings.reuse", "how many different images, and where the ring pays (3 seeds)"),
+    "plan": ("job.plan", "the time that dmkd plan predicts for the embedded job, and its run"),
     "ring": ("parts.ring", "insert, draw and limiter, and their share of a training step"),
     "sampler": ("parts.sampler", "images/s against diffusers' pipelines"),
     "step": ("job.step", "a training step alone, one change at a time, on ready views"),

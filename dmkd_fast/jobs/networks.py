@@ -126,7 +126,7 @@ def load_teachers(
         _check_takes(section, module, spec.input, spec.num_classes, device)
         members.append(
             Teacher(
-                module=module,
+                module=to_channels_last(module),  # as views and test images are
                 input=spec.input,
                 class_map=class_map,
                 teaches=config.teaches,

@@ -109,6 +109,8 @@ def browser(profile: Path) -> Iterator[Browser]:
     to_browser, from_browser = os.pipe(), os.pipe()
     command = (
         f"exec {CHROMIUM} --headless --no-sandbox --disable-gpu --disable-dev-shm-usage "
+        # A picture of the whole page has no scrollbar, so its lines would break elsewhere.
+        "--hide-scrollbars "
         f"--remote-debugging-pipe --user-data-dir={profile} "
         f"3<&{to_browser[0]} 4>&{from_browser[1]}"
     )

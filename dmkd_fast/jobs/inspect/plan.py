@@ -13,6 +13,7 @@ import torch
 
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import Overrides, load_config
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory
 from dmkd_fast.jobs.build import make_sampler
 from dmkd_fast.jobs.images import OpenSource
@@ -199,7 +200,7 @@ def _steps(job: ResolvedJob, parts: Parts, flops: Flops) -> tuple[float, float]:
 
     The work is in evaluations of the denoiser; see `evaluations_per_image`.
     """
-    if isinstance(parts.origin, OpenSource):
+    if not isinstance(parts.origin, Denoiser):
         return 0.0, 0.0
     ring = memory.ring_plan(job.config, parts.origin.image_shape, job.ranks)
     forwards = evaluations = 0.0

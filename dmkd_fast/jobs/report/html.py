@@ -73,7 +73,7 @@ align-items:center;font-size:13px}
 .rows img{max-width:100%;display:block;height:auto}
 img{image-rendering:auto;background:var(--fill)}
 img.small{image-rendering:pixelated}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(132px,1fr));gap:14px 12px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(166px,1fr));gap:14px 12px}
 .tiles figure{margin:0;min-width:0}
 .tiles img{width:84px;height:84px;object-fit:contain;display:block}
 .tiles figcaption{font-size:12px;overflow-wrap:anywhere;margin-top:2px}
@@ -82,7 +82,8 @@ pre{background:var(--fill);padding:10px 12px;overflow-x:auto;font:12.5px/1.45 ui
 SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
 overflow-wrap:anywhere;margin:8px 0}
 img.confusion{width:min(100%,500px);image-rendering:pixelated;border:1px solid var(--line)}
-@media(max-width:600px){th,td{padding-right:10px}th.bar,td.bar{display:none}}
+@media(max-width:600px){th,td{padding-right:10px}th.bar,td.bar{display:none}
+svg.wide{font-size:13px}svg.wide .on,svg.wide .off{font-size:15px}}
 @media print{body{font-size:11px}main{max-width:none;padding:0}h2{break-after:avoid}
 figure,tr,.tiles figure{break-inside:avoid}a{color:inherit}
 .charts{grid-template-columns:repeat(3,1fr)}.scroll{overflow:visible}

@@ -154,9 +154,9 @@ def reliability(title: str, bins: Sequence[tuple[int, float, float]], color: int
 
 def heat_map(rows: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """Return a confusion matrix as cells shaded by the fraction of their row."""
-    size, left = len(rows), 104
+    size, left = len(rows), 120
     cell = min(40.0, 460 / size)
-    above, whole = 92, cell * size
+    above, whole = 104, cell * size
     parts = []
     for i, row in enumerate(rows):
         total, y = sum(row) or 1, above + i * cell
