@@ -133,7 +133,7 @@ if [ "$mode" = --record ]; then
   step render "${python[@]}" -m benchmarks render
 fi
 
-"${python[@]}" -m benchmarks gpu-summary "$logs" || failed+=(gpu-summary)
+"${python[0]}" -m benchmarks gpu-summary "$logs" || failed+=(gpu-summary)
 echo "passed: ${passed[*]:-none}"
 echo "failed: ${failed[*]:-none}"
 if [ "${#left[@]}" -gt 0 ]; then
