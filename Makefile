@@ -9,7 +9,7 @@ slim := distill,text,tensorboard
 BIN := .venv/bin
 STAMP := .venv/.ready
 LOWEST := build/lowest/bin
-XFORMERS := build/xformers/bin
+XFORMERS := build/xformers
 LOWEST_TESTS := tests/test_dependencies.py tests/loss/test_kd_loss_api.py tests/config tests/data \
   tests/views/test_views.py tests/denoisers tests/classifiers tests/jobs/test_daily_use.py
 NOT_OURS := --exclude 'libtorch*' --exclude 'libc10*'
@@ -38,16 +38,20 @@ test-lowest:
 	  ".[distill,text,tensorboard,onnx]" pytest hypothesis
 	$(LOWEST)/pytest -q -m "not slow and not hard" -o pythonpath=tests/helpers $(LOWEST_TESTS)
 
-# xFormers beside the torch that it is built for, in build/xformers: 4 GB to fetch.
+# The quick tests with xFormers and the torch that it is built for, which is the lowest one, too.
+# In build/xformers: 4 GB to fetch. A copy of the checkout has an extension built with that torch.
 test-xformers:
-	test -x $(XFORMERS)/python || $(PYTHON) -m venv build/xformers
-	$(XFORMERS)/python -m pip install --quiet -c constraints/cuda-xformers.txt \
+	test -x $(XFORMERS)/bin/python || $(PYTHON) -m venv $(XFORMERS)
+	rm -rf $(XFORMERS)/checkout && mkdir $(XFORMERS)/checkout
+	git ls-files -z | tar -c --null --files-from - | tar -x -C $(XFORMERS)/checkout
+	$(XFORMERS)/bin/python -m pip install --quiet -c constraints/cuda-xformers.txt \
 	  torch "setuptools>=77" ninja
-	$(XFORMERS)/python -m pip install --quiet -c constraints/cuda-xformers.txt \
-	  --no-build-isolation ".[distill,text,tensorboard,xformers]" pytest hypothesis
-	$(XFORMERS)/python -c "from xformers._cpp_lib import _built_with_cuda as cuda; assert cuda"
-	$(XFORMERS)/pytest -q -m "not slow and not hard" -o pythonpath=tests/helpers tests/denoisers \
-	  tests/loss tests/sampling
+	cd $(XFORMERS)/checkout && ../bin/python -m pip install --quiet \
+	  -c constraints/cuda-xformers.txt --no-build-isolation \
+	  -e ".[distill,text,tensorboard,onnx,xformers,dev]"
+	$(XFORMERS)/bin/python -c "from xformers._cpp_lib import _built_with_cuda; assert _built_with_cuda"
+	cd $(XFORMERS)/checkout && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile \
+	  -m "not slow and not hard"
 
 setup: $(STAMP)
 

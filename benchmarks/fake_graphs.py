@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 CPU = torch.device("cpu")
 Generator = torch.Generator  # which the rehearsal replaces
@@ -95,11 +95,32 @@ class _Kept:
         return torch.empty(0, dtype=self._dtype).set_(memory, *self._view)
 
 
+class _Call:
+    """An operator, its frozen arguments, and its frozen results of the capture."""
+
+    def __init__(self, func: Any, args: Any, kwargs: Any, results: Any) -> None:
+        self._func, self._args, self._kwargs = func, args, kwargs
+        self._results = tree_leaves(results)
+        leaves = [*tree_leaves((args, kwargs)), *self._results]
+        self._is_own = not any(isinstance(leaf, _Kept) for leaf in leaves)
+
+    def replay(self) -> None:
+        """Run the operator, and write into the results that do not share memory with the new."""
+        args, kwargs, results = self._args, self._kwargs, self._results
+        if not self._is_own:  # Most are, and a replay of all calls must be fast.
+            args, kwargs, results = _thawed((args, kwargs, results))
+        made = self._func(*args, **kwargs)
+        news = [made] if isinstance(made, Tensor) else tree_leaves(made)
+        for old, new in zip(results, news, strict=True):
+            if isinstance(old, Tensor) and _memory(old) != _memory(new):
+                old.copy_(new)
+
+
 class Graph:
     """Stand-in for `torch.cuda.CUDAGraph`: a list of operators in the order of their capture."""
 
     def __init__(self, keep_graph: bool = False) -> None:
-        self._calls: list[tuple[Any, Any, Any, Any]] = []
+        self._calls: list[_Call] = []
         self._own: set[int] = set()
         self._generators: dict[int, torch.Generator] = {}
 
@@ -109,10 +130,10 @@ class Graph:
 
     def replay(self) -> None:
         """Run the operators again, and write their results into the tensors of the capture."""
-        with torch.no_grad():
-            for func, args, kwargs, before in self._calls:
-                now = func(*_thawed(args), **_thawed(kwargs))
-                _copy_all(_thawed(before), now)
+        # Devices are those that compute, so nothing is left for the rehearsal to replace.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            for call in self._calls:
+                call.replay()
 
     def record(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator and note it."""
@@ -125,7 +146,7 @@ class Graph:
         theirs = _memories((args, kwargs)) - self._own
         made = func(*args, **kwargs)
         self._own |= _memories(made) - theirs
-        self._calls.append((func, *frozen, self._frozen(made)))
+        self._calls.append(_Call(func, *frozen, self._frozen(made)))
         return made
 
     def _frozen(self, values: Any) -> Any:
@@ -200,14 +221,3 @@ def _memories(values: Any) -> set[int]:
 
 def _thawed(values: Any) -> Any:
     return tree_map_only(_Kept, lambda kept: kept.tensor(), values)
-
-
-def _copy_all(before: Any, now: Any) -> None:
-    """Write results into the tensors of the capture, unless they share memory."""
-    olds: list[Tensor] = []
-    news: list[Tensor] = []
-    tree_map_only(Tensor, olds.append, before)
-    tree_map_only(Tensor, news.append, now)
-    for old, new in zip(olds, news, strict=True):
-        if _memory(old) != _memory(new):
-            old.copy_(new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -75,27 +76,38 @@ def time_interleaved(
 
     Args:
         arms: Calls to time.
-        n: Least number of timings of each arm.
+        n: Number of timings of each arm.
         warmup: Calls of each arm that are not timed.
-        at_least_s: Least time of each arm, all its timings together.
+        at_least_s: Time of each arm, all its timings together, if one call a timing takes less.
+            Each timing is then the mean of many calls, whose number follows from one more call.
 
     Returns:
-        For each arm: median_ms, p20_ms, p80_ms, n. Warm-up calls (compilation) are not timed.
+        For each arm: median_ms, p20_ms, p80_ms of one call, n. Warm-up calls (compilation) are not
+        timed.
     """
     for arm in arms.values():
         for _ in range(warmup):
             arm()
+    # Not the number of timings: a short arm would repeat the long ones as often.
+    calls = {
+        name: max(1, math.ceil(1e3 * at_least_s / n / _mean_ms(arm, 1))) if at_least_s else 1
+        for name, arm in arms.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in arms}
-    while arms and any(
-        len(values) < n or sum(values) < 1e3 * at_least_s for values in samples.values()
-    ):
+    for _ in range(n):
         for name, arm in arms.items():
-            _wait()
-            start = time.perf_counter()
-            arm()
-            _wait()
-            samples[name].append(1e3 * (time.perf_counter() - start))
+            samples[name].append(_mean_ms(arm, calls[name]))
     return {name: summary(values) for name, values in samples.items()}
+
+
+def _mean_ms(arm: Callable[[], object], calls: int) -> float:
+    """Return milliseconds of one of several calls in a row."""
+    _wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        arm()
+    _wait()
+    return 1e3 * (time.perf_counter() - start) / calls
 
 
 def summary(values_ms: list[float]) -> dict[str, float]:

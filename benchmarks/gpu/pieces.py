@@ -6,8 +6,8 @@ Ceilings: many products of two square matrices in half precision in a row, and a
 evaluation of DiT-XL/2 for guided images, the decoder, the teacher's forward pass, the student's
 step, views, loss, and whole steps as one CUDA graph each and not. MFU is the operations of a piece
 by its time, as a part of the measured product's. The kernels that a step spends most time in are
-printed by the profiler. Compilation: seconds of a sampler's first call and of a first step, in
-processes of their own, with an empty compiler cache (cold) and with a full one (warm).
+printed by the profiler. Compilation: seconds of a sampler's first call and of a first step, in a
+process of their own with an empty compiler cache (cold), and in one with a full cache (warm).
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from dmkd_fast.runtime.device import resolve_device, set_num_threads, set_repeat
 from dmkd_fast.training.distiller import Distiller
 
 PARTS = ("ceilings", "pieces", "compile")
-FIRST_CALLS = ("sampler", "step")
-REPEATED = 20  # calls per timing, so that the queue stays full
+# Least seconds of an arm, all its timings together.
+OF_CEILINGS, OF_PIECES = 10.0, 2.0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the arguments of the command line."""
     parser = arguments("gpu-pieces", __doc__ or "")
     parser.add_argument("--part", choices=PARTS, help="only this part")
-    parser.add_argument("--one", choices=FIRST_CALLS, help="time one first call, in here")
+    parser.add_argument("--one", action="store_true", help="time the first calls alone, in here")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small models, one timing")
     return parser.parse_args(argv)
 
@@ -58,8 +58,8 @@ def main(argv: list[str]) -> int:
     set_repeatable()
     report = Report(bench="gpu-pieces", arguments=recorded(options), device=device)
     bench = Pieces(report, TINY if options.tiny else Settings(), device, is_tiny=options.tiny)
-    if options.one is not None:
-        print(json.dumps({"first_call_s": bench.first_call(options.one)}))
+    if options.one:
+        print(json.dumps(bench.first_calls()))
         return 0
     failed = run_parts(bench, PARTS if options.part is None else (options.part,))
     report.finish(record=options.record)
@@ -81,7 +81,8 @@ class Pieces(Bench):
         a, b = (torch.randn(side, side, device=self.device).to(self.half) for _ in range(2))
         out, copied = torch.empty_like(a), torch.empty_like(a)
         found = self._timed(
-            {"product": partial(torch.mm, a, b, out=out), "copy": partial(copied.copy_, a)}
+            {"product": partial(torch.mm, a, b, out=out), "copy": partial(copied.copy_, a)},
+            OF_CEILINGS,
         )
         self.product = 2e-9 * side**3 / found["product"]
         for name, ms in found.items():
@@ -101,31 +102,30 @@ class Pieces(Bench):
         self._pieces_of_sampling()
 
     def compile(self) -> None:
-        """Measure the first calls in processes of their own."""
-        for which in FIRST_CALLS[: 1 if self.is_tiny else None]:
-            with tempfile.TemporaryDirectory() as cache:
-                for state in ("cold",) if self.is_tiny else ("cold", "warm"):
-                    self.report.rows.append(
-                        {
-                            "part": "compile",
-                            "piece": which,
-                            "cache": state,
-                            "seconds": self._in_a_process(which, cache),
-                        }
-                    )
+        """Measure the first calls, in a process for each state of the compiler cache."""
+        with tempfile.TemporaryDirectory() as cache:
+            for state in ("cold",) if self.is_tiny else ("cold", "warm"):
+                self.report.rows += [
+                    {"part": "compile", "piece": which, "cache": state, "seconds": seconds}
+                    for which, seconds in self._in_a_process(cache).items()
+                ]
 
-    def first_call(self, which: str) -> float:
-        """Return the seconds of a first call, models not counted."""
+    def first_calls(self) -> dict[str, float]:
+        """Return the seconds of the first sampling and of the first step, models not counted."""
+        s, found = self.settings, {}
         with tempfile.TemporaryDirectory() as folder:
-            if which == "sampler":
-                call = self._ours(self.settings.steps[0])
-            else:
-                call = self._distiller(self.settings.students[0], Path(folder)).train_step
-            self._wait()
-            started = time.perf_counter()
-            call()
-            self._wait()
-            return round(time.perf_counter() - started, 2)
+            makers: dict[str, Callable[[], Callable[[], object]]] = {
+                "sampler": partial(self._ours, s.steps[0]),
+                "step": lambda: self._distiller(s.students[0], Path(folder)).train_step,
+            }
+            for name, make in makers.items():
+                call = make()
+                self._wait()
+                started = time.perf_counter()
+                call()
+                self._wait()
+                found[name] = round(time.perf_counter() - started, 2)
+        return found
 
     def _pieces_of_step(self, student: str, folder: Path) -> None:
         s = self.settings
@@ -154,7 +154,8 @@ class Pieces(Bench):
                 "teacher": forward,
                 "student": learn,
                 "loss": partial(kd_loss_and_grad, *logits, temperature=10.0),
-            }
+            },
+            OF_PIECES,
         )
         whole = flops["teacher"] + flops["student"]
         flops |= {"whole step, one graph": whole, "whole step": whole}
@@ -180,7 +181,7 @@ class Pieces(Bench):
         with torch.inference_mode():
             flops = {"DiT": 2 * count * dit_flops(s.dit), "decoder": _flops(partial(decoder, few))}
             arms = {"DiT": partial(fast, latents, times, labels), "decoder": partial(decode, few)}
-            found = self._timed(arms)
+            found = self._timed(arms, OF_PIECES)
         self._add(found, flops, of=f"sampler, attention {attention}", batch=count)
 
     def _add(self, found: Mapping[str, float], flops: Mapping[str, float], **facts: Any) -> None:
@@ -197,19 +198,19 @@ class Pieces(Bench):
                 }
             )
 
-    def _timed(self, arms: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    def _timed(
+        self, arms: Mapping[str, Callable[[], object]], at_least_s: float
+    ) -> dict[str, float]:
         """Return median milliseconds of one call of each arm."""
-        count = 1 if self.is_tiny else REPEATED
-        repeated = {name: partial(_repeat, call, count) for name, call in arms.items()}
-        n, at_least = (1, 0.0) if self.is_tiny else (5, 10.0)
-        timings = time_interleaved(repeated, n=n, warmup=1, at_least_s=at_least)
-        return {name: timing["median_ms"] / count for name, timing in timings.items()}
+        n, at_least_s = (1, 0.0) if self.is_tiny else (5, at_least_s)
+        timings = time_interleaved(arms, n=n, warmup=1, at_least_s=at_least_s)
+        return {name: timing["median_ms"] for name, timing in timings.items()}
 
-    def _in_a_process(self, which: str, cache: str) -> float:
+    def _in_a_process(self, cache: str) -> dict[str, float]:
         command = [sys.executable]
         if torch.cuda.get_device_name() == "no GPU: rehearsal":
             command += ["-m", "benchmarks.fake_cuda"]
-        command += ["-m", "benchmarks", "gpu-pieces", "--one", which]
+        command += ["-m", "benchmarks", "gpu-pieces", "--one"]
         places = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
         done = subprocess.run(
             command + ["--tiny"] * self.is_tiny,
@@ -219,7 +220,8 @@ class Pieces(Bench):
             text=True,
             check=True,
         )
-        return float(json.loads(done.stdout.splitlines()[-1])["first_call_s"])
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return found
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -253,8 +255,3 @@ def _profile(step: Callable[[], object]) -> None:
             step()
         torch.cuda.synchronize()
     print(trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=25))
-
-
-def _repeat(call: Callable[[], object], count: int) -> None:
-    for _ in range(count):
-        call()

@@ -219,7 +219,7 @@ class Bench:
                 continue
             peaks[name], arms[name] = peak(), call
             del call
-        timings = time_interleaved(arms, n=n, warmup=1, at_least_s=self.settings.at_least_s)
+        timings = time_interleaved(arms, n=n, warmup=0, at_least_s=self.settings.at_least_s)
         return timings, peaks
 
     def _models(self) -> tuple[Any, Any]:

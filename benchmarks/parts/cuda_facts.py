@@ -1,6 +1,6 @@
-"""Measure the sampler on a GPU: host time, waits, allocations, batch, attention.
+"""Measure the sampler on a GPU: host time, waits, allocations, attention.
 
-DiT-XL/2 at 256 x 256, guided, latents only, random weights: a row per attention kernel and batch.
+DiT-XL/2 at 256 x 256, guided, latents only, random weights: a row per attention kernel.
 Run by benchmarks/gpu.sh.
 """
 
@@ -23,8 +23,7 @@ from dmkd_fast.denoisers.trainable import share_embedder
 from dmkd_fast.runtime.device import resolve_dtype
 
 STEPS = 10
-# xformers' kernels at one batch only: each row takes a compilation.
-CASES = (("sdpa", 8), ("sdpa", 32), ("sdpa", 128), ("xformers", 32))
+CASES = ("sdpa", "xformers")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -47,11 +46,11 @@ def main(argv: list[str]) -> int:
     with torch.device(device):
         dit = diffusers.DiTTransformer2DModel(**settings.dit).eval()
     share_embedder(dit)
-    for attention, batch in CASES:
+    for attention in CASES:
         try:
-            row = _row(dit, attention, batch, settings, half, n=1 if options.tiny else 5)
+            row = _row(dit, attention, settings, half, n=1 if options.tiny else 5)
         except (ValueError, torch.OutOfMemoryError) as reason:  # no xformers, or no room
-            print(f"{attention}, batch {batch}: left out ({reason})")
+            print(f"{attention}: left out ({reason})")
             continue
         report.rows.append(row)
     report.finish(record=options.record)
@@ -59,9 +58,10 @@ def main(argv: list[str]) -> int:
 
 
 def _row(
-    dit: Any, attention: Any, batch: int, settings: Settings, half: torch.dtype, *, n: int
+    dit: Any, attention: Any, settings: Settings, half: torch.dtype, *, n: int
 ) -> dict[str, Any]:
     device, side = torch.device("cuda"), settings.latent_side
+    batch = settings.sampler_batch
     lean = lean_dit(dit)
     assert lean is not None
     lean.choose_attention(attention, device=device, dtype=half)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Report, arguments, recorded, time_interleaved
 from benchmarks.parts.sampler_models import (
+    GPU,
     TINY,
     Sizes,
     decoder_flops,
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     device = resolve_device("auto")
     half = resolve_dtype("auto", device)
     report = Report(bench="sampler", arguments=recorded(options), device=device)
-    sizes = TINY if options.tiny else Sizes()
+    sizes = TINY if options.tiny else GPU if device.type == "cuda" else Sizes()
     bench = Bench(report, device, half, 1 if options.tiny else options.n, sizes)
     if options.model is not None:
         bench.folder(options.model)

@@ -42,6 +42,8 @@ class Sizes:
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)
 
 
+# A GPU is not filled by less.
+GPU = Sizes(flow_steps=((10, 128),), latent_steps=(4,), latent_batch=64, sweep=(64,))
 # A rehearsal of the same lines.
 TINY = Sizes(
     flow_steps=((1, 4),),

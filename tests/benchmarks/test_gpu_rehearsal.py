@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,22 @@ def test_pretended_graphs_replay_and_waits_and_wrong_calls_are_errors() -> None:
     assert not torch.zeros(3).is_cuda
 
 
+def test_products_in_float16_are_those_in_float32_rounded_also_in_a_graph() -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(6, 5)
+    layers = tuple(layer.half().requires_grad_(False) for layer in layers)
+    inputs = torch.randn(2, 3, 8, 8).half(), torch.randn(7, 6).half()
+    with pretended():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        for x in inputs:
+            x.mul_(3)
+        graph.replay()
+    for layer, x, result in zip(layers, inputs, made, strict=True):
+        assert torch.equal(result, layer.float()(x.float()).half())
+
+
 def test_trial_runs_of_a_captured_sampler_are_not_counted() -> None:
     from sampler_cases import dit_sampler
 
@@ -217,7 +234,7 @@ def test_rivals_pieces_and_jobs_leave_all_their_rows(rehearsal: tuple[Path, str]
         *(("ceiling", piece) for piece in ("product", "copy")),
         *(("piece", piece) for piece in ("whole step, one graph", "whole step", "draw", "views")),
         *(("piece", piece) for piece in ("teacher", "student", "loss", "DiT", "decoder")),
-        ("compile", "sampler"),
+        *(("compile", piece) for piece in ("sampler", "step")),
     }
     for row in rows:
         if row.get("piece") in ("whole step", "teacher", "student", "DiT", "decoder"):
@@ -225,6 +242,22 @@ def test_rivals_pieces_and_jobs_leave_all_their_rows(rehearsal: tuple[Path, str]
     rows = rehearsed(rehearsal, "job")["rows"]
     assert [r["arm"] for r in rows] == ["baseline, half", "ours, cold"]
     assert all(0 < r["top1"] < 1 and r["wall_s"] > 0 for r in rows)
+
+
+def test_guesses_of_the_steps_fit_into_the_limits_and_are_those_of_the_page() -> None:
+    """40 minutes in all and eight for a step, with a second GPU as well."""
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8").replace("\\\n", "")
+    lines = re.findall(r"^ *(?:step|measure) ([\w-]+) (.*)$", script, re.MULTILINE)
+    found = {name: re.search(r"# ([\d.]+) min$", line) for name, line in lines}
+    assert {name for name, guess in found.items() if guess is None} == {"rivals", "render"}
+    guesses = {name: float(guess[1]) for name, guess in found.items() if guess is not None}
+    assert set(STEPS) - set(guesses) == {"rivals"} and max(guesses.values()) <= 8
+    assert sum(guesses.values()) <= 40
+    page = (ROOT / "docs" / "results" / "performance.md").read_text(encoding="utf-8")
+    table = page.partition("| step | what | guess, minutes |\n")[2].partition("\n\n")[0]
+    shown = re.findall(r"^\| `([\w-]+)` \| .* \| ([\d.]+) \|$", table, re.MULTILINE)
+    assert {name: float(guess) for name, guess in shown} == guesses
+    assert f"for an H100, {sum(guesses.values()):g} in all" in page
 
 
 def gpu_sh(tmp_path: Path, python: str, **environment: str) -> tuple[int, list[str]]:

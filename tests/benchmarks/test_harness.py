@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,18 +49,25 @@ def test_missed_goal_is_reported_and_rows_are_recorded(
     assert row["x"] == 1 and row["arguments"] == {"n": 3}
 
 
-def test_arms_are_timed_as_often_and_as_long_as_asked() -> None:
-    calls = {"short": 0, "long": 0}
+def test_arms_are_timed_as_often_and_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short arm is called more often in a timing; the long ones beside it are not."""
+    clock, calls = [0.0], {"short": 0, "long": 0, "longest": 0}
 
     def arm(name: str, seconds: float) -> None:
         calls[name] += 1
-        time.sleep(seconds)
+        clock[0] += seconds
 
-    arms = {"short": lambda: arm("short", 0.001), "long": lambda: arm("long", 0.01)}
-    timings = harness.time_interleaved(arms, n=2, warmup=1, at_least_s=0.05)
-    assert timings["short"]["n"] == timings["long"]["n"] == calls["short"] - 1
-    assert timings["short"]["n"] * timings["short"]["median_ms"] >= 25
-    assert harness.time_interleaved(arms, n=2, warmup=0)["short"]["n"] == 2
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    lengths = {"short": 1 / 128, "long": 1.0, "longest": 8.0}
+    arms = {name: partial(arm, name, seconds) for name, seconds in lengths.items()}
+    timings = harness.time_interleaved(arms, n=2, warmup=1, at_least_s=4.0)
+    # A warm-up, a call that tells how many calls a timing has, and two timings.
+    assert calls == {"short": 2 + 2 * 256, "long": 2 + 2 * 2, "longest": 2 + 2}
+    for name, seconds in lengths.items():
+        assert timings[name]["n"] == 2
+        assert timings[name]["median_ms"] == pytest.approx(1e3 * seconds)
+    calls["short"] = 0
+    assert harness.time_interleaved(arms, n=2, warmup=0)["short"]["n"] == calls["short"] == 2
 
 
 def test_state_of_a_gpu_is_what_nvidia_smi_says(

@@ -172,9 +172,12 @@ def _deduced_on_cpu(deduce: Callable[[Any, Node], Any]) -> Callable[[Any, Node],
 def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Take the place of PyTorch's attention, which asks the real device for its kernel.
 
-    Heads of more than 256 numbers, as in the decoder, are too wide for all other kernels.
+    One kernel takes all shapes: heads of more than 256 numbers, as in the decoder, and masks.
     """
-    assert query.shape[-1] > 256 and not any(options.values())
+    mask = options.pop("attn_mask", None)
+    assert not any(options.values())
+    if mask is not None:
+        mask = mask.expand(*query.shape[:-1], key.shape[-2])
     run = torch.ops.aten._scaled_dot_product_efficient_attention
-    attended: Tensor = run(query, key, value, None, compute_log_sumexp=False)[0]
+    attended: Tensor = run(query, key, value, mask, compute_log_sumexp=False)[0]
     return attended

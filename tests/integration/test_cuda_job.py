@@ -143,14 +143,22 @@ def fitted(distiller: Distiller) -> Distiller:
     return distiller
 
 
-def test_two_runs_and_a_resumed_one_end_with_the_same_bits(tmp_path: Path) -> None:
-    whole = fitted(job(tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Distiller:
+    """A job that ran to its end."""
+    set_repeatable()
+    return fitted(job(tmp_path_factory.mktemp("whole")))
+
+
+def test_two_runs_and_a_resumed_one_end_with_the_same_bits(
+    whole: Distiller, tmp_path: Path
+) -> None:
     expected = fingerprint(whole)
     assert whole._captured is not None
     assert all(row["loss"] > 0 for row in rows(whole.run_dir))
     assert all(w.isfinite().all() for w in whole.student.average.module.state_dict().values())
     assert fingerprint(fitted(job(tmp_path / "again"))) == expected
-    for step in (3, 17, 26):
+    for step in (3, 26):
         broken = job(tmp_path / f"broken{step}", checkpoint_every_s=1e-6)
         stop_after(broken, step)
         resumed = job(broken.run_dir)
@@ -186,15 +194,14 @@ def test_images_of_a_damaged_block_are_made_again_on_the_gpu(tmp_path: Path) -> 
         assert torch.equal(again.ring.images[slots], images[slots])
 
 
-def test_blocks_and_checkpoints_hold_what_the_gpu_held(tmp_path: Path) -> None:
-    run = fitted(job(tmp_path / "run"))
-    newest = sorted((run.run_dir / "checkpoints").glob("step-*"))[-1]
+def test_blocks_and_checkpoints_hold_what_the_gpu_held(whole: Distiller) -> None:
+    newest = sorted((whole.run_dir / "checkpoints").glob("step-*"))[-1]
     saved = load_file(newest / "state.safetensors")
-    for name, value in run.student.model.state_dict().items():
+    for name, value in whole.student.model.state_dict().items():
         assert torch.equal(saved[f"student/{name}"], value.cpu()), name
-    for path in (run.run_dir / "blocks").glob("block-*"):
-        slots = run.blocks.ring.blocks.slots(int(path.stem.partition("-")[2]))
-        assert torch.equal(load_file(path)["images"], run.ring.images[slots].cpu())
+    for path in (whole.run_dir / "blocks").glob("block-*"):
+        slots = whole.blocks.ring.blocks.slots(int(path.stem.partition("-")[2]))
+        assert torch.equal(load_file(path)["images"], whole.ring.images[slots].cpu())
 
 
 def test_steps_and_refills_never_wait_for_the_device(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 import inductor_cuda
-from inductor_cases import CASES, IMAGES, PAPER
+from inductor_cases import CASES, IMAGES, PAPER, Case, sample
 from paper_models import DIT
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -54,9 +55,15 @@ def test_golden_file_has_all_cases_without_spills_and_graph_breaks() -> None:
     assert [name for name, graph in GRAPHS if not graph["calls"]] == []
 
 
-def test_each_kind_of_step_is_one_graph_or_two_where_guidance_has_an_interval() -> None:
-    steps = {name: len(GOLDEN[name]["graphs"]) for name in CASES if "block" in name}
-    assert steps == {name: 2 if "interval" in name else 1 for name in steps}
+def test_each_kind_of_step_is_one_graph_two_with_an_interval_and_three_with_a_guide() -> None:
+    steps = {name: len(GOLDEN[name]["graphs"]) for name, case in CASES.items() if is_step(case)}
+    assert len(steps) == 11
+    for name, count in steps.items():
+        assert count == (2 if "interval" in name else 3 if "with a guide" in name else 1), name
+
+
+def is_step(case: Case) -> bool:
+    return isinstance(case.run, partial) and case.run.func is sample
 
 
 def test_a_transformer_block_is_five_products_and_two_launches() -> None:

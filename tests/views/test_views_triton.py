@@ -120,7 +120,7 @@ def test_on_a_gpu_crops_and_flips_are_those_of_the_cpu() -> None:
 
 @pytest.mark.cuda
 def test_on_a_gpu_slots_beyond_32_bit_offsets_are_read() -> None:
-    slots = torch.zeros(12_000, 3, 256, 256, dtype=torch.uint8, device="cuda")
+    slots = torch.empty(12_000, 3, 256, 256, dtype=torch.uint8, device="cuda")
     slots[-1] = torch.randint(0, 256, slots.shape[1:], dtype=torch.uint8)
     box = torch.tensor([[0, 0, 256, 256]], dtype=torch.int32, device="cuda")
     rest = {
