@@ -50,6 +50,7 @@ test-xformers:
 	  -c constraints/cuda-xformers.txt --no-build-isolation \
 	  -e ".[distill,text,tensorboard,onnx,xformers,dev]"
 	$(XFORMERS)/bin/python -c "from xformers._cpp_lib import _built_with_cuda; assert _built_with_cuda"
+	$(XFORMERS)/bin/python -c "import dmkd_fast._C"  # installs go on where it cannot be compiled
 	cd $(XFORMERS)/checkout && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile \
 	  -m "not slow and not hard"
 

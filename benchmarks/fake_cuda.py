@@ -43,8 +43,10 @@ _IS_ON_CUDA: dict[Any, Any] = {
 
 
 # Float16 has no instructions on most CPUs, where these would take 20 times as long in it.
-PRODUCTS = ("linear", "linear_gelu", "conv2d", "matmul", "__matmul__", "bmm", "baddbmm")
-PRODUCTS += ("scaled_dot_product_attention",)
+PRODUCTS = {
+    *("linear", "linear_gelu", "conv2d", "matmul", "__matmul__", "bmm", "baddbmm"),
+    "scaled_dot_product_attention",
+}
 
 
 def main(argv: list[str]) -> None:
