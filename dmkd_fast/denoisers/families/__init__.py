@@ -120,5 +120,6 @@ def check_index(model: ModelFolder, family: Family) -> None:
 def published_name(config: Mapping[str, Any]) -> Any:
     """Return the class that the config of a network names, by its name in diffusers today."""
     name, norm = config.get("_class_name"), config.get("norm_type")
-    is_text = isinstance(name, str) and isinstance(norm, str)
-    return PUBLISHED.get((name, norm), name) if is_text else name
+    if isinstance(name, str) and isinstance(norm, str):
+        return PUBLISHED.get((name, norm), name)
+    return name
