@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         for name in TEACHERS:
             seed = FIRST_TEACHER_SEED + number
             facts = train_teacher(name, seed, options)
-            cell = {"part": "teacher", "teacher": name, "teacher_seed": seed}
+            cell: Row = {"part": "teacher", "teacher": name, "teacher_seed": seed}
             if not cells.has(**cell):
                 path = teacher_path(name, seed, options.teacher_views)
                 cells.add(cell, facts | on_images(path, images))

@@ -47,9 +47,9 @@ from dmkd_fast.classifiers.loading import build_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
+from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import networks
 from dmkd_fast.jobs.build import make_sampler
-from dmkd_fast.jobs.images import OpenSource
 from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.runtime.device import keep_freed_memory, resolve_dtype, set_num_threads
 
@@ -160,7 +160,7 @@ def generated(count: int, overrides: Sequence[str], *, file: str = "many_steps.y
     there = len(held["labels"]) if held else 0
     if there < count:
         job, parts = prepare(load_config(DistillConfig, ROOT / "configs" / file, list(overrides)))
-        assert not isinstance(parts.origin, OpenSource)
+        assert isinstance(parts.origin, Denoiser)
         sampler = make_sampler(job, parts.origin)
         ids = torch.arange(there, count)
         labels = LabelStream(parts.origin.num_classes, seed=job.config.seed).labels_of(ids)

@@ -227,6 +227,7 @@ def open_source(
     if config.follow:
         _wait_for_plan(folder, config.wait_s)
     kind = sources.find_kind(folder) if config.kind == "auto" else config.kind
+    assert kind != "priors"  # It has no folder.
     size = config.image_size
     if kind == "shards":
         shards = sources.ShardSource(folder)

@@ -163,7 +163,7 @@ def open_stored(
     if not config.teacher.stored:
         return None
     assert config.source is not None
-    path, source = config.source.path, images.source
+    path, source = config.source.folder, images.source
     plan = source.plan.teacher_logits if isinstance(source, ShardSource) else None
     if not isinstance(source, ShardSource) or plan is None:
         expected = "a directory of dmkd generate --teacher-logits"

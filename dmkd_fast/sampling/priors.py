@@ -142,7 +142,7 @@ def scenes(seed: int, ids: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
     outline = outline * (0.5 * next(draw))
     count, contrast = 1 + (MOST_SHAPES * next(draw)).floor(), 0.5 * next(draw).square()
     gain = torch.exp2(0.5 * (next(draw) - 0.5))
-    image = (background + contrast[:, None] * textures[0]) * ~is_dark[:, None]
+    image: Tensor = (background + contrast[:, None] * textures[0]) * ~is_dark[:, None]
     for k, numbers_of_shape in enumerate(of_shapes.unbind(1)):
         cover = _cover(numbers_of_shape, k, x, y, outline, is_mirrored) * (k < count)
         paint = 0.6 * numbers_of_shape[:, 9:10].square() * textures[k % 2]
