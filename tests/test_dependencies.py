@@ -203,6 +203,30 @@ def functorch() -> None:
     assert not torch._C._are_functorch_transforms_active()
 
 
+def dispatch_state() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        pass
+
+    assert torch._C._len_torch_dispatch_stack() == 0
+    with Mode():
+        assert torch._C._len_torch_dispatch_stack() == 1
+    assert not torch._C._autograd._profiler_enabled()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert torch._C._autograd._profiler_enabled()
+
+
+def dispatch_keys() -> None:
+    def keys(x: torch.Tensor) -> int:
+        return int(torch._C._dispatch_keys(x).raw_repr())
+
+    plain = torch.zeros(2, dtype=torch.complex64)
+    assert keys(plain) == keys(torch.ones(3)) != keys(plain.conj())
+    with torch.inference_mode():
+        assert keys(torch.zeros(2)) != keys(plain)
+
+
 def stores() -> None:
     from torch._C._distributed_c10d import PrefixStore, TCPStore
 
@@ -287,6 +311,10 @@ CANARIES = {
     "torch.utils._pytree.tree_map_only": trees,
     "torch._fused_sdp_choice": attention_choice,
     "torch._C._are_functorch_transforms_active": functorch,
+    "torch._C._dispatch_keys": dispatch_keys,
+    "torch._C._len_torch_dispatch_stack": dispatch_state,
+    "torch._C._autograd": dispatch_state,
+    "torch._C._autograd._profiler_enabled": dispatch_state,
     "torch._C._distributed_c10d.PrefixStore": stores,
     "torch._C._distributed_c10d.TCPStore": stores,
     "torch._foreach_copy_": foreach,

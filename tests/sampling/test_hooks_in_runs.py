@@ -150,5 +150,5 @@ def test_hooks_for_images_on_disk_are_refused() -> None:
     config = load_config(DistillConfig, ROOT / "configs" / "from_disk.yaml")
     facts = {"image_shape": (1, 28, 28), "num_classes": 10, "license": "unknown"}
     images = OpenSource(source=object(), kind="shards", **facts)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"hooks: got guide Shift with source.path, expected none"):
+    with pytest.raises(UserError, match=r"hooks: got guide Shift with source, expected none"):
         make_stream(resolve(config), images, 1, hooks=Hooks(guide=Shift()), show=False)
