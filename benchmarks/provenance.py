@@ -74,7 +74,7 @@ def counted(rows: Iterable[Row], cell: Callable[[Row], Any] = lambda _: None) ->
 
     def is_shown(row: Row) -> bool:
         mark = MARKS.get(row.get("superseded", ""))
-        enough = 1 if mark is not None and mark.misleads else ENOUGH
+        enough = 1 if mark is not None and mark.misleads else _enough(row)
         return "superseded" not in row or others[cell(row)] < enough
 
     return [row for row in rows if is_shown(row)]
@@ -84,7 +84,12 @@ def awaited(rows: Iterable[Row], cell: Callable[[Row], Any] = lambda _: None) ->
     """Find the superseded rows that too few other rows stand for."""
     rows = list(rows)
     others = _others(rows, cell)
-    return [row for row in rows if "superseded" in row and others[cell(row)] < ENOUGH]
+    return [row for row in rows if "superseded" in row and others[cell(row)] < _enough(row)]
+
+
+def _enough(row: Row) -> int:
+    """Return how many rows replace one: figures of a cell itself are no mean over seeds."""
+    return 1 if row.get("seed") == "quality" else ENOUGH
 
 
 def remarks(rows: Iterable[Row]) -> str:

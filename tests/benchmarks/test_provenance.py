@@ -16,6 +16,11 @@ def test_superseded_rows_give_way_to_as_many_as_an_interval_needs() -> None:
     assert provenance.counted([wrong, {"cell": 2}], cell) == [wrong, {"cell": 2}]
     assert provenance.awaited([wrong, new], cell) == [wrong]
     assert provenance.awaited([wrong, new, new, new], cell) == []
+    # Figures of a cell that no mean is taken over: one row replaces one.
+    timing = {"cell": 1, "seed": "quality", "superseded": "beside other work"}
+    again = {"cell": 1, "seed": "quality"}
+    assert provenance.counted([timing, again], cell) == [again]
+    assert provenance.awaited([timing, again], cell) == []
     assert "initial weights of the weak teacher" in provenance.remarks([wrong])
 
 
