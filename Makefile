@@ -42,7 +42,7 @@ test-lowest:
 	  torch "setuptools>=77" ninja
 	cd $(LOWEST)/checkout && ../bin/python -m pip install --quiet -c constraints/lowest.txt \
 	  --no-build-isolation -e ".[distill,text,tensorboard,onnx]" pytest hypothesis
-	$(LOWEST)/bin/python -c "import torch, dmkd_fast._C"  # installs go on where it cannot be compiled
+	cd $(LOWEST)/checkout && ../bin/python -c "import torch, dmkd_fast._C"  # installs go on where it cannot be compiled
 	cd $(LOWEST)/checkout && ../bin/python -m pytest -q -m "not slow and not hard" $(LOWEST_TESTS)
 
 # The quick tests with xFormers and the torch that it is built for, which is the lowest one, too.
@@ -56,7 +56,7 @@ test-xformers:
 	  -c constraints/cuda-xformers.txt --no-build-isolation \
 	  -e ".[distill,text,tensorboard,onnx,xformers,dev]"
 	$(XFORMERS)/bin/python -c "from xformers._cpp_lib import _built_with_cuda; assert _built_with_cuda"
-	$(XFORMERS)/bin/python -c "import torch, dmkd_fast._C"  # installs go on where it cannot be compiled
+	cd $(XFORMERS)/checkout && ../bin/python -c "import torch, dmkd_fast._C"  # installs go on where it cannot be compiled
 	cd $(XFORMERS)/checkout && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile \
 	  -m "not slow and not hard"
 

@@ -26,7 +26,7 @@ PyObject* instruction_set(PyObject*, PyObject*) {
 
 Tensor tensor_of(PyObject* object) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_tensor_from_pyobject(object, &handle));
+  TORCH_ERROR_CODE_CHECK(torch_tensor_from_pyobject(object, &handle));
   return Tensor(handle);
 }
 
@@ -67,8 +67,7 @@ PyObject* loss_and_gradient_of(PyObject*, PyObject* fields) {
     result = PyTuple_New(3);
     for (Py_ssize_t i = 0; result != nullptr && i < 3; ++i) {
       void* object = nullptr;
-      STABLE_TORCH_ERROR_CODE_CHECK(
-          torch_tensor_to_pyobject((*tensors)[i].get(), nullptr, &object));
+      TORCH_ERROR_CODE_CHECK(torch_tensor_to_pyobject((*tensors)[i].get(), nullptr, &object));
       PyTuple_SetItem(result, i, static_cast<PyObject*>(object));  // takes it over
     }
     return result;
