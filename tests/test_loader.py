@@ -18,6 +18,7 @@ from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.parts import prepare
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError
+from examples.plain_loop import train
 
 MIX = {"mix": {"cutmix_alpha": 1.0, "mixup_alpha": 0.5}}
 TWO_RANKS = ["ring.capacity_images=256", "ring.min_fill_images=128"]  # blocks of 64 images each
@@ -146,3 +147,13 @@ def test_mistakes_are_named() -> None:
         loader().set_epoch(-1)
     with pytest.raises(UserError, match="batch_size: got a state of batches of 16, expected 32"):
         loader().load_state_dict(loader(batch_size=16).state_dict())
+
+
+def test_the_ordinary_loop_of_the_examples_trains() -> None:
+    student = prepare(config())[1].student
+    before = [p.detach().clone() for p in student.parameters()]
+    averages = list(train(student, loader(steps_per_epoch=3, teacher_logits=True), 2))
+    assert len(averages) == 2
+    for old, new, mean in zip(before, student.parameters(), averages[1].parameters(), strict=True):
+        assert not torch.equal(old, new) and not torch.equal(new, mean)
+        assert mean.isfinite().all()
