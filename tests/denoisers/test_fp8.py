@@ -93,7 +93,8 @@ def test_a_dit_in_8_bits_is_close_and_compiles_to_one_graph_for_its_blocks() -> 
     torch.compiler.reset()
     sampler._advance = compiled(advance, backend=backend)
     assert torch.equal(make(sampler, torch.arange(4), 1000), eager)
-    assert parts == [2]
+    # The step and one block, or with torch 2.10 each of its two.
+    assert parts == [2 if torch.torch_version.TorchVersion(torch.__version__) >= (2, 14) else 3]
 
 
 def test_a_width_that_no_product_takes_is_refused() -> None:

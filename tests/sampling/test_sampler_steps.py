@@ -91,7 +91,10 @@ def test_one_graph_serves_all_blocks_of_a_dit() -> None:
         assert torch.equal(make(sampler, torch.arange(4), 1000), eager)
         compiled_products.append(counts)
     # Around the blocks: patches, two of the timestep, modulations, output. In a block: four.
-    assert compiled_products == [[[5, 4], [5, 4]]] * 2
+    # torch 2.14 has one block at any depth; 2.10 has every block.
+    has_one = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
+    expected = [[5, *[4] * (1 if has_one else num_layers)] for num_layers in (2, 6)]
+    assert compiled_products == [[products] * 2 for products in expected]
 
 
 def test_blocks_share_a_graph_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
