@@ -154,6 +154,8 @@ def test_the_ordinary_loop_of_the_examples_trains() -> None:
     before = [p.detach().clone() for p in student.parameters()]
     averages = list(train(student, loader(steps_per_epoch=3, teacher_logits=True), 2))
     assert len(averages) == 2
+    # Weight decay alone would change the weights as well.
+    assert all(p.grad is not None and p.grad.any() for p in student.parameters())
     for old, new, mean in zip(before, student.parameters(), averages[1].parameters(), strict=True):
         assert not torch.equal(old, new) and not torch.equal(new, mean)
         assert mean.isfinite().all()

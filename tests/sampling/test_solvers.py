@@ -4,105 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from diffusers.schedulers import (
-    scheduling_consistency_models,
-    scheduling_ddpm,
-    scheduling_dpmsolver_multistep,
-    scheduling_euler_ancestral_discrete,
-)
-from small_jobs import sampler_from
-from torch import Tensor, nn
+from schedulers import CPU, SavedConfig, config_of, ours_and_theirs
 
 from dmkd_fast import Steps
 from dmkd_fast.runtime import errors
-from dmkd_fast.sampling.noise_levels import (
-    VARIANCE_PRESERVING,
-    _beta_quantiles,
-    alpha_bar,
-    spaced_sigmas,
-    spaced_timesteps,
-)
+from dmkd_fast.sampling.noise_levels import VARIANCE_PRESERVING
 from dmkd_fast.sampling.solvers import SolverTable, solver_table
-
-SHAPE = (1, 6, 6)
-CPU = torch.device("cpu")
-
-
-class Wave(nn.Module):
-    """A smooth function of state and timestep; with `width=2` it predicts variances too."""
-
-    def __init__(self, width: int = 1) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        del labels
-        value = torch.tanh(0.7 * latents + timesteps[:, None, None, None] / 900 - 0.4)
-        return torch.cat([value, value.flip(2)][: self.width], dim=1)
-
-
-class SavedConfig:
-    """A scheduler of which only its file is known."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-
-
-def config_of(scheduler: Any) -> dict[str, Any]:
-    if isinstance(scheduler, SavedConfig):
-        return scheduler.config
-    return dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
-
-
-def ours_and_theirs(
-    monkeypatch: pytest.MonkeyPatch,
-    scheduler: Any,
-    num_steps: int,
-    *,
-    solver: str = "auto",
-    like: Any = None,
-    width: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Final states from the same noise; `like` is the scheduler whose config ours is built from."""
-    model = Wave(width)
-    sampler = sampler_from(
-        module=model,
-        scheduler=config_of(like or scheduler),
-        latent_shape=SHAPE,
-        num_classes=3,
-        count=num_steps,
-        solver=solver,
-        micro_batch_images=3,
-    )
-    ids = torch.arange(3)
-    mine = sampler.trajectory(ids, ids)[-1]
-
-    drawn = iter(sampler._noise(ids, step) for step in range(1, num_steps + 1))
-    for module in (
-        scheduling_ddpm,
-        scheduling_consistency_models,
-        scheduling_euler_ancestral_discrete,
-    ):
-        monkeypatch.setattr(
-            module, "randn_tensor", lambda shape, **_: next(drawn).expand(-1, shape[1], -1, -1)
-        )
-    scheduler.set_timesteps(num_steps)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # otherwise a step is left out where timesteps repeat
-    x = sampler._noise(ids, 0) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(x, timestep)
-        output = model(inputs, timestep.float().expand(3), ids)
-        x = scheduler.step(output, timestep, x).prev_sample
-    return mine, x
-
 
 DDIM = [
     {},
@@ -177,59 +89,6 @@ def test_dpm_solver(
     scheduler = diffusers.DPMSolverMultistepScheduler(**settings)
     mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps)
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-
-
-def ppf(p: float, a: float, b: float) -> Any:
-    """Our quantiles by scipy's call, which diffusers makes; a test of their own judges them."""
-    assert a == b == 0.6
-    return _beta_quantiles(np.array([p]))[0]
-
-
-SCIPY = SimpleNamespace(stats=SimpleNamespace(beta=SimpleNamespace(ppf=ppf)))
-SPACED = [
-    {"use_karras_sigmas": True},
-    {"use_exponential_sigmas": True},
-    {"use_lu_lambdas": True},
-    {"use_beta_sigmas": True},
-]
-SCHEDULES = [
-    {},
-    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-    {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"},
-    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-    {"num_train_timesteps": 371, "solver_order": 1, "final_sigmas_type": "sigma_min"},
-]
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(s) or "default")
-@pytest.mark.parametrize("spacing", SPACED, ids=lambda s: next(iter(s)))
-def test_spaced_noise_levels(
-    monkeypatch: pytest.MonkeyPatch, spacing: dict[str, Any], schedule: dict[str, Any]
-) -> None:
-    """Timesteps, too, are those of diffusers, which cuts them to whole numbers."""
-    monkeypatch.setattr(scheduling_dpmsolver_multistep, "scipy", SCIPY, raising=False)
-    monkeypatch.setattr(scheduling_dpmsolver_multistep, "is_scipy_available", lambda: True)
-    for num_steps in (1, 2, 7, 20, 33):
-        scheduler = diffusers.DPMSolverMultistepScheduler(**spacing, **schedule)
-        config = config_of(scheduler)
-        scheduler.set_timesteps(num_steps)
-        found = spaced_sigmas(config, num_steps, scheduler.config.num_train_timesteps)
-        assert found is not None
-        assert torch.equal(found[0], scheduler.timesteps)
-        torch.testing.assert_close(found[1].float(), scheduler.sigmas[:-1], rtol=2e-6, atol=0)
-    mine, theirs = ours_and_theirs(monkeypatch, scheduler, 20)
-    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-
-
-def test_quantiles_of_the_beta_distribution_halve_its_mass() -> None:
-    """Against midpoint sums of the density, after x = sin(t)^2, which removes its poles."""
-    p = np.linspace(0, 1, 41)
-    got = _beta_quantiles(p)
-    assert got[0] == 0 and got[-1] == 1 and (np.diff(got) > 0).all()
-    edges = np.linspace(0, np.pi / 2, 400_001)
-    density = np.sin(edges[:-1] + edges[1:]) ** 0.2  # of t, with both parameters 0.6
-    mass = np.concatenate(([0], np.cumsum(density))) / density.sum()
-    np.testing.assert_allclose(np.interp(np.arcsin(np.sqrt(got)), edges, mass), p, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -311,14 +170,6 @@ def test_a_solver_equals_the_scheduler_made_from_the_models_config(
     assert torch.equal(named.rows, direct.rows)
 
 
-@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("trained", [1000, 37])
-def test_noise_levels_are_those_of_diffusers_to_the_last_one(kind: str, trained: int) -> None:
-    own = diffusers.DDIMScheduler(beta_schedule=kind, num_train_timesteps=trained)
-    got = alpha_bar(config_of(own), trained)
-    torch.testing.assert_close(got, own.alphas_cumprod.double(), rtol=1e-3, atol=0)
-
-
 # These need scipy or torchsde.
 NEED_OTHERS = {"LMSDiscreteScheduler", "DPMSolverSDEScheduler"}
 # Keys of one scheduler that another ignores, and values that another reads as its own.
@@ -360,17 +211,6 @@ def test_any_schedulers_file_is_read_as_from_config_reads_it(
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("trained", [1000, 999, 500, 17])
-def test_trailing_timesteps_are_as_many_as_steps_for_every_number(trained: int) -> None:
-    """1000 / 61 in float64: `arange` gives 62 numbers, the last one next to 0."""
-    for num_steps in range(1, trained + 1):
-        timesteps = spaced_timesteps(
-            {"timestep_spacing": "trailing"}, num_steps, trained, default="leading"
-        )
-        assert len(timesteps) == num_steps and timesteps[0] == trained - 1
-        assert timesteps[-1] >= 0 and (timesteps.diff() < 0).all()
-
-
 def test_ddim_steps_that_do_not_meet_are_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -389,18 +229,6 @@ def test_consistency(monkeypatch: pytest.MonkeyPatch, num_steps: int, clip: bool
     scheduler = diffusers.CMStochasticIterativeScheduler(clip_denoised=clip)
     mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize("num_steps", [1, 4, 50])
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_levels_may_end_at_the_lowest_trained_one(num_steps: int, shift: float) -> None:
-    """As diffusers' pipeline of Stable Diffusion 3 sets them."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    config = config_of(scheduler) | {"lowest_sigma": scheduler.sigma_min}
-    scheduler.set_timesteps(num_steps)
-    table = solver_table(config, Steps(count=num_steps), CPU)
-    torch.testing.assert_close(table.column("timestep"), scheduler.timesteps, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(table.column("a") * -table.column("out"), scheduler.sigmas[1:])
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 50])
