@@ -63,7 +63,34 @@ def kd_loss_gpu(rows: list[Row]) -> str:
     return table(["B x C", "dtype", *arms, "copy of the bytes"], body, note)
 
 
+def kd_loss_accuracy(rows: list[Row]) -> str:
+    """Write the table of errors against float64."""
+    found = {(r["temperature"], r["noise"], r["dtype"], r["arm"]): r for r in rows}
+    body = []
+    for case in dict.fromkeys((r["temperature"], r["noise"]) for r in rows):
+        full = [found[*case, "float32", arm] for arm in ("eager", "kd_loss")]
+        half = [
+            found[*case, "bfloat16", arm] for arm in ("eager", "autocast", "kd_loss", "rounded")
+        ]
+        body.append(
+            [
+                f"{case[0]:g}, {case[1]:g}",
+                " / ".join(f"{r['loss_error']:.1e}" for r in full),
+                " / ".join(f"{r['gradient_error']:.1e}" for r in full),
+                " / ".join(f"{r['gradient_error']:.2%}" for r in half),
+            ]
+        )
+    header = [
+        "T, noise",
+        "fp32 loss: eager / ours",
+        "fp32 gradient: eager / ours",
+        "bf16 gradient: eager / autocast / ours / rounded",
+    ]
+    return table(header, body, f"Relative errors, one draw of logits a row. {where(rows)}.")
+
+
 LOSS_TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kd-loss": kd_loss,
+    "kd-loss-accuracy": kd_loss_accuracy,
     "kd-loss-gpu": kd_loss_gpu,
 }
