@@ -65,6 +65,7 @@ def test_a_family_generates_teaches_and_resumes(
 
     def killed(self: Distiller) -> torch.Tensor:
         if self.step == KILLED_AT:
+            self.checkpoints.writer.close()  # A killed process would not write on in a thread.
             raise Killed
         return step(self)
 

@@ -277,6 +277,7 @@ def test_command_line_resumes_a_killed_run_exactly(
         loss = step(self)
         if killed_at and self.step > killed_at[0]:
             del killed_at[0]
+            self.checkpoints.writer.close()  # A killed process would not write on in a thread.
             raise Killed
         return loss
 
