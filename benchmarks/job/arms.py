@@ -63,7 +63,7 @@ def _arms() -> dict[str, Arm]:
     channels_last = replace(bf16, channels_last=True)
     arms = {
         PUBLISHED: Arm(images="diffusers fp32", recipe=Recipe(teacher_graph=True)),
-        TARGET: Arm(images="diffusers fp32", recipe=Recipe()),
+        TARGET: Arm(images="diffusers fp32", recipe=Recipe(), after=PUBLISHED),
         BF16: Arm(images="diffusers bf16", recipe=bf16, after=TARGET),
         CHANNELS_LAST: Arm(images="diffusers bf16", recipe=channels_last, after=BF16),
         COMPILED: Arm(
