@@ -10,7 +10,9 @@ well: noise seeds x student seeds at guidance 2 and 4, for both pairs of network
 embedded strong classifier, which is not Inception; that classifier's confidence and agreement with
 the wanted class; and the processor time of making them.
 
-All solvers of a flow model here are deterministic, so there is no arm of an ancestral sampler.
+The grid's solver is deterministic, where fewer steps mean a coarser path to an image. The paper's
+is ancestral, where they mean more noise that is left. `ancestral` has the grid's cells of guidance
+2 with such a solver.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks.harness import arguments
 from benchmarks.job.fidelity import frechet
 from dmkd_fast.data.test_sets import prepare
 
-PARTS = ("grid", "compute", "corners", "samples")
+PARTS = ("grid", "compute", "corners", "ancestral", "samples")
 GUIDANCE, STEPS = (1.0, 1.5, 2.0, 4.0), (4, 16, 50)
 COUNT, VIEWS = 2_048, 128_000
 FORWARDS = 102_400
@@ -34,6 +36,8 @@ FORWARDS = 102_400
 EQUAL_COMPUTE = ((1.0, 4), (1.0, 16), (2.0, 16), (4.0, 50))
 CORNERS = ((1.0, 4), (1.0, 50), (4.0, 4), (4.0, 50))
 SAMPLED, SAMPLED_STEPS = (2.0, 4.0), 16
+ANCESTRAL = "ddpm"
+"""Solver of the part of this name; the others have the config's."""
 LENET: dict[str, Any] = {"teacher": "lenet5", "student": "lenet5_half"}
 RESNET: dict[str, Any] = {"teacher": "strong", "student": "resnet"}
 RESNET_VIEWS = 38_400
@@ -59,19 +63,22 @@ def main(argv: list[str]) -> None:
         "grid": ([(s, k, COUNT) for k in STEPS for s in GUIDANCE], VIEWS, LENET),
         "compute": ([(s, k, FORWARDS // forwards(s, k)) for s, k in EQUAL_COMPUTE], VIEWS, LENET),
         "corners": ([(s, k, COUNT) for s, k in CORNERS], RESNET_VIEWS, RESNET),
+        "ancestral": ([(2.0, k, COUNT) for k in STEPS], VIEWS, LENET),
     }
     for part in [part for part in options.parts if part in parts]:
         wanted, num_views, settings = parts[part]
         for guidance, steps, count in wanted:
             cell: dict[str, Any] = {"part": part, "guidance_scale": guidance, "num_steps": steps}
-            if part == "grid" and not cells.has(**cell, seed="quality"):
-                cells.add({**cell, "seed": "quality"}, quality(cell_images(guidance, steps, count)))
+            solver = ANCESTRAL if part == "ancestral" else None
+            if part in ("grid", "ancestral") and not cells.has(**cell, seed="quality"):
+                images = cell_images(guidance, steps, count, solver=solver)
+                cells.add({**cell, "seed": "quality"}, quality(images))
             for seed in study.student_seeds(options.seeds):
                 if not cells.has(**cell, seed=seed):
                     cells.add(
                         {**cell, "seed": seed},
                         study.train_student(
-                            cell_images(guidance, steps, count),
+                            cell_images(guidance, steps, count, solver=solver),
                             num_views=num_views,
                             seed=seed,
                             **settings,
@@ -107,11 +114,16 @@ def forwards(guidance: float, steps: int) -> int:
     return steps * (1 if guidance == 1 else 2)
 
 
-def cell_images(guidance: float, steps: int, count: int, noise_seed: int = 0) -> study.FixedSet:
+def cell_images(
+    guidance: float, steps: int, count: int, noise_seed: int = 0, *, solver: str | None = None
+) -> study.FixedSet:
     """The first images of a cell's stream."""
-    seeds = [f"seed={noise_seed}"] if noise_seed else []
     overrides = [f"sampler.guidance_scale={guidance:g}", f"sampler.num_steps={steps}"]
-    return study.generated(count, [*overrides, *seeds])
+    if noise_seed:
+        overrides.append(f"seed={noise_seed}")
+    if solver is not None:
+        overrides.append(f"sampler.solver={solver}")
+    return study.generated(count, overrides)
 
 
 @torch.inference_mode()

@@ -26,8 +26,8 @@ class Steps:
     """Number of steps, K."""
     solver: Solver = "auto"
     """Solver name; "auto" chooses the scheduler's own. Models trained with DDPM's noise levels
-    support "ddpm", "ddim" and "dpm++2m". Flow models support "euler" and "dpm++2m" (second order
-    at the same cost)."""
+    support "ddpm", "ddim", "dpm++2m", "euler" and "euler_ancestral"; flow models "euler", "dpm++2m"
+    (second order at the same cost) and "ddpm"; consistency models "consistency" alone."""
     block_cache: BlockCache | None = None
     """Blocks of a DiT that are reused at some steps; None: every step computes all blocks."""
 

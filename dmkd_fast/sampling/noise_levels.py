@@ -87,7 +87,7 @@ def choose_solver(scheduler: Scheduler, solver: Solver) -> str:
     name = str(scheduler.get("_class_name"))
     possible: tuple[str, ...]
     if name == FLOW:
-        possible, own = ("euler", "dpm++2m"), "euler"
+        possible, own = ("euler", "dpm++2m", "ddpm"), "euler"
     elif name in (CONSISTENCY, SCM):
         possible, own = ("consistency",), "consistency"
     elif name in VARIANCE_PRESERVING:

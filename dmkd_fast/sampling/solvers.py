@@ -11,8 +11,8 @@ where z is fresh noise and m_before is the clipped m of the previous step. K is 
 Sources: Ho et al., DDPM (arXiv 2006.11239), eq. 7; Nichol & Dhariwal (arXiv 2102.09672), eq. 15,
 for learned variances; Song et al., DDIM (arXiv 2010.02502), eq. 12 with eta = 0; Karras et al.,
 Euler steps in the noise level (arXiv 2206.00364), algorithm 1; Lu et al., DPM-Solver++ (arXiv
-2211.01095), algorithm 2; Lipman et al., flow matching (arXiv 2210.02747); Song
-et al., consistency models (arXiv 2303.01469), algorithm 1 and appendix C.
+2211.01095), algorithm 2; Lipman et al., flow matching (arXiv 2210.02747). Consistency models:
+`sampling/consistency.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dmkd_fast.denoisers.config_values import number, whole
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.errors import invalid, warn_once
 from dmkd_fast.sampling.arguments import Steps
+from dmkd_fast.sampling.consistency import Built, consistency, trig_flow
 from dmkd_fast.sampling.noise_levels import (
     FLOW,
     SCM,
@@ -75,9 +76,6 @@ class SolverTable:
     """Whether the noise term is n * exp(v / 2) * z. The model predicts where the log variance v
     lies between `log_variance_low` and `log_variance_high`."""
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     @property
     def stochastic(self) -> tuple[bool, ...]:
         """Whether each step adds noise."""
@@ -111,7 +109,7 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
         got = f"{count}, {solver!r} for a denoiser distilled to {distilled!r:.60} steps"
         raise invalid("steps", got, f"{distilled!r:.60}, 'auto'", "set them so")
     if scheduler["_class_name"] == FLOW:
-        columns, initial_scale, clip = _flow(scheduler, count, trained, solver == "dpm++2m")
+        columns, initial_scale, clip = _flow(scheduler, count, trained, solver)
     else:
         build: dict[str, Callable[[Scheduler, int, int], Built]] = {
             "ddpm": _ddpm,
@@ -119,7 +117,7 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
             "dpm++2m": _dpm,
             "euler": partial(_euler, ancestral=False),
             "euler_ancestral": partial(_euler, ancestral=True),
-            "consistency": _scm if scheduler["_class_name"] == SCM else _consistency,
+            "consistency": trig_flow if scheduler["_class_name"] == SCM else consistency,
         }
         columns, initial_scale, clip = build[solver](scheduler, count, trained)
     rows = torch.zeros(count, len(SolverTable.COLUMNS), dtype=torch.float64)
@@ -139,11 +137,7 @@ def solver_table(scheduler: Scheduler, steps: Steps, device: torch.device) -> So
     )
 
 
-# Columns by name, standard deviation of the first x, clip.
-Built = tuple[dict[str, Tensor], float, float | None]
-
-
-def _flow(scheduler: Scheduler, num_steps: int, trained: int, second_order: bool) -> Built:
+def _flow(scheduler: Scheduler, num_steps: int, trained: int, solver: str) -> Built:
     """Build the table of a flow model.
 
     x = (1 - s) * image + s * noise, and the model predicts the velocity noise - image.
@@ -153,7 +147,10 @@ def _flow(scheduler: Scheduler, num_steps: int, trained: int, second_order: bool
     if scheduler.get("lowest_sigma") is not None:
         lowest = number("scheduler", scheduler, "lowest_sigma", low=1e-6, high=1)
     sigma = flow_sigmas(num_steps, shift, lowest)
-    columns = _exponential(1 - sigma, sigma, second_order=second_order)
+    if solver == "ddpm":
+        columns = _ancestral(1 - sigma, sigma)
+    else:
+        columns = _exponential(1 - sigma, sigma, second_order=solver == "dpm++2m")
     columns |= {
         "timestep": sigma[:-1] * trained,
         "skip": torch.ones_like(sigma[:-1]),
@@ -303,60 +300,6 @@ def _euler(scheduler: Scheduler, num_steps: int, trained: int, *, ancestral: boo
     return columns, float(first), None
 
 
-def _consistency(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
-    """Build the table of a consistency model.
-
-    Each step estimates the clean image; all but the last add noise to the estimate again.
-    """
-    low = number("scheduler", scheduler, "sigma_min", 0.002, low=1e-6, high=1e6)
-    high = number("scheduler", scheduler, "sigma_max", 80.0, low=low, high=1e6)
-    data = number("scheduler", scheduler, "sigma_data", 0.5, low=0, high=1e6)
-    rho = number("scheduler", scheduler, "rho", 7.0, low=0.1, high=100.0)
-    places = torch.arange(num_steps, dtype=torch.float64) * (trained // num_steps)
-    ramp = places / max(1, trained - 1)
-    sigma = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    after = torch.cat((sigma[1:], torch.full_like(sigma[:1], low))).clamp(low, high)
-    noise = (
-        number("scheduler", scheduler, "s_noise", 1.0, low=0)
-        * (after.square() - low**2).clamp(min=0).sqrt()
-    )
-    columns = {
-        "timestep": 250 * sigma.log(),
-        "input_scale": (sigma.square() + data**2).rsqrt(),
-        "skip": data**2 / ((sigma - low).square() + data**2),
-        "out": (sigma - low) * data / (sigma.square() + data**2).sqrt(),
-        "b0": torch.ones_like(sigma),
-        "n": noise,
-    }
-    clip = 1.0 if scheduler.get("clip_denoised", True) else None
-    return columns, high, clip
-
-
-def _scm(scheduler: Scheduler, num_steps: int, trained: int) -> Built:
-    """Build the table of a continuous-time consistency model (arXiv 2503.09641, section 3).
-
-    x = cos(t) * image + sin(t) * noise. The network is that of a flow model at the noise level
-    s = sin(t) / (sin(t) + cos(t)), whose state is x divided by the length r of (1 - s, s).
-    """
-    del scheduler, trained  # the standard deviation of the data, sigma_data, cancels out
-    ends = [1.5708, 1.3, 0.0] if num_steps == 2 else None  # as the pipeline chooses them
-    time = torch.linspace(1.5708, 0.0, num_steps + 1, dtype=torch.float64)
-    if ends is not None:
-        time = torch.tensor(ends, dtype=torch.float64)
-    now, after = time[:-1], time[1:]
-    level = now.sin() / (now.sin() + now.cos())
-    length = (level.square() + (1 - level).square()).sqrt()
-    columns = {
-        "timestep": level,
-        "input_scale": length,
-        "skip": now.cos() - now.sin() * (1 - 2 * level),
-        "out": -now.sin() * length,
-        "b0": after.cos(),
-        "n": after.sin(),
-    }
-    return columns, 1.0, None
-
-
 def _exponential(
     alpha: Tensor, sigma: Tensor, *, second_order: bool, first_order_end: bool = False
 ) -> dict[str, Tensor]:
@@ -381,6 +324,21 @@ def _exponential(
         if first_order_end:
             lean[-1] = 0
     return {"a": a, "b0": newest * (1 + lean), "b1": -newest * lean}
+
+
+def _ancestral(alpha: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+    """Return columns a, b0 and n of DDPM's step, a draw from q(next x | x, image estimate).
+
+    The noise levels are those of x = alpha * image + sigma * noise, as for `_exponential`.
+    """
+    kept = alpha[:-1] / alpha[1:]  # of x at the next noise level, in x at this one
+    added = sigma[:-1].square() - (kept * sigma[1:]).square()  # noise between them, as a variance
+    ratio = sigma[1:] / sigma[:-1]
+    return {
+        "a": kept * ratio.square(),
+        "b0": alpha[1:] * added / sigma[:-1].square(),
+        "n": added.sqrt() * ratio,
+    }
 
 
 def _estimate(scheduler: Scheduler, alpha: Tensor, sigma: Tensor) -> dict[str, Tensor]:

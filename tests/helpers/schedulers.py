@@ -9,6 +9,7 @@ import torch
 from diffusers.schedulers import (
     scheduling_consistency_models,
     scheduling_ddpm,
+    scheduling_dpmsolver_multistep,
     scheduling_euler_ancestral_discrete,
 )
 from small_jobs import sampler_from
@@ -71,6 +72,7 @@ def ours_and_theirs(
     for module in (
         scheduling_ddpm,
         scheduling_consistency_models,
+        scheduling_dpmsolver_multistep,
         scheduling_euler_ancestral_discrete,
     ):
         monkeypatch.setattr(

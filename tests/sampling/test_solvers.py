@@ -244,6 +244,30 @@ def test_euler_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: floa
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_steps", [1, 4, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_ancestral_flow(monkeypatch: pytest.MonkeyPatch, num_steps: int, shift: float) -> None:
+    """DDPM's step on a flow model's noise levels is the stochastic DPM-Solver++ of first order."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++",
+        solver_order=1,
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+    )
+    own = scheduler.set_timesteps
+
+    def set_timesteps(count: int) -> None:
+        own(count)
+        even = torch.linspace(1.0, 1 / count, count)
+        sigma = shift * even / (1 + (shift - 1) * even)
+        scheduler.sigmas, scheduler.timesteps = torch.cat((sigma, torch.zeros(1))), sigma * 1000
+
+    monkeypatch.setattr(scheduler, "set_timesteps", set_timesteps)
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    mine, theirs = ours_and_theirs(monkeypatch, scheduler, num_steps, solver="ddpm", like=flow)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("scheduler", "changes", "words"),
     [
