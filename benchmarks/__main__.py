@@ -55,6 +55,10 @@ NAMES = {
     "kd-loss": ("loss.kd_loss", "the fused loss against eager PyTorch and torch.compile"),
     "kd-loss-accuracy": ("loss.kd_loss_accuracy", "its errors against float64, beside eager's"),
     "kd-loss-gpu": ("loss.kd_loss_gpu", "the same on a GPU, in GB/s (benchmarks/gpu.sh)"),
+    "levers": (
+        "findings.levers",
+        "settings of the embedded job, each changed alone, on held-out images (2 seeds)",
+    ),
     "loader": ("job.loader", "an ordinary loop with GeneratedLoader beside ours (5 seeds)"),
     "nearest": ("findings.nearest", "generated images beside their nearest real ones"),
     "reuse": ("findings.reuse", "how many different images, and where the ring pays (3 seeds)"),
