@@ -105,7 +105,8 @@ class GeneratedLoader:
             or `TopLogits` where the shards store the largest ones only.
 
         Raises:
-            NotFiniteError: Too many images of the pass are not finite.
+            NotFiniteError: Too many images so far are not finite.
+            UserError: Labels are out of range, or an image was drawn too often.
         """
         done = self.step % self._epoch_steps if self._is_resumed else 0
         end, self._is_resumed = self.step + self._epoch_steps - done, False
@@ -170,7 +171,7 @@ class GeneratedLoader:
         target = labels if mixed is None else mixed.targets(labels, self.num_classes)
         batch: list[Any] = [views[targets.input], target]
         if self._teacher_logits:
-            # In the micro-batches of the job, whose size changes the last bits.
+            # Use the job's micro-batches, as another size would change the last bits.
             made = targets.micro_batches(*drawn, progress=progress, size=self._micro_batch)
             logits: list[Any] = [each.teacher_logits for each in made]
             if isinstance(logits[0], TopLogits):

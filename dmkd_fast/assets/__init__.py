@@ -35,13 +35,18 @@ def resolve(path: str, revision: str | None = None, *, pickles: bool = False) ->
     if not path.startswith(PREFIX):
         return Path(path)
     name = path.removeprefix(PREFIX)
-    entries: dict[str, Any] = json.loads((ROOT / "manifest.json").read_text(encoding="utf-8"))
+    entries = _entries()
     if name not in entries:
         raise UserError(f"{path}: no such asset, expected one of {', '.join(sorted(entries))}")
     for file, digest in entries[name]["sha256"].items():
         if file_sha256(ROOT / name / file) != digest:
             raise UserError(f"{path}: {file} differs from the manifest; install the package again")
     return ROOT / name
+
+
+def _entries() -> dict[str, Any]:
+    entries: dict[str, Any] = json.loads((ROOT / "manifest.json").read_text(encoding="utf-8"))
+    return entries
 
 
 def split_commit(name: str) -> tuple[str, str | None]:
@@ -75,8 +80,7 @@ def license(path: str) -> str | None:
     """Return the license of an embedded asset; None for other paths."""
     if not path.startswith(PREFIX):
         return None
-    entries: dict[str, Any] = json.loads((ROOT / "manifest.json").read_text(encoding="utf-8"))
-    return str(entries[path.removeprefix(PREFIX)]["license"])
+    return str(_entries()[path.removeprefix(PREFIX)]["license"])
 
 
 def _fetch(repository: str, revision: str | None, *, pickles: bool = False) -> Path:

@@ -190,7 +190,7 @@ class CheckpointManager:
         return future.result()
 
     def problem(self) -> str | None:
-        """Return once why the last checkpoint could not be written; the run goes on without it."""
+        """Return why the last checkpoint failed, once; None if there is nothing new to report."""
         if self._saving is None or not self._saving.done():
             return None
         error, self._saving = self._saving.exception(), None
@@ -215,7 +215,8 @@ class CheckpointManager:
             common: Further objects, which only the checkpoints of rank 0 hold.
         """
         ranks, paths = self._ranks, step_folders.found(self.folder)[::-1]
-        mine, problems = step_folders.moments(paths)
+        with ranks.agreed():
+            mine, problems = step_folders.moments(paths)
         theirs = [
             {tuple(moment): name for moment, name in json.loads(text)}
             for text in ranks.gather(json.dumps(list(mine.items())))

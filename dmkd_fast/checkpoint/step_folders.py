@@ -34,7 +34,7 @@ class Stateful(Protocol):
         """Return everything that the object needs to continue.
 
         A value may be a function without arguments, for what is known only when the file is
-        written. The thread that writes the file calls it.
+        written. The thread that writes the file calls it. Its result must not hold tensors.
         """
         ...
 
@@ -116,8 +116,8 @@ def write(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     except OSError as error:
         files.discard(partial)
         raise files.SaveError(
-            f"checkpoint {final}: not written ({error.strerror or error}); those before it are as "
-            "they were; free space or fix the folder"
+            f"checkpoint {final}: not written ({error.strerror or error}); earlier checkpoints "
+            "are unchanged; free space or fix the folder"
         ) from None
     for old in found(folder)[:-keep]:
         with contextlib.suppress(OSError):  # the next save tries again

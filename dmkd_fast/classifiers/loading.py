@@ -80,8 +80,11 @@ def build(
             model = _torchvision(architecture, num_classes, in_chans, model_args)
         else:
             model = _timm(architecture, num_classes, in_chans, model_args)
+    except UserError:
+        raise
     except (
         TypeError,
+        ValueError,
         LookupError,
         AssertionError,
         AttributeError,
@@ -104,6 +107,12 @@ def save_classifier(model: nn.Module, spec: ClassifierSpec, folder: Path) -> Non
     (folder / CONFIG).write_text(json.dumps(spec.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
+def classifier_folder(folder: Path) -> Path:
+    """Return the folder of a classifier: the same, or the part of a run that holds its result."""
+    places = (folder, folder / "student", folder / "model")
+    return next((place for place in places if (place / CONFIG).exists()), folder)
+
+
 def load_classifier(
     path: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, ClassifierSpec]:
@@ -123,17 +132,14 @@ def load_classifier(
         >>> model(torch.zeros(1, spec.in_chans, spec.input_size, spec.input_size)).shape
         torch.Size([1, 10])
     """
-    folder = assets.resolve(str(path))
-    # The result of a run is in one of these folders.
-    places = [folder, folder / "student", folder / "model"]
-    folder = next((place for place in places if (place / CONFIG).exists()), folder)
+    folder = classifier_folder(assets.resolve(str(path)))
     check_folder(folder)
     config = read_json(folder / CONFIG)
     try:
         spec = ClassifierSpec.from_json(config)
         with torch.device("meta"):
             outline = build_classifier(spec)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
     # Compare sizes before memory for the weights is allocated.
     match_weights(outline, folder / WEIGHTS)
@@ -217,7 +223,7 @@ def load_torchvision(
         # The file is a pickle; with weights_only nothing but tensors is read from it.
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # No network, or any error from a damaged file.
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = one_line(error, most=120)
         raise UserError(
             f"{architecture}: cannot have {weights.url} ({reason}); check the network and torch's "
             "cache, or set path to weights in safetensors"

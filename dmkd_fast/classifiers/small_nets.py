@@ -90,6 +90,9 @@ class LeNet5(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes) for images (B, in_chans, H, W) with H, W <= 32."""
         rows, columns = 32 - images.shape[-2], 32 - images.shape[-1]
+        if min(rows, columns) < 0:  # Padding by a negative number would crop.
+            size = " x ".join(map(str, images.shape[-2:]))
+            raise ValueError(f"images: got {size} pixels, expected at most 32 x 32")
         padding = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
         logits: Tensor = self.classifier(self.features(F.pad(images, padding)).flatten(1))
         return logits

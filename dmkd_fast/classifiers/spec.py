@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,7 +21,8 @@ from dmkd_fast.views.spec import InputSpec
 
 SMALL_STEM = "small_stem_resnet"
 """Architecture name in files for a ResNet with a small stem; see `integrations/timm.py`."""
-STEMS = ("conv3", "conv3_pool", "conv3_stride2")
+Stem = Literal["own", "conv3", "conv3_pool", "conv3_stride2"]
+STEMS = get_args(Stem)[1:]
 
 # Arguments of timm and torchvision that only shape the network, by the largest value allowed.
 _RATES = """attention_dropout attn_drop_rate bn_eps drop_block_rate drop_connect_rate drop_path_rate
@@ -204,7 +205,7 @@ class _Args(_Part):
     in_chans: Channels | None = None
     num_classes: int | None = None  # a duplicate of the top-level field in timm's files
     base: str | None = None
-    stem: Literal["own", "conv3", "conv3_pool", "conv3_stride2"] = "own"
+    stem: Stem = "own"
 
 
 class _Inputs(_Part):
@@ -223,7 +224,7 @@ class _File(_Part):
     architecture: Annotated[str, Field(max_length=200)]
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)]
     model_args: _Args = _Args()
-    stem: Literal["own", "conv3", "conv3_pool", "conv3_stride2"] = "own"
+    stem: Stem = "own"
     label_names: tuple[str, ...] | None = None
     pretrained_cfg: _Inputs
 

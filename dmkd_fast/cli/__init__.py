@@ -24,7 +24,8 @@ from dmkd_fast.runtime.output.streams import GuardedStream, open_closed_streams
 if TYPE_CHECKING:
     from dmkd_fast.runtime.distributed import Ranks
 
-# Import names of the packages in the extra `distill`; another one that is missing is a bug.
+# Import names of the packages in the extra `distill`. A package that is missing but not listed is
+# a bug.
 _EXTRA = "diffusers timm torchvision huggingface_hub pydantic yaml rich PIL pyarrow"
 
 

@@ -37,24 +37,24 @@ def new_parser() -> Parser:
 
     job = Parser(add_help=False, parents=[shared])
     job.add_argument("--quiet", action="store_true", help="show no progress")
-    _add_demo(parsers, shared, job)
-    _add_init(parsers, shared, job)
-    _add_distill(parsers, shared, job)
-    _add_generate(parsers, shared, job)
-    _add_evaluate(parsers, shared, job)
+    _add_demo(parsers, job)
+    _add_init(parsers, shared)
+    _add_distill(parsers, job)
+    _add_generate(parsers, job)
+    _add_evaluate(parsers, job)
     commands.add_verbs(parsers, shared)
-    _add_pretrain(parsers, shared, job)
-    _add_plan(parsers, shared, job)
-    _add_doctor(parsers, shared, job)
-    _add_report(parsers, shared, job)
-    _add_config(parsers, shared, job)
+    _add_pretrain(parsers, job)
+    _add_plan(parsers, shared)
+    _add_doctor(parsers, shared)
+    _add_report(parsers, shared)
+    _add_config(parsers, shared)
     return parser
 
 
-def _add_demo(parsers: Any, shared: Parser, job: Parser) -> None:
+def _add_demo(parsers: Any, parent: Parser) -> None:
     demo = parsers.add_parser(
         "demo",
-        parents=[job],
+        parents=[parent],
         help="distill a student at reduced size, without any file or network",
         epilog=OVERRIDES,
         description="Generate images with the embedded denoiser, train a small student on them, "
@@ -64,10 +64,10 @@ def _add_demo(parsers: Any, shared: Parser, job: Parser) -> None:
     demo.set_defaults(verb=verbs.demo)
 
 
-def _add_init(parsers: Any, shared: Parser, job: Parser) -> None:
+def _add_init(parsers: Any, parent: Parser) -> None:
     init = parsers.add_parser(
         "init",
-        parents=[shared],
+        parents=[parent],
         help="write a config to start from",
         description="Write one of the shipped configs into the current folder, with a comment on "
         "every setting; or with `own-data --data DIR` the configs from a folder of images to a "
@@ -83,10 +83,10 @@ def _add_init(parsers: Any, shared: Parser, job: Parser) -> None:
     init.set_defaults(verb=verbs.init)
 
 
-def _add_distill(parsers: Any, shared: Parser, job: Parser) -> None:
+def _add_distill(parsers: Any, parent: Parser) -> None:
     distill = parsers.add_parser(
         "distill",
-        parents=[job],
+        parents=[parent],
         help="train a student from generated images",
         epilog=OVERRIDES,
         description="Generate images, distill a student from a teacher on them, evaluate it on "
@@ -114,10 +114,10 @@ def _add_distill(parsers: Any, shared: Parser, job: Parser) -> None:
     distill.set_defaults(verb=verbs.distill)
 
 
-def _add_generate(parsers: Any, shared: Parser, job: Parser) -> None:
+def _add_generate(parsers: Any, parent: Parser) -> None:
     generate = parsers.add_parser(
         "generate",
-        parents=[job],
+        parents=[parent],
         help="make images for later, as shards on disk",
         epilog=OVERRIDES,
         description="Make the images that `distill` with the same settings would make, and write "
@@ -154,21 +154,16 @@ def _add_generate(parsers: Any, shared: Parser, job: Parser) -> None:
     generate.set_defaults(verb=verbs.generate)
 
 
-def _add_evaluate(parsers: Any, shared: Parser, job: Parser) -> None:
+def _add_evaluate(parsers: Any, parent: Parser) -> None:
     evaluation_parser = parsers.add_parser(
         "evaluate",
-        parents=[job],
+        parents=[parent],
         help="accuracy of a student or any classifier on real images",
         description="Measure the student that a run saved, or any trained classifier, on labeled "
         "images: top-1, top-5, calibration error, agreement with the run's teachers, and a table "
         "by class. The last line of output is JSON.",
     )
-    evaluation_parser.add_argument(
-        "what",
-        metavar="RUN_DIR|CLASSIFIER",
-        help="directory of a run; or a classifier: a folder with config.json, embedded:NAME, "
-        "hf-hub:OWNER/NAME@COMMIT, or torchvision:NAME or a timm name for published weights",
-    )
+    evaluation_parser.add_argument("what", metavar="RUN_DIR|CLASSIFIER", help=commands.WHAT)
     evaluation_parser.add_argument(
         "--data",
         metavar="DIR",
@@ -185,7 +180,7 @@ def _add_evaluate(parsers: Any, shared: Parser, job: Parser) -> None:
     evaluation_parser.set_defaults(verb=verbs.evaluate)
 
 
-def _add_pretrain(parsers: Any, shared: Parser, job: Parser) -> None:
+def _add_pretrain(parsers: Any, parent: Parser) -> None:
     pretraining = parsers.add_parser(
         "pretrain",
         help="train a small teacher or denoiser",
@@ -199,7 +194,7 @@ def _add_pretrain(parsers: Any, shared: Parser, job: Parser) -> None:
         ("fewstep", "a denoiser to do in a few steps what it does in many"),
     ):
         sub = kinds.add_parser(
-            kind, parents=[job], help=text, description=f"Train {text}.", epilog=OVERRIDES
+            kind, parents=[parent], help=text, description=f"Train {text}.", epilog=OVERRIDES
         )
         _config_arguments(sub)
         if kind != "fewstep":
@@ -217,10 +212,10 @@ def _add_pretrain(parsers: Any, shared: Parser, job: Parser) -> None:
         sub.set_defaults(verb=verbs.pretrain, kind=kind)
 
 
-def _add_plan(parsers: Any, shared: Parser, job: Parser) -> None:
+def _add_plan(parsers: Any, parent: Parser) -> None:
     plan = parsers.add_parser(
         "plan",
-        parents=[shared],
+        parents=[parent],
         help="predict work, memory and time of a job",
         epilog=OVERRIDES,
         description="Predict what `distill` with the same settings takes: operations per image and "
@@ -237,10 +232,10 @@ def _add_plan(parsers: Any, shared: Parser, job: Parser) -> None:
     plan.set_defaults(verb=verbs.plan)
 
 
-def _add_doctor(parsers: Any, shared: Parser, job: Parser) -> None:
+def _add_doctor(parsers: Any, parent: Parser) -> None:
     doctor = parsers.add_parser(
         "doctor",
-        parents=[shared],
+        parents=[parent],
         help="check this machine, and a job on it",
         epilog=OVERRIDES,
         description="Check versions, kernels, GPU, memory, disk and loopback; with a config also "
@@ -252,10 +247,10 @@ def _add_doctor(parsers: Any, shared: Parser, job: Parser) -> None:
     doctor.set_defaults(verb=verbs.doctor)
 
 
-def _add_report(parsers: Any, shared: Parser, job: Parser) -> None:
+def _add_report(parsers: Any, parent: Parser) -> None:
     report = parsers.add_parser(
         "report",
-        parents=[shared],
+        parents=[parent],
         help="pages about runs: results, curves, images, mistakes, time",
         description="Without arguments, list the runs in runs/. With one run, write report.html in "
         "its directory; a run that goes on keeps that page up to date by itself. With several "
@@ -267,10 +262,10 @@ def _add_report(parsers: Any, shared: Parser, job: Parser) -> None:
     report.set_defaults(verb=verbs.report_runs)
 
 
-def _add_config(parsers: Any, shared: Parser, job: Parser) -> None:
+def _add_config(parsers: Any, parent: Parser) -> None:
     config = parsers.add_parser(
         "config",
-        parents=[shared],
+        parents=[parent],
         help="describe the settings",
         description="Print type, default, range and meaning of every setting, or of one section "
         "or field.",

@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.runtime.errors import UserError, invalid
 
 OWN_DATA = "own-data"
 
@@ -56,7 +56,6 @@ def init(options: argparse.Namespace) -> dict[str, Any] | None:
 def distill(options: argparse.Namespace) -> dict[str, Any] | None:
     """Run a distillation job, or print what it would do."""
     from dmkd_fast.jobs import distill
-    from dmkd_fast.runtime.errors import UserError
 
     if options.dry_run and options.profile:
         raise UserError("--profile: got it with --dry-run, which takes no step; remove one of both")
@@ -79,7 +78,6 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     from dmkd_fast.config.loading import load_config
     from dmkd_fast.jobs import generate
     from dmkd_fast.jobs.stored_logits import Wanted
-    from dmkd_fast.runtime.errors import invalid
 
     words = ["dmkd", "generate", options.config, *options.overrides, "--out", str(options.out)]
     words += ["--num-images", str(options.num_images)]

@@ -156,7 +156,7 @@ class SamplerConfig(Section):
         start, stop = self.guidance_interval
         if start >= stop:
             raise ValueError(f"guidance_interval: got [{start}, {stop}], expected start < stop")
-        if {self.guidance_scale, *self.class_guidance.values()} == {1} and (
+        if not self.is_guided and (
             self.guidance_channels is not None or self.guidance_interval != (0.0, 1.0)
         ):
             raise ValueError(

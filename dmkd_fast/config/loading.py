@@ -208,7 +208,7 @@ def _reset_replaced(
     lines = []
     for name in sorted(given & _BELONGING.keys()):
         part, _, choice = name.partition(".")
-        if part not in kind.model_fields:
+        if part not in kind.model_fields or not isinstance(values.get(part), dict):
             continue
         section, known = values[part], _section(kind.model_fields[part].annotation)
         chosen = section.get(choice)

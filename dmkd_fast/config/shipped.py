@@ -48,7 +48,12 @@ def write_new(path: Path, text: str) -> None:
     """
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+            try:
+                file.write(text)
+                file.flush()
+            except BaseException:
+                path.unlink(missing_ok=True)  # half a file would be in the way of the next attempt
+                raise
     except FileExistsError:
         raise UserError(f"{path}: exists already; move it or work in another folder") from None
     except OSError as error:

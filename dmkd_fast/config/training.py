@@ -87,8 +87,8 @@ class OptimConfig(Section):
     """Optimizer and learning rate: linear warm-up, then a cosine to zero, or milestones."""
 
     name: Annotated[str, BeforeValidator(_optimizer)] = "adamw"
-    """Optimizer: sgd, adamw, or timm:NAME for one of timm's, such as timm:muon. timm's read on the
-    host whether a step is finite, so that each step waits for a GPU."""
+    """Optimizer: sgd, adamw, or timm:NAME for one of timm's, such as timm:muon. timm's check on the
+    host whether a step is finite, so that each step waits for the GPU."""
     lr: float = Field(gt=0, le=1000)
     """Peak learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)

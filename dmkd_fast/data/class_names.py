@@ -56,6 +56,12 @@ def class_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(order, key=int) if all_numbers(order) else order)
 
 
+def _is_plain(name: str) -> bool:
+    """Return whether a name can be a line of a text file."""
+    is_text = not any("\ud800" <= character <= "\udfff" for character in name)
+    return is_text and name == name.strip() and len(name.splitlines()) == 1
+
+
 def order_folders(
     folder: Path, found: Sequence[str], names: Sequence[str], *, owner: str = "the list of classes"
 ) -> tuple[str, ...]:
@@ -70,8 +76,12 @@ def order_folders(
         owner: What states `names`, for messages.
 
     Raises:
-        SourceError: `names` and `found` are not the same names.
+        SourceError: `names` and `found` are not the same names, or a name is not a line of text.
     """
+    odd = next((name for name in found if not _is_plain(name)), None)
+    if odd is not None:
+        expected = "a name in UTF-8 of one line without outer blanks"
+        raise SourceError.invalid(folder, f"class folder {odd!a:.60}", expected, "rename it")
     missing, extra = sorted(set(names) - set(found)), sorted(set(found) - set(names))
     if names and (missing or extra):
         what = f"no folder for class {missing[0]!r}" if missing else f"folder {extra[0]!r}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ def write(folder: Path, plan: Plan) -> None:
     for name, text in texts.items():
         if (folder / name).exists():
             continue
-        partial = folder / f".{name}.{os.getpid()}.partial"  # other jobs may write theirs
+        partial = folder / f".{name}.{secrets.token_hex(8)}.partial"  # other jobs may write theirs
         try:
             partial.write_text(text, encoding="utf-8")
             sync(partial)

@@ -159,7 +159,7 @@ class Decoder:
 def image_size(name: str, data: bytes, *, short_side: int = 1) -> tuple[int, int]:
     """Read height and width of an encoded image from its header.
 
-    The check of the number of pixels belongs before decoding: a small file can be a huge image.
+    Call it before decoding, because a small file can hold a huge image.
 
     Args:
         name: Name of the image, for messages.
@@ -206,7 +206,7 @@ def _find_dali(device: torch.device) -> bool:
     """Decide whether DALI decodes.
 
     Raises:
-        SourceError: Neither DALI nor Pillow, which reads the headers for DALI, can be imported.
+        SourceError: Pillow, which also reads the headers for DALI, cannot be imported.
     """
     try:
         import PIL.Image  # noqa: F401

@@ -21,7 +21,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
     Args:
         path: File to write.
-        rows: Columns of each image; all have `logits_sha256`, or none, and so for `prompt`.
+        rows: Columns of each image. `logits_sha256` and `prompt` are optional, each in all rows or
+            in none.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

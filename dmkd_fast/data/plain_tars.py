@@ -22,7 +22,7 @@ _PLAIN_SUM = sum(_PLAIN[100:124]) + sum(_PLAIN[136:148]) + 8 * 32 + sum(_PLAIN[1
 def plain_places(
     path: Path, ids: range, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return offset and size of each PNG in a shard, None if a byte of a header is unexpected."""
+    """Return offset and size of each PNG in a shard, None if it cannot be read or is not plain."""
     places = np.empty((2, len(ids)), dtype=np.int64)
     position = 0  # of the next image's header
     try:

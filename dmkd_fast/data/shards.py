@@ -22,6 +22,7 @@ import io
 import itertools
 import os
 import re
+import secrets
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -310,7 +311,7 @@ class ShardWriter:
 
 def withdraw(folder: Path, shard: int) -> None:
     """Remove a damaged shard from the manifest, so that it is made again."""
-    (folder / MANIFEST / f"shard-{shard:06d}.parquet").unlink()
+    (folder / MANIFEST / f"shard-{shard:06d}.parquet").unlink(missing_ok=True)
     files.sync(folder / MANIFEST)
 
 
@@ -369,7 +370,7 @@ def _begin(folder: Path, plan: Plan) -> None:
     kept = next((p.name for p in folder.iterdir() if not p.name.startswith(ours)), None)
     if kept is not None:
         raise UserError(f"--out: {folder} holds other files ({kept}); choose another")
-    partial = folder / f".{PLAN}.{os.getpid()}.partial"
+    partial = folder / f".{PLAN}.{secrets.token_hex(8)}.partial"
     try:
         partial.write_bytes(plan.model_dump_json(indent=2).encode() + b"\n")
         files.sync(partial)

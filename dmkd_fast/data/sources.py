@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -167,8 +168,12 @@ class FileSource:
 
     def state_dict(self) -> dict[str, object]:
         """Return a hash of names and classes."""
+        return {"sha256": self._sha256}
+
+    @cached_property
+    def _sha256(self) -> str:
         text = "\n".join(f"{n} {c}" for n, c in zip(self._names, self._labels, strict=True))
-        return {"sha256": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()}
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Check that the files are the same as when the state was saved.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmkd_fast.data import decode
 from dmkd_fast.data.decode import Decoder
-from dmkd_fast.data.listing import SourceError as SourceError
+from dmkd_fast.data.listing import SourceError
 from dmkd_fast.data.sources import Source
 from dmkd_fast.rng import philox
 from dmkd_fast.runtime.distributed import ALONE, Ranks
@@ -44,8 +44,8 @@ class StoredImages:
         seed: Seed of the order.
         wait_s: Seconds to wait for new images of a growing source.
         show: Whether to print a message while waiting.
-        ranks: This process among those of the run, which take turns, as with a `LabelStream`. An
-            image that one rank cannot read stops all ranks.
+        ranks: Ranks of the run, which read alternating blocks, as with a `LabelStream`. An image
+            that one rank cannot read stops all ranks.
 
     Attributes:
         waits: Duration of each wait for a growing source, in seconds.

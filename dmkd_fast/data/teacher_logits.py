@@ -40,8 +40,8 @@ class LogitsPlan(BaseModel):
     top_k: int | None = Field(ge=1)
     """Number of the largest logits; None: the logits of all classes."""
     temperature: float | None
-    """Temperature that the stored numbers belong to: that of the sums over all classes beside the
-    largest logits, and that at which several teachers were averaged. None: they have none."""
+    """Temperature at which the sums over all classes were taken (with `top_k`), and at which
+    several teachers were averaged. None: the logits depend on no temperature."""
     views: dict[str, Any]
     """Settings of the crops and flips: scale, ratio, pad, flip."""
 

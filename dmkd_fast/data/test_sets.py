@@ -115,7 +115,7 @@ class EncodedSet:
 
     @property
     def num_bytes(self) -> int:
-        """0, as pixels are kept on the device only where they fit into what a run leaves."""
+        """0: decoded pixels are kept on the device only if memory is left over."""
         return 0
 
     def batches(

@@ -55,8 +55,8 @@ class Denoiser:
     prompts: tuple[str, ...] = ()
     """Prompt of each of the module's own indices, for a text-to-image model."""
     num_prompts: tuple[int, ...] | None = None
-    """Number of prompts of each label. Those of a label follow each other, from its entry in
-    `class_map` on; which one an image has is a function of (seed, id). None: one each."""
+    """Number of prompts of each label. They are consecutive rows of the module, from the label's
+    entry in `class_map` on; (seed, id) selects the row of an image. None: one each."""
     bank: PromptBank | None = None
     """Embeddings of the prompts, where the module has only those of a micro-batch."""
     takes_guidance: bool = False
@@ -98,7 +98,7 @@ class Denoiser:
         return [part for part in (self.module, self.decoder, self.weak) if part is not None]
 
     def with_prompts(self, by_class: Sequence[Sequence[str]]) -> Denoiser:
-        """Return the same model with these prompts, in the order of the module, a label each."""
+        """Group the module's prompts by label, and return the model with these labels."""
         counts = [len(prompts) for prompts in by_class]
         prompts = tuple(prompt for some in by_class for prompt in some)
         if set(counts) == {1}:

@@ -56,7 +56,7 @@ class LeanDiT(nn.Module):
         self.shares_block_graph = False
         # The wavelengths of the timestep's waves; DiT's own code divides by 128, diffusers by 127.
         self.wave_span = 127
-        # A timestep t is embedded as 1 - t / `reversed_time`, unless it is 0.
+        # A timestep t is embedded as 1 - t / reversed_time; reversed_time=0 leaves t unchanged.
         self.reversed_time = 0
         width = self.num_heads * self.head_dim
         bias = bool(config.get("attention_bias", True))
@@ -298,6 +298,7 @@ def lean_dit(dit: Any) -> LeanDiT | None:
         return None
     if (
         config.get("upcast_attention")
+        or config.get("norm_elementwise_affine")
         or config.get("norm_type", "ada_norm_zero") != "ada_norm_zero"
     ):
         return None

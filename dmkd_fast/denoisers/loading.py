@@ -43,7 +43,8 @@ def load_denoiser(
         folder: Folder with `scheduler/` and a network of one of the `families` in `transformer/` or
             `unet/`; `vae/` for a model of latents, encoders and their tokenizers for text.
         device: Device of the modules.
-        prompts: Prompts, one per class; for text-to-image models only.
+        prompts: Prompts, for text-to-image models only. Each is a class of the result until
+            `Denoiser.with_prompts` groups them.
         decoder: Folder of another autoencoder to decode with, for example a tiny one.
         null_class: Class that stood for dropped labels when a UNet was trained, which its files do
             not record. The model then has one class less.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dmkd_fast.denoisers.config_values import check_values
-from dmkd_fast.denoisers.model_folders import num_stored, quietly, weight_files
+from dmkd_fast.denoisers.model_folders import STEM, num_stored, quietly, weight_files
 from dmkd_fast.denoisers.wrappers import import_diffusers
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.runtime.model_files import CONFIG, read_json
@@ -67,6 +67,12 @@ def load_network(
         UserError: A file is missing or damaged, or does not fit the config.
     """
     files, variant = weight_files(folder)
+    infix = f".{variant}" if variant else ""
+    index = folder / f"{STEM}.safetensors.index{infix}.json"
+    if index.is_file() and files[0].name == f"{STEM}{infix}.safetensors":
+        # diffusers would read the shards of the index, which have not been checked.
+        got, fix = f"{files[0].name} beside {index.name}", "remove the one that is older"
+        raise invalid(f"{folder}", got, "one of the two", fix)
     model_class = getattr(import_diffusers(), name)
     check_config(model_class, folder / CONFIG, read_json(folder / CONFIG), files, trial)
     try:

@@ -45,6 +45,8 @@ class Named:
         return len(self._loader)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # `_loader` is not there yet while this is unpickled
+            raise AttributeError(name)
         return getattr(self._loader, name)  # set_epoch, state_dict and the like
 
 
@@ -116,6 +118,9 @@ class DistillTrainer(Trainer):
             # Shifted labels leave the logits in place; the last position has no label.
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         hard = self._alpha < 1
+        num_items: Tensor | float | None = num_items_in_batch
+        if num_items is not None and labels.is_floating_point():
+            num_items = num_items / labels.shape[-1]  # The Trainer has counted all numbers.
         loss = kd_loss(
             logits,
             taught,
@@ -123,7 +128,7 @@ class DistillTrainer(Trainer):
             temperature=self._temperature,
             alpha=self._alpha if hard else None,
             mask=None if hard or labels.is_floating_point() else labels != -100,
-            num_items=num_items_in_batch,
+            num_items=num_items,
         )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # Gradients are averaged over processes.

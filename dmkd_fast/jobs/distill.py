@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,8 +29,6 @@ from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.runtime.output.profile import StepProfile
 from dmkd_fast.sampling.hooks import NO_HOOKS, Guide, Hooks, Selection
 from dmkd_fast.training.distiller import Distiller
-
-LOG = logging.getLogger("dmkd_fast")
 
 
 def distill(

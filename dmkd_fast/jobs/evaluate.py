@@ -45,6 +45,7 @@ class Evaluation:
     classes: dict[str, dict[str, Any]]
     """For each class name: images, top1, top5 (both None for a class without images)."""
     num_images: int
+    """Number of images that were evaluated."""
     num_not_finite: int
     """Number of images whose logits are NaN or infinite; they count as wrong."""
     spec: ClassifierSpec

@@ -109,7 +109,7 @@ def run(
     there = sum(len(plan.ids(s)) for s in shards.finished(folder))
     wall_s = time.monotonic() - started
     return {
-        "part": "{}/{}".format(*job_slice),
+        "job_slice": "{}/{}".format(*job_slice),
         "made_images": total,
         "images": there,
         "num_images": num_images,
@@ -262,10 +262,11 @@ def _missing(
 
 def _check_space(folder: Path, plan: shards.Plan, job_slice: tuple[int, int]) -> None:
     """Refuse to start if the disk has less space than this slice is estimated to need."""
-    index, count = job_slice
-    done = sum(1 for number in shards.finished(folder) if number % count == index)
-    images = (-(-plan.num_shards // count) - done) * plan.images_per_shard
-    images = min(images, plan.num_images)
+    mine = range(job_slice[0], plan.num_shards, job_slice[1])
+    images = len(mine) * plan.images_per_shard
+    if plan.num_shards - 1 in mine:  # the last shard may be shorter
+        images -= plan.num_shards * plan.images_per_shard - plan.num_images
+    images -= sum(len(plan.ids(number)) for number in shards.finished(folder) if number in mine)
     beside = BYTES_BESIDE + plan.logits_bytes
     need = images * (beside + BYTES_PER_PIXEL * math.prod(plan.image_shape))
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())

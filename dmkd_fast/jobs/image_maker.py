@@ -42,15 +42,21 @@ class Maker:
     """Makes images and rows of the manifest from image ids."""
 
     sampler: DiffusionSampler
+    """Source of the images."""
     labels: LabelStream
+    """Classes by image id."""
     teachers: Teachers
+    """Teachers whose guesses enter the manifest."""
     logits: LogitsMaker | None
+    """Producer of the logits to store; None: none are stored."""
     image_shape: tuple[int, int, int]
+    """Shape of one image, (c, H, W)."""
     row: dict[str, Any]
     """Columns of the manifest that are the same for all images."""
     attention: str
     """Attention kernel of the denoiser, and the operator that its library chooses."""
     pool: ThreadPoolExecutor
+    """Threads that encode PNGs."""
 
     def make(self, batches: Iterable[range]) -> Iterator[list[Image]]:
         """Make the micro-batches of ids in order.

@@ -27,7 +27,7 @@ from dmkd_fast.denoisers.dit import LeanDiT
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.prompts.bank import PromptBank, take_bank
 from dmkd_fast.denoisers.prompts.by_class import ByClass, prompts_by_class, read_captions
-from dmkd_fast.jobs.report.images import NO_CLASS
+from dmkd_fast.jobs.report.data import NO_CLASS
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.sampling.noise_levels import trained_alike
 from dmkd_fast.sampling.tiling import TiledDecoder

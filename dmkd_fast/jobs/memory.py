@@ -57,7 +57,8 @@ def ring_plan(
     """
     ring, train = config.ring, config.train
     with _named_as("ring"):
-        check_order(ring.order, max_uses=ring.max_uses, num_classes=1)  # their number comes later
+        # The number of classes is not known yet.
+        check_order(ring.order, max_uses=ring.max_uses, num_classes=1)
         plan = RingPlan(
             **ring.model_dump(exclude={"order", "overlap"}),
             image_shape=image_shape,
@@ -117,7 +118,7 @@ def plan(job: ResolvedJob, parts: Parts) -> dict[str, int]:
             parts.student_spec.in_chans,
             [spec.size for spec in sizes],
             dtype=compute,
-            # On a GPU at most as much as without compilation.
+            # On a GPU, compilation saves at most as much as eager mode.
             compiled=job.compile_student and job.device.type == "cpu",
         )
         | (_activations(job, parts) if job.device.type == "cuda" else {})
@@ -151,9 +152,7 @@ def _sampler_bytes(
     """Estimate the bytes of the activations of one micro-batch of images."""
     sampler = config.sampler
     size = max(sampler.micro_batch_images, FEWEST_IMAGES)
-    scales = [sampler.guidance_scale, *sampler.class_guidance.values()]
-    scales += [phase.guidance_scale for phase in sampler.phases]
-    is_doubled = set(scales) != {1} and not denoiser.takes_guidance
+    is_doubled = sampler.is_guided and not denoiser.takes_guidance
     rows = 2 * size if is_doubled else size
     inputs = [_meta(rows, *denoiser.latent_shape, dtype=dtype), _meta(rows)]
     inputs.append(_meta(rows, dtype=torch.int64))
@@ -305,26 +304,25 @@ def check_fits(parts: dict[str, int], have: int) -> None:
 
 
 @contextmanager
-def named(advice: str, device: torch.device | None = None) -> Iterator[None]:
+def named(advice: str) -> Iterator[None]:
     """Turn an out-of-memory error into one line with advice.
 
     Args:
         advice: Which setting to change, as the end of the message.
-        device: Device whose available memory is reported; None: the host.
 
     Raises:
         UserError: The memory of the device or of the host is exhausted.
     """
-    have = available_bytes(device or torch.device("cpu"))
+    have = available_bytes(torch.device("cpu"))
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        where = "cpu" if device is None else device.type
-        raise UserError(
-            f"out of memory: {_gib(have)} GiB of {where} memory were left at the start; {advice}"
-        ) from None
+        left = f"{_gib(have)} GiB of cpu memory were left at the start"
+        if isinstance(error, torch.OutOfMemoryError):
+            left = "the memory of the GPU is exhausted"
+        raise UserError(f"out of memory: {left}; {advice}") from None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dmkd_fast.classifiers.ensemble import Teacher, Teachers
 from dmkd_fast.classifiers.loading import (
     TORCHVISION,
     build_classifier,
+    classifier_folder,
     classifier_license,
     hub_repository,
     load_classifier,
@@ -26,7 +27,6 @@ from dmkd_fast.data.class_names import order_by_name
 from dmkd_fast.jobs import memory
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
-from dmkd_fast.runtime.model_files import CONFIG
 from dmkd_fast.views.spec import InputSpec, check_logits
 
 
@@ -65,19 +65,10 @@ def load_trained(name: str, device: torch.device) -> tuple[nn.Module, Classifier
     if name.startswith(assets.HUB):
         return _load_saved(*assets.split_commit(name), device)
     if "/" in name or name.startswith(assets.PREFIX) or Path(name).exists():
-        return _load_saved(_in_run(name), None, device)
+        return _load_saved(name, None, device)
     repository = hub_repository(name)
     _, commit = assets.newest(repository)
     return _load_saved(assets.HUB + repository, commit, device)
-
-
-def _in_run(name: str) -> str:
-    """Return the folder of the classifier that a run saved; other names unchanged."""
-    folder = Path(name)
-    if (folder / CONFIG).is_file():
-        return name
-    inner = (folder / part for part in ("student", "model"))
-    return next((str(path) for path in inner if (path / CONFIG).is_file()), name)
 
 
 def pin(config: TeachingConfig) -> TeachingConfig:
@@ -116,7 +107,7 @@ def load_teachers(
         module, spec, license = loaded
         class_map = config.class_map
         if class_map is None and spec.label_names is not None and members:
-            # A further teacher with the first one's class names in another order.
+            # Reorder a further teacher's classes if the names equal the first teacher's.
             places = order_by_name(names["teacher"] or (), spec.label_names)
             class_map = None if places is None else tuple(places)
         highest = max(class_map or (0,))
@@ -218,7 +209,7 @@ def load_student(
 def _load_saved(
     path: str, revision: str | None, device: torch.device
 ) -> tuple[nn.Module, ClassifierSpec, str]:
-    folder = assets.resolve(path, revision)
+    folder = classifier_folder(assets.resolve(path, revision))
     model, spec = load_classifier(folder, device)
     license = assets.license(path) or classifier_license(folder)
     return model, spec, license if revision is None else f"{license} ({path} at {revision})"

@@ -260,7 +260,7 @@ def writing_results(folder: Path, resume: str) -> Iterator[None]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether the run, or any of its ranks, has a checkpoint, complete or not."""
+    """Return whether the run, or any of its ranks, has a checkpoint, complete or not."""
     return any(any((folder / CHECKPOINTS).glob(names)) for names in ("step-*", "rank-*/step-*"))
 
 

@@ -23,7 +23,7 @@ from dmkd_fast.runtime.operators import check_own_memory
 class KdLossParts(NamedTuple):
     """Result of `kd_loss(..., return_parts=True)`: loss = alpha * kd + (1 - alpha) * ce.
 
-    `kd` and `ce` (None without a target) are reduced like the loss and have no gradient.
+    `kd` and `ce` (None without a cross-entropy term) are reduced like the loss, without gradient.
     """
 
     loss: Tensor
@@ -71,7 +71,8 @@ def kd_loss(
     A row counts unless its `mask` is False or its class id is `ignore_index`. A row that does not
     count adds nothing to either term and gets a zero gradient, whatever its logits are. All leading
     dimensions count as rows: (B, L, C) has B * L rows, whereas `F.kl_div` divides "batchmean" by B.
-    The mean over an input without rows is nan, as in torch; if no row counts, the loss is 0.
+    Without rows, the mean is nan, as in torch; with class ids, a mask or `num_items` it is 0. If no
+    row counts, the loss is 0.
 
     Args:
         student_logits: Logits (..., C) of the student, float32, float64, float16 or bfloat16, with
@@ -103,8 +104,8 @@ def kd_loss(
             rows that count). Parameters and sums of two: see `loss/divergences.py`.
         standardize_logits: Whether each row of both logits gets mean 0 and standard deviation 1
             before it is divided by T in the KD term.
-        class_dim: Dimension of the classes (default -1); 1 for (B, C, H, W). Another one than the
-            last is copied.
+        class_dim: Dimension of the classes (default -1); 1 for (B, C, H, W). Logits with
+            another class dimension than the last are copied.
         num_classes: Number of classes that count, where student and teacher are padded to
             different sizes: the rest of each row is ignored and gets a zero gradient.
 
@@ -188,7 +189,7 @@ def kd_loss_and_grad(
     loss = ops.forward_backward(grad, upstream, factor, *problem)[0]
     if class_dim != -1:
         result = result.movedim(class_dim, -1)
-        result[..., :num_classes] = grad.view(*leading, -1)
+        result[..., :num_classes] = grad.view(*leading, grad.shape[-1])
     if num_classes is not None:
         result[..., num_classes:] = 0
     return loss, out

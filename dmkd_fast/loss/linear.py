@@ -59,7 +59,10 @@ def linear_kd_loss(
             counts.append(target != options.get("ignore_index", -100))
         counted = torch.stack(counts).all(0).sum().clamp(min=1) if counts else len(student_hidden)
         options["num_items"] = counted
-    chunk_rows = chunk_rows or max(1, CHUNK_LOGITS // len(student_weight))
+    if chunk_rows is None:
+        chunk_rows = max(1, CHUNK_LOGITS // max(1, len(student_weight)))
+    elif type(chunk_rows) is not int or chunk_rows < 1:
+        raise invalid("chunk_rows", repr(chunk_rows), "a whole number of at least 1, or None")
     teacher = teacher_hidden.detach(), teacher_weight.detach()
     arguments = student_hidden, student_weight, teacher, target, chunk_rows, options
     loss: Tensor = _LinearKdLoss.apply(*arguments)
@@ -97,7 +100,9 @@ class _LinearKdLoss(torch.autograd.Function):
             )
             loss += value
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[part])
+                grad_hidden[part] = (
+                    grad @ weight.detach()
+                )  # in autocast's dtype, which it does not cache
             if grad_weight is not None and wide == grad.dtype:
                 grad_weight.addmm_(grad.t(), hidden[part])
             elif grad_weight is not None:

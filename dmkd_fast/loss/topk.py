@@ -69,7 +69,10 @@ def kd_loss_topk(
         student, teacher = student.to(wide) / temperature, teacher.to(wide) / temperature
         others = student.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
         lse = teacher_logsumexp.to(wide)[..., None]
-        left = (1 - (teacher - lse).exp().sum(-1, keepdim=True)).clamp(min=0)
+        # Probabilities of values in float16 may sum to more than 1. An empty bucket would make the
+        # reverse KL infinite.
+        left = 1 - (teacher - lse).exp().sum(-1, keepdim=True)
+        left = left.clamp(min=torch.finfo(wide).eps)
         student = temperature * torch.cat((student.gather(-1, teacher_indices), others), -1)
         teacher = temperature * torch.cat((teacher, lse + left.log()), -1)
     options |= {"temperature": temperature, "t_squared": t_squared}

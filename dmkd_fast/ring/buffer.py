@@ -74,7 +74,7 @@ class RingBuffer:
             more often than late ones. "equal": passes over the less used half of the images, so
             late images catch up. "uniform": independent draws with replacement. "balanced": the
             same number of draws for each class.
-        num_classes: Number of classes C, for "balanced", statistics by class, and label checks.
+        num_classes: Number of classes C, for "balanced", and for label checks.
         device: Device of all tensors of the ring. On a CUDA device, a plan with a guard gives the
             producer a stream of its own.
         seed: Seed of the draw order.
@@ -287,24 +287,19 @@ class RingBuffer:
         self._streams.after_gather()
 
     def statistics(self) -> Statistics:
-        """Count images, uses and ages on the device; read the result when a log line is due."""
+        """Count images, uses and ages on the device; read the result when a log line is due.
+
+        On CUDA the host waits here for the events that measure the waits.
+        """
         waits = self._streams.waits_s()
-        uses, class_counts, ages = count_slots(
-            self.stamps,
-            self.uses,
-            self.labels,
-            committed=self.blocks.committed,
-            num_classes=self.num_classes,
-        )
+        uses, ages = count_slots(self.stamps, self.uses, committed=self.blocks.committed)
         return Statistics(
             uses=uses,
             total_uses=self.uses.sum(),
             retired_uses=self._retired.clone(),
-            class_counts=class_counts,
             ages=ages,
             fill=self.num_filled / self.capacity,
             error=self._limiter.error,
-            inserted=self.num_inserted,
             sampled=self.num_sampled,
             producer_wait_s=waits["producer"],
             consumer_wait_s=waits["consumer"],

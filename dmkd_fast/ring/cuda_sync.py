@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-# Waits whose events are kept although they have passed; the next ones are counted at once.
+# Recorded waits to keep unread; beyond that, finished waits are added to the sums.
 MOST_UNREAD = 64
 
 

@@ -2,7 +2,7 @@
 
 Reverb's rule: let x = samples_per_insert * (inserted - min_fill) - sampled. A draw must leave
 x >= -error_buffer, and an insert must leave x <= error_buffer. `RingPlan.check_batch` refuses
-settings with which both would wait for each other.
+settings that would deadlock.
 
 Source: Cassirer et al., Reverb (arXiv 2102.04736), section 3.3.
 """

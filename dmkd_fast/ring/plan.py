@@ -6,7 +6,7 @@ by d, and each insert raises it by u. x begins at 0, so it stays on the grid of 
 g = gcd(u, d). If the band [-e, e] holds fewer than (u + d) / g grid points, each point has at most
 one possible move, and no two moves lead to the same point. A cycle has at least (u + d) / g points
 and does not fit, so the loop must stop. With (u + d) / g points or more, each point has a move, and
-the loop never stops. The argument is ours.
+the loop never stops. This argument has no published source.
 
 Shapes: N slots, c channels, H x W pixels.
 """
@@ -17,11 +17,12 @@ import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from dmkd_fast.rng import philox
 from dmkd_fast.runtime import checks
 from dmkd_fast.runtime.distributed import Ranks
 from dmkd_fast.runtime.errors import UserError, invalid
 
-MOST_USES = 2**24  # views have 24 bits for the use count of an image
+MOST_USES = philox.MOST_STEPS  # the use count of an image is the step of its random views
 
 
 @dataclass(frozen=True, kw_only=True)

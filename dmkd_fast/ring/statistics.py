@@ -1,7 +1,7 @@
 """Count the images in the ring, their uses and ages on the device, for log lines.
 
 The host reads the counts only when a log line is due.
-Shapes: N slots, C classes.
+Shapes: N slots.
 """
 
 from __future__ import annotations
@@ -26,14 +26,10 @@ class Statistics:
     """(65,) int64: all images overwritten so far, by use count, in the bins of `uses`."""
     ages: Tensor
     """(N,) int32: blocks committed after the block of each slot; -1 for an empty slot."""
-    class_counts: Tensor | None
-    """(C,) int64: images in the ring by class; None if the ring has no `num_classes`."""
     fill: float
     """Fraction of the slots that hold an image."""
     error: float
     """Views still missing for the target reuse; negative when ahead of the target."""
-    inserted: int
-    """Images committed so far."""
     sampled: int
     """Views drawn so far."""
     producer_wait_s: float
@@ -70,30 +66,21 @@ class Statistics:
         }
 
 
-def count_slots(
-    stamps: Tensor, uses: Tensor, labels: Tensor, *, committed: int, num_classes: int | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Count the filled slots by use count and by class, and return the age of each slot.
+def count_slots(stamps: Tensor, uses: Tensor, *, committed: int) -> tuple[Tensor, Tensor]:
+    """Count the filled slots by use count, and return the age of each slot.
 
     Args:
         stamps: (N,) int32, number of the block that wrote each slot; -1 for an empty slot.
         uses: (N,) int64, use count of each slot.
-        labels: (N,) int64, class of each slot.
         committed: Blocks committed so far.
-        num_classes: Number of classes C, or None.
 
     Returns:
-        `uses` (65,) int64, `class_counts` (C,) int64 or None, `ages` (N,) int32; see `Statistics`.
+        `uses` (65,) int64 and `ages` (N,) int32; see `Statistics`.
     """
     is_filled = stamps >= 0
-    ones = is_filled.long()
     histogram = torch.zeros(BINS, dtype=torch.int64, device=uses.device)
-    histogram.scatter_add_(0, uses.clamp(max=BINS - 1), ones)
-    by_class = None
-    if num_classes is not None:
-        by_class = torch.zeros(num_classes, dtype=torch.int64, device=uses.device)
-        by_class.scatter_add_(0, labels, ones)
-    return histogram, by_class, torch.where(is_filled, committed - 1 - stamps, -1)
+    histogram.scatter_add_(0, uses.clamp(max=BINS - 1), is_filled.long())
+    return histogram, torch.where(is_filled, committed - 1 - stamps, -1)
 
 
 def without_strays(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ LOG = (
 SIN = (6.2831854820251465, -41.3416633605957, 81.59254455566406, -75.401611328125)
 COS = (1.0, -19.739208221435547, 64.93931579589844, -85.4428482055664, 59.22016906738281)
 LN2 = 0.6931471805599453
+MOST_STEPS = 2**24  # the counter has 24 bits for the step
 
 
 def random_bits(seed: int, ids: Tensor, *, step: int | Tensor, stream: int, count: int) -> Tensor:
@@ -48,7 +49,7 @@ def random_bits(seed: int, ids: Tensor, *, step: int | Tensor, stream: int, coun
     Args:
         seed: Seed, non-negative, below 2**63.
         ids: (B,) int64, non-negative; 63 bits are used.
-        step: Sub-counter below 2**24, one for all ids or (B,) int64.
+        step: Sub-counter below `MOST_STEPS`, one for all ids or (B,) int64.
         stream: Purpose of the numbers, below 256; streams never share numbers.
         count: Numbers per id, at most 2**34.
 

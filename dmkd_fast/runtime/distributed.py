@@ -94,7 +94,9 @@ class Ranks:
         """Return the texts of all ranks, in rank order; every rank must call this."""
         if self.control is None:
             return [text]
-        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        data = torch.frombuffer(
+            bytearray(text.encode("utf-8", "surrogateescape") or b"\0"), dtype=torch.uint8
+        )
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         with _lost_peer():
             dist.all_gather(lengths, torch.tensor([len(data)]), group=self.control)
@@ -104,7 +106,10 @@ class Ranks:
             found = [torch.empty_like(padded) for _ in range(self.world_size)]
             dist.all_gather(found, padded, group=self.control)
         pairs = zip(found, lengths, strict=True)
-        return [bytes(t[: int(n)].tolist()).rstrip(b"\0").decode() for t, n in pairs]
+        return [
+            bytes(t[: int(n)].tolist()).rstrip(b"\0").decode("utf-8", "surrogateescape")
+            for t, n in pairs
+        ]
 
     @contextlib.contextmanager
     def agreed(self, kind: type[UserError] = UserError) -> Iterator[None]:
@@ -357,7 +362,10 @@ def _interface_to(host: str) -> str | None:
 def _parent() -> str:
     """Return a text that identifies torchrun's process among all that ever ran on this machine."""
     agent = os.getppid()
-    started = Path(f"/proc/{agent}/stat").read_text(encoding="ascii", errors="replace")
+    try:
+        started = Path(f"/proc/{agent}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:  # The first process of a container has no parent in it.
+        return ""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return json.dumps([boot, agent, int(started.rpartition(")")[2].split()[19])])
 

@@ -116,7 +116,7 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> str:
     try:
         digest = write(partial, parts)
         os.rename(partial, path)
-    except OSError:
+    except Exception:  # of the disk, or of whoever makes the parts
         discard(partial)
         raise
     return digest
@@ -224,7 +224,7 @@ def discard(path: Path) -> None:
     Call `hide` on a visible folder first, or a crash might leave half of it.
     """
     try:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             for item in path.iterdir():
                 discard(item)
             os.rmdir(path)

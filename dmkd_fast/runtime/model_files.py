@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dmkd_fast.runtime import files
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -262,12 +263,24 @@ def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
             yield tensors[name].reshape(-1).view(torch.uint8).numpy().data
 
 
+def keep_in_cache(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that several processes may write, one of them at a time.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    files.make_folder(path.parent)
+    with files.locked(path.parent / "lock", wait_s=60) as is_ours:
+        if is_ours:
+            files.replace(path, file_parts(tensors))
+
+
 def read_license(folder: Path) -> str:
     """Return the license in the header of a folder's model card, or "unknown"."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    found = header and re.search(r"^licen[sc]e:\s*[\"']?([\w.+-]+)", header[1], re.MULTILINE)
+    found = header and re.search(r"^licen[sc]e:[ \t]*[\"']?([\w.+-]+)", header[1], re.MULTILINE)
     return found[1] if found else "unknown"
 
 

@@ -1,6 +1,6 @@
 """Reuse some blocks of a DiT at some steps, by a schedule that is fixed before sampling.
 
-Neighboring steps change what the middle blocks of a transformer compute only little. At a step that
+The middle blocks of a transformer compute almost the same at neighboring steps. At a step that
 reuses them, the sum of these blocks at the last step that computed them is added to the residual
 stream in their place.
 

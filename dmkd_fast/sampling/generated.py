@@ -120,7 +120,9 @@ class GeneratedImages:
     def counts(self, device: torch.device) -> dict[str, Tensor]:
         """Return the number of images so far that are not finite, and that were not kept.
 
-        Both are multiplied by the number of ranks, because `Metrics` reports the mean over ranks.
+        Both are totals of all ranks, in the mean over ranks that `Metrics` reports: the broken
+        images of this rank are multiplied by the number of ranks; rejected ones are already
+        counted for all.
         """
         number = self._num_broken(device) if self._used is None else self._used
         counts = {"broken_images": number.float() * self._ranks.world_size}

@@ -1,8 +1,8 @@
 """What callers can add between the denoiser and a step, and between the sampler and the ring.
 
-Both are objects from Python; no setting names them. An object that looks at more than its
-arguments, such as the student, says so with `is_function_of_id = False`. Its images cannot be made
-again from their ids, so that only the block files of a run can restore them.
+Guides and selections are Python objects; the setting hooks only records their names. An object that
+looks at more than its arguments, such as the student, says so with `is_function_of_id = False`. Its
+images cannot be made again from their ids, so that only the block files of a run can restore them.
 
 Shapes: B images, c channels, h x w latent cells, H x W pixels, k candidates for an image.
 """
@@ -105,7 +105,8 @@ class Selection:
         checks.whole("selection.num_candidates", self.num_candidates, low=2, high=1024)
         for name in ("score", "select"):
             if not callable(getattr(self, name)):
-                raise TypeError(f"selection.{name}: got a value, expected a function")
+                got = type(getattr(self, name)).__name__
+                raise TypeError(f"selection.{name}: got {got}, expected a function")
         check_says("selection", self)
 
     @torch.no_grad()
@@ -161,7 +162,7 @@ class Hooks:
 
     @property
     def names(self) -> list[str]:
-        """Names that tell whether a run continues with the same kinds of objects."""
+        """Names of the objects, compared when a run is resumed."""
         names = [] if self.guide is None else [f"guide {_name(self.guide)}"]
         if self.selection is not None:
             one = self.selection

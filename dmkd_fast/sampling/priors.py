@@ -31,7 +31,7 @@ MOST_SHAPES = 6
 DARK, MIRRORED, STRIPED = 0.5, 0.5, 0.3
 """Probabilities of a black background, of symmetry, and of a texture of stripes."""
 TOGETHER = 2**17
-"""Pixels of all images that are drawn together, few enough for the caches of a CPU."""
+"""Pixels times channels that are drawn at once, few enough for the caches of a CPU."""
 TAPER, CENTERED = 0.7, 0.8
 """How much shapes may narrow to one end, and how close the first, larger one is to the center."""
 _SCENE, _SHAPE = 20, 10
@@ -221,7 +221,7 @@ def _cover(
     across, down, size, aspect, angle, kind, sharpness, is_upright, taper = numbers[:, :9].unbind(1)
     size = 0.15 + 0.75 * size * (0.5 + 1 / (2 + k))
     near = 1.0
-    if k == 0:  # A picture has a subject.
+    if k == 0:  # Make the first shape larger and more central, like the subject of a photo.
         size, near = torch.lerp(size, 0.4 + 0.5 * size, CENTERED), 1 - CENTERED
     stretch = torch.exp2(1.5 * aspect - 0.75)
     angle = math.pi * angle * (is_upright >= 0.5)

@@ -87,7 +87,7 @@ class DiffusionSampler:
         self.seed = checks.whole("seed", seed, high=checks.MAX_SEED)
         size = checks.whole("micro_batch_images", micro_batch_images, low=1, high=2**20)
         if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise invalid("dtype", dtype, "float32, float16 or bfloat16")
+            raise invalid("dtype", dtype, "float32, float16, bfloat16 or float64")
         check_guidance(guidance, denoiser)
         self.denoiser, self.steps, self.guidance = denoiser, steps, guidance
         self.device, self.dtype = torch.device(device), dtype
@@ -137,7 +137,7 @@ class DiffusionSampler:
                 # Compiling every block takes minutes on CUDA. On a CPU the step is faster whole.
                 self._module.shares_block_graph = self.device.type == "cuda"
             self._estimate, self._update = compiled(estimate), compiled(update)
-            if guidance.guide is not None:  # in pieces, if it takes gradients
+            if guidance.guide is not None:  # without fullgraph: gradients break the graph
                 self._guide = torch.compile(guidance.guide, dynamic=False)
             # On a CPU, oneDNN runs the convolutions in any case, and compiling slows group norms.
             if self.device.type == "cuda":
@@ -249,7 +249,7 @@ class DiffusionSampler:
         return self._decoded(latents)
 
     def _settle_decoder(self, count: int) -> None:
-        """Decode in a dtype of larger range if most of a fixed set of images shows an overflow.
+        """Decode in a dtype of larger range if over 1 % of some test images overflow.
 
         The images have the ids 0 to count - 1, so that every process of a run decides alike.
         """
@@ -265,7 +265,7 @@ class DiffusionSampler:
         if broken <= MOST_BROKEN * count or not latents.isfinite().all():
             return
         self._decoder_dtype = wide_dtype(self.device)
-        # A copy, because graphs of other samplers may use the decoder as it is.
+        # A copy, because graphs of other samplers may use the decoder unchanged.
         assert self._decoder is not None
         with torch.inference_mode(False):
             self._decoder = copy.deepcopy(self._decoder).to(dtype=self._decoder_dtype)

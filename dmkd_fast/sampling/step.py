@@ -72,7 +72,12 @@ def estimate(
     scale: Tensor,
     config: StepConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Return the first half of `advance`: the image estimate, and the predicted variance."""
+    """Compute the first half of `advance`.
+
+    Returns:
+        Image estimate (B, c, h, w) float32, and the remaining output channels (B, c' - c, h, w)
+        float32, which are empty without learned variances.
+    """
     is_guided = len(labels) > len(x)
     inputs = (values["input_scale"] * x).to(config.dtype)
     if is_guided:
@@ -104,7 +109,11 @@ def update(
     fresh: Tensor | None,
     config: StepConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Return the second half of `advance`: the next x and `before`, from the image estimate."""
+    """Compute the second half of `advance`, from the image estimate.
+
+    Returns:
+        The next x and `before`, (B, c, h, w) float32 each.
+    """
     clip = config.clip
     newest = image if clip is None else image.clamp(-clip, clip)
     x = values["a"] * x + values["b0"] * newest + values["b1"] * before + values["u"] * image

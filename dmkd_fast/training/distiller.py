@@ -128,7 +128,10 @@ class Distiller(TrainingLoop):
                 phase.advance(self.ring.block_images * self.ranks.world_size)
 
     def train_step(self) -> Tensor:
-        """Take one optimizer step and return its loss without waiting for the device."""
+        """Take one optimizer step and return its loss ().
+
+        With a fused optimizer the host does not wait for the device.
+        """
         self.student.start(self.lr())
         with self.clock.part("views"):
             batch = self.feed.draw(step=self.step, progress=self.progress)

@@ -53,6 +53,10 @@ class WeightEMA:
 
     With `decay=0` the average equals the model. The decay of update n, counted from 0, is
     min(decay, (1 + n) / (10 + n)), so that random initial weights fade quickly.
+
+    Args:
+        model: Model whose weights are averaged; it is copied.
+        decay: Largest decay per update, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:

@@ -85,7 +85,7 @@ class Feed:
         self._ahead = None
 
     def wants_block_ahead(self, views_left: int) -> bool:
-        """Return whether to write a block early: there is a guard, and remaining views need it."""
+        """Return whether to write a block ahead: a guard exists and later views need it."""
         return (
             self.ring.plan.guard_blocks > 0
             and self.ring.must_insert(views_left)

@@ -50,7 +50,10 @@ class ImageStream(Protocol):
         ...
 
     def counts(self, device: torch.device) -> dict[str, Tensor]:
-        """Return numbers on the device that the host reads with the next row of statistics."""
+        """Return counts () on the device, which the host reads with the next row of statistics.
+
+        `Metrics` reports the mean over ranks, so multiply a count of this rank by their number.
+        """
         ...
 
     def check(self, counts: Mapping[str, int]) -> None:

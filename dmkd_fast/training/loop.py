@@ -79,7 +79,7 @@ class TrainingLoop:
         """Do what the next step needs and what may take long; a signal may interrupt it."""
 
     def _rated_counts(self) -> dict[str, float]:
-        """Return further counts with a rate, by name."""
+        """Return the number of images so far, as `images`, if it gets a rate."""
         return {}
 
     def _figures(self) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -119,7 +119,7 @@ class TrainingLoop:
         return self.step / self.num_steps
 
     def lr(self) -> float:
-        """Learning rate of the current step."""
+        """Return the learning rate of the current step."""
         return self.schedule.lr_at(self.step)
 
     def totals(self) -> dict[str, Any]:
@@ -223,9 +223,8 @@ class TrainingLoop:
 
     def _loop(self, phase: Phase) -> None:
         self.warm_up()
-        # A collection over all objects of imports and compilation is slow, and the copies for a
-        # checkpoint would trigger one. `fit` unfreezes them. What a signal raises inside a
-        # finalizer would be lost.
+        # Later collections skip all objects made so far; `fit` unfreezes these objects. Signals are
+        # held, because an exception that a signal raises inside a finalizer would be lost.
         with self._interrupts.held():
             gc.collect()
             gc.freeze()

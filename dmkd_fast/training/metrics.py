@@ -50,7 +50,7 @@ class Metrics:
         Args:
             views: Views of the run so far.
             wall_s_before: Seconds that the run has taken so far.
-            totals: Further counts with a rate, by name, such as `images`.
+            totals: Number of images so far, as `images`, if it gets a rate.
 
         Raises:
             SaveError: The folder cannot be written to.

@@ -34,7 +34,7 @@ class Objective:
     """What a student minimizes: alpha * KD + (1 - alpha) * CE, mean over the batch.
 
     Raises:
-        TypeError, ValueError: A number is out of range, or the divergence is unknown.
+        TypeError, UserError: A number is out of range, or the divergence is unknown.
     """
 
     temperature: float = 4.0
@@ -60,7 +60,8 @@ class Objective:
     @property
     def uses_target(self) -> bool:
         """Whether the loss depends on the targets."""
-        return self.alpha < 1 or DKD in terms_of(self.divergence)[::4]
+        kinds = terms_of(self.divergence)[::4]  # four numbers a term; the first is its kind
+        return self.alpha < 1 or DKD in kinds
 
     def backward(
         self,

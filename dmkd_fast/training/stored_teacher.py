@@ -63,6 +63,8 @@ class StoredTeacher:
         """
         with self._ranks.agreed(SourceError):
             rows = [self._source.read_logits(i % self._source.num_images) for i in ids.tolist()]
+        if not rows:  # A ring may be restored before its first block.
+            return
         for name, held in self._held.items():
             array = np.stack([row[name] for row in rows])
             # PyTorch has few operations for uint16, whose bits are held as int16.

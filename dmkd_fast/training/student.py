@@ -1,8 +1,9 @@
 """One optimizer step of the student: gradients, optimizer, weight EMA, skipping of bad steps.
 
-A step whose loss or gradient is not finite is skipped. The device decides this, so nothing here
-waits for it. A loss that is not finite also makes the gradient not finite; ranks average their
-gradients, so all of them take the same decision.
+A step whose loss or gradient is not finite is skipped. With a fused optimizer the device decides
+this and the host never waits; with any other the host reads one flag a step. A loss that is not
+finite also makes the gradient not finite; ranks average their gradients, so all of them take the
+same decision.
 Shapes: B views in a micro-batch, C classes.
 Source: Micikevicius et al., "Mixed precision training" (arXiv 1710.03740), on loss scaling.
 """
@@ -170,7 +171,11 @@ class StudentTrainer:
         return value
 
     def finish(self) -> None:
-        """Update the weights, unless the loss or gradient is not finite."""
+        """Update the weights, unless the loss or gradient is not finite.
+
+        Raises:
+            CaptureError: The student replaced a buffer, which a captured step would not see.
+        """
         assert self._buffers_before is not None, "start comes first"
         grads = [p.grad for p in self._parameters if p.grad is not None]
         self._found.copy_(self._is_trial)

@@ -196,7 +196,18 @@ class Targets:
 
     @torch.no_grad()
     def warm_up(self, slots: Tensor, indices: Tensor) -> Tensor:
-        """Run all teachers of the run once, so that they compile; return the student's views."""
+        """Run all teachers of the run once, so that they compile.
+
+        Args:
+            slots: Images (N, c, H, W) uint8.
+            indices: Slots (B,) int64.
+
+        Returns:
+            Views (B, c, S, S) of the student.
+
+        Raises:
+            UserError: A teacher does not return logits (B, C).
+        """
         if self.stored is not None:
             return self._render(slots, indices, indices, indices, {self.input})[self.input]
         views = self._render(slots, indices, indices, indices, set(self._renderings))

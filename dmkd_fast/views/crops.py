@@ -14,12 +14,13 @@ import math
 import torch
 from torch import Tensor
 
+from dmkd_fast.rng import philox
 from dmkd_fast.runtime import checks, native, tensor_checks
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.views import ops
 from dmkd_fast.views.spec import check_normalization
 
-MOST_USES = 2**24
+MOST_USES = philox.MOST_STEPS
 
 
 class ViewSpec:
@@ -192,7 +193,16 @@ class Views:
         return boxes, flips
 
     def whole(self, slots: Tensor, indices: Tensor, spec: ViewSpec | None = None) -> Tensor:
-        """Render whole images at view size, normalized, without crop and flip."""
+        """Render whole images at view size, normalized, without crop and flip.
+
+        Args:
+            slots: Images (N, c, H, W) uint8.
+            indices: Slots (B,) int64 to read.
+            spec: Form of the views; None: the form given to this object.
+
+        Returns:
+            Views (B, c, size, size), in the dtype of the spec, channels_last.
+        """
         height, width = _sides(slots)
         tensor_checks.rows("indices", indices)
         count = len(indices)

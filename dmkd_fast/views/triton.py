@@ -283,4 +283,6 @@ def plan_boxes(
         seed,
         *recipe,
     )
-    return Launch(boxes_kernel, arguments, {"ROWS": ROWS}, (triton.cdiv(len(ids), ROWS),), 4)
+    return Launch(
+        boxes_kernel, arguments, {"ROWS": ROWS}, (triton.cdiv(len(ids), ROWS),), NUM_WARPS
+    )

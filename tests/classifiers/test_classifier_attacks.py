@@ -176,6 +176,12 @@ def test_a_wrong_field_of_config_json_is_one_line(
     assert re.search(words, line), line
 
 
+def test_a_value_that_a_constructor_refuses_is_one_line() -> None:
+    made = spec("vit_tiny_patch16_224", model_args={"pos_drop_rate": -0.5})
+    line = one_line(lambda: build_classifier(made))
+    assert line.startswith("model_args of vit_tiny_patch16_224: dropout probability has to be")
+
+
 def test_sizes_are_compared_before_memory_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

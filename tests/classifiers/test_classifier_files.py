@@ -270,3 +270,12 @@ def test_a_students_spec_is_that_of_its_teacher(tmp_path: Path) -> None:
     )
     assert read.input == teachers.specs["teacher"].input
     assert replace(read, architecture="x").label_names is None
+
+
+def test_a_finished_run_can_be_the_path_of_a_teacher(tmp_path: Path) -> None:
+    student = saved(tmp_path / "student")
+    (student / "README.md").write_text("---\nlicense: mit\n---\n")
+    section = TeachingConfig(path=str(tmp_path))
+    teachers = load_teachers({"teacher": section}, temperature=1.0, device=CPU)
+    assert teachers.num_classes == {"teacher": 4} and teachers.license == "mit"
+    assert networks.load_trained(str(tmp_path), CPU)[2] == "mit"

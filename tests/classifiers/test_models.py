@@ -92,6 +92,15 @@ def test_a_residual_network_of_zero_branches_passes_its_stem_through() -> None:
         torch.testing.assert_close(model(images), expected)
 
 
+def test_lenet5_takes_images_of_up_to_32_pixels() -> None:
+    model = small_nets.build("lenet5", num_classes=5, in_chans=1)
+    assert model is not None
+    for height, width in ((32, 32), (28, 21)):
+        assert model(torch.zeros(2, 1, height, width)).shape == (2, 5)
+    with pytest.raises(ValueError, match=r"^images: got 32 x 33 pixels, expected at most 32 x 32$"):
+        model(torch.zeros(2, 1, 32, 33))
+
+
 @pytest.mark.parametrize(
     "name",
     ["cifar_resnet21", "cifar_wrn17_2", "cifar_vgg9", "cifar_x", "cifar_resnet2", "cifar_wrn16_0"],

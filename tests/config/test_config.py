@@ -122,3 +122,11 @@ def test_newest_run_of_a_name_is_resumed(tmp_path: Path, monkeypatch: pytest.Mon
         claimed = run_dir.claim(config.model_copy(update={"run_dir": f"runs/{name}"}))
         (claimed / "checkpoints" / "step-000000001").mkdir(parents=True)
     assert run_dir.find(config).run_dir == "runs/many_steps-20210101-000000"
+
+
+def test_the_guidance_of_a_phase_may_have_an_interval() -> None:
+    changes = ["sampler.guidance_scale=1", "sampler.guidance_interval=[0.2, 0.8]"]
+    phase = "sampler.phases=[{start: 0.5, num_steps: 4, guidance_scale: 2}]"
+    assert load_config(DistillConfig, CONFIG, [*changes, phase]).sampler.is_guided
+    with pytest.raises(UserError, match="guidance_scale=1, which turns guidance off"):
+        load_config(DistillConfig, CONFIG, changes)

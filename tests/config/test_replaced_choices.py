@@ -10,6 +10,7 @@ from small_jobs import ROOT
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.runtime import errors
+from dmkd_fast.runtime.errors import UserError
 
 CONFIGS = ROOT / "configs"
 
@@ -72,3 +73,9 @@ def test_fields_that_overrides_set_are_kept_and_contradictions_stay_errors() -> 
     both = ["sampler.fidelity=high", "sampler.num_steps=9"]
     with pytest.raises(ValueError, match="got 9 beside fidelity=high"):
         load_config(DistillConfig, CONFIGS / "many_steps.yaml", both)
+
+
+def test_a_choice_in_a_section_that_is_removed_again_is_one_line() -> None:
+    overrides = ["denoiser.path=x", "denoiser=null", "source.path=y"]
+    with pytest.raises(UserError, match="sampler: got it beside source"):
+        load_config(DistillConfig, CONFIGS / "many_steps.yaml", overrides)

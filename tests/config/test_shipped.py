@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 from pathlib import Path
 
@@ -50,3 +52,21 @@ def test_a_missing_config_names_a_similar_one() -> None:
         load_config(DistillConfig, "configs/fashon_mnist.yaml")
     with pytest.raises(UserError, match="dmkd init"):
         load_config(DistillConfig, "x.yaml")
+
+
+def test_a_config_that_is_half_written_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk(io.TextIOWrapper):
+        def write(self, text: str) -> int:
+            super().write(text[: len(text) // 2])
+            self.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opened(path: Path, mode: str, *, encoding: str) -> FullDisk:
+        return FullDisk(io.BufferedWriter(io.FileIO(path, mode)), encoding=encoding)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(UserError, match=r"cannot write \(No space left on device\)"):
+        shipped.write_new(tmp_path / "demo.yaml", "name: demo\n")
+    assert os.listdir(tmp_path) == []

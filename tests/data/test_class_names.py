@@ -46,6 +46,18 @@ def test_folders_and_the_list_of_classes_must_have_the_same_names() -> None:
         order_folders(FOLDER, ["a", "b"], ("0", "1"))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["caf\udce9", " ant", "ant\t", "a\nb"],
+    ids=["not UTF-8", "blank before", "blank after", "line break"],
+)
+def test_folders_whose_names_are_no_line_of_text_are_refused(name: str) -> None:
+    expected = r"^set: got class folder '.*', expected a name in UTF-8 of one line"
+    with pytest.raises(SourceError, match=expected) as error:
+        order_folders(FOLDER, ["bee", name], ())
+    assert "\n" not in str(error.value) and str(error.value).isascii()
+
+
 def test_a_teachers_classes_are_matched_by_name_or_number() -> None:
     assert teacher_order(FOLDER, ["a", "b"], 2, ("b", "a")) == ("b", "a")
     assert teacher_order(FOLDER, ["10", *map(str, range(10))], 11, ("x",) * 11)[-1] == "10"

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from shard_files import contents, encode, random_images, write_shards
+from shard_files import contents, encode, make_plan, random_images, write_shards
 
 from dmkd_fast.data import plain_tars, shards
 from dmkd_fast.data.sources import ShardSource
@@ -260,3 +260,21 @@ def test_shards_are_indexed_by_position_as_tarfile_indexes_them(
             slow = shards.load_shard(folder, plan, number)
         assert fast.offsets.tolist() == slow.offsets.tolist()
         assert fast.sizes.tolist() == slow.sizes.tolist()
+
+
+def test_jobs_with_the_same_process_id_write_under_different_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers that write into one directory may give their jobs the same id."""
+    names: list[str] = []
+    for call in ("link", "replace"):
+        own = getattr(os, call)
+
+        def noted(source: Path, target: Path, own: Callable[..., None] = own) -> None:
+            names.append(source.name)
+            own(source, target)
+
+        monkeypatch.setattr(os, call, noted)
+    for job in ("0", "1"):
+        shards.claim(tmp_path / job, make_plan(IMAGES, 4))
+    assert len(names) == len(set(names)) == 6  # the plan, the card and timm's file, twice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,3 +176,22 @@ def test_named_folders_take_the_order_of_the_class_names(tmp_path: Path) -> None
     for names, expected in (("cow ant bee", [1, 2, 0]), ("0 1 2", [0, 1, 2])):
         source = files_of(tmp_path, 3, names.split())
         assert source.labels_of(np.arange(3)).tolist() == expected
+
+
+def test_the_names_of_the_files_are_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, hashed = hashlib.sha256, list[bytes]()
+
+    def noted(data: bytes) -> Any:
+        hashed.append(data)
+        return own(data)
+
+    monkeypatch.setattr(hashlib, "sha256", noted)
+    source = FileSource(tmp_path, ["a.png", "b.png"], [0, 1])
+    state = source.state_dict()
+    source.load_state_dict(state)
+    assert source.state_dict() == state and len(hashed) == 1
+    other = FileSource(tmp_path, ["a.png", "c.png"], [0, 1])
+    with pytest.raises(SourceError, match="added, removed or renamed"):
+        other.load_state_dict(state)

@@ -161,6 +161,11 @@ def spoil(folder: Path, how: str) -> Path:
     elif how == "shard gone":
         shard(transformer)
         next(transformer.glob("*-00002-of-*")).unlink()
+    elif how == "whole beside shards":
+        path = folder / "vae" / file
+        data = path.read_bytes()
+        shard(path.parent)
+        path.write_bytes(data)
     elif how == "shard elsewhere":
         index = {"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}}
         (transformer / file).unlink()
@@ -185,6 +190,10 @@ def spoil(folder: Path, how: str) -> Path:
         ("transformers", "a transformers or timm model, .* use a diffusion model"),
         ("pickle", r"diffusion_pytorch_model.bin, a pickle, .* dmkd import denoiser SOURCE OUT"),
         ("shard gone", "no such file, but diffusion_pytorch_model.safetensors.index.json names it"),
+        (
+            "whole beside shards",
+            r"vae: got .*\.safetensors beside .*\.json, expected one of the two",
+        ),
         ("shard elsewhere", "expected one without folders"),
         ("normalized latents", "latents_mean: got"),
         ("far too large", "got a config of .* weights, but .* holds"),

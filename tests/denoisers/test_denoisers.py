@@ -234,6 +234,7 @@ def test_lean_dit_equals_diffusers(
 def test_a_dit_that_the_lean_module_cannot_be_keeps_diffusers() -> None:
     assert lean_dit(small_dit(shared=False)) is None
     assert lean_dit(small_dit(activation_fn="gelu")) is None
+    assert lean_dit(small_dit(norm_elementwise_affine=True)) is None
 
 
 def test_xformers_is_refused_where_it_cannot_run() -> None:
@@ -321,6 +322,8 @@ def test_classes_and_guidance_are_checked(tmp_path: Path) -> None:
         ("---\nlicense: cc-by-nc-4.0\ntags: [a]\n---\n# Card", "cc-by-nc-4.0"),
         ("---\ntags: [a]\n---\nlicense: no header\n", "unknown"),
         ("# Card\n", "unknown"),
+        ("---\nlicense:\n- mit\n---\n", "unknown"),
+        ("---\nlicense:\ntags: [a]\n---\n", "unknown"),
     ],
 )
 def test_license_is_read_from_the_cards_header(tmp_path: Path, text: str, expected: str) -> None:

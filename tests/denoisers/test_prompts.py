@@ -22,6 +22,7 @@ from dmkd_fast.data import manifest
 from dmkd_fast.denoisers import loading
 from dmkd_fast.denoisers.prompts import bank
 from dmkd_fast.denoisers.prompts.by_class import prompts_by_class, read_captions
+from dmkd_fast.denoisers.prompts.encoders import TextEncoder, encode
 from dmkd_fast.jobs.images import job_class_names, open_denoiser
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.sampler import DiffusionSampler
@@ -59,6 +60,7 @@ def test_prompts_without_a_name_are_one_class_each() -> None:
         (["a {name}, {stile}"], NAMES, {"style": ["x"]}, "'style', for which no prompt"),
         (["a {name}, {style}"], NAMES, {}, "add it to denoiser.prompt_attributes as style"),
         (["a {a}{b}{c}{d}"], (), {k: ["x"] * 100 for k in "abcd"}, "at most 1,000,000"),
+        (["a {name} {a}{b}"], ("n",) * 1000, {k: ["x"] * 50 for k in "ab"}, "got 2,500,000"),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(
@@ -237,6 +239,44 @@ def test_a_weaker_model_gets_the_prompts_of_a_bank(
         rows = {len(module.prompts) for module in (loaded.module, loaded.weak)}
         assert rows == {5 if least == sizes else 11}
     assert torch.equal(*made) and len(made[0].flatten(1).unique(dim=0)) == 10
+
+
+def test_encoded_prompts_carry_no_graph(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing is cached there yet
+    assert not encode(folder, TextEncoder(), ["a cat"], CPU)["last"].requires_grad
+
+
+def test_only_the_tables_of_prompts_enter_a_bank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLUX also has a table of the places in a prompt, which may have as many rows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    module = Table(9)
+    module.register_buffer("text_places", torch.zeros(9, 3))
+    taken = bank.take_bank(module, 9, least_bytes=1)
+    assert taken is not None and [name for _, name in taken.tables] == ["prompts"]
+    assert len(module.get_buffer("text_places")) == 9
+
+
+def test_a_damaged_bank_is_written_again_by_the_next_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def held() -> Tensor:
+        taken = bank.take_bank(Table(9), 9, least_bytes=1)
+        assert taken is not None
+        return next(iter(taken.tables.values()))
+
+    expected = Table(9).prompts
+    assert torch.equal(held(), expected)
+    (path,) = bank.files.cache_folder().glob("bank-*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert torch.equal(held(), expected)  # in memory
+    assert torch.equal(held(), expected) and path.read_bytes() == whole
 
 
 def test_the_manifest_has_the_prompt_of_each_image(tmp_path: Path) -> None:

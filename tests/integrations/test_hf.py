@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,24 @@ def test_batches_may_bring_the_logits_of_a_teacher(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="teacher: got None, expected a network"):
         without.train()
+
+
+def test_probabilities_as_labels_are_divided_by_the_number_of_images(tmp_path: Path) -> None:
+    """The Trainer counts the numbers in `labels`: 8 class ids, or 8 x 4 probabilities."""
+    student = vit(0).eval()
+    trainer = DistillTrainer(student, arguments(tmp_path), teacher=vit(1), alpha=0.5)
+    rows = images()[:8]
+    pixels, ids = (torch.stack([row[name] for row in rows]) for name in ("pixel_values", "labels"))
+    found = []
+    for labels in (ids, nn.functional.one_hot(ids, 4).float()):
+        inputs = {"pixel_values": pixels, "labels": labels}
+        counted = torch.tensor(labels.numel())
+        found.append(trainer.compute_loss(student, inputs, num_items_in_batch=counted))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_named_batches_can_be_copied_and_pickled() -> None:
+    named = Named([(torch.zeros(2), torch.ones(2))])
+    for again in (copy.copy(named), pickle.loads(pickle.dumps(named))):
+        (batch,) = again
+        assert list(batch) == ["pixel_values", "labels"] and len(again) == 1

@@ -7,15 +7,16 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_jobs import ROOT, few_test_images
+from small_jobs import ROOT, few_test_images, small_classifier
 from torch import Tensor, nn
 
-from dmkd_fast import cli
+from dmkd_fast import InputSpec, Teacher, cli
 from dmkd_fast.assets import resolve
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
@@ -23,7 +24,7 @@ from dmkd_fast.denoisers import kernels
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory
 from dmkd_fast.jobs.build import build
-from dmkd_fast.jobs.inspect import doctor, machine
+from dmkd_fast.jobs.inspect import doctor, machine, networks
 from dmkd_fast.jobs.inspect.findings import Finding
 from dmkd_fast.jobs.parts import Parts, prepare
 from dmkd_fast.runtime import distributed, native
@@ -246,3 +247,35 @@ def test_a_job_that_compiles_without_graphs_is_found() -> None:
     utils.counters.clear()
     assert not doctor.compiled(replace(job, compile_student=True)).is_ok
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_ok"), [((7, 5), False), ((8, 0), True), ((10, 0), True), ((12, 0), True)]
+)
+def test_a_gpu_is_wrong_below_compute_capability_8(
+    capability: tuple[int, int], is_ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    properties = SimpleNamespace(name="a GPU", total_memory=2**34, major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    found = machine.gpu()
+    assert found.is_ok == is_ok and f"compute capability {major}.{minor}" in found.what
+
+
+def test_a_teacher_is_not_judged_by_images_of_classes_that_it_does_not_teach() -> None:
+    teacher = Teacher(
+        module=small_classifier().eval(),
+        input=InputSpec(size=8, mean=(0.5,), std=(0.5,)),
+        teaches=(2, 3),
+    )
+    parts: Any = SimpleNamespace(
+        test_set=SimpleNamespace(class_names=("a", "b", "c", "d")),
+        teachers=SimpleNamespace(
+            specs={"teacher": None}, together=SimpleNamespace(members=(teacher,))
+        ),
+    )
+    images, labels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])
+    (found,) = networks.understanding(parts, images, labels)
+    assert found.is_ok and found.name == "teacher: classes" and "no generated image" in found.what

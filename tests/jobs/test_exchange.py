@@ -17,6 +17,7 @@ from dmkd_fast import cli, open_set, predict
 from dmkd_fast.classifiers.loading import build_classifier, load_classifier, save_classifier
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.jobs.exchange import export as exporting
+from dmkd_fast.jobs.exchange import predict as predicting
 from dmkd_fast.runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -183,3 +184,12 @@ def test_onnx_without_its_packages_is_one_line_that_names_the_extra(
     assert cli.main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'dmkd_fast[onnx]'" in line and not out.exists()
+
+
+def test_the_name_of_an_image_that_is_no_unicode_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = predicting.Prediction(image="caf\udce9.png", classes={"ant": 1.0})
+    monkeypatch.setattr(predicting, "predict", lambda *_, **__: [found])
+    assert cli.main(["predict", "model", found.image]) == 0
+    assert capsys.readouterr().out == "caf\ufffd.png\n  1.0000  ant\n"

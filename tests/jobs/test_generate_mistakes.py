@@ -47,6 +47,15 @@ def test_other_settings_are_refused_and_nothing_changes(
     assert "\n" not in str(error.value) and contents(whole) == before
 
 
+def test_a_finished_slice_needs_no_space(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of seven shards, the slice 1/2 has three, one less than the other."""
+    full = shutil.disk_usage(whole)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    before = contents(whole)
+    make_set(whole, job_slice=(1, 2))
+    assert contents(whole) == before
+
+
 def test_other_weights_under_the_same_path_are_refused(tmp_path: Path) -> None:
     model = shutil.copytree(resolve("embedded:fashion_mnist/denoiser"), tmp_path / "model")
     settings = [f"denoiser.path={model}"]

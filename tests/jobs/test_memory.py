@@ -261,3 +261,15 @@ def test_out_of_memory_in_evaluate_and_generate_is_one_line(
 def test_another_error_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="shapes"), memory.named("lower it"):
         raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA"), "the memory of the GPU is exhausted"),
+        (MemoryError(), "GiB of cpu memory were left at the start"),
+    ],
+)
+def test_the_memory_that_is_exhausted_is_named(error: Exception, words: str) -> None:
+    with pytest.raises(UserError, match=f"{words}; lower it$"), memory.named("lower it"):
+        raise error

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from small_jobs import few_test_images
 
 from dmkd_fast import cli
+from dmkd_fast.config.data import RealImagesConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.config.reference import JOBS
 from dmkd_fast.jobs.pretrain import own_data, own_time
@@ -124,3 +128,20 @@ def test_mistakes_are_refused_in_one_line(here: Path, capsys: pytest.CaptureFixt
         assert cli.main(["init", *arguments]) == 2
         assert words in capsys.readouterr().err
     assert not list(Path().iterdir())
+
+
+def test_idx_files_inside_train_are_refused_in_one_line(here: Path) -> None:
+    shutil.copytree(few_test_images(20), here / "data" / "train")
+    (here / "data" / "test").mkdir()
+    with pytest.raises(UserError, match=r"got idx files in \S+/train, expected class folders"):
+        own_data.look(here / "data", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("side", "patch"), [(9, 1), (15, 1), (16, 2), (21, 3), (28, 4)])
+def test_patches_divide_the_side_of_the_images(side: int, patch: int) -> None:
+    images = torch.zeros(2, 1, side, side, dtype=torch.uint8)
+    real: Any = SimpleNamespace(train=SimpleNamespace(images=images, class_names=("a", "b")))
+    data = RealImagesConfig(channels=1)
+    found = own_data.OwnData(folder=Path("x"), test=Path("x"), real=real, data=data, stored="")
+    _, denoiser, _, _ = own_data._texts(found, own_data.SIZES["cpu"])
+    assert yaml.safe_load(denoiser)["patch_size"] == patch

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from real_sets import NAMES, encoded, write_shard
+from small_jobs import few_test_images
 
 from dmkd_fast import InputSpec, cli, load_classifier, open_set
 from dmkd_fast.config.data import RealImagesConfig
@@ -22,8 +23,10 @@ from dmkd_fast.jobs.images import denoiser_class_names
 from dmkd_fast.jobs.parts import load_parts
 from dmkd_fast.jobs.pretrain import cache, real_data
 from dmkd_fast.jobs.pretrain.real_data import load_real
+from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.jobs.resolve import resolve
 from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.training import scoring
 
 CPU = torch.device("cpu")
 SMALL = RealImagesConfig(image_size=16, held_out=0.25)
@@ -214,3 +217,40 @@ def test_mistakes_are_refused_in_one_line(
     monkeypatch.setattr(real_data, "available_bytes", lambda device: 1000)
     with pytest.raises(UserError, match=r"expected at most .* GiB; lower data\.image_size"):
         load_real(folder, CPU, SMALL)
+
+
+def test_idx_files_inside_train_are_refused_in_one_line(tmp_path: Path) -> None:
+    shutil.copytree(few_test_images(20), tmp_path / "train")
+    with pytest.raises(UserError, match=r"got idx files in \S+/train, expected class folders"):
+        load_real(tmp_path, CPU, SMALL)
+
+
+def test_grids_show_some_of_many_classes(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    drawn: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(report_images, "MOST_ROWS", 2)
+    monkeypatch.setattr(
+        report_images, "grid", lambda images, names, path: drawn.append((len(images), names))
+    )
+    dit = {"patch_size": 4, "num_layers": 1, "num_heads": 2, "head_dim": 8}
+    pretrained("denoiser", dit, parts, tmp_path / "denoiser", capsys)
+    assert drawn == [(2, ["ant", "bee"])] * 3
+
+
+def test_a_job_that_fails_after_training_says_so_on_its_page(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fail(_: Any) -> None:
+        raise UserError("nothing was learned")
+
+    monkeypatch.setattr(scoring, "check_trained", fail)
+    model = {"model": {"arch": "cifar_resnet8"}, "views": {"size": 16}}
+    path, out = tmp_path / "job.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump({"name": "teacher", **COMMON, **model}))
+    command = ["pretrain", "teacher", str(path), f"run_dir={out}", "--data", str(parts)]
+    assert cli.main(command) == 2
+    assert "dmkd: nothing was learned" in capsys.readouterr().err
+    facts = json.loads((out / "report.json").read_text())
+    assert (facts["state"], facts["message"]) == ("failed", "UserError: nothing was learned")
+    assert "<b>Ended with an error</b>" in (out / "report.html").read_text(encoding="utf-8")

@@ -9,18 +9,21 @@ import json
 import signal
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import spread
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmkd_fast import cli
 from dmkd_fast.data import test_sets
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser, zero_modulations
+from dmkd_fast.jobs.pretrain import denoiser as denoiser_job
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, _sample_grids, training_attention
 from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.runtime.output.progress import Progress
@@ -184,7 +187,7 @@ def test_denoiser_learns_and_its_samples_follow_the_label(data: Path, tmp_path: 
         assert (folder / name).stat().st_size > 0
     loaded = load_denoiser(folder, torch.device("cpu"))
     silent = Progress(show=False)
-    grids = dict(_sample_grids(folder, loaded.num_classes, torch.device("cpu"), silent))
+    grids = dict(_sample_grids(folder, range(loaded.num_classes), torch.device("cpu"), silent))
     images = grids[2.0].flatten(0, 1)
     bright = torch.stack(
         [
@@ -304,3 +307,26 @@ def test_fewstep_refuses_what_does_not_fit(
     assert cli.main(["pretrain", "fewstep", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_sample_grids_are_made_in_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Recorder:
+        """Take the place of the sampler, and make black images."""
+
+        def __init__(self, *_: Any, micro_batch_images: int, **__: Any) -> None:
+            sizes.append(micro_batch_images)
+
+        def sample(self, ids: Tensor, labels: Tensor, *, out: Tensor) -> Tensor:
+            assert len(ids) == len(labels) == len(out)
+            return out.zero_()
+
+    loaded = SimpleNamespace(image_shape=(1, 2, 2))
+    monkeypatch.setattr(denoiser_job, "load_denoiser", lambda *_: loaded)
+    monkeypatch.setattr(denoiser_job, "DiffusionSampler", Recorder)
+    for count, size in ((2, 16), (100, 64)):
+        sizes.clear()
+        grids = _sample_grids(Path(), range(count), torch.device("cpu"), Progress(show=False))
+        assert [images.shape for _, images in grids] == [(count, 8, 1, 2, 2)] * 3
+        assert sizes == [size] * 3

@@ -21,6 +21,7 @@ from dmkd_fast.jobs.report import data as report_data
 from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.jobs.report import live as report_live
 from dmkd_fast.jobs.report import runs as report
+from dmkd_fast.jobs.report.html import duration
 from dmkd_fast.jobs.report.live import LivePage
 from dmkd_fast.jobs.report.scores import calibration, confusion
 from dmkd_fast.runtime import files
@@ -319,3 +320,34 @@ def test_a_page_costs_little_while_the_run_goes_on(
         spent.append(time.thread_time() - started)
     assert len(page.facts["samples"]) == classes
     assert min(spent) < 0.2
+
+
+def test_texts_that_are_no_unicode_are_written_with_question_marks(tmp_path: Path) -> None:
+    page = LivePage(write_run(tmp_path / "run"), {"title": "caf\udce9"})
+    page.write("running")
+    assert "<p>caf?</p>" in (page.folder / "report.html").read_text(encoding="utf-8")
+    run = write_run(tmp_path / "caf\udce9")
+    report.report([run])
+    assert f"{tmp_path}/caf?</p>" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_comparison_links_to_runs_of_any_name(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a#b?c%d e", "other")]
+    report.report(runs, tmp_path / "both.html")
+    links = Outline((tmp_path / "both.html").read_text(encoding="utf-8")).links
+    assert {"a%23b%3Fc%25d%20e/report.html", "other/report.html"} <= set(links)
+
+
+def test_only_runs_with_a_class_in_common_are_compared_by_class(tmp_path: Path) -> None:
+    first, second, other = (
+        write_run(tmp_path / str(i), facts=many_class_facts(3, side=8, name=name))
+        for i, name in enumerate(("cat", "cat", "dog"))
+    )
+    for runs, is_shown in (([first, second], True), ([first, other], False)):
+        report.report(runs, tmp_path / "both.html")
+        page = (tmp_path / "both.html").read_text(encoding="utf-8")
+        assert ("<h2>Classes</h2>" in page) == is_shown
+
+
+def test_seconds_are_rounded_before_they_are_split() -> None:
+    assert duration(119.7) == "2 min 00 s" and duration(7199.7) == "2 h 00 min"

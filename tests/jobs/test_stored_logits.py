@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,19 @@ def test_a_stopped_run_ends_with_the_same_student(
     again.fit()
     ends = (d.student.average.module.state_dict().values() for d in (whole, again))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_run_that_was_stopped_before_its_first_image_resumes(full: Path, tmp_path: Path) -> None:
+    """An interrupt of the warm-up saves an empty ring, whose stored logits are none."""
+    first = job(full, tmp_path)
+    first.refill = lambda **_: signal.raise_signal(signal.SIGINT)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    assert first.ring.num_filled == 0
+    again = job(full, tmp_path)
+    again.restore()
+    again.fit()
+    assert again.step == again.schedule.num_steps
 
 
 def test_all_classes_as_the_largest_ones_train_the_student_of_full_logits(

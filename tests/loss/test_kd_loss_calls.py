@@ -246,3 +246,8 @@ def test_losses_of_rows_pass_their_gradients_back() -> None:
         for i, factor in enumerate((1.0, 0.0, 2.0, 3.0))
     ]
     torch.testing.assert_close(student.grad, torch.stack(parts), rtol=1e-6, atol=1e-8)
+
+
+def test_no_images_of_classes_give_an_empty_gradient() -> None:
+    empty = torch.zeros(0, 10, 4, 4)
+    assert kd_loss_and_grad(empty, empty.clone(), class_dim=1)[1].shape == empty.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,3 +133,32 @@ def test_heads_in_bfloat16_and_their_errors() -> None:
         ValueError, match="got 32 classes and 20 rows, expected 33 classes and 20 rows"
     ):
         linear_kd_loss(*tensors[:3], tensors[3][:32])
+
+
+def test_heads_under_autocast_keep_the_dtype_of_their_gradients() -> None:
+    hidden, weight, *teacher = heads(torch.float32)
+    grads = []
+    for enabled in (False, True):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = linear_kd_loss(*leaves, *teacher, chunk_rows=7)
+        loss.backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for exact, rounded in zip(*grads, strict=True):
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("chunk_rows", [0, -1, 1.5])
+def test_chunks_of_no_whole_number_of_rows_are_refused(chunk_rows: Any) -> None:
+    with pytest.raises(ValueError, match=f"^chunk_rows: got {chunk_rows}, expected a whole number"):
+        linear_kd_loss(*heads(torch.float32), chunk_rows=chunk_rows)
+
+
+def test_stored_values_whose_probabilities_exceed_1_give_a_finite_loss() -> None:
+    student = logits(6, 10, seed=0, dtype=torch.float32).requires_grad_()
+    values, indices = logits(6, 10, seed=1, dtype=torch.float32).topk(4)
+    named = {"teacher_logsumexp": (values / 4).logsumexp(-1) - 0.01, "divergence": "reverse_kl"}
+    loss = kd_loss_topk(student, values.half(), indices, temperature=4.0, **named)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()

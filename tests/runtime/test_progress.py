@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,3 +149,11 @@ def test_a_terminal_shows_one_live_view_without_color_on_demand() -> None:
     assert "\x1b[32m" in shown and "19,200/200,000 views" in shown and "top-1 " in shown
     assert "\x1b[32m" not in run_on_terminal({"NO_COLOR": "1"})
     assert "\x1b" not in run_on_terminal({"TERM": "dumb"})
+
+
+def test_the_last_frame_is_drawn_with_the_console_of_the_live_view() -> None:
+    display, consoles = Progress(show=False), []
+    display._live = SimpleNamespace(console="wide")
+    display._live.stop = lambda: consoles.append(display._live and display._live.console)
+    display._stop_live()
+    assert consoles == ["wide"] and display._live is None

@@ -324,7 +324,7 @@ def test_generate_shares_out_the_shards(serve: Serve, tmp_path: Path) -> None:
         return [json.loads(output.splitlines()[-1]) for output in done["outputs"]]
 
     told = make(tmp_path / "both", 2)
-    assert [(part["part"], part["made_images"]) for part in told] == [("0/2", 96), ("1/2", 64)]
+    assert [(part["job_slice"], part["made_images"]) for part in told] == [("0/2", 96), ("1/2", 64)]
     assert any(part["is_complete"] for part in told)
     make(tmp_path / "alone", 1)
     names = [f"shard-{number:06d}.tar" for number in range(5)]

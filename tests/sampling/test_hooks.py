@@ -169,7 +169,7 @@ def test_select_replaces_the_choice_of_the_best() -> None:
         ({"score": lambda images, labels: images}, r"selection.score: got \(24, 1, 8, 8\)"),
         ({"select": lambda images, labels, scores: scores}, r"selection.select: got \(8, 3\)"),
         ({"num_candidates": 1}, "selection.num_candidates: got 1, expected 2 to 1024"),
-        ({"score": 3}, "selection.score: got a value, expected a function"),
+        ({"score": 3}, "selection.score: got int, expected a function"),
         (
             {"select": lambda images, labels, scores: scores[:, 0] > 0},
             r"selection.select: got \(8,\) torch.bool",

@@ -4,8 +4,9 @@ A family is a function of a `ModelFolder` that returns a `Denoiser` without a de
 config, refuses what it cannot compute with a `UserError` of one line, loads the network with
 `ModelFolder.load`, and wraps it in a module with the sampler's call, `module(latents, timesteps,
 labels)`. Families of text-to-image models encode the prompts with `ModelFolder.encode` before the
-network is loaded; their modules hold the embeddings in `prompts` and other buffers with one row a
-class, and the empty prompt is the last row and the null class. No code of the folder is ever run.
+network is loaded; their modules hold the embeddings in the buffers `prompts`, `pooled` and `mask`
+with one row per prompt, and the empty prompt is the last row and the null class. No code of the
+folder is ever run.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Family:
     pipelines: tuple[str, ...] = ()
     """First parts of the names of its pipelines in diffusers; none if any pipeline may be named."""
     takes_prompts: bool = False
-    """Whether a class is a prompt."""
+    """Whether the family makes images from prompts."""
 
 
 def _text(load: Callable[[ModelFolder], Denoiser], *pipelines: str) -> Family:

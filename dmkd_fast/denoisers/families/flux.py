@@ -24,7 +24,7 @@ T5_TOKENS = {True: 512, False: 256}
 
 
 class Flux(nn.Module):
-    """diffusers' `FluxTransformer2DModel` with one prompt per class, encoded once.
+    """diffusers' `FluxTransformer2DModel` with prompts that are encoded once.
 
     Args:
         transformer: diffusers' module.

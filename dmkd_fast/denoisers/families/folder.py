@@ -30,7 +30,7 @@ class ModelFolder:
     device: torch.device
     """Device that text is encoded on."""
     prompts: tuple[str, ...] = ()
-    """One prompt per class, for text-to-image models."""
+    """Prompts of all classes in order, for text-to-image models."""
     image_size: int | None = None
     """Wanted side of the images, for models that make any size; None: that of the config."""
     dtype: torch.dtype = torch.float32

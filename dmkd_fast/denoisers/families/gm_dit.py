@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dmkd_fast.denoisers.config_values import MOST_LAYERS, number, whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT, lean_state
+from dmkd_fast.denoisers.families.flow import FLOW
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.denoisers.model_folders import read_weights, weight_files
 from dmkd_fast.denoisers.wrappers import import_diffusers
@@ -82,9 +83,9 @@ def load(model: ModelFolder) -> Denoiser:
     path, config = model.config_path, model.config
     kind = model.scheduler.get("_class_name")
     given = model.lean, kind, config.get("constant_logstd"), config.get("gm_num_logstd_layers", 2)
-    if given != (True, "FlowMatchEulerDiscreteScheduler", None, 2):
+    if given != (True, FLOW, None, 2):
         got = f"pi-Flow with {kind!r:.60}, constant_logstd={given[2]!r:.60}"
-        expected = "FlowMatchEulerDiscreteScheduler and no constant_logstd, for sampling only"
+        expected = f"{FLOW} and no constant_logstd, for sampling only"
         raise invalid(f"{path}", got, expected, "use another model")
     values: dict[str, Any] = {
         key: whole(path, config, key, default, high=MOST_LAYERS if key == "num_layers" else 65_536)

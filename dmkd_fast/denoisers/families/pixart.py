@@ -19,18 +19,19 @@ from dmkd_fast.denoisers.wrappers import resize_positions
 
 # Tokens of a prompt, by the name of the pipeline.
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
-# Side of the latents of the models that are told the size of the image.
-TOLD_SIDE = 128
+# Side of the latents of the models that take the size of the image as a condition.
+SIZED_SIDE = 128
 
 
 class PixArt(nn.Module):
-    """diffusers' `PixArtTransformer2DModel` with one prompt per class, encoded once.
+    """diffusers' `PixArtTransformer2DModel` with prompts that are encoded once.
 
     Args:
         transformer: diffusers' module.
         prompts: Embeddings, (num_classes + 1, L, D); the last one is the empty prompt.
         mask: 1 for tokens and 0 for padding, (num_classes + 1, L) int64.
-        pixels: Height and width of the images for a model that is told them; None for others.
+        pixels: Height and width of the images, for a model that takes them as a condition; None
+            for others.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class PixArt(nn.Module):
             timesteps: (B,).
             labels: (B,) int64.
         """
-        told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        conditions: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.pixels is not None:
             sides = [torch.full_like(timesteps, side, dtype=latents.dtype) for side in self.pixels]
             resolution, ratio = torch.stack(sides, dim=1), self.pixels[0] / self.pixels[1]
-            told = {
+            conditions = {
                 "resolution": resolution,
                 "aspect_ratio": torch.full_like(resolution[:, :1], ratio),
             }
@@ -61,7 +62,7 @@ class PixArt(nn.Module):
             encoder_hidden_states=self.prompts[labels],
             encoder_attention_mask=self.mask[labels],
             timestep=timesteps,
-            added_cond_kwargs=told,
+            added_cond_kwargs=conditions,
         ).sample
         return prediction
 
@@ -73,12 +74,12 @@ def load(model: ModelFolder) -> Denoiser:
     """
     path, config = model.config_path, model.config
     shape = (model.channels(4), *model.sides(128, multiple=whole(path, config, "patch_size", 2)))
-    is_told = config.get("use_additional_conditions")
-    if is_told is None:
-        is_told = config.get("sample_size", TOLD_SIDE) == TOLD_SIDE
+    takes_size = config.get("use_additional_conditions")
+    if takes_size is None:
+        takes_size = config.get("sample_size", SIZED_SIDE) == SIZED_SIDE
     name = model.pipeline.get("_class_name")
     tokens = TOKENS.get(
-        str(name), TOKENS["PixArtAlphaPipeline" if is_told else "PixArtSigmaPipeline"]
+        str(name), TOKENS["PixArtAlphaPipeline" if takes_size else "PixArtSigmaPipeline"]
     )
     t5 = TextEncoder(
         model_class="T5EncoderModel",
@@ -106,7 +107,7 @@ def load(model: ModelFolder) -> Denoiser:
             transformer,
             prompts,
             encoded["mask"],
-            (shape[1] * side, shape[2] * side) if is_told else None,
+            (shape[1] * side, shape[2] * side) if takes_size else None,
         ),
         scheduler=model.scheduler,
         num_classes=len(model.prompts),

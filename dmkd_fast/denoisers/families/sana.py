@@ -29,7 +29,7 @@ SCHEDULERS = ("DPMSolverMultistepScheduler", "SCMScheduler")
 
 
 class Sana(nn.Module):
-    """diffusers' `SanaTransformer2DModel` with one prompt per class, encoded once.
+    """diffusers' `SanaTransformer2DModel` with prompts that are encoded once.
 
     Args:
         transformer: diffusers' module.

@@ -37,7 +37,7 @@ T5 = TextEncoder(
 
 
 class SD3(nn.Module):
-    """diffusers' `SD3Transformer2DModel` with one prompt per class, encoded once.
+    """diffusers' `SD3Transformer2DModel` with prompts that are encoded once.
 
     Args:
         transformer: diffusers' module.

@@ -19,6 +19,7 @@ from torch import Tensor
 from dmkd_fast.denoisers.config_values import MOST_LAYERS, number, whole
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT
+from dmkd_fast.denoisers.families.flow import FLOW
 from dmkd_fast.denoisers.families.folder import ModelFolder
 from dmkd_fast.denoisers.model_folders import read_weights, weight_files
 from dmkd_fast.runtime.errors import invalid
@@ -33,9 +34,9 @@ def load(model: ModelFolder) -> Denoiser:
         fix = "use a model that dmkd can train"
         raise invalid(f"{path}", "a SiT, which is for sampling only", "a DiT or a UNet", fix)
     kind = model.scheduler.get("_class_name")
-    if kind != "FlowMatchEulerDiscreteScheduler":
+    if kind != FLOW:
         fix = "write that scheduler_config.json beside it"
-        raise invalid(f"{path}", f"a SiT with {kind!r:.60}", "FlowMatchEulerDiscreteScheduler", fix)
+        raise invalid(f"{path}", f"a SiT with {kind!r:.60}", FLOW, fix)
     ratio = number(path, config, "mlp_ratio", 4.0)
     if ratio != 4 or config.get("norm_type", "ln") != "ln":
         got = f"mlp_ratio={ratio}, norm_type={config.get('norm_type')!r:.60}"

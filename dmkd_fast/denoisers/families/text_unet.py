@@ -18,7 +18,7 @@ from dmkd_fast.denoisers.prompts.encoders import TextEncoder
 
 
 class TextUNet(nn.Module):
-    """diffusers' `UNet2DConditionModel` with one prompt per class, encoded once.
+    """diffusers' `UNet2DConditionModel` with prompts that are encoded once.
 
     Args:
         unet: diffusers' module.

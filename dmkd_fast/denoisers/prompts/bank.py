@@ -1,4 +1,4 @@
-"""Embeddings of many prompts in a file, of which a device has those of one micro-batch at a time.
+"""Keep the embeddings of many prompts in a file, and those of one micro-batch on the device.
 
 Shapes: B micro-batch, P prompts, with the empty one last if the model has a null class.
 """
@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.errors import warn_once
-from dmkd_fast.runtime.model_files import file_parts
+from dmkd_fast.runtime.model_files import keep_in_cache
 
 # Embeddings of fewer bytes stay on the device, where no copy is needed.
 LEAST_BYTES = 2**28
+TABLES = ("prompts", "pooled", "mask")
+"""Names of the buffers with one row per prompt, in all families."""
 
 
 class PromptBank:
     """The tables of a module with one row a prompt.
 
     Args:
-        module: Module of a text-to-image family. Its tables keep their last row alone.
+        module: Module of a text-to-image family. Its tables are cut to their last row.
         tables: Tables by the name of their buffer, (P, ...) each.
     """
 
@@ -79,7 +81,7 @@ def take_bank(
     tables = {
         name: table.cpu()
         for name, table in module.named_buffers(recurse=False)
-        if table.ndim > 1 and len(table) == num_rows
+        if name in TABLES and len(table) == num_rows
     }
     least_bytes = LEAST_BYTES if least_bytes is None else least_bytes
     if sum(table.nbytes for table in tables.values()) < least_bytes:
@@ -96,11 +98,9 @@ def _mapped(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
     path = files.cache_folder() / f"bank-{digest.hexdigest()[:32]}.safetensors"
     try:
         if not path.is_file():
-            files.make_folder(path.parent)
-            with files.locked(path.parent / "lock", wait_s=60) as is_ours:
-                if is_ours:
-                    files.replace(path, file_parts(dict(tables)))
+            keep_in_cache(path, tables)
         return dict(load_file(path))
     except Exception as error:  # a full disk, or a file that another program damaged
+        files.discard(path)  # the next job writes it again
         warn_once(f"{path.parent}: cannot map prompts from there ({error}); they stay in memory")
         return dict(tables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,10 @@ def prompts_by_class(
         got, fix = f"{{{unknown[0]}}}", f"add it to denoiser.prompt_attributes as {unknown[0]}"
         raise invalid("denoiser.prompts", got, "{name} or an attribute", fix)
     with_name = [prompt for prompt in prompts if "{name}" in prompt]
+    total = sum(_num_filled(prompt, attributes) for prompt in prompts)
+    total *= len(names) if with_name else 1
+    if total > MOST_PROMPTS:
+        raise invalid("denoiser.prompts", f"{total:,}", f"at most {MOST_PROMPTS:,}")
     if not with_name:
         return tuple(_filled(prompt, attributes) for prompt in prompts)
     if len(with_name) < len(prompts):
@@ -96,14 +101,19 @@ def read_captions(path: Path, names: Sequence[str]) -> ByClass:
     return tuple(map(tuple, found))
 
 
+def _places_of(prompt: str, values: Mapping[str, Sequence[str]]) -> dict[str, None]:
+    """Return the places of a prompt that have values, each once."""
+    return dict.fromkeys(place for place in _PLACE.findall(prompt) if place in values)
+
+
+def _num_filled(prompt: str, values: Mapping[str, Sequence[str]]) -> int:
+    """Return the number of combinations of the values that a prompt has places for."""
+    return math.prod(len(values[place]) for place in _places_of(prompt, values))
+
+
 def _filled(prompt: str, values: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Return a prompt with every combination of the values that it has places for."""
-    places = dict.fromkeys(place for place in _PLACE.findall(prompt) if place in values)
-    count = 1
-    for place in places:
-        count *= len(values[place])
-        if count > MOST_PROMPTS:
-            raise invalid("denoiser.prompts", f"{count:,} or more", f"at most {MOST_PROMPTS:,}")
+    places = _places_of(prompt, values)
     return tuple(
         _with_values(prompt, dict(zip(places, chosen, strict=True)))
         for chosen in itertools.product(*(values[place] for place in places))

@@ -24,7 +24,7 @@ from dmkd_fast.assets import file_sha256
 from dmkd_fast.denoisers.model_folders import num_stored, quietly, weight_files
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.errors import UserError, invalid, one_line, warn_once
-from dmkd_fast.runtime.model_files import CONFIG, check_plain, file_parts, read_json
+from dmkd_fast.runtime.model_files import CONFIG, check_plain, keep_in_cache, read_json
 
 # Prompts encoded at a time.
 BATCH = 32
@@ -98,16 +98,12 @@ def encode(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     try:
-        files.make_folder(path.parent)
-        with files.locked(path.parent / "lock", wait_s=60) as is_ours:
-            if is_ours:
-                files.replace(path, file_parts(outputs))
+        keep_in_cache(path, outputs)
     except OSError as error:
         warn_once(f"{path.parent}: cannot keep prompts there ({error.strerror})")
     return outputs
 
 
-@torch.no_grad()
 def num_tokens(folder: Path, text: str) -> int:
     """Count the tokens of a text, by the tokenizer in a folder.
 
@@ -153,6 +149,7 @@ def _check_parts(folder: Path, encoder: TextEncoder) -> tuple[list[Path], str | 
     return found
 
 
+@torch.no_grad()
 def _encode(
     folder: Path,
     encoder: TextEncoder,
@@ -233,7 +230,7 @@ def _digest(
     device: torch.device,
     weights: list[Path],
 ) -> str:
-    """Return a digest of all that the outputs of an encoder depend on."""
+    """Return a digest of encoder, prompts, device type and files, not of library versions."""
     read = list(weights)
     for part in (encoder.part, encoder.tokenizer):
         read += sorted(p for p in (folder / part).glob("*") if p.suffix != ".safetensors")

@@ -53,7 +53,7 @@ def read_inputs(what: str, license: str) -> Inputs:
         config = load_config(DistillConfig, folder / run_dir.CONFIG)
         parts = [config.denoiser, *config.teachers.values()]
         sources = [(part.path, part.revision) for part in parts if part and part.path]
-        summary = folder / "summary.json"
+        summary = folder / run_dir.SUMMARY
         found = read_json(summary) if summary.is_file() else {}
         licenses = {k: str(found.get(f"{k}_license", "unknown")) for k in ("denoiser", "teacher")}
     hub = [path.removeprefix(assets.HUB) for path, _ in sources if path.startswith(assets.HUB)]

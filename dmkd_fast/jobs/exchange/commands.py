@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -191,7 +192,7 @@ def _predict(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.json:
         return {"predictions": [asdict(prediction) for prediction in found]}
     for prediction in found:
-        print(prediction.image)
+        print(os.fsencode(prediction.image).decode(errors="replace"))
         for name, probability in prediction.classes.items():
             print(f"  {probability:.4f}  {name}")
     return None

@@ -34,7 +34,6 @@ from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.views.spec import InputSpec
 
 Format = Literal["timm", "pt2", "onnx"]
-FORMATS: tuple[Format, ...] = ("timm", "pt2", "onnx")
 TOLERANCE = 1e-4
 CPU = torch.device("cpu")
 Network = Callable[[Tensor], Tensor]

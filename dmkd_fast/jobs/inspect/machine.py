@@ -106,7 +106,7 @@ def gpu() -> Finding:
             found = re.search(r"  (\d+\.[\d.]+)  ", DRIVER.read_text(encoding="ascii"))
             driver = found[1] if found else driver
         text = f"CUDA {torch.version.cuda}, driver {driver}"
-        old = [name for name in names if name.rpartition(" ")[2] < "8.0"]
+        old = [name for name in names if float(name.rpartition(" ")[2]) < 8]
         if old:
             means = "the kernels of dmkd_fast are untested below compute capability 8.0"
             return wrong("GPU", "; ".join(old), means, "use device=cpu or a newer GPU")

@@ -101,6 +101,9 @@ def understanding(parts: Parts, images: Tensor, labels: Tensor) -> Iterator[Find
         if member.teaches is not None:
             chosen = torch.isin(labels, torch.tensor(member.teaches, device=labels.device))
         shown, wanted = images[chosen], labels[chosen]
+        if not len(wanted):
+            yield ok(f"{section}: classes", "no generated image is of a class that it teaches")
+            continue
         found, guesses = _normalization(section, member, shown, wanted)
         yield found
         yield class_order(f"{section}: classes", guesses, wanted, names, "generated images")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmkd_fast.classifiers.loading import build_classifier, save_classifier, to_channels_last
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import TeacherConfig
-from dmkd_fast.jobs import memory, run_dir
+from dmkd_fast.jobs import memory
 from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.runtime.device import available_bytes
@@ -78,7 +78,7 @@ def pretrain_teacher(
             logits.float(), real.train.labels[indices], label_smoothing=config.label_smoothing
         )
 
-    with run_dir.opened(config, resume=resume) as folder:
+    with loop.opened(config, resume=resume) as folder:
         real.write_record(folder)
         average, facts = loop.train(job, model, loss_of, len(real.train.labels), folder)
         final = average.module

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.denoisers.loading import load_denoiser, load_encoder
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser, zero_modulations
 from dmkd_fast.denoisers.wrappers import Encoder
-from dmkd_fast.jobs import memory, run_dir
+from dmkd_fast.jobs import memory
 from dmkd_fast.jobs.pretrain import cache, loop
 from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.jobs.report import images as report_images
@@ -39,7 +39,7 @@ from dmkd_fast.sampling.sampler import DiffusionSampler
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 # Images that the autoencoder encodes at a time; its activations are large.
 ENCODED = 8
-GRID_STEPS, GRID_IMAGES = 16, 8
+GRID_STEPS, GRID_IMAGES, GRID_TOGETHER = 16, 8, 64
 
 
 @loop.less_memory
@@ -95,7 +95,7 @@ def pretrain_denoiser(
         labels = drop_labels(train.labels[indices], num_classes, config.label_dropout)
         return flow_loss(forward, train.images[indices], labels, job)
 
-    with run_dir.opened(config, resume=resume) as folder:
+    with loop.opened(config, resume=resume) as folder:
         real.write_record(folder)
         average, facts = loop.train(job, model, loss_of, len(train), folder)
         torch.manual_seed(config.seed)
@@ -105,9 +105,11 @@ def pretrain_denoiser(
             if encoder is not None:
                 encoder.vae.save_pretrained(target / "vae")
             write_class_names(target / CLASS_NAMES, real.train.class_names)
-            for scale, images in _sample_grids(target, num_classes, device, job.display):
+            shown = report_images.evenly(num_classes, report_images.MOST_ROWS)
+            names = [real.train.class_names[label] for label in shown]
+            for scale, images in _sample_grids(target, shown, device, job.display):
                 path = target / f"samples_guidance_{scale:g}.png"
-                report_images.grid(images, real.train.class_names, path)
+                report_images.grid(images, names, path)
             title = f"{config.name}: {'pixel' if encoder is None else 'latent'} DiT"
             verb = "pretrain denoiser CONFIG --data DIR"
             loop.write_card(target, title, verb, config, facts, source=real.source)
@@ -219,11 +221,11 @@ def _held_out_loss(
 
 
 def _sample_grids(
-    folder: Path, num_classes: int, device: torch.device, display: Progress
+    folder: Path, classes: Sequence[int], device: torch.device, display: Progress
 ) -> Iterator[tuple[float, Tensor]]:
-    """Generate a row of images of each class at 3 guidance scales from saved weights."""
+    """Generate a row of images of some classes at 3 guidance scales from saved weights."""
     loaded = load_denoiser(folder, device)
-    labels = torch.arange(num_classes, device=device).repeat_interleave(GRID_IMAGES)
+    labels = torch.tensor(classes, device=device).repeat_interleave(GRID_IMAGES)
     ids = torch.arange(len(labels), device=device)
     scales = display.track((1.0, 1.5, 2.0), "sampling", 3, "grids", size=lambda _: 1)
     for scale in scales:
@@ -232,7 +234,7 @@ def _sample_grids(
             Steps(count=GRID_STEPS),
             Guidance(scale=scale),
             device=device,
-            micro_batch_images=len(labels),
+            micro_batch_images=min(len(labels), GRID_TOGETHER),
         )
         out = torch.empty((len(labels), *loaded.image_shape), dtype=torch.uint8, device=device)
         yield scale, sampler.sample(ids, labels, out=out).cpu().unflatten(0, (-1, GRID_IMAGES))

@@ -30,7 +30,7 @@ from dmkd_fast.denoisers.families.class_unet import ClassUNet
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import save_denoiser, share_embedder
 from dmkd_fast.denoisers.wrappers import PixelDiT
-from dmkd_fast.jobs import memory, resolve, run_dir
+from dmkd_fast.jobs import memory, resolve
 from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.jobs.pretrain.denoiser import training_attention
 from dmkd_fast.jobs.report import images as report_images
@@ -110,7 +110,7 @@ def pretrain_fewstep(
         loss: Tensor = (weights * squares).mean()
         return loss
 
-    with run_dir.opened(config, resume=resume) as folder:
+    with loop.opened(config, resume=resume) as folder:
         average, facts = loop.train(
             job,
             model,

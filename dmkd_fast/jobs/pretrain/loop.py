@@ -62,6 +62,17 @@ class PretrainJob(Generic[P]):
 
 
 @contextlib.contextmanager
+def opened(config: PretrainConfig, *, resume: bool) -> Iterator[Path]:
+    """Open the run directory of a job; its page says so if the job fails, after training too."""
+    with run_dir.opened(config, resume=resume) as folder:
+        try:
+            yield folder
+        except Exception as error:
+            report_live.fail(folder, error)
+            raise
+
+
+@contextlib.contextmanager
 def results(folder: Path) -> Iterator[Path]:
     """Create the folder `model` of a finished run; it gets its name once complete on disk.
 

@@ -204,7 +204,9 @@ def look(folder: Path, device: torch.device) -> OwnData:
             "move most images of each class to train/CLASS and some to test/CLASS",
         )
     encoded = open_set(folder / "train", device)
-    assert isinstance(encoded, EncodedSet)
+    if not isinstance(encoded, EncodedSet):
+        got, fix = f"idx files in {folder / 'train'}", f"give {folder / 'train'} itself"
+        raise invalid("--data", got, "class folders or shards", fix)
     sizes = _look_at(encoded.items[:: max(1, len(encoded.items) // SAMPLE)], folder)
     shorts = sorted(min(size) for size in sizes)
     data = RealImagesConfig(image_size=_side(shorts[len(shorts) // 2], device))
@@ -256,7 +258,7 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
     # Many classes need longer runs than the ten that the lengths are made for.
     longer = max(1.0, len(found.real.train.class_names) / 10)
     views = f"{{size: {side}, pad: {side // 16}, flip: 0.5}}"
-    patch = next(size for size in (4, 3, 2, 1) if side % size == 0) if side > 16 else 2
+    patch = next(size for size in ((4, 3, 2, 1) if side > 16 else (2, 1)) if side % size == 0)
     data = found.data.model_dump(exclude_defaults=True)
     section = f"data: {dump_flow(data)}\n" if data else ""
     where = shlex.quote(str(found.folder))

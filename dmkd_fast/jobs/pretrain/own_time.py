@@ -28,6 +28,7 @@ from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.trainable import new_pixel_dit
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, GRID_IMAGES, GRID_STEPS, flow_loss
 from dmkd_fast.jobs.pretrain.loop import PretrainJob
+from dmkd_fast.jobs.report.images import MOST_ROWS
 from dmkd_fast.runtime.device import resolve_device, resolve_dtype
 from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.sampling.arguments import Steps
@@ -103,7 +104,7 @@ def predict(
     def steps(config: PretrainConfig | DistillConfig) -> int:
         return config.train.num_views // config.train.batch_size
 
-    grids = GRID_STEPS * (1 + 2 + 2) * GRID_IMAGES * num_classes
+    grids = GRID_STEPS * (1 + 2 + 2) * GRID_IMAGES * min(num_classes, MOST_ROWS)
     per_pool = fewstep.pool_images * fewstep.num_steps * fewstep.reuse
     pools = math.ceil(fewstep.train.num_views / per_pool)
     made = pools * fewstep.pool_images * fewstep.sampler.steps * 2  # with guidance

@@ -184,7 +184,9 @@ def _open(
     folder: Path, device: torch.device, classes: Path | None, num_classes: int | None
 ) -> EncodedSet:
     images = open_set(folder, device, classes=classes, num_classes=num_classes)
-    assert isinstance(images, EncodedSet)  # `load_real` reads folders with idx files
+    if not isinstance(images, EncodedSet):
+        expected = "class folders or shards, as idx files hold both parts"
+        raise invalid("--data", f"idx files in {folder}", expected, f"give {folder} itself")
     return images
 
 

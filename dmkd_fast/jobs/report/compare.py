@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dmkd_fast.jobs.report.data import PARTS, STATES, RunData
 from dmkd_fast.jobs.report.html import (
@@ -131,7 +132,8 @@ def _results(runs: Sequence[RunData], page: Path) -> str:
     best = max((run.top1 for run in runs if run.top1 is not None), default=None)
     rows = []
     for run in runs:
-        link = os.path.relpath(run.folder / "report.html", page.parent)
+        link = os.path.relpath(run.folder.resolve() / "report.html", page.parent)
+        link = quote(os.fsencode(link))
         top1 = percent(run.top1)
         rows.append(
             (
@@ -148,7 +150,7 @@ def _results(runs: Sequence[RunData], page: Path) -> str:
     head = ("run", "state", "top-1", "teacher", "agreement", "images", "views", "time")
     return table(head, rows, numbers="ttnnnnnn") + (
         '<p class="caption">Top-1 is the share of the real test images that the student gets '
-        "right, of a run without a result the last evaluation; the highest is bold.</p>"
+        "right; for a run without a result, at its last evaluation. The highest value is bold.</p>"
     )
 
 
@@ -174,6 +176,8 @@ def _classes(runs: Sequence[RunData]) -> str:
     if len(scored) < 2:
         return ""
     shared = [name for name in tables[0] if all(found.get(name) is not None for found in tables)]
+    if not shared:
+        return ""
     spread = {name: max(t[name] for t in tables) - min(t[name] for t in tables) for name in shared}
     shown = sorted(shared, key=lambda name: -spread[name])[:MOST_CLASSES]
     rows = [

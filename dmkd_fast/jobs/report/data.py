@@ -18,6 +18,7 @@ from dmkd_fast.runtime.errors import UserError
 
 CONFIG, STATS, SUMMARY, LOCK = "config.yaml", "stats.jsonl", "summary.json", ".lock"
 FACTS, PAGE = "report.json", "report.html"
+NO_CLASS = "no class"  # in place of the class names of images that have none
 MOST_POINTS, MOST_DRAWN = 600, 1e100
 STATES = {
     "running": "running",

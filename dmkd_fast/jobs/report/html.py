@@ -125,6 +125,7 @@ def duration(seconds: float | None) -> str:
         return "\u2013"
     if seconds < 100:
         return f"{seconds:.1f} s"
+    seconds = round(seconds)
     if seconds < 5940:
         return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
     return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"

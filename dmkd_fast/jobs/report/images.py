@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_ROWS, MOST_SIDE = 100, 64
-NO_CLASS = "no class"  # in place of the class names of images that have none
 _LEAST_SIDE, _NAME_PIXELS = 28, 150
 
 

@@ -88,7 +88,8 @@ class LivePage:
                 self.facts["seconds"] = {**parts, "whole": round(self._clock.wall_s(), 2)}
                 self.facts["cpu_s"] = round(self._clock.cpu_s(), 1)
             self.facts |= {"state": state, "message": message, "written": _now()}
-            data = json.dumps(self.facts, default=str).encode()
+            text = json.dumps(self.facts, default=str, ensure_ascii=False)
+            data = text.encode(errors="replace")  # a name of a file may be no Unicode
             # The run does not change its config, and YAML is slow to parse.
             self._config = self._config or checks.read_config(self.folder / report_data.CONFIG)
             run = report_data.RunData(
@@ -101,7 +102,7 @@ class LivePage:
                 config=self._config[1],
                 summary=summary or {},
             )
-            page = report_page.render(run).encode()
+            page = report_page.render(run).encode(errors="replace")
             files.replace_unsynced(self.folder / report_data.FACTS, data)
             files.replace_unsynced(self.folder / report_data.PAGE, page)
         except (OSError, UserError) as error:  # A lost page does not justify the end of the run.
@@ -121,7 +122,7 @@ class LivePage:
             self.write("interrupted")
             raise
         except Exception as error:
-            self.write("failed", message=f"{type(error).__name__}: {shortened(str(error), 300)}")
+            self.write("failed", message=_described(error))
             raise
 
 
@@ -196,6 +197,19 @@ def finish(folder: Path) -> None:
     """Write the page of a run again once its results are complete, while the run is locked."""
     with contextlib.suppress(UserError):  # A lost page does not justify a failed run.
         LivePage(folder, report_data.load(folder).facts).write("finished")
+
+
+def fail(folder: Path, error: Exception) -> None:
+    """Write the page of a run that has one again, with the error that ended the run."""
+    if (folder / report_data.FACTS).is_file():
+        with contextlib.suppress(UserError):  # A lost page must not hide the error.
+            LivePage(folder, report_data.load(folder).facts).write(
+                "failed", message=_described(error)
+            )
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {shortened(str(error), 300)}"
 
 
 def _versions(device: torch.device) -> dict[str, str]:

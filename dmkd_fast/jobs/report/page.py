@@ -8,7 +8,7 @@ from typing import Any
 
 from dmkd_fast.jobs.report import spent as report_spent
 from dmkd_fast.jobs.report import svg
-from dmkd_fast.jobs.report.data import STATES, RunData, go_on_command, repeat_command
+from dmkd_fast.jobs.report.data import NO_CLASS, STATES, RunData, go_on_command, repeat_command
 from dmkd_fast.jobs.report.html import (
     document,
     duration,
@@ -20,7 +20,6 @@ from dmkd_fast.jobs.report.html import (
     table,
     text,
 )
-from dmkd_fast.jobs.report.images import NO_CLASS
 
 MOST_CLASSES, SHOWN_EACH = 40, 20
 _NAME = 48

@@ -54,13 +54,21 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> dict[st
     }
 
 
+def _written(path: Path) -> float:
+    """Return when a file was written; 0 if it has been deleted meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def list_runs(folder: Path = RUNS) -> list[tuple[RunData, str]]:
     """Return the runs in a folder, the newest last, each with its settings that differ.
 
     A run whose files are damaged is left out with a warning.
     """
     runs = []
-    for path in sorted(folder.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(folder.glob(f"*/{CONFIG}"), key=_written):
         try:
             runs.append(load(path.parent))
         except UserError as error:
@@ -114,7 +122,7 @@ def print_classes(classes: dict[str, dict[str, Any]]) -> None:
 
 def _write(path: Path, page: str) -> None:
     try:
-        files.replace_unsynced(path, page.encode())
+        files.replace_unsynced(path, page.encode(errors="replace"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot write the page ({error.strerror}); name another file with --out"

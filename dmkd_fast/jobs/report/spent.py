@@ -70,8 +70,8 @@ def times(run: RunData) -> str:
     ]
     device = run.config.get("device")
     note = (
-        " Work is queued on the GPU, so a part shows how long the host took to queue it or waited "
-        "for it, which is mostly in the statistics; a profiler shows the GPU's own times."
+        " Work is queued on the GPU: a part shows how long the host queued work or waited for the "
+        "GPU, and it waits mostly in the statistics. A profiler shows the GPU's own times."
         if device == "cuda"
         else ""
     )

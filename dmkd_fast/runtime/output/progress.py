@@ -214,9 +214,11 @@ class Progress:
 
     def _stop_live(self) -> None:
         if self._live is not None:
-            live, self._live = self._live, None
-            with contextlib.suppress(OSError):
-                live.stop()
+            try:
+                with contextlib.suppress(OSError):
+                    self._live.stop()  # draws a last time, for the width of its console
+            finally:
+                self._live = None
         self._accuracies, self._pictures = [], None
 
     def _view(self) -> Group:
