@@ -94,9 +94,12 @@ def time_interleaved(
         for name, arm in arms.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in arms}
+    order = list(arms)
     for _ in range(n):
-        for name, arm in arms.items():
-            samples[name].append(_mean_ms(arm, calls[name]))
+        for name in order:
+            samples[name].append(_mean_ms(arms[name], calls[name]))
+        # Another arm leaves caches and heap to each arm in the next round.
+        order = [*order[1:], order[0]]
     return {name: summary(values) for name, values in samples.items()}
 
 

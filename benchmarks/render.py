@@ -21,6 +21,7 @@ from benchmarks import provenance
 from benchmarks.__main__ import NAMES
 from benchmarks.findings.finding_3_family import FAMILY_TABLES
 from benchmarks.findings.generator_tables import GENERATOR_TABLES
+from benchmarks.findings.levers import LEVER_TABLES
 from benchmarks.findings.plots import draw
 from benchmarks.findings.tables import STUDY_TABLES as FINDINGS
 from benchmarks.findings.tables import cell_of, nearest_table
@@ -32,7 +33,7 @@ from benchmarks.parts.tables import PART_TABLES
 
 MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
-STUDY_TABLES = FINDINGS | GENERATOR_TABLES | FAMILY_TABLES
+STUDY_TABLES = FINDINGS | GENERATOR_TABLES | FAMILY_TABLES | LEVER_TABLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,6 @@ class Source:
     """Fields that the rows must have."""
     required: tuple[str, ...] = ()
     """Arguments of the command that have no default."""
-    all_runs: bool = False
-    """Show the rows of all dates instead of those of the last one."""
 
 
 # Tables that do not show all rows of the measurement of the same name. Of several sources, the
@@ -54,17 +53,14 @@ class Source:
 SOURCES = {
     "embedded": (Source(bench="embedded"), Source(bench="fewstep", only={"job": "few steps"})),
     "end-to-end": (
-        # Single runs, far apart: one of them alone would hide how much they differ.
-        Source(
-            bench="end-to-end", only={"part": "whole"}, required=("--part", "whole"), all_runs=True
-        ),
+        Source(bench="end-to-end", only={"part": "whole"}, required=("--part", "whole")),
     ),
     "ladder": (Source(bench="end-to-end", only={"part": "ladder"}, required=("--part", "ladder")),),
     **dict.fromkeys(
         ("finding-1", "finding-1-long"), (Source(bench="finding-1", required=("--data", "DIR")),)
     ),
     **dict.fromkeys(FAMILY_TABLES, (Source(bench="finding-3-family", required=("--data", "DIR")),)),
-    "nearest": (Source(bench="nearest", required=("--data", "DIR")),),
+    **{name: (Source(bench=name, required=("--data", "DIR")),) for name in ("levers", "nearest")},
 }
 
 
@@ -150,8 +146,7 @@ def latest(name: str) -> tuple[list[Row], Source]:
             for row in read_rows(source.bench)
             if is_gpu(row) == on_gpu and all(row.get(k) == v for k, v in source.only.items())
         )
-        if not source.all_runs:
-            rows = [row for row in rows if row["environment"] == rows[-1]["environment"]]
+        rows = [row for row in rows if row["environment"] == rows[-1]["environment"]]
         if rows and "superseded" not in rows[-1]:
             break
     return rows, source

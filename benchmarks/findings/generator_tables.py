@@ -19,8 +19,9 @@ def finding_2(rows: list[Row]) -> str:
     scales, steps = axes(shown, "guidance_scale"), axes(shown, "num_steps")
     body = [[f"{s:g}", *(grid.text((s, k)) for k in steps)] for s in scales]
     note = (
-        f"Student top-1 in %, ± 95 % interval (deviation pooled over the grid), {grid.seeds} seeds "
-        f"a cell, {shown[0]['images']:,} images and {shown[0]['views']:,} views each. Differences "
+        f"Student top-1 in %, ± 95 % interval (deviation pooled over the grid, degrees of freedom "
+        f"of the seeds), {grid.seeds} seeds a cell, {shown[0]['images']:,} images and "
+        f"{shown[0]['views']:,} views each. Differences "
         f"of means over a row or column, paired by seed: {_contrasts(grid, CONTRASTS)}. "
     )
     return table(["guidance", *(f"{k} steps" for k in steps)], body, note + spent(rows))
@@ -71,6 +72,31 @@ def finding_2_checks(rows: list[Row]) -> str:
         elif shown:
             notes.append(f"Paired by seed: {_from_first(grid)}.")
     return table(["part", "guidance", "steps", "images", "top-1, %"], body, " ".join(notes))
+
+
+def finding_2_ancestral(rows: list[Row]) -> str:
+    """Few and many steps of an ancestral solver beside the grid's cells of equal guidance."""
+    names = {"grid": "dpm++2m (deterministic)", "ancestral": "ddpm (ancestral)"}
+    figures = ("frechet", "precision", "recall")
+    students = [r for r in rows if r["seed"] != "quality"]
+    shown = counted(students, cell_of("finding-2"))
+    grid = Grid(shown, lambda r: (r["part"], r["num_steps"]))
+    quality = {(r["part"], r["num_steps"]): r for r in rows if r["seed"] == "quality"}
+    steps, body, notes = axes(shown, "num_steps"), [], []
+    for part, solver in names.items():
+        for k in steps:
+            cells = (f"{quality[part, k][n]:.3f}" if (part, k) in quality else "" for n in figures)
+            body.append([solver, str(k), grid.text((part, k)), *cells])
+        most, least = (part, steps[-1]), (part, steps[0])
+        if {most, least} <= grid.cells.keys() and most != least:
+            gap = grid.difference([most], [least])
+            notes.append(f"{solver}: {steps[-1]} steps less {steps[0]}: {gap}")
+    header = ["solver", "steps", "student top-1, %", "Frechet distance", "precision", "recall"]
+    note = (
+        f"Guidance {shown[0]['guidance_scale']:g}, {grid.seeds} seeds a cell, ± 95 % interval "
+        f"(deviation pooled; differences paired by seed). {'; '.join(notes)}. "
+    )
+    return table(header, body, note + spent(rows))
 
 
 def finding_2_samples(rows: list[Row]) -> str:
@@ -212,11 +238,13 @@ def loader(rows: list[Row]) -> str:
     if speed:
         note += (
             f"Speed of the loop: {speed['times_distiller']:.3f} of the Distiller's (median of "
-            f"{speed['n']} pieces in turn, 20 to 80 %: {speed['p20']:.3f} to {speed['p80']:.3f}). "
+            f"{speed['n']} pieces in turn, 20 to 80 %: {speed['p20']:.3f} to {speed['p80']:.3f}; "
+            f"{speed['environment']['threads']} threads). "
         )
     if shown:
         note += (
-            f"{shown[0]['views']:,} views a student, {grid.seeds} seeds an arm, ± 95 % interval "
+            f"Students: {shown[0]['environment']['threads']} threads, "
+            f"{shown[0]['views']:,} views each, {grid.seeds} seeds an arm, ± 95 % interval "
             "(deviation pooled; differences paired by seed). "
         )
     header = ["loop", "views/s", "student top-1, %", "less the Distiller"]
@@ -225,7 +253,16 @@ def loader(rows: list[Row]) -> str:
 
 GENERATOR_TABLES: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]] = {
     "finding-2": ("finding-2", lambda r: r["part"] == "grid" and r["seed"] != "quality", finding_2),
-    "finding-2-quality": ("finding-2", lambda r: r["seed"] == "quality", finding_2_quality),
+    "finding-2-quality": (
+        "finding-2",
+        lambda r: r["part"] == "grid" and r["seed"] == "quality",
+        finding_2_quality,
+    ),
+    "finding-2-ancestral": (
+        "finding-2",
+        lambda r: r["part"] == "ancestral" or (r["part"] == "grid" and r["guidance_scale"] == 2),
+        finding_2_ancestral,
+    ),
     "finding-2-checks": (
         "finding-2",
         lambda r: r["part"] in ("compute", "corners"),

@@ -1,8 +1,8 @@
 """Tables of the studies: means over seeds with 95 % intervals, from whatever rows there are.
 
-In a grid the deviation between seeds is pooled over its cells, so that the interval of one cell
-over three seeds is as narrow as the whole grid allows. Differences between cells are paired by
-seed, because cells of one seed share initial weights, draws and crops. Each table says its n.
+In a grid the deviation between seeds is pooled over its cells; the interval of one cell has the
+degrees of freedom of the seeds. Differences between cells are paired by seed, because cells of one
+seed share initial weights, draws and crops. Each table says its n.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ def cell_of(study: str) -> Callable[[Row], Any]:
 
 
 class Grid:
-    """Accuracies by cell, with an interval from the deviation pooled over all cells."""
+    """Accuracies by cell, with an interval from the deviation pooled over all cells.
+
+    Cells of one seed share weights, draws and crops and err together, so the interval has the
+    degrees of freedom of the seeds, not of all rows.
+    """
 
     def __init__(self, rows: Iterable[Row], key: Callable[[Row], Any]) -> None:
         self.cells: dict[Any, list[float]] = {}
@@ -63,6 +67,8 @@ class Grid:
         self.freedom = sum(len(found) - 1 for found in several)
         squares = sum(statistics.variance(found) * (len(found) - 1) for found in several)
         self.deviation = math.sqrt(squares / self.freedom) if self.freedom else math.nan
+        seeds = {seed for found in self.by_seed.values() for seed in found}
+        self.seeds_freedom = self.freedom if None in seeds else len(seeds) - 1
 
     def mean_of(self, cell: Any) -> float:
         """Mean over the seeds of one cell, in percent."""
@@ -70,7 +76,7 @@ class Grid:
 
     def half(self, cell: Any) -> float:
         """Half of the 95 % interval of the mean of one cell."""
-        return t_975(self.freedom) * self.deviation / math.sqrt(len(self.cells[cell]))
+        return t_975(self.seeds_freedom) * self.deviation / math.sqrt(len(self.cells[cell]))
 
     def text(self, cell: Any) -> str:
         """Mean and half-interval; empty if there is no row."""
@@ -171,7 +177,10 @@ def finding_3(rows: list[Row]) -> str:
             ]
             if common:
                 pair = [(teachers[0], k) for k in common], [(other, k) for k in common]
+                each = (grid.difference([one], [two]) for one, two in zip(*pair, strict=True))
+                by_t = (f"T = {k:g}: {gap}" for k, gap in zip(common, each, strict=True))
                 gaps.append(f"{teachers[0]} less {other} teacher {grid.difference(*pair)}")
+                gaps[-1] += f" [{', '.join(by_t)}]" if len(common) > 1 else ""
                 if (with_all := whole.difference(*pair)) != grid.difference(*pair):
                     gaps[-1] += f", with the cells left out {with_all}"
         if gaps:

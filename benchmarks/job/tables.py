@@ -14,8 +14,8 @@ from dmkd_fast import assets
 
 Row = dict[str, Any]
 DRIFT = 1.2
-"""Smaller gains may be drift where each arm ran once: in the two runs of whole jobs the
-same arm differed by more (`drift`)."""
+"""Smaller gains may be drift where each arm ran once: in two runs of whole jobs the same arm
+differed by more."""
 
 
 def embedded(rows: list[Row]) -> str:
@@ -94,11 +94,9 @@ def less(rows: list[Row], jobs: Sequence[str]) -> str:
 
 
 def end_to_end(rows: list[Row]) -> str:
-    """Whole jobs beside the baselines."""
+    """Whole jobs beside the baselines: one line for each arm, over its seeds."""
     header = [
-        "run",
         "way of working",
-        "seed",
         "top-1",
         "images/s",
         "views/s",
@@ -110,57 +108,85 @@ def end_to_end(rows: list[Row]) -> str:
         "disk MiB",
         "memory MiB",
         "s to target",
-        "vs fp32 / faster bf16 channels-last",
+        "vs fp32",
+        "vs the faster bf16",
     ]
-    body = [
-        [
-            r["environment"]["date"],
-            r["arm"],
-            str(r["seed"]),
-            f"{r['top1']:.4f}",
-            f"{r['images_per_s']:.0f}",
-            f"{r['views_per_s']:,.0f}",
-            f"{r['generation_s']:.0f}",
-            f"{r['training_s']:.0f}",
-            f"{r['evaluation_s']:.0f}",
-            f"{r['wall_s']:.0f}",
-            f"{r['cpu_s']:.0f}",
-            f"{r['disk_mib']:.0f}",
-            f"{r['peak_memory_mib']:,}",
-            _seconds(r["s_to_target"]),
-            f"{_times(r['times_faster_than_fp32'])} / {_times(r['times_faster_than_bf16'])}",
-        ]
-        for r in rows
-    ]
+    figures = {
+        "images_per_s": ".0f",
+        "views_per_s": ",.0f",
+        "generation_s": ".0f",
+        "training_s": ".0f",
+        "evaluation_s": ".0f",
+        "wall_s": ".0f",
+        "cpu_s": ".0f",
+        "disk_mib": ".0f",
+        "peak_memory_mib": ",.0f",
+    }
+    body = []
+    for arm in dict.fromkeys(r["arm"] for r in rows):
+        own = [r for r in rows if r["arm"] == arm]
+        times = [r["s_to_target"] for r in own if r["s_to_target"] is not None]
+        reached = "" if len(times) == len(own) else f" ({len(times)} of {len(own)} reach it)"
+        body.append(
+            [
+                arm,
+                _spread(own, "top1", ".4f") if len(own) > 1 else f"{own[0]['top1']:.4f}",
+                *(
+                    format(statistics.median(r[n] for r in own), form)
+                    for n, form in figures.items()
+                ),
+                f"{_seconds(statistics.median(times) if times else None)}{reached}",
+                _sooner(own, "fp32"),
+                _sooner(own, "bf16"),
+            ]
+        )
     targets = ", ".join(f"{t:.4f}" for t in dict.fromkeys(r["target"] for r in rows))
     gaps = [r["resolution_s"] for r in rows]
-    cpu = {(r["environment"]["date"], r["seed"], r["arm"]): r["cpu_s"] for r in rows}
+    cpu = {(r["seed"], r["arm"]): r["cpu_s"] for r in rows}
     saved = [
-        spent - cpu[date, seed, "ours, default"]
-        for (date, seed, arm), spent in cpu.items()
-        if arm == "ours, equal settings" and (date, seed, "ours, default") in cpu
+        spent - cpu[seed, "ours, default"]
+        for (seed, arm), spent in cpu.items()
+        if arm == "ours, equal settings" and (seed, "ours, default") in cpu
     ]
     note = (
-        f"{rows[0]['images']:,} images and {rows[0]['views']:,} views. Target "
-        f"{targets}; evaluations are {min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: "
-        f"PNG files; of ours the run directory, checkpoints included. {ratios(rows)}{drift(rows)}"
-        f"{break_even(saved)} {where(rows)}."
+        f"{rows[0]['images']:,} images and {rows[0]['views']:,} views; "
+        f"{len({r['seed'] for r in rows})} seeds, all arms of a seed before the next seed. Top-1: "
+        "mean ± std; times: medians; last columns: how many times sooner the target is reached, "
+        f"geometric mean and 95 % interval, paired by seed. Targets {targets}; evaluations are "
+        f"{min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: PNG files; of ours the run "
+        f"directory, checkpoints included. {breakdown(rows)}{break_even(saved)} {where(rows)}."
     )
     return table(header, body, note)
 
 
-def ratios(rows: list[Row]) -> str:
-    """Say how much sooner ours reaches the target, with intervals; empty for one run an arm."""
-    said = []
-    for arm in ("ours, default", "ours, equal settings"):
-        for label in ("fp32", "bf16"):
-            found = [r[f"times_faster_than_{label}"] for r in rows if r["arm"] == arm]
-            gains = [gain for gain in found if gain is not None]
-            if len(gains) > 1:
-                low, mean, high = ratio_interval(gains)
-                text = f"{arm}, vs {label}: {mean:.1f}x ({low:.1f} to {high:.1f}, {len(gains)} runs"
-                said.append(f"{text}{', the others never' if len(gains) < len(found) else ''})")
-    return f"Time to target, geometric mean and 95 % interval: {'; '.join(said)}. " if said else ""
+def breakdown(rows: list[Row]) -> str:
+    """Split the gain over the eager bfloat16 baseline into its three causes; empty if one lacks."""
+    names = ("baseline, no_grad, bf16, channels-last", "ours, equal settings", "ours, default")
+
+    def median(arm: str, part: str) -> float:
+        return float(statistics.median(r[f"{part}_s"] for r in rows if r["arm"] == arm))
+
+    if not {*names} <= {r["arm"] for r in rows}:
+        return ""
+    baseline, equal, default = (median(arm, "generation") for arm in names)
+    theirs, ours = (median(arm, "training") for arm in names[::2])
+    return (
+        f"Where the gain over eager bf16 comes from, by medians: the sampler takes {equal:.0f} s "
+        f"for the baseline's {baseline:.0f} s ({baseline / equal:.1f}x), fewer forwards make that "
+        f"{default:.0f} s ({equal / default:.1f}x), training takes {ours:.0f} s for {theirs:.0f} s "
+        f"({theirs / ours:.1f}x). "
+    )
+
+
+def _sooner(rows: list[Row], label: str) -> str:
+    """Write how many times sooner an arm reaches the target, with its interval."""
+    gains = [g for r in rows if (g := r[f"times_faster_than_{label}"]) is not None]
+    if 0 < len(gains) < len(rows):  # A mean of those that reach it would be one of survivors.
+        return f"- ({len(gains)} of {len(rows)} reach it)"
+    if len(gains) < 2:
+        return "-" if not gains else f"{gains[0]:.1f}x"
+    low, mean, high = ratio_interval(gains)
+    return f"{mean:.2f}x" if low == high else f"{mean:.2f}x ({low:.2f} to {high:.2f})"
 
 
 def ratio_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
@@ -169,18 +195,6 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     mean = statistics.mean(logs)
     half = t_975(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
     return math.exp(mean - half), math.exp(mean), math.exp(mean + half)
-
-
-def drift(rows: list[Row]) -> str:
-    """Say how far whole times of the same arm lie apart between runs; empty for one run."""
-    times: dict[tuple[str, int], list[float]] = {}
-    for r in rows:
-        times.setdefault((r["arm"], r["seed"]), []).append(r["wall_s"])
-    factors = [max(found) / min(found) for found in times.values() if len(found) > 1]
-    if not factors:
-        return ""
-    apart = _range(factors, lambda f: f"{f:.1f}")
-    return f"The same arm took {apart} times as long in one run as in the other. "
 
 
 def break_even(saved_cpu_s: Sequence[float]) -> str:
@@ -329,10 +343,6 @@ def _gain(factor: float, every: Sequence[float]) -> str:
 
 def _seconds(value: float | None) -> str:
     return "never" if value is None else f"{value:.0f}"
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}x"
 
 
 def _seen(proof: Row) -> str:

@@ -23,8 +23,10 @@ def kd_loss(rows: list[Row]) -> str:
     body = []
     for shape, dtype in dict.fromkeys((r["shape"], r["dtype"]) for r in rows):
         cells = [f"{found[shape, dtype, arm]['median_ms']:.3f}" for arm in arms]
+        times = {arm: found[shape, dtype, arm]["median_ms"] for arm in ("ours", "compile")}
         gain = found[shape, dtype, "ours"]["times_faster_than_eager"]
-        body.append([shape, dtype, *cells, f"{gain:.1f}x"])
+        compiled = times["compile"] / times["ours"]
+        body.append([shape, dtype, *cells, f"{compiled:.1f}x", f"{gain:.1f}x"])
     header = [
         "B x C",
         "dtype",
@@ -33,9 +35,14 @@ def kd_loss(rows: list[Row]) -> str:
         "`kd_loss`",
         "`kd_loss_and_grad`",
         "copy of the bytes",
+        "`kd_loss` vs compile",
         "`kd_loss` vs eager",
     ]
-    note = f"Loss and gradient, median ms of {rows[0]['n']}, interleaved. {where(rows)}."
+    counts = " to ".join(str(n) for n in sorted({r["n"] for r in rows}))
+    note = (
+        f"Loss and gradient, median ms of {counts}, interleaved. Each call allocates its outputs; "
+        f"above 32 MiB much of the time is page faults. {where(rows)}."
+    )
     return table(header, body, note)
 
 

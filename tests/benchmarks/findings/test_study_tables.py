@@ -17,6 +17,10 @@ def test_intervals_are_those_of_students_t() -> None:
     grid = tables.Grid(rows, lambda r: r["cell"])
     assert grid.freedom == 4 and grid.deviation == pytest.approx(1.0)
     assert grid.half("a") == pytest.approx(2.776 / 3**0.5)
+    # Cells of one seed err together: with seeds there are 2 degrees of freedom, not 4.
+    for number, row in enumerate(rows):
+        row["seed"] = number % 3
+    assert tables.Grid(rows, lambda r: r["cell"]).half("a") == pytest.approx(4.303 / 3**0.5)
     assert tables.t_975(24) == pytest.approx(2.0639, abs=1e-3)
     assert tables.t_975(10) == pytest.approx(2.2281, abs=4e-3)
     assert math.isnan(tables.t_975(0))
@@ -107,6 +111,31 @@ def test_tables_render_with_whatever_rows_exist() -> None:
     assert "| 1 | 80.00 |" in text and "1.00 CPU hours" in text
 
 
+def test_an_ancestral_solver_is_shown_beside_the_grid_with_its_own_difference() -> None:
+    """Steps cost the grid's solver (0.5 + seed) points, and the ancestral one twice as much."""
+    stamp = {"device": "CPU", "date": "2026-01-01"}
+    rows = [
+        {
+            "part": part,
+            "guidance_scale": 2.0,
+            "num_steps": steps,
+            "seed": seed,
+            "top1": 0.8 + (steps == 50) * factor * (0.005 + 0.01 * seed),
+            "environment": stamp,
+        }
+        for part, factor in (("grid", 1), ("ancestral", 2))
+        for steps in (4, 50)
+        for seed in (0, 1)
+    ]
+    quality = {"frechet": 0.25, "precision": 0.5, "recall": 0.75}
+    rows.append({**rows[-1], "seed": "quality", **quality})
+    text = generator_tables.finding_2_ancestral(rows)
+    half = 12.706 * 0.5
+    assert f"dpm++2m (deterministic): 50 steps less 4: +1.00 ± {half:.2f} (2 seeds)" in text
+    assert f"ddpm (ancestral): 50 steps less 4: +2.00 ± {2 * half:.2f} (2 seeds)" in text
+    assert "| 0.250 | 0.500 | 0.750 |" in text and "| dpm++2m (deterministic) | 4 | 80.00" in text
+
+
 def test_teachers_are_compared_over_all_temperatures() -> None:
     stamp = {"device": "CPU", "date": "2026-01-01"}
     rows = [
@@ -125,11 +154,13 @@ def test_teachers_are_compared_over_all_temperatures() -> None:
     ]
     rows[-1]["top1"] += 0.04  # strong, T = 4, seed 1: by seed the gaps are 10 and 8
     text = tables.finding_3(rows)
-    assert f"weak less strong teacher +9.00 ± {12.706:.2f} (2 seeds)." in text
+    assert f"weak less strong teacher +9.00 ± {12.706:.2f} (2 seeds) [T = 1: +10.00" in text
+    assert f"T = 4: +8.00 ± {2 * 12.706:.2f} (2 seeds)]." in text
     # A cell that started as its teacher is left out, and what it would change is said.
     rows[0]["superseded"] = "starts as the teacher"
     text = tables.finding_3(rows)
-    assert "weak less strong teacher +8.00 (1 seed), with the cells left out +9.00" in text
+    assert "weak less strong teacher +8.00 (1 seed) [T = 1: +" in text
+    assert "], with the cells left out +9.00" in text
 
 
 def test_stored_teachers_are_compared_with_a_live_one_by_seed() -> None:

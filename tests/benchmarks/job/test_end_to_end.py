@@ -242,7 +242,7 @@ def made_up(work: Path, study: Study) -> Callable[..., Any]:
 
     def run(command: list[str], **_: Any) -> None:
         name = command[-1]
-        if len(started) == 8:
+        if len(started) == 6:
             started.append("stopped")
             raise KeyboardInterrupt
         started.append(name)
@@ -326,16 +326,14 @@ def test_a_stopped_study_goes_on_and_compares_what_it_found(
     assert rows[EQUAL]["times_faster_than_bf16"] == round(340 / 30, 2)
     assert rows[CHANNELS_LAST]["resolution_s"] == 30
     carried = [[r["arm"] for r in x.rows if r["generation_carried_over"]] for x in reports[-2:]]
-    assert (
-        carried[0] == [TARGET, CHANNELS_LAST] and ring["arm"] in carried[1] and len(carried[1]) == 8
-    )
+    assert carried[0] == [] and {TARGET, ring["arm"]} < set(carried[1]) and len(carried[1]) == 9
     assert [goal.met for goal in reports[-2].goals.values()] == [True, True]
 
     for row in rows.values():
         row["environment"] = {"device": "d", "threads": 1, "torch": "t", "date": "day"}
         row["arguments"] = {}
     table = render.TABLES["end-to-end"](list(rows.values()))
-    assert "| day | ours, equal settings | 0 | 0.8000 |" in table and "14.0x / 11.3x" in table
+    assert "| ours, equal settings | 0.8000 |" in table and "| 14.0x | 11.3x |" in table
     table = render.TABLES["ladder"]([row for row in rows.values() if row["part"] == "ladder"])
     assert f"| {TARGET} | {BF16} | 0 | 0.8000 |" in table and "| never |" in table
 

@@ -14,15 +14,6 @@ def test_few_steps_are_charged_with_what_their_denoiser_cost() -> None:
     assert "repays" not in tables.break_even([-1.0])
 
 
-def test_runs_that_differ_are_said_to() -> None:
-    rows = [
-        {"arm": arm, "seed": 0, "wall_s": wall}
-        for arm, wall in (("a", 100.0), ("b", 50.0), ("a", 150.0), ("b", 25.0), ("c", 1.0))
-    ]
-    assert "same arm took 1.5 to 2.0 times as long" in tables.drift(rows)
-    assert tables.drift(rows[:2]) == ""
-
-
 def test_gains_that_one_run_cannot_tell_are_called_noise() -> None:
     proof = {
         "sampler": "s",
@@ -56,13 +47,9 @@ def test_gains_of_several_seeds_are_noise_where_their_interval_contains_one() ->
     assert abs(mean - 4.0) < 1e-9 and abs(low * high - 16.0) < 1e-6 and low < 1 < high
     assert tables._gain(1.1, [1.10, 1.11, 1.09]) == "1.10x"
     assert tables._gain(1.5, [1.5, 0.9, 1.2]) == "1.50x (noise)"
-    rows = [
-        {"arm": "ours, default", "times_faster_than_fp32": f, "times_faster_than_bf16": None}
-        for f in (6.0, 6.0, 6.0)
-    ]
-    text = tables.ratios(rows)
-    assert "ours, default, vs fp32: 6.0x (6.0 to 6.0, 3 runs)" in text and "bf16" not in text
-    assert tables.ratios(rows[:1]) == ""
+    rows = [{"times_faster_than_fp32": f, "times_faster_than_bf16": None} for f in (2.0, 8.0)]
+    assert tables._sooner(rows, "fp32").startswith("4.00x (0.00 to ")
+    assert tables._sooner(rows[:1], "fp32") == "2.0x" and tables._sooner(rows, "bf16") == "-"
 
 
 def test_few_steps_are_compared_with_many_by_seed() -> None:
