@@ -220,6 +220,15 @@ def reuse(rows: list[Row]) -> str:
         f"{views:,} views, {grid.seeds} seeds a cell, ± 95 % interval (deviation pooled; "
         "differences paired by seed). "
     )
+    sizes = [size for how, size in sorted(grid.cells) if how == "ring"]
+    pairs = [(size, ("ring", size), ("frozen", size)) for size in sizes]
+    gaps = [
+        f"{size:,}: {grid.difference([ring], [frozen])}"
+        for size, ring, frozen in pairs
+        if frozen in grid.cells
+    ]
+    if gaps:
+        note += f"Ring less frozen set of as many images: {'; '.join(gaps)}. "
     return table(header, body, note + spent(rows))
 
 
@@ -316,10 +325,11 @@ def axes(rows: list[Row], name: str) -> list[Any]:
 
 
 def spent(rows: list[Row]) -> str:
-    """Return the cost of students and of recorded images, and the machine."""
+    """Return the cost of students and of recorded images, and the machines."""
     seconds = sum(row.get("cpu_s", 0.0) for row in rows)
-    stamp = rows[-1]["environment"]
-    return f"{seconds / 3600:.2f} CPU hours. {stamp['device']}, {stamp['date']}."
+    stamps = [row["environment"] for row in rows]
+    devices, dates = (dict.fromkeys(stamp[name] for stamp in stamps) for name in ("device", "date"))
+    return f"{seconds / 3600:.2f} CPU hours. {' and '.join(devices)}, {' and '.join(dates)}."
 
 
 def nearest_table(rows: list[Row]) -> str:
