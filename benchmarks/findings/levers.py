@@ -142,13 +142,17 @@ def levers_table(rows: list[Row]) -> str:
         body.append(
             [
                 arm,
+                str(len(own)),
                 f"{100 * statistics.mean(r['held_out_top1'] for r in own.values()):.2f}",
                 "-" if arm == BASE else _interval(gaps),
                 f"{statistics.median(r['cpu_s'] for r in own.values()):.0f}",
             ]
         )
-    header = ["change", "held-out top-1, %", "less as shipped, points", "CPU s"]
-    note = f"{rows[0]['views']:,} views a student, {len(base)} seeds, paired; ± 95 % interval."
+    header = ["change", "seeds", "held-out top-1, %", "less as shipped, points", "CPU s"]
+    note = (
+        f"{rows[0]['views']:,} views a student. Differences are paired by seed, ± 95 % interval; "
+        "those of one seed are observations."
+    )
     return table(header, body, f"{note} {spent(rows)}")
 
 

@@ -36,6 +36,7 @@ CELLS = {
     "finding-2": ("part", "guidance_scale", "num_steps", "noise_seed", "student"),
     "finding-3": ("student", "teacher", "temperature"),
     "finding-3-family": ("part", "student", "loss", "temperature", "teacher", "teacher_seed"),
+    "levers": ("arm", "views"),
     "reuse": ("how", "held_images"),
     "stored-teacher": ("arm",),
     "cost": ("axis", "value"),

@@ -43,8 +43,8 @@ def test_a_lever_is_compared_with_the_shipped_settings_seed_by_seed() -> None:
         for seed, top1 in enumerate(values)
     ]
     text = levers.levers_table(rows)
-    assert f"| x | 76.50 | +1.50 ± {12.706 / 2:.2f} | 9 |" in text
-    assert f"| {levers.BASE} | 75.00 | - | 9 |" in text
+    assert f"| x | 2 | 76.50 | +1.50 ± {12.706 / 2:.2f} | 9 |" in text
+    assert f"| {levers.BASE} | 2 | 75.00 | - | 9 |" in text
 
 
 @pytest.mark.slow
