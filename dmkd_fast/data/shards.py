@@ -187,7 +187,7 @@ def claim(folder: Path, plan: Plan) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, job_slice: str) -> Iterator[None]:
-    """Hold the lock of one job slice, and remove unfinished files of its last job.
+    """Hold the lock of one job slice, and remove unfinished files of its last job and its own.
 
     The lock ends with the process, so a killed job does not block the next one.
 
@@ -204,10 +204,17 @@ def locked(folder: Path, job_slice: str) -> Iterator[None]:
                 f"--shard: another job makes slice {job_slice} of {folder} now; wait for it or "
                 "give another slice"
             )
-        for pattern in (f".*.{job_slice}.partial", f"*/.*.{job_slice}.partial"):
-            for left in folder.glob(pattern):
-                left.unlink()
-        yield
+        _remove_unfinished(folder, job_slice)
+        try:
+            yield
+        finally:  # An interrupt may come while a file is opened, before anybody can discard it.
+            _remove_unfinished(folder, job_slice)
+
+
+def _remove_unfinished(folder: Path, job_slice: str) -> None:
+    for pattern in (f".*.{job_slice}.partial", f"*/.*.{job_slice}.partial"):
+        for left in folder.glob(pattern):
+            left.unlink()
 
 
 def finished(folder: Path) -> list[int]:

@@ -278,3 +278,18 @@ def test_jobs_with_the_same_process_id_write_under_different_names(
     for job in ("0", "1"):
         shards.claim(tmp_path / job, make_plan(IMAGES, 4))
     assert len(names) == len(set(names)) == 6  # the plan, the card and timm's file, twice
+
+
+def test_a_file_that_an_interrupt_left_open_is_removed_with_the_lock(tmp_path: Path) -> None:
+    """One came between the opening of a shard and the call that would have discarded it."""
+    ours, other = (tmp_path / f".shard-000001.tar.{part}.partial" for part in ("0-of-1", "1-of-2"))
+
+    def interrupted() -> None:
+        with shards.locked(tmp_path, "0-of-1"):
+            ours.write_bytes(b"half")
+            other.write_bytes(b"of another slice")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert other.exists() and not ours.exists()
