@@ -100,9 +100,8 @@ class _LinearKdLoss(torch.autograd.Function):
             )
             loss += value
             if grad_hidden is not None:
-                grad_hidden[part] = (
-                    grad @ weight.detach()
-                )  # in autocast's dtype, which it does not cache
+                # Not `weight` itself: autocast would cache its copy without a graph.
+                grad_hidden[part] = grad @ weight.detach()
             if grad_weight is not None and wide == grad.dtype:
                 grad_weight.addmm_(grad.t(), hidden[part])
             elif grad_weight is not None:
