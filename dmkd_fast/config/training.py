@@ -29,9 +29,9 @@ _Terms = Annotated[dict[_Name, _Number | dict[str, _Number]], Field(min_length=1
 
 
 def _optimizer(value: Any) -> Any:
-    if isinstance(value, str) and re.fullmatch(r"sgd|adamw|timm:[a-z0-9]{1,60}", value):
+    if isinstance(value, str) and re.fullmatch(r"sgd|adamw|muon|timm:[a-z0-9]{1,60}", value):
         return value
-    raise PydanticCustomError("optimizer", "sgd, adamw or timm:NAME")
+    raise PydanticCustomError("optimizer", "sgd, adamw, muon or timm:NAME")
 
 
 class LossConfig(Section):
@@ -87,17 +87,18 @@ class OptimConfig(Section):
     """Optimizer and learning rate: linear warm-up, then a cosine to zero, or milestones."""
 
     name: Annotated[str, BeforeValidator(_optimizer)] = "adamw"
-    """Optimizer: sgd, adamw, or timm:NAME for one of timm's, such as timm:muon. timm's check on the
-    host whether a step is finite, so that each step waits for the GPU."""
+    """Optimizer: sgd, adamw, muon (which uses AdamW for vectors), or timm:NAME for one of timm's,
+    such as timm:lion. timm's check on the host whether a step is finite, so that each step waits
+    for the GPU."""
     lr: float = Field(gt=0, le=1000)
     """Peak learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD, or beta1 of AdamW and the like."""
+    """Momentum of SGD and Muon, or beta1 of AdamW and the like."""
     nesterov: bool = True
     """Nesterov momentum for SGD. The paper uses plain momentum."""
     weight_decay: float = Field(0.0, ge=0, le=100)
-    """Weight decay, decoupled for AdamW. Biases and normalization are never decayed; the paper
-    decays them too."""
+    """Weight decay, decoupled for AdamW and Muon. Biases and normalization are never decayed; the
+    paper decays them too."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Fraction of the steps with a rising learning rate."""
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((), max_length=1000)

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.training.muon import Muon
 from dmkd_fast.training.schedule import TIMM, Schedule
 
 
 def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """Build a fused SGD or AdamW, or an optimizer of timm, without weight decay on vectors.
+    """Build a fused SGD or AdamW, Muon, or an optimizer of timm, without weight decay on vectors.
 
     The state of the fused ones is allocated here, as zeros: if the first step were skipped
     (`found_inf`), SGD would otherwise keep uninitialized momentum, and a lack of memory would show
@@ -28,6 +29,9 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimiz
         return _of_timm(model, schedule)
     momentum = schedule.momentum
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if schedule.name == "muon":
+        decay = schedule.weight_decay
+        return Muon(parameters, schedule.lr, momentum=momentum, weight_decay=decay)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

@@ -33,13 +33,13 @@ class Schedule:
     lr: float
     """Peak learning rate."""
     name: str = "adamw"
-    """Optimizer: "sgd", "adamw", or "timm:NAME" for one of `timm.optim`."""
+    """Optimizer: "sgd", "adamw", "muon", or "timm:NAME" for one of `timm.optim`."""
     momentum: float = 0.9
-    """Momentum of SGD, or beta1 of AdamW and the like."""
+    """Momentum of SGD and Muon, or beta1 of AdamW and the like."""
     nesterov: bool = True
     """Whether SGD uses Nesterov momentum."""
     weight_decay: float = 0.0
-    """Weight decay, decoupled for AdamW; biases and normalization are never decayed."""
+    """Weight decay, decoupled for AdamW and Muon; biases and normalization are never decayed."""
     warmup: float = 0.05
     """Fraction of the steps with a rising learning rate."""
     milestones: tuple[float, ...] = ()
@@ -78,8 +78,9 @@ class Schedule:
         for name in ("momentum", "warmup", "ema_decay"):
             if checks.number(name, getattr(self, name), low=0, high=1) == 1:
                 raise invalid(name, 1, "less than 1", "lower it")
-        if self.name not in ("sgd", "adamw") and not str(self.name).startswith(TIMM):
-            raise invalid("name", f"{self.name!r:.60}", "sgd, adamw or timm:NAME", "choose one")
+        if self.name not in ("sgd", "adamw", "muon") and not str(self.name).startswith(TIMM):
+            expected = "sgd, adamw, muon or timm:NAME"
+            raise invalid("name", f"{self.name!r:.60}", expected, "choose one")
         check_accumulate(self.accumulate, batch_size=self.batch_size)
         check_milestones(self.milestones, warmup=self.warmup)
 

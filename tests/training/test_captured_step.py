@@ -55,6 +55,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "sgd", "lr": 0.02, "ema_decay": 0.9, "max_grad_norm": 0.5, "weight_decay": 0.1},
     {"name": "adamw", "dtype": torch.float16, "ema_decay": 0.9},
     {"name": "sgd", "lr": 0.02, "momentum": 0.0, "accumulate": 2, "alpha": 0.5},
+    {"name": "muon", "ema_decay": 0.9, "weight_decay": 0.1},
 ]
 
 

@@ -82,7 +82,7 @@ def test_a_loss_that_is_no_scalar_is_refused(make_distiller: Make, bad: Any) -> 
         distiller.train_step()
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "adamw"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_steps_that_are_not_finite_change_nothing(
     make_distiller: Make, name: str, dtype: torch.dtype
@@ -132,10 +132,8 @@ def test_an_optimizer_object_is_used_with_the_rate_of_the_schedule(make_distille
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_with_an_optimizer_of_timm_resumes_bit_for_bit(
-    make_distiller: Make, name: str
-) -> None:
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "muon"])
+def test_a_run_with_another_optimizer_resumes_bit_for_bit(make_distiller: Make, name: str) -> None:
     whole = make_distiller(name=name)
     whole.fit()
     part = make_distiller(name=name)
@@ -151,8 +149,8 @@ def test_a_run_with_an_optimizer_of_timm_resumes_bit_for_bit(
     [
         ("timm:muom", "did you mean timm:muon?"),
         ("timm:adahessian", "expected an optimizer that needs no second derivatives"),
-        ("timm:no-such-thing", "expected sgd, adamw or timm:NAME"),
-        ("adam", "expected sgd, adamw or timm:NAME"),
+        ("timm:no-such-thing", "expected sgd, adamw, muon or timm:NAME"),
+        ("adam", "expected sgd, adamw, muon or timm:NAME"),
     ],
 )
 def test_unknown_optimizers_are_named(tmp_path: Path, name: str, message: str, capsys: Any) -> None:

@@ -93,6 +93,7 @@ PLACES = ["teacher", "gradient", "loss", "loss gradient", "views"]
         {"name": "adamw", "ema_decay": 0.9, "max_grad_norm": 0.5},
         {"name": "sgd", "lr": 0.02, "ema_decay": 0.9, "max_grad_norm": 0.5, "weight_decay": 0.1},
         {"name": "adamw", "dtype": torch.float16},
+        {"name": "muon", "ema_decay": 0.9, "max_grad_norm": 0.5, "weight_decay": 0.1},
     ],
     ids=str,
 )

@@ -1,0 +1,195 @@
+"""The Muon optimizer: momentum with orthogonal updates for matrices, AdamW for everything else.
+
+The update of a weight matrix is its momentum with all singular values moved close to 1. Its root
+mean square is then set to that of a typical update of AdamW, so that one learning rate serves both.
+Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); Liu et al.,
+"Muon is scalable for LLM training" (arXiv 2502.16982), on the scale of the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Coefficients of x, x^3 and x^5. The map moves every singular value towards 1, small ones fast."""
+ITERATIONS = 5
+RMS = 0.2
+"""Root mean square of an update at learning rate 1, about that of AdamW."""
+LONGEST = 128
+"""Ratio of the sides beyond which a matrix is left to AdamW."""
+SMALLEST = 4
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Return whether Muon's update fits a parameter.
+
+    It does not fit vectors, depthwise kernels, position embeddings and matrices that are nearly
+    vectors.
+    """
+    if parameter.ndim < 2 or min(parameter.shape[:2]) == 1:
+        return False
+    rows = parameter.shape[0]
+    columns = parameter.numel() // rows
+    short, long = min(rows, columns), max(rows, columns)
+    return short >= SMALLEST and long <= LONGEST * short
+
+
+def orthogonal(value: Tensor, *, channels_last: bool) -> Tensor:
+    """Orthogonalize a weight (out, in, ...) as a matrix (out, in * ...), in float32.
+
+    The order of the columns makes no difference to Muon. So they are taken as they lie in memory,
+    and channels-last weights need no copy.
+    """
+    if not channels_last:
+        return orthogonalize(value.flatten(1)).reshape(value.shape)
+    rows = value.permute(0, 2, 3, 1)
+    return orthogonalize(rows.flatten(1)).reshape(rows.shape).permute(0, 3, 1, 2)
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Move the singular values of a matrix (n, m) to between about 0.7 and 1.2.
+
+    Each iteration multiplies the matrix X by a polynomial of its Gram matrix X X^T. These factors
+    commute. So the iterations take place on the square matrices alone, of the shorter side, and
+    the long one is multiplied twice in all.
+
+    Returns:
+        A float32 matrix (n, m).
+    """
+    x = matrix.float()
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(x.mT).mT
+    x = x / torch.linalg.matrix_norm(x).clamp_min(1e-7)
+    gram = x @ x.T
+    total = factor = _factor(gram)
+    for _ in range(ITERATIONS - 1):
+        gram = factor @ gram @ factor
+        factor = _factor(gram)
+        total = factor @ total
+    update: Tensor = total @ x
+    return update
+
+
+def _factor(gram: Tensor) -> Tensor:
+    a, b, c = COEFFICIENTS
+    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal().add_(a)
+    return factor  # a + b G + c G^2
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, and fused AdamW for vectors and whatever else Muon does not fit.
+
+    As fused optimizers do, it reads on the device whether a step is to be skipped, from
+    `found_inf`. So no step waits for the device, and steps can be captured as a CUDA graph.
+
+    Args:
+        parameters: Parameters to optimize.
+        lr: Learning rate, a number.
+        momentum: Momentum, and beta1 of AdamW.
+        beta2: Decay of AdamW's second moment.
+        weight_decay: Decoupled weight decay, for parameters of two and more dimensions.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        beta2: float = 0.99,
+        weight_decay: float = 0.0,
+    ) -> None:
+        every = list(parameters)
+        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {
+            (is_orthogonal, is_decayed): []
+            for is_orthogonal, is_decayed in ((True, True), (False, True), (False, False))
+        }
+        for p in every:
+            kinds[is_matrix(p), p.ndim > 1].append(p)
+        groups = [
+            {
+                "params": chosen,
+                "orthogonal": is_orthogonal,
+                "weight_decay": weight_decay if is_decayed else 0.0,
+                "capturable": False,
+            }
+            for (is_orthogonal, is_decayed), chosen in kinds.items()
+            if chosen
+        ]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "beta2": beta2})
+        # Zeros from the start: a skipped first step would leave memory without a value.
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"exp_avg": torch.zeros_like(p)}
+                if not group["orthogonal"]:
+                    self.state[p] |= {
+                        "exp_avg_sq": torch.zeros_like(p),
+                        "step": torch.zeros((), device=p.device),
+                    }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient, unless `found_inf` is not 0.
+
+        Returns:
+            What `closure` returns, which is called first, with gradients.
+        """
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        found: Tensor | None = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            chosen = [p for p in group["params"] if p.grad is not None]
+            if group["orthogonal"]:
+                for p in chosen:
+                    self._orthogonal_step(p, group, found)
+            elif chosen:
+                self._adamw_step(chosen, group, found)
+        return value
+
+    def _orthogonal_step(self, p: Tensor, group: dict[str, Any], found: Tensor | None) -> None:
+        grad, average = p.grad, self.state[p]["exp_avg"]
+        assert grad is not None
+        rate, weight = group["lr"], 1 - group["momentum"]
+        if found is not None:
+            is_taken = (found == 0).to(p.dtype)
+            # The gradient of a step that is skipped may be NaN, which weight 0 would not remove.
+            grad = torch.where(found == 0, grad, 0)
+            rate, weight = is_taken * rate, is_taken * weight
+        average.lerp_(grad, weight)
+        is_last = p.ndim == 4 and not p.is_contiguous()
+        update = orthogonal(grad.lerp(average, group["momentum"]), channels_last=is_last)
+        scale = RMS * max(p.shape[0], p.numel() // p.shape[0]) ** 0.5
+        p.mul_(1 - rate * group["weight_decay"]).sub_(update * (rate * scale))
+
+    def _adamw_step(
+        self, chosen: list[Tensor], group: dict[str, Any], found: Tensor | None
+    ) -> None:
+        states = [self.state[p] for p in chosen]
+        adamw(
+            chosen,
+            [p.grad for p in chosen if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            capturable=group["capturable"],
+            found_inf=found,
+            amsgrad=False,
+            beta1=group["momentum"],
+            beta2=group["beta2"],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
