@@ -65,6 +65,10 @@ NAMES = {
     "plan": ("job.plan", "the time that dmkd plan predicts for the embedded job, and its run"),
     "ring": ("parts.ring", "insert, draw and limiter, and their share of a training step"),
     "sampler": ("parts.sampler", "images/s against diffusers' pipelines"),
+    "sooner": (
+        "job.sooner",
+        "time of the embedded job to a fixed accuracy, beside older settings (5 seeds)",
+    ),
     "step": ("job.step", "a training step alone, one change at a time, on ready views"),
     "stored-teacher": (
         "findings.stored_teacher",

@@ -26,6 +26,7 @@ from benchmarks.findings.plots import draw
 from benchmarks.findings.tables import STUDY_TABLES as FINDINGS
 from benchmarks.findings.tables import cell_of, nearest_table
 from benchmarks.harness import ROOT, read_rows
+from benchmarks.job.sooner import SHIPPED, sooner_table
 from benchmarks.job.tables import JOB_TABLES
 from benchmarks.loss.tables import LOSS_TABLES
 from benchmarks.markdown import is_gpu
@@ -51,7 +52,11 @@ class Source:
 # Tables that do not show all rows of the measurement of the same name. Of several sources, the
 # first with rows that are not superseded counts.
 SOURCES = {
-    "embedded": (Source(bench="embedded"), Source(bench="fewstep", only={"job": "few steps"})),
+    "embedded": (
+        Source(bench="sooner", only={"arm": SHIPPED}),
+        Source(bench="embedded"),
+        Source(bench="fewstep", only={"job": "few steps"}),
+    ),
     "end-to-end": (
         Source(bench="end-to-end", only={"part": "whole"}, required=("--part", "whole")),
     ),
@@ -162,4 +167,5 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     **LOSS_TABLES,
     **PART_TABLES,
     "nearest": nearest_table,
+    "sooner": sooner_table,
 }

@@ -1,8 +1,9 @@
 """Levers on the embedded job: what each change of one setting does at an equal number of views.
 
 All students of a seed train on the same images of the few-step denoiser, read from disk, with the
-settings of configs/fashion_mnist.yaml but for one. They are scored on the 5,000 real images that
-neither the teachers nor the denoiser saw in training, so that the test images decide nothing.
+settings of configs/fashion_mnist.yaml before Muon and a second teacher, but for one change. They
+are scored on the 5,000 real images that neither the teachers nor the denoiser saw in training, so
+that the test images decide nothing.
 Times include loading, and the final evaluation of student and teacher.
 """
 
@@ -23,6 +24,7 @@ from benchmarks.findings import study
 from benchmarks.findings.stored_teacher import BLOCK, make_set
 from benchmarks.findings.tables import Row, spent, t_975
 from benchmarks.harness import ROOT, arguments
+from benchmarks.job.embedded import ADAMW
 from benchmarks.markdown import table
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.data.test_sets import ImageSet
@@ -31,6 +33,7 @@ from dmkd_fast.jobs import distill
 IMAGES = 10_240
 SECOND_TEACHER = '[{path: "embedded:fashion_mnist/lenet5"}]'
 BASE = "as shipped"
+"""The settings then. Rows have this name."""
 ARMS: dict[str, list[str]] = {
     BASE: [],
     "learning rate 1e-3": ["optim.lr=1e-3"],
@@ -108,6 +111,7 @@ def train(arm: str, seed: int, images: Path, held_out: Path, options: argparse.N
     """Train one student, and return its accuracy on the held-out images, and times."""
     with tempfile.TemporaryDirectory() as run_dir:
         overrides = [
+            *ADAMW,
             f"source.path={images}",
             f"source.block_images={BLOCK}",
             f"ring.min_fill_images={IMAGES - BLOCK}",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import CONFIGS, Report, arguments, recorded
-from benchmarks.job.embedded import run_job
+from benchmarks.job.embedded import ADAMW, run_job
 from dmkd_fast import GeneratedImages, ImageSet
 from dmkd_fast.config.generator import FIDELITY
 from dmkd_fast.config.jobs import DistillConfig
@@ -29,7 +29,7 @@ from dmkd_fast.jobs.parts import prepare
 
 NUM_IMAGES = 2_048
 SETTINGS = {name: ("many_steps.yaml", [f"sampler={{fidelity: {name}}}"]) for name in FIDELITY}
-SETTINGS["few steps"] = ("fashion_mnist.yaml", [])
+SETTINGS["few steps"] = ("fashion_mnist.yaml", [*ADAMW])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

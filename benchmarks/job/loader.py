@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.findings import study
 from benchmarks.harness import CONFIGS, arguments, summary
+from benchmarks.job.embedded import ADAMW
 from dmkd_fast import GeneratedLoader, measure
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
@@ -57,7 +58,8 @@ def main(argv: list[str]) -> None:
 
 def job_of(seed: int, views: int) -> tuple[ResolvedJob, Parts]:
     """Load the embedded job with a seed and a length."""
-    overrides = [f"seed={seed}", f"train.num_views={views}", "eval.num_points=1"]
+    # The optimizer and the teacher of the ordinary loop.
+    overrides = [*ADAMW, f"seed={seed}", f"train.num_views={views}", "eval.num_points=1"]
     return prepare(load_config(DistillConfig, CONFIGS / "fashion_mnist.yaml", overrides))
 
 

@@ -31,7 +31,7 @@ def embedded(rows: list[Row]) -> str:
     }
     body = [[str(r["seed"]), *(format(r[n], form) for n, form in names.items())] for r in rows]
     if len(rows) > 1:
-        body.append(["mean ± std", *(_spread(rows, n, form) for n, form in names.items())])
+        body.append(["mean ± std", *(spread(rows, n, form) for n, form in names.items())])
     header = [
         "seed",
         "student top-1",
@@ -45,6 +45,8 @@ def embedded(rows: list[Row]) -> str:
     note = "Last step, 10,000 real test images; std between seeds"
     if points := rows[0]["arguments"].get("points"):
         note += f"; {points} evaluations on the way, which count in the times"
+    if every := rows[0]["arguments"].get("every"):
+        note += f"; an evaluation every {every:,} views, which counts in the times"
     return table(header, body, f"{note}. {where(rows)}.")
 
 
@@ -67,7 +69,7 @@ def fewstep(rows: list[Row]) -> str:
             for r in shown
         ]
         names = {"top1": ".4f", "wall_s": ".0f", "cpu_s": ".0f"}
-        cells = [_spread(shown, n, form) for n, form in names.items()]
+        cells = [spread(shown, n, form) for n, form in names.items()]
         reached = sum(r["s_to_target"] is not None for r in shown)
         body.append([job, "mean ± std", *cells, f"{reached} of {len(shown)} reach it", ""])
     many, few = (statistics.mean(r["cpu_s"] for r in rows if r["job"] == job) for job in jobs)
@@ -130,7 +132,7 @@ def end_to_end(rows: list[Row]) -> str:
         body.append(
             [
                 arm,
-                _spread(own, "top1", ".4f") if len(own) > 1 else f"{own[0]['top1']:.4f}",
+                spread(own, "top1", ".4f") if len(own) > 1 else f"{own[0]['top1']:.4f}",
                 *(
                     format(statistics.median(r[n] for r in own), form)
                     for n, form in figures.items()
@@ -322,7 +324,7 @@ def fidelity(rows: list[Row]) -> str:
     return table(header, body, note)
 
 
-def _spread(rows: Sequence[Row], name: str, form: str) -> str:
+def spread(rows: Sequence[Row], name: str, form: str) -> str:
     """Mean and standard deviation; the value alone where all are equal."""
     values = [row[name] for row in rows]
     if len(set(values)) == 1:

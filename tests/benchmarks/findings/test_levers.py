@@ -9,20 +9,36 @@ import torch
 
 from benchmarks.findings import levers
 from benchmarks.harness import ROOT
+from benchmarks.job.embedded import ADAMW
 from dmkd_fast import ImageSet, load_idx
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 
 
-def test_arms_are_settings_of_the_shipped_job_and_differ_from_it() -> None:
+def test_arms_are_settings_of_the_older_job_and_differ_from_it() -> None:
     shipped = ROOT / "configs" / "from_disk.yaml"
-    configs = [load_config(DistillConfig, shipped, words) for words in levers.ARMS.values()]
-    assert configs[0] == load_config(DistillConfig, shipped)
+    configs = [
+        load_config(DistillConfig, shipped, [*ADAMW, *words]) for words in levers.ARMS.values()
+    ]
+    assert configs[0].optim.name == "adamw" and not configs[0].more_teachers
     texts = {config.model_dump_json() for config in configs}
     assert len(texts) == len(levers.ARMS)
-    other = load_config(DistillConfig, ROOT / "configs" / "fashion_mnist.yaml")
-    for part in ("ring", "views", "teacher", "student", "loss", "optim", "train"):
-        assert getattr(configs[0], part) == getattr(other, part)
+
+
+def test_the_older_settings_are_those_of_the_many_step_job() -> None:
+    many = load_config(DistillConfig, ROOT / "configs" / "many_steps.yaml")
+    older = load_config(DistillConfig, ROOT / "configs" / "fashion_mnist.yaml", ADAMW)
+    for part in ("views", "teacher", "more_teachers", "student", "loss", "optim", "train"):
+        assert getattr(older, part) == getattr(many, part)
+
+
+def test_the_job_from_disk_has_the_settings_of_the_job_that_makes_its_images() -> None:
+    online, disk = (
+        load_config(DistillConfig, ROOT / "configs" / f"{name}.yaml")
+        for name in ("fashion_mnist", "from_disk")
+    )
+    for part in ("ring", "views", "teacher", "more_teachers", "student", "loss", "optim", "train"):
+        assert getattr(online, part) == getattr(disk, part)
 
 
 def test_held_out_images_come_back_as_they_were(tmp_path: Path) -> None:
