@@ -16,6 +16,7 @@ from benchmarks.harness import CONFIGS, Report, arguments, recorded
 CONFIG = CONFIGS / "fashion_mnist.yaml"
 ADAMW = (
     "more_teachers=[]",
+    "views.pad=2",
     "optim={name: adamw, lr: 2.0e-3, weight_decay: 0.05, ema_decay: 0.99}",
     "train.batch_size=64",
     "train.num_views=200000",

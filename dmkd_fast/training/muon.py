@@ -39,39 +39,28 @@ def is_matrix(parameter: Tensor) -> bool:
     return short >= SMALLEST and long <= LONGEST * short
 
 
-def orthogonal(value: Tensor, *, channels_last: bool) -> Tensor:
-    """Orthogonalize a weight (out, in, ...) as a matrix (out, in * ...), in float32.
-
-    The order of the columns makes no difference to Muon. So they are taken as they lie in memory,
-    and channels-last weights need no copy.
-    """
-    if not channels_last:
-        return orthogonalize(value.flatten(1)).reshape(value.shape)
-    rows = value.permute(0, 2, 3, 1)
-    return orthogonalize(rows.flatten(1)).reshape(rows.shape).permute(0, 3, 1, 2)
-
-
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Move the singular values of a matrix (n, m) to between about 0.7 and 1.2.
+def orthogonalize(matrix: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """Move the singular values of a matrix (n, m) to between about 0.7 and 1.2, times `scale`.
 
     Each iteration multiplies the matrix X by a polynomial of its Gram matrix X X^T. These factors
     commute. So the iterations take place on the square matrices alone, of the shorter side, and
-    the long one is multiplied twice in all.
+    the long one is multiplied twice in all. Its norm is the root of the Gram matrix's trace.
 
     Returns:
         A float32 matrix (n, m).
     """
     x = matrix.float()
     if x.shape[0] > x.shape[1]:
-        return orthogonalize(x.mT).mT
-    x = x / torch.linalg.matrix_norm(x).clamp_min(1e-7)
-    gram = x @ x.T
+        return orthogonalize(x.mT, scale).mT
+    gram = x @ x.mT
+    squares = gram.diagonal().sum().clamp_min(1e-14)
+    gram = gram / squares
     total = factor = _factor(gram)
     for _ in range(ITERATIONS - 1):
         gram = factor @ gram @ factor
         factor = _factor(gram)
         total = factor @ total
-    update: Tensor = total @ x
+    update: Tensor = (total * (scale * squares.rsqrt())) @ x
     return update
 
 
@@ -166,10 +155,14 @@ class Muon(torch.optim.Optimizer):
             grad = torch.where(found == 0, grad, 0)
             rate, weight = is_taken * rate, is_taken * weight
         average.lerp_(grad, weight)
+        mixed = grad.lerp(average, group["momentum"])
+        scale = rate * (RMS * max(p.shape[0], p.numel() // p.shape[0]) ** 0.5)
+        # Columns as they lie in memory, whose order makes no difference to Muon.
         is_last = p.ndim == 4 and not p.is_contiguous()
-        update = orthogonal(grad.lerp(average, group["momentum"]), channels_last=is_last)
-        scale = RMS * max(p.shape[0], p.numel() // p.shape[0]) ** 0.5
-        p.mul_(1 - rate * group["weight_decay"]).sub_(update * (rate * scale))
+        rows = mixed.permute(0, 2, 3, 1) if is_last else mixed
+        update = orthogonalize(rows.flatten(1), scale).reshape(rows.shape)
+        update = update.permute(0, 3, 1, 2) if is_last else update
+        p.mul_(1 - rate * group["weight_decay"]).sub_(update)
 
     def _adamw_step(
         self, chosen: list[Tensor], group: dict[str, Any], found: Tensor | None

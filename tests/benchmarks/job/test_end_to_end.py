@@ -227,14 +227,15 @@ def test_a_change_is_seen_in_the_run_that_makes_it(name: str, tmp_path: Path) ->
 def test_settings_are_equal_where_they_should_be() -> None:
     study = Study(num_images=4096, num_views=60_000, num_points=12)
     equal, default = study.load(EQUAL), study.load(DEFAULT)
-    for part in ("views", "teacher", "student", "loss"):
+    for part in ("teacher", "student", "loss"):
         assert getattr(equal, part) == getattr(default, part)
+    assert (equal.views.size, equal.views.pad, default.views.pad) == (default.views.size, 2, 1)
     assert (equal.optim.name, default.optim.name) == ("adamw", "muon") and not equal.more_teachers
     assert (equal.sampler.solver, equal.sampler.num_steps) == ("dpm++2m", 8)
     assert equal.ring.min_fill_images == 4096
     # 938 steps of 64 views: no image is made after the first view.
     assert equal.ring.samples_per_insert * 4096 >= 938 * 64
-    assert default.train.num_views == 100_000 and default.eval.num_points == 20
+    assert default.train.num_views == 120_000 and default.eval.num_points == 24
 
 
 def made_up(work: Path, study: Study) -> Callable[..., Any]:

@@ -43,7 +43,7 @@ def test_arms_differ_from_the_shipped_settings_as_they_say() -> None:
     )
     assert older.optim.name == "adamw" and shipped.optim.name == long.optim.name == "muon"
     assert older.train.num_views == long.train.num_views == sooner.OLDER_VIEWS
-    for part in ("denoiser", "sampler", "views", "student"):
+    for part in ("denoiser", "sampler", "student"):
         assert getattr(shipped, part) == getattr(older, part) == getattr(long, part)
     assert long.optim == shipped.optim and long.more_teachers == shipped.more_teachers
 
