@@ -65,6 +65,10 @@ NAMES = {
     "plan": ("job.plan", "the time that dmkd plan predicts for the embedded job, and its run"),
     "ring": ("parts.ring", "insert, draw and limiter, and their share of a training step"),
     "sampler": ("parts.sampler", "images/s against diffusers' pipelines"),
+    "selection": (
+        "findings.selection",
+        "a third of the images, chosen by the learner, beside all of them (10 seeds)",
+    ),
     "sooner": (
         "job.sooner",
         "time of the embedded job to a fixed accuracy, beside older settings (5 seeds)",

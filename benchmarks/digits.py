@@ -33,6 +33,7 @@ JOB = [
     "ring.min_fill_images=256",
     "ring.samples_per_insert=6",
     "train.num_views=4096",
+    "train.batch_size=64",
     "train.log_every_steps=8",
     "eval.num_points=1",
 ]

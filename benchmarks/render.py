@@ -23,6 +23,7 @@ from benchmarks.findings.finding_3_family import FAMILY_TABLES
 from benchmarks.findings.generator_tables import GENERATOR_TABLES
 from benchmarks.findings.levers import LEVER_TABLES
 from benchmarks.findings.plots import draw
+from benchmarks.findings.selection import SELECTION_TABLES
 from benchmarks.findings.tables import STUDY_TABLES as FINDINGS
 from benchmarks.findings.tables import cell_of, nearest_table
 from benchmarks.harness import ROOT, read_rows
@@ -34,7 +35,7 @@ from benchmarks.parts.tables import PART_TABLES
 
 MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
-STUDY_TABLES = FINDINGS | GENERATOR_TABLES | FAMILY_TABLES | LEVER_TABLES
+STUDY_TABLES = FINDINGS | GENERATOR_TABLES | FAMILY_TABLES | LEVER_TABLES | SELECTION_TABLES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,8 +177,17 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
     if (!is_forward_kl) {
       compute_t own[kStats] = {};  // The backward pass leaves those of the forward pass alone.
       row.stats = own;
+      const compute_t column_factor = compute_t(a.columns_weight * (a.kl_gradient / temperature));
       top = a.standardize ? row.standardize() : compute_t(0);
-      kd = row.divergences(id, factor, compute_t(a.columns_weight * (a.kl_gradient / temperature)));
+      if (a.kept != nullptr) {
+        const compute_t* const kept = static_cast<const compute_t*>(a.kept) + r * kKept;
+        std::copy(kept, kept + kStats, own);
+        const compute_t share = compute_t(a.terms[0].weight);
+        kd = row.kept_correlations(a.terms[0], kept + kStats, factor * share, column_factor * share);
+        kd = share == 0 ? compute_t(0) : share * kd;
+      } else {
+        kd = row.divergences(id, factor, column_factor);
+      }
       if (!a.standardize) top = id >= 0 && logits[id] > own[0] ? logits[id] : own[0];
       if (out && a.standardize) row.standardize_gradient();
       if (losses) std::copy(own, own + kStats, stats);
@@ -214,12 +223,12 @@ DMKD_INLINE int64_t column_sums(const KdArguments& a, int64_t begin, int64_t end
   const int64_t n = a.num_classes, padded = padded_size(n);
   compute_t* const memory = scratch_of<compute_t>(padded, 2 * kGroup);
   compute_t* const p = memory + kScratchRows * padded;
-  compute_t* const change = p + kGroup * padded;
+  compute_t* change[kGroup];
   int64_t filled = 0, counted = 0;
   for (int64_t r = begin; r < end; ++r) {
     if (weight_of<compute_t>(a, r) != 0) {
       double kd_factor;
-      compute_t stats[kStats];
+      compute_t stats[kStats] = {}, row_sums[4];
       Row<compute_t, has_fma> row{a,
                                   n,
                                   temperature_of<compute_t>(a, r, kd_factor),
@@ -234,20 +243,30 @@ DMKD_INLINE int64_t column_sums(const KdArguments& a, int64_t begin, int64_t end
                                   memory + kTeacherCopy * padded};
       if (a.standardize) row.standardize();
       const double ratio = row.exponentials();
-      compute_t unused[4];
-      row.changes(ratio, p + filled * padded, change + filled * padded, 0, unused[0], unused[1],
-                  unused[2], unused[3]);
+      const bool is_kept = a.kept != nullptr;
+      change[filled] = is_kept ? static_cast<compute_t*>(a.gradient.data) + r * a.gradient.row_stride
+                               : p + (kGroup + filled) * padded;
+      row.changes(ratio, p + filled * padded, change[filled],
+                  is_kept ? compute_t(1.0 / double(n)) : compute_t(0), row_sums);
+      if (is_kept) {
+        compute_t* const kept = static_cast<compute_t*>(a.kept) + r * kKept;
+        std::copy(stats, stats + kStats, kept);
+        std::copy(row_sums, row_sums + 4, kept + kStats);
+      }
       ++filled;
       ++counted;
     }
     if (filled == 0 || (filled < kGroup && r + 1 < end)) continue;
-    std::fill(p + filled * padded, p + kGroup * padded, compute_t(0));
-    std::fill(change + filled * padded, change + kGroup * padded, compute_t(0));
+    for (; filled < kGroup; ++filled) {
+      change[filled] = p + (kGroup + filled) * padded;
+      std::fill(p + filled * padded, p + filled * padded + n, compute_t(0));
+      std::fill(change[filled], change[filled] + n, compute_t(0));
+    }
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       double p_sum = 0, squares = 0, change_sum = 0, products = 0, change_squares = 0;
       for (int64_t k = 0; k < kGroup; ++k) {
-        const double x = p[k * padded + i], y = change[k * padded + i];
+        const double x = p[k * padded + i], y = change[k][i];
         p_sum += x;
         squares += x * x;
         change_sum += y;

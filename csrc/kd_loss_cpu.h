@@ -35,6 +35,9 @@ constexpr int64_t kColumnSums = 5;
 // student's sum at T = 1, the target's, and what is lost in rounding the first two sums.
 constexpr int64_t kStats = 9;
 
+// What the pass over the columns keeps of a row: `kStats`, and the four sums of a `Correlation`.
+constexpr int64_t kKept = kStats + 4;
+
 struct Matrix {  // (B, C), any strides, any of the dtypes
   void* data;    // null: not there
   ScalarKind dtype;
@@ -65,6 +68,8 @@ struct KdArguments {
                           // gradient by a column's correlation, and their means
   double columns_loss;    // for kDist: mean of 1 - correlation over the columns
   double columns_weight;  // for kDist: sum of the factors of all rows' KD terms
+  void* kept;  // for kDist alone: (B, kKept) accumulated type, of rows whose q - p lies in `gradient`;
+               // null: nothing is kept between the two passes
   void* losses;     // (2, B) accumulated type: weight * KL and weight * CE; null: gradient only
   void* stats;      // (B, kStats) accumulated type: written with losses, else read
   Matrix gradient;  // null: loss only; classes dense

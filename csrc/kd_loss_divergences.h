@@ -108,15 +108,28 @@ DMKD_INLINE Binary near_binary_of(double teacher, double excess) {
   return {double(term) + double(rest_term), change};
 }
 
+// Which differences d of a block of classes a part has to serve.
+enum class Reach { kNear, kBoth };
+
+// Whether a part is cheaper where all d are near 0, in float.
+template <Divergence kind, typename compute_t>
+constexpr bool has_near_part = sizeof(compute_t) == sizeof(float) &&
+                               (kind == Divergence::kJsd || kind == Divergence::kAlphaBeta);
+
+constexpr int64_t kPartBlock = 128;  // classes that take the same part
+
 // What the classes of a row share.
 template <typename compute_t>
 struct Shared {
   compute_t near_limit;     // of `divergence`
   compute_t first, second;  // the divergence's parameters: (beta) or (alpha, beta)
+  compute_t rest;           // of kJsd: 1 - beta
   compute_t gamma;          // alpha + beta
+  compute_t near_d;         // the size of d below which the series below is exact
   Exponent<compute_t> by_temperature, power;  // of e^(x / T) and of its gamma-th power
   compute_t p_power, q_power, mixed;          // factors of p^gamma, q^gamma and p^alpha q^beta
   compute_t series[7];  // of a term as q -> p, by powers of d from the second on
+  compute_t slopes[8];  // of kAlphaBeta's slope, from the first on
 
   // The sums are those of the exponentials.
   DMKD_INLINE Shared(Divergence kind, const Term& term, double temperature, compute_t near_limit,
@@ -124,6 +137,7 @@ struct Shared {
       : near_limit(near_limit),
         first(compute_t(term.first)),
         second(compute_t(term.second)),
+        rest(compute_t(1 - term.first)),
         gamma(compute_t(term.first + term.second)),
         by_temperature(1 / temperature),
         power((term.first + term.second) / temperature) {
@@ -131,9 +145,11 @@ struct Shared {
       const double s_log = std::log(s_sum), t_log = std::log(t_sum);
       p_power = compute_t(std::exp(-(term.first + term.second) * t_log));
       q_power = compute_t(std::exp(-(term.first + term.second) * s_log));
+      near_d = compute_t(0.5 / (term.first + term.second));
       mixed = compute_t(std::exp(-term.first * t_log - term.second * s_log));
       set_differences(term.first, term.second);
     } else if (kind == Divergence::kJsd) {
+      near_d = compute_t(0.5);
       set_cumulants(term.first);
     }
   }
@@ -160,12 +176,19 @@ struct Shared {
       of_both *= -both / (i + 3);
       of_beta *= -beta / (i + 3);
     }
+    // (exp(-gamma d) - exp(-beta d)) / alpha.
+    double both_power = -both, beta_power = -beta;
+    for (int i = 0; i < 8; ++i) {
+      slopes[i] = compute_t((both_power - beta_power) / alpha);
+      both_power *= -both / (i + 2);
+      beta_power *= -beta / (i + 2);
+    }
   }
 };
 
 // p, q: the class's probabilities; d = log p - log q; y, x: logits less their maxima. With
 // `with_zeros`, a class of probability 0 follows 0 * log 0 = 0 and has a finite slope.
-template <Divergence kind, bool with_zeros, bool has_fma, typename compute_t>
+template <Divergence kind, Reach reach, bool with_zeros, bool has_fma, typename compute_t>
 DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, compute_t q, compute_t d,
                             compute_t y, compute_t x, compute_t& term, compute_t& slope) {
   constexpr compute_t half = 0.5;
@@ -188,18 +211,9 @@ DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, comput
   } else if constexpr (kind == Divergence::kJsd) {
     // With m = beta p + (1 - beta) q, log(m / q) is the cumulant generating function K at d, and
     // the term is m (d K' - K): near d = 0 by the cumulants, elsewhere by logarithms.
-    const compute_t beta = shared.first, p_part = beta * p, q_part = (1 - beta) * q;
+    const compute_t beta = shared.first, rest = shared.rest;
+    const compute_t p_part = beta * p, q_part = rest * q;
     const compute_t m = p_part + q_part;
-    // log(m / p) where p is the larger one, else log(m / q).
-    const compute_t ratio = std::min(p, q) / std::max(p, q);
-    const compute_t own = d > 0 ? beta : 1 - beta, other = d > 0 ? 1 - beta : beta;
-    const compute_t by_larger = log_of<has_fma>(multiply_add<has_fma>(other, ratio, own));
-    compute_t p_far = -p_part * (by_larger + std::max(-d, compute_t(0)));
-    compute_t q_far = -q_part * (by_larger + std::max(d, compute_t(0)));
-    if constexpr (with_zeros) {
-      p_far = p == 0 ? compute_t(0) : p_far;
-      q_far = q == 0 ? compute_t(0) : q_far;
-    }
     compute_t by_q, near;  // log(m / q), and the term
     if constexpr (sizeof(compute_t) == sizeof(float)) {
       const float* const c = shared.series;
@@ -215,7 +229,22 @@ DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, comput
       const compute_t by_p = by_q - d;
       near = p_part * (std::expm1(by_p) - by_p) + q_part * (std::expm1(by_q) - by_q);
     }
-    const bool is_near = std::abs(d) < half;
+    if constexpr (reach == Reach::kNear) {
+      term = near;
+      slope = -q_part * by_q;
+      return;
+    }
+    // log(m / p) where p is the larger one, else log(m / q).
+    const compute_t ratio = std::min(p, q) / std::max(p, q);
+    const compute_t own = d > 0 ? beta : rest, other = d > 0 ? rest : beta;
+    const compute_t by_larger = log_of<has_fma>(multiply_add<has_fma>(other, ratio, own));
+    compute_t p_far = -p_part * (by_larger + std::max(-d, compute_t(0)));
+    compute_t q_far = -q_part * (by_larger + std::max(d, compute_t(0)));
+    if constexpr (with_zeros) {
+      p_far = p == 0 ? compute_t(0) : p_far;
+      q_far = q == 0 ? compute_t(0) : q_far;
+    }
+    const bool is_near = std::abs(d) < shared.near_d;
     term = is_near ? near : p_far + q_far;
     slope = is_near ? -q_part * by_q : q_far;
   } else if constexpr (kind == Divergence::kAlphaBeta) {
@@ -223,11 +252,8 @@ DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, comput
     const auto power_of = [&](compute_t logit, compute_t factor) DMKD_LAMBDA {
       return exp_scaled<has_fma>(logit, shared.power) * factor;
     };
-    const compute_t p_power = power_of(y, shared.p_power), q_power = power_of(x, shared.q_power);
-    const compute_t mean = multiply_add<has_fma>(alpha, y, beta * x);  // of log(p^alpha q^beta) * T
-    const compute_t mixed_power = exp_scaled<has_fma>(mean, shared.by_temperature) * shared.mixed;
+    const compute_t p_power = power_of(y, shared.p_power);
     const compute_t p_part = alpha / gamma, q_part = beta / gamma, scale = 1 / (alpha * beta);
-    const bool is_near = std::abs(d) * gamma < half;
     compute_t near;
     if constexpr (sizeof(compute_t) == sizeof(float)) {
       const float* const c = shared.series;
@@ -237,6 +263,18 @@ DMKD_INLINE void class_part(const Shared<compute_t>& shared, compute_t p, comput
     } else {
       near = p_power * (q_part * near_excess<has_fma>(gamma * d) - near_excess<has_fma>(beta * d));
     }
+    if constexpr (reach == Reach::kNear) {
+      const compute_t* const c = shared.slopes;
+      compute_t k = c[7];
+      for (int n = 6; n >= 0; --n) k = multiply_add<has_fma>(k, d, c[n]);
+      term = near * scale;
+      slope = (p_power * d) * k;
+      return;
+    }
+    const compute_t q_power = power_of(x, shared.q_power);
+    const compute_t mean = multiply_add<has_fma>(alpha, y, beta * x);  // of log(p^alpha q^beta) * T
+    const compute_t mixed_power = exp_scaled<has_fma>(mean, shared.by_temperature) * shared.mixed;
+    const bool is_near = std::abs(d) < shared.near_d;
     const compute_t far = p_part * p_power + q_part * q_power - mixed_power;
     term = (is_near ? near : far) * scale;
     slope = (is_near ? -(q_power * near_expm1<has_fma>(-(alpha * d))) : q_power - mixed_power) *

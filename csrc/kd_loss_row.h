@@ -189,31 +189,66 @@ struct Row {
   template <Divergence kind, bool with_zeros = false>
   DMKD_INLINE compute_t sweep(const Term& term, double ratio, compute_t factor, bool first) {
     const Pair<compute_t> scale(1 / temperature), ratio_pair(ratio);
+    const Shared<compute_t> shared(kind, term, temperature, near_limit(), s_sum(), t_sum());
+    compute_t loss = 0;
+    if constexpr (!with_zeros && has_near_part<kind, compute_t>) {
+      for (int64_t begin = 0; begin < n; begin += kPartBlock) {
+        const int64_t end = std::min(begin + kPartBlock, n);
+        const compute_t farthest = differences(begin, end, scale, ratio_pair);
+        loss += farthest < shared.near_d
+                    ? classes<kind, Reach::kNear>(shared, begin, end, scale, ratio_pair)
+                    : classes<kind, Reach::kBoth>(shared, begin, end, scale, ratio_pair);
+      }
+    } else {
+      loss = classes<kind, Reach::kBoth, with_zeros>(shared, 0, n, scale, ratio_pair);
+    }
+    if constexpr (!with_zeros) {
+      const bool finite = loss <= std::numeric_limits<compute_t>::max();
+      if (!finite) return sweep<kind, true>(term, ratio, factor, first);
+    }
+    if (out != nullptr) center(loss != loss ? loss : factor, first, s_sum());
+    return loss;
+  }
+
+  // log p - log q of some classes in place of their slopes. Returns the largest size of them.
+  DMKD_INLINE compute_t differences(int64_t begin, int64_t end, const Pair<compute_t>& scale,
+                                    const Pair<compute_t>& ratio) {
+    const compute_t s_max = stats[0], t_max = stats[2];
+    compute_t farthest = 0;
+#pragma omp simd reduction(max : farthest)
+    for (int64_t i = begin; i < end; ++i) {
+      const compute_t d = difference_of_logs<true>(t[i] - t_max, s[i] - s_max, scale, ratio);
+      slopes[i] = d;
+      farthest = std::abs(d) > farthest ? std::abs(d) : farthest;
+    }
+    return farthest;
+  }
+
+  // Terms of some classes, added up, and their slopes.
+  template <Divergence kind, Reach reach, bool with_zeros = false>
+  DMKD_INLINE compute_t classes(const Shared<compute_t>& shared, int64_t begin, int64_t end,
+                                const Pair<compute_t>& scale, const Pair<compute_t>& ratio) {
     const compute_t plain_scale = scale_of_d();
     const compute_t s_max = stats[0], t_max = stats[2];
     const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
-    const Shared<compute_t> shared(kind, term, temperature, near_limit(), s_sum(), t_sum());
     compute_t loss = 0;
 #pragma omp simd reduction(+ : loss)
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const compute_t q = times<has_fma>(s_exp[i], by_s), p = times<has_fma>(t_exp[i], by_t);
       // Maxima first: logits that a constant sets apart keep their digits.
       const compute_t x = s[i] - s_max, y = t[i] - t_max;
       compute_t d, value, slope;
       if constexpr (kind == Divergence::kForwardKl || kind == Divergence::kTotalVariation) {
         d = multiply_add<has_fma>(t[i] - s[i], plain_scale, stats[4]);
+      } else if constexpr (!with_zeros && has_near_part<kind, compute_t>) {
+        d = slopes[i];
       } else {
-        d = difference_of_logs<!with_zeros>(y, x, scale, ratio_pair);
+        d = difference_of_logs<!with_zeros>(y, x, scale, ratio);
       }
-      class_part<kind, with_zeros, has_fma>(shared, p, q, d, y, x, value, slope);
+      class_part<kind, reach, with_zeros, has_fma>(shared, p, q, d, y, x, value, slope);
       loss += value;
       slopes[i] = slope;
     }
-    if constexpr (!with_zeros) {
-      const bool finite = loss <= std::numeric_limits<compute_t>::max();
-      if (!finite) return sweep<kind, true>(term, ratio, factor, first);
-    }
-    if (out != nullptr) center(loss != loss ? loss : factor, first);
     return loss;
   }
 
@@ -236,9 +271,10 @@ struct Row {
   }
 
   // From slopes to the gradient: slope - q * (sum of slopes), times `factor`.
-  DMKD_INLINE void center(compute_t factor, bool first) {
+  // `s_sum`: that of `s_exp`.
+  DMKD_INLINE void center(compute_t factor, bool first, double s_sum) {
     const double total = sum_of_slopes();
-    const compute_t share = total == 0 ? compute_t(0) : compute_t(total / s_sum());
+    const compute_t share = total == 0 ? compute_t(0) : compute_t(total / s_sum);
     if (first) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
@@ -253,12 +289,16 @@ struct Row {
   }
 
   // Defined in kd_loss_terms.h.
+  DMKD_INLINE void standardize_gradient();
   DMKD_INLINE compute_t decoupled(const Term& term, int64_t id, compute_t factor, bool first);
   DMKD_INLINE compute_t correlations(const Term& term, double ratio, compute_t factor,
                                      compute_t column_factor, bool first);
+  DMKD_INLINE compute_t kept_correlations(const Term& term, const compute_t* sums,
+                                          compute_t factor, compute_t column_factor);
+  DMKD_INLINE compute_t correlations_of(const Term& term, const compute_t* sums, compute_t factor,
+                                        compute_t column_factor, bool first);
   DMKD_INLINE void changes(double ratio, compute_t* __restrict p_out,
-                           compute_t* __restrict change_out, compute_t mean, compute_t& teacher,
-                           compute_t& student, compute_t& covariance, compute_t& variance);
+                           compute_t* __restrict change_out, compute_t mean, compute_t* sums);
 
   // Logits to mean 0 and standard deviation 1 in scratch. Returns the student's own maximum.
   DMKD_INLINE compute_t standardize() {
@@ -291,18 +331,6 @@ struct Row {
     s = s_standard;
     t = t_standard;
     return top;
-  }
-
-  // The gradient by standardized logits in `out` becomes that by the logits.
-  DMKD_INLINE void standardize_gradient() {
-    compute_t dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < n; ++i) dot += out[i] * s[i];
-    const compute_t chain = dot * s_chain;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      out[i] = multiply_add<has_fma>(out[i], s_inverse_std, -(chain * s[i]));
-    }
   }
 
   // Cross-entropy at T = 1, and its gradient times `factor` added to `out`. `logits` with maximum

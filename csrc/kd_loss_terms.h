@@ -1,4 +1,5 @@
-// The divergences of a row that take more than one sweep: decoupled KD and DIST.
+// The divergences of a row that take more than one sweep: decoupled KD and DIST; and standardized
+// logits.
 
 #pragma once
 
@@ -64,16 +65,60 @@ template <typename compute_t, bool has_fma>
 DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations(const Term& term, double ratio,
                                                             compute_t factor,
                                                             compute_t column_factor, bool first) {
+  compute_t sums[4];
+  changes(ratio, t_exp, slopes, compute_t(1.0 / double(n)), sums);
+  const compute_t by_s = compute_t(1 / s_sum());
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) s_exp[i] *= by_s;
+  return correlations_of(term, sums, factor, column_factor, first);
+}
+
+// The same where q - p is in `out`, and `stats` and `sums` are what was kept with it.
+template <typename compute_t, bool has_fma>
+DMKD_INLINE compute_t Row<compute_t, has_fma>::kept_correlations(const Term& term,
+                                                                 const compute_t* sums,
+                                                                 compute_t factor,
+                                                                 compute_t column_factor) {
+  const Exponent<compute_t> exponent(1 / temperature);
+  const compute_t s_max = stats[0], t_max = stats[2], by_s = compute_t(1 / s_sum());
+  const Pair<compute_t> by_t = t_inverse();
+  for (int64_t begin = 0; begin < n; begin += kPartBlock) {
+    const int64_t end = std::min(begin + kPartBlock, n);
+    compute_t least = 1;
+#pragma omp simd reduction(min : least)
+    for (int64_t i = begin; i < end; ++i) {
+      const compute_t p = times<has_fma>(exp_scaled<has_fma>(t[i] - t_max, exponent), by_t);
+      const compute_t change = out[i], q = p + change;
+      t_exp[i] = p;
+      slopes[i] = change;
+      s_exp[i] = q;
+      const compute_t rest = q - compute_t(0.01) * p;
+      least = rest < least ? rest : least;
+    }
+    if (least >= 0) continue;
+    // Where q is much less than p, their difference has lost it.
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) {
+      s_exp[i] = exp_scaled<has_fma>(s[i] - s_max, exponent) * by_s;
+    }
+  }
+  return correlations_of(term, sums, factor, column_factor, true);
+}
+
+// The same from p in `t_exp`, q in `s_exp`, and q - p in `slopes`. `sums`: see `changes`.
+template <typename compute_t, bool has_fma>
+DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations_of(const Term& term,
+                                                               const compute_t* sums,
+                                                               compute_t factor,
+                                                               compute_t column_factor,
+                                                               bool first) {
   const compute_t mean = compute_t(1.0 / double(n));
-  compute_t teacher = 0, student = 0, covariance = 0, variance = 0;
-  changes(ratio, t_exp, slopes, mean, teacher, student, covariance, variance);
-  const Correlation found = correlation(teacher, student, covariance, variance,
-                                        kConstant / double(n), kConstant / double(n));
+  const double floor = kConstant / double(n);
+  const Correlation found = correlation(sums[0], sums[1], sums[2], sums[3], floor, floor);
   const compute_t row = factor * compute_t(term.first);
   const compute_t by_p = row * compute_t(found.by_p), by_change = row * compute_t(found.by_change);
   const compute_t column_part = column_factor * compute_t(term.second / double(n));
-  const compute_t parallel = compute_t(double(covariance) / double(teacher));
-  const compute_t by_s = compute_t(1 / s_sum());
+  const compute_t parallel = compute_t(double(sums[2]) / double(sums[0]));
   const compute_t* const columns = static_cast<const compute_t*>(a.columns);
   const compute_t* __restrict const column_p = columns;
   const compute_t* __restrict const column_change = columns + n;
@@ -87,20 +132,20 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations(const Term& term, do
     residual += apart * apart;
     const compute_t column =
         column_p[i] * (t_exp[i] - p_mean[i]) + column_change[i] * (change - change_mean[i]);
-    slopes[i] = s_exp[i] * by_s * (by_p * b + by_change * change + column_part * column);
+    slopes[i] = s_exp[i] * (by_p * b + by_change * change + column_part * column);
   }
-  if (out != nullptr) center(compute_t(1), first);
+  if (out != nullptr) center(compute_t(1), first, 1.0);
   // The residual is the part of variance * teacher - covariance^2 that subtraction would blur.
   const double row_loss = found.by_norms > 0 ? found.by_norms * double(residual) : found.loss;
   return compute_t(term.first * row_loss + term.second * a.columns_loss);
 }
 
-// p and q - p of every class, and the sums of a `Correlation`, p and q less `mean`.
+// p and q - p of every class. `sums`: of squares of b = p - mean and of q - mean, of b (q - p), and
+// of (q - p)^2.
 template <typename compute_t, bool has_fma>
 DMKD_INLINE void Row<compute_t, has_fma>::changes(double ratio, compute_t* __restrict p_out,
                                                   compute_t* __restrict change_out, compute_t mean,
-                                                  compute_t& teacher, compute_t& student,
-                                                  compute_t& covariance, compute_t& variance) {
+                                                  compute_t* sums) {
   const compute_t s_max = stats[0], t_max = stats[2];
   const compute_t scale = compute_t(1 / temperature), common = compute_t(ratio);
   const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
@@ -120,10 +165,23 @@ DMKD_INLINE void Row<compute_t, has_fma>::changes(double ratio, compute_t* __res
     products += b * change;
     squares += change * change;
   }
-  teacher = b_squares;
-  student = a_squares;
-  covariance = products;
-  variance = squares;
+  sums[0] = b_squares;
+  sums[1] = a_squares;
+  sums[2] = products;
+  sums[3] = squares;
+}
+
+// The gradient by standardized logits in `out` becomes that by the logits.
+template <typename compute_t, bool has_fma>
+DMKD_INLINE void Row<compute_t, has_fma>::standardize_gradient() {
+  compute_t dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t i = 0; i < n; ++i) dot += out[i] * s[i];
+  const compute_t chain = dot * s_chain;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = multiply_add<has_fma>(out[i], s_inverse_std, -(chain * s[i]));
+  }
 }
 
 }  // namespace dmkd

@@ -141,10 +141,17 @@ void add_gradient(KdArguments& a, const Problem& p, const Tensor& grad,
 
 // Kinds with a term by column: adds up the columns of all rows, in blocks of rows that the shape
 // alone decides, so that the sums do not depend on the threads.
-std::vector<double> add_columns(KdArguments& a) {
+std::vector<double> add_columns(KdArguments& a, std::vector<double>& kept) {
   if (std::none_of(a.terms, a.terms + a.num_terms,
                    [](const Term& term) { return term.kind == Divergence::kDist; })) {
     return {};
+  }
+  // Between the passes q - p waits in the gradient, where that has its type and nothing else goes.
+  const ScalarKind type = a.is_double ? ScalarKind::kDouble : ScalarKind::kFloat;
+  if (a.num_terms == 1 && !a.standardize && a.gradient.data && a.gradient.dtype == type) {
+    const int64_t values = a.num_rows * kKept;
+    kept.resize(a.is_double ? values : (values + 1) / 2);
+    a.kept = kept.data();
   }
   constexpr int64_t kBlocks = 8;
   const int64_t size = kColumnSums * a.num_classes;
@@ -189,7 +196,8 @@ std::vector<double> add_columns(KdArguments& a) {
 }
 
 void run(KdArguments& a) {
-  const std::vector<double> columns = add_columns(a);
+  std::vector<double> kept;
+  const std::vector<double> columns = add_columns(a, kept);
   const int64_t grain =
       std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, a.num_classes));
   std::atomic<int64_t> bad{-1};

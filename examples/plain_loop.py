@@ -38,7 +38,7 @@ def train(student: nn.Module, loader: GeneratedLoader, epochs: int) -> Iterator[
 
 
 if __name__ == "__main__":
-    stream = GeneratedLoader(sys.argv[1], steps_per_epoch=500, teacher_logits=True)
+    stream = GeneratedLoader(sys.argv[1], batch_size=64, steps_per_epoch=500, teacher_logits=True)
     network = create_model("resnet18", num_classes=stream.num_classes, in_chans=1)  # 3: color
     for trained in train(network, stream, epochs=6):
         torch.save(trained.state_dict(), sys.argv[2])

@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--images", type=int, default=10_240, help=f"a multiple of {BLOCK}")
-    parser.add_argument("--views", type=int, default=200_000, help="per student")
+    parser.add_argument("--views", type=int, default=120_000, help="per student")
     parser.add_argument("--threads", type=int, default=1, help="0: all cores")
     return parser.parse_args(argv)
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -246,6 +246,56 @@ def train_student(
     Returns:
         top1, agreement with the teacher, images, views, wall_s and cpu_s.
     """
+    began, cpu = time.perf_counter(), time.process_time()
+    found = fitted(
+        images,
+        teacher=teacher,
+        student=student,
+        num_views=num_views,
+        seed=seed,
+        objective=objective,
+        capacity=capacity,
+    )
+    input, scored = found.spec.input, found.teacher_spec.input
+    scores = measure(
+        found.student,
+        test_images().batches([input, scored]),
+        input=input,
+        num_classes=10,
+        teacher=lambda views: found.teacher(views[scored]),
+    ).result()
+    return {
+        "top1": round(scores["top1"], 4),
+        "agreement": round(scores["agreement"], 4),
+        "images": len(images.images) // BLOCK * BLOCK,
+        "views": num_views,
+        "batch": OPTIM[student]["batch_size"],
+        "lr": OPTIM[student]["lr"],
+        "wall_s": round(time.perf_counter() - began, 1),
+        "cpu_s": round(time.process_time() - cpu, 1),
+    }
+
+
+class Fitted(NamedTuple):
+    """A trained student with its averaged weights, and its teacher."""
+
+    student: nn.Module
+    spec: ClassifierSpec
+    teacher: nn.Module
+    teacher_spec: ClassifierSpec
+
+
+def fitted(
+    images: FixedSet,
+    *,
+    teacher: str,
+    student: str,
+    num_views: int,
+    seed: int,
+    objective: Objective | None = None,
+    capacity: int | None = None,
+) -> Fitted:
+    """Train one student; see `train_student` for the arguments."""
     scorer, teacher_spec = load_teacher(teacher)
     network, spec = new_student(student, seed, teacher_spec)
     optim = OPTIM[student]
@@ -261,7 +311,6 @@ def train_student(
         # The last block of a stream enters after three quarters of the run.
         samples_per_insert=0.75 * num_views / count,
     )
-    began, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         dtype = resolve_dtype("auto", torch.device("cpu"))
         schedule = Schedule(
@@ -282,24 +331,7 @@ def train_student(
             show=False,
         )
         distiller.fit()
-    input, scored = spec.input, teacher_spec.input
-    scores = measure(
-        distiller.student.average.module,
-        test_images().batches([input, scored]),
-        input=input,
-        num_classes=10,
-        teacher=lambda views: scorer(views[scored]),
-    ).result()
-    return {
-        "top1": round(scores["top1"], 4),
-        "agreement": round(scores["agreement"], 4),
-        "images": count,
-        "views": num_views,
-        "batch": optim["batch_size"],
-        "lr": optim["lr"],
-        "wall_s": round(time.perf_counter() - began, 1),
-        "cpu_s": round(time.process_time() - cpu, 1),
-    }
+    return Fitted(distiller.student.average.module, spec, scorer, teacher_spec)
 
 
 class Cells:

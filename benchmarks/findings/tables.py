@@ -38,6 +38,7 @@ CELLS = {
     "finding-3-family": ("part", "student", "loss", "temperature", "teacher", "teacher_seed"),
     "levers": ("arm", "views"),
     "reuse": ("how", "held_images"),
+    "selection": ("arm",),
     "stored-teacher": ("arm",),
     "cost": ("axis", "value"),
     "block-caching": ("arm",),

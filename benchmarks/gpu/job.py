@@ -6,8 +6,8 @@ Ours is `dmkd distill configs/fashion_mnist.yaml` in a process of its own: with 
 cache, again with the full one, and with the next block made on a stream of its own (ring.overlap).
 The baseline makes the same number of images with diffusers' eager loop in half precision, writes
 PNG files, and trains from them with a DataLoader, an eager loss and autocast, with
-`configs/many_steps.yaml`'s steps and guidance and the job's student, optimizer and views. Its final
-accuracy less 0.005 is the target. Imports do not count; loading, compilation and evaluation do.
+`configs/many_steps.yaml`'s steps, guidance, teacher, optimizer and views. Its final accuracy less
+0.005 is the target. Imports do not count; loading, compilation and evaluation do.
 """
 
 from __future__ import annotations

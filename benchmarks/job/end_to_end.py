@@ -3,8 +3,8 @@
 Baselines make all images with diffusers' eager loop, write them as PNG files and train from these
 (`baseline.py`); the ladder adds one change at a time to the published one (`ladder.py`); ours is
 `dmkd distill`, with the baselines' solver, steps, guidance, views and number of images, and as
-configs/fashion_mnist.yaml ships. Student, teacher, optimizer, schedule, averaged weights and batch
-are the same everywhere. On the CPU.
+configs/fashion_mnist.yaml ships. Student and first teacher are the same everywhere; all arms but
+"ours, default" also share optimizer, batch, schedule and averaged weights. On the CPU.
 
 All arms run once for each seed before the next seed begins, so that drift of the machine meets all.
 There are two parts: whole jobs at their own size, and the ladder at a smaller one.

@@ -1,6 +1,6 @@
 """Measure the ring: insert, draw and limiter, and its share of a training step.
 
-The step is the embedded student's (configs/fashion_mnist.yaml: batch, dtype and teacher).
+The step is that of the embedded job with its older settings (one teacher, AdamW, batches of 64).
 `whole` is `Distiller.train_step`: draw, views, teacher, student, loss, optimizer, average. `bare`
 is teacher, student, backward from a gradient that is there already, optimizer and average, on
 views that are there already. Between them stand the parts, each alone.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import CONFIGS, Report, arguments, recorded, time_interleaved
+from benchmarks.job.embedded import ADAMW
 from dmkd_fast import Distiller, RingBuffer, RingPlan
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
@@ -103,7 +104,9 @@ def training_step(report: Report, overrides: list[str], *, n: int) -> None:
     """Times the whole step, the bare one and what lies between."""
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
-            DistillConfig, CONFIG, [f"run_dir={folder}/run", "sampler.compile=false", *overrides]
+            DistillConfig,
+            CONFIG,
+            [*ADAMW, f"run_dir={folder}/run", "sampler.compile=false", *overrides],
         )
         job, parts = prepare(config)
         distiller = build(job, parts, show=False)

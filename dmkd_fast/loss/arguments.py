@@ -118,9 +118,10 @@ def problem_of(
     if len(leading) != 1:
         student, teacher = student.reshape(rows, classes), teacher.reshape(rows, classes)
     has_ids = target is not None and target.dtype == torch.int64
-    if target is not None:
-        target = target.detach()
-        target = target.reshape(rows) if has_ids else target.reshape(rows, classes)
+    if target is not None and not has_ids:
+        target = target.detach().reshape(rows, classes)
+    elif target is not None and len(leading) != 1:
+        target = target.reshape(rows)
     if target is None and mask is None and row_weight is None and num_items is None:
         is_counted = reduction in ("batchmean", "mean")
         weight, divisor = None, (float(rows) or math.nan) if is_counted else 1.0

@@ -126,7 +126,7 @@ def test_a_run_states_its_base_models_and_their_data_sets(tmp_path: Path) -> Non
     config = yaml.safe_load((CONFIGS / "fashion_mnist.yaml").read_text())
     commit = "0" * 40
     config["denoiser"] = {"path": "hf-hub:owner/denoiser", "revision": commit}
-    config["teacher"] = {"path": str(teacher)}
+    config["teacher"], config["more_teachers"] = {"path": str(teacher)}, []
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     licenses = {"denoiser_license": "mit", "teacher_license": "apache-2.0"}
     (run / "summary.json").write_text(json.dumps(licenses))

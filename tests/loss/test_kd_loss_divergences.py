@@ -241,3 +241,92 @@ def test_every_parameter_has_a_usual_value_within_its_limits() -> None:
     for name, parameters in PARAMETERS.items():
         usual = {p.name: p.usual for p in parameters}
         assert terms_of({name: usual}) == terms_of(name)
+
+
+def test_dist_alone_equals_dist_beside_a_divergence_that_counts_nothing() -> None:
+    """Alone it keeps the changes of probability in the gradient's memory between its passes."""
+    student, teacher = (logits(37, 103, seed=seed) for seed in (0, 1))
+    mask = torch.arange(37) % 5 != 0
+    named = {"temperature": 2.0, "mask": mask}
+    loss, grad = kd_loss_and_grad(student, teacher, divergence={"dist": 0.7}, **named)
+    both = {"dist": 0.7, "reverse_kl": 1e-30}
+    other, expected = kd_loss_and_grad(student, teacher, divergence=both, **named)
+    torch.testing.assert_close(loss, other, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+    assert (grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("form", ["jsd", "alpha_beta"])
+def test_one_class_that_is_apart_changes_no_other_block_of_classes(form: str) -> None:
+    """Blocks of 128 classes take the path for small differences where they can."""
+    teacher = logits(3, 500, seed=0)
+    student = teacher + 0.01 * logits(3, 500, seed=1)
+    student[:, 300] -= 40.0
+    loss, grad = kd_loss_and_grad(student, teacher, divergence=form, temperature=2.0)
+    expected, expected_grad = exact(student, teacher, None, form, temperature=2.0)
+    assert abs(loss.double() - expected) <= 1e-5 * expected
+    assert (grad.double() - expected_grad).abs().max() <= 1e-6 * expected_grad.abs().max()
+
+
+@pytest.mark.parametrize("classes", [1, 3, 15, 16, 17, 33, 100, 129, 1000])
+def test_dist_has_the_same_bits_without_its_gradient(classes: int) -> None:
+    student, teacher = (logits(5, classes, seed=seed) for seed in (0, 1))
+    alone = kd_loss(student, teacher, divergence="dist")
+    assert torch.equal(alone, kd_loss_and_grad(student, teacher, divergence="dist")[0])
+
+
+def test_dist_into_strided_memory_and_in_other_dtypes() -> None:
+    student, teacher = (logits(21, 103, seed=seed) for seed in (0, 1))
+    each = torch.linspace(0.5, 4.0, 21)
+    named = {"temperature": each, "divergence": "dist"}
+    loss, grad = kd_loss_and_grad(student, teacher, **named)
+    wide = torch.full((21, 110), 7.0)
+    again, _ = kd_loss_and_grad(student, teacher, out=wide[:, :103], **named)
+    assert torch.equal(again, loss) and torch.equal(wide[:, :103], grad)
+    assert (wide[:, 103:] == 7).all()
+    exact, exact_grad = kd_loss_and_grad(
+        student.double(), teacher.double(), **named | {"temperature": each.double()}
+    )
+    assert abs(loss - exact) <= 1e-5 * exact
+    assert (grad - exact_grad).norm() <= 1e-5 * exact_grad.norm()
+    for pair, unit in (
+        ((student.bfloat16(), teacher.bfloat16()), 4e-3),
+        ((student, teacher.double()), 1e-6),
+    ):
+        loss, grad = kd_loss_and_grad(*pair, divergence="dist")
+        exact, exact_grad = kd_loss_and_grad(*(x.double() for x in pair), divergence="dist")
+        assert abs(loss - exact) <= 1e-5 * exact
+        assert (grad - exact_grad).norm() <= unit * exact_grad.norm()
+
+
+def test_dist_keeps_a_probability_far_below_the_teachers() -> None:
+    student, teacher = torch.tensor([[0.0, 25.0, 0.0]]), torch.tensor([[25.0, 0.0, 0.0]])
+    named = {"temperature": 1.0, "divergence": {"dist": {"gamma": 0.0}}}
+    _, grad = kd_loss_and_grad(student, teacher, **named)
+    _, exact_grad = kd_loss_and_grad(student.double(), teacher.double(), **named)
+    torch.testing.assert_close(grad[0, 0].double(), exact_grad[0, 0], rtol=1e-4, atol=0)
+
+
+EXTREMES = [
+    *({"alpha_beta": {"alpha": a, "beta": b}} for a in (0.01, 10.0) for b in (0.01, 10.0)),
+    *({"jsd": {"beta": beta}} for beta in (1e-6, 0.999999)),
+]
+
+
+@pytest.mark.parametrize("form", EXTREMES, ids=str)
+@pytest.mark.parametrize("largest", [0.45, 0.55])
+def test_small_differences_at_the_ends_of_the_parameters(form: dict, largest: float) -> None:
+    """Just inside of the range of the series for small differences, and just outside."""
+    ((name, numbers),) = form.items()
+    both = sum(numbers.values()) if name == "alpha_beta" else 1.0
+    for classes in (127, 128, 129, 300):
+        teacher = logits(4, classes, seed=0)
+        shift = logits(4, classes, seed=1)
+        shift = shift / shift.abs().max() * (largest / both / 2)
+        loss, grad = kd_loss_and_grad(teacher + shift, teacher, divergence=form, temperature=1.0)
+        student, exact_teacher = (teacher + shift).double(), teacher.double()
+        expected, exact_grad = kd_loss_and_grad(
+            student, exact_teacher, divergence=form, temperature=1.0
+        )
+        assert abs(loss - expected) <= 1e-4 * expected
+        assert (grad - exact_grad).abs().max() <= 1e-5 * exact_grad.abs().max()

@@ -52,6 +52,7 @@ def test_an_update_whose_singular_values_span_eight_decades() -> None:
         ((64, 1, 3, 3), False),  # depthwise
         ((1, 197, 768), False),  # position embedding
         ((3, 300), False),  # nearly a vector
+        ((0, 5), False),
         ((8, 2000), False),
     ],
 )
@@ -143,6 +144,47 @@ def test_a_step_that_is_skipped_changes_nothing(bad: float) -> None:
         assert all(torch.equal(*pair) for pair in zip(weights, after[:-1], strict=True)), number
         for key, values in state.items():
             assert all(torch.equal(values[name], after[-1][key][name]) for name in values)
+
+
+def test_a_matrix_that_does_not_fit_is_decayed_like_one() -> None:
+    depthwise = nn.Parameter(torch.ones(8, 1, 3, 3))
+    twin = nn.Parameter(torch.ones(8, 1, 3, 3))
+    mine = Muon([depthwise], 0.02, momentum=0.8, weight_decay=0.3)
+    plain = torch.optim.AdamW([twin], 0.02, betas=(0.8, 0.99), weight_decay=0.3, foreach=False)
+    for p, optimizer in ((depthwise, mine), (twin, plain)):
+        for step in range(3):
+            p.grad = torch.full_like(p, 1.0 + step)
+            optimizer.step()
+    torch.testing.assert_close(depthwise, twin)
+
+
+def test_a_huge_gradient_leaves_finite_weights() -> None:
+    weight = nn.Parameter(torch.ones(32, 288))
+    weight.grad = torch.full_like(weight, 1e19)
+    Muon([weight], 0.02).step()
+    assert torch.equal(weight, torch.ones(32, 288))
+
+
+def test_gradients_are_divided_by_the_scale_of_a_grad_scaler() -> None:
+    model, twin = net(), net()
+    one: Any = Muon(model.parameters(), 0.02)
+    other = Muon(twin.parameters(), 0.02)
+    take(twin, other, range(1))
+    torch.manual_seed(0)
+    (1024.0 * model(torch.randn(16, 4, 4, 4)).square().mean()).backward()
+    one.grad_scale = torch.tensor(1024.0)
+    one.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_loaded_state_is_on_the_device_of_its_parameter() -> None:
+    """Also the step counts, which a fused optimizer reads there."""
+    source = Muon([nn.Parameter(torch.zeros(8))], 0.1)
+    target = Muon([nn.Parameter(torch.zeros(8, device="meta"))], 0.1)
+    target.load_state_dict(source.state_dict())
+    (values,) = target.state.values()
+    assert {value.device.type for value in values.values()} == {"meta"}
 
 
 def test_a_parameter_without_a_gradient_is_left_alone() -> None:

@@ -51,6 +51,7 @@ SMALL = (
     "ring.capacity_images=192",
     "ring.min_fill_images=64",
     "train.num_views=256",
+    "train.batch_size=64",
 )
 SIZES = ("--images", "64", "--views", "128", "--points", "1", "--seeds", "1")
 STUDY = Study(num_images=64, num_views=128, num_points=1, overrides=SMALL)

@@ -33,6 +33,8 @@ def test_a_run_that_never_reaches_it_counts_with_all_its_time() -> None:
     assert "comes 4.00x (4.00 to 4.00) as soon" in text
     first, *_ = [line for line in text.splitlines() if line.startswith(f"| {sooner.OLDER} |")]
     assert first.endswith("| 200 | 9 | - (1 of 2 reach it) | - (0 of 2 reach it) |")
+    late = [r | {"s_to_target": None} if r["arm"] == sooner.SHIPPED else r for r in rows()]
+    assert "as soon" not in sooner.sooner_table(late)
     assert f"| {sooner.LONG} | 2 | 0.9000 | 0.9000 | 200 | 9 | 60 | 130 |" in text
 
 
