@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast.training.muon import COEFFICIENTS, ITERATIONS, Muon, is_matrix, orthogonalize
+from dmkd_fast.training.optim import COEFFICIENTS, ITERATIONS, Muon, is_matrix, orthogonalize
 
 
 def iterated(matrix: Tensor) -> Tensor:
