@@ -8,7 +8,7 @@ import sys
 # Name: module, help.
 NAMES = {
     "block-caching": (
-        "findings.block_caching",
+        "parts.block_caching",
         "blocks reused and steps guided: images/s, arithmetic, distance, student (5 seeds)",
     ),
     "cost": ("parts.cost", "how time and memory grow with batch, capacity, image size and ranks"),
@@ -59,7 +59,7 @@ NAMES = {
         "findings.levers",
         "settings of the embedded job, each changed alone, on held-out images (2 seeds)",
     ),
-    "loader": ("job.loader", "an ordinary loop with GeneratedLoader beside ours (5 seeds)"),
+    "loader": ("parts.loader", "an ordinary loop with GeneratedLoader beside ours (5 seeds)"),
     "nearest": ("findings.nearest", "generated images beside their nearest real ones"),
     "reuse": ("findings.reuse", "how many different images, and where the ring pays (3 seeds)"),
     "plan": ("job.plan", "the time that dmkd plan predicts for the embedded job, and its run"),

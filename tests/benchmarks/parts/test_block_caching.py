@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks.findings import block_caching, generator_tables, study
+from benchmarks.findings import generator_tables, study
 from benchmarks.harness import read_rows
+from benchmarks.parts import block_caching
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 
