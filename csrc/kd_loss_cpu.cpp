@@ -183,7 +183,8 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
         const compute_t* const kept = static_cast<const compute_t*>(a.kept) + r * kKept;
         std::copy(kept, kept + kStats, own);
         const compute_t share = compute_t(a.terms[0].weight);
-        kd = row.kept_correlations(a.terms[0], kept + kStats, factor * share, column_factor * share);
+        kd =
+            row.kept_correlations(a.terms[0], kept + kStats, factor * share, column_factor * share);
         kd = share == 0 ? compute_t(0) : share * kd;
       } else {
         kd = row.divergences(id, factor, column_factor);
@@ -244,8 +245,9 @@ DMKD_INLINE int64_t column_sums(const KdArguments& a, int64_t begin, int64_t end
       if (a.standardize) row.standardize();
       const double ratio = row.exponentials();
       const bool is_kept = a.kept != nullptr;
-      change[filled] = is_kept ? static_cast<compute_t*>(a.gradient.data) + r * a.gradient.row_stride
-                               : p + (kGroup + filled) * padded;
+      change[filled] = is_kept
+                           ? static_cast<compute_t*>(a.gradient.data) + r * a.gradient.row_stride
+                           : p + (kGroup + filled) * padded;
       row.changes(ratio, p + filled * padded, change[filled],
                   is_kept ? compute_t(1.0 / double(n)) : compute_t(0), row_sums);
       if (is_kept) {

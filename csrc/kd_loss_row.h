@@ -293,8 +293,8 @@ struct Row {
   DMKD_INLINE compute_t decoupled(const Term& term, int64_t id, compute_t factor, bool first);
   DMKD_INLINE compute_t correlations(const Term& term, double ratio, compute_t factor,
                                      compute_t column_factor, bool first);
-  DMKD_INLINE compute_t kept_correlations(const Term& term, const compute_t* sums,
-                                          compute_t factor, compute_t column_factor);
+  DMKD_INLINE compute_t kept_correlations(const Term& term, const compute_t* sums, compute_t factor,
+                                          compute_t column_factor);
   DMKD_INLINE compute_t correlations_of(const Term& term, const compute_t* sums, compute_t factor,
                                         compute_t column_factor, bool first);
   DMKD_INLINE void changes(double ratio, compute_t* __restrict p_out,
