@@ -51,7 +51,7 @@ def test_the_study_at_a_tiny_size_and_again(
     block_caching.main(command)
     rows = read_rows("block-caching")
     assert [(r["arm"], r["seed"]) for r in rows] == [
-        (arm, seed) for arm in ("neither", "every 2") for seed in ("quality", 1)
+        (arm, seed) for seed in (1, "quality") for arm in ("neither", "every 2")
     ]
     whole, cached = (r for r in rows if r["seed"] == "quality")
     assert whole["forwards"] == pytest.approx(4, abs=0.01)
