@@ -68,8 +68,9 @@ struct KdArguments {
                           // gradient by a column's correlation, and their means
   double columns_loss;    // for kDist: mean of 1 - correlation over the columns
   double columns_weight;  // for kDist: sum of the factors of all rows' KD terms
-  void* kept;  // for kDist alone: (B, kKept) accumulated type, of rows whose q - p lies in
-               // `gradient`; null: nothing is kept between the two passes
+  // For kDist alone: (B, kKept) accumulated type, of rows whose q - p lies in `gradient`. Null:
+  // nothing is kept between the two passes.
+  void* kept;
   void* losses;     // (2, B) accumulated type: weight * KL and weight * CE; null: gradient only
   void* stats;      // (B, kStats) accumulated type: written with losses, else read
   Matrix gradient;  // null: loss only; classes dense
