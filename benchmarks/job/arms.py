@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.harness import CONFIGS, environment
 from benchmarks.job import baseline, ladder
+from benchmarks.job.embedded import ADAMW
 from benchmarks.job.fewstep import curve as curve_of
 from benchmarks.job.ladder import Recipe
 from dmkd_fast import Distiller, GeneratedImages, LabelStream, cli
@@ -44,6 +45,8 @@ PUBLISHED, TARGET = "baseline, as published, fp32", "baseline, no_grad, fp32"
 BF16, EQUAL, DEFAULT = "baseline, no_grad, bf16", "ours, equal settings", "ours, default"
 CHANNELS_LAST = "baseline, no_grad, bf16, channels-last"
 COMPILED = "baseline, no_grad, bf16, channels-last, compiled"
+OUR_RECIPE = "baseline, no_grad, bf16, channels-last, our recipe"
+FEW_STEPS = "ours, few-step denoiser"
 IMAGES = ("diffusers fp32", "diffusers bf16", "diffusers bf16 compiled", "lean", "few steps")
 
 
@@ -56,6 +59,8 @@ class Arm:
     recipe: Recipe | None = None
     after: str | None = None
     """The arm that this one changes in one respect."""
+    trains_like: str = EQUAL
+    """Job with the settings of views, teachers, optimizer and length."""
 
 
 def _arms() -> dict[str, Arm]:
@@ -70,6 +75,9 @@ def _arms() -> dict[str, Arm]:
             images="diffusers bf16 compiled",
             recipe=replace(channels_last, compiled_student=True),
             after=CHANNELS_LAST,
+        ),
+        OUR_RECIPE: Arm(
+            images="diffusers bf16", recipe=channels_last, after=CHANNELS_LAST, trains_like=DEFAULT
         ),
         "lean sampler": Arm(images="lean", recipe=channels_last, after=CHANNELS_LAST),
     }
@@ -89,7 +97,7 @@ def _arms() -> dict[str, Arm]:
     compiled = replace(recipe, compiled_student=True)
     arms["compiled student"] = Arm(images="lean", recipe=compiled, after=before)
     arms["few-step generator"] = Arm(images="few steps", recipe=recipe, after=before)
-    return arms | {EQUAL: Arm(), DEFAULT: Arm()}
+    return arms | {EQUAL: Arm(), FEW_STEPS: Arm(after=EQUAL), DEFAULT: Arm(after=FEW_STEPS)}
 
 
 ARMS = _arms()
@@ -109,8 +117,9 @@ class Study:
     def config(self, arm: str) -> tuple[Path, list[str]]:
         """Settings of a job: file and overrides."""
         overrides = [*self.overrides, f"seed={self.seed}", "device=cpu"]
-        if arm == DEFAULT:
+        if arm in (FEW_STEPS, DEFAULT):
             path = CONFIGS / "fashion_mnist.yaml"
+            overrides = [*(ADAMW if arm == FEW_STEPS else ()), *overrides]
             views = load_config(DistillConfig, path, overrides).train.num_views
             # The other arms' distance between evaluations.
             points = max(1, views * self.num_points // self.num_views)
@@ -204,7 +213,7 @@ def run_arm(study: Study, name: str, work: Path) -> dict[str, Any]:
     tensors = load_file(made / "images.safetensors")
     return ladder.train(
         arm.recipe,
-        study.load(EQUAL),
+        study.load(arm.trains_like),
         images=tensors["images"],
         labels=tensors["labels"],
         pngs=None if arm.recipe.ring else made / "pngs",

@@ -1,10 +1,11 @@
 """The embedded job against the paper's way of working, and the way from one to the other.
 
 Baselines make all images with diffusers' eager loop, write them as PNG files and train from these
-(`baseline.py`); the ladder adds one change at a time to the published one (`ladder.py`); ours is
-`dmkd distill`, with the baselines' solver, steps, guidance, views and number of images, and as
-configs/fashion_mnist.yaml ships. Student and first teacher are the same everywhere; all arms but
-"ours, default" also share optimizer, batch, schedule and averaged weights. On the CPU.
+(`baseline.py`); the ladder adds one change at a time to the published one (`ladder.py`). Ours is
+`dmkd distill`: with the baselines' solver, steps, guidance, views and number of images; with the
+few-step denoiser; and as configs/fashion_mnist.yaml ships. Student and first teacher are the same
+everywhere. All arms also share views, optimizer, batch, length and averaged weights, but for "ours,
+default" and the baseline "our recipe", which have those of configs/fashion_mnist.yaml. On the CPU.
 
 All arms run once for each seed before the next seed begins, so that drift of the machine meets all.
 There are two parts: whole jobs at their own size, and the ladder at a smaller one.
@@ -41,7 +42,9 @@ from benchmarks.job.arms import (
     COMPILED,
     DEFAULT,
     EQUAL,
+    FEW_STEPS,
     IMAGES,
+    OUR_RECIPE,
     TARGET,
     Study,
     part_file,
@@ -62,12 +65,12 @@ class Part:
     points: int
 
 
-_WHOLE = (TARGET, CHANNELS_LAST, COMPILED, EQUAL, DEFAULT)
+_WHOLE = (TARGET, CHANNELS_LAST, COMPILED, OUR_RECIPE, EQUAL, FEW_STEPS, DEFAULT)
 PARTS = {
     # The sizes of configs/many_steps.yaml.
     "whole": Part(arms=_WHOLE, images=10_240, views=200_000, points=20),
     "ladder": Part(
-        arms=tuple(arm for arm in ARMS if arm not in (COMPILED, EQUAL, DEFAULT)),
+        arms=tuple(arm for arm in ARMS if arm not in {*_WHOLE} - {TARGET, CHANNELS_LAST}),
         images=1_024,
         views=20_480,
         points=2,
@@ -172,7 +175,11 @@ def rows_of(study: Study, work: Path, arms: Sequence[str]) -> list[dict[str, Any
         }
     for row in rows.values():
         # The faster of the two bfloat16 baselines counts.
-        for label, others in (("fp32", (TARGET,)), ("bf16", (CHANNELS_LAST, COMPILED))):
+        for label, others in (
+            ("fp32", (TARGET,)),
+            ("bf16", (CHANNELS_LAST, COMPILED)),
+            ("our_recipe", (OUR_RECIPE,)),
+        ):
             times = [rows[other]["s_to_target"] for other in others if other in rows]
             mine, theirs = row["s_to_target"], min(filter(None, times), default=None)
             gain = None if mine is None or theirs is None else round(theirs / mine, 2)
