@@ -32,4 +32,11 @@ struct Problem {
 // The loss of all rows, what is kept of each, and the gradient by the student's logits (B, C).
 std::array<Tensor, 3> loss_and_gradient(const Problem& problem);
 
+// The factor of each row (B,): 0 unless it counts, else its weight by `num_items` or their number.
+Tensor kd_loss_row_weights(const Tensor& student, const Tensor& teacher,
+                           const std::optional<Tensor>& ids, const std::optional<Tensor>& mask,
+                           const std::optional<Tensor>& row_weight,
+                           const std::optional<Tensor>& num_items, int64_t ignore_index,
+                           bool is_counted);
+
 }  // namespace dmkd

@@ -1,4 +1,4 @@
-// The module that Python imports: its load registers the operators, and one of them can be called
+// The module that Python imports: its load registers the operators, and two of them can be called
 // past the dispatcher, which costs five times what a small loss does.
 
 #include <Python.h>
@@ -35,6 +35,12 @@ std::optional<Tensor> optional_tensor_of(PyObject* object) {
   return tensor_of(object);
 }
 
+PyObject* object_of(const Tensor& tensor) {
+  void* object = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_tensor_to_pyobject(tensor.get(), nullptr, &object));
+  return static_cast<PyObject*>(object);
+}
+
 // (loss, stats, gradient) of a `Problem` (dmkd_fast/loss/ops.py), which is a tuple whose fields
 // have the types of the operators' schema.
 PyObject* loss_and_gradient_of(PyObject*, PyObject* fields) {
@@ -66,9 +72,7 @@ PyObject* loss_and_gradient_of(PyObject*, PyObject* fields) {
     if (error) std::rethrow_exception(error);
     result = PyTuple_New(3);
     for (Py_ssize_t i = 0; result != nullptr && i < 3; ++i) {
-      void* object = nullptr;
-      TORCH_ERROR_CODE_CHECK(torch_tensor_to_pyobject((*tensors)[i].get(), nullptr, &object));
-      PyTuple_SetItem(result, i, static_cast<PyObject*>(object));  // takes it over
+      PyTuple_SetItem(result, i, object_of((*tensors)[i]));  // takes it over
     }
     return result;
   } catch (const std::exception& error) {
@@ -78,9 +82,26 @@ PyObject* loss_and_gradient_of(PyObject*, PyObject* fields) {
   }
 }
 
+// The factors of the rows; arguments as those of the operator.
+PyObject* row_weights_of(PyObject*, PyObject* arguments) {
+  try {
+    const auto at = [&](Py_ssize_t i) { return PyTuple_GetItem(arguments, i); };
+    const int64_t ignore_index = PyLong_AsLongLong(at(6));
+    if (PyErr_Occurred()) return nullptr;
+    return object_of(kd_loss_row_weights(tensor_of(at(0)), tensor_of(at(1)),
+                                         optional_tensor_of(at(2)), optional_tensor_of(at(3)),
+                                         optional_tensor_of(at(4)), optional_tensor_of(at(5)),
+                                         ignore_index, at(7) == Py_True));
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
 PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS, "avx512, avx2 or scalar."},
     {"loss_and_gradient", loss_and_gradient_of, METH_O, "Loss, statistics and gradient."},
+    {"row_weights", row_weights_of, METH_VARARGS, "Factors of the rows."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -320,7 +320,8 @@ Losses kd_loss_forward_backward(const Tensor& grad, const std::optional<Tensor>&
   return losses_of(a, p, stats, false);
 }
 
-// The factor of each row (B,): 0 unless it counts, else its weight by `num_items` or their number.
+}  // namespace
+
 Tensor kd_loss_row_weights(const Tensor& student, const Tensor& teacher,
                            const std::optional<Tensor>& ids, const std::optional<Tensor>& mask,
                            const std::optional<Tensor>& row_weight,
@@ -361,8 +362,6 @@ Tensor kd_loss_row_weights(const Tensor& student, const Tensor& teacher,
   p.is_double() ? fill(double{}) : fill(float{});
   return weights;
 }
-
-}  // namespace
 
 std::array<Tensor, 3> loss_and_gradient(const Problem& p) {
   const Tensor loss = allocate<0>({}, accumulated_type(p)), stats = stats_for(p);

@@ -215,9 +215,11 @@ def _check_target(
     elif alpha is None or not 0 <= alpha < 1:
         fix = "with 1 or None the target would be ignored"
         raise invalid("alpha", f"{alpha} with a target", "a number in [0, 1)", fix)
-    if target is not None:
-        _check("target", target, student, student.shape[:-1] if has_ids else student.shape)
-        if not has_ids and ignore_index != -100:
+    if target is not None and has_ids:
+        _fits("target", target, student, student.shape[:-1])
+    elif target is not None:
+        _check("target", target, student, student.shape)
+        if ignore_index != -100:
             raise ValueError("ignore_index: set with probabilities as target; use mask")
     return alpha
 
@@ -251,9 +253,7 @@ def _row_weights(
     if ids is not None or mask is not None or items is not None:
         mask = None if mask is None else mask.reshape(-1)
         numbers = ignore_index, is_counted
-        return ops.row_weights(
-            student.detach(), teacher, ids, mask, weight, items, *numbers
-        ), divisor
+        return ops.row_weights(student, teacher, ids, mask, weight, items, *numbers), divisor
     return weight, (float(len(student)) or math.nan) if is_counted else divisor
 
 

@@ -77,7 +77,6 @@ _LIBRARY.define(
 forward = torch.ops.dmkd_fast.kd_loss_forward.default
 backward = torch.ops.dmkd_fast.kd_loss_backward.default
 forward_backward = torch.ops.dmkd_fast.kd_loss_forward_backward.default
-row_weights = torch.ops.dmkd_fast.kd_loss_row_weights.default
 
 _Losses = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -89,28 +88,43 @@ with torch.inference_mode():
 _PLAIN = {torch._C._dispatch_keys(x).raw_repr() for x in (torch.empty(0), _INFERENCE)}
 
 
+def _are_plain(*tensors: Tensor | None) -> bool:
+    """Return whether these are plain tensors on the CPU, and no mode or profiler is active."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() not in _PLAIN:
+            return False
+    return True
+
+
 def loss_and_gradient(problem: Problem, parts: bool = False) -> tuple[Tensor, ...]:
     """Return the loss on the CPU, with `parts` also KD and CE; statistics; the gradient, allocated.
 
     The same as `forward_backward`. Where no tensor, mode or profiler wants to see the operator, the
     call goes past the dispatcher, which costs more than the loss of a small batch.
     """
-    if (
-        not parts
-        and native.loss_and_gradient is not None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._autograd._profiler_enabled()
-    ):
-        for tensor in (*problem[:4], problem.temperatures):
-            if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() not in _PLAIN:
-                break
-        else:
-            return native.loss_and_gradient(problem)
+    direct = native.loss_and_gradient
+    if not parts and direct is not None and _are_plain(*problem[:4], problem.temperatures):
+        return direct(problem)
     student = problem.student
     grad = torch.empty_like(student, memory_format=torch.contiguous_format)
     # Detached, because operators are called faster with tensors that need no gradient.
     loss, kd, ce, stats = forward_backward(grad, None, 1.0, student.detach(), *problem[1:])
     return (loss, kd, ce, stats, grad) if parts else (loss, stats, grad)
+
+
+def row_weights(student: Tensor, teacher: Tensor, *arguments: Any) -> Tensor:
+    """Return the factor of each row (B,), past the dispatcher as above."""
+    direct = native.row_weights
+    if direct is not None and not torch.compiler.is_compiling():
+        tensors = arguments[:4]
+        if _are_plain(student, teacher, *tensors):
+            return direct(student, teacher, *arguments)
+    # Detached for the reason above.
+    operator = torch.ops.dmkd_fast.kd_loss_row_weights.default
+    weights: Tensor = operator(student.detach(), teacher, *arguments)
+    return weights
 
 
 def accumulated_type(student: Tensor, teacher: Tensor) -> torch.dtype:
