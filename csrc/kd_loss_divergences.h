@@ -68,9 +68,17 @@ struct Binary {
   double loss, change;
 };
 
-// `teacher`: log odds of the target; `excess`: by how much the student's exceed them.
-DMKD_INLINE Binary binary_of(double teacher, double excess) {
-  const double student = teacher + excess;
+// log(sigmoid(a) / sigmoid(b)), with `change` = sigmoid(b) / sigmoid(a) - 1. Where `change` has
+// lost the digits of the ratio, each sigmoid has a logarithm of its own.
+DMKD_INLINE double log_ratio_of_sigmoids(double a, double b, double change) {
+  if (change > -0.5 && change <= std::numeric_limits<double>::max()) return -std::log1p(change);
+  return (std::min(a, 0.0) - std::log1p(std::exp(-std::abs(a)))) -
+         (std::min(b, 0.0) - std::log1p(std::exp(-std::abs(b))));
+}
+
+// `teacher`, `student`: log odds of the target; `excess`: by how much the student's exceed the
+// teacher's, where those are finite.
+DMKD_INLINE Binary binary_of(double teacher, double student, double excess) {
   // sigmoid(x) and sigmoid(-x), by one exponential.
   const double t_small = std::exp(-std::abs(teacher)), s_small = std::exp(-std::abs(student));
   const double t_large = 1 / (1 + t_small), s_large = 1 / (1 + s_small);
@@ -79,10 +87,11 @@ DMKD_INLINE Binary binary_of(double teacher, double excess) {
   const double q = student > 0 ? s_large : s_small * s_large;
   const double q_rest = student > 0 ? s_small * s_large : s_large;
   const double size = -std::expm1(-std::abs(excess));
-  const double change = excess > 0 ? size * q * p_rest : -size * p * q_rest;
+  double change = excess > 0 ? size * q * p_rest : -size * p * q_rest;
+  if (std::isinf(teacher)) change = teacher > 0 ? -q_rest : q;
   double loss = 0;
-  if (p != 0) loss -= p * std::log1p(std::max(-1.0, change / p));
-  if (p_rest != 0) loss -= p_rest * std::log1p(std::max(-1.0, -change / p_rest));
+  if (p != 0) loss += p * log_ratio_of_sigmoids(teacher, student, change / p);
+  if (p_rest != 0) loss += p_rest * log_ratio_of_sigmoids(-teacher, -student, -change / p_rest);
   return {loss < 0 ? 0 : loss, change};
 }
 

@@ -21,12 +21,16 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::decoupled(const Term& term, int64
   const double teacher = (double(t_id) - double(t_max)) / temperature - std::log(t_sum());
   const double excess =
       ((double(s_id) - double(s_max)) - (double(t_id) - double(t_max))) / temperature - ratio;
-  const bool is_near = sizeof(compute_t) == sizeof(float) && std::abs(teacher) < 60 &&
-                       std::abs(teacher + excess) < 60;
+  double student = teacher + excess;
+  if (std::isinf(teacher)) {
+    student = (double(s_id) - double(s_max)) / temperature - std::log(s_sum());
+  }
+  const bool is_near =
+      sizeof(compute_t) == sizeof(float) && std::abs(teacher) < 60 && std::abs(student) < 60;
   const Binary binary = alone ? Binary{double(s_id - s_id) + double(t_id - t_id), 0}
                         // as with one class: 0 or nan
                         : is_near ? near_binary_of<has_fma>(teacher, excess)
-                                  : binary_of(teacher, excess);
+                                  : binary_of(teacher, student, excess);
   const compute_t scale = scale_of_d(), common = stats[4];
   const Pair<compute_t> by_s = alone ? Pair<compute_t>(0) : s_inverse();
   const Pair<compute_t> by_t = alone ? Pair<compute_t>(0) : t_inverse();

@@ -88,10 +88,9 @@ PyObject* row_weights_of(PyObject*, PyObject* arguments) {
     const auto at = [&](Py_ssize_t i) { return PyTuple_GetItem(arguments, i); };
     const int64_t ignore_index = PyLong_AsLongLong(at(6));
     if (PyErr_Occurred()) return nullptr;
-    return object_of(kd_loss_row_weights(tensor_of(at(0)), tensor_of(at(1)),
-                                         optional_tensor_of(at(2)), optional_tensor_of(at(3)),
-                                         optional_tensor_of(at(4)), optional_tensor_of(at(5)),
-                                         ignore_index, at(7) == Py_True));
+    return object_of(kd_loss_row_weights(
+        tensor_of(at(0)), tensor_of(at(1)), optional_tensor_of(at(2)), optional_tensor_of(at(3)),
+        optional_tensor_of(at(4)), optional_tensor_of(at(5)), ignore_index, at(7) == Py_True));
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;

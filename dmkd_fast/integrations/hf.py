@@ -67,7 +67,8 @@ class DistillTrainer(Trainer):
         options: Named arguments of `transformers.Trainer`.
 
     Raises:
-        UserError: The process would train on several GPUs.
+        UserError: The process would train on several GPUs, or labels are to be smoothed without a
+            cross-entropy.
     """
 
     def __init__(
@@ -85,10 +86,13 @@ class DistillTrainer(Trainer):
         if self.args.n_gpu > 1:
             fix = "start one process for each GPU with torchrun or accelerate launch"
             raise invalid("args.n_gpu", self.args.n_gpu, "at most 1", fix)
+        if (smoothing := self.args.label_smoothing_factor) and alpha == 1:
+            fix = "choose alpha below 1"
+            raise invalid("args.label_smoothing_factor", smoothing, "0 with alpha=1", fix)
         self._teacher = None if teacher is None else freeze(teacher).to(self.args.device)
         self._temperature, self._alpha, self._loader = temperature, alpha, train_loader
         # The Trainer asks `loss_type`, which GPT-2 and others do not set.
-        if type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        if type(_unwrapped(self.model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             self._loss_shifts_labels = True
         # The Trainer then counts the labels, and leaves the mean to `compute_loss`.
         self.model_accepts_loss_kwargs = True
@@ -104,7 +108,11 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of a batch, and the model's outputs if `return_outputs` is set."""
+        """Return the loss of a batch, and the model's outputs if `return_outputs` is set.
+
+        Outputs that are the logits alone come as {"logits": ...}: the Trainer takes the first item
+        of anything but a dict for a loss.
+        """
         inputs = dict(inputs)
         labels, known = inputs.pop("labels"), inputs.pop("teacher_logits", None)
         outputs = model(**inputs)
@@ -129,10 +137,21 @@ class DistillTrainer(Trainer):
             alpha=self._alpha if hard else None,
             mask=None if hard or labels.is_floating_point() else labels != -100,
             num_items=num_items,
+            label_smoothing=self.args.label_smoothing_factor if hard else 0.0,
         )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # Gradients are averaged over processes.
+        if isinstance(outputs, Tensor):
+            outputs = {"logits": outputs}
         return (loss, outputs) if return_outputs else loss
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """Return the model inside of those of torch.compile and PEFT."""
+    model = getattr(model, "_orig_mod", model)
+    base = getattr(model, "get_base_model", None)
+    found: nn.Module = model if base is None else base()
+    return found
 
 
 def _logits(outputs: Any) -> Tensor:

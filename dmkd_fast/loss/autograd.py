@@ -79,7 +79,8 @@ def _save(ctx: Any, problem: Problem, stats: Tensor, losses: list[Tensor]) -> An
     """Save the arguments of `ops.backward` but the first; return the outputs of the function."""
     tensors = [stats, *problem[:4], problem.temperatures]
     ctx.numbers = problem[4:9], problem[10:]
-    # Tensors of torch.inference_mode() cannot be saved for backward; nothing can change them.
+    # Tensors of torch.inference_mode() cannot be saved for backward. They have no version by which
+    # autograd would notice a change in place.
     ctx.fixed = {}
     if not torch.compiler.is_compiling():
         for i in _GIVEN:

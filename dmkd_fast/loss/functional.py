@@ -117,8 +117,8 @@ def kd_loss(
         TypeError: A tensor has the wrong dtype.
         ValueError: Shapes or devices differ, or an argument is out of range or would be ignored.
         NotImplementedError: A forward-mode derivative or a torch.func transform is active.
-        RuntimeError: A class id is out of range. On CUDA the loss is nan instead, because an error
-            would have to wait for the device.
+        RuntimeError: A class id is out of range. On CUDA the loss and the row's gradient are nan
+            instead, because an error would have to wait for the device.
     """
     problem, leading = problem_of(student_logits, teacher_logits, target, **options)
     per_row = options.get("reduction") == "none"
@@ -171,8 +171,13 @@ def kd_loss_and_grad(
     if out is None:
         out = torch.empty_like(student_logits.detach(), memory_format=torch.contiguous_format)
     else:
-        names = ("student_logits", "teacher_logits", "target", "row_weight", "grad_scale")
-        inputs = dict(zip(names, (*problem[:4], upstream), strict=True))
+        inputs = {
+            "student_logits": student_logits,
+            "teacher_logits": teacher_logits,
+            "target": target,
+            "row_weight": problem.weight,
+            "grad_scale": upstream,
+        }
         check_own_memory(output_rows(out, student_logits), inputs)
         torch.autograd.graph.increment_version(out)
     result, class_dim, num_classes = (

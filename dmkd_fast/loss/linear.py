@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.loss.divergences import DIST, terms_of
-from dmkd_fast.loss.functional import kd_loss_and_grad
+from dmkd_fast.loss.functional import kd_loss, kd_loss_and_grad
 from dmkd_fast.runtime.errors import invalid
 
 CHUNK_LOGITS = 8 * 2**20  # logits of the student at a time
@@ -53,20 +53,50 @@ def linear_kd_loss(
     reduction = options.setdefault("reduction", "batchmean")
     if reduction == "none" or DIST in terms_of(options.get("divergence", "forward_kl"))[::4]:
         raise ValueError('reduction="none" and dist: need all rows at once, expected others')
-    if reduction != "sum" and options.get("num_items") is None:
-        counts = [] if options.get("mask") is None else [options["mask"]]
-        if target is not None and target.dtype == torch.int64:
-            counts.append(target != options.get("ignore_index", -100))
-        counted = torch.stack(counts).all(0).sum().clamp(min=1) if counts else len(student_hidden)
-        options["num_items"] = counted
+    if options.get("class_dim", -1) not in (-1, 1):
+        raise invalid("class_dim", repr(options["class_dim"]), "-1, that of the logits made here")
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_LOGITS // max(1, len(student_weight)))
     elif type(chunk_rows) is not int or chunk_rows < 1:
         raise invalid("chunk_rows", repr(chunk_rows), "a whole number of at least 1, or None")
+    options["target"], rows = target, len(student_hidden)
+    for name, tensor in _by_row(options).items():
+        if tensor.shape[:1] != (rows,):
+            raise invalid(name, f"shape {tuple(tensor.shape)}", f"{rows} rows, as student_hidden")
     teacher = teacher_hidden.detach(), teacher_weight.detach()
-    arguments = student_hidden, student_weight, teacher, target, chunk_rows, options
-    loss: Tensor = _LinearKdLoss.apply(*arguments)
+    if rows == 0:
+        logits = student_hidden @ student_weight.t(), teacher[0] @ teacher[1].t()
+        nothing: Tensor = kd_loss(*logits, **options)
+        return nothing
+    if reduction != "sum" and options.get("num_items") is None:
+        options["num_items"] = _counted(options, rows)
+    loss: Tensor = _LinearKdLoss.apply(student_hidden, student_weight, teacher, chunk_rows, options)
     return loss
+
+
+def _by_row(options: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the arguments of `kd_loss` that have something for each row."""
+    names = ("target", "mask", "row_weight", "temperature")
+    given = {name: options.get(name) for name in names}
+    return {name: x for name, x in given.items() if isinstance(x, Tensor) and x.numel() != 1}
+
+
+def _counted(options: dict[str, Any], rows: int) -> Any:
+    """Return how many rows count; a tensor where only the device knows."""
+    counts = [] if options.get("mask") is None else [options["mask"]]
+    target = options["target"]
+    if target is not None and target.dtype == torch.int64:
+        counts.append(target != options.get("ignore_index", -100))
+    return torch.stack(counts).all(0).sum().clamp(min=1) if counts else rows
+
+
+def _grad_scale(options: dict[str, Any], classes: int) -> Any:
+    """Return a factor that makes up for the denominators, with which float16 would underflow."""
+    if options["reduction"] == "sum":
+        return 1.0
+    # A cross-entropy is divided by the rows alone: times the classes it could overflow.
+    is_kd = options["reduction"] == "mean" and options.get("alpha") in (None, 1)
+    return options["num_items"] * (classes if is_kd else 1)
 
 
 class _LinearKdLoss(torch.autograd.Function):
@@ -76,38 +106,43 @@ class _LinearKdLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         teacher: tuple[Tensor, Tensor],
-        target: Tensor | None,
         chunk_rows: int,
         options: dict[str, Any],
-    ) -> Tensor:
+    ) -> Any:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        by_row = {n: options[n] for n in ("mask", "row_weight") if options.get(n) is not None}
-        loss, buffer = torch.zeros((), dtype=wide, device=hidden.device), None
+        by_row, buffer, scale = _by_row(options), None, 1.0
+        loss: Any = 0.0
         for start in range(0, len(hidden), chunk_rows):
             part = slice(start, start + chunk_rows)
             logits = hidden[part] @ weight.t()
             if buffer is None or buffer.shape != logits.shape:
                 buffer = torch.empty_like(logits)
+            if logits.dtype == torch.float16:
+                scale = _grad_scale(options, len(weight))
             value, grad = kd_loss_and_grad(
                 logits,
                 teacher[0][part] @ teacher[1].t(),
-                None if target is None else target[part],
+                grad_scale=scale,
                 out=buffer,
-                **options | {name: value[part] for name, value in by_row.items()},
+                **options | {name: tensor[part] for name, tensor in by_row.items()},
             )
-            loss += value
+            loss = loss + value
             if grad_hidden is not None:
                 # Not `weight` itself: autocast would cache its copy without a graph.
                 grad_hidden[part] = grad @ weight.detach()
             if grad_weight is not None and wide == grad.dtype:
                 grad_weight.addmm_(grad.t(), hidden[part])
+            elif grad_weight is not None and grad.dtype == torch.float16:
+                # Smaller by a power of two, as the sum over many rows could overflow.
+                smaller = 2.0 ** -len(grad).bit_length()
+                grad_weight.add_(grad.t() @ (hidden[part] * smaller), alpha=1 / smaller)
             elif grad_weight is not None:
                 grad_weight += grad.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.factor = weight.dtype, 1 / scale
         return loss
 
     @staticmethod
@@ -115,8 +150,9 @@ class _LinearKdLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("linear_kd_loss has no second derivative")
         grad_hidden, grad_weight = ctx.saved_tensors
+        factor = upstream * ctx.factor  # a GradScaler's own may be too large for float16
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
+            grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * upstream).to(ctx.dtype)
-        return grad_hidden, grad_weight, *[None] * 4
+            grad_weight = (grad_weight * factor).to(ctx.dtype)
+        return grad_hidden, grad_weight, *[None] * 3

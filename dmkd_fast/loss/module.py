@@ -55,7 +55,9 @@ class DistillKL(nn.Module):
         """
         temperature = self.temperature
         is_free = temperature is None and self.settings.get("alpha") is None
-        if _is_temperature(target, student_logits, certain=opt is not None, possible=is_free):
+        class_dim = options.get("class_dim", self.settings.get("class_dim", -1))
+        certain = opt is not None
+        if _is_temperature(target, student_logits, class_dim, certain=certain, possible=is_free):
             if temperature is not None:
                 got = f"{target} with the call and {temperature} before"
                 raise invalid("temperature", got, "one", "write DistillKL() to give it each time")
@@ -73,9 +75,13 @@ class DistillKL(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-def _is_temperature(value: object, student: Tensor, *, certain: bool, possible: bool) -> bool:
+def _is_temperature(
+    value: object, student: Tensor, class_dim: int, *, certain: bool, possible: bool
+) -> bool:
     """Tell whether the third argument of `DistillKL` is a temperature, not a target or None."""
     if not isinstance(value, Tensor):
         return isinstance(value, Real) or hasattr(value, "item")  # of Python or NumPy
-    of_target = student.shape[:-1] if value.dtype == torch.int64 else student.shape
+    of_target: tuple[int, ...] = student.shape
+    if value.dtype == torch.int64:
+        of_target = of_target[:class_dim] + of_target[class_dim:][1:]
     return certain or (possible and value.shape != of_target)

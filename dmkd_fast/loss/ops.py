@@ -189,7 +189,7 @@ def _eager_forward_backward(
     grad: Tensor, upstream: Tensor | None, grad_scale: float, *problem: Any
 ) -> _Losses:
     losses = _eager_forward(*problem, False)
-    scale = losses[0].new_tensor(grad_scale) if upstream is None else upstream * grad_scale
+    scale = losses[0].new_full((), grad_scale) if upstream is None else upstream * grad_scale
     grad.copy_(_eager_backward(scale, losses[3], *problem))
     return losses
 

@@ -183,13 +183,18 @@ def _dist(rows: Rows, beta: float, gamma: float) -> _Defined:
     Source: Huang et al., "Knowledge distillation from a stronger teacher" (arXiv 2205.10536).
     """
     within, within_grad = _uncorrelated(rows.q, rows.p)
-    counted = torch.ones_like(within, dtype=torch.bool) if rows.counted is None else rows.counted
-    columns, columns_grad = _uncorrelated(rows.q[counted].t(), rows.p[counted].t())
+    counted, chosen = rows.counted, (rows.q, rows.p)
+    if counted is not None:  # A mask makes the host wait for the number of rows.
+        chosen = rows.q[counted], rows.p[counted]
+    columns, columns_grad = _uncorrelated(chosen[0].t(), chosen[1].t())
 
     def slopes(factors: Tensor) -> Tensor:
         grad = beta * factors * within_grad
-        total = torch.where(counted[:, None], factors, 0).sum()
-        grad[counted] += gamma * total / len(columns) * columns_grad.t()
+        kept = factors if counted is None else torch.where(counted[:, None], factors, 0)
+        shared = gamma * kept.sum() / len(columns) * columns_grad.t()
+        if counted is None:
+            return rows.q * (grad + shared)
+        grad[counted] += shared
         return rows.q * grad
 
     return beta * within + gamma * columns.mean(), slopes

@@ -53,9 +53,14 @@ def kd_loss_topk(
         if tensor.shape[:-1] != shape[:-1] or not 1 <= tensor.shape[-1] <= classes:
             expected = f"(..., K) with K from 1 to C, to fit student_logits {tuple(shape)}"
             raise invalid(name, f"shape {tuple(tensor.shape)}", expected)
+    if teacher_indices.shape != teacher_values.shape:
+        expected = f"{tuple(teacher_values.shape)}, that of teacher_values"
+        raise invalid("teacher_indices", f"shape {tuple(teacher_indices.shape)}", expected)
     student, teacher = student_logits, teacher_values
     if teacher_values.shape[-1] == classes:
-        teacher = torch.empty_like(teacher_values).scatter_(-1, teacher_indices, teacher_values)
+        # A class that is missing, as another is there twice, makes the loss nan.
+        teacher = torch.full_like(teacher_values, torch.nan)
+        teacher = teacher.scatter_(-1, teacher_indices, teacher_values)
     elif rest == "renormalize":
         if teacher_logsumexp is not None:
             raise ValueError('teacher_logsumexp: would be ignored with rest="renormalize"')

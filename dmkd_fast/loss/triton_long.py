@@ -157,7 +157,7 @@ def two_pass(
                 mass += tl.sum(tl.where(inside, share, 0.0), 0)
             s_max = s_top
             t_max = t_top
-        ratio = loss_math.log1p((s_sum - t_sum) / t_sum)
+        ratio = loss_math.log_of_sums(s_sum, t_sum, (s_sum - t_sum) / t_sum)
     up = factor * grad_scale
     if UPSTREAM != 0:
         up *= tl.load(upstream + row * (UPSTREAM == 2))
@@ -167,12 +167,16 @@ def two_pass(
     ce_factor = up * ((1 - alpha) * ce_scale)
     s_inverse = 1 / s_sum
     t_inverse = 1 / t_sum
+    if IS_DKD:
+        alone = (s_sum == 0) | (t_sum == 0)  # no class but the target
+        s_inverse = tl.where(alone, 0.0, s_inverse)
+        t_inverse = tl.where(alone, 0.0, t_inverse)
     log_sum = tl.log(sum1)
     kd = 0.0
     ce = 0.0
     change = 0.0
     if TARGET % 2 == 1:
-        mass = 1.0
+        mass = tl.where(known, 1.0, float("nan"))  # as the loss of a class out of range
         s_id = tl.load(s_row + ids, known, float("nan")).to(tl.float32)
         if HAS_CE:
             ce = kept * (log_sum - (s_id - top))
@@ -180,7 +184,11 @@ def two_pass(
             t_id = tl.load(t_row + ids, known, float("nan")).to(tl.float32)
             odds = ((t_id - t_mean) * t_unit - t_max) * inverse - tl.log(t_sum)
             excess = ((s_id - s_mean) * s_unit - s_max) * inverse - tl.log(t_sum) - ratio - odds
-            kd, change = loss_math.target_against_rest(odds, excess)
+            own = ((s_id - s_mean) * s_unit - s_max) * inverse - tl.log(s_sum)
+            kd, change = loss_math.target_against_rest(odds, excess, own)
+            nothing = (s_id - s_id) + (t_id - t_id)  # as with one class: 0 or nan
+            kd = tl.where(alone, nothing, kd)
+            change = tl.where(alone, nothing, change)
             kd *= TERMS[1] * TERMS[2]
             change *= TERMS[1] * TERMS[2]
     if ONE_SWEEP and LOSS != 0:

@@ -73,7 +73,10 @@ def class_part(
         # With m = beta p + (1 - beta) q: log(m / q) and log(m / p) by the smaller ratio of p and q.
         above = d > 0
         larger = tl.maximum(tl.maximum(p, q), 1.2e-38)
-        log_m = log1p(-tl.where(above, 1 - FIRST, FIRST) * (tl.abs(change) / larger))
+        other = tl.where(above, 1 - FIRST, FIRST)
+        fall = -other * (tl.abs(change) / larger)
+        whole = tl.where(above, FIRST, 1 - FIRST) + other * (tl.minimum(p, q) / larger)
+        log_m = _log_near_1(fall, tl.where(fall < -0.5, whole, 1 + fall))
         by_q = tl.where(above, log_m + d, log_m)
         by_p = tl.where(above, log_m, log_m - d)
         p_share = FIRST * p
@@ -120,32 +123,53 @@ def weighted_parts(TERMS: tl.constexpr, p, q, d, log2_p, log2_q, ratio):
 
 
 @triton.jit
-def target_against_rest(odds, excess):
+def target_against_rest(odds, excess, student):
     """Return KL between teacher and student on {target, rest}, and q - p of the target.
 
-    `odds`: log odds of the target for the teacher; `excess`: by how much the student's exceed them.
+    `odds`: log odds of the target for the teacher; `excess`: by how much the student's exceed them;
+    `student`: the student's, which is read where the teacher's are infinite.
     """
+    is_infinite = tl.abs(odds) == float("inf")
+    student = tl.where(is_infinite, student, odds + excess)
     p = 1 / (1 + tl.exp(-odds))
     p_rest = 1 / (1 + tl.exp(odds))
-    q = 1 / (1 + tl.exp(-odds - excess))
-    q_rest = 1 / (1 + tl.exp(odds + excess))
+    q = 1 / (1 + tl.exp(-student))
+    q_rest = 1 / (1 + tl.exp(student))
     size = tl.abs(excess)
     fall = tl.where(size < 0.5, size - size * (size * _excess_series(size)), 1 - tl.exp(-size))
     change = tl.where(excess > 0, fall * q * p_rest, -fall * p * q_rest)
+    change = tl.where(is_infinite, tl.where(odds > 0, -q_rest, q), change)
     loss = tl.zeros(odds.shape, tl.float32)
     for sign in tl.static_range(-1, 2, 2):
         share = p if sign > 0 else p_rest
-        other = q if sign > 0 else q_rest
-        d = -log1p(sign * change / tl.maximum(share, 1.2e-38))
-        d = tl.where(other == 0, float("inf"), d)
+        ratio = sign * change / tl.maximum(share, 1.2e-38)
+        far = _log_sigmoid(sign * odds) - _log_sigmoid(sign * student)
+        d = tl.where(tl.abs(ratio) < 0.25, -log1p(ratio), far)
         term, _ = divergence(share, share + sign * change, d, d)
         loss += term
     return loss, change
 
 
 @triton.jit
+def _log_sigmoid(x):
+    return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def log_of_sums(s_sum, t_sum, gap):
+    """Return log(s_sum / t_sum), with gap = s_sum / t_sum - 1; exact as the sums meet."""
+    return _log_near_1(gap, tl.where(tl.abs(gap) < 0.5, 1 + gap, s_sum / t_sum))
+
+
+@triton.jit
 def log1p(x):
-    """Return log(1 + x) for x > -1.
+    """Return log(1 + x) for x > -1; as x -> -1, 1 + x has no more digits than x."""
+    return _log_near_1(x, 1 + x)
+
+
+@triton.jit
+def _log_near_1(x, whole):
+    """Return log(whole), with x = whole - 1 > -1.
 
     A series is used near x = 0, where the absolute error of tl.log, 2e-7, is largest relative to
     the result.
@@ -153,7 +177,7 @@ def log1p(x):
     z = x / (2 + x)
     z2 = z * z
     near = 2 * z * (1 + z2 * (0.33333333 + z2 * (0.2 + z2 * (0.14285714 + z2 * 0.11111111))))
-    return tl.where(tl.abs(x) < 0.25, near, tl.log(1 + x))
+    return tl.where(tl.abs(x) < 0.25, near, tl.log(whole))
 
 
 @triton.jit

@@ -24,8 +24,7 @@ def _softmax_rows(x, rows_inverse):
 @triton.jit
 def _log_ratio(s_exp, t_exp, s_sum, t_sum):
     """Return log(s_sum / t_sum) of each row, exact as they meet."""
-    ratio = tl.sum(s_exp - t_exp, 1) / t_sum
-    return loss_math.log1p(tl.where(tl.abs(ratio) < 0.5, ratio, s_sum / t_sum - 1))
+    return loss_math.log_of_sums(s_sum, t_sum, tl.sum(s_exp - t_exp, 1) / t_sum)
 
 
 @triton.jit
@@ -69,7 +68,7 @@ def _divergence_rows(
             value, part = _decoupled_rows(s, t, at_id, inverse, TERMS[4 * k + 2], TERMS[4 * k + 3])
             known = (ids >= 0) & (ids < num_classes)
             loss += TERMS[4 * k + 1] * tl.where(known, value, float("nan"))
-            slopes += TERMS[4 * k + 1] * part
+            slopes += TERMS[4 * k + 1] * tl.where(known[:, None], part, float("nan"))
     slopes = tl.where(inside, slopes, 0.0)
     grad = slopes
     if len(TERMS) > 0:  # The slopes of forward KL, q - p, sum to 0.
@@ -94,8 +93,10 @@ def _decoupled_rows(s, t, at_id, inverse, FIRST: tl.constexpr, SECOND: tl.conste
     alone = (s_sum == 0) | (t_sum == 0)
     ratio = tl.where(alone, 0.0, _log_ratio(s_exp, t_exp, s_sum, t_sum))
     odds = (t_id - t_top) * inverse - tl.log(t_sum)
+    student = (s_id - s_top) * inverse - tl.log(s_sum)
     excess = ((s_id - s_top) - (t_id - t_top)) * inverse - ratio
-    binary, change = loss_math.target_against_rest(tl.where(alone, 0.0, odds), excess)
+    odds = tl.where(alone, 0.0, odds)
+    binary, change = loss_math.target_against_rest(odds, excess, student)
     q = s_exp * tl.where(alone, 0.0, 1 / s_sum)[:, None]
     p = t_exp * tl.where(alone, 0.0, 1 / t_sum)[:, None]
     d = ((y - t_top[:, None]) - (x - s_top[:, None])) * inverse[:, None] + ratio[:, None]
@@ -190,14 +191,14 @@ def tile(
         if TARGET == 1:
             known = (ids >= 0) & (ids < num_classes)
             at_id = student + rows64 * (student_by_vec * VEC) + ids
-            # An id out of range makes the loss nan; an error would have to wait for the device.
+            # An id out of range makes loss and gradient nan; an error would wait for the device.
             s_id = tl.load(at_id, counts & known, float("nan")).to(tl.float32)
             ce = kept * (log_sum - (s_id - s_max))
             if smoothing != 0:
                 gap = tl.sum(tl.where(inside, s_max[:, None] - s, 0.0), 1)
                 ce += spread * (gap + num_classes * log_sum)
             share = tl.where(cols[None, :] == ids[:, None], kept + spread, spread)
-            mass = tl.full([ROWS], 1.0, tl.float32)
+            mass = tl.where(known, 1.0, float("nan"))
         else:
             at = target + rows64[:, None] * (target_stride * VEC) + cols[None, :]
             share = tl.load(at, inside, 0.0).to(tl.float32) * kept + spread

@@ -16,6 +16,7 @@ from torch import Tensor
 from dmkd_fast.rng import philox
 
 BLOCKS = 256  # Philox blocks of four numbers per program
+MOST = 65535  # programs along the second and the third axis of a grid
 
 LOG0, LOG1, LOG2, LOG3, LOG4, LOG5, LOG6, LOG7, LOG8 = map(tl.constexpr, philox.LOG)
 SIN0, SIN1, SIN2, SIN3 = map(tl.constexpr, philox.SIN)
@@ -59,9 +60,13 @@ def _box_muller(first, second):
 
 @triton.jit
 def normal_kernel(out, ids, count, seed, step, BLOCKS: tl.constexpr):
-    """Make 4 * BLOCKS numbers of one image per program. Grid: (ceil(count / 4 / BLOCKS), B)."""
-    row = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    """Make 4 * BLOCKS numbers of one image per program.
+
+    Grid: (B, ...), whose second and third axis together count the sections of an image.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    section = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    block = section * BLOCKS + tl.arange(0, BLOCKS)
     id = tl.load(ids + row).to(tl.uint64)
     zero = tl.zeros((BLOCKS,), tl.uint32)
     low, high = zero + id.to(tl.uint32), zero + (id >> 32).to(tl.uint32)
@@ -70,14 +75,15 @@ def normal_kernel(out, ids, count, seed, step, BLOCKS: tl.constexpr):
     z2, z3 = _box_muller(w2, w3)
     values = tl.join(tl.join(z0, z2), tl.join(z1, z3))  # (BLOCKS, 2, 2): order z0, z1, z2, z3
     values = tl.reshape(values, (4 * BLOCKS,))
-    column = tl.program_id(0) * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+    column = section * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
     tl.store(out + row * count + column, values, mask=column < count)
 
 
 def normal(seed: int, ids: Tensor, step: int, count: int) -> Tensor:
     """Draw normal numbers on CUDA, ids (B,) int64 -> (B, count) float32; see `rng/philox.py`."""
     out = ids.new_empty((len(ids), count), dtype=torch.float32)
-    grid: Any = (triton.cdiv(count, 4 * BLOCKS), len(ids))
+    sections = triton.cdiv(count, 4 * BLOCKS)
+    grid: Any = (len(ids), min(sections, MOST), triton.cdiv(sections, MOST))
     normal_kernel[grid](
         out, ids.contiguous(), count, seed, step, BLOCKS=BLOCKS, enable_fp_fusion=False
     )

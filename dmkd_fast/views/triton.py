@@ -61,9 +61,10 @@ def render_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Render BLOCK numbers of one view per program. Grid: (B, ceil(S * S * c / BLOCK))."""
-    row = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Render BLOCK numbers of one view per program. Grid: (B * ceil(S * S * c / BLOCK),)."""
+    sections: tl.constexpr = (SIZE * SIZE * CHANNELS + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // sections).to(tl.int64)
+    element = tl.program_id(0) % sections * BLOCK + tl.arange(0, BLOCK)
     channel, pixel = element % CHANNELS, element // CHANNELS
     i, j = pixel // SIZE, pixel % SIZE
     j = tl.where(tl.load(flips + row) != 0, SIZE - 1 - j, j)
@@ -265,9 +266,9 @@ def plan_views(
         pad,
     )
     constants = {"SIZE": size, "CHANNELS": channels, "BLOCK": block}
-    return Launch(
-        render_kernel, arguments, constants, (count, triton.cdiv(numbers, block)), NUM_WARPS
-    )
+    # Along one axis, as the others are limited to 65,535 programs.
+    grid = (count * triton.cdiv(numbers, block),)
+    return Launch(render_kernel, arguments, constants, grid, NUM_WARPS)
 
 
 def plan_boxes(

@@ -8,6 +8,7 @@ out of bounds, so all inputs lie in memory full of NaN, which would spread to th
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
@@ -61,11 +62,14 @@ def run(problem: Problem, scale: float = 1.0) -> tuple[Tensor, ...]:
     return *losses, grad, again
 
 
+def wide(problem: Problem) -> list:
+    return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in problem]
+
+
 def exact(problem: Problem, scale: float = 1.0) -> tuple[Tensor, ...]:
-    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in problem]
-    losses = ops._eager_forward(*wide, False)
+    losses = ops._eager_forward(*wide(problem), False)
     upstream = torch.tensor(scale).double()
-    return *losses[:3], ops._eager_backward(upstream, losses[3], *wide)
+    return *losses[:3], ops._eager_backward(upstream, losses[3], *wide(problem))
 
 
 @pytest.mark.parametrize("target", ["none", "ids", "probabilities"])
@@ -236,11 +240,70 @@ def test_infinities_and_nan_follow_the_definition() -> None:
         assert triton_launch.forward(nothing, t[1:2], None, None, *problem[4:], True)[0].isnan()
 
 
+def test_rows_of_dkd_with_infinite_logits_follow_the_definition() -> None:
+    for classes in (8, LONG):
+        student, teacher = (x.contiguous() for x in make(6, classes, torch.float32, "none")[:2])
+        target = torch.arange(6)
+        for logits, first in ((teacher, 0), (student, 1)):
+            logits[[first, 2], [first, 2]] = -torch.inf  # the target's
+            for row in (3 + first, 5):
+                logits[row, torch.arange(classes) != row] = -torch.inf  # all but the target's
+        numbers = (2.0, 1.0, 1.0, 1.0, 0.0, None, terms_of("dkd"))
+        problem = Problem(student, teacher, target, None, *numbers)
+        rows = triton_launch.forward(*problem, True)[0]
+        expected = ops._eager_forward(*wide(problem), True)[0]
+        assert expected.isinf().tolist() == [False, True, False, False, False, False]
+        torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-5)
+        grad = torch.empty_like(student)
+        triton_launch.forward_backward(grad, None, 1.0, *problem)
+        one = torch.ones((), dtype=torch.float64)
+        expected = ops._eager_backward(one, torch.empty(0), *wide(problem))
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=5e-6)
+
+
+def test_a_target_with_almost_all_of_one_probability_has_a_finite_loss() -> None:
+    for classes, top in itertools.product((3, LONG), (40.0, 200.0)):
+        student, teacher = torch.zeros(2, classes), torch.zeros(2, classes)
+        student[0, 0] = teacher[1, 0] = top
+        teacher[0, 0] = student[1, 0] = 2.0
+        numbers = (1.0, 1.0, 1.0, 1.0, 0.0, None, terms_of("dkd"))
+        problem = Problem(student, teacher, torch.zeros(2, dtype=torch.int64), None, *numbers)
+        rows = triton_launch.forward(*problem, True)[0]
+        expected = ops._eager_forward(*wide(problem), True)[0]
+        torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_sums_and_probabilities_of_different_size_keep_their_digits() -> None:
+    for classes in (8192, LONG):
+        flat = make(8, classes, torch.float32, "none", 0.01)[:2]
+        student, teacher = (x.contiguous() for x in flat)
+        student[:, 0] += 20
+        problem = Problem(student, teacher, None, None, 1.0, 1.0, 1.0, 1.0, 0.0)
+        rows = triton_launch.forward(*problem, True)[0]
+        expected = ops._eager_forward(*wide(problem), True)[0]
+        torch.testing.assert_close(rows.double(), expected, rtol=5e-6, atol=0)
+    student, teacher = torch.zeros(4, 10), torch.zeros(4, 10)
+    student[:, 0] = torch.tensor([20.0, 21.5, 23.0, 30.0])
+    teacher[:, 1] = 25.0
+    for beta in (1e-6, 0.999999):
+        terms = terms_of({"jsd": {"beta": beta}})
+        problem = Problem(student, teacher, None, None, 1.0, 1.0, 1.0, 1.0, 0.0, None, terms)
+        rows = triton_launch.forward(*problem, True)[0]
+        expected = ops._eager_forward(*wide(problem), True)[0]
+        torch.testing.assert_close(rows.double(), expected, rtol=2e-5, atol=0)
+
+
 def test_class_out_of_range_gives_nan_and_reads_nothing_there() -> None:
-    for classes in (10, LONG):
-        problem = list(make(2, classes, torch.float32, "ids"))
-        problem[2], problem[3] = torch.tensor([classes, 2**40]), torch.ones(2)
-        assert triton_launch.forward(*problem, True)[0].isnan().all()
+    for classes, form in itertools.product((10, LONG), ("forward_kl", "dkd")):
+        problem = make(3, classes, torch.float32, "ids")
+        if form == "dkd":
+            problem = problem._replace(alpha=1.0, terms=terms_of("dkd"))
+        ids = torch.tensor([classes, 2**40, 1])
+        problem = problem._replace(target=ids, weight=torch.ones(3))
+        is_nan = [True, True, False]
+        assert triton_launch.forward(*problem, True)[0].isnan().tolist() == is_nan
+        for grad in run(problem)[3:]:
+            assert grad.isnan().all(1).tolist() == is_nan and grad[2].isfinite().all()
 
 
 def test_equal_logits_give_exactly_zero() -> None:

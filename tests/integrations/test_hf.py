@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
+from dmkd_fast import kd_loss  # noqa: E402
 from dmkd_fast.integrations.hf import DistillTrainer, Named  # noqa: E402
 from dmkd_fast.runtime.errors import UserError  # noqa: E402
 
@@ -101,12 +103,38 @@ def test_accumulation_changes_no_step(tmp_path: Path, alpha: float) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_labels_of_language_models_are_shifted_and_padding_does_not_count(tmp_path: Path) -> None:
-    def gpt(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 11}
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+def gpt(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 11}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
 
+
+class Adapted(nn.Module):
+    """A model in the place where PEFT's has it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def get_base_model(self) -> nn.Module:
+        return self.base
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.base(input_ids=input_ids)
+
+
+@pytest.mark.parametrize("wrap", [Adapted, torch.compile])
+def test_labels_of_wrapped_language_models_are_shifted_too(tmp_path: Path, wrap: Any) -> None:
+    tokens = torch.randint(0, 11, (4, 8), generator=torch.Generator().manual_seed(2))
+    plain, found = gpt(0).eval(), []
+    for student in (plain, wrap(plain)):
+        trainer = DistillTrainer(student, arguments(tmp_path), teacher=gpt(1), alpha=0.25)
+        # Called with the plain model, as compiling it would take long.
+        found.append(trainer.compute_loss(plain, {"input_ids": tokens, "labels": tokens}))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_labels_of_language_models_are_shifted_and_padding_does_not_count(tmp_path: Path) -> None:
     tokens = torch.randint(0, 11, (4, 8), generator=torch.Generator().manual_seed(2))
     labels = tokens.clone()
     labels[:, 5:] = -100
@@ -159,6 +187,56 @@ def test_probabilities_as_labels_are_divided_by_the_number_of_images(tmp_path: P
         counted = torch.tensor(labels.numel())
         found.append(trainer.compute_loss(student, inputs, num_items_in_batch=counted))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def batch_of_images(rows: int) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in images()[:rows]]) for name in images()[0]}
+
+
+def test_the_sum_over_processes_makes_up_for_their_mean(tmp_path: Path) -> None:
+    student, inputs = vit(0).eval(), batch_of_images(8)
+    trainer = DistillTrainer(student, arguments(tmp_path), teacher=vit(1), alpha=0.5)
+    trainer.args.average_tokens_across_devices = True
+    counted, found = torch.tensor(16), []
+    for processes in (1, 2):
+        trainer.accelerator = SimpleNamespace(num_processes=processes)
+        found.append(trainer.compute_loss(student, inputs, num_items_in_batch=counted))
+    torch.testing.assert_close(found[1], 2 * found[0])
+    mean = trainer.compute_loss(student, inputs)  # evaluation may not know the number
+    torch.testing.assert_close(mean, found[1])
+
+
+def test_a_student_that_returns_its_logits_alone_is_evaluated_on_all_rows(tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = vit(0)
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            logits: Tensor = self.inside(pixel_values=pixel_values).logits
+            return logits
+
+    student, inputs = Plain().eval(), batch_of_images(8)
+    settings = arguments(tmp_path, label_names=["labels"])
+    trainer = DistillTrainer(student, settings, teacher=vit(1), alpha=0.5)
+    loss, logits, labels = trainer.prediction_step(student, inputs, prediction_loss_only=False)
+    expected, outputs = trainer.compute_loss(student, inputs, return_outputs=True)
+    torch.testing.assert_close(loss, expected.detach())
+    assert torch.equal(labels, inputs["labels"]) and torch.equal(logits, outputs["logits"])
+    assert torch.equal(logits, student(inputs["pixel_values"]))
+
+
+def test_label_smoothing_of_the_arguments_is_that_of_the_loss(tmp_path: Path) -> None:
+    student, teacher, inputs = vit(0).eval(), vit(1), batch_of_images(8)
+    settings = arguments(tmp_path, label_smoothing_factor=0.2)
+    trainer = DistillTrainer(student, settings, teacher=teacher, alpha=0.5)
+    found = trainer.compute_loss(student, inputs)
+    with torch.no_grad():
+        logits, taught = (m(inputs["pixel_values"]).logits for m in (student, teacher))
+    named = {"temperature": 4.0, "alpha": 0.5, "label_smoothing": 0.2}
+    torch.testing.assert_close(found.detach(), kd_loss(logits, taught, inputs["labels"], **named))
+    with pytest.raises(UserError, match=r"label_smoothing_factor: got 0\.2, expected 0 with alpha"):
+        DistillTrainer(student, settings, teacher=teacher, alpha=1.0)
 
 
 def test_named_batches_can_be_copied_and_pickled() -> None:

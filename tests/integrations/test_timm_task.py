@@ -37,14 +37,19 @@ def original(monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
     return own
 
 
+NORMALIZED = {"mean": (0.1, 0.2, 0.3), "std": (0.9, 0.4, 0.5)}  # unlike the student's
+
+
 @pytest.mark.parametrize("weights", [{}, {"task_loss_weight": 0.1}, {"distill_loss_weight": 2.0}])
+@pytest.mark.parametrize("changes", [{}, NORMALIZED], ids=["same inputs", "teacher's own inputs"])
 def test_loss_and_gradients_are_those_of_timm(
-    original: type[nn.Module], weights: dict[str, float]
+    original: type[nn.Module], changes: dict, weights: dict[str, float]
 ) -> None:
     (images, target), results = batches(1)[0], []
     for kind in (original, OURS):
-        student = network(0)
-        task = kind(student, network(1), nn.CrossEntropyLoss(), temperature=4.0, **weights)
+        student, teacher = network(0), network(1)
+        teacher.pretrained_cfg = {**teacher.pretrained_cfg, **changes}
+        task = kind(student, teacher, nn.CrossEntropyLoss(), temperature=4.0, **weights)
         found = task.train()(images, target)
         found["loss"].backward()
         grads = [p.grad for p in student.parameters()]

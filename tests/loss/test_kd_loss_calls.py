@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad
+from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad, linear_kd_loss
+from dmkd_fast.loss import ops
 
 
 def logits(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -119,6 +120,13 @@ def test_classes_may_be_in_any_dimension() -> None:
         assert torch.equal(out, grad)
     rows = kd_loss(student, teacher, class_dim=1, reduction="none")
     assert rows.shape == (2, 3, 4)
+    for module in (DistillKL(divergence="dkd", class_dim=1), DistillKL(divergence="dkd")):
+        options = {} if "class_dim" in module.settings else {"class_dim": 1}
+        decoupled = module(student, teacher, target, **options)
+        assert torch.equal(decoupled, kd_loss(*last, target, divergence="dkd"))
+    for name, given in (("student_logits", student), ("teacher_logits", teacher)):
+        with pytest.raises(ValueError, match=f"out: shares memory with {name}"):
+            kd_loss_and_grad(student, teacher, class_dim=1, out=given)
     with pytest.raises(ValueError, match="class_dim: got 4"):
         kd_loss(student, teacher, class_dim=4)
 
@@ -147,8 +155,13 @@ def test_teacher_logits_may_come_from_inference_mode() -> None:
     with torch.inference_mode():
         teacher = nn.Linear(6, 10)(images)
         target = torch.zeros(5, dtype=torch.int64)
-    for hard in (None, target):
-        loss = kd_loss(model(images), teacher, hard, alpha=None if hard is None else 0.5)
+        weight = torch.rand(5)
+    for named in (
+        {},
+        {"target": target, "alpha": 0.5},
+        {"row_weight": weight, "reduction": "sum"},  # no copy of the weights is made
+    ):
+        loss = kd_loss(model(images), teacher, **named)
         loss.backward(retain_graph=True)
         first = model.weight.grad.clone()
         (3 * loss).backward()
@@ -157,6 +170,26 @@ def test_teacher_logits_may_come_from_inference_mode() -> None:
     with torch.inference_mode():
         assert kd_loss(model(images), teacher).isfinite()
         assert kd_loss_and_grad(model(images), teacher)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("ignored", [0, 255, -1])
+def test_any_class_id_may_be_the_one_to_ignore(ignored: int) -> None:
+    hidden, weight = logits(6, 4, seed=0), logits(10, 4, seed=2)
+    student, teacher = hidden @ weight.t(), logits(6, 10, seed=1)
+    target = torch.tensor([3, ignored, 1, 9, ignored, 5])
+    keep = target != ignored
+    ce = F.cross_entropy(student, target, ignore_index=ignored)
+    expected = 0.25 * eager(student, teacher)[keep].mean() + 0.75 * ce
+    named = {"alpha": 0.25, "ignore_index": ignored}
+    loss, grad = kd_loss_and_grad(student, teacher, target, **named)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert (grad[~keep] == 0).all() and (grad[keep] != 0).any(1).all()
+    heads = hidden, weight, teacher, torch.eye(10)
+    for chunk_rows in (2, 6):
+        loss = linear_kd_loss(*heads, target, chunk_rows=chunk_rows, **named)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    weights = ops._eager_row_weights(student, teacher, target, None, None, None, ignored, True)
+    assert torch.equal(weights, keep / keep.sum())
 
 
 @pytest.mark.parametrize("form", [np.array(4.0), np.array([4.0]), np.float16(4), torch.tensor([4])])

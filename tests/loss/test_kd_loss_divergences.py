@@ -9,6 +9,7 @@ from kd_loss_cases import FORMS, ids_for, logits
 from textbook import rows as textbook
 from torch import Tensor
 
+from benchmarks.fake_cuda import pretended
 from dmkd_fast import DistillKL, kd_loss, kd_loss_and_grad
 from dmkd_fast.loss import ops
 from dmkd_fast.loss.divergences import NAMES, PARAMETERS, terms_of
@@ -71,6 +72,21 @@ def test_eager_definition_equals_the_kernel(form: str | dict) -> None:
         assert (grad[2] == 0).all()
         torch.library.opcheck(ops.forward, (*problem, *extra, True))
         torch.library.opcheck(ops.backward, (upstream, losses[3], *problem, *extra))
+
+
+def test_the_definition_of_dist_which_cuda_runs_can_be_captured_in_a_graph() -> None:
+    student, teacher = (logits(6, 10, seed=s) for s in (0, 1))
+    problem = (student, teacher, None, None, 2.0, 1.0, 4.0, 1.0, 0.0)
+    extra = (None, terms_of("dist"), False)
+    expected_grad, grad = torch.empty_like(student), torch.empty_like(student)
+    expected = ops._eager_forward_backward(expected_grad, None, 3.0, *problem, *extra)
+    with pretended():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            losses = ops._eager_forward_backward(grad, None, 3.0, *problem, *extra)
+        grad.zero_()
+        graph.replay()
+    assert torch.equal(losses[0], expected[0]) and torch.equal(grad, expected_grad)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -144,6 +160,25 @@ def test_infinite_logits_leave_finite_gradients(form: str | dict) -> None:
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
     nan = kd_loss_and_grad(student + float("nan"), teacher, target, divergence=form)
     assert nan[0].isnan() and nan[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dkd_with_a_target_infinite_or_far_away_follows_the_definition(dtype: torch.dtype) -> None:
+    student, teacher = (logits(6, 10, seed=s, dtype=dtype) for s in (0, 1))
+    target = torch.arange(6)
+    teacher[[0, 2], [0, 2]] = student[[1, 2], [1, 2]] = -torch.inf
+    student[3, 3], teacher[4, 4], teacher[5, 5] = 90.0, 90.0, torch.inf
+    numbers = (1.0, 1.0, 1.0, 1.0, 0.0, None, terms_of("dkd"), False)
+    problem = (student.double(), teacher.double(), target, None, *numbers)
+    expected = ops._eager_forward(*problem, True)[0]
+    assert expected.isinf().tolist() == [False, True, False, False, False, False]
+    named = {"temperature": 1.0, "divergence": "dkd"}
+    rows = kd_loss(student, teacher, target, reduction="none", **named)
+    torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-6)
+    _, grad = kd_loss_and_grad(student, teacher, target, reduction="sum", **named)
+    one = torch.ones((), dtype=torch.float64)
+    expected = ops._eager_backward(one, torch.empty(0), *problem)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -64,6 +64,11 @@ def test_the_rest_is_one_bucket_or_left_out(rest: str) -> None:
         ),
         ({"teacher_indices": torch.zeros(4, 3)}, TypeError, "teacher_indices: got torch.float32"),
         ({"teacher_values": torch.zeros(3, 3)}, ValueError, r"teacher_values: got shape \(3, 3\)"),
+        (
+            {"teacher_values": torch.zeros(4, 10)},
+            ValueError,
+            r"teacher_indices: got shape \(4, 3\), expected \(4, 10\)",
+        ),
         ({"target": torch.zeros(4, dtype=torch.int64)}, ValueError, "target"),
     ],
 )
@@ -77,13 +82,20 @@ def test_wrong_calls_say_what_to_change(change: dict, error: type[Exception], wo
         kd_loss_topk(**(plain | change))
 
 
+def test_a_class_given_twice_makes_the_loss_nan() -> None:
+    values, indices = logits(2, 10, seed=1).topk(10)
+    indices[1, 3] = indices[1, 4]
+    rows = kd_loss_topk(logits(2, 10, seed=0), values, indices, reduction="none")
+    assert rows.isnan().tolist() == [False, True]
+
+
 def heads(dtype: torch.dtype) -> list[Tensor]:
     shapes = ((20, 6), (33, 6), (20, 4), (33, 4))
     return [logits(*shape, seed=i, dtype=dtype) / 3 for i, shape in enumerate(shapes)]
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
-@pytest.mark.parametrize("kind", ["none", "ids", "probabilities", "mask"])
+@pytest.mark.parametrize("kind", ["none", "ids", "probabilities", "mask", "temperatures"])
 def test_heads_without_logits_give_the_loss_of_the_logits(reduction: str, kind: str) -> None:
     hidden, weight, teacher_hidden, teacher_weight = heads(torch.float64)
     target = {
@@ -93,6 +105,7 @@ def test_heads_without_logits_give_the_loss_of_the_logits(reduction: str, kind: 
     named = {"reduction": reduction, "temperature": 2.0, "row_weight": torch.arange(20.0)}
     named |= {} if target is None else {"alpha": 0.4, "label_smoothing": 0.1}
     named |= {"mask": torch.arange(20) % 3 > 0} if kind == "mask" else {}
+    named |= {"temperature": torch.arange(1.0, 21.0)[:, None]} if kind == "temperatures" else {}
     results = []
     for chunk_rows in (None, 7, 100):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -133,6 +146,59 @@ def test_heads_in_bfloat16_and_their_errors() -> None:
         ValueError, match="got 32 classes and 20 rows, expected 33 classes and 20 rows"
     ):
         linear_kd_loss(*tensors[:3], tensors[3][:32])
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean"])
+def test_gradients_of_heads_in_float16_neither_vanish_nor_overflow(reduction: str) -> None:
+    named = {"reduction": reduction, "num_items": 2**20, "chunk_rows": 7}
+    results = []
+    for dtype in (torch.float16, torch.float64):
+        tensors = [tensor.half().to(dtype) for tensor in heads(torch.float32)]
+        leaves = [tensor.requires_grad_() for tensor in tensors[:2]]
+        (65536 * linear_kd_loss(*tensors, **named)).backward()
+        results.append([leaf.grad.double() for leaf in leaves])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_sums_over_many_rows_in_float16_do_not_overflow() -> None:
+    ones = torch.ones(4096, 1, dtype=torch.float16)
+    weight = torch.zeros(2, 1, dtype=torch.float16, requires_grad=True)
+    linear_kd_loss(32 * ones, weight, ones, torch.tensor([[99.0], [-99.0]]).half()).backward()
+    expected = torch.tensor([[-64.0], [64.0]], dtype=torch.float16)  # 4 * (1/2 - 1) * 32
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_heads_without_rows_and_of_two_dtypes_give_what_kd_loss_gives() -> None:
+    hidden, weight, *teacher = heads(torch.float32)
+    ids = torch.arange(20)
+    for rows in (0, 20):
+        wide = teacher[0][:rows].double(), teacher[1].double()
+        student = hidden[:rows].clone().requires_grad_()
+        for named in ({}, {"target": ids[:rows], "alpha": 0.5}, {"reduction": "sum"}):
+            loss = linear_kd_loss(student, weight, *wide, **named)
+            expected = kd_loss(student @ weight.t(), wide[0] @ wide[1].t(), **named)
+            assert loss.dtype == expected.dtype == torch.float64
+            torch.testing.assert_close(loss, expected, equal_nan=True)
+            assert loss.isnan() == (rows == 0 and not named)
+            loss.backward()
+            assert student.grad.shape == student.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"class_dim": 0}, "class_dim: got 0, expected -1"),
+        ({"mask": torch.ones(21, dtype=torch.bool)}, r"mask: got shape \(21,\), expected 20 rows"),
+        ({"temperature": torch.ones(21)}, r"temperature: got shape \(21,\), expected 20 rows"),
+        ({"target": torch.zeros(21).long(), "alpha": 0.5}, r"target: got shape \(21,\)"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_rows_of_the_heads_are_refused(
+    change: dict, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        linear_kd_loss(*heads(torch.float32), chunk_rows=7, **change)
 
 
 def test_heads_under_autocast_keep_the_dtype_of_their_gradients() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -275,6 +277,32 @@ def test_only_plain_calls_go_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch
     assert_same(results(torch._neg_view(-teacher)), 4)  # its memory holds other numbers
     monkeypatch.setattr(native, "loss_and_gradient", None)
     assert_same(results(), 4)
+
+
+@pytest.mark.skipif(native.row_weights is None, reason="needs the extension and torch 2.14")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_row_weights_past_the_dispatcher_are_those_of_the_operator(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct, calls = native.row_weights, []
+    monkeypatch.setattr(native, "row_weights", lambda *a: calls.append(a) or direct(*a))
+    logits_of_both = logits(5, 10, seed=0).requires_grad_(), logits(5, 10, seed=1, dtype=dtype)
+    ids, mask = torch.tensor([3, -100, 0, 7, -100]), torch.arange(5) != 2
+    weight, items = torch.arange(5.0).to(dtype), torch.tensor(7.0, dtype=dtype)
+    given = itertools.product((None, ids), (None, mask), (None, weight), (None, items), (0, 1))
+    cases = [(*tensors, -100, bool(is_counted)) for *tensors, is_counted in given]
+    operator = torch.ops.dmkd_fast.kd_loss_row_weights.default
+    for number, mode in enumerate((contextlib.nullcontext, torch.inference_mode), 1):
+        with mode():
+            for case in cases:
+                found = ops.row_weights(*logits_of_both, *case)
+                assert found.dtype == dtype
+                assert torch.equal(found, operator(*logits_of_both, *case))
+        assert len(calls) == number * len(cases)
+    with Seen() as seen:
+        again = ops.row_weights(*logits_of_both, *case)
+    assert seen.names.count("dmkd_fast::kd_loss_row_weights") == 1 and torch.equal(again, found)
+    assert len(calls) == 2 * len(cases)
 
 
 DDP = """

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from dmkd_fast import kd_loss, kd_loss_and_grad
 from dmkd_fast.loss import ops
 
 HERE = Path(__file__).parents[1] / "helpers"
+# Relative errors on a GPU, whose exponentials and logarithms are less exact, and on its stand-in.
+OF_LOSS, OF_GRAD = (5e-6, 3e-6) if torch._C._cuda_getDeviceCount() > 0 else (2e-6, 1e-6)
 GOLDEN = json.loads(aot.GOLDEN.read_text(encoding="utf-8"))
 # What every change compiles; the whole matrix is marked slow.
 QUICK = [
@@ -135,6 +138,20 @@ def test_a_changed_kernel_is_noticed(name: str, tmp_path: Path) -> None:
     assert "1 failed" in output, output  # a test, not the copy's import
 
 
+def test_each_stream_of_a_device_counts_its_programs_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, zeros = torch.device("cuda", 63), torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, dtype, device: zeros(*sizes, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tickets = []
+    for number in (7, 8, 7):
+        stream = SimpleNamespace(cuda_stream=number)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
+        tickets.append(aot.triton_launch._ticket(device))
+    assert tickets[0] is tickets[2] and tickets[0] is not tickets[1]
+
+
 def on_gpu(dtype: torch.dtype, rows: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device="cuda").manual_seed(0)
     draw = lambda: 3 * torch.randn(rows, classes, generator=generator, device="cuda")  # noqa: E731
@@ -160,8 +177,8 @@ def test_on_a_gpu_the_numbers_are_those_of_the_cpu(
             student.double().cpu(), teacher.double().cpu(), cpu, alpha=alpha, grad_scale=2.0
         )
         for value in (loss, fused):
-            torch.testing.assert_close(value.double().cpu(), exact, rtol=2e-6, atol=0)
-        relative = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+            torch.testing.assert_close(value.double().cpu(), exact, rtol=OF_LOSS, atol=0)
+        relative = {torch.float32: OF_GRAD, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
         # Half a step of float16's smallest numbers, which gradients of many classes are.
         least = 2**-25 * grad.numel() ** 0.5 if dtype == torch.float16 else 0.0
         for value in (leaf.grad, grad):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +92,8 @@ for seed in (0, 1, 2**40 + 11):
         for step in (0, 3):
             got = kernel.normal(seed, ids, step, count)
             assert torch.equal(got, philox.normal_reference(seed, ids, step, count)), (seed, count)
+kernel.MOST = 2  # five sections along two axes of the grid
+assert torch.equal(kernel.normal(5, ids, 3, 5000), philox.normal_reference(5, ids, 3, 5000))
 print("equal")
 """
 
@@ -104,6 +108,27 @@ def test_the_triton_kernel_gives_the_bits_of_the_definition() -> None:
         check=False,
     )
     assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.parametrize(("images", "count"), [(70_000, 1), (3, 2**27 + 1), (1, 2**34)])
+def test_the_grid_of_the_triton_kernel_is_within_the_limits(
+    images: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA allows 65,535 programs along the second and the third axis."""
+    from dmkd_fast.rng import triton
+
+    grids: list[tuple[int, int, int]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            grids.append(grid)
+            return lambda *arguments, **constants: None
+
+    monkeypatch.setattr(triton, "normal_kernel", Kernel())
+    triton.normal(0, torch.zeros(images, dtype=torch.int64, device="meta"), 0, count)
+    ((rows, *sections),) = grids
+    assert rows == images and max(sections) <= 65535
+    assert 4 * triton.BLOCKS * math.prod(sections) >= count
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])

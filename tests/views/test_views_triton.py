@@ -6,6 +6,7 @@ Marked cuda: the same promises on a GPU (benchmarks/gpu.sh runs them).
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from views_cases import TOLERANCES, problem
 
 from dmkd_fast import Views, ViewSpec
+from dmkd_fast.views import triton as kernels
 from dmkd_fast.views.ops import views
 from dmkd_fast.views.reference import reference_views
 
@@ -76,6 +78,24 @@ def test_golden_file_covers_the_matrix_without_spills_and_with_wide_stores() -> 
             width, count = aot_views.expected_stores(case)
             assert recorded["STG"] == {str(width): count}, aot_views.key(case)
             assert width == 128 or case[1] == "rgb 64 to 33"
+
+
+@pytest.mark.parametrize(("rows", "size"), [(70_000, 4), (1, 3345)])
+def test_grids_of_many_and_of_large_views_are_within_the_limits(rows: int, size: int) -> None:
+    """CUDA allows 65,535 programs along the second and the third axis."""
+    out = torch.empty(rows, 3, size, size, device="meta")
+    empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    launch = kernels.plan_views(
+        out,
+        empty(5, 3, 8, 8, dtype=torch.uint8),
+        empty(rows, dtype=torch.int64),
+        empty(rows, 4, dtype=torch.int32),
+        empty(rows, dtype=torch.bool),
+        *[empty(3, dtype=torch.float32)] * 2,
+        0,
+    )
+    assert max(launch.grid[1:], default=1) <= 65535
+    assert math.prod(launch.grid) * launch.constants["BLOCK"] >= out.numel()
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
