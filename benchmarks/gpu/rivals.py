@@ -26,6 +26,7 @@ from benchmarks.harness import Report, arguments, recorded, run_parts
 from benchmarks.job.imagenet import Bench
 from benchmarks.job.imagenet_sizes import TINY, Settings
 from benchmarks.loss.kd_loss import eager as eager_loss
+from benchmarks.parts.ring import captured_step
 from dmkd_fast import Denoiser, DiffusionSampler, Guidance, Steps
 from dmkd_fast.denoisers.dit import lean_dit
 from dmkd_fast.denoisers.wrappers import Decoder
@@ -136,7 +137,8 @@ class Rivals(Bench):
         return partial(_freely, step)
 
     def _train_freely(self, student: str, folder: Path) -> Callable[[], object]:
-        return partial(_freely, self._distiller(student, folder / "free").train_step)
+        step = partial(captured_step, self._distiller(student, folder / "free"))
+        return partial(_freely, step)
 
     def _recipe_pipeline(self) -> Callable[[], object]:
         s = self.settings

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Report, arguments, peak_mib, recorded, time_interleaved
 from benchmarks.job.imagenet_sizes import TINY, Settings
 from benchmarks.loss.kd_loss import eager as eager_loss
-from benchmarks.parts.ring import bare_step
+from benchmarks.parts.ring import bare_step, captured_step
 from dmkd_fast import (
     Denoiser,
     DiffusionSampler,
@@ -317,7 +317,8 @@ class Bench:
         return Distiller(images, ring, trainer, targets, folder / student, show=False)
 
     def _train(self, student: str, folder: Path) -> Callable[[], object]:
-        return partial(_as_dmkd_runs_it, self._distiller(student, folder).train_step)
+        step = partial(captured_step, self._distiller(student, folder))
+        return partial(_as_dmkd_runs_it, step)
 
     def _networks(self, student: str, folder: Path) -> Callable[[], object]:
         """Run teacher, student, optimizer and EMA on ready views with a ready gradient."""

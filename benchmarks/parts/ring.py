@@ -141,6 +141,14 @@ def training_step(report: Report, overrides: list[str], *, n: int) -> None:
     report.at_most("overhead of ring, views and loss in a step", share, 0.10)
 
 
+def captured_step(distiller: Distiller) -> Tensor:
+    """Take a training step; on a GPU, an error if it is not one CUDA graph, as rows say it is."""
+    loss = distiller.train_step()
+    if distiller.device.type == "cuda" and distiller._captured is None:
+        raise RuntimeError("a step is not one CUDA graph; a warning above says why")
+    return loss
+
+
 def bare_step(distiller: Distiller, views: Tensor, gradient: Tensor) -> None:
     """What a step costs on ready views with a ready gradient."""
     targets, student = distiller.targets, distiller.student

@@ -73,14 +73,18 @@ def cpu_has_bf16() -> bool:
 def can_compile(device_type: str) -> bool:
     """Return whether torch.compile can build kernels on this machine.
 
-    CUDA needs Triton; a CPU needs a C++ compiler and the header files of Python.
+    CUDA needs Triton and a C compiler, a CPU a C++ compiler; both need the header files of Python.
     """
+    variable, usual = "CXX", ["g++"]
     if device_type == "cuda":
         from torch.utils._triton import has_triton
 
-        return bool(has_triton())
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
+        if not has_triton():
+            return False
+        variable, usual = "CC", ["gcc", "clang"]  # Triton builds what launches its kernels
+    names = [os.environ[variable]] if variable in os.environ else usual
+    has_compiler = any(shutil.which(name) for name in names)
+    return has_compiler and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def set_num_threads(num_threads: int, *, num_processes: int = 1) -> int:
@@ -137,16 +141,29 @@ def exact_float32() -> Iterator[None]:
     """Compute float32 products and convolutions on CUDA in float32, not in TF32.
 
     cuDNN's convolutions use TF32 by default, which rounds factors to 10 bits. The settings are
-    restored afterwards.
+    restored afterwards. `torch.set_float32_matmul_precision` has one for CUDA and CPU, so that
+    where it was used, products on a CPU are computed in float32 as well.
     """
-    cudnn: Any = torch.backends.cudnn
-    parts = (torch.backends.cuda.matmul, cudnn.conv)
+    backends: Any = torch.backends
+    parts = [backends.cuda.matmul, backends.cudnn.conv]
+    older = "highest"
+    if backends.cuda.matmul.fp32_precision == "tf32":
+        # torch refuses to read settings of which the older one says something else. Here it does
+        # where a program has used the newer ones alone, and the older one is still "highest".
+        with contextlib.suppress(RuntimeError):
+            older = torch.get_float32_matmul_precision()
+    if older != "highest":
+        parts.append(backends.mkldnn.matmul)  # which the older setting changes as well
     before = [part.fp32_precision for part in parts]
+    if older != "highest":
+        torch.set_float32_matmul_precision("highest")
     for part in parts:
         part.fp32_precision = "ieee"
     try:
         yield
     finally:
+        if older != "highest":
+            torch.set_float32_matmul_precision(older)
         for part, precision in zip(parts, before, strict=True):
             part.fp32_precision = precision
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.runtime import native
-from dmkd_fast.runtime.errors import UserError, warn_once
+from dmkd_fast.runtime.errors import UserError, one_line, warn_once
 
 
 def cuda_kernel(module: str, name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
     """Return the CUDA implementation of an operator, whose module is imported on first use.
 
-    The eager definition runs where Triton is missing, and for float64, which only checks use.
+    The eager definition runs where Triton is missing or cannot launch kernels, and for float64,
+    which only checks use.
 
     Args:
         module: Full name of the module with the Triton implementation.
@@ -29,15 +31,33 @@ def cuda_kernel(module: str, name: str, eager: Callable[..., Any]) -> Callable[.
             return eager(*arguments)
         try:
             kernels = importlib.import_module(module)
+            reason = _why_no_launch()
         except ImportError as error:
+            reason = str(error)
+        if reason:
             warn_once(
-                f"dmkd_fast has no CUDA kernels ({error}), so {module.split('.')[1]} operators run "
-                "their eager definitions, several times slower; install triton"
+                f"dmkd_fast has no CUDA kernels ({reason}), so {module.split('.')[1]} operators "
+                "run their eager definitions, several times slower; install triton, a C compiler "
+                "and the header files of Python"
             )
             return eager(*arguments)
         return getattr(kernels, name)(*arguments)
 
     return run
+
+
+@functools.cache
+def _why_no_launch() -> str:
+    """Return why Triton cannot launch kernels in this process; empty if it can.
+
+    For its first launch, Triton builds a C module, unless its cache has one.
+    """
+    try:
+        driver: Any = importlib.import_module("triton.runtime").driver
+        driver.active.get_current_target()
+    except Exception as error:  # no compiler, no Python.h, no driver: each is another error
+        return one_line(error)
+    return ""
 
 
 def warn_if_eager(tensor: Tensor) -> None:

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dmkd_fast.runtime.cuda_graph import capture, new_stream
+
 
 def compiled(function: Any, **options: Any) -> Any:
     """Compile a copy of `function` that has its own code object.
@@ -51,8 +53,9 @@ class CudaGraph:
     Args:
         make: Function of ids and labels, (B,) int64 each, that never waits for the device.
         ids, labels: Inputs of the warm-up runs; later inputs have the same shape.
-        pool: Memory pool of other graphs that never run at the same time as this one, as
-            `torch.cuda.graph_pool_handle` makes it; None: a pool of its own.
+        memory: Memory of other graphs that never run at the same time as this one: a pool, as
+            `torch.cuda.graph_pool_handle` makes it, and the stream of all captures into it, since
+            memory of one stream is not given to another; None: memory of its own.
     """
 
     def __init__(
@@ -61,19 +64,19 @@ class CudaGraph:
         ids: Tensor,
         labels: Tensor,
         *,
-        pool: Any = None,
+        memory: tuple[Any, torch.cuda.Stream] | None = None,
     ) -> None:
         self._ids, self._labels = ids.clone(), labels.clone()
-        # Compilation and lazy initialization must be done before the capture.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # Not the stream of the warm-up runs: what cuBLAS keeps for a stream would lie outside of
+        # the pool, and graphs of torch.compile free that while this one still writes there.
+        pool, stream = memory or (None, torch.cuda.Stream(ids.device))
+        with new_stream(ids.device):
+            # Compilation and lazy initialization must be done before the capture.
             for _ in range(2):
                 make(self._ids, self._labels)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._images = make(self._ids, self._labels)
+            self._graph = torch.cuda.CUDAGraph()
+            with capture(self._graph, stream, pool):
+                self._images = make(self._ids, self._labels)
 
     def __call__(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Replay the graph; the next call overwrites the result."""

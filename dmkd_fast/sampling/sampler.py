@@ -68,8 +68,8 @@ class DiffusionSampler:
         denoiser, steps, guidance: Arguments of the sampler.
         num_made: Number of images made so far, padding of micro-batches included.
         num_broken: Number of these with a value that is not finite, () int64 on the device.
-        graph_pool: Memory of the CUDA graph, to be set before the first image: a handle that
-            samplers share which never run at the same time; None: memory of its own.
+        graph_memory: Memory of the CUDA graph, to be set before the first image: a pool and a
+            stream that samplers share which never run at the same time; None: memory of its own.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class DiffusionSampler:
             if self.device.type == "cuda":
                 self._finish = compiled(decode)
         self._graph: CudaGraph | None = None
-        self.graph_pool: Any = None
+        self.graph_memory: Any = None
         self.num_made, self.num_broken = 0, torch.zeros((), dtype=torch.int64, device=self.device)
 
     @property
@@ -240,7 +240,7 @@ class DiffusionSampler:
         if self.device.type != "cuda":
             return self._make(ids, labels)
         if self._graph is None:
-            self._graph = CudaGraph(self._make, ids, labels, pool=self.graph_pool)
+            self._graph = CudaGraph(self._make, ids, labels, memory=self.graph_memory)
             self.num_broken.zero_()  # the warm-up runs of the graph counted too
         return self._graph(ids, labels)
 

@@ -104,6 +104,7 @@ def test_auto_falls_to_sdpa_where_the_dispatcher_finds_nothing_and_says_so_once(
         (NotImplementedError(REFUSAL), "wasn't build with CUDA support; operator wasn't built"),
         (RuntimeError("schema\n of another torch"), "schema of another torch"),
         (AttributeError("no name"), "no name"),
+        (TypeError("unexpected argument"), "unexpected argument"),
     ],
 )
 def test_xformers_that_cannot_dispatch_is_an_error_and_never_a_fallback(

@@ -7,6 +7,7 @@ benchmarks/fake_cuda.py (test_gpu_rehearsal.py), so each works on whatever says 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dmkd_fast import (
     Distiller,
     GeneratedImages,
     Guidance,
+    ImageSet,
     LabelStream,
     Schedule,
     Steps,
@@ -101,8 +103,8 @@ def sampler(seed: int = 0) -> DiffusionSampler:
     )
 
 
-def job(run_dir: Path, **changes: Any) -> Distiller:
-    """40 steps in float16 with averaged weights; everything compiled."""
+def job(run_dir: Path, *, test_set: ImageSet | None = None, **changes: Any) -> Distiller:
+    """40 steps of Muon in float16 with averaged weights; everything compiled."""
     torch._dynamo.reset()  # else it gives up after eight networks of one kind and runs them eagerly
     torch.manual_seed(5)
     teacher = classifier().cuda()
@@ -112,6 +114,7 @@ def job(run_dir: Path, **changes: Any) -> Distiller:
         "batch_size": 16,
         "num_views": 640,
         "lr": 3e-3,
+        "name": "muon",
         "log_every_steps": 10,
         "ema_decay": 0.9,
     }
@@ -128,6 +131,7 @@ def job(run_dir: Path, **changes: Any) -> Distiller:
             compile=True,
         ),
         run_dir,
+        test_set=test_set,
         show=False,
     )
 
@@ -169,6 +173,33 @@ def test_two_runs_and_a_resumed_one_end_with_the_same_bits(
         assert rows(resumed.run_dir) == rows(whole.run_dir)
 
 
+def test_rows_that_were_due_at_an_interruption_are_those_of_the_whole_run(
+    whole: Distiller, tmp_path: Path
+) -> None:
+    """Right after a step that logs, and inside an evaluation: with sums that lie on the host."""
+    generator = torch.Generator().manual_seed(1)
+    test_set = ImageSet(
+        images=torch.randint(0, 256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8),
+        labels=torch.arange(40) % 10,
+        class_names=tuple("abcdefghij"),
+    ).to(torch.device("cuda"))
+    settings: dict[str, Any] = {"test_set": test_set, "num_evaluations": 2}
+    first = job(tmp_path / "run", **settings)
+    stop_after(first, 10)
+    second = job(first.run_dir, **settings)
+    assert second.restore() == (10, [])
+    second._scores = lambda: signal.raise_signal(signal.SIGINT)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        second.fit()
+    third = job(first.run_dir, **settings)
+    assert third.restore() == (20, [])
+    third.fit()
+    assert fingerprint(third) == fingerprint(whole)
+    found = rows(third.run_dir)
+    assert ["top1" in row for row in found] == [False, True, False, True]
+    assert [{k: v for k, v in row.items() if k != "top1"} for row in found] == rows(whole.run_dir)
+
+
 def test_a_stream_of_its_own_changes_no_bit(tmp_path: Path) -> None:
     one = job(tmp_path / "one", num_views=1600)
     one.ring._streams = SingleStream()
@@ -205,7 +236,7 @@ def test_blocks_and_checkpoints_hold_what_the_gpu_held(whole: Distiller) -> None
 
 
 def test_steps_and_refills_never_wait_for_the_device(tmp_path: Path) -> None:
-    run = job(tmp_path / "run", max_grad_norm=1.0)
+    run = job(tmp_path / "run", name="adamw", max_grad_norm=1.0)
     run.warm_up()
     for _ in range(10):
         run.refill()
@@ -329,14 +360,15 @@ def test_image_files_decoded_on_the_gpu_are_those_of_the_cpu(
 ) -> None:
     (there, labels), (here, same) = (decoded(folder, d, monkeypatch) for d in ("cuda:0", "cpu"))
     assert torch.equal(labels, same)
-    # JPEG decoders and resampling round differently: 3 of 255 levels, over a std of 0.2.
-    assert (there - here).abs().max() < 3 / 255 / 0.2
+    # JPEG decoders and resampling round differently: by up to 4 of 255 levels, over a std of 0.2.
+    difference = (there - here).abs()
+    assert difference.max() <= 4 / 255 / 0.2 and difference.mean() <= 1 / 255 / 0.2
     test_set = open_set(folder, torch.device("cuda:0"))
     assert len(test_set.class_names) == 2
 
 
 @pytest.mark.skipif(not HAS_DRIVER, reason="DALI asks for a driver")
-def test_images_read_from_disk_on_a_gpu_are_exact(tmp_path: Path) -> None:
+def test_gray_images_read_from_disk_on_a_gpu_are_within_one_level(tmp_path: Path) -> None:
     from shard_files import random_images, write_shards
 
     from dmkd_fast.data.sources import ShardSource
@@ -351,4 +383,5 @@ def test_images_read_from_disk_on_a_gpu_are_exact(tmp_path: Path) -> None:
         reader.advance(16)
         out = torch.empty(16, 1, 8, 8, dtype=torch.uint8, device="cuda")
         reader.read(ids, labels, out=out)
-        assert np.array_equal(out.cpu().numpy(), images[start : start + 16])
+        difference = out.cpu().numpy().astype(int) - images[start : start + 16]
+        assert np.abs(difference).max() <= 1

@@ -26,8 +26,9 @@ from dmkd_fast.jobs.images import OpenSource
 from dmkd_fast.jobs.parts import load_parts, prepare
 from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.jobs.resolve import resolve
+from dmkd_fast.runtime import device as device_module
 from dmkd_fast.runtime import distributed
-from dmkd_fast.runtime.device import resolve_device
+from dmkd_fast.runtime.device import exact_float32, resolve_device
 
 SECOND = torch.device("cuda", 1)
 
@@ -217,3 +218,66 @@ def test_views_and_students_have_the_form_that_the_device_computes_in(
     assert seen.dtype == dtype and seen.is_contiguous(memory_format=torch.channels_last)
     is_last = [w.is_contiguous(memory_format=torch.channels_last) for w in convs]
     assert is_last == [device == "cuda"] * len(convs) and convs
+
+
+def test_torch_compile_needs_a_c_compiler_on_cuda_and_a_cpp_compiler_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton builds a C module before it launches its first kernel."""
+    from torch.utils import _triton
+
+    can_compile = device_module.can_compile.__wrapped__
+    monkeypatch.setattr(_triton, "has_triton", lambda: True)
+    monkeypatch.setattr(device_module.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "Python.h").touch()
+    able = [(can_compile("cuda"), can_compile("cpu"))]
+    for name in ("clang", "g++"):
+        (tmp_path / name).touch(mode=0o755)
+        able.append((can_compile("cuda"), can_compile("cpu")))
+    assert able == [(False, False), (True, False), (True, True)]
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "no-such-compiler")
+    assert not can_compile("cuda") and not can_compile("cpu")
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, str(tmp_path / "clang"))
+    assert can_compile("cuda") and can_compile("cpu")
+    (tmp_path / "Python.h").unlink()
+    assert not can_compile("cuda") and not can_compile("cpu")
+
+
+@pytest.fixture
+def products() -> Iterator[Any]:
+    """The settings of float32 products on CUDA, restored afterwards with those of the CPU."""
+    backends: Any = torch.backends
+    parts = backends.cuda.matmul, backends.mkldnn.matmul
+    before = [part.fp32_precision for part in parts]
+    yield parts[0]
+    torch.set_float32_matmul_precision("highest")
+    for part, precision in zip(parts, before, strict=True):
+        part.fp32_precision = precision
+
+
+@pytest.mark.parametrize("setting", ["allow_tf32", "high", "medium", "fp32_precision"])
+def test_float32_is_exact_by_whichever_setting_a_program_has_allowed_tf32(
+    setting: str, products: Any
+) -> None:
+    """torch refuses to read settings of two kinds that contradict each other."""
+    if setting == "allow_tf32":
+        products.allow_tf32 = True
+    elif setting == "fp32_precision":
+        products.fp32_precision = "tf32"
+    else:
+        torch.set_float32_matmul_precision(setting)
+    of_the_cpu: Any = torch.backends.mkldnn.matmul
+    before = products.fp32_precision, of_the_cpu.fp32_precision
+    with exact_float32():
+        assert products.allow_tf32 is False and products.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert (products.fp32_precision, of_the_cpu.fp32_precision) == before
+    assert before[0] == "tf32"
+    if setting != "fp32_precision":
+        expected = "medium" if setting == "medium" else "high"
+        assert products.allow_tf32 and torch.get_float32_matmul_precision() == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ def twice(values: Tensor) -> Tensor:
 def test_the_kernel_runs_but_float64_stays_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = SimpleNamespace(twice=lambda values: values + 1)
     monkeypatch.setitem(sys.modules, "dmkd_fast.some.triton", kernels)
+    monkeypatch.setattr(operators, "_why_no_launch", lambda: "")
     run = operators.cuda_kernel("dmkd_fast.some.triton", "twice", twice)
     assert run(torch.tensor(5.0)) == 6
     assert run(torch.tensor(5.0, dtype=torch.float64)) == 10
@@ -38,6 +40,24 @@ def test_without_triton_the_definition_runs_and_one_line_says_so(
     assert run(torch.tensor(5.0)) == run(torch.tensor(5.0)) == 10
     (record,) = caplog.records
     assert record.name == "dmkd_fast" and "so some operators run" in record.getMessage()
+
+
+def test_where_triton_cannot_build_its_launcher_the_definition_runs_and_the_reason_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Driver:
+        @property
+        def active(self) -> None:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify it.")
+
+    pytest.importorskip("triton")
+    monkeypatch.setattr(importlib.import_module("triton.runtime"), "driver", Driver())
+    monkeypatch.setattr(operators, "_why_no_launch", operators._why_no_launch.__wrapped__)
+    monkeypatch.setitem(sys.modules, "dmkd_fast.some.triton", SimpleNamespace())
+    run = operators.cuda_kernel("dmkd_fast.some.triton", "twice", twice)
+    assert run(torch.tensor(5.0)) == run(torch.tensor(5.0)) == 10
+    (record,) = caplog.records
+    assert "(Failed to find C compiler. Please specify it.), so some" in record.getMessage()
 
 
 def test_without_the_extension_a_cpu_says_so_once(
