@@ -30,7 +30,8 @@ def split_state(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {"pairs": [[k, split_state(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        return {"list": [split_state(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [split_state(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
     return value
 
 
@@ -40,13 +41,14 @@ def call_functions(value: Any) -> Any:
         return split_state(value(), "", {})
     if isinstance(value, dict) and "pairs" in value:
         return {"pairs": [[k, call_functions(v)] for k, v in value["pairs"]]}
-    if isinstance(value, dict) and "list" in value:
-        return {"list": [call_functions(v) for v in value["list"]]}
+    for kind in ("list", "tuple"):
+        if isinstance(value, dict) and kind in value:
+            return {kind: [call_functions(v) for v in value[kind]]}
     return value
 
 
 def join_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Invert `split_state`; tuples come back as lists."""
+    """Invert `split_state`; in checkpoints of earlier versions, tuples are lists."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
@@ -55,6 +57,8 @@ def join_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype).copy_(tensor)
     if "pairs" in value:
         return {k: join_state(v, tensors) for k, v in value["pairs"]}
+    if "tuple" in value:
+        return tuple(join_state(v, tensors) for v in value["tuple"])
     return [join_state(v, tensors) for v in value["list"]]
 
 

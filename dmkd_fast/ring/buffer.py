@@ -373,7 +373,8 @@ class RingBuffer:
 
     def _tensors(self) -> dict[str, Tensor]:
         names = ("images", "labels", "ids", "uses", "stamps")
-        return {name: getattr(self, name) for name in names} | {"retired": self._retired}
+        counts = {"retired": self._retired, "strays": self._num_strays}
+        return {name: getattr(self, name) for name in names} | counts
 
     def _is_used_up(self, count: int) -> bool:
         left = self._order.uses_left()

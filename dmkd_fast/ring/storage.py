@@ -116,7 +116,10 @@ class BlockFiles:
                         f"{error}; its images could not be made again bit for bit"
                     ) from None
                 self.notes.append(f"{path}: damaged ({error}); its images were made again")
-        self._queued = set(self._digests)  # images that were made again get new files
+        # Images that were made again get new files. Those that the state leaves out get none: their
+        # slots hold nothing, and an older checkpoint may name their files.
+        left_out = range(self.ring.blocks.held.start, state["first"])
+        self._queued = {*self._digests, *left_out}
 
     def _remade(self, slots: slice, digest: str) -> bool:
         """Make the images of some slots again, and return whether they match the file's SHA-256."""

@@ -57,9 +57,9 @@ class GeneratedImages:
         """All samplers, each after the progress of the run from which on it is used."""
         if later and sampler.device.type == "cuda":
             # One sampler runs at a time, and its images are copied before another one runs.
-            pool = torch.cuda.graph_pool_handle()
+            memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(sampler.device)
             for _, each in self.samplers:
-                each.graph_pool = pool
+                each.graph_memory = memory
         # Broken images up to the newest written block, and up to the newest that is used. The
         # samplers' own counts may change meanwhile, on another stream.
         self._written: Tensor | None = None
@@ -68,8 +68,8 @@ class GeneratedImages:
 
     @property
     def may_wait(self) -> bool:
-        """Whether blocks are not made ahead of need, because they look at the student."""
-        return not self.hooks.is_function_of_id
+        """Whether blocks are not made ahead of need, as they depend on when they are made."""
+        return len(self.samplers) > 1 or not self.hooks.is_function_of_id
 
     @property
     def rewrites(self) -> list[Callable[..., object]]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.checkpoint.manager import Restored
-from dmkd_fast.checkpoint.random_state import Generators
 from dmkd_fast.checkpoint.step_folders import Stateful
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.ring.buffer import RingBuffer
@@ -79,7 +78,6 @@ class Distiller(TrainingLoop):
             self.checkpoints.writer,
             remakes=images.rewrites,
         )
-        self._generators = Generators(self.device)
         self._captures = student.is_compiled and self.device.type == "cuda"
         self._captured: CapturedFunction | None = None
         self._captured_teachers: tuple[int, ...] = ()

@@ -60,7 +60,8 @@ class Feed:
     ) -> None:
         ring.plan.check_batch(batch_size)
         if ring.plan.guard_blocks and images.may_wait:
-            got = f"{ring.plan.guard_blocks} with images that are stored or depend on the student"
+            kinds = "are stored or depend on the student or the progress of the run"
+            got = f"{ring.plan.guard_blocks} with images that {kinds}"
             raise invalid("guard_blocks", got, "0, as their blocks are not made ahead")
         self.images, self.ring, self.targets, self.batch_size = images, ring, targets, batch_size
         self.in_flight = InFlight(ring.images.device)

@@ -22,7 +22,7 @@ class ImageStream(Protocol):
 
     @property
     def may_wait(self) -> bool:
-        """Whether `next_block` may wait for images, or images depend on the student.
+        """Whether `next_block` may wait for images, or images depend on when they are made.
 
         Blocks are then not made ahead of need.
         """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.checkpoint.manager import CheckpointManager, Restored
+from dmkd_fast.checkpoint.random_state import Generators
 from dmkd_fast.checkpoint.step_folders import Stateful
 from dmkd_fast.data.listing import SourceError
 from dmkd_fast.runtime import files
@@ -41,8 +42,9 @@ class TrainingLoop:
         step: Number of steps taken.
         checkpoints: Writer and reader of the checkpoints.
         clock: Time that the run has taken.
-        on_row: Functions called with each row of stats.jsonl, on the rank that writes it. An error
-            that one raises ends the run; a checkpoint is written if the run has one rank.
+        on_row: Functions called with each row of stats.jsonl, on the rank that writes it. Signals
+            wait until they have returned. An error that one raises ends the run; a checkpoint is
+            written if the run has one rank.
         profile: Trace of some steps, which `fit` takes; None: no trace.
     """
 
@@ -55,6 +57,8 @@ class TrainingLoop:
         self.profile: StepProfile | None = None
         self._calls_back = False  # True while functions of `on_row` run
         self._cpu_elsewhere_s = 0.0
+        self._generators = Generators(self.device)
+        self._drawn_before: dict[str, Any] | None = None  # random states; not None in a warm-up
         self._num_views = self.num_steps * self.schedule.batch_size
         self.display = display
         self._metrics = Metrics(self.run_dir, display, ranks=self.ranks)
@@ -184,17 +188,23 @@ class TrainingLoop:
         """Run all networks once on scratch inputs; weights, buffers and random states stay."""
         self.display.note("warming up ...")
         started = time.monotonic()
-        is_cuda = self.device.type == "cuda"
-        devices = [self.device] if is_cuda else []
+        self._drawn_before = self._generators.state_dict()
         try:
-            with self.clock.part("warm_up"), torch.random.fork_rng(devices=devices):
-                if is_cuda:
+            with self.clock.part("warm_up"):
+                if self.device.type == "cuda":
                     # The producer's stream does not wait for this one, which prepares the weights.
                     torch.cuda.synchronize(self.device)
                 self._run_once()
         finally:
-            self.student.undo_warm_up()
+            self._undo_warm_up()
         self.display.note(f"warm after {time.monotonic() - started:.0f} s")
+
+    def _undo_warm_up(self) -> None:
+        """Restore what a warm-up changed; called again if an interrupt stopped the first call."""
+        if self._drawn_before is not None:
+            self._generators.load_state_dict(self._drawn_before)
+        self.student.undo_warm_up()
+        self._drawn_before = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step; the other parts have state dicts of their own."""
@@ -269,13 +279,13 @@ class TrainingLoop:
                 **figures,
                 counts=self.student.counts() | counts,
             )
-            if self.ranks.is_first:
-                phase.update(self.num_views, row_text(row))
-            self.student.check(row["skipped_in_a_row"])
-            self._check(row)
-        if self.ranks.is_first:
-            with self.clock.part("log"):
-                self._call_back(row)
+            try:
+                self.student.check(row["skipped_in_a_row"])
+                self._check(row)
+            finally:  # A row that ends the run is in stats.jsonl too, and is not written again.
+                if self.ranks.is_first:
+                    phase.update(self.num_views, row_text(row))
+                    self._call_back(row)
 
     def _call_back(self, row: dict[str, Any]) -> None:
         self._calls_back = True
@@ -289,7 +299,7 @@ class TrainingLoop:
                 self._after_save()
 
     def _save_last(self) -> Path:
-        self.student.undo_warm_up()  # Again, in case an interrupt stopped it.
+        self._undo_warm_up()
         with self.clock.part("save"):
             saved = self.checkpoints.save_last(self.step, self._state(), mark=self._mark())
             self._after_save()

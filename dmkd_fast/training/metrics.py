@@ -104,7 +104,9 @@ class Metrics:
         counts = counts or {}
         if self._sums or counts:
             pairs = [torch.stack((count, count)) for count in counts.values()]
-            summed = self._ranks.total(torch.stack([*pairs, *self._sums.values()]))
+            pairs += self._sums.values()
+            # Sums restored from a checkpoint are on the host.
+            summed = self._ranks.total(torch.stack([pair.to(pairs[0].device) for pair in pairs]))
             numbers, size = iter(summed.tolist()), self._ranks.world_size
             means = {
                 name: round(number / size)

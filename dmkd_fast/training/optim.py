@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from dmkd_fast.checkpoint.state import split_state
 from dmkd_fast.runtime.device import exact_float32
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.training.schedule import TIMM, Schedule
@@ -91,6 +93,26 @@ def _of_timm(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     options |= {"weight_decay": schedule.weight_decay, "momentum": schedule.momentum}
     made: torch.optim.Optimizer = optim.create_optimizer_v2(model, name, lr=schedule.lr, **options)
     return made
+
+
+def check_settings(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose settings a checkpoint cannot keep.
+
+    Args:
+        name: Setting or argument that the optimizer comes from, for the message.
+        optimizer: Optimizer with parameter groups.
+
+    Raises:
+        UserError: A setting is neither a tensor nor what JSON can hold.
+    """
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            try:
+                json.dumps(None if key == "params" else split_state(value, key, {}))
+            except (TypeError, ValueError):
+                got = f"{type(optimizer).__name__} with {key}={value!r:.60}"
+                expected = "settings that a checkpoint can keep, such as numbers and texts"
+                raise invalid(name, got, expected, "choose another optimizer") from None
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

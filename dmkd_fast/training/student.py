@@ -1,9 +1,9 @@
 """One optimizer step of the student: gradients, optimizer, weight EMA, skipping of bad steps.
 
-A step whose loss or gradient is not finite is skipped. With a fused optimizer the device decides
-this and the host never waits; with any other the host reads one flag a step. A loss that is not
-finite also makes the gradient not finite; ranks average their gradients, so all of them take the
-same decision.
+A step whose loss or gradient is not finite is skipped. With sgd, adamw and muon of `optim.py` the
+device decides this and the host never waits; with any other optimizer the host reads one flag a
+step. A loss that is not finite also makes the gradient not finite; ranks average their gradients,
+so all of them take the same decision.
 Shapes: B views in a micro-batch, C classes.
 Source: Micikevicius et al., "Mixed precision training" (arXiv 1710.03740), on loss scaling.
 """
@@ -25,7 +25,7 @@ from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import NotFiniteError, invalid
 from dmkd_fast.training.ema import Buffers, WeightEMA
 from dmkd_fast.training.objective import Objective, TopLogits
-from dmkd_fast.training.optim import build_optimizer, set_lr
+from dmkd_fast.training.optim import build_optimizer, check_settings, set_lr
 from dmkd_fast.training.schedule import Schedule
 from dmkd_fast.views.spec import check_logits
 
@@ -59,8 +59,8 @@ class StudentTrainer:
         ranks: This process among those that train the same student, each on its part of the batch.
 
     Raises:
-        UserError: The batch does not split into equal micro-batches, or no parameter of the
-            student requires a gradient.
+        UserError: The batch does not split into equal micro-batches, no parameter of the student
+            requires a gradient, or a checkpoint could not keep the settings of the optimizer.
 
     Attributes:
         model: The student.
@@ -96,6 +96,12 @@ class StudentTrainer:
         self.network = ranks.parallel(fast, device)  # This copies rank 0's weights to all ranks.
         self.optimizer = optimizer or build_optimizer(student, schedule)
         self.is_compiled, self._is_own = compile, optimizer is None
+        check_settings("optim.name" if self._is_own else "optimizer", self.optimizer)
+        # For a resume, since a checkpoint brings settings of its own. `start` sets the rate.
+        self._settings: list[dict[str, Any]] = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
         # Learning rates that a captured step reads, one for each parameter group.
         self._rates: list[Tensor] = []
         self.average = WeightEMA(student, decay=schedule.ema_decay)
@@ -107,12 +113,15 @@ class StudentTrainer:
         self._updates = False  # True while a step changes weights
         self._micro_batches_left = 0
         # Fused optimizers leave weights, moments and step counts unchanged if this is not 0. For
-        # others the host has to read it.
+        # others the host has to read it, also for fused ones from outside, whose moments may have
+        # no value yet.
         self._found = torch.zeros((), device=device)
         self._is_trial = torch.zeros((), device=device)  # 1: steps are tried out and skipped
         self._static: list[Tensor] = []  # buffers that a captured step reads
-        self.optimizer.found_inf = self._found  # type: ignore[attr-defined]
-        self._is_fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        decides = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        self._is_fused = self._is_own and decides
+        if self._is_fused:  # Others refuse a step that has it.
+            self.optimizer.found_inf = self._found  # type: ignore[attr-defined]
         self._scales = dtype == torch.float16
         self._scale = torch.full((), FIRST_SCALE if self._scales else 1.0, device=device)
         self._growth = torch.zeros((), dtype=torch.int32, device=device)
@@ -332,7 +341,17 @@ class StudentTrainer:
         return {"scale": self._scale, "growth": self._growth, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state from `state_dict`."""
+        """Restore the state from `state_dict`; restore that of the optimizer first.
+
+        Raises:
+            UserError: The state of the optimizer was that of another kind.
+        """
+        groups = self.optimizer.param_groups if self._is_own else []
+        for group, settings in zip(groups, self._settings, strict=False):
+            if settings.keys() - group.keys():
+                expected = "the optimizer of the checkpoint"
+                raise invalid("optim.name", self.schedule.name, expected, "set it back")
+            group.update(settings)
         for name, value in state.items():
             getattr(self, f"_{name}").copy_(value)
 

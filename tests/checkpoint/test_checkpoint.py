@@ -149,7 +149,7 @@ def test_a_crash_at_any_call_leaves_the_old_state_or_the_new_one(
                 os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         again = SmallRun(folder)
-        assert again.restore().notes == []
+        assert again.restore().notes == again.blocks.notes == [], at
         seen.append(again.facts())
         assert seen[-1] in (old, new), at
         # The next save works, and sweeps up what the crash left.

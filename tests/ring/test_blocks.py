@@ -151,6 +151,30 @@ def test_a_block_that_could_not_be_written_is_tried_again(
     assert torch.equal(again.ring.images, run.ring.images)
 
 
+def test_a_resume_leaves_the_files_alone_whose_images_it_did_not_load(
+    tmp_path: Path, make: Callable[[], Made]
+) -> None:
+    """With two guard blocks, block 2 is not in the newer checkpoint, but in the older one."""
+
+    def guarded() -> Made:
+        run = make()
+        run.ring = run.blocks.ring = new_ring(guard_blocks=2)
+        return run
+
+    run = guarded()
+    run.add(4)
+    run.save(1)
+    run.add(1)
+    run.save(2)
+    path = tmp_path / "blocks" / "block-000000002.safetensors"
+    intact = path.read_bytes()
+    again = guarded()
+    assert again.restore() == (2, [])
+    again.add(1)
+    again.writer.close()
+    assert path.read_bytes() == intact
+
+
 def test_another_ring_is_refused(make: Callable[[], Made]) -> None:
     run = make()
     run.add(2)

@@ -215,6 +215,12 @@ def test_labels_that_cannot_be_read_are_moved_into_the_classes_and_counted() -> 
     ring._num_strays += strays
     with pytest.raises(ValueError, match="got 3 labels outside of 0 to 9"):
         ring.check_faults(int(ring.num_faults()))
+    state = ring.state_dict()
+    older = {name: value for name, value in state.items() if name != "strays"}
+    for saved, count in ((state, 3), (older, 0)):
+        again = make(num_classes=10)
+        again.load_state_dict(saved)
+        assert int(again.num_faults()) == count
 
 
 def test_use_counts_that_would_repeat_views_are_found() -> None:
@@ -233,7 +239,7 @@ def test_plan_is_what_a_ring_allocates(order: str) -> None:
     for capacity, block in ((12, 4), (13, 4), (100, 7)):
         ring = make(capacity, block, spi=100, order=order)
         plan = ring.plan.num_bytes
-        assert set(plan) == {*ring._tensors(), "order"} - {"retired"}
+        assert set(plan) == {*ring._tensors(), "order"} - {"retired", "strays"}
         for name in set(plan) - {"order"}:
             assert ring._tensors()[name].nbytes == plan[name], name
         if order == "shuffled":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_jobs import tiny_sampler
+from small_jobs import build_distiller, tiny_sampler
 
 from benchmarks.fake_cuda import pretended
 from dmkd_fast import GeneratedImages, LabelStream
@@ -34,6 +35,14 @@ def test_progress_selects_the_sampler_and_all_of_them_can_make_images_again() ->
     assert images.next_block(16)[0].tolist() == list(range(16, 32))
 
 
+def test_blocks_of_later_samplers_are_not_made_ahead(tmp_path: Path) -> None:
+    """A resumed run would make such a block again, perhaps with another sampler."""
+    later = [(0.5, tiny_sampler(count=1))]
+    images = GeneratedImages(LabelStream(4), tiny_sampler(), later=later)
+    with pytest.raises(UserError, match=r"guard_blocks: got 1 with images that .* the progress"):
+        build_distiller(tmp_path / "run", images=images, ring={"guard_blocks": 1})
+
+
 @pytest.mark.parametrize("starts", [[0.0], [0.5, 0.5], [0.6, 0.5], [1.0], [-0.1]])
 def test_later_samplers_whose_progress_does_not_rise_are_refused(starts: list[float]) -> None:
     later = [(start, tiny_sampler()) for start in starts]
@@ -44,23 +53,27 @@ def test_later_samplers_whose_progress_does_not_rise_are_refused(starts: list[fl
 def test_samplers_that_never_run_together_share_the_memory_of_their_graphs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pools: list[Any] = []
+    captures: list[tuple[Any, Any]] = []
 
-    def graph(cuda_graph: object, pool: Any = None) -> Any:
-        pools.append(pool)
+    def graph(cuda_graph: object, *, pool: Any, stream: Any, **_: Any) -> Any:
+        captures.append((pool, stream))
         return contextlib.nullcontext()
 
-    with pretended():
+    with pretended(), monkeypatch.context() as patch:
         handles = iter("ab")
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
-        monkeypatch.setattr(torch.cuda, "graph", graph)
-        alone, *three = (tiny_sampler(device="cuda:0") for _ in range(4))
-        GeneratedImages(LabelStream(4), alone)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+        patch.setattr(torch.cuda, "graph", graph)
+        one, other, *three = (tiny_sampler(device="cuda:0") for _ in range(5))
+        for alone in (one, other):
+            GeneratedImages(LabelStream(4), alone)
         GeneratedImages(LabelStream(4), three[0], later=[(0.3, three[1]), (0.6, three[2])])
         ids = torch.arange(4, device="cuda:0")
-        for sampler in (alone, *three):
+        for sampler in (one, other, *three):
             sampler.sample(ids, ids, out=torch.empty((4, 1, 8, 8), dtype=torch.uint8))
-    assert pools == [None, "a", "a", "a"]
+    assert [pool for pool, _ in captures] == [None, None, "a", "a", "a"]
+    # Memory of a stream is not given to another one; what cuBLAS keeps for it ends with a graph.
+    assert len({id(stream) for _, stream in captures[:3]}) == 3
+    assert len({id(stream) for _, stream in captures[2:]}) == 1
 
 
 def test_broken_images_of_a_block_count_once_it_is_used() -> None:

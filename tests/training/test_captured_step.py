@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import random
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from benchmarks.fake_cuda import pretended
 from dmkd_fast import Distiller, GeneratedImages, LabelStream, Targets, Teacher, Teachers, kd_loss
 from dmkd_fast.runtime import cuda_graph, errors
+from dmkd_fast.sampling.graph import CudaGraph
 from dmkd_fast.views.spec import InputSpec
 
 
@@ -151,6 +153,53 @@ def test_a_step_is_captured_again_when_other_teachers_start(
         run._captures = captured
         ends.append((steps(run, 6), fingerprint(run)))
     assert ends[0] == ends[1] and len(captures) == 2
+
+
+def test_a_restore_into_a_used_object_captures_again(tmp_path: Path) -> None:
+    """The old graph would go on with the optimizer's state of before."""
+    run = job(tmp_path)
+    steps(run, 2)
+    run.checkpoints.finish(run.step, run._state())
+    ends = [(steps(run, 2), fingerprint(run))]
+    assert run._captured is not None
+    assert run.restore() == (2, []) and run._captured is None
+    ends.append((steps(run, 2), fingerprint(run)))
+    assert run._captured is not None and ends[0] == ends[1]
+
+
+def test_captures_bear_other_threads_and_no_garbage_is_collected_inside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.zeros(4, device="cuda")
+    real, modes, seen = torch.cuda.graph, [], []
+
+    def graph(*args: Any, capture_error_mode: str = "global", **named: Any) -> Any:
+        modes.append(capture_error_mode)
+        return real(*args, **named)
+
+    def function(x: Tensor, *_: Tensor) -> Tensor:
+        seen.append(gc.isenabled())
+        return x + 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", graph)
+        assert cuda_graph.CapturedFunction(function, x)(x).tolist() == [1] * 4
+        assert CudaGraph(function, x, x)(x + 1, x).tolist() == [2] * 4
+        assert modes == ["thread_local"] * 2 and seen == [True, True, False] * 2
+        with pytest.raises(cuda_graph.CaptureError, match="capturing"):
+            cuda_graph.CapturedFunction(lambda x: x if gc.isenabled() else x.cpu(), x)
+    assert gc.isenabled()
+
+
+def test_captures_run_on_the_device_of_their_inputs_which_need_not_be_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, stream, devices = torch.zeros(4, device="cuda"), torch.cuda.Stream, []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", lambda at=None: devices.append(at) or stream(at))
+        cuda_graph.CapturedFunction(lambda x: x + 1, x)
+        CudaGraph(lambda x, _: x + 1, x, x)
+    assert devices == [x.device] * 3
 
 
 class Own(nn.Module):

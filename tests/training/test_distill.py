@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
-from small_jobs import CONFIG, SHORT, fit_until, labels_of, sampler_of
+from small_jobs import CONFIG, SHORT, fit_until, labels_of, sampler_of, small_classifier
+from torch import nn
 
 from dmkd_fast import Distiller, ImageSet, cli, measure
 from dmkd_fast.runtime.device import InFlight
@@ -98,6 +101,42 @@ def test_resumed_run_ends_like_an_uninterrupted_one(make_distiller: Make, stop_a
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
     assert torch.equal(whole.ring.images, again.ring.images)
     assert totals["views"] == 640
+
+
+class Jittered(nn.Module):
+    """A student that draws from the global generators of Python and NumPy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_classifier()
+
+    def forward(self, views: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(views * (random.uniform(0.5, 1) + numpy.random.rand()))
+        return logits
+
+
+def test_a_resumed_run_draws_what_the_uninterrupted_one_draws_on_the_host(
+    make_distiller: Make,
+) -> None:
+    """The warm-up of the resumed run draws as well, which must leave no trace."""
+
+    def make(**changes: Any) -> Distiller:
+        torch.manual_seed(7)
+        return make_distiller(student=Jittered(), num_views=160, **changes)
+
+    def seed() -> None:
+        random.seed(1)
+        numpy.random.seed(1)
+
+    whole, broken = make(), make()
+    seed()
+    whole.fit()
+    seed()
+    fit_until(broken, 6)
+    again = make(run_dir=broken.run_dir)
+    again.restore()
+    again.fit()
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
 
 
 def test_interrupt_while_generating_loses_nothing(make_distiller: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from dmkd_fast.config.loading import load_config
 from dmkd_fast.config.training import _Name
 from dmkd_fast.loss.divergences import NAMES
 from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.training import objective as objective_module
 from dmkd_fast.training.objective import TopLogits
 
 Make = Callable[..., Distiller]
@@ -110,6 +112,25 @@ def test_top_logits_have_the_loss_of_kd_loss_topk(rest: Any, alpha: float) -> No
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_an_infinite_loss_of_top_logits_shows_in_the_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the step would be taken, as the gradient alone is finite."""
+    real = objective_module.kd_loss_topk
+    for more in (0.0, math.inf):
+
+        def added(*args: Any, more: float = more, **named: Any) -> Any:
+            return real(*args, **named) + more
+
+        monkeypatch.setattr(objective_module, "kd_loss_topk", added)
+        student, teacher = nn.Parameter(torch.randn(4, 9)), torch.randn(4, 9)
+        values, indices = teacher.topk(3)
+        top = TopLogits(values, indices, (teacher / 4).logsumexp(1))
+        loss = Objective().backward(student * 1, top, torch.zeros(0), num_items=4)
+        assert student.grad is not None
+        assert bool(loss.isfinite()) == bool(student.grad.isfinite().all()) == (more == 0)
 
 
 @pytest.mark.parametrize(

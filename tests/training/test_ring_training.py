@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from dmkd_fast.jobs import parts as parts_module
 from dmkd_fast.jobs.parts import Parts, load_parts
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.loss.functional import kd_loss_and_grad
+from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.training.metrics import Metrics
 
 Make = Callable[..., Distiller]
@@ -198,6 +201,23 @@ def test_forward_half_of_a_step_stays_on_cuda(
     results = [draw.indices, draw.ids, draw.uses, seen, loss, grad, *means.values()]
     assert all(r.device.type == "cuda" for r in results)
     assert seen.shape == (24, 1, 8, 8) and grad.shape == (24, 4)
+
+
+def test_sums_of_a_row_that_was_interrupted_join_counts_on_a_gpu(tmp_path: Path) -> None:
+    """A checkpoint brings the sums back on the host; no step comes before the row is written."""
+    seen: list[Tensor] = []
+
+    def total(values: Tensor) -> Any:
+        seen.append(values)
+        return SimpleNamespace(tolist=lambda: [[3.0, 3.0], [4.0, 2.0]])
+
+    ranks: Any = SimpleNamespace(is_first=False, world_size=1, total=total)
+    metrics = Metrics(tmp_path, Progress(show=False), ranks=ranks)
+    with FakeTensorMode():
+        metrics.load_state_dict({"sums": {"loss": torch.zeros(2)}, "written": 0, "waiting": ""})
+        counts = {"skipped_steps": torch.zeros((), device="cuda")}
+        assert metrics.flush(views=16, counts=counts) == {"skipped_steps": 3}
+    assert seen[0].device.type == "cuda" and seen[0].shape == (2, 2)
 
 
 def test_dry_run_prints_the_exact_bytes_and_allocates_no_ring(

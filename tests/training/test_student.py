@@ -330,8 +330,11 @@ def test_the_mean_loss_of_a_row_counts_finite_ones_only(make_distiller: Make) ->
 
 @pytest.mark.parametrize("first", [0, 13])
 def test_so_many_skipped_steps_in_a_row_stop_the_run(make_distiller: Make, first: int) -> None:
+    seen: list[int] = []
+
     def make(**changes: Any) -> Distiller:
         distiller = make_distiller(max_skipped_steps=5, **changes)
+        distiller.on_row.append(lambda row: seen.append(row["views"]))
         weight = next(distiller.student.model.parameters())
         bad = {*range(first, first + 5)}
         weight.register_hook(lambda grad: grad * (math.nan if distiller.step in bad else 1))
@@ -346,7 +349,7 @@ def test_so_many_skipped_steps_in_a_row_stop_the_run(make_distiller: Make, first
     again.fit()  # The reported streak is over, so the run goes on.
     assert again.step == 40
     rows = [json.loads(r) for r in (again.run_dir / "stats.jsonl").read_text().splitlines()]
-    assert [row["views"] for row in rows] == [160, 320, 480, 640]
+    assert [row["views"] for row in rows] == seen == [160, 320, 480, 640]
     assert rows[-1]["skipped_steps"] == 5 and rows[-1]["skipped_in_a_row"] == 0
 
 
