@@ -126,6 +126,8 @@ def report_runs(options: argparse.Namespace) -> dict[str, Any] | None:
             name: found[name] for name in ("report", "run_dir") if name in found
         }
         return found if options.json else short
+    if options.out is not None:
+        raise invalid("--out", f"{options.out} without a RUN_DIR", "both", "name a run")
     return report.show_runs(as_json=options.json)
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from dmkd_fast.config.loading import MAX_CLASSES, Fraction, Section, Switch, shown
-from dmkd_fast.runtime.errors import invalid
+from dmkd_fast.config.loading import MAX_CLASSES, Fraction, Section, Switch
+from dmkd_fast.runtime.errors import invalid, shown
 
 # `python -m benchmarks fidelity` measures cost and student accuracy of each preset.
 FIDELITY: dict[str, dict[str, Any]] = {

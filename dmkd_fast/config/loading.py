@@ -7,13 +7,12 @@ names the setting, the value found, what was expected, and the fix.
 from __future__ import annotations
 
 import difflib
+import os
 import re
-import reprlib
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -27,13 +26,11 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dmkd_fast import assets
+from dmkd_fast.config import overrides as changes
 from dmkd_fast.config import yaml_text
-from dmkd_fast.runtime.errors import UserError, shortened, warn_once
+from dmkd_fast.runtime.errors import UserError, shortened, shown, warn_once
 
 MAX_CLASSES = 100_000
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
-_REPR.maxlevel = 3
 
 
 class Section(BaseModel):
@@ -67,10 +64,11 @@ def _as_python_has_it(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _no_null_byte(text: str) -> str:
+def _path(text: str) -> str:
     if "\0" in text:
         raise PydanticCustomError("null_byte", "a path without a null character")
-    return text
+    # A shell does this only where a word begins; a file has no shell.
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
 
 
 def _switch(value: Any) -> Any:
@@ -79,8 +77,8 @@ def _switch(value: Any) -> Any:
     raise PydanticCustomError("switch", "true, false or auto")
 
 
-PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_null_byte)]
-"""A path, or a name that stands for one."""
+PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
+"""A path, or a name that stands for one; `~` at its start is the home directory."""
 Count = Annotated[int, Field(ge=1, le=10**12)]
 """A number of images, views or steps."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -92,11 +90,9 @@ ClassMap = Annotated[
 Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
 
 C = TypeVar("C", bound=Section)
-Overrides = Sequence[str] | Mapping[str, Any]
-"""Changes of a config: `section.field=value` texts, or nested dictionaries."""
 
 
-def load_config(kind: type[C], source: str | Path | C, overrides: Overrides = ()) -> C:
+def load_config(kind: type[C], source: str | Path | C, overrides: changes.Overrides = ()) -> C:
     """Return a config from a YAML file, or a changed copy of a config.
 
     Args:
@@ -114,12 +110,7 @@ def load_config(kind: type[C], source: str | Path | C, overrides: Overrides = ()
         values, where = source.model_dump(), ""
     else:
         values, where = _read_yaml(Path(source)), f"{source}: "
-    before = {name: dict(part) for name, part in values.items() if isinstance(part, dict)}
-    if isinstance(overrides, Mapping):
-        _merge(values, overrides)
-    else:
-        apply_overrides(values, overrides)
-    replaced = _reset_replaced(kind, values, before, _given(overrides))
+    replaced = changes.apply(kind, values, overrides)
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
@@ -133,104 +124,6 @@ def load_config(kind: type[C], source: str | Path | C, overrides: Overrides = ()
 def dump_config(config: Section) -> str:
     """Return all settings as YAML that `load_config` reads back unchanged."""
     return yaml_text.dump(config.model_dump(mode="json"))
-
-
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply `section.field=value` overrides to nested dictionaries in place.
-
-    Raises:
-        UserError: An override has another form, its section is a value, or its value is not YAML.
-    """
-    for text in overrides:
-        key, equals, raw = text.partition("=")
-        *sections, field = key.split(".")
-        if not equals or not key or len(sections) >= yaml_text.MAX_DEPTH:
-            raise UserError(
-                f"override {shown(text)}: expected section.field=value, for example "
-                "sampler.num_steps=4"
-            )
-        target = values
-        for name in sections:
-            target = target.setdefault(name, {})
-            if not isinstance(target, dict):
-                raise UserError(f"override {shown(text)}: {shown(name)} is a value, not a section")
-        try:
-            target[field] = yaml_text.parse(raw)
-        except yaml_text.YamlError as error:
-            raise UserError(
-                f"override {shown(text)}: {error}; put the value in quotes if it is text"
-            ) from None
-
-
-def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Overwrite nested values in place; a dictionary changes only the keys that it has."""
-    for name, value in changes.items():
-        if isinstance(value, Mapping):
-            section = values.get(name)
-            values[name] = dict(section) if isinstance(section, dict) else {}
-            _merge(values[name], value)
-        else:
-            values[name] = str(value) if isinstance(value, Path) else value
-
-
-# Fields that mean nothing after the value of a field has been replaced.
-_NETWORK = ("path", "arch", "revision", "pretrained", "model_args", "stem")
-_BELONGING = {
-    "sampler.fidelity": ("num_steps", "solver", "guidance_scale"),
-    "denoiser.path": ("revision",),
-    "optim.name": ("nesterov",),
-    **{f"{part}.{field}": _NETWORK for part in ("teacher", "student") for field in _NETWORK[:2]},
-}
-
-
-def _given(overrides: Overrides) -> set[str]:
-    """Return the dotted names of two parts that overrides set."""
-    if not isinstance(overrides, Mapping):
-        return {text.partition("=")[0] for text in overrides}
-    sections = {name: part for name, part in overrides.items() if isinstance(part, Mapping)}
-    return {f"{name}.{field}" for name, part in sections.items() for field in part}
-
-
-def _reset_replaced(
-    kind: type[Section], values: dict[str, Any], before: dict[str, Any], given: set[str]
-) -> list[str]:
-    """Drop the fields that belong to a choice that overrides have replaced.
-
-    Args:
-        kind: Class that the file mirrors.
-        values: All values, changed in place.
-        before: Sections before the overrides.
-        given: Names of the fields that the overrides set.
-
-    Returns:
-        A line for each replaced choice, which names the fields.
-    """
-    lines = []
-    for name in sorted(given & _BELONGING.keys()):
-        part, _, choice = name.partition(".")
-        if part not in kind.model_fields or not isinstance(values.get(part), dict):
-            continue
-        section, known = values[part], _section(kind.model_fields[part].annotation)
-        chosen = section.get(choice)
-        if known is None or chosen is None or before.get(part, {}).get(choice) == chosen:
-            continue
-        dropped = []
-        for field in _BELONGING[name]:
-            if field != choice and field in section and f"{part}.{field}" not in given:
-                default = known.model_fields[field].get_default(call_default_factory=True)
-                if section.pop(field) != default:
-                    dropped.append(f"{part}.{field}")
-        if dropped:
-            lines.append(f"{name}={shown(chosen)} replaces the config's {', '.join(dropped)}")
-    return lines
-
-
-def shown(value: Any) -> str:
-    """Format a value for a message, cut to about 100 characters."""
-    try:
-        return shortened(_REPR.repr(list(value) if isinstance(value, tuple) else value), 200)
-    except ValueError:  # an integer of more digits than Python prints
-        return f"a very large {type(value).__name__}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -313,10 +206,10 @@ def _hint(kind: type[Section], location: list[str]) -> str:
     return f"known keys: {', '.join(known)}"
 
 
-def _names(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _names(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the dotted name and the last part of the name of every setting; lists are left out."""
     for field, info in kind.model_fields.items():
-        section = _section(info.annotation)
+        section = changes.section_of(info.annotation)
         if section is not None:
             yield from _names(section, f"{prefix}{field}.")
         yield prefix + field, field
@@ -331,13 +224,5 @@ def _fields_at(kind: type[Section], location: list[str]) -> list[str]:
             continue
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field is not None else None
-        section = _section(section) or section
+        section = changes.section_of(section) or section
     return list(getattr(section, "model_fields", {}))
-
-
-def _section(annotation: Any) -> type[Section] | None:
-    """Return the class of a section, which may be optional; None for other types."""
-    if get_origin(annotation) in (Union, UnionType):
-        annotation = get_args(annotation)[0]
-    is_section = isinstance(annotation, type) and issubclass(annotation, Section)
-    return annotation if is_section else None

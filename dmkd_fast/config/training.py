@@ -61,8 +61,16 @@ class LossConfig(Section):
     @property
     def uses_classes(self) -> bool:
         """Whether the divergence itself needs the class of each image."""
-        return self.divergence == "dkd" or (
-            isinstance(self.divergence, dict) and "dkd" in self.divergence
+        return self._has("dkd")
+
+    @property
+    def correlates(self) -> bool:
+        """Whether the divergence correlates the logits of a class over the views."""
+        return self._has("dist")
+
+    def _has(self, name: str) -> bool:
+        return self.divergence == name or (
+            isinstance(self.divergence, dict) and name in self.divergence
         )
 
 
@@ -114,8 +122,9 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _nothing_ignored(self) -> OptimConfig:
         if self.name != "sgd" and not self.nesterov:
-            got = f"false with name={self.name}, which has no such momentum"
-            raise invalid("nesterov", got, "it to be left out", "remove it or set name=sgd")
+            expected = "it to be left out, as only sgd has the choice"
+            fix = "remove it or set name=sgd"
+            raise invalid("nesterov", f"false with name={self.name}", expected, fix)
         if self.decay != OptimConfig.model_fields["decay"].default and not self.milestones:
             raise ValueError(
                 f"decay: got {self.decay} without milestones, where it has no effect; add "

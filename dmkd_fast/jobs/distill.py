@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import Overrides, dump_config, load_config
+from dmkd_fast.config.loading import dump_config, load_config
+from dmkd_fast.config.overrides import Overrides
 from dmkd_fast.jobs import memory, results, run_dir
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.images import describe_images
@@ -112,8 +113,11 @@ def run(
         if resume:
             run_dir.refuse_changes(overrides)
     loaded, resume = _place(loaded, resume, ranks)
-    if resume and (summary := run_dir.finished(loaded)) is not None:
-        return summary if ranks.is_first else {}
+    with ranks.agreed():
+        # The other ranks hold settings of their own, and may see the files later.
+        ended = run_dir.finished(loaded) if resume and ranks.is_first else None
+    if ranks.gather("" if ended is None else "ended")[0]:
+        return ended or {}
     with ranks.agreed():
         job, parts = prepare(run_dir.find(loaded) if resume else loaded, ranks)
         memory.check(job, parts)

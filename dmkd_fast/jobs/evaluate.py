@@ -91,9 +91,9 @@ def evaluate(
     """Evaluate the student of a run, or any trained classifier, on labeled images.
 
     Args:
-        path: Run directory of a finished run, or a classifier: a folder with config.json,
+        path: Directory of a finished run, or a classifier: a folder with config.json,
             `embedded:NAME`, `hf-hub:OWNER/NAME@COMMIT`, `torchvision:NAME` or a timm name.
-        data: Labeled images; see `open_set`. None: the run's own test set.
+        data: Labeled images; see `open_set`. None: the test set of a distillation.
         classes: File with the class names of `data`, one a line.
         show: Whether to show progress.
 
@@ -101,6 +101,8 @@ def evaluate(
         UserError: The run, the classifier or the images cannot be loaded, or do not fit each other.
     """
     folder, display = Path(path), Progress(show=show)
+    if (folder / run_dir.CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
+        path = folder = folder / "model"  # of `dmkd pretrain teacher`, which names no test set
     if folder.is_dir() and not (folder / CONFIG).is_file():
         if classes is not None and data is None:
             raise UserError("--classes: got it without --data, expected both; add --data DIR")

@@ -28,7 +28,7 @@ from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.prompts.bank import PromptBank, take_bank
 from dmkd_fast.denoisers.prompts.by_class import ByClass, prompts_by_class, read_captions
 from dmkd_fast.jobs.report.data import NO_CLASS
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.runtime.errors import UserError, invalid, warn_once
 from dmkd_fast.sampling.noise_levels import trained_alike
 from dmkd_fast.sampling.tiling import TiledDecoder
 
@@ -225,7 +225,7 @@ def open_source(
     """
     folder = Path(config.folder)
     if config.follow:
-        _wait_for_plan(folder, config.wait_s)
+        wait_for_plan(folder, config.wait_s)
     kind = sources.find_kind(folder) if config.kind == "auto" else config.kind
     assert kind != "priors"  # It has no folder.
     size = config.image_size
@@ -260,8 +260,10 @@ def open_source(
     )
 
 
-def check_count(config: DistillConfig, count: int) -> None:
+def check_count(config: DistillConfig, count: int, num_ranks: int = 1) -> None:
     """Check the sizes of the ring against the number of images of `source.path`.
+
+    A warning is logged if a set that fits into the ring does not fill its blocks.
 
     Raises:
         UserError: There are fewer images than the ring needs to start or than one block, or
@@ -274,10 +276,20 @@ def check_count(config: DistillConfig, count: int) -> None:
         if least > count:
             raise invalid(name, least, f"at most the {count} images of source.path", "lower it")
     most, block = config.ring.max_uses, config.block_images
-    if most is not None and count <= -(-config.ring.capacity_images // block) * block:
+    if count > -(-config.ring.capacity_images // block) * block:
+        return
+    if most is not None:
         got = f"{most} with a source of {count} images that fits into the ring"
         expected = "none, as its images are drawn until train.num_views"
         raise invalid("ring.max_uses", got, expected, "remove it")
+    if again := -count % (block * num_ranks):
+        sizes = (n for n in range(block, 1, -1) if count % (n * num_ranks) == 0)
+        size = next(sizes, None)
+        fix = "" if size is None else f"; set it to {size}, and each one comes once"
+        warn_once(
+            f"source.block_images: blocks of {block} are not filled by the {count} images of "
+            f"source.path, so {again} of them come into the ring twice and weigh double{fix}"
+        )
 
 
 def row_names(images: Origin, class_names: tuple[str, ...]) -> tuple[str, ...]:
@@ -334,8 +346,12 @@ def _steps(config: SamplerConfig) -> str:
     return text
 
 
-def _wait_for_plan(folder: Path, wait_s: float) -> None:
-    """Wait for the plan, since generators started with the trainer write it a little later."""
+def wait_for_plan(folder: Path, wait_s: float) -> None:
+    """Wait for the plan, since generators started with the trainer write it a little later.
+
+    Raises:
+        SourceError: It is not there after `wait_s` seconds.
+    """
     end = time.monotonic() + wait_s
     if not (folder / PLAN).is_file():
         print(f"waiting for {folder / PLAN}", file=sys.stderr, flush=True)

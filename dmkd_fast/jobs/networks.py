@@ -114,7 +114,7 @@ def load_teachers(
         if highest >= spec.num_classes:
             expected = f"0 to {spec.num_classes - 1}, the teacher's classes"
             raise invalid(f"{section}.class_map", highest, expected, "correct the map")
-        _check_takes(section, module, spec.input, spec.num_classes, device)
+        check_takes(section, module, spec.input, spec.num_classes, device)
         members.append(
             Teacher(
                 module=to_channels_last(module),  # as views and test images are
@@ -202,7 +202,7 @@ def load_student(
         student, 1, 1, spec.in_chans, [view_size], dtype=torch.bfloat16, compiled=False
     )
     memory.check_fits(one_view, available_bytes(device))
-    _check_takes("student", student, spec.input, num_classes, device)
+    check_takes("student", student, spec.input, num_classes, device)
     return student, spec
 
 
@@ -215,10 +215,21 @@ def _load_saved(
     return model, spec, license if revision is None else f"{license} ({path} at {revision})"
 
 
-def _check_takes(
+def check_takes(
     name: str, model: nn.Module, input: InputSpec, num_classes: int, device: torch.device
 ) -> None:
-    """Run one forward pass on zeros to refuse a network that cannot take the views."""
+    """Run one forward pass on zeros to refuse a network that cannot take the views.
+
+    Args:
+        name: Section of the config that names the network, for the message.
+        model: Network, (B, c, S, S) -> logits.
+        input: Views.
+        num_classes: Number of logits.
+        device: Device of the network.
+
+    Raises:
+        UserError: It cannot, or its logits have another shape or are not finite.
+    """
     size = input.size
     was_training = model.training
     try:

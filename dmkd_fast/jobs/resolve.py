@@ -58,15 +58,15 @@ def resolve(config: DistillConfig, ranks: Ranks = ALONE) -> ResolvedJob:
     dtype = resolve_dtype(config.dtype, device)
     if device.type == "cuda":
         set_repeatable(config.repeatable)
+    if config.source is not None and config.source.follow and ranks.world_size > 1:
+        got = f"true with {ranks.world_size} ranks"
+        expected = "false, as each would find new shards at another time"
+        raise invalid("source.follow", got, expected, "let dmkd generate finish first")
     config = with_teachers_of_source(config)
     first, *more = (networks.pin(teacher) for teacher in config.teachers.values())
     if config.ring.overlap and device.type != "cuda":
         got = f"true with device {device.type}, which has one stream"
         raise invalid("ring.overlap", got, "false", "set ring.overlap=false")
-    if config.source is not None and config.source.follow and ranks.world_size > 1:
-        got = f"true with {ranks.world_size} ranks"
-        expected = "false, as each would find new shards at another time"
-        raise invalid("source.follow", got, expected, "let dmkd generate finish first")
     if config.sampler.experimental_fp8:
         check_fp8(device, dtype)
     compile_sampler = compiles(config.sampler.compile, device, name="sampler.compile")
@@ -105,7 +105,7 @@ def resolve_images(job: ResolvedJob, images: Origin) -> ResolvedJob:
     """
     config = job.config
     if isinstance(images, OpenSource):
-        check_count(config, images.source.num_images)
+        check_count(config, images.source.num_images, job.ranks.world_size)
         changes: dict[str, Any] = {"source": {"kind": images.kind}}
     elif isinstance(images, Priors):
         changes = {"source": {"image_size": images.image_shape[1]}}
@@ -142,7 +142,7 @@ def compiles(
     if setting == "auto":
         return able and device.type == "cuda"
     if setting and not able:
-        lacks = "Triton" if device.type == "cuda" else "a C++ compiler or Python.h"
+        lacks = f"{'Triton, a C' if device.type == 'cuda' else 'a C++'} compiler or Python.h"
         raise invalid(
             name, f"true without {lacks}", "false or auto", f"install it or set {name}=auto"
         )

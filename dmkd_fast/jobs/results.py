@@ -37,7 +37,7 @@ def write(
         UserError: A file cannot be written. The last checkpoint holds the trained student.
     """
     folder = Path(config.run_dir)
-    resume = f"run: {run_dir.resume_command(folder)}"
+    resume = f"run: {run_dir.resume_command(folder, distiller.ranks)}"
     with run_dir.writing_results(folder / STUDENT, resume):
         with files.new_folder(folder / STUDENT) as partial:
             spec = replace(parts.student_spec, label_names=parts.test_set.class_names)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -20,11 +21,13 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from dmkd_fast.config.jobs import DistillConfig, PretrainConfig, RunConfig
-from dmkd_fast.config.loading import Overrides, dump_config, load_config
+from dmkd_fast.config.loading import dump_config, load_config
+from dmkd_fast.config.overrides import Overrides
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError, invalid, warn_once
+from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.training.loop import TrainingLoop
 
 LOG = logging.getLogger("dmkd_fast")
@@ -129,12 +132,12 @@ def find(config: C) -> C:
             got = f"no run and no checkpoint in {folder}"
             raise invalid("--resume", got, CONFIG, "start a new run")
     else:
-        found = sorted(Path("runs").glob(f"{config.name}-[0-9]*/{CONFIG}"))
+        found = _named(config, CONFIG)
         if not found:
             got = f"no run in runs/{config.name}-*"
             raise invalid("--resume", got, "one", "start without --resume or set run_dir")
         # Two runs may have equal times of writing; the later name is then the newer run.
-        folder = max((path.parent for path in found), key=lambda p: (_last_written(p), p.name))
+        folder = max(found, key=lambda path: (_last_written(path), path.name))
     return load_config(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})
 
 
@@ -194,7 +197,7 @@ def find_launched(config: C, launch: str) -> C | None:
     """Return the config with the run directory that belongs to this launch; None without one."""
     folders = [Path(config.run_dir)]
     if config.run_dir == "auto":
-        folders = [path.parent for path in Path("runs").glob(f"{config.name}-[0-9]*/{LAUNCH}")]
+        folders = _named(config, LAUNCH)
     for folder in folders:
         there = all(_exists(folder / name) for name in (CONFIG, LAUNCH))
         if there and (folder / LAUNCH).read_text(encoding="utf-8") == launch:
@@ -239,17 +242,22 @@ def resume_hint(folder: Path, hint: str, ranks: Ranks = ALONE) -> Iterator[None]
 
 @contextlib.contextmanager
 def writing_results(folder: Path, resume: str) -> Iterator[None]:
-    """Turn an error of writing results into one line.
+    """Turn an error of writing results into one line, and say how to go on after a signal.
 
     Args:
         folder: Folder of the results, named if the error names no file.
-        resume: How to write the results again, once there is space.
+        resume: How to write the results again.
 
     Raises:
         UserError: A file cannot be written. The last checkpoint holds the trained network.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP has arrived.
     """
     try:
-        yield
+        with Interrupts():
+            yield
+    except KeyboardInterrupt:
+        print(f"training is finished and saved; to write its results, {resume}", file=sys.stderr)
+        raise
     except (OSError, SafetensorError) as error:
         path = getattr(error, "filename", None) or folder
         reason = getattr(error, "strerror", None) or error
@@ -262,6 +270,13 @@ def writing_results(folder: Path, resume: str) -> Iterator[None]:
 def has_checkpoint(folder: Path) -> bool:
     """Return whether the run, or any of its ranks, has a checkpoint, complete or not."""
     return any(any((folder / CHECKPOINTS).glob(names)) for names in ("step-*", "rank-*/step-*"))
+
+
+def _named(config: RunConfig, file: str) -> list[Path]:
+    """Return the directories of runs of this name, as `name_new` makes them, that hold a file."""
+    form = re.compile(rf"{re.escape(config.name)}-\d{{8}}-\d{{6}}(-\d{{6}})?")
+    found = [path.parent for path in Path("runs").glob(f"{config.name}-*/{file}")]
+    return [folder for folder in found if form.fullmatch(folder.name)]
 
 
 def _last_written(folder: Path) -> float:

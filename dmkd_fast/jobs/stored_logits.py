@@ -23,7 +23,7 @@ from dmkd_fast.data.shards import Plan, read_plan
 from dmkd_fast.data.sources import ShardSource
 from dmkd_fast.data.teacher_logits import MOST_VIEWS, LogitsPlan
 from dmkd_fast.jobs import networks
-from dmkd_fast.jobs.images import OpenSource
+from dmkd_fast.jobs.images import OpenSource, wait_for_plan
 from dmkd_fast.runtime.errors import UserError, invalid
 from dmkd_fast.training.targets import Targets
 from dmkd_fast.views.crops import Views, ViewSpec
@@ -142,7 +142,10 @@ def with_teachers_of_source(config: DistillConfig) -> DistillConfig:
     if config.more_teachers:
         got = "some beside teacher.stored without path"
         raise invalid("more_teachers", got, "none, as the shards name all teachers", "remove them")
-    named = _teachers_of(read_plan(Path(config.source.folder)))
+    folder = Path(config.source.folder)
+    if config.source.follow:
+        wait_for_plan(folder, config.source.wait_s)
+    named = _teachers_of(read_plan(folder))
     if not named:
         got = f"true without path, for {config.source.path}, which names no teacher"
         raise invalid("teacher.stored", got, "shards of dmkd generate", "set teacher.path")
@@ -181,17 +184,18 @@ def open_stored(
     _compare("source.image_size", images.image_shape, source.plan.image_shape, path)
     if not isinstance(made_with.get("seed"), int):
         raise UserError(f"{path}: damaged (seed in job.json); make the directory again")
-    _check_loss(config, plan, path)
+    _check_loss(config, plan, path, source.plan.num_classes)
     return source
 
 
-def _check_loss(config: DistillConfig, plan: LogitsPlan, path: str) -> None:
+def _check_loss(config: DistillConfig, plan: LogitsPlan, path: str, num_classes: int) -> None:
+    """Refuse losses that the stored logits cannot give."""
     loss, at_any = config.loss, plan.top_k is not None and config.loss.rest == "renormalize"
     if len(config.teachers) > 1:
         at_any = False  # Several teachers were averaged at the temperature.
     if plan.temperature not in (None, loss.temperature) and not at_any:
         fix = f"set loss.temperature={plan.temperature:g}"
-        if plan.top_k is not None and len(config.teachers) == 1:
+        if (plan.top_k or 1) > 1 and len(config.teachers) == 1:
             fix += " or loss.rest=renormalize"
         expected = f"{plan.temperature:g}, that of the logits in {path}"
         raise invalid("loss.temperature", f"{loss.temperature:g}", expected, fix)
@@ -201,8 +205,15 @@ def _check_loss(config: DistillConfig, plan: LogitsPlan, path: str) -> None:
             raise invalid("loss.rest", loss.rest, expected, "remove it")
         return
     why = f"as {path} has only the {plan.top_k} largest logits of a view"
+    if plan.top_k == 1 and loss.rest == "renormalize":
+        expected = "bucket, as the softmax over the one class that is stored is always 1"
+        raise invalid("loss.rest", loss.rest, expected, "remove it")
     if loss.uses_classes:
         raise invalid("loss.divergence", "dkd", f"one without classes, {why}", "choose another")
+    if loss.correlates and plan.top_k < num_classes:
+        # Columns would be ranks, which are another class in each view.
+        expected = f"one that does not correlate views of a class, {why}"
+        raise invalid("loss.divergence", "dist", expected, "choose another")
     if loss.standardize_logits:
         raise invalid("loss.standardize_logits", "true", f"false, {why}", "remove it")
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Self
+import reprlib
+from typing import Any, Self
 
 MAX_MESSAGE = 1000
 LOGGER = logging.getLogger("dmkd_fast")
 _warned: set[str] = set()
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+_REPR.maxlevel = 3
 
 
 class UserError(ValueError):
@@ -65,6 +69,14 @@ def warn_once(text: str) -> None:
 def one_line(error: BaseException, *, most: int = 300) -> str:
     """Return the message of any error on one line of at most `most` characters, or its class."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """Format a value for a message, cut to about 100 characters."""
+    try:
+        return shortened(_REPR.repr(list(value) if isinstance(value, tuple) else value), 200)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a very large {type(value).__name__}"
 
 
 def shortened(text: str, length: int) -> str:

@@ -24,6 +24,7 @@ from dmkd_fast.jobs.resolve import resolve
 from dmkd_fast.runtime import device as device_module
 from dmkd_fast.runtime.device import resolve_dtype
 from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.training.optim import build_optimizer
 
 
 def test_saved_settings_load_unchanged(tmp_path: Path) -> None:
@@ -118,10 +119,37 @@ def test_nested_changes_keep_what_they_do_not_name() -> None:
 def test_newest_run_of_a_name_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(DistillConfig, CONFIG)
-    for name in ("many_steps-20200101-000000", "many_steps-20210101-000000"):
+    # The later ones are a run of the job many_steps-2, and a directory that a person has named.
+    for name in (
+        "many_steps-20200101-000000",
+        "many_steps-20210101-000000",
+        "many_steps-2-20220101-000000",
+        "many_steps-2",
+    ):
         claimed = run_dir.claim(config.model_copy(update={"run_dir": f"runs/{name}"}))
         (claimed / "checkpoints" / "step-000000001").mkdir(parents=True)
     assert run_dir.find(config).run_dir == "runs/many_steps-20210101-000000"
+    other = config.model_copy(update={"name": "many_steps-2"})
+    assert run_dir.find(other).run_dir == "runs/many_steps-2-20220101-000000"
+    new = run_dir.name_new(config)
+    run_dir.claim(new)
+    assert run_dir.find(config).run_dir == new.run_dir
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    changes = ["teacher.path=~/teacher", "eval.path='~'", "denoiser.path=~other/x"]
+    config = load_config(DistillConfig, CONFIG, changes)
+    assert (config.teacher.path, config.eval.path) == ("/home/me/teacher", "/home/me")
+    assert config.denoiser is not None and config.denoiser.path == "~other/x"
+
+
+def test_settings_of_the_optimizer_reach_muon() -> None:
+    changes = ["optim={name: muon, lr: 0.01, momentum: 0.7, weight_decay: 0.3}"]
+    schedule = resolve(load_config(DistillConfig, CONFIG, changes)).schedule
+    groups = build_optimizer(torch.nn.Linear(8, 8), schedule).param_groups
+    assert [(g["lr"], g["momentum"]) for g in groups] == [(0.01, 0.7)] * 2
+    assert {g["orthogonal"]: g["weight_decay"] for g in groups} == {True: 0.3, False: 0.0}
 
 
 def test_the_guidance_of_a_phase_may_have_an_interval() -> None:

@@ -207,6 +207,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(
         (["distill", "{tmp}/short.yaml"], ["denoiser", "missing"]),
         (["distill", CONFIG, "run_dir={tmp}/empty", "--resume"], ["--resume", "no checkpoint"]),
         (["evaluate", "{tmp}/empty"], ["config.yaml of a run", "config.json of a classifier"]),
+        (["report", "--out", "{tmp}/page.html"], ["--out: got", "without a RUN_DIR"]),
         (["pretrain", "teacher", "{tmp}/short.yaml", "--data", "{tmp}"], ["optim", "missing"]),
         (
             ["pretrain", "teacher", "{lenet}", "--data", "{tmp}/empty"],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from small_jobs import CONFIG, SHORT
 
 from dmkd_fast import ImageSet, cli, evaluate, load_classifier
@@ -109,6 +110,16 @@ def test_a_classifier_loads_from_a_string_a_run_and_without_a_device(run: Path) 
     assert load_classifier(WEAK)[1].num_classes == 10
     with pytest.raises(UserError, match=r"config\.json"):
         load_classifier(run / "checkpoints")
+
+
+def test_the_published_weights_are_the_average(run: Path) -> None:
+    state = load_file(max((run / "checkpoints").glob("step-*")) / "state.safetensors")
+    published = load_file(run / "student" / "model.safetensors")
+    pairs = {kind: [] for kind in ("average/module", "student")}
+    for name, value in published.items():
+        for kind, same in pairs.items():
+            same.append(torch.equal(value, state[f"{kind}/{name}"]))
+    assert all(pairs["average/module"]) and not any(pairs["student"])
 
 
 def test_a_run_that_does_not_exist_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,7 +130,8 @@ def test_permuted_classes(tmp_path: Path) -> None:
 )
 def test_wrong_mean_or_std(mean: float, std: float, tmp_path: Path) -> None:
     inputs = {"mean": [mean], "std": [std]}
-    found = faults(teacher_folder(tmp_path / "teacher", config=inputs))
+    second = "more_teachers=[{path: 'embedded:fashion_mnist/lenet5'}]"
+    found = faults(teacher_folder(tmp_path / "teacher", config=inputs), second)
     assert "teacher: normalization" in found and "teacher: classes" not in found
     assert f"mean ({mean:.3g}), std ({std:.3g})" in found["teacher: normalization"].what
 

@@ -65,6 +65,20 @@ def test_the_command_line_measures_any_classifier_on_any_set(
         assert any(name in line and f"{row['top1']:.4f}" in line for line in table)
 
 
+def test_the_directory_of_a_pretrained_teacher_stands_for_the_teacher(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    saved_classifier(run / "model")
+    (run / "config.yaml").write_text("name: teacher\n")
+    assert cli.main(["evaluate", str(run), "--data", str(folder)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["num_images"] == 23 and found["run_dir"] == str(run)
+    assert cli.main(["evaluate", str(run)]) == 2
+    assert "--data: got none for" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_is_measured_on_its_own_set_or_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from shard_files import contents
-from small_jobs import CONFIG, SHORT
+from small_jobs import CONFIG, ROOT, SHORT
 
 from dmkd_fast import cli
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
+from dmkd_fast.jobs.images import check_count
+from dmkd_fast.runtime import errors
 
 NO_DENOISER = ["denoiser=null", "sampler=null", "source.block_images=64"]
 
@@ -52,6 +55,32 @@ def test_the_job_from_disk_ends_with_the_student_of_the_online_job(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("count", "block", "ranks", "words"),
+    [
+        (300, 256, 1, "blocks of 256 are not .* 212 of them .* twice .* set it to 150, and"),
+        (300, 50, 4, "blocks of 50 are not .* 100 of them .* set it to 25, and"),
+        (307, 256, 1, "205 of them come into the ring twice and weigh double$"),
+        (300, 150, 1, ""),
+        (600, 256, 1, ""),  # does not fit
+    ],
+)
+def test_images_that_come_into_the_ring_twice_are_told(
+    count: int,
+    block: int,
+    ranks: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(errors, "_warned", set())
+    sizes = ["ring.capacity_images=512", "ring.min_fill_images=200", "train.batch_size=64"]
+    sizes.append(f"source.block_images={block}")
+    check_count(load_config(DistillConfig, ROOT / "configs/from_disk.yaml", sizes), count, ranks)
+    assert len(caplog.records) == bool(words)
+    assert re.search(words, caplog.text.strip())
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["source.path={whole}"], ["denoiser: got it beside source", "denoiser=null"]),
@@ -67,6 +96,14 @@ def test_the_job_from_disk_ends_with_the_student_of_the_online_job(tmp_path: Pat
             [
                 *NO_DENOISER,
                 "source.path={part}",
+                "source={path: '{tmp}', follow: true, wait_s: 0.1}",
+            ],
+            ["job.json", "not there after 0.1 s"],
+        ),
+        (
+            [
+                *NO_DENOISER,
+                "teacher={stored: true}",
                 "source={path: '{tmp}', follow: true, wait_s: 0.1}",
             ],
             ["job.json", "not there after 0.1 s"],

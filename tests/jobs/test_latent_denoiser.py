@@ -17,6 +17,7 @@ from small_models import VAE, spread
 from dmkd_fast import cli
 from dmkd_fast.denoisers.loading import load_denoiser, load_encoder
 from dmkd_fast.jobs.pretrain import denoiser as denoiser_module
+from dmkd_fast.jobs.pretrain import real_data
 from dmkd_fast.sampling.arguments import Steps
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training.ema import WeightEMA
@@ -126,9 +127,15 @@ def test_the_encoder_is_the_inverse_of_what_the_decoder_takes(vae: Path) -> None
         ({"vae": "nowhere"}, "nowhere"),
     ],
 )
-def test_an_autoencoder_that_does_not_fit_is_refused(
-    changes: dict[str, Any], words: str, folder: Path, vae: Path, capsys: pytest.CaptureFixture[str]
+def test_an_autoencoder_that_does_not_fit_is_refused_before_an_image_is_read(
+    changes: dict[str, Any],
+    words: str,
+    folder: Path,
+    vae: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(real_data, "_decoded", lambda *_: pytest.fail("decoded"))
     config = str(denoiser_config(vae, **changes))
     assert pretrain("denoiser", config, f"run_dir={vae.parent}/run", "--data", str(folder)) == 2
     assert words in capsys.readouterr().err

@@ -23,6 +23,7 @@ from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import distill as distill_job
 from dmkd_fast.jobs import memory, networks, parts
 from dmkd_fast.jobs.inspect.activations import peak_bytes
+from dmkd_fast.runtime.distributed import Ranks
 from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training import scoring
@@ -173,6 +174,19 @@ def test_what_fits_exactly_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.check(job, loaded) == config.ring.capacity_images
     monkeypatch.setattr(memory, "available_bytes", lambda device: need - 1)
     with pytest.raises(UserError, match=r"ring.capacity_images: .* lower it to at most 128"):
+        memory.check(job, loaded)
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = ["ring.capacity_images=256", "ring.min_fill_images=128", "device=cpu"]
+    job, loaded = parts.prepare(load_config(DistillConfig, CONFIG, [*SHORT, *two]))
+    job = replace(job, ranks=Ranks(world_size=2, local_world_size=2))
+    plan = memory.plan(job, loaded)
+    need = sum(plan.values()) - plan["test images"]
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * need)
+    assert memory.check(job, loaded) == 256
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * need - 1)
+    with pytest.raises(UserError, match=r"ring.capacity_images: .* to each rank"):
         memory.check(job, loaded)
 
 

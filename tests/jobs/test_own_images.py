@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,41 @@ def test_idx_files_inside_train_are_refused_in_one_line(tmp_path: Path) -> None:
         load_real(tmp_path, CPU, SMALL)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        (
+            "teacher",
+            {"model": {"arch": "lenet5"}, "views": {"size": 64}},
+            "model: cannot take 3 x 64 x 64 views",
+        ),
+        ("teacher", {"model": {"arch": "lenet_5"}}, "such as lenet5"),
+        ("teacher", {"model": {"path": "x"}}, "model: got path, expected arch"),
+        ("teacher", {"optim": {"name": "timm:muom", "lr": 1e-3}}, "did you mean timm:muon?"),
+        ("denoiser", {"patch_size": 3}, "patch_size: got 3, expected a divisor of the images' 16"),
+    ],
+)
+def test_wrong_settings_are_refused_before_an_image_is_read(
+    kind: str,
+    changes: dict[str, Any],
+    words: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(real_data, "_decoded", lambda *_: pytest.fail("decoded"))
+    own: dict[str, Any] = {"model": {"arch": "cifar_resnet8"}, "views": {"size": 16}}
+    if kind == "denoiser":
+        own = {"num_layers": 1, "num_heads": 2, "head_dim": 8}
+    path, out = tmp_path / "job.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump({"name": kind, **COMMON, **own, **changes}))
+    command = ["pretrain", kind, str(path), f"run_dir={out}", "--data", str(folder)]
+    assert cli.main(command) == 2
+    assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_grids_show_some_of_many_classes(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -254,3 +290,23 @@ def test_a_job_that_fails_after_training_says_so_on_its_page(
     facts = json.loads((out / "report.json").read_text())
     assert (facts["state"], facts["message"]) == ("failed", "UserError: nothing was learned")
     assert "<b>Ended with an error</b>" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_signal_after_training_says_how_to_go_on(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {"model": {"arch": "cifar_resnet8"}, "views": {"size": 16}}
+    path, out = tmp_path / "job.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump({"name": "teacher", **COMMON, **model}))
+    command = ["pretrain", "teacher", str(path), f"run_dir={out}", "--data", str(parts)]
+
+    def stop(_: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "check_trained", stop)
+        assert cli.main(command) == 130
+    line = f"to write its results, run it again with run_dir={out} --resume"
+    assert line in capsys.readouterr().err and not (out / "model").exists()
+    assert cli.main([*command, "--resume"]) == 0
+    assert (out / "model" / "model.safetensors").is_file()

@@ -20,12 +20,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmkd_fast import cli
+from dmkd_fast.config.jobs import TeacherConfig
+from dmkd_fast.config.loading import load_config
 from dmkd_fast.data import test_sets
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser, zero_modulations
 from dmkd_fast.jobs.pretrain import denoiser as denoiser_job
+from dmkd_fast.jobs.pretrain import loop
+from dmkd_fast.jobs.pretrain.classifier import pretrain_teacher
 from dmkd_fast.jobs.pretrain.denoiser import FLOW, _sample_grids, training_attention
 from dmkd_fast.jobs.pretrain.real_data import load_real
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.output.progress import Progress
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
@@ -71,6 +76,29 @@ def test_the_last_5000_training_images_are_held_out(data: Path) -> None:
     full = test_sets.load_idx(data, "train")
     assert torch.equal(real.train.images, full.images[:-5000])
     assert torch.equal(real.held_out.labels, full.labels[-5000:])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.4])
+def test_label_smoothing_reaches_the_loss(
+    smoothing: float, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bias, losses = torch.arange(10.0), []
+
+    def train(_: Any, model: Any, loss_of: Any, *__: Any) -> None:
+        for weight in (weights := list(model.parameters())):
+            weight.data.zero_()
+        weights[-1].data.copy_(bias)  # logits of every image
+        losses.append(loss_of(torch.arange(8), torch.zeros(8, dtype=torch.int64)).item())
+        raise UserError("seen")
+
+    monkeypatch.setattr(loop, "train", train)
+    settings = [f"label_smoothing={smoothing}", "dtype=float32", f"run_dir={tmp_path / 'run'}"]
+    config = load_config(TeacherConfig, CONFIGS / "lenet5.yaml", settings)
+    with pytest.raises(UserError, match="seen"):
+        pretrain_teacher(config, data, show=False)
+    log_p, labels = bias.log_softmax(dim=0), torch.arange(8)
+    expected = -((1 - smoothing) * log_p[labels] + smoothing * log_p.mean()).mean()
+    assert losses == pytest.approx([expected.item()])
 
 
 @pytest.mark.slow

@@ -14,12 +14,16 @@ import pytest
 import torch
 from dying_os import FailingOs
 from run_state import rows
-from small_jobs import small_classifier
+from small_jobs import ROOT, small_classifier
 from torch import Tensor, nn
 
 from dmkd_fast import Schedule, StudentTrainer
-from dmkd_fast.jobs.pretrain.loop import Pretraining
-from dmkd_fast.runtime import files
+from dmkd_fast.config.jobs import PretrainFewstepConfig
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.jobs import run_dir
+from dmkd_fast.jobs.pretrain.loop import Pretraining, prepare
+from dmkd_fast.runtime import container, files
+from dmkd_fast.runtime import device as device_module
 from dmkd_fast.runtime.errors import NotFiniteError
 
 Make = Callable[..., Pretraining]
@@ -192,3 +196,23 @@ def test_checkpoints_of_another_run_are_not_mixed_with(make: Make) -> None:
     first.fit()
     with pytest.raises(ValueError, match="restore them first"):
         make(first.run_dir).fit()
+
+
+def test_what_auto_means_here_is_saved_and_holds_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    changes = ["train.compile=auto", "sampler.compile=auto", f"run_dir={tmp_path / 'run'}"]
+    path = ROOT / "configs" / "pretrain" / "fewstep.yaml"
+    given = load_config(PretrainFewstepConfig, path, changes)
+    job = prepare(given, resume=False, show=False)
+    saved = job.config
+    assert (saved.device, f"torch.{saved.dtype}") == (job.device.type, str(job.dtype))
+    assert saved.train.compile is job.compiles and isinstance(saved.sampler.compile, bool)
+    assert saved.num_threads >= 1
+    with run_dir.opened(saved, resume=False):
+        pass
+    monkeypatch.setattr(container, "num_cpus", lambda: saved.num_threads + 1)
+    monkeypatch.setattr(device_module, "cpu_has_bf16", lambda: saved.dtype != "bfloat16")
+    again = prepare(given, resume=True, show=False)
+    assert again.config == saved and again.dtype == job.dtype

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_jobs import CONFIG, SHORT
 
 from dmkd_fast import UserError, distill, evaluate
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import dump_config, load_config
+from dmkd_fast.jobs.parts import prepare
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,17 @@ def test_a_wrong_setting_raises_a_user_error_and_writes_nothing(
     with pytest.raises(UserError, match=words):
         distill(CONFIG, show=False, **changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_teachers_of_a_job_are_averaged_at_the_temperature_of_its_loss() -> None:
+    more = "more_teachers=[{path: 'embedded:fashion_mnist/lenet5'}]"
+    _, parts = prepare(load_config(DistillConfig, CONFIG, [*SHORT, more, "loss.temperature=2"]))
+    members = parts.teachers.together.members
+    images, labels = torch.rand(3, 1, 28, 28), torch.zeros(3, dtype=torch.int64)
+    found = parts.teachers.together({member.input: images for member in members}, labels, 0.0)
+    mean = sum((member.module(images) / 2).softmax(dim=1) for member in members) / len(members)
+    assert len(members) == 2
+    torch.testing.assert_close(found, 2 * mean.log(), rtol=1e-4, atol=1e-4)
 
 
 def test_evaluate_raises_a_user_error_too(tmp_path: Path) -> None:

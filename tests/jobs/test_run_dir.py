@@ -20,6 +20,7 @@ from small_jobs import CONFIG, SHORT
 from dmkd_fast import Distiller, cli
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
+from dmkd_fast.jobs import distill as distill_job
 from dmkd_fast.jobs import run_dir
 from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.runtime import files
@@ -245,6 +246,45 @@ def test_a_disk_that_fills_after_training_is_one_line_and_a_resume_ends_the_job(
         "config.json",
         "model.safetensors",
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_results_are_written_says_how_to_go_on(
+    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), run_dir.writing_results(tmp_path, "run: it --resume"):
+        signal.raise_signal(number)
+    line = "training is finished and saved; to write its results, run: it --resume\n"
+    assert capsys.readouterr().err == line
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_rank_0_alone_says_whether_a_run_has_ended(
+    has_ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others know the settings of the command alone, whose length may be another."""
+    told = ["0", json.dumps([str(tmp_path), True]), "ended" if has_ended else ""]
+
+    class SecondOfTwo(Ranks):
+        def gather(self, text: str) -> list[str]:
+            return [told.pop(0), text]
+
+    def load(*_: object) -> None:
+        raise UserError("it goes on")
+
+    monkeypatch.setattr(run_dir, "find", lambda config: config)
+    monkeypatch.setattr(run_dir, "finished", lambda _: None if has_ended else {"views": 1})
+    monkeypatch.setattr(distill_job, "prepare", load)
+    ranks = SecondOfTwo(rank=1, world_size=2, local_world_size=2)
+    run = [f"run_dir={tmp_path}"]
+    if has_ended:
+        assert distill_job.run(CONFIG, run, resume=True, show=False, ranks=ranks) == {}
+    else:
+        with pytest.raises(UserError, match="it goes on"):
+            distill_job.run(CONFIG, run, resume=True, show=False, ranks=ranks)
+    assert told == []
 
 
 def test_a_disk_that_is_full_before_training_is_one_line(

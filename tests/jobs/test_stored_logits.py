@@ -23,10 +23,10 @@ from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.data import shards
 from dmkd_fast.data.sources import ShardSource
-from dmkd_fast.data.teacher_logits import LogitsWriter
+from dmkd_fast.data.teacher_logits import LogitsPlan, LogitsWriter
 from dmkd_fast.jobs.build import build
 from dmkd_fast.jobs.parts import prepare
-from dmkd_fast.jobs.stored_logits import Wanted, plan_of
+from dmkd_fast.jobs.stored_logits import Wanted, _check_loss, plan_of
 from dmkd_fast.training.objective import TopLogits
 from dmkd_fast.training.stored_teacher import StoredTeacher
 from dmkd_fast.training.targets import Targets
@@ -286,6 +286,7 @@ def test_the_command_line_makes_and_uses_them(tmp_path: Path) -> None:
             ["loss.temperature: got 2, expected 4", "loss.rest=renormalize"],
         ),
         ("top", ["loss.divergence=dkd"], ["loss.divergence: got dkd", "3 largest"]),
+        ("top", ["loss.divergence={dist: 0.5, jsd: 0.5}"], ["divergence: got dist", "3 largest"]),
         ("top", ["loss.standardize_logits=true"], ["loss.standardize_logits: got true"]),
         ("nowhere", [], ["job.json", "expected a directory made by dmkd generate"]),
         ("nameless", [], ["teacher.stored: got true without path", "names no teacher"]),
@@ -315,6 +316,15 @@ def test_logits_of_something_else_are_refused_in_one_line(
     for word in words:
         assert word in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_one_stored_class_is_not_renormalized_and_all_may_be_correlated() -> None:
+    plan = LogitsPlan(views_per_image=1, top_k=1, temperature=4.0, views={})
+    alone = load_config(DistillConfig, CONFIG, [*STORED, "source.path=x", "loss.rest=renormalize"])
+    with pytest.raises(ValueError, match=r"loss\.rest: got renormalize, expected bucket"):
+        _check_loss(alone, plan, "x", 10)
+    every = load_config(DistillConfig, CONFIG, [*STORED, "source.path=x", "loss.divergence=dist"])
+    _check_loss(every, plan.model_copy(update={"top_k": 10}), "x", 10)
 
 
 def test_renormalized_top_logits_are_for_any_temperature(top: Path, tmp_path: Path) -> None:

@@ -392,14 +392,16 @@ def test_several_ranks_do_not_follow_a_directory_that_grows() -> None:
 def test_a_restarted_job_finds_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(DistillConfig, CONFIG, SHORT)
-    for number, launch in enumerate(("mine", "another", "")):
-        place = {"run_dir": f"runs/{config.name}-{number}"}
-        run_dir.claim(config.model_copy(update=place), launch=launch)
+    first, second, third = (f"runs/{config.name}-20260101-00000{number}" for number in range(3))
+    other = f"runs/{config.name}-2-20260101-000000-000000"  # of a job with a longer name
+    places = {first: "mine", second: "another", third: "", other: "a third"}
+    for place, launch in places.items():
+        run_dir.claim(config.model_copy(update={"run_dir": place}), launch=launch)
     found = run_dir.find_launched(config, "mine")
-    assert found is not None and found.run_dir == f"runs/{config.name}-0"
+    assert found is not None and found.run_dir == first
     assert run_dir.find_launched(config, "a third") is None
     # What was refused at first is not resumed later.
-    taken = config.model_copy(update={"run_dir": f"runs/{config.name}-1"})
+    taken = config.model_copy(update={"run_dir": second})
     assert run_dir.find_launched(taken, "mine") is None
     assert run_dir.find_launched(taken, "another") is not None
 

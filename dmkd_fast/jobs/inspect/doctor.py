@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import Overrides, load_config
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.config.overrides import Overrides
 from dmkd_fast.denoisers import attention
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.dit import LeanDiT

@@ -127,7 +127,8 @@ def compiler() -> Finding:
     able = [device for device in devices if can_compile(device)]
     if "cuda" in devices and "cuda" not in able:
         means = "denoiser and student run slower on the GPU"
-        return wrong("torch.compile", "no Triton for the GPU", means, "pip install triton")
+        lacks = "Triton, a C compiler or Python.h is missing for the GPU"
+        return wrong("torch.compile", lacks, means, "install what is missing")
     return ok("torch.compile", f"possible on {', '.join(able)}" if able else "not possible here")
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from dmkd_fast.config.jobs import DistillConfig
-from dmkd_fast.config.loading import Overrides, load_config
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.config.overrides import Overrides
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.jobs import memory
 from dmkd_fast.jobs.build import make_sampler

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from dmkd_fast.classifiers.loading import build_classifier, save_classifier, to_channels_last
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import TeacherConfig
-from dmkd_fast.jobs import memory
+from dmkd_fast.jobs import memory, networks
 from dmkd_fast.jobs.pretrain import loop
-from dmkd_fast.jobs.pretrain.real_data import load_real
+from dmkd_fast.jobs.pretrain.real_data import list_real
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.training import scoring
@@ -27,7 +27,7 @@ def pretrain_teacher(
 
     Args:
         config: Settings of the job.
-        data: Folder of labeled images; see `load_real` in `real_data.py`.
+        data: Folder of labeled images; see `list_real` in `real_data.py`.
         resume: Whether to continue from the newest checkpoint.
         show: Whether to show progress.
 
@@ -38,21 +38,25 @@ def pretrain_teacher(
     if (ended := job.finished()) is not None:
         return ended
     config, device = job.config, job.device
-    real = load_real(data, device, config.data)
     if config.model.arch is None:
         raise invalid("model", "path", "arch", "name the architecture to train")
+    listed = list_real(data, device, config.data)
+    channels = listed.shape[0]
     spec = ClassifierSpec(
         architecture=config.model.arch,
-        num_classes=len(real.train.class_names),
-        in_chans=real.train.images.shape[1],
+        num_classes=len(listed.class_names),
+        in_chans=channels,
         input_size=config.views.size,
-        mean=(config.mean,) * real.train.images.shape[1],
-        std=(config.std,) * real.train.images.shape[1],
+        mean=(config.mean,) * channels,
+        std=(config.std,) * channels,
         model_args=config.model.model_args,
         stem=config.model.stem,
-        label_names=real.train.class_names,
+        label_names=listed.class_names,
     )
     model = to_channels_last(build_classifier(spec).to(device))
+    networks.check_takes("model", model, spec.input, spec.num_classes, device)
+    real = listed.decode()
+    del listed  # It holds the names of all files.
     batch = memory.batch_plan(
         model,
         config.train.batch_size,
@@ -82,14 +86,16 @@ def pretrain_teacher(
         real.write_record(folder)
         average, facts = loop.train(job, model, loss_of, len(real.train.labels), folder)
         final = average.module
-        for name, images in (("held_out_top1", real.held_out), ("test_top1", real.test)):
-            if images is None:
-                continue
-            batches = scoring.tracked(images.batches([spec.input]), len(images), job.display)
-            scores = scoring.measure(final, batches, input=spec.input, num_classes=spec.num_classes)
-            scoring.check_trained(scores)
-            facts[name] = scores.result()["top1"]
         with loop.results(folder) as target:
+            for name, images in (("held_out_top1", real.held_out), ("test_top1", real.test)):
+                if images is None:
+                    continue
+                batches = scoring.tracked(images.batches([spec.input]), len(images), job.display)
+                scores = scoring.measure(
+                    final, batches, input=spec.input, num_classes=spec.num_classes
+                )
+                scoring.check_trained(scores)
+                facts[name] = scores.result()["top1"]
             save_classifier(final, spec, target)
             title = f"{config.name}: {spec.architecture}"
             verb = "pretrain teacher CONFIG --data DIR"

@@ -28,7 +28,7 @@ from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser, zero_mod
 from dmkd_fast.denoisers.wrappers import Encoder
 from dmkd_fast.jobs import memory
 from dmkd_fast.jobs.pretrain import cache, loop
-from dmkd_fast.jobs.pretrain.real_data import load_real
+from dmkd_fast.jobs.pretrain.real_data import list_real
 from dmkd_fast.jobs.report import images as report_images
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import invalid
@@ -50,7 +50,7 @@ def pretrain_denoiser(
 
     Args:
         config: Settings of the job.
-        data: Folder of labeled images; see `load_real` in `real_data.py`.
+        data: Folder of labeled images; see `list_real` in `real_data.py`.
         resume: Whether to continue from the newest checkpoint.
         show: Whether to show progress.
 
@@ -61,23 +61,26 @@ def pretrain_denoiser(
     if (ended := job.finished()) is not None:
         return ended
     config, device = job.config, job.device
-    real = load_real(data, device, config.data)
-    channels, size, width = real.train.images.shape[1:]
+    listed = list_real(data, device, config.data)
+    _, size, width = listed.shape
     if size != width:
         fix = "set it, for example data.image_size=32"
         raise invalid("data.image_size", f"null for images of {size} x {width}", "a size", fix)
-    num_classes = len(real.train.class_names)
-    encoder = None
+    num_classes, shape = len(listed.class_names), listed.shape
+    encoder: Encoder | None = None
     if config.vae is not None:
-        encoder, latent = load_encoder(Path(config.vae), device, (channels, size, size))
-        channels, size, _ = latent
+        encoder, shape = load_encoder(Path(config.vae), device, shape)
+    channels, size, _ = shape
+    _check_patches(config, size)
+    real = listed.decode()
+    del listed  # It holds the names of all files.
+    _check_memory(config, size, device)
+    train, held_out = real.train, real.held_out
+    if encoder is not None:
         train, held_out = (
-            replace(part, images=_latents(part.images, encoder, latent))
-            for part in (real.train, real.held_out)
+            replace(part, images=_latents(part.images, encoder, shape))
+            for part in (train, held_out)
         )
-    else:
-        train, held_out = real.train, real.held_out
-    _check_size(config, size, device)
     model = new_pixel_dit(
         num_classes=num_classes,
         channels=channels,
@@ -98,9 +101,9 @@ def pretrain_denoiser(
     with loop.opened(config, resume=resume) as folder:
         real.write_record(folder)
         average, facts = loop.train(job, model, loss_of, len(train), folder)
-        torch.manual_seed(config.seed)
-        facts["held_out_loss"] = _held_out_loss(average.module, held_out, job)
         with loop.results(folder) as target:
+            torch.manual_seed(config.seed)
+            facts["held_out_loss"] = _held_out_loss(average.module, held_out, job)
             save_denoiser(average.module.dit, FLOW, target)
             if encoder is not None:
                 encoder.vae.save_pretrained(target / "vae")
@@ -139,12 +142,16 @@ def _latents(images: Tensor, encoder: Encoder, shape: tuple[int, int, int]) -> T
     return latents.to(images.device)
 
 
-def _check_size(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
-    """Refuse patches that do not divide the images, and a transformer too large for memory."""
+def _check_patches(config: PretrainDenoiserConfig, image_size: int) -> None:
+    """Refuse patches that do not divide the images."""
     if image_size % config.patch_size:
         unit = "pixels" if config.vae is None else "cells of latents"
         expected = f"a divisor of the images' {image_size} {unit}"
         raise invalid("patch_size", config.patch_size, expected, "change it")
+
+
+def _check_memory(config: PretrainDenoiserConfig, image_size: int, device: torch.device) -> None:
+    """Refuse a transformer that is too large for the memory that the images leave."""
     width, tokens = config.num_heads * config.head_dim, (image_size // config.patch_size) ** 2
     weights = config.num_layers * (4 + 8 + 6) * width**2  # attention, MLP, modulation
     batch = config.train.batch_size // config.train.accumulate * tokens

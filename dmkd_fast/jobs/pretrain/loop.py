@@ -11,8 +11,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dmkd_fast.config.jobs import PretrainConfig, PretrainDenoiserConfig, TeacherConfig
-from dmkd_fast.config.loading import dump_config
+from dmkd_fast.config.jobs import (
+    PretrainConfig,
+    PretrainDenoiserConfig,
+    PretrainFewstepConfig,
+    TeacherConfig,
+)
+from dmkd_fast.config.loading import dump_config, load_config
 from dmkd_fast.jobs import memory, resolve, run_dir
 from dmkd_fast.jobs.report import live as report_live
 from dmkd_fast.runtime import files
@@ -80,7 +85,7 @@ def results(folder: Path) -> Iterator[Path]:
         UserError: The folder cannot be written. The last checkpoint holds the trained model.
     """
     target = folder / "model"
-    resume = "run it again with --resume"
+    resume = f"run it again with run_dir={folder} --resume"
     with run_dir.writing_results(target, resume), files.new_folder(target) as partial:
         yield partial
     report_live.finish(folder)
@@ -204,8 +209,7 @@ def train(
         KeyboardInterrupt: Training was interrupted; a checkpoint has been saved.
     """
     config: PretrainConfig = job.config
-    schedule = Schedule(**config.train.model_dump(exclude={"compile"}), **config.optim.model_dump())
-    student = StudentTrainer(model, schedule, dtype=job.dtype)
+    student = StudentTrainer(model, _schedule(config), dtype=job.dtype)
     run = Pretraining(
         student,
         loss_of,
@@ -234,24 +238,50 @@ def _kind(config: PretrainConfig) -> str:
     return "denoiser" if isinstance(config, PretrainDenoiserConfig) else "fewstep"
 
 
+def _schedule(config: PretrainConfig) -> Schedule:
+    return Schedule(**config.train.model_dump(exclude={"compile"}), **config.optim.model_dump())
+
+
 def prepare(config: P, *, resume: bool, show: bool) -> PretrainJob[P]:
-    """Resolve a job, with the config that was saved with the run on resume."""
+    """Resolve a job, with the config that was saved with the run on resume.
+
+    Raises:
+        UserError: There is no run to resume, or the directory of a new one is taken; or the machine
+            or timm does not have what the config asks for.
+    """
     config = run_dir.find(config) if resume else run_dir.name_new(config)
     if not resume:
         run_dir.check_new(config)
-    set_num_threads(config.num_threads)
-    torch.manual_seed(config.seed)
+    # A trial, as an optimizer is known once it is made, and the images may take minutes.
+    StudentTrainer(nn.Linear(4, 4), _schedule(config))
     device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
     if device.type == "cuda":
         set_repeatable(config.repeatable)
+    config = load_config(type(config), config, _resolved(config, device, dtype))
+    torch.manual_seed(config.seed)
     return PretrainJob(
         config=config,
         device=device,
-        dtype=resolve_dtype(config.dtype, device),
+        dtype=dtype,
         compiles=resolve.compiles(config.train.compile, device),
         resume=resume,
         display=Progress(show=show),
     )
+
+
+def _resolved(config: PretrainConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return a value for every "auto" of a config that depends on the machine."""
+    changes: dict[str, Any] = {
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_threads": set_num_threads(config.num_threads),
+        "train": {"compile": resolve.compiles(config.train.compile, device)},
+    }
+    if isinstance(config, PretrainFewstepConfig):
+        compiled = resolve.compiles(config.sampler.compile, device, name="sampler.compile")
+        changes["sampler"] = {"compile": compiled}
+    return changes
 
 
 def write_card(

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,10 +64,27 @@ class RealData:
             )
 
 
+class ListedImages(NamedTuple):
+    """Real images that are known but not decoded, which may take minutes."""
+
+    shape: tuple[int, int, int]
+    """Shape of an image, (c, H, W)."""
+    class_names: tuple[str, ...]
+    decode: Callable[[], RealData]
+    """Function that decodes them, or reads them from `cache.py`."""
+
+
 def load_real(
     folder: Path, device: torch.device, config: RealImagesConfig | None = None
 ) -> RealData:
-    """Read labeled images, and hold out some of them.
+    """Read labeled images, and hold out some of them; see `list_real`."""
+    return list_real(folder, device, config).decode()
+
+
+def list_real(
+    folder: Path, device: torch.device, config: RealImagesConfig | None = None
+) -> ListedImages:
+    """Find labeled images, and choose the ones to hold out; idx files are read at once.
 
     Args:
         folder: Folder with idx files (`train` and `t10k`), with one folder per class, or with
@@ -80,8 +98,10 @@ def load_real(
     """
     config = config or RealImagesConfig()
     if any(folder.glob("*-images-idx3-ubyte*")):
-        return _load_idx(folder, device, config)
-    return _load_files(folder, device, config)
+        real = _load_idx(folder, device, config)
+        channels, height, width = real.train.images.shape[1:]
+        return ListedImages((channels, height, width), real.train.class_names, lambda: real)
+    return _list_files(folder, device, config)
 
 
 def _load_idx(folder: Path, device: torch.device, config: RealImagesConfig) -> RealData:
@@ -106,8 +126,8 @@ def _load_idx(folder: Path, device: torch.device, config: RealImagesConfig) -> R
     )
 
 
-def _load_files(folder: Path, device: torch.device, config: RealImagesConfig) -> RealData:
-    """Read image files or shards; a fraction of each class becomes the held-out set."""
+def _list_files(folder: Path, device: torch.device, config: RealImagesConfig) -> ListedImages:
+    """Find image files or shards; a fraction of each class becomes the held-out set."""
     if not folder.is_dir() or not any(folder.iterdir()):
         expected = "labeled images: idx files, class folders or WebDataset shards"
         raise invalid("--data", f"no images in {folder}", expected)
@@ -137,24 +157,28 @@ def _load_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
         raise invalid("--data", what, f"at most {have / 2**30:.1f} GiB", "lower data.image_size")
     every = "\n".join(sorted(_name(item, folder) for item in full.items))
     digest = hashlib.sha256(every.encode("utf-8", "surrogateescape")).hexdigest()
-    try:
-        train, held_out = (
-            _decoded(replace(full, items=items), config) for items in (kept, held_out_items)
+
+    def decode() -> RealData:
+        try:
+            train, held_out = (
+                _decoded(replace(full, items=items), config) for items in (kept, held_out_items)
+            )
+            tested = None if test is None else _decoded(test, config)
+        except SourceError:
+            items = full.items if test is None else full.items + test.items
+            _report_unusable(items, config, folder)
+            raise
+        return RealData(
+            train=train,
+            held_out=held_out,
+            test=tested,
+            source=f"{len(kept):,} images of {len(full.class_names)} classes; {len(held_out):,} "
+            f"others were held out ({HELD_OUT_FILE} in the run directory)",
+            record=f"# held out of {len(full.items)} images, sha256 of their names {digest}\n"
+            + "".join(f"{_name(item, folder)}\n" for item in held_out_items),
         )
-        tested = None if test is None else _decoded(test, config)
-    except SourceError:
-        items = full.items if test is None else full.items + test.items
-        _report_unusable(items, config, folder)
-        raise
-    return RealData(
-        train=train,
-        held_out=held_out,
-        test=tested,
-        source=f"{len(kept):,} images of {len(full.class_names)} classes; {len(held_out):,} others "
-        f"were held out ({HELD_OUT_FILE} in the run directory)",
-        record=f"# held out of {len(full.items)} images, sha256 of their names {digest}\n"
-        + "".join(f"{_name(item, folder)}\n" for item in held_out_items),
-    )
+
+    return ListedImages(shape, full.class_names, decode)
 
 
 def _report_unusable(items: Sequence[Item], config: RealImagesConfig, folder: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmkd_fast.config import yaml_text
-from dmkd_fast.config.loading import Fraction, shown
-from dmkd_fast.runtime.errors import UserError, invalid
+from dmkd_fast.config.loading import Fraction
+from dmkd_fast.runtime.errors import UserError, invalid, shown
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Amount = Annotated[float, Field(ge=0, le=1e15)]
