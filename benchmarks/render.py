@@ -27,6 +27,7 @@ from benchmarks.findings.selection import SELECTION_TABLES
 from benchmarks.findings.tables import STUDY_TABLES as FINDINGS
 from benchmarks.findings.tables import cell_of, nearest_table
 from benchmarks.harness import ROOT, read_rows
+from benchmarks.job.end_to_end import end_to_end_table
 from benchmarks.job.sooner import SHIPPED, sooner_table
 from benchmarks.job.tables import JOB_TABLES
 from benchmarks.loss.tables import LOSS_TABLES
@@ -167,6 +168,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     **JOB_TABLES,
     **LOSS_TABLES,
     **PART_TABLES,
+    "end-to-end": end_to_end_table,
     "nearest": nearest_table,
     "sooner": sooner_table,
 }

@@ -235,17 +235,18 @@ def loader(rows: list[Row]) -> str:
             [arm, rate, grid.text(arm), grid.difference([arm], [arms[0]]) if paired else ""]
         )
     note = "The student of the embedded job, on the same views. "
+    # The command below the table leaves out what chooses among its rows.
     if speed:
         note += (
             f"Speed of the loop: {speed['times_distiller']:.3f} of the Distiller's (median of "
             f"{speed['n']} pieces in turn, 20 to 80 %: {speed['p20']:.3f} to {speed['p80']:.3f}; "
-            f"{speed['environment']['threads']} threads). "
+            f"`--part speed --threads {speed['environment']['threads']}`). "
         )
     if shown:
         note += (
-            f"Students: {shown[0]['environment']['threads']} threads, "
-            f"{shown[0]['views']:,} views each, {grid.seeds} seeds an arm, ± 95 % interval "
-            "(deviation pooled; differences paired by seed). "
+            f"Students: {shown[0]['views']:,} views each, {grid.seeds} seeds an arm, ± 95 % "
+            "interval (deviation pooled; differences paired by seed; `--part accuracy --threads "
+            f"{shown[0]['environment']['threads']}`). "
         )
     header = ["loop", "views/s", "student top-1, %", "less the Distiller"]
     return table(header, body, note + spent(rows))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import shutil
@@ -119,7 +120,8 @@ class Study:
         overrides = [*self.overrides, f"seed={self.seed}", "device=cpu"]
         if arm in (FEW_STEPS, DEFAULT):
             path = CONFIGS / "fashion_mnist.yaml"
-            overrides = [*(ADAMW if arm == FEW_STEPS else ()), *overrides]
+            if arm == FEW_STEPS:
+                overrides = [*ADAMW, *overrides, f"train.num_views={self.num_views}"]
             views = load_config(DistillConfig, path, overrides).train.num_views
             # The other arms' distance between evaluations.
             points = max(1, views * self.num_points // self.num_views)
@@ -147,13 +149,16 @@ class Study:
         return load_config(DistillConfig, path, overrides)
 
     def facts(self) -> dict[str, Any]:
-        """Arguments that the figures of a part depend on."""
+        """Arguments and settings that the figures of a part depend on."""
+        configs = "".join(self.load(arm).model_dump_json() for arm in (EQUAL, FEW_STEPS, DEFAULT))
         return {
             "images": self.num_images,
             "views": self.num_views,
             "points": self.num_points,
             "seed": self.seed,
             "overrides": list(self.overrides),
+            # A file in configs/ may have changed since a part was made.
+            "configs": hashlib.sha256(configs.encode()).hexdigest(),
         }
 
 

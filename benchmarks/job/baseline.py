@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -26,13 +26,28 @@ from torchvision.datasets import ImageFolder
 from dmkd_fast.config.jobs import ViewsConfig
 from dmkd_fast.views.spec import InputSpec
 
-BATCHES = (
-    10,
-    32,
-    128,
-    256,
-)  # Images per call, each doubled for guidance; 10 is the published number.
+# Images per call, each doubled for guidance; 10 is the published number.
+BATCHES = (10, 32, 128, 256)
 WORKERS = (0, 1, 2)
+
+
+class Ensemble(nn.Module):
+    """Teachers of the same views, combined as those of a job: the mean of their probabilities.
+
+    Args:
+        members: Views -> logits.
+        temperature: Of the loss.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], temperature: float) -> None:
+        super().__init__()
+        self.members, self.temperature = nn.ModuleList(members), temperature
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Return logits (B, C)."""
+        tempered = [member(views) / self.temperature for member in self.members]
+        mean = torch.stack([F.softmax(each.float(), dim=1) for each in tempered]).mean(0)
+        return mean.log() * self.temperature
 
 
 def make_images(

@@ -51,6 +51,8 @@ from benchmarks.job.arms import (
     run_part,
 )
 from benchmarks.job.fewstep import time_to
+from benchmarks.job.tables import Row, break_even, ratio_interval, reached, spread
+from benchmarks.markdown import table, where
 
 BELOW = 0.005  # Accuracy that the target may lie under the baseline's.
 
@@ -76,6 +78,30 @@ PARTS = {
         points=2,
     ),
 }
+YARDSTICKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "fp32": ("vs fp32", (TARGET,)),
+    "bf16": ("vs the faster bf16", (CHANNELS_LAST, COMPILED)),
+    "our_recipe": ("vs bf16 with our recipe", (OUR_RECIPE,)),
+}
+"""Column of the table, and the baselines of which the fastest is divided by an arm."""
+MEDIANS = {
+    "images/s": ("images_per_s", ".0f"),
+    "views/s": ("views_per_s", ",.0f"),
+    "generate s": ("generation_s", ".0f"),
+    "train s": ("training_s", ".0f"),
+    "evaluate s": ("evaluation_s", ".0f"),
+    "whole, s": ("wall_s", ".0f"),
+    "CPU s": ("cpu_s", ".0f"),
+    "disk MiB": ("disk_mib", ".0f"),
+    "memory MiB": ("peak_memory_mib", ",.0f"),
+}
+CAUSES = (
+    ("generation by our sampler", CHANNELS_LAST, EQUAL, "generation_s"),
+    ("training at equal settings", CHANNELS_LAST, EQUAL, "training_s"),
+    ("generation with fewer forwards", EQUAL, FEW_STEPS, "generation_s"),
+    ("time to the target by our recipe", FEW_STEPS, DEFAULT, "s_to_target"),
+)
+"""What the gain over the eager bfloat16 baseline is made of: arms without and with it, figure."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -139,15 +165,18 @@ def rows_of(study: Study, work: Path, arms: Sequence[str]) -> list[dict[str, Any
     """
     rows: dict[str, dict[str, Any]] = {}
     used: set[str | None] = {None}
+    facts = study.facts()
     for name in arms:
-        if not part_file(work, study.seed, name).is_file():
+        path = part_file(work, study.seed, name)
+        if not path.is_file():
             continue
-        arm, found = ARMS[name], _read(study, work, name)
+        arm, found = ARMS[name], _read(path, facts)
         if arm.images is None:
             row, offset = _own_row(found), 0.0
         else:
             uses_pngs = arm.recipe is not None and not arm.recipe.ring
-            row = _row_on(found, _read(study, work, arm.images), uses_pngs=uses_pngs)
+            made = _read(part_file(work, study.seed, arm.images), facts)
+            row = _row_on(found, made, uses_pngs=uses_pngs)
             offset = row.pop("before_s")
         curve = [(offset + wall, top1, spent) for wall, top1, spent in found["curve"]]
         rows[name] = {
@@ -174,12 +203,7 @@ def rows_of(study: Study, work: Path, arms: Sequence[str]) -> list[dict[str, Any
             "resolution_s": round(statistics.mean(gaps), 1),
         }
     for row in rows.values():
-        # The faster of the two bfloat16 baselines counts.
-        for label, others in (
-            ("fp32", (TARGET,)),
-            ("bf16", (CHANNELS_LAST, COMPILED)),
-            ("our_recipe", (OUR_RECIPE,)),
-        ):
+        for label, (_, others) in YARDSTICKS.items():
             times = [rows[other]["s_to_target"] for other in others if other in rows]
             mine, theirs = row["s_to_target"], min(filter(None, times), default=None)
             gain = None if mine is None or theirs is None else round(theirs / mine, 2)
@@ -251,9 +275,102 @@ def _in_a_process(argv: list[str], work: Path, seed: int, name: str) -> None:
         subprocess.run([*command, "--one", str(seed), name], check=True, env=environ)
 
 
-def _read(study: Study, work: Path, name: str) -> dict[str, Any]:
-    path = part_file(work, study.seed, name)
+def _read(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Figures of a part that was made for these facts."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if found.pop("study") != study.facts():
+    if found.pop("study") != facts:
         raise RuntimeError(f"{path}: of another study; remove it, or give another --work")
     return found
+
+
+def end_to_end_table(rows: list[Row]) -> str:
+    """Whole jobs beside the baselines: one line for each arm, over its seeds."""
+    arms = {
+        arm: [r for r in rows if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in rows)
+    }
+    columns = {
+        label: column
+        for label, (column, others) in YARDSTICKS.items()
+        if not arms.keys().isdisjoint(others)
+    }
+    body = [
+        [
+            arm,
+            spread(own, "top1", ".4f"),
+            *(format(statistics.median(r[n] for r in own), form) for n, form in MEDIANS.values()),
+            reached(own, "s_to_target"),
+            *(_sooner(own, label) for label in columns),
+        ]
+        for arm, own in arms.items()
+    ]
+    few = {r["seed"]: r for r in arms.get(FEW_STEPS, arms.get(DEFAULT, []))}
+    saved = [
+        r["cpu_s"] - other["cpu_s"]
+        for r in arms.get(EQUAL, [])
+        if (other := few.get(r["seed"])) and other["views"] == r["views"]
+    ]
+    targets = ", ".join(f"{t:.4f}" for t in dict.fromkeys(r["target"] for r in rows))
+    gaps = [r["resolution_s"] for r in rows]
+    note = (
+        f"{_by_arm(rows, 'images')} images and {_by_arm(rows, 'views')} views; "
+        f"{len({r['seed'] for r in rows})} seeds, all arms of a seed before the next seed. Top-1: "
+        "mean ± std; times: medians; last columns: how many times sooner the target is reached, "
+        f"geometric mean and 95 % interval, paired by seed. Targets {targets}; evaluations are "
+        f"{min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: PNG files; of ours the run "
+        f"directory, checkpoints included. {_compiled(arms)}{breakdown(rows)}{break_even(saved)} "
+        f"{where(rows)}."
+    )
+    header = ["way of working", "top-1", *MEDIANS, "s to target", *columns.values()]
+    return table(header, body, note)
+
+
+def breakdown(rows: list[Row]) -> str:
+    """Split the gain over the eager bfloat16 baseline into its causes; empty without their arms."""
+    said = []
+    for name, before, after, figure in CAUSES:
+        found = [[r[figure] for r in rows if r["arm"] == arm] for arm in (before, after)]
+        # The time of a run that never reaches the target is unknown.
+        if all(found) and None not in [*found[0], *found[1]]:
+            was, now = (statistics.median(times) for times in found)
+            said.append(f"{name} {was:.0f} to {now:.0f} s ({was / now:.1f}x)")
+    gain = "Where the gain over eager bf16 comes from, by medians: "
+    return f"{gain}{'; '.join(said)}. " if said else ""
+
+
+def _by_arm(rows: list[Row], name: str) -> str:
+    """A figure of the first arm, and the arms that have another one."""
+    first, *others = dict.fromkeys(r[name] for r in rows)
+    said = []
+    for value in others:
+        arms = dict.fromkeys(f'"{r["arm"]}"' for r in rows if r[name] == value)
+        said.append(f"{value:,} in {' and '.join(arms)}")
+    return f"{first:,} ({'; '.join(said)})" if said else f"{first:,}"
+
+
+def _compiled(arms: dict[str, list[Row]]) -> str:
+    """Say what compiling gains the bfloat16 baseline, paired by seed; empty if that is unknown."""
+    eager = {r["seed"]: r["s_to_target"] for r in arms.get(CHANNELS_LAST, [])}
+    pairs = [(eager.get(r["seed"]), r["s_to_target"]) for r in arms.get(COMPILED, [])]
+    gains = [was / now for was, now in pairs if was and now]
+    if not gains or len(gains) < len(pairs):
+        return ""
+    return f"Compiled, the bf16 baseline is there {_factor(gains)} as soon as not compiled. "
+
+
+def _sooner(rows: list[Row], label: str) -> str:
+    """Write how many times sooner an arm reaches the target, with its interval."""
+    _, others = YARDSTICKS[label]
+    if len(others) > 1 and rows[0]["arm"] in others:
+        return "-"  # At most 1 by construction, since the faster one counts.
+    gains = [g for r in rows if (g := r.get(f"times_faster_than_{label}")) is not None]
+    if 0 < len(gains) < len(rows):  # A mean of those that reach it would be one of survivors.
+        return f"- ({len(gains)} of {len(rows)} reach it)"
+    return _factor(gains)
+
+
+def _factor(ratios: Sequence[float]) -> str:
+    """Write ratios of seeds: geometric mean and 95 % interval, which one seed does not have."""
+    if len(ratios) < 2:
+        return f"{ratios[0]:.1f}x" if ratios else "-"
+    low, mean, high = ratio_interval(ratios)
+    return f"{mean:.2f}x" if low == high else f"{mean:.2f}x ({low:.2f} to {high:.2f})"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import transforms
 
@@ -71,25 +70,6 @@ class Recipe:
     """glibc keeps freed memory, as in `dmkd`."""
     compiled_student: bool = False
     """torch.compile."""
-
-
-class Ensemble(nn.Module):
-    """Teachers of the same views, combined as those of a job: the mean of their probabilities.
-
-    Args:
-        members: Views -> logits.
-        temperature: Of the loss.
-    """
-
-    def __init__(self, members: Sequence[nn.Module], temperature: float) -> None:
-        super().__init__()
-        self.members, self.temperature = nn.ModuleList(members), temperature
-
-    def forward(self, views: Tensor) -> Tensor:
-        """Return logits (B, C)."""
-        tempered = [member(views) / self.temperature for member in self.members]
-        mean = torch.stack([F.softmax(each.float(), dim=1) for each in tempered]).mean(0)
-        return mean.log() * self.temperature
 
 
 class Trainer:
@@ -345,7 +325,7 @@ def networks(recipe: Recipe, config: DistillConfig) -> tuple[nn.Module, nn.Modul
         raise RuntimeError(f"teachers: got inputs {teachers.together.inputs}, expected equal ones")
     teacher = members[0]
     if len(members) > 1:
-        teacher = Ensemble(members, config.loss.temperature)
+        teacher = baseline.Ensemble(members, config.loss.temperature)
     return student.to(memory_format=layout), teacher.to(memory_format=layout), spec
 
 

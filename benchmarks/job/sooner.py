@@ -10,7 +10,6 @@ settings were chosen on held-out images, but for the length, which a look at tes
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from benchmarks.harness import Report, arguments, recorded
 from benchmarks.job.embedded import ADAMW, CONFIG, run_job
 from benchmarks.job.fewstep import curve, time_to
-from benchmarks.job.tables import ratio_interval, spread
+from benchmarks.job.tables import ratio_interval, reached, spread
 from benchmarks.markdown import table, where
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
@@ -96,7 +95,7 @@ def sooner_table(rows: list[dict[str, Any]]) -> str:
                 spread(own, "top1", ".4f"),
                 spread(own, "agreement", ".4f"),
                 *(f"{statistics.median(r[n] for r in own):.0f}" for n in ("wall_s", "cpu_s")),
-                *(_reached(own, name) for name in ("s_to_target", "s_to_late")),
+                *(reached(own, name) for name in ("s_to_target", "s_to_late")),
             ]
         )
     older, now = (
@@ -113,15 +112,7 @@ def sooner_table(rows: list[dict[str, Any]]) -> str:
     if any(r["s_to_target"] is None for r in rows if r["arm"] == SHIPPED):
         ratio = ""  # Its time is unknown, and would flatter it.
     note = (
-        f"Top-1: mean ± std on 10,000 real test images; times: medians. {ratio}An evaluation every "
-        f"{rows[0]['arguments']['every']:,} views, which counts. {where(rows)}."
+        f"Top-1: mean ± std on 10,000 real test images; times: medians. {ratio}The times include "
+        f"an evaluation every {rows[0]['arguments']['every']:,} views. {where(rows)}."
     )
     return table(header, body, note)
-
-
-def _reached(rows: list[dict[str, Any]], name: str) -> str:
-    """Median seconds to an accuracy, where a run that never reaches it takes longest."""
-    reached = sum(r[name] is not None for r in rows)
-    middle = statistics.median(math.inf if r[name] is None else r[name] for r in rows)
-    said = "-" if math.isinf(middle) else f"{middle:.0f}"
-    return said if reached == len(rows) else f"{said} ({reached} of {len(rows)} reach it)"

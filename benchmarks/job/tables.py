@@ -1,4 +1,4 @@
-"""Tables of whole jobs: the embedded job, its baselines, few steps, and the fidelity presets."""
+"""Tables of whole jobs: the embedded job, few steps, the ladder, fidelity; and what they share."""
 
 from __future__ import annotations
 
@@ -42,12 +42,14 @@ def embedded(rows: list[Row]) -> str:
         "wall s",
         "CPU s",
     ]
-    note = "Last step, 10,000 real test images; std between seeds"
+    note = "Accuracy after the last step, on 10,000 real test images. "
+    if len(rows) > 1:
+        note += "± is the standard deviation over seeds. "
     if points := rows[0]["arguments"].get("points"):
-        note += f"; {points} evaluations on the way, which count in the times"
+        note += f"The times include {points} evaluations on the way. "
     if every := rows[0]["arguments"].get("every"):
-        note += f"; an evaluation every {every:,} views, which counts in the times"
-    return table(header, body, f"{note}. {where(rows)}.")
+        note += f"The times include an evaluation every {every:,} views. "
+    return table(header, body, f"{note}{where(rows)}.")
 
 
 def fewstep(rows: list[Row]) -> str:
@@ -70,8 +72,8 @@ def fewstep(rows: list[Row]) -> str:
         ]
         names = {"top1": ".4f", "wall_s": ".0f", "cpu_s": ".0f"}
         cells = [spread(shown, n, form) for n, form in names.items()]
-        reached = sum(r["s_to_target"] is not None for r in shown)
-        body.append([job, "mean ± std", *cells, f"{reached} of {len(shown)} reach it", ""])
+        count = sum(r["s_to_target"] is not None for r in shown)
+        body.append([job, "mean ± std", *cells, f"{count} of {len(shown)} reach it", ""])
     many, few = (statistics.mean(r["cpu_s"] for r in rows if r["job"] == job) for job in jobs)
     note = (
         f"Target: mean top-1 of the many-step job. {less(rows, jobs)}{break_even([many - few])} "
@@ -93,102 +95,6 @@ def less(rows: list[Row], jobs: Sequence[str]) -> str:
         said.append(f"{statistics.mean(gaps):+.2f} ± {half:.2f} {unit}")
     names = f"{jobs[1].capitalize()} less {jobs[0]}"
     return f"{names}, paired by seed, ± 95 % interval: {' and '.join(said)}. "
-
-
-def end_to_end(rows: list[Row]) -> str:
-    """Whole jobs beside the baselines: one line for each arm, over its seeds."""
-    header = [
-        "way of working",
-        "top-1",
-        "images/s",
-        "views/s",
-        "generate s",
-        "train s",
-        "evaluate s",
-        "whole, s",
-        "CPU s",
-        "disk MiB",
-        "memory MiB",
-        "s to target",
-        "vs fp32",
-        "vs the faster bf16",
-    ]
-    figures = {
-        "images_per_s": ".0f",
-        "views_per_s": ",.0f",
-        "generation_s": ".0f",
-        "training_s": ".0f",
-        "evaluation_s": ".0f",
-        "wall_s": ".0f",
-        "cpu_s": ".0f",
-        "disk_mib": ".0f",
-        "peak_memory_mib": ",.0f",
-    }
-    body = []
-    for arm in dict.fromkeys(r["arm"] for r in rows):
-        own = [r for r in rows if r["arm"] == arm]
-        times = [r["s_to_target"] for r in own if r["s_to_target"] is not None]
-        reached = "" if len(times) == len(own) else f" ({len(times)} of {len(own)} reach it)"
-        body.append(
-            [
-                arm,
-                spread(own, "top1", ".4f") if len(own) > 1 else f"{own[0]['top1']:.4f}",
-                *(
-                    format(statistics.median(r[n] for r in own), form)
-                    for n, form in figures.items()
-                ),
-                f"{_seconds(statistics.median(times) if times else None)}{reached}",
-                _sooner(own, "fp32"),
-                _sooner(own, "bf16"),
-            ]
-        )
-    targets = ", ".join(f"{t:.4f}" for t in dict.fromkeys(r["target"] for r in rows))
-    gaps = [r["resolution_s"] for r in rows]
-    cpu = {(r["seed"], r["arm"]): r["cpu_s"] for r in rows}
-    saved = [
-        spent - cpu[seed, "ours, default"]
-        for (seed, arm), spent in cpu.items()
-        if arm == "ours, equal settings" and (seed, "ours, default") in cpu
-    ]
-    note = (
-        f"{rows[0]['images']:,} images and {rows[0]['views']:,} views; "
-        f"{len({r['seed'] for r in rows})} seeds, all arms of a seed before the next seed. Top-1: "
-        "mean ± std; times: medians; last columns: how many times sooner the target is reached, "
-        f"geometric mean and 95 % interval, paired by seed. Targets {targets}; evaluations are "
-        f"{min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: PNG files; of ours the run "
-        f"directory, checkpoints included. {breakdown(rows)}{break_even(saved)} {where(rows)}."
-    )
-    return table(header, body, note)
-
-
-def breakdown(rows: list[Row]) -> str:
-    """Split the gain over the eager bfloat16 baseline into its three causes; empty if one lacks."""
-    names = ("baseline, no_grad, bf16, channels-last", "ours, equal settings", "ours, default")
-
-    def median(arm: str, part: str) -> float:
-        return float(statistics.median(r[f"{part}_s"] for r in rows if r["arm"] == arm))
-
-    if not {*names} <= {r["arm"] for r in rows}:
-        return ""
-    baseline, equal, default = (median(arm, "generation") for arm in names)
-    theirs, ours = (median(arm, "training") for arm in names[::2])
-    return (
-        f"Where the gain over eager bf16 comes from, by medians: the sampler takes {equal:.0f} s "
-        f"for the baseline's {baseline:.0f} s ({baseline / equal:.1f}x), fewer forwards make that "
-        f"{default:.0f} s ({equal / default:.1f}x), training takes {ours:.0f} s for {theirs:.0f} s "
-        f"({theirs / ours:.1f}x). "
-    )
-
-
-def _sooner(rows: list[Row], label: str) -> str:
-    """Write how many times sooner an arm reaches the target, with its interval."""
-    gains = [g for r in rows if (g := r[f"times_faster_than_{label}"]) is not None]
-    if 0 < len(gains) < len(rows):  # A mean of those that reach it would be one of survivors.
-        return f"- ({len(gains)} of {len(rows)} reach it)"
-    if len(gains) < 2:
-        return "-" if not gains else f"{gains[0]:.1f}x"
-    low, mean, high = ratio_interval(gains)
-    return f"{mean:.2f}x" if low == high else f"{mean:.2f}x ({low:.2f} to {high:.2f})"
 
 
 def ratio_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
@@ -332,6 +238,14 @@ def spread(rows: Sequence[Row], name: str, form: str) -> str:
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
 
 
+def reached(rows: Sequence[Row], name: str) -> str:
+    """Median seconds to an accuracy, where a run that never reaches it takes longest."""
+    count = sum(r[name] is not None for r in rows)
+    middle = statistics.median(math.inf if r[name] is None else r[name] for r in rows)
+    said = "-" if math.isinf(middle) else f"{middle:.0f}"
+    return said if count == len(rows) else f"{said} ({count} of {len(rows)} reach it)"
+
+
 def _range(values: Sequence[float], text: Callable[[float], str]) -> str:
     """Smallest and largest of some values."""
     return " to ".join(dict.fromkeys((text(min(values)), text(max(values)))))
@@ -389,7 +303,6 @@ def imagenet(rows: list[Row]) -> str:
 JOB_TABLES: dict[str, Callable[[list[Row]], str]] = {
     "imagenet-gpu": imagenet,
     "embedded": embedded,
-    "end-to-end": end_to_end,
     "fewstep": fewstep,
     "fidelity": fidelity,
     "ladder": ladder,

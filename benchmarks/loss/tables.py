@@ -40,8 +40,9 @@ def kd_loss(rows: list[Row]) -> str:
     ]
     counts = " to ".join(str(n) for n in sorted({r["n"] for r in rows}))
     note = (
-        f"Loss and gradient, median ms of {counts}, interleaved. Each call allocates its outputs; "
-        f"above 32 MiB much of the time is page faults. {where(rows)}."
+        f"Loss and gradient, median ms of {counts}, interleaved. The times include allocating the "
+        "outputs. Above 32 MiB, most systems map new memory at each call, which takes much of the "
+        f"time. {where(rows)}."
     )
     return table(header, body, note)
 

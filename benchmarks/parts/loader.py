@@ -1,6 +1,7 @@
 """`GeneratedLoader` in an ordinary loop (examples/plain_loop.py) beside the `Distiller`.
 
-Both train the student of the embedded job, from the same weights, on the same views. `speed` is the
+Both train the student of the embedded job, from the same weights, on the same views, by the job's
+older settings, which are those of the loop: AdamW, batches of 64, one teacher. `speed` is the
 views/s of the loop in parts of those of the Distiller, whose step guards against bad steps and
 keeps times: both take turns, a piece of the run each, new images included. The other rows are
 accuracies of whole runs on the real test images, for the same seeds.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,11 @@ import torch
 
 from benchmarks import render
 from benchmarks.fake_cuda import pretended
-from benchmarks.gpu import summary
+from benchmarks.gpu import job, summary
 from benchmarks.job import imagenet
+from benchmarks.parts.ring import captured_step
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,6 +248,35 @@ def test_rivals_pieces_and_jobs_leave_all_their_rows(rehearsal: tuple[Path, str]
     assert all(0 < r["top1"] < 1 and r["wall_s"] > 0 for r in rows)
 
 
+def test_arms_of_the_job_are_scored_after_as_many_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job has 120,000 views, and the baseline 200,000."""
+    asked: list[str] = []
+
+    def run(command: list[str], **_: Any) -> None:
+        asked.extend(command)
+        raise InterruptedError
+
+    monkeypatch.setattr(job.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    with pytest.raises(InterruptedError):
+        job._ours("ours, warm", (), tmp_path)
+    assert "eval.num_points=12" in asked
+    theirs = load_config(DistillConfig, ROOT / "configs" / "many_steps.yaml")
+    assert job.evaluations(theirs) == 20
+
+
+def test_a_step_that_was_not_captured_is_not_timed_as_one_graph() -> None:
+    run: Any = SimpleNamespace(device=torch.device("cpu"), train_step=lambda: 1.5, _captured=None)
+    assert captured_step(run) == 1.5
+    run.device = torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match="not one CUDA graph"):
+        captured_step(run)
+    run._captured = object()
+    assert captured_step(run) == 1.5
+
+
 def test_guesses_of_the_steps_fit_into_the_limits_and_are_those_of_the_page() -> None:
     """40 minutes in all and eight for a step, with a second GPU as well."""
     script = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8").replace("\\\n", "")
@@ -260,14 +293,14 @@ def test_guesses_of_the_steps_fit_into_the_limits_and_are_those_of_the_page() ->
     assert f"for an H100, {sum(guesses.values()):g} in all" in page
 
 
-def gpu_sh(tmp_path: Path, python: str, **environment: str) -> tuple[int, list[str]]:
-    """Rehearse gpu.sh with a python that is a shell script; return its code and its lines."""
+def gpu_sh(tmp_path: Path, python: str, *mode: str, **environment: str) -> tuple[int, list[str]]:
+    """Run gpu.sh with a python that is a shell script; return its code and its lines."""
     fake = tmp_path / "python"
     calls = f'echo "$*" >> {tmp_path}/calls\n'
     fake.write_text(f"#!/bin/sh\n{calls}{python}\n", encoding="utf-8")
     fake.chmod(0o755)
     done = subprocess.run(
-        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--rehearse"],
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *mode],
         env=os.environ | {"PYTHON": str(fake), "LOGS": str(tmp_path / "logs")} | environment,
         capture_output=True,
         text=True,
@@ -279,12 +312,12 @@ def gpu_sh(tmp_path: Path, python: str, **environment: str) -> tuple[int, list[s
 def test_gpu_sh_goes_on_after_a_failure_and_then_skips_what_passed(tmp_path: Path) -> None:
     """With a python that fails where it is asked for the ring."""
     broken = 'case "$*" in *" ring"*) exit 3;; esac'
-    code, lines = gpu_sh(tmp_path, broken)
+    code, lines = gpu_sh(tmp_path, broken, "--rehearse")
     assert code == 1 and any("FAILED (3)" in line for line in lines)
     others = " ".join(name for name in STEPS if name != "ring")
     assert lines[-2:] == [f"passed: {others}", "failed: ring"]
     (tmp_path / "calls").unlink()
-    code, lines = gpu_sh(tmp_path, "")
+    code, lines = gpu_sh(tmp_path, "", "--rehearse")
     assert code == 0 and lines[-1] == "failed: none"
     calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
     assert len(calls) == 2 and " ring " in calls[0] and "gpu-summary" in calls[1]
@@ -300,13 +333,23 @@ def test_gpu_sh_limits_each_step_and_leaves_the_rest_when_time_is_up(tmp_path: P
     limit.write_text(f"#!/bin/sh\necho $2 >> {tmp_path}/limits\n", encoding="utf-8")
     limit.chmod(0o755)
     path = {"PATH": f"{programs}:{os.environ['PATH']}"}
-    assert gpu_sh(tmp_path, "", **path)[0] == 0
+    assert gpu_sh(tmp_path, "", "--rehearse", **path)[0] == 0
     limits = (tmp_path / "limits").read_text(encoding="utf-8").split()
-    assert limits == ["480"] * len(STEPS)
+    assert limits == ["900" if name == "pieces" else "480" for name in STEPS]
     again = tmp_path / "again"
     again.mkdir()
-    code, lines = gpu_sh(again, "", BUDGET_S="10", **path)
+    code, lines = gpu_sh(again, "", "--rehearse", BUDGET_S="10", **path)
     assert code == 1 and lines[-1] == f"left for the next start: {' '.join(STEPS)}"
+
+
+def test_gpu_sh_starts_a_failed_job_of_two_gpus_again_in_an_empty_folder(tmp_path: Path) -> None:
+    """`dmkd` refuses a folder with files of another run."""
+    folder = tmp_path / "logs" / "two-gpus-run"
+    cases = f"*device_count*) echo 2;; *two-gpus-run*) mkdir {folder} && exit 5;;"
+    for _ in range(2):
+        code, lines = gpu_sh(tmp_path, f'case "$*" in {cases} esac')
+        assert code == 1 and lines[-1] == "failed: two-gpus"
+        assert any("FAILED (5)" in line for line in lines)
 
 
 def test_summary_has_steps_state_of_the_gpu_figures_and_goals(tmp_path: Path) -> None:

@@ -229,6 +229,21 @@ def test_samples_of_images_are_what_the_interval_of_guidance_is_over() -> None:
     assert "2 samples of 8 images, 2 student seeds on each, 16 steps" in text
 
 
+def test_speed_and_accuracy_of_a_loop_say_their_own_threads() -> None:
+    stamp = {"device": "CPU", "date": "2026-01-01"}
+    rows = [
+        {"arm": arm, "seed": seed, "top1": 0.9, "views": 64}
+        | {"environment": {**stamp, "threads": 1}}
+        for arm in ("Distiller", "ordinary loop")
+        for seed in (1, 2)
+    ]
+    speed = {"arm": "speed", "seed": "quality", "times_distiller": 1.0, "p20": 0.9, "p80": 1.1}
+    rates = {"Distiller views/s": 10, "ordinary loop views/s": 11, "n": 3}
+    rows.append(speed | rates | {"environment": {**stamp, "threads": 2}})
+    text = generator_tables.loader(rows)
+    assert "`--part speed --threads 2`" in text and "`--part accuracy --threads 1`" in text
+
+
 def test_equal_compute_cells_are_compared_with_the_first_by_seed() -> None:
     stamp = {"environment": {"device": "CPU", "date": "2026-01-01"}, "images": 8, "views": 8}
     rows = [

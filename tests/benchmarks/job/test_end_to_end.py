@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from benchmarks import render
+from benchmarks.harness import CONFIGS
 from benchmarks.job import arms, baseline, end_to_end, ladder
 from benchmarks.job.arms import (
     ARMS,
@@ -24,7 +26,9 @@ from benchmarks.job.arms import (
     COMPILED,
     DEFAULT,
     EQUAL,
+    FEW_STEPS,
     IMAGES,
+    OUR_RECIPE,
     TARGET,
     Study,
 )
@@ -55,11 +59,11 @@ SMALL = (
 )
 SIZES = ("--images", "64", "--views", "128", "--points", "1", "--seeds", "1")
 STUDY = Study(num_images=64, num_views=128, num_points=1, overrides=SMALL)
-# The sampler's arm trains as the one before it.
+# These two train as the arm before them: with images of our sampler, with settings of our job.
 RECIPES = {
     name: arm.recipe
     for name, arm in ARMS.items()
-    if arm.recipe is not None and name != "lean sampler"
+    if arm.recipe is not None and name not in ("lean sampler", OUR_RECIPE)
 }
 
 
@@ -227,7 +231,7 @@ def test_a_change_is_seen_in_the_run_that_makes_it(name: str, tmp_path: Path) ->
 
 def test_settings_are_equal_where_they_should_be() -> None:
     study = Study(num_images=4096, num_views=60_000, num_points=12)
-    equal, default = study.load(EQUAL), study.load(DEFAULT)
+    equal, few, default = map(study.load, (EQUAL, FEW_STEPS, DEFAULT))
     for part in ("teacher", "student", "loss"):
         assert getattr(equal, part) == getattr(default, part)
     assert (equal.views.size, equal.views.pad, default.views.pad) == (default.views.size, 2, 1)
@@ -237,11 +241,28 @@ def test_settings_are_equal_where_they_should_be() -> None:
     # 938 steps of 64 views: no image is made after the first view.
     assert equal.ring.samples_per_insert * 4096 >= 938 * 64
     assert default.train.num_views == 120_000 and default.eval.num_points == 24
+    # The few-step denoiser is all that its arm adds, and the recipe all that the default adds.
+    for part in ("views", "teacher", "more_teachers", "student", "loss", "optim", "train", "eval"):
+        assert getattr(few, part) == getattr(equal, part)
+    assert (few.denoiser, few.sampler) == (default.denoiser, default.sampler)
+    assert study.load(ARMS[OUR_RECIPE].trains_like) == default
+
+
+@pytest.mark.parametrize("name", ["many_steps", "fashion_mnist"])
+def test_a_part_made_before_a_config_changed_is_of_another_study(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = STUDY.facts()
+    changed = shutil.copytree(CONFIGS, tmp_path / "configs") / f"{name}.yaml"
+    changed.write_text(changed.read_text().replace("temperature: 4.0", "temperature: 5.0"))
+    monkeypatch.setattr(arms, "CONFIGS", changed.parent)
+    assert STUDY.facts() != before
 
 
 def made_up(work: Path, study: Study) -> Callable[..., Any]:
     """In place of subprocess.run: figures that are easy to check by hand."""
     started: list[str] = []
+    facts = study.facts()
 
     def run(command: list[str], **_: Any) -> None:
         name = command[-1]
@@ -286,7 +307,7 @@ def made_up(work: Path, study: Study) -> Callable[..., Any]:
         part = command[command.index("--part") + 1]
         path = arms.part_file(work / part, study.seed, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"study": study.facts(), "commit": "abc", **found}))
+        path.write_text(json.dumps({"study": facts, "commit": "abc", **found}))
 
     run.started = started  # type: ignore[attr-defined]
     return run
@@ -329,14 +350,15 @@ def test_a_stopped_study_goes_on_and_compares_what_it_found(
     assert rows[EQUAL]["times_faster_than_bf16"] == round(340 / 30, 2)
     assert rows[CHANNELS_LAST]["resolution_s"] == 30
     carried = [[r["arm"] for r in x.rows if r["generation_carried_over"]] for x in reports[-2:]]
-    assert carried[0] == [] and {TARGET, ring["arm"]} < set(carried[1]) and len(carried[1]) == 9
+    assert carried[0] == [OUR_RECIPE] and len(carried[1]) == 9
+    assert {TARGET, ring["arm"]} < set(carried[1])
     assert [goal.met for goal in reports[-2].goals.values()] == [True, True]
 
     for row in rows.values():
         row["environment"] = {"device": "d", "threads": 1, "torch": "t", "date": "day"}
         row["arguments"] = {}
     table = render.TABLES["end-to-end"](list(rows.values()))
-    assert "| ours, equal settings | 0.8000 |" in table and "| 14.0x | 11.3x |" in table
+    assert "| ours, equal settings | 0.8000 |" in table and "| 14.0x | 11.3x | 11.3x |" in table
     table = render.TABLES["ladder"]([row for row in rows.values() if row["part"] == "ladder"])
     assert f"| {TARGET} | {BF16} | 0 | 0.8000 |" in table and "| never |" in table
 
@@ -349,25 +371,14 @@ def test_a_stopped_study_goes_on_and_compares_what_it_found(
 def test_the_whole_comparison_runs_in_miniature(tmp_path: Path) -> None:
     rows: dict[str, Any] = {}
     for part in PARTS:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks",
-            "end-to-end",
-            "--part",
-            part,
-            "--arms",
-            *(arm for arm in PARTS[part].arms if arm != COMPILED),  # It would take minutes.
-            *SIZES,
-            "--work",
-            str(tmp_path),
-            *SMALL,
-        ]
+        names = [arm for arm in PARTS[part].arms if arm != COMPILED]  # It would take minutes.
+        command = [sys.executable, "-m", "benchmarks", "end-to-end", "--part", part, "--arms"]
+        command += [*names, *SIZES, "--work", str(tmp_path), *SMALL]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         rows |= {row["arm"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
     assert set(rows) == set(ARMS) - {COMPILED}
-    assert all(row["images"] == 64 for name, row in rows.items() if name != DEFAULT)
-    for name in (EQUAL, DEFAULT):
+    assert all(rows[name]["images"] == 64 for name in rows.keys() - {FEW_STEPS, DEFAULT})
+    for name in (EQUAL, FEW_STEPS, DEFAULT):
         assert rows[name]["proof"]["ops"][ladder.FUSED_LOSS] == 1
         assert rows[name]["proof"]["sampler"] == "DiffusionSampler"
     assert rows[TARGET]["proof"]["sampler_dtype"] == "float32"
