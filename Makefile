@@ -1,7 +1,7 @@
 # make run    set up, then distill a student and test it on real images
 # make test   set up, then run the tests
 # make setup  .venv with the package, its extension and its extras
-#   EXTRAS=slim      leaves out DALI and xformers
+#   EXTRAS=slim      leaves out DALI, xFormers and ONNX
 #   TORCH_INDEX=URL  package index of torch and torchvision
 PYTHON ?= python3
 EXTRAS ?= all
@@ -34,7 +34,7 @@ test-long: setup
 test-hard: setup
 	$(BIN)/python -m pytest -m hard tests/hard
 
-# The lowest versions of all libraries, in build/lowest: 3 GB to fetch. The extension is built anew.
+# The lowest versions of all libraries, in build/lowest: 3 GB to fetch. The extension is built again.
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(call copy_of_checkout,$(LOWEST))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pkgutil
 import re
 import sys
@@ -93,6 +94,14 @@ def test_schemas_accept_shipped_configs(job: str) -> None:
 def test_every_public_name_has_its_place_in_the_api_pages() -> None:
     text = "".join(p.read_text(encoding="utf-8") for p in (DOCS / "reference" / "api").glob("*.md"))
     assert sorted(re.findall(r"^::: dmkd_fast\.(\w+)$", text, re.M)) == sorted(dmkd_fast.__all__)
+    index = (DOCS / "reference" / "index.md").read_text(encoding="utf-8")
+    assert set(dmkd_fast.__all__) <= set(re.findall(r"`(\w+)`", index))
+
+
+def test_embedded_names_are_listed() -> None:
+    page = (DOCS / "guides" / "teacher.md").read_text(encoding="utf-8")
+    manifest = json.loads((ROOT / "dmkd_fast" / "assets" / "manifest.json").read_text("utf-8"))
+    assert sorted(re.findall(r"^\| `embedded:([\w/]+)` \|", page, re.M)) == sorted(manifest)
 
 
 def test_settings_named_on_pages_exist() -> None:
@@ -148,6 +157,15 @@ def test_example_of_the_limiter_is_what_the_ring_does() -> None:
     plan.check_batch(64)
     with pytest.raises(ValueError, match="deadlock"):
         dataclasses.replace(plan, error_buffer=192).check_batch(64)
+
+
+def test_example_of_the_number_of_images_is_what_the_plan_says() -> None:
+    ring = yaml.safe_load((ROOT / "configs" / "fashion_mnist.yaml").read_text("utf-8"))["ring"]
+    plan = RingPlan(image_shape=(1, 28, 28), block_images=512, **ring)
+    page = (DOCS / "concepts" / "ring.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^### How many images a run makes\n(.*?)^## ", page, re.M | re.S)
+    assert f"the {plan.images_for(120_064):,} images" in text
+    assert f"first fill of {plan.images_for(48_128):,} images" in " ".join(text.split())
 
 
 def test_python_blocks_of_pages_are_valid_python() -> None:
