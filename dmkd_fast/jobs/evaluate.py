@@ -109,7 +109,7 @@ def evaluate(
         return evaluate_run(folder, data=data, classes=classes, display=display)
     _check_exists(str(path), folder)
     if data is None:
-        got = f"none for {path}, which is not the directory of a run"
+        got = f"none for {path}, which is not the directory of a run of dmkd distill"
         raise invalid("--data", got, "labeled images", "add --data DIR")
     return evaluate_classifier(str(path), data=data, classes=classes, display=display)
 

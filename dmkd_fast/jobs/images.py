@@ -283,12 +283,15 @@ def check_count(config: DistillConfig, count: int, num_ranks: int = 1) -> None:
         expected = "none, as its images are drawn until train.num_views"
         raise invalid("ring.max_uses", got, expected, "remove it")
     if again := -count % (block * num_ranks):
-        sizes = (n for n in range(block, 1, -1) if count % (n * num_ranks) == 0)
+        # Much smaller blocks would be many files, and slow to decode.
+        sizes = (n for n in range(block, block // 4, -1) if count % (n * num_ranks) == 0)
         size = next(sizes, None)
+        of_ranks = f" on each of {num_ranks} ranks" if num_ranks > 1 else ""
         fix = "" if size is None else f"; set it to {size}, and each one comes once"
         warn_once(
-            f"source.block_images: blocks of {block} are not filled by the {count} images of "
-            f"source.path, so {again} of them come into the ring twice and weigh double{fix}"
+            f"source.block_images: blocks of {block}{of_ranks} are not filled by the {count} "
+            f"images of source.path, so {again} of them come into the ring twice and weigh "
+            f"double{fix}"
         )
 
 

@@ -134,8 +134,8 @@ def find(config: C) -> C:
     else:
         found = _named(config, CONFIG)
         if not found:
-            got = f"no run in runs/{config.name}-*"
-            raise invalid("--resume", got, "one", "start without --resume or set run_dir")
+            got = f"no run in runs/{config.name}-DATE-TIME"
+            raise invalid("--resume", got, "one", "start without --resume or set run_dir=DIR")
         # Two runs may have equal times of writing; the later name is then the newer run.
         folder = max(found, key=lambda path: (_last_written(path), path.name))
     return load_config(type(config), folder / CONFIG).model_copy(update={"run_dir": str(folder)})

@@ -115,8 +115,10 @@ class _LinearKdLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         by_row, buffer, scale = _by_row(options), None, 1.0
         loss: Any = 0.0
-        for start in range(0, len(hidden), chunk_rows):
-            part = slice(start, start + chunk_rows)
+        start = 0
+        # The last chunk may have one row more: of a row alone, a temperature would be a number.
+        for stop in (*range(chunk_rows, len(hidden) - 1, chunk_rows), len(hidden)):
+            part, start = slice(start, stop), stop
             logits = hidden[part] @ weight.t()
             if buffer is None or buffer.shape != logits.shape:
                 buffer = torch.empty_like(logits)
@@ -136,9 +138,11 @@ class _LinearKdLoss(torch.autograd.Function):
             if grad_weight is not None and wide == grad.dtype:
                 grad_weight.addmm_(grad.t(), hidden[part])
             elif grad_weight is not None and grad.dtype == torch.float16:
-                # Smaller by a power of two, as the sum over many rows could overflow.
-                smaller = 2.0 ** -len(grad).bit_length()
-                grad_weight.add_(grad.t() @ (hidden[part] * smaller), alpha=1 / smaller)
+                # Smaller by a power of two, as the sum over many rows could overflow; not over all
+                # of a chunk, as small hidden values would lose digits.
+                for some, rows in zip(grad.split(512), hidden[part].split(512), strict=True):
+                    smaller = 2.0 ** -len(some).bit_length()
+                    grad_weight.add_(some.t() @ (rows * smaller), alpha=1 / smaller)
             elif grad_weight is not None:
                 grad_weight += grad.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)

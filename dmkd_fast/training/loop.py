@@ -42,9 +42,8 @@ class TrainingLoop:
         step: Number of steps taken.
         checkpoints: Writer and reader of the checkpoints.
         clock: Time that the run has taken.
-        on_row: Functions called with each row of stats.jsonl, on the rank that writes it. Signals
-            wait until they have returned. An error that one raises ends the run; a checkpoint is
-            written if the run has one rank.
+        on_row: Functions called with each row of stats.jsonl, on the rank that writes it. An error
+            that one raises ends the run; a checkpoint is written if the run has one rank.
         profile: Trace of some steps, which `fit` takes; None: no trace.
     """
 
@@ -269,29 +268,40 @@ class TrainingLoop:
         if is_scored:
             with self.clock.part("evaluate"):
                 scores = self._scores()
-        with self._interrupts.held(), self.clock.part("log"):
-            figures, counts = self._figures()
-            row = self._metrics.flush(
-                views=self.num_views,
-                **self._rated_counts(),
-                lr=self.lr(),
-                **scores,
-                **figures,
-                counts=self.student.counts() | counts,
-            )
-            try:
+        row: dict[str, Any] | None = None
+        try:
+            with self._interrupts.held(), self.clock.part("log"):
+                figures, counts = self._figures()
+                row = self._metrics.flush(
+                    views=self.num_views,
+                    **self._rated_counts(),
+                    lr=self.lr(),
+                    **scores,
+                    **figures,
+                    counts=self.student.counts() | counts,
+                )
                 self.student.check(row["skipped_in_a_row"])
                 self._check(row)
-            finally:  # A row that ends the run is in stats.jsonl too, and is not written again.
-                if self.ranks.is_first:
-                    phase.update(self.num_views, row_text(row))
-                    self._call_back(row)
+        except BaseException:  # also the interrupt of a signal that has waited
+            # The row is in stats.jsonl and is not written again. Its reason to end the run
+            # outweighs an error of a callback.
+            if row is not None:
+                with contextlib.suppress(Exception):
+                    self._tell(phase, row)
+                self._calls_back = False
+            raise
+        self._tell(phase, row)
 
-    def _call_back(self, row: dict[str, Any]) -> None:
-        self._calls_back = True
-        for on_row in self.on_row:
-            on_row(row)
-        self._calls_back = False
+    def _tell(self, phase: Phase, row: dict[str, Any]) -> None:
+        """Show a row and pass it to the functions of `on_row`, on the rank that writes it."""
+        if not self.ranks.is_first:
+            return
+        with self.clock.part("log"):
+            phase.update(self.num_views, row_text(row))
+            self._calls_back = True
+            for on_row in self.on_row:
+                on_row(row)
+            self._calls_back = False
 
     def _save_if_due(self) -> None:
         with self.clock.part("save"):

@@ -97,11 +97,7 @@ class StudentTrainer:
         self.optimizer = optimizer or build_optimizer(student, schedule)
         self.is_compiled, self._is_own = compile, optimizer is None
         check_settings("optim.name" if self._is_own else "optimizer", self.optimizer)
-        # For a resume, since a checkpoint brings settings of its own. `start` sets the rate.
-        self._settings: list[dict[str, Any]] = [
-            {name: value for name, value in group.items() if name not in ("params", "lr")}
-            for group in self.optimizer.param_groups
-        ]
+        self._settings: list[dict[str, Any]] = []  # of the optimizer's groups, before a resume
         # Learning rates that a captured step reads, one for each parameter group.
         self._rates: list[Tensor] = []
         self.average = WeightEMA(student, decay=schedule.ema_decay)
@@ -328,7 +324,12 @@ class StudentTrainer:
             )
 
     def objects(self) -> dict[str, Stateful]:
-        """Return the objects to save, which are the same on all ranks."""
+        """Return the objects to save or to restore, which are the same on all ranks."""
+        # A checkpoint brings settings of its own. `start` sets the rate.
+        self._settings = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
         return {
             "student": self.model,
             "optimizer": self.optimizer,

@@ -58,7 +58,7 @@ def test_the_job_from_disk_ends_with_the_student_of_the_online_job(tmp_path: Pat
     ("count", "block", "ranks", "words"),
     [
         (300, 256, 1, "blocks of 256 are not .* 212 of them .* twice .* set it to 150, and"),
-        (300, 50, 4, "blocks of 50 are not .* 100 of them .* set it to 25, and"),
+        (300, 50, 4, "blocks of 50 on each of 4 ranks are not .* 100 of them .* set it to 25, and"),
         (307, 256, 1, "205 of them come into the ring twice and weigh double$"),
         (300, 150, 1, ""),
         (600, 256, 1, ""),  # does not fit

@@ -21,10 +21,11 @@ from dmkd_fast import Schedule, StudentTrainer
 from dmkd_fast.config.jobs import PretrainFewstepConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import run_dir
+from dmkd_fast.jobs.pretrain.fewstep import pretrain_fewstep
 from dmkd_fast.jobs.pretrain.loop import Pretraining, prepare
 from dmkd_fast.runtime import container, files
 from dmkd_fast.runtime import device as device_module
-from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.errors import NotFiniteError, UserError
 
 Make = Callable[..., Pretraining]
 
@@ -216,3 +217,20 @@ def test_what_auto_means_here_is_saved_and_holds_on_another_machine(
     monkeypatch.setattr(device_module, "cpu_has_bf16", lambda: saved.dtype != "bfloat16")
     again = prepare(given, resume=True, show=False)
     assert again.config == saved and again.dtype == job.dtype
+
+
+def test_a_run_that_has_ended_says_so_on_a_machine_without_its_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = ROOT / "configs" / "pretrain" / "fewstep.yaml"
+    changes = ["device=cuda", "dtype=float16", f"run_dir={tmp_path / 'run'}"]
+    config = load_config(PretrainFewstepConfig, path, changes)
+    folder = run_dir.claim(config)
+    (folder / "model").mkdir()
+    (folder / "model" / "model.safetensors").touch()
+    run_dir.finish(folder, {"views": config.train.num_views})
+    found = pretrain_fewstep(config, resume=True, show=False)
+    assert found == {"views": config.train.num_views}
+    with pytest.raises(UserError, match="CUDA"):
+        prepare(config, resume=True, show=False)

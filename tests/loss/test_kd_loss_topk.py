@@ -107,7 +107,7 @@ def test_heads_without_logits_give_the_loss_of_the_logits(reduction: str, kind: 
     named |= {"mask": torch.arange(20) % 3 > 0} if kind == "mask" else {}
     named |= {"temperature": torch.arange(1.0, 21.0)[:, None]} if kind == "temperatures" else {}
     results = []
-    for chunk_rows in (None, 7, 100):
+    for chunk_rows in (None, 7, 19, 100):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if chunk_rows is None:
             student, teacher = leaves[0] @ leaves[1].t(), teacher_hidden @ teacher_weight.t()

@@ -34,9 +34,9 @@ def pretrain_teacher(
     Returns:
         held_out_top1, with a test set test_top1, and the figures that `loop.train` returns.
     """
-    job = loop.prepare(config, resume=resume, show=show)
-    if (ended := job.finished()) is not None:
+    if (ended := loop.finished(config, resume=resume)) is not None:
         return ended
+    job = loop.prepare(config, resume=resume, show=show)
     config, device = job.config, job.device
     if config.model.arch is None:
         raise invalid("model", "path", "arch", "name the architecture to train")
@@ -54,6 +54,10 @@ def pretrain_teacher(
         label_names=listed.class_names,
     )
     model = to_channels_last(build_classifier(spec).to(device))
+    one_view = memory.batch_plan(
+        model, 1, 1, channels, [spec.input_size], dtype=job.dtype, compiled=False
+    )
+    memory.check_fits(one_view, available_bytes(device))
     networks.check_takes("model", model, spec.input, spec.num_classes, device)
     real = listed.decode()
     del listed  # It holds the names of all files.

@@ -57,9 +57,9 @@ def pretrain_denoiser(
     Returns:
         held_out_loss, and the figures that `loop.train` returns.
     """
-    job = loop.prepare(config, resume=resume, show=show)
-    if (ended := job.finished()) is not None:
+    if (ended := loop.finished(config, resume=resume)) is not None:
         return ended
+    job = loop.prepare(config, resume=resume, show=show)
     config, device = job.config, job.device
     listed = list_real(data, device, config.data)
     _, size, width = listed.shape

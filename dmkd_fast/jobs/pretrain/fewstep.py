@@ -81,9 +81,9 @@ def pretrain_fewstep(
         images from the same noise, in units of [-1, 1] pixels or of latents: rms_to_teacher of the
         trained denoiser, and rms_without_training of the teacher's own K guided steps.
     """
-    job = loop.prepare(config, resume=resume, show=show)
-    if (ended := job.finished()) is not None:
+    if (ended := loop.finished(config, resume=resume)) is not None:
         return ended
+    job = loop.prepare(config, resume=resume, show=show)
     config, device = job.config, job.device
     given = resolve_path(config.denoiser.path, config.denoiser.revision)
     null_class = config.denoiser.null_class

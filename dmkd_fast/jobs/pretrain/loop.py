@@ -46,10 +46,6 @@ class PretrainJob(Generic[P]):
     """Whether to continue from the newest checkpoint."""
     display: Progress
 
-    def finished(self) -> dict[str, Any] | None:
-        """Return the figures of a run that is resumed but has ended; None for others."""
-        return run_dir.finished(self.config) if self.resume else None
-
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Write the figures of a finished run, which mark it as finished, and return them."""
         facts["run_dir"] = self.config.run_dir
@@ -85,7 +81,7 @@ def results(folder: Path) -> Iterator[Path]:
         UserError: The folder cannot be written. The last checkpoint holds the trained model.
     """
     target = folder / "model"
-    resume = f"run it again with run_dir={folder} --resume"
+    resume = f"run it again with run_dir={folder} --resume and no other setting"
     with run_dir.writing_results(target, resume), files.new_folder(target) as partial:
         yield partial
     report_live.finish(folder)
@@ -240,6 +236,14 @@ def _kind(config: PretrainConfig) -> str:
 
 def _schedule(config: PretrainConfig) -> Schedule:
     return Schedule(**config.train.model_dump(exclude={"compile"}), **config.optim.model_dump())
+
+
+def finished(config: PretrainConfig, *, resume: bool) -> dict[str, Any] | None:
+    """Return the figures of a run that is resumed but has ended; None for others.
+
+    The machine need not have what such a run used.
+    """
+    return run_dir.finished(run_dir.find(config)) if resume else None
 
 
 def prepare(config: P, *, resume: bool, show: bool) -> PretrainJob[P]:
