@@ -3,8 +3,8 @@
 Timed: loss and gradient by the student's logits. Two sets of rows: every arm allocates its outputs
 each time, or reuses them where it can ("reused": the one-pass form and the copy). The copy reads
 two matrices and writes one: no implementation can move fewer bytes. Peak memory is that of one call
-in a process of its own, beyond its inputs, in units of the gradient. The other divergences are timed
-beside forward KL, and two linear heads beside their eager loss (`kd_loss_family.py`).
+in a process of its own, beyond its inputs, in units of the gradient. The other divergences are
+timed beside forward KL, and two linear heads beside their eager loss (`kd_loss_family.py`).
 """
 
 from __future__ import annotations
