@@ -47,6 +47,8 @@ class Report:
     """Device that was measured; None: the GPU if there is one."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     goals: dict[str, Goal] = field(default_factory=dict)
+    num_saved: int = 0
+    """Number of the first rows that results/BENCH.jsonl has already."""
 
     def at_least(self, name: str, value: float, goal: float) -> None:
         """Note a goal that is met at `goal` or above."""
@@ -58,15 +60,22 @@ class Report:
 
     def finish(self, *, record: bool) -> None:
         """Print the JSON line; with `record`, append the rows to results/BENCH.jsonl."""
-        stamp = {"arguments": self.arguments, "environment": environment(self.device)}
         if record:
-            RESULTS.mkdir(exist_ok=True)
-            with (RESULTS / f"{self.bench}.jsonl").open("a", encoding="utf-8") as file:
-                for row in self.rows:
-                    file.write(json.dumps({**row, **stamp}) + "\n")
+            self.save()
         goals = {name: asdict(goal) for name, goal in self.goals.items()}
-        line = {"bench": self.bench, "rows": self.rows, "goals": goals, **stamp}
+        line = {"bench": self.bench, "rows": self.rows, "goals": goals, **self._stamp()}
         print(json.dumps(line))
+
+    def save(self) -> None:
+        """Append the rows to results/BENCH.jsonl that are not there yet."""
+        RESULTS.mkdir(exist_ok=True)
+        with (RESULTS / f"{self.bench}.jsonl").open("a", encoding="utf-8") as file:
+            for row in self.rows[self.num_saved :]:
+                file.write(json.dumps({**row, **self._stamp()}) + "\n")
+        self.num_saved = len(self.rows)
+
+    def _stamp(self) -> dict[str, Any]:
+        return {"arguments": self.arguments, "environment": environment(self.device)}
 
 
 def time_interleaved(

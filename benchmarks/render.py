@@ -153,10 +153,16 @@ def latest(name: str) -> tuple[list[Row], Source]:
             for row in read_rows(source.bench)
             if is_gpu(row) == on_gpu and all(row.get(k) == v for k, v in source.only.items())
         )
-        rows = [row for row in rows if row["environment"] == rows[-1]["environment"]]
+        rows = _of_one_run(rows)
         if rows and "superseded" not in rows[-1]:
             break
     return rows, source
+
+
+def _of_one_run(rows: list[Row]) -> list[Row]:
+    """Return the rows that were recorded with the last one, or in another part of the same run."""
+    names = ("arguments", "configs") if rows and "configs" in rows[-1] else ("environment",)
+    return [row for row in rows if all(row.get(n) == rows[-1].get(n) for n in names)]
 
 
 def command_of(name: str, source: Source) -> str:

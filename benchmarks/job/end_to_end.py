@@ -8,7 +8,8 @@ everywhere. All arms also share views, optimizer, batch, length and averaged wei
 default" and the baseline "our recipe", which have those of configs/fashion_mnist.yaml. On the CPU.
 
 All arms run once for each seed before the next seed begins, so that drift of the machine meets all.
-There are two parts: whole jobs at their own size, and the ladder at a smaller one.
+With --record a seed is recorded when it is done, and not run again with the same arguments and
+settings. There are two parts: whole jobs at their own size, and the ladder at a smaller one.
 
 Every arm and every set of images is made in a process of its own, with an empty compiler cache, and
 leaves a file in --work: what is there is not run again. Arms whose images are made alike share a
@@ -35,7 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Report, arguments, recorded
+from benchmarks.harness import Report, arguments, read_rows, recorded
 from benchmarks.job.arms import (
     ARMS,
     CHANNELS_LAST,
@@ -139,13 +140,23 @@ def main(argv: list[str]) -> None:
         run_part(replace(study, seed=int(seed)), name, work)
         return
     report = Report(bench="end-to-end", arguments=recorded(options))
+    same = {"part": options.part, "configs": study.configs(), "arguments": report.arguments}
+    if options.record:
+        report.rows = [r for r in read_rows(report.bench) if same.items() <= r.items()]
+        report.num_saved = len(report.rows)
+    known = {row["seed"] for row in report.rows}
     for seed in range(options.seeds):
+        if seed in known:
+            print(f"seed {seed}: recorded already", file=sys.stderr)
+            continue
         arms = options.arms or part.arms
         used = {ARMS[arm].images for arm in arms}
         for name in (*(i for i in IMAGES if i in used), *arms):
             _in_a_process(argv, work, seed, name)
         rows = rows_of(replace(study, seed=seed), work, part.arms)
-        report.rows += [{"part": options.part, **row} for row in rows]
+        report.rows += [{"part": options.part, "configs": study.configs(), **row} for row in rows]
+        if options.record:  # All seeds may take longer than a machine is there.
+            report.save()
     for label, goal in (("fp32", 6.0), ("bf16", 2.5)):
         found = [r[f"times_faster_than_{label}"] for r in report.rows if r["arm"] == DEFAULT]
         gains = [gain for gain in found if gain is not None]

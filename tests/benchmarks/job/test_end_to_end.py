@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks import render
+from benchmarks import harness, render
 from benchmarks.harness import CONFIGS
 from benchmarks.job import arms, baseline, end_to_end, ladder
 from benchmarks.job.arms import (
@@ -398,3 +398,26 @@ def test_the_compiled_baseline_compiles_its_denoiser_within_the_time(
     assert len(compiled) == 1 and made["proof"]["sampler_dtype"] == "bfloat16"
     assert len(list((tmp_path / "images-diffusers-bf16-compiled" / "pngs").rglob("*.png"))) == 64
     assert ARMS[COMPILED].recipe == replace(ARMS[CHANNELS_LAST].recipe, compiled_student=True)  # type: ignore[type-var]
+
+
+def test_a_seed_on_record_is_not_run_again_and_each_is_recorded_when_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made_up(tmp_path, STUDY)
+    run.started.extend(["stopped"] * 7)  # type: ignore[attr-defined]
+    monkeypatch.setattr(end_to_end.subprocess, "run", run)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(harness, "environment", lambda _: {"date": "today"})
+    words = ["--part", "whole", *SIZES, "--work", str(tmp_path), "--record", *SMALL]
+    monkeypatch.setattr(end_to_end.Report, "finish", lambda self, record: None)
+    lines = []
+    for _ in range(2):
+        end_to_end.main(words)
+        lines.append((tmp_path / "results" / "end-to-end.jsonl").read_text().splitlines())
+    assert lines[0] == lines[1] and len(lines[0]) == len(PARTS["whole"].arms)
+    assert capsys.readouterr().err.count("seed 0: recorded already") == 1
+    first, *_ = rows = [json.loads(line) for line in lines[0]]
+    later = [row | {"seed": 1, "environment": {"date": "later"}} for row in rows]
+    assert render._of_one_run([*rows, *later]) == [*rows, *later]
+    other = first | {"configs": "changed"}
+    assert render._of_one_run([*rows, other]) == [other]
