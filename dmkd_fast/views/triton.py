@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmkd_fast.rng import philox
+from dmkd_fast.rng.triton import MOST
 from dmkd_fast.runtime.operators import Launch
 from dmkd_fast.views.reference import EXP2 as EXP2_
 
@@ -61,10 +62,13 @@ def render_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Render BLOCK numbers of one view per program. Grid: (B * ceil(S * S * c / BLOCK),)."""
-    sections: tl.constexpr = (SIZE * SIZE * CHANNELS + BLOCK - 1) // BLOCK
-    row = (tl.program_id(0) // sections).to(tl.int64)
-    element = tl.program_id(0) % sections * BLOCK + tl.arange(0, BLOCK)
+    """Render BLOCK numbers of one view per program.
+
+    Grid: (B, ...), whose second and third axis together count the sections of a view.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    section = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    element = section * BLOCK + tl.arange(0, BLOCK)
     channel, pixel = element % CHANNELS, element // CHANNELS
     i, j = pixel // SIZE, pixel % SIZE
     j = tl.where(tl.load(flips + row) != 0, SIZE - 1 - j, j)
@@ -266,8 +270,8 @@ def plan_views(
         pad,
     )
     constants = {"SIZE": size, "CHANNELS": channels, "BLOCK": block}
-    # Along one axis, as the others are limited to 65,535 programs.
-    grid = (count * triton.cdiv(numbers, block),)
+    sections = triton.cdiv(numbers, block)
+    grid = (count, min(sections, MOST), triton.cdiv(sections, MOST))
     return Launch(render_kernel, arguments, constants, grid, NUM_WARPS)
 
 
