@@ -27,7 +27,7 @@ from dmkd_fast.training.optim import Muon
 Make = Callable[..., Distiller]
 OPTIMIZERS = [
     *("timm:muon", "timm:lion", "timm:nadamw", "timm:sgdw"),
-    *("timm:adamw", "timm:sgd", "timm:adopt"),  # they refuse a step that is told of `found_inf`
+    *("timm:adamw", "timm:sgd", "timm:adopt"),  # refuse a step if they have `found_inf`
 ]
 
 
