@@ -142,8 +142,8 @@ def main(argv: list[str]) -> None:
     report = Report(bench="end-to-end", arguments=recorded(options))
     same = {"part": options.part, "configs": study.configs(), "arguments": report.arguments}
     if options.record:
-        found = [row for row in read_rows(report.bench) if "superseded" not in row]
-        report.rows = [row for row in found if same.items() <= row.items()]
+        valid = [row for row in read_rows(report.bench) if "superseded" not in row]
+        report.rows = [row for row in valid if same.items() <= row.items()]
         report.num_saved = len(report.rows)
     known = {row["seed"] for row in report.rows}
     for seed in range(options.seeds):
