@@ -260,10 +260,21 @@ def _wait() -> None:
 
 
 def _cpu_name() -> str:
+    name = platform.machine()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
-            return " ".join(line.partition(":")[2].split())
-    return platform.machine()
+            name = " ".join(line.partition(":")[2].split())
+            break
+    return f"{name} ({_instructions()})"
+
+
+def _instructions() -> str:
+    """Return the widest instructions. CPUs of one name differ in them, and so in what is fast."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "AVX512-BF16"
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _commit() -> str:

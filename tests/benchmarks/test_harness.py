@@ -85,3 +85,14 @@ def test_state_of_a_gpu_is_what_nvidia_smi_says(
     found = harness.gpu_state()
     assert found["driver_version"] == "580.1" and found["temperature.gpu"] == "41"
     assert found["power.limit"] == "700.00" and found["other_processes"] == 1
+
+
+def test_the_machine_of_a_row_says_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs of one name, with and without instructions for bfloat16, are two machines."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    names = []
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_bf16: has)
+        names.append(harness.environment(torch.device("cpu"))["device"])
+    assert names[0].endswith(" (AVX512-BF16)")
+    assert names[1].endswith(f" ({torch.backends.cpu.get_cpu_capability()})")

@@ -261,7 +261,8 @@ def test_dry_run_prints_the_exact_bytes_and_allocates_no_ring(
         assert f"  ring {name}: {count:,} bytes" in out
     assert "  ring images: 39,321,600,000 bytes (37500.0 MiB)" in out
     fits = int(out.splitlines()[-1].rpartition(" ")[2].replace(",", ""))
-    assert math.isclose(fits, 10**11 / (sum(plan.values()) / 200_000), rel_tol=1e-3)
+    # What the job needs beside the ring depends on the compute dtype of the machine.
+    assert math.isclose(fits, 10**11 / (sum(plan.values()) / 200_000), rel_tol=2e-3)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**10)
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
