@@ -288,6 +288,20 @@ class PretrainDenoiserConfig(PretrainConfig):
     """Fraction of the examples trained with the null class, which guidance needs."""
 
 
+_USED = {
+    "denoiser": ("path", "revision", "null_class"),
+    "sampler": (
+        "fidelity",
+        "num_steps",
+        "solver",
+        "guidance_scale",
+        "micro_batch_images",
+        "compile",
+    ),
+}
+"""Settings of these sections that few-step training uses. It refuses all others."""
+
+
 class PretrainFewstepConfig(PretrainConfig):
     """A denoiser trained to make an image in few steps: `dmkd pretrain fewstep`."""
 
@@ -304,37 +318,11 @@ class PretrainFewstepConfig(PretrainConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainFewstepConfig:
-        for section, names in (
-            (
-                "denoiser",
-                (
-                    "prompts",
-                    "prompt_attributes",
-                    "captions",
-                    "decoder",
-                    "decoder_tile",
-                    "weak",
-                    "image_size",
-                    "class_map",
-                ),
-            ),
-            (
-                "sampler",
-                (
-                    "phases",
-                    "class_guidance",
-                    "guidance_interval",
-                    "guidance_channels",
-                    "block_cache",
-                    "attention",
-                    "experimental_fp8",
-                ),
-            ),
-        ):
+        for section, used in _USED.items():
             given = getattr(self, section)
-            for name in names:
-                if getattr(given, name) != type(given).model_fields[name].default:
-                    got = getattr(given, name)
+            for name, field in type(given).model_fields.items():
+                got = getattr(given, name)
+                if name not in used and got != field.get_default(call_default_factory=True):
                     expected = "none, as it has no effect on a few-step denoiser's training"
                     raise invalid(f"{section}.{name}", got, expected, "remove it")
         if self.sampler.steps % self.num_steps:

@@ -61,17 +61,12 @@ class LossConfig(Section):
     @property
     def uses_classes(self) -> bool:
         """Whether the divergence itself needs the class of each image."""
-        return self._has("dkd")
+        return "dkd" in self.divergence
 
     @property
     def correlates(self) -> bool:
         """Whether the divergence correlates the logits of a class over the views."""
-        return self._has("dist")
-
-    def _has(self, name: str) -> bool:
-        return self.divergence == name or (
-            isinstance(self.divergence, dict) and name in self.divergence
-        )
+        return "dist" in self.divergence
 
 
 class MixConfig(Section):

@@ -10,7 +10,7 @@ Shapes: N slots, B rows, c channels, H x W pixels of a slot, S side of a view.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from dmkd_fast.runtime.errors import invalid
 from dmkd_fast.runtime.operators import check_own_memory, cuda_kernel, warn_if_eager
-from dmkd_fast.views.reference import reference_boxes, reference_views
+from dmkd_fast.views.reference import new_views, reference_boxes, reference_views
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SIDE = 8192  # so that 32-bit products of two sides do not overflow in the CUDA kernel
 
-_INPUTS = "Tensor slots, Tensor indices, Tensor boxes, Tensor flips, Tensor mean, Tensor std"
+_NAMES = ("slots", "indices", "boxes", "flips", "mean", "std")
+_INPUTS = ", ".join(f"Tensor {name}" for name in _NAMES)
 _LIBRARY = torch.library.Library("dmkd_fast", "FRAGMENT")
 _LIBRARY.define(f"views({_INPUTS}, SymInt size, int pad, ScalarType dtype) -> Tensor")
 _LIBRARY.define(f"views_out(Tensor(a!) out, {_INPUTS}, int pad) -> ()")
@@ -73,10 +74,10 @@ def views(
         IndexError: An index or a box is out of range (a RuntimeError under torch.compile). On CUDA
             an error would mean waiting for the device; such a view reads nothing and is NaN.
     """
-    _check(slots, indices, boxes, flips, mean, std, size, pad)
+    inputs = (slots, indices, boxes, flips, mean, std)
+    _check(inputs, size, pad)
     if dtype not in DTYPES:
         raise TypeError(f"dtype: got {dtype}, expected float32, float16 or bfloat16")
-    inputs = (slots, indices, boxes, flips, mean, std)
     if out is None:
         result: Tensor = _naming_bad_rows(torch.ops.dmkd_fast.views, *inputs, size, pad, dtype)
         return result
@@ -86,8 +87,7 @@ def views(
         raise invalid("out", got, f"{shape} {dtype} on {slots.device}")
     if not out.is_contiguous(memory_format=torch.channels_last):
         raise invalid("out", "another layout", "memory_format=torch.channels_last")
-    names = ("slots", "indices", "boxes", "flips", "mean", "std")
-    check_own_memory(out, dict(zip(names, inputs, strict=True)))
+    check_own_memory(out, dict(zip(_NAMES, inputs, strict=True)))
     _naming_bad_rows(torch.ops.dmkd_fast.views_out, out, *inputs, pad)
     return out
 
@@ -108,30 +108,23 @@ def _naming_bad_rows(operator: Callable[..., Any], *arguments: Any) -> Any:
         raise IndexError(found[1]) from None
 
 
-def _check(
-    slots: Tensor,
-    indices: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    size: int,
-    pad: int,
-) -> None:
+def _check(inputs: Sequence[Tensor], size: int, pad: int) -> None:
+    slots, indices, *_ = inputs
     if slots.ndim != 4 or 0 in slots.shape[1:]:
         raise invalid("slots", f"shape {tuple(slots.shape)}", "(N, c, H, W)")
     if not slots[0:1].is_contiguous():
         got = f"strides {slots.stride()}"
         raise invalid("slots", got, "dense images", "call .contiguous()")
     rows, channels = indices.shape[0] if indices.ndim == 1 else "B", slots.shape[1]
-    for name, tensor, dtype, shape in (
-        ("slots", slots, torch.uint8, slots.shape),
-        ("indices", indices, torch.int64, (rows,)),
-        ("boxes", boxes, torch.int32, (rows, 4)),
-        ("flips", flips, torch.bool, (rows,)),
-        ("mean", mean, torch.float32, (channels,)),
-        ("std", std, torch.float32, (channels,)),
-    ):
+    forms = (
+        (torch.uint8, slots.shape),
+        (torch.int64, (rows,)),
+        (torch.int32, (rows, 4)),
+        (torch.bool, (rows,)),
+        (torch.float32, (channels,)),
+        (torch.float32, (channels,)),
+    )
+    for name, tensor, (dtype, shape) in zip(_NAMES, inputs, forms, strict=True):
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, expected {dtype}")
         if tensor.shape != shape:
@@ -148,23 +141,12 @@ def _check(
         raise invalid("pad", pad, f"0 to {MAX_SIDE}")
 
 
-def _eager_views(
-    slots: Tensor,
-    indices: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    size: int,
-    pad: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _eager_views(slots: Tensor, *rest: Any) -> Tensor:
     warn_if_eager(slots)
     if slots.device.type == "cpu":
+        indices, boxes, *_, pad, _ = rest
         raise_for_bad_rows(slots, indices, boxes, pad)
-    return reference_views(
-        slots, indices, boxes, flips, size=size, pad=pad, mean=mean, std=std, dtype=dtype
-    )
+    return reference_views(slots, *rest)
 
 
 def raise_for_bad_rows(slots: Tensor, indices: Tensor, boxes: Tensor, pad: int) -> None:
@@ -188,37 +170,9 @@ def raise_for_bad_rows(slots: Tensor, indices: Tensor, boxes: Tensor, pad: int) 
         )
 
 
-def _eager_views_out(
-    out: Tensor,
-    slots: Tensor,
-    indices: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    pad: int,
-) -> None:
-    size, dtype = out.shape[-1], out.dtype
-    out.copy_(_eager_views(slots, indices, boxes, flips, mean, std, size, pad, dtype))
-
-
-def _fake_views(
-    slots: Tensor,
-    indices: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    size: int,
-    pad: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty(
-        (indices.shape[0], slots.shape[1], size, size),
-        dtype=dtype,
-        device=slots.device,
-        memory_format=torch.channels_last,
-    )
+def _eager_views_out(out: Tensor, *inputs: Any) -> None:
+    *tensors, pad = inputs
+    out.copy_(_eager_views(*tensors, out.shape[-1], pad, out.dtype))
 
 
 def _fake_view_boxes(seed: int, ids: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -228,7 +182,7 @@ def _fake_view_boxes(seed: int, ids: Tensor, *_: object) -> tuple[Tensor, Tensor
 
 _TRITON = "dmkd_fast.views.triton"
 for _name, _eager, _fake in (
-    ("views", _eager_views, _fake_views),
+    ("views", _eager_views, new_views),
     ("views_out", _eager_views_out, lambda out, *_: None),
     ("view_boxes", reference_boxes, _fake_view_boxes),
 ):

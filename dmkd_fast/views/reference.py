@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,10 @@ def reference_views(
     indices: Tensor,
     boxes: Tensor,
     flips: Tensor,
-    *,
-    size: int,
-    pad: int,
     mean: Tensor,
     std: Tensor,
+    size: int,
+    pad: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """Gather, crop, resize (bilinear, antialiased), flip, normalize and cast: one view per row.
@@ -33,9 +34,9 @@ def reference_views(
         boxes: (B, 4) int32: top, left, height, width in pixels. A box may reach up to `pad` pixels
             beyond the image.
         flips: (B,) bool, whether to flip horizontally.
+        mean, std: (c,) float32, of pixel values in [0, 1].
         size: Side of a view, in pixels.
         pad: Width of the black border, in pixels.
-        mean, std: (c,) float32, of pixel values in [0, 1].
         dtype: Dtype of the result. float64 is computed in float64, any other in float32.
 
     Returns:
@@ -50,6 +51,17 @@ def reference_views(
     out = rows[:, None] @ images @ columns.transpose(1, 2)[:, None]  # (B, c, S, S)
     out = (out - mean[:, None, None]) / std[:, None, None]
     return out.to(dtype, memory_format=torch.channels_last)
+
+
+def new_views(slots: Tensor, indices: Tensor, *rest: Any) -> Tensor:
+    """Allocate the result of the operator `views`, whose arguments these are."""
+    *_, size, _, dtype = rest
+    return torch.empty(
+        (len(indices), slots.shape[1], size, size),
+        dtype=dtype,
+        device=slots.device,
+        memory_format=torch.channels_last,
+    )
 
 
 def _filter(start: Tensor, length: Tensor, source: int, size: int, pad: int) -> Tensor:

@@ -21,6 +21,7 @@ from dmkd_fast.rng import philox
 from dmkd_fast.rng.triton import MOST
 from dmkd_fast.runtime.operators import Launch
 from dmkd_fast.views.reference import EXP2 as EXP2_
+from dmkd_fast.views.reference import new_views
 
 NUM_WARPS = 4
 BYTES = 16  # bytes of a view per thread: one store of 128 bits
@@ -203,25 +204,11 @@ def boxes_kernel(
     tl.store(flips + row, (mirror < flip).to(tl.uint8), mask=inside)
 
 
-def views(
-    slots: Tensor,
-    indices: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    size: int,
-    pad: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def views(*inputs: Any) -> Tensor:
     """Run the operator `views`; arguments as in `views/ops.py`."""
-    out = torch.empty(
-        (len(indices), slots.shape[1], size, size),
-        dtype=dtype,
-        device=slots.device,
-        memory_format=torch.channels_last,
-    )
-    views_out(out, slots, indices, boxes, flips, mean, std, pad)
+    out = new_views(*inputs)
+    *tensors, _, pad, _ = inputs
+    views_out(out, *tensors, pad)
     return out
 
 
