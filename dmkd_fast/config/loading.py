@@ -47,6 +47,7 @@ class Section(BaseModel):
         allow_inf_nan=False,
         strict=True,
         ser_json_inf_nan="constants",
+        use_attribute_docstrings=True,
         protected_namespaces=(),  # pydantic before 2.10 warns about `model_args`
     )
 

@@ -7,13 +7,10 @@ docstrings below the fields.
 
 from __future__ import annotations
 
-import ast
 import difflib
-import inspect
 import math
 import textwrap
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 from dmkd_fast.config.jobs import (
@@ -89,13 +86,8 @@ def describe(job: str = "distill", prefix: str = "") -> list[Setting]:
 
 def schema(job: str) -> dict[str, Any]:
     """Build the JSON schema of a job's YAML file, with a description of every setting."""
-    result = JOBS[job].model_json_schema()
-    classes = {kind.__name__: kind for kind in _subclasses(Section)}
-    for name, part in {JOBS[job].__name__: result, **result.get("$defs", {})}.items():
-        for field, text in _texts(classes[name]).items():
-            if field in part["properties"]:
-                part["properties"][field]["description"] = text
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return head | JOBS[job].model_json_schema()
 
 
 def _walk(root: dict[str, Any]) -> Iterator[Setting]:
@@ -108,7 +100,7 @@ def _walk(root: dict[str, Any]) -> Iterator[Setting]:
             default = "required" if is_required else _yaml(value.get("default", {}))
             reference = _reference(value)
             if reference is None:
-                text = value.get("description", "")
+                text = " ".join(value.get("description", "").split())
                 yield Setting(name, _type(value), default, _range(value), text)
                 continue
             is_list = value.get("type") == "array"
@@ -199,25 +191,3 @@ def _yaml(value: Any) -> str:
     words = {None: "null", True: "true", False: "false"}
     is_word = value is None or isinstance(value, bool)
     return f"`{words[value] if is_word else value}`"
-
-
-@cache
-def _texts(kind: type[Section]) -> dict[str, str]:
-    """Return the docstring below each field of a class and of its bases."""
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if not issubclass(base, Section) or base is Section:
-            continue
-        (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(node, ast.ClassDef)
-        for field, below in zip(node.body, node.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                assert isinstance(field.target, ast.Name) and isinstance(below.value, ast.Constant)
-                texts[field.target.id] = " ".join(str(below.value.value).split())
-    return texts
-
-
-def _subclasses(kind: type[Section]) -> Iterator[type[Section]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _subclasses(child)
