@@ -54,6 +54,7 @@ from benchmarks.job.arms import (
 from benchmarks.job.fewstep import time_to
 from benchmarks.job.tables import Row, break_even, ratio_interval, reached, spread
 from benchmarks.markdown import table, where
+from dmkd_fast.runtime.device import cpu_has_bf16
 
 BELOW = 0.005  # Accuracy that the target may lie under the baseline's.
 
@@ -145,6 +146,12 @@ def main(argv: list[str]) -> None:
         valid = [row for row in read_rows(report.bench) if "superseded" not in row]
         report.rows = [row for row in valid if same.items() <= row.items()]
         report.num_saved = len(report.rows)
+    if not cpu_has_bf16():
+        print(
+            "this CPU has no bfloat16 instructions: its bfloat16 baselines take about nine times "
+            "as long as float32, so compare with the float32 baseline alone",
+            file=sys.stderr,
+        )
     known = {row["seed"] for row in report.rows}
     for seed in range(options.seeds):
         if seed in known:

@@ -411,11 +411,14 @@ def test_a_seed_on_record_is_not_run_again_and_each_is_recorded_when_it_is_done(
     words = ["--part", "whole", *SIZES, "--work", str(tmp_path), "--record", *SMALL]
     monkeypatch.setattr(end_to_end.Report, "finish", lambda self, record: None)
     lines = []
-    for _ in range(2):
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(end_to_end, "cpu_has_bf16", lambda has=has_bf16: has)
         end_to_end.main(words)
         lines.append((tmp_path / "results" / "end-to-end.jsonl").read_text().splitlines())
     assert lines[0] == lines[1] and len(lines[0]) == len(PARTS["whole"].arms)
-    assert capsys.readouterr().err.count("seed 0: recorded already") == 1
+    said = capsys.readouterr().err
+    assert said.count("seed 0: recorded already") == 1
+    assert said.count("no bfloat16 instructions") == 1
     first, *_ = rows = [json.loads(line) for line in lines[0]]
     later = [row | {"seed": 1, "environment": {"date": "later"}} for row in rows]
     assert render._of_one_run([*rows, *later]) == [*rows, *later]
