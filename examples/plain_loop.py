@@ -28,6 +28,7 @@ def train(student: nn.Module, loader: GeneratedLoader, epochs: int) -> Iterator[
         for views, _, teacher_logits in loader:
             with torch.autocast(views.device.type, dtype=torch.bfloat16):
                 student_logits = student(views)
+            # Logits of several teachers are combined at loss.temperature: it must be the same.
             loss = kd_loss(student_logits, teacher_logits, temperature=4.0)
             optimizer.zero_grad()
             loss.backward()
