@@ -154,6 +154,17 @@ def test_an_export_that_differs_is_not_kept(
     assert not out.exists()
 
 
+def test_an_export_whose_classes_have_other_names_is_refused(tmp_path: Path, folder: Path) -> None:
+    """Like an evaluation: the top-1 of its card would be that of other classes."""
+    wrong, out = saved(tmp_path / "wrong", label_names=("bee", "ant", "dog")), tmp_path / "out"
+    with pytest.raises(UserError, match=r"class 0 is 'bee' in .*wrong.*set --classes"):
+        exporting.export(wrong, "timm", out=out, data=folder)
+    assert not out.exists()
+    order = tmp_path / "order.txt"
+    order.write_text("bee\nant\ncat\n")
+    assert exporting.export(wrong, "timm", out=out, data=folder, classes=order)["num_images"] == 23
+
+
 def test_mistakes_are_refused_in_one_line(tmp_path: Path, folder: Path) -> None:
     path = saved(tmp_path / "model")
     small = few_test_images(5)

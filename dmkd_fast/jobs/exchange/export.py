@@ -22,7 +22,7 @@ from dmkd_fast.classifiers.loading import TORCHVISION, save_classifier, timm_lin
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
-from dmkd_fast.data.class_names import write_class_names
+from dmkd_fast.data.class_names import compare_class_names, write_class_names
 from dmkd_fast.data.listing import CLASS_NAMES
 from dmkd_fast.jobs import networks, run_dir
 from dmkd_fast.jobs.evaluate import STUDENT, open_test_set
@@ -100,8 +100,9 @@ def export(
         largest_difference of the logits, and with `push` the url of the commit.
 
     Raises:
-        UserError: The classifier cannot be loaded or has no such format, `out` exists, the
-            exported network predicts something else, or the Hub refused; the folder is kept then.
+        UserError: The classifier cannot be loaded or has no such format, its classes are not
+            those of `data`, `out` exists, the exported network predicts something else, or the
+            Hub refused; the folder is kept then.
     """
     set_num_threads(0)
     folder = Path(what)
@@ -117,8 +118,11 @@ def export(
     if to == "onnx":
         _check_onnx()
     model, spec, license = networks.load_trained(str(what), CPU)
+    setting = "eval.classes" if data is None else "--classes"
     data, classes = _test_images(folder, data, classes)
     images = open_test_set(data, classes, CPU, spec.num_classes, spec.label_names)
+    if classes is None:
+        compare_class_names(str(what), spec.label_names, images.class_names, setting=setting)
     spec = replace(spec, label_names=spec.label_names or images.class_names)
     exported = _Exported(
         model=_Normalized(model, spec).eval() if normalize else model,
