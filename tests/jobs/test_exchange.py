@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import one_line
 from real_sets import COLOUR, NAMES
 from small_jobs import few_test_images
 
@@ -163,6 +164,25 @@ def test_an_export_whose_classes_have_other_names_is_refused(tmp_path: Path, fol
     order = tmp_path / "order.txt"
     order.write_text("bee\nant\ncat\n")
     assert exporting.export(wrong, "timm", out=out, data=folder, classes=order)["num_images"] == 23
+
+
+def test_a_classifier_of_nans_is_one_line(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = saved(tmp_path / "model"), tmp_path / "out"
+    model, spec = load_classifier(path, CPU)
+    for weight in model.parameters():
+        weight.data.fill_(float("nan"))
+    save_classifier(model, spec, path)
+    photo = str(next((folder / "bee").glob("*.png")))
+    export = ["export", str(path), "--to", "timm", "--out", str(out), "--data", str(folder)]
+    for command, name in (
+        (["predict", str(path), photo, "--json"], photo),
+        (export, f"{path}: got NaN or infinite logits for 23 of 23 images"),
+    ):
+        assert cli.main(command) == 2
+        one_line(capsys, [name, "got NaN or infinite logits", "expected finite ones", "damaged"])
+    assert not out.exists()
 
 
 def test_mistakes_are_refused_in_one_line(tmp_path: Path, folder: Path) -> None:

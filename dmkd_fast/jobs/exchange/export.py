@@ -9,6 +9,7 @@ Shapes: B images, c channels, S input size, C classes.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -140,7 +141,7 @@ def export(
         with _one_tf32_setting():
             again = write(exported, partial)
         batches = images.batches([spec.input, exported.input])
-        facts = _compare(model, again, batches, spec.input, exported.input)
+        facts = _compare(str(what), model, again, batches, spec.input, exported.input)
         _write_card(partial, to, exported, facts)
     if push is not None:
         facts["url"] = hub.push(target, push)
@@ -266,6 +267,7 @@ def _program(exported: _Exported) -> torch.export.ExportedProgram:
 @exact_float32()
 @torch.inference_mode()
 def _compare(
+    name: str,
     model: nn.Module,
     again: Network,
     batches: Iterator[tuple[dict[InputSpec, Tensor], Tensor]],
@@ -273,18 +275,25 @@ def _compare(
     taken: InputSpec,
 ) -> dict[str, Any]:
     """Compare the logits of the original and the exported network on all images."""
-    hits = count = changed = 0
+    hits = count = changed = not_finite = 0
     largest = 0.0
     for views, labels in batches:
         logits = model(views[original])
         # A batch of one image and one of all others show that the batch is dynamic.
         split = views[taken].split([1, len(labels) - 1]) if len(labels) > 1 else [views[taken]]
         others = torch.cat([again(part) for part in split])
-        largest = max(largest, (logits - others).abs().max().item())
+        difference = (logits - others).abs().max().item()
+        # `max` would drop a NaN.
+        largest = max(largest, difference if math.isfinite(difference) else math.inf)
+        not_finite += int((~logits.isfinite()).any(1).sum())
         changed += int((logits.argmax(1) != others.argmax(1)).sum())
         hits += int((others.argmax(1) == labels).sum())
         count += len(labels)
-    if changed or not largest <= TOLERANCE:
+    if not_finite:
+        got = f"NaN or infinite logits for {not_finite:,} of {count:,} images"
+        fix = "the weights are damaged or their training diverged, use others"
+        raise invalid(name, got, "finite ones", fix)
+    if changed or largest > TOLERANCE:
         raise UserError(
             f"exported network: got {changed:,} of {count:,} predictions changed and logits that "
             f"differ by up to {largest:.1e}, expected the same predictions and at most "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from dmkd_fast.data.listing import Item
 from dmkd_fast.data.test_sets import EncodedSet
 from dmkd_fast.jobs import networks
 from dmkd_fast.runtime.device import exact_float32, resolve_device, set_num_threads
-from dmkd_fast.runtime.errors import UserError
+from dmkd_fast.runtime.errors import UserError, invalid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ def predict(what: str | Path, images: Sequence[str | Path], *, top: int = 5) -> 
         top: Number of classes to return for each image, at most.
 
     Raises:
-        UserError: The classifier or an image cannot be loaded.
+        UserError: The classifier or an image cannot be loaded, or logits are not finite.
 
     Examples:
         >>> from dmkd_fast import predict
@@ -58,6 +59,10 @@ def predict(what: str | Path, images: Sequence[str | Path], *, top: int = 5) -> 
         for views, _ in encoded.batches([spec.input]):
             best = model(views[spec.input]).softmax(dim=1).topk(min(top, spec.num_classes))
             for values, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                image = items[len(found)].path
+                if not all(map(math.isfinite, values)):
+                    fix = f"the weights of {what} are damaged or their training diverged"
+                    raise invalid(image, "NaN or infinite logits", "finite ones", fix)
                 classes = {names[k]: value for k, value in zip(labels, values, strict=True)}
-                found.append(Prediction(image=items[len(found)].path, classes=classes))
+                found.append(Prediction(image=image, classes=classes))
     return found
