@@ -134,23 +134,21 @@ def report_runs(options: argparse.Namespace) -> dict[str, Any] | None:
 def pretrain(options: argparse.Namespace) -> dict[str, Any]:
     """Train a teacher or a denoiser."""
     from dmkd_fast.config import jobs as configs
-    from dmkd_fast.config.loading import load_config
     from dmkd_fast.jobs import run_dir
     from dmkd_fast.jobs.pretrain.classifier import pretrain_teacher
     from dmkd_fast.jobs.pretrain.denoiser import pretrain_denoiser
     from dmkd_fast.jobs.pretrain.fewstep import pretrain_fewstep
 
-    if options.resume:
-        run_dir.refuse_changes(options.overrides)
-    source = (options.config, options.overrides)
-    how = {"resume": options.resume, "show": not options.quiet}
+    source, resume = (options.config, options.overrides), options.resume
+    how = {"resume": resume, "show": not options.quiet}
     if options.kind == "teacher":
-        teacher = load_config(configs.TeacherConfig, *source)
+        teacher = run_dir.load(configs.TeacherConfig, *source, resume=resume)
         return pretrain_teacher(teacher, options.data, **how)
     if options.kind == "denoiser":
-        denoiser = load_config(configs.PretrainDenoiserConfig, *source)
+        denoiser = run_dir.load(configs.PretrainDenoiserConfig, *source, resume=resume)
         return pretrain_denoiser(denoiser, options.data, **how)
-    return pretrain_fewstep(load_config(configs.PretrainFewstepConfig, *source), **how)
+    fewstep = run_dir.load(configs.PretrainFewstepConfig, *source, resume=resume)
+    return pretrain_fewstep(fewstep, **how)
 
 
 def plan(options: argparse.Namespace) -> dict[str, Any] | None:

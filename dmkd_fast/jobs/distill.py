@@ -109,9 +109,7 @@ def run(
     ranks = distributed.join() if ranks is None else ranks
     show = show and ranks.is_first
     with ranks.agreed():
-        loaded = load_config(DistillConfig, config, overrides)
-        if resume:
-            run_dir.refuse_changes(overrides)
+        loaded = run_dir.load(DistillConfig, config, overrides, resume=resume)
     loaded, resume = _place(loaded, resume, ranks)
     with ranks.agreed():
         # The other ranks hold settings of their own, and may see the files later.

@@ -41,6 +41,31 @@ RESTART_WAIT_S = 30
 _LOOK_S = 0.3
 
 
+def load(kind: type[C], source: str | Path | C, overrides: Overrides = (), *, resume: bool) -> C:
+    """Load the config of a job; on resume, the config of a run stands for the folder it lies in.
+
+    The saved config names the folder in which the run began, which may have been moved or copied.
+
+    Args:
+        kind: Class of the config.
+        source: Path of a YAML file, or a config.
+        overrides: Settings to change; on resume, at most `run_dir`.
+        resume: Whether a run is to be resumed.
+
+    Raises:
+        UserError: A setting is wrong, or one other than run_dir is changed on resume.
+    """
+    config = load_config(kind, source, overrides)
+    if not resume:
+        return config
+    _refuse_changes(overrides)
+    if isinstance(source, str | Path) and not overrides and Path(source).name == CONFIG:
+        folder = Path(source).parent
+        if (folder / LOCK).is_file() or has_checkpoint(folder):
+            config = config.model_copy(update={"run_dir": str(folder)})
+    return config
+
+
 def name_new(config: C) -> C:
     """Replace `run_dir: auto` by runs/NAME-DATE-TIME."""
     if config.run_dir == "auto":
@@ -181,7 +206,7 @@ def finish(folder: Path, summary: dict[str, Any]) -> None:
         files.sync(folder)
 
 
-def refuse_changes(overrides: Overrides) -> None:
+def _refuse_changes(overrides: Overrides) -> None:
     """Refuse overrides of a run to resume, which uses its saved config.
 
     Raises:

@@ -306,3 +306,43 @@ def test_a_disk_that_is_full_before_training_is_one_line(
         assert cli.main(["distill", CONFIG, *SHORT, f"run_dir={tmp_path / 'other'}"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("dmkd: run_dir: cannot write to") and "No space left" in line
+
+
+def test_a_run_that_was_moved_resumes_where_it_lies_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, old, new = Distiller.train_step, tmp_path / "old", tmp_path / "new"
+
+    def interrupted(distiller: Distiller) -> torch.Tensor:
+        if distiller.step == 7:
+            raise KeyboardInterrupt
+        return step(distiller)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "train_step", interrupted)
+        assert cli.main(["distill", CONFIG, *SHORT, f"run_dir={old}"]) == 130
+    old.rename(new)
+    capsys.readouterr()
+    assert cli.main(["distill", str(new / "config.yaml"), "--resume"]) == 0
+    captured = capsys.readouterr()
+    assert f"{new}: going on at step 7 of 20" in captured.err
+    assert json.loads(captured.out.splitlines()[-1])["run_dir"] == str(new)
+    assert (new / "student" / "model.safetensors").is_file() and not old.exists()
+
+
+def test_the_folder_of_a_config_is_that_of_the_run_if_a_run_lies_there(tmp_path: Path) -> None:
+    config = load_config(DistillConfig, CONFIG, [f"run_dir={tmp_path / 'old'}"])
+    saved = run_dir.claim(config) / "config.yaml"
+
+    def folder(overrides: list[str] | None = None, *, resume: bool = True) -> str:
+        return run_dir.load(DistillConfig, saved, overrides or [], resume=resume).run_dir
+
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    saved = saved.rename(copied / "config.yaml")
+    assert folder() == config.run_dir  # a config of that name, but nothing of a run
+    (copied / ".lock").touch()
+    assert folder() == str(copied) and folder(resume=False) == config.run_dir
+    assert folder(["run_dir=other"]) == "other"
+    saved = saved.rename(copied / "job.yaml")
+    assert folder() == config.run_dir
