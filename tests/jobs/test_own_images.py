@@ -215,6 +215,13 @@ def test_mistakes_are_refused_in_one_line(
     (other / "test" / "cat").rename(other / "test" / "dog")
     with pytest.raises(UserError, match=r"class 2 is 'cat' in .*train and 'dog'"):
         load_real(other, CPU, SMALL)
+    shutil.rmtree(other / "test" / "dog")
+    with pytest.raises(UserError, match=r"no class cat in \S+/test, expected the 3 of \S+/train"):
+        load_real(other, CPU, SMALL)
+    shutil.copytree(other / "train" / "cat", other / "test" / "cat")
+    shutil.copytree(other / "train" / "cat", other / "test" / "cow")
+    with pytest.raises(UserError, match=r"class cow in \S+/test, expected the 3 of \S+/train"):
+        load_real(other, CPU, SMALL)
     monkeypatch.setattr(real_data, "available_bytes", lambda device: 1000)
     with pytest.raises(UserError, match=r"expected at most .* GiB; lower data\.image_size"):
         load_real(folder, CPU, SMALL)

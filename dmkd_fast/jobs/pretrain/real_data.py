@@ -144,11 +144,9 @@ def _list_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
     test = None
     if has_parts and tests:
         test = _open(tests[0], device, classes, len(full.class_names))
+        _check_classes(folder / "train", full.class_names, tests[0], test.class_names)
         names = full.class_names
         compare_class_names(str(folder / "train"), names, test.class_names, setting=str(listed))
-        if len(test.class_names) != len(full.class_names):
-            what = f"{len(test.class_names)} classes in {tests[0]}"
-            raise invalid("--data", what, f"{len(full.class_names)}, as in train")
     shape = config.channels, config.image_size, config.image_size
     count = len(full.items) + (0 if test is None else len(test.items))
     need, have = count * shape[0] * shape[1] * shape[2], available_bytes(device)
@@ -179,6 +177,27 @@ def _list_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
         )
 
     return ListedImages(shape, full.class_names, decode)
+
+
+def _check_classes(train: Path, names: Sequence[str], test: Path, tested: Sequence[str]) -> None:
+    """Refuse a test set with fewer or more classes than the training images, and name them.
+
+    Raises:
+        UserError: The numbers of classes differ.
+    """
+    if len(tested) == len(names):
+        return
+    missing = [name for name in names if name not in tested]
+    extra = [name for name in tested if name not in names]
+    what = f"no class {_some(missing)}" if len(tested) < len(names) else f"class {_some(extra)}"
+    fix = "give both folders the same classes"
+    raise invalid("--data", f"{what} in {test}", f"the {len(names)} of {train}", fix)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return up to five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def _report_unusable(items: Sequence[Item], config: RealImagesConfig, folder: Path) -> None:
