@@ -209,8 +209,15 @@ def test_mistakes_are_refused_in_one_line(
         load_real(folder, CPU)
     data, kind = encoded(0)
     write_shard(tmp_path / "a.tar", [(f"a.{kind}", data), ("a.cls", b"0")])
-    with pytest.raises(UserError, match="got 1 images of class 0, expected at least 2"):
+    with pytest.raises(UserError, match="fewer than 2 images of class 0, expected at least 2"):
         load_real(tmp_path, CPU, SMALL)
+    few = tmp_path / "few"
+    for name in ("bat", "cod", "dog", "eel", "fox", "gnu"):
+        (few / name).mkdir(parents=True)
+        (few / name / f"a.{kind}").write_bytes(data)
+    shutil.copytree(folder / "ant", few / "ant")
+    with pytest.raises(UserError, match="images of class bat, cod, dog, eel, fox and 1 more, exp"):
+        load_real(few, CPU, SMALL)
     other = shutil.copytree(parts, tmp_path / "other")
     (other / "test" / "cat").rename(other / "test" / "dog")
     with pytest.raises(UserError, match=r"class 2 is 'cat' in .*train and 'dog'"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,7 +141,7 @@ def _list_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
     classes = listed if has_parts and listed.is_file() else None
     full = _open(folder / "train" if has_parts else folder, device, classes, None)
     fraction = HELD_OUT_FRACTION if config.held_out is None else config.held_out
-    kept, held_out_items = _split(full.items, len(full.class_names), fraction, folder)
+    kept, held_out_items = _split(full.items, full.class_names, fraction, folder)
     test = None
     if has_parts and tests:
         test = _open(tests[0], device, classes, len(full.class_names))
@@ -234,7 +235,7 @@ def _open(
 
 
 def _split(
-    items: Sequence[Item], num_classes: int, fraction: float, folder: Path
+    items: Sequence[Item], class_names: Sequence[str], fraction: float, folder: Path
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """Split images into those to train on and the held-out ones, both in the given order.
 
@@ -242,11 +243,13 @@ def _split(
     does not depend on the order of the files, nor on where the folder lies.
     """
     chosen: set[int] = set()
-    for label in range(num_classes):
+    counts = Counter(item.label for item in items)
+    few = [name for label, name in enumerate(class_names) if counts[label] < 2]
+    if few:
+        expected = "at least 2 of each class, as one is held out"
+        raise invalid(folder, f"fewer than 2 images of class {_some(few)}", expected, "add images")
+    for label in range(len(class_names)):
         mine = [place for place, item in enumerate(items) if item.label == label]
-        if len(mine) < 2:
-            what = f"{len(mine)} images of class {label}"
-            raise invalid(folder, what, "at least 2, of which one is held out", "add images")
         count = min(len(mine) - 1, max(1, round(fraction * len(mine))))
         chosen |= set(sorted(mine, key=lambda place: _digest(items[place], folder))[:count])
     kept = tuple(item for place, item in enumerate(items) if place not in chosen)
