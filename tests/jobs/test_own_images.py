@@ -200,6 +200,19 @@ def test_a_run_is_not_resumed_with_other_images(parts: Path, tmp_path: Path, cap
     command = ["pretrain", "teacher", str(tmp_path / "run.yaml"), f"run_dir={tmp_path / 'run'}"]
     assert cli.main([*command, "--resume", "--data", str(changed)]) == 2
     assert "images were added, removed or renamed" in capsys.readouterr().err
+    saved = tmp_path / "run" / "config.yaml"
+    saved.write_text(saved.read_text().replace("held_out: 0.25", "held_out: 0.5"))
+    assert cli.main([*command, "--resume", "--data", str(parts)]) == 2
+    assert "data.held_out: got other images than those in" in capsys.readouterr().err
+
+
+def test_a_run_on_idx_files_is_not_resumed_with_others_held_out(tmp_path: Path) -> None:
+    data = few_test_images(20)
+    for path in list(data.iterdir()):
+        shutil.copy(path, data / path.name.replace("t10k", "train"))
+    load_real(data, CPU, RealImagesConfig(held_out=0.25)).write_record(tmp_path)
+    with pytest.raises(UserError, match=r"data\.held_out: got other images than those in"):
+        load_real(data, CPU, RealImagesConfig(held_out=0.5)).write_record(tmp_path)
 
 
 def test_mistakes_are_refused_in_one_line(

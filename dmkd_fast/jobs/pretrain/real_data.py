@@ -53,16 +53,27 @@ class RealData:
         """Record the split in a run directory, or compare it with the one of the run to resume.
 
         Raises:
-            UserError: The images have changed since the run began.
+            UserError: The images, or those held out, have changed since the run began.
         """
         path = folder / HELD_OUT_FILE
         if not path.is_file():
             files.replace(path, [self.record.encode("utf-8", "surrogateescape")])
-        elif path.read_bytes() != self.record.encode("utf-8", "surrogateescape"):
-            raise UserError(
-                f"--data: images were added, removed or renamed since {path} was written; put them "
-                "back, or start a new run"
-            )
+            return
+        before = path.read_bytes().decode("utf-8", "surrogateescape")
+        if before == self.record:
+            return
+        if _all_images(before) == _all_images(self.record):
+            got, expected = f"other images than those in {path}", "the same to be held out"
+            raise invalid("data.held_out", got, expected, "set it back, or start a new run")
+        raise UserError(
+            f"--data: images were added, removed or renamed since {path} was written; put them "
+            "back, or start a new run"
+        )
+
+
+def _all_images(record: str) -> str:
+    """Return the part of a record about all images: how many, and of files the digest."""
+    return record.partition("\n")[0].partition(" of ")[2]
 
 
 class ListedImages(NamedTuple):
