@@ -247,6 +247,19 @@ def test_mistakes_are_refused_in_one_line(
         load_real(folder, CPU, SMALL)
 
 
+def test_a_class_may_be_called_train(folder: Path, parts: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    for place, name in zip(sorted(folder.iterdir()), ("bus", "car", "train"), strict=True):
+        shutil.copytree(place, flat / name)
+    real = load_real(flat, CPU, SMALL)
+    assert real.train.class_names == ("bus", "car", "train")
+    assert len(real.train) + len(real.held_out) == 23 and real.test is None
+    # Other folders beside the parts of a set are none of its classes.
+    more = shutil.copytree(parts, tmp_path / "more")
+    (more / "annotations").mkdir()
+    assert load_real(more, CPU, SMALL).train.class_names == NAMES
+
+
 def test_idx_files_inside_train_are_refused_in_one_line(tmp_path: Path) -> None:
     shutil.copytree(few_test_images(20), tmp_path / "train")
     with pytest.raises(UserError, match=r"got idx files in \S+/train, expected class folders"):

@@ -25,7 +25,7 @@ from dmkd_fast.config.data import RealImagesConfig
 from dmkd_fast.data import test_sets
 from dmkd_fast.data.class_names import compare_class_names
 from dmkd_fast.data.decode import Decoder
-from dmkd_fast.data.listing import CLASS_NAMES, Item, SourceError
+from dmkd_fast.data.listing import CLASS_NAMES, EXTENSIONS, Item, SourceError
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet, load_idx, open_set
 from dmkd_fast.jobs.pretrain import cache
 from dmkd_fast.runtime import files
@@ -35,6 +35,7 @@ from dmkd_fast.views.spec import InputSpec
 
 HELD_OUT, HELD_OUT_FRACTION = 5_000, 0.1
 HELD_OUT_FILE = "held_out.txt"
+PARTS = {"train", "test", "val", "valid", "validation"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,8 @@ def list_real(
 
     Args:
         folder: Folder with idx files (`train` and `t10k`), with one folder per class, or with
-            shards; or with two such folders, `train`, and `test` or `val`.
+            shards; or with two such folders, `train`, and `test` or `val`. Beside class folders,
+            a folder `train` with image files is a class of that name.
         device: Device of the images.
         config: Sizes and fractions.
 
@@ -146,7 +148,7 @@ def _list_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
     if config.image_size is None:
         fix = "set it to the size to train at, for example data.image_size=32"
         raise invalid("data.image_size", "null for image files", "a number of pixels", fix)
-    has_parts = (folder / "train").is_dir()
+    has_parts = _has_parts(folder)
     tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
     listed = folder / CLASS_NAMES
     classes = listed if has_parts and listed.is_file() else None
@@ -189,6 +191,17 @@ def _list_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
         )
 
     return ListedImages(shape, full.class_names, decode)
+
+
+def _has_parts(folder: Path) -> bool:
+    """Return whether the folder `train` holds a part of the set, and is not the class "train"."""
+    train = folder / "train"
+    if not train.is_dir():
+        return False
+    folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
+    # Beside folders of other classes, images without a folder of their own belong to a class.
+    images = (p for p in train.iterdir() if p.suffix.lower() in EXTENSIONS and p.name[0] != ".")
+    return folders <= PARTS or not any(images)
 
 
 def _check_classes(train: Path, names: Sequence[str], test: Path, tested: Sequence[str]) -> None:
