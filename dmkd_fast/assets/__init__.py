@@ -85,14 +85,13 @@ def license(path: str) -> str | None:
 
 def _fetch(repository: str, revision: str | None, *, pickles: bool = False) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         # .txt and .model files hold the vocabularies of tokenizers.
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
         patterns += ["*.bin"] * pickles
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the client raises those of its HTTP library as well
         reason, which = one_line(error), revision or "its newest commit"
         raise UserError(
             f"{HUB}{repository} at {which}: {reason}; check name, revision, network and log-in"

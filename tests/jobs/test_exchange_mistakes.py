@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from classifier_folders import CPU, edit, saved, trap
@@ -153,3 +154,20 @@ def test_the_accuracy_belongs_to_the_folder_that_is_kept(
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
     assert load_classifier(tmp_path / "out", CPU)[1].label_names == NAMES
     assert not list(tmp_path.glob(".*"))
+
+
+def test_any_error_of_a_download_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Hub's client raises errors of its HTTP library, and not all of them are an OSError."""
+
+    class ProxyError(Exception):
+        pass
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ProxyError("403 Forbidden")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    name = f"hf-hub:acme/tiny@{'a' * 40}"
+    assert cli.main(["evaluate", name, "--data", "embedded:fashion_mnist/test"]) == 2
+    one_line(capsys, ["hf-hub:acme/tiny at aaaa", "403 Forbidden", "check name, revision, network"])
