@@ -152,6 +152,8 @@ def evaluate_run(
             f"{folder}: got neither the config.yaml of a run nor the config.json of a classifier"
             f"{pickle_hint(folder)}"
         )
+    if not (folder / STUDENT / CONFIG).is_file():
+        run_dir.check_classifier(folder)
     config = load_config(DistillConfig, folder / run_dir.CONFIG)
     set_num_threads(config.num_threads)
     with memory.named(_LESS_MEMORY):

@@ -24,7 +24,7 @@ from dmkd_fast.classifiers.loading import (
 from dmkd_fast.classifiers.spec import ClassifierSpec
 from dmkd_fast.config.networks import ClassifierConfig, TeachingConfig
 from dmkd_fast.data.class_names import order_by_name
-from dmkd_fast.jobs import memory
+from dmkd_fast.jobs import memory, run_dir
 from dmkd_fast.runtime.device import available_bytes
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
 from dmkd_fast.views.spec import InputSpec, check_logits
@@ -210,6 +210,7 @@ def _load_saved(
     path: str, revision: str | None, device: torch.device
 ) -> tuple[nn.Module, ClassifierSpec, str]:
     folder = classifier_folder(assets.resolve(path, revision))
+    run_dir.check_classifier(folder)
     model, spec = load_classifier(folder, device)
     license = assets.license(path) or classifier_license(folder)
     return model, spec, license if revision is None else f"{license} ({path} at {revision})"

@@ -20,13 +20,21 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from dmkd_fast.config.jobs import DistillConfig, PretrainConfig, RunConfig
+from dmkd_fast.config.jobs import (
+    DistillConfig,
+    PretrainConfig,
+    PretrainDenoiserConfig,
+    PretrainFewstepConfig,
+    RunConfig,
+    TeacherConfig,
+)
 from dmkd_fast.config.loading import dump_config, load_config
 from dmkd_fast.config.overrides import Overrides
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
 from dmkd_fast.runtime.errors import UserError, invalid, warn_once
+from dmkd_fast.runtime.model_files import CONFIG as MODEL_CONFIG
 from dmkd_fast.runtime.signals import Interrupts
 from dmkd_fast.training.loop import TrainingLoop
 
@@ -34,6 +42,11 @@ LOG = logging.getLogger("dmkd_fast")
 C = TypeVar("C", bound=RunConfig)
 CONFIG, CHECKPOINTS, LAUNCH, LOCK = "config.yaml", "checkpoints", ".launch", ".lock"
 SUMMARY = "summary.json"
+# How to resume the jobs that make a classifier.
+_CLASSIFIERS: dict[type[RunConfig], str] = {
+    DistillConfig: "distill {} --resume",
+    TeacherConfig: "pretrain teacher {} --resume --data DIR",
+}
 # torchrun restarts ranks after it has asked their predecessors to end; on another machine a
 # predecessor may still run and hold the lock.
 RESTART_WAIT_S = 30
@@ -199,6 +212,28 @@ def finished(config: PretrainConfig | DistillConfig) -> dict[str, Any] | None:
     return summary if is_whole else None
 
 
+def check_classifier(folder: Path) -> None:
+    """Refuse the directory of a run that has made no classifier; accept all other folders.
+
+    Args:
+        folder: Folder in which no classifier was found.
+
+    Raises:
+        UserError: The run is that of a denoiser, or not finished; the message says how to go on.
+    """
+    if not (folder / CONFIG).is_file() or (folder / MODEL_CONFIG).is_file():
+        return
+    kind = _kind(folder)
+    if kind is None:
+        return
+    if kind not in _CLASSIFIERS:
+        raise invalid(folder, "the run of a denoiser", "a classifier, or the run of one")
+    fix = f"resume it with: dmkd {_CLASSIFIERS[kind].format(folder / CONFIG)}"
+    if files.is_locked(folder / LOCK):
+        fix = "wait until it has ended"
+    raise UserError(f"{folder}: this run has no classifier, as it is not finished; {fix}")
+
+
 def finish(folder: Path, summary: dict[str, Any]) -> None:
     """Write the summary of a run, which marks it as finished."""
     with _writing(folder):
@@ -295,6 +330,16 @@ def writing_results(folder: Path, resume: str) -> Iterator[None]:
 def has_checkpoint(folder: Path) -> bool:
     """Return whether the run, or any of its ranks, has a checkpoint, complete or not."""
     return any(any((folder / CHECKPOINTS).glob(names)) for names in ("step-*", "rank-*/step-*"))
+
+
+def _kind(folder: Path) -> type[RunConfig] | None:
+    """Return the class of a run's saved config; None if the file is of no known job."""
+    kinds: list[type[RunConfig]] = [PretrainDenoiserConfig, PretrainFewstepConfig]
+    for kind in (*_CLASSIFIERS, *kinds):
+        with contextlib.suppress(UserError):
+            load_config(kind, folder / CONFIG)
+            return kind
+    return None
 
 
 def _named(config: RunConfig, file: str) -> list[Path]:

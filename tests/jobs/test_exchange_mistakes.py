@@ -15,6 +15,16 @@ from small_jobs import few_test_images
 
 from dmkd_fast import cli
 from dmkd_fast.classifiers.loading import build, load_classifier
+from dmkd_fast.config.jobs import (
+    DistillConfig,
+    PretrainDenoiserConfig,
+    PretrainFewstepConfig,
+    RunConfig,
+    TeacherConfig,
+)
+from dmkd_fast.config.loading import load_config
+from dmkd_fast.config.shipped import CONFIGS
+from dmkd_fast.jobs import run_dir
 
 WEAK = "embedded:fashion_mnist/weak"
 Case = tuple[list[str], list[str]]
@@ -102,6 +112,43 @@ def test_export(place: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -
             (["export", WEAK, *timm, "--out", "@/file/out", *few], ["file"]),
         ],
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        (DistillConfig, "demo", ["not finished", "dmkd distill {run}/config.yaml --resume"]),
+        (
+            TeacherConfig,
+            "pretrain/lenet5",
+            ["not finished", "dmkd pretrain teacher {run}/config.yaml --resume --data DIR"],
+        ),
+        (PretrainDenoiserConfig, "pretrain/denoiser", ["a denoiser", "expected a classifier"]),
+        (PretrainFewstepConfig, "pretrain/fewstep", ["a denoiser", "expected a classifier"]),
+    ],
+)
+def test_a_run_without_a_classifier(
+    kind: type[RunConfig],
+    name: str,
+    words: list[str],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    run_dir.claim(load_config(kind, CONFIGS / f"{name}.yaml", [f"run_dir={run}"]))
+    said = [word.replace("{run}", str(run)) for word in words]
+    photo = str(next(folder.rglob("*.png")))
+    commands = [
+        ["evaluate", "@", "--data", str(folder)],
+        ["evaluate", "@"],
+        ["predict", "@", photo],
+        ["export", "@", "--to", "timm"],
+    ]
+    check(capsys, run, [(command, [str(run), *said]) for command in commands])
+    if "not finished" in words:
+        with run_dir.locked(run):
+            check(capsys, run, [(command, ["not finished", "wait"]) for command in commands])
 
 
 def test_import_teacher(place: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
