@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import one_line
 from PIL import Image
 from small_jobs import few_test_images
 
@@ -127,6 +129,16 @@ def test_mistakes_are_refused_in_one_line(here: Path, capsys: pytest.CaptureFixt
     ):
         assert cli.main(["init", *arguments]) == 2
         assert words in capsys.readouterr().err
+    assert not list(Path().iterdir())
+
+
+def test_a_path_that_is_no_text_is_refused_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that names such a path can be written to a config."""
+    data = image_set(here / os.fsdecode(b"caf\xe9"), sides=(16, 16))
+    assert cli.main(["init", "own-data", "--data", str(data)]) == 2
+    one_line(capsys, ["--data: got", "caf\\udce9", "expected a path in UTF-8; rename the folder"])
     assert not list(Path().iterdir())
 
 

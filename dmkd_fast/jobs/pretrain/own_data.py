@@ -143,8 +143,14 @@ def init(folder: Path, out: Path) -> dict[str, Any]:
         The written configs and the predicted minutes of each job.
 
     Raises:
-        UserError: The folder has no labeled images or no test set, or a config exists already.
+        UserError: The folder has no labeled images or no test set, its path cannot be written to
+            a config, or a config exists already.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        got = ascii(str(folder))
+        raise invalid("--data", got, "a path in UTF-8", "rename the folder") from None
     set_num_threads(0)
     keep_freed_memory()
     device = resolve_device("auto")
