@@ -170,8 +170,9 @@ def evaluate_run(
             for section, names in named.items():
                 setting = "eval.classes" if data is None else "--classes"
                 compare_class_names(section, names, images.class_names, setting=setting)
-        found = _measure(student, spec, images, teachers.together, display)
-        return _evaluation(found, spec, images, name=str(folder / STUDENT), run_dir=folder)
+        name = str(folder / STUDENT)
+        together = teachers.together
+        return _measure(student, spec, images, together, display, name=name, run_dir=folder)
 
 
 def evaluate_classifier(
@@ -195,10 +196,9 @@ def evaluate_classifier(
         images = open_test_set(data, classes, device, spec.num_classes, spec.label_names)
         if classes is None:
             compare_class_names(name, spec.label_names, images.class_names, setting="--classes")
-        found = _measure(model, spec, images, None, display)
         owner = Path(name).parent
-        has_run = (owner / run_dir.CONFIG).is_file()
-        return _evaluation(found, spec, images, name=name, run_dir=owner if has_run else None)
+        run = owner if (owner / run_dir.CONFIG).is_file() else None
+        return _measure(model, spec, images, None, display, name=name, run_dir=run)
 
 
 def open_test_set(
@@ -245,7 +245,10 @@ def _measure(
     images: ImageSet | EncodedSet,
     teachers: Teachers | None,
     display: Progress,
-) -> tuple[scoring.Scores, scoring.Guesses]:
+    *,
+    name: str,
+    run_dir: Path | None,
+) -> Evaluation:
     inputs = [spec.input, *([] if teachers is None else teachers.inputs_at(1.0))]
     guesses = scoring.Guesses()
     scores = scoring.measure(
@@ -256,18 +259,6 @@ def _measure(
         teacher=None if teachers is None else teachers.predict,
         guesses=guesses,
     )
-    return scores, guesses
-
-
-def _evaluation(
-    found: tuple[scoring.Scores, scoring.Guesses],
-    spec: ClassifierSpec,
-    images: ImageSet | EncodedSet,
-    *,
-    name: str,
-    run_dir: Path | None,
-) -> Evaluation:
-    scores, guesses = found
     if scores.num_not_finite == scores.num_images:
         got = f"NaN or infinite logits for all of {scores.num_images} images"
         fix = "the weights are damaged or their training diverged, use others"
