@@ -69,7 +69,7 @@ def opened(config: PretrainConfig, *, resume: bool) -> Iterator[Path]:
         try:
             yield folder
         except Exception as error:
-            report_live.fail(folder, error)
+            report_live.rewrite(folder, error)
             raise
 
 
@@ -84,7 +84,7 @@ def results(folder: Path) -> Iterator[Path]:
     resume = f"run it again with run_dir={folder} --resume and no other setting"
     with run_dir.writing_results(target, resume), files.new_folder(target) as partial:
         yield partial
-    report_live.finish(folder)
+    report_live.rewrite(folder)
 
 
 class ShuffledPasses:

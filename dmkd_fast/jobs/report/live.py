@@ -193,19 +193,18 @@ def pretraining_page(folder: Path, kind: str, device: torch.device, clock: Clock
     return LivePage(folder, facts, clock)
 
 
-def finish(folder: Path) -> None:
-    """Write the page of a run again once its results are complete, while the run is locked."""
-    with contextlib.suppress(UserError):  # A lost page does not justify a failed run.
-        LivePage(folder, report_data.load(folder).facts).write("finished")
+def rewrite(folder: Path, error: Exception | None = None) -> None:
+    """Write the page of a run again: its results are complete, or an error has ended it.
 
-
-def fail(folder: Path, error: Exception) -> None:
-    """Write the page of a run that has one again, with the error that ended the run."""
-    if (folder / report_data.FACTS).is_file():
-        with contextlib.suppress(UserError):  # A lost page must not hide the error.
-            LivePage(folder, report_data.load(folder).facts).write(
-                "failed", message=_described(error)
-            )
+    Args:
+        folder: Run directory, which is locked.
+        error: Error that ended the run, of which only an existing page tells.
+    """
+    if error is not None and not (folder / report_data.FACTS).is_file():
+        return
+    state, message = ("finished", "") if error is None else ("failed", _described(error))
+    with contextlib.suppress(UserError):  # A lost page neither fails a run nor hides its error.
+        LivePage(folder, report_data.load(folder).facts).write(state, message=message)
 
 
 def _described(error: Exception) -> str:
