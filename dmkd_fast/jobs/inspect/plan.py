@@ -23,6 +23,7 @@ from dmkd_fast.jobs.inspect import rates as speeds
 from dmkd_fast.jobs.inspect.flops import Flops, evaluations_per_image, job_flops
 from dmkd_fast.jobs.inspect.rates import Rates
 from dmkd_fast.jobs.parts import Parts, prepare
+from dmkd_fast.jobs.report.html import duration
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.ring.plan import RingPlan
 from dmkd_fast.runtime.distributed import Ranks
@@ -175,19 +176,20 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
             f"{rates['views_per_s']:,.1f} views/s"
         )
         yield "time: " + ", ".join(
-            f"{name.replace('_', ' ')} {_clock(value)}" for name, value in found["seconds"].items()
+            f"{name.replace('_', ' ')} {duration(value)}"
+            for name, value in found["seconds"].items()
         )
         yield (
             "generation takes as long as training at ring.samples_per_insert="
             f"{found['balance_reuse']:.3g}"
         )
-        yield "samples_per_insert      images    generate       train       total"
+        yield "samples_per_insert      images     generate        train        total"
         for row in found["reuse"]:
             mark = "*" if row["is_set"] else " "
             times = (row[name] for name in ("generate_s", "train_s", "total_s"))
             yield (
                 f"{mark}{row['samples_per_insert']:>17g} {row['images']:>11,} "
-                + " ".join(f"{_clock(value):>11}" for value in times)
+                + " ".join(f"{duration(value):>12}" for value in times)
             )
         yield (
             f"suggested: ring.samples_per_insert={suggested['samples_per_insert']:g} "
@@ -274,12 +276,3 @@ def _ranks(job: ResolvedJob, total_s: float) -> int:
 
 def _gflop(count: int | None) -> str:
     return "not counted, as it depends on values" if count is None else f"{count / 1e9:,.4g} GFLOP"
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{seconds:02d} min"
-    return f"{minutes // 60:,}:{minutes % 60:02d} h"
