@@ -40,45 +40,32 @@ FEWSTEP_STEPS, TEACHER_STEPS = 4, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Sizes of networks and lengths of runs for one kind of device."""
+    """Sizes of networks and lengths of runs for one kind of device; by default those for a CPU.
 
-    most_side: int
+    On two CPU cores, the jobs of a set of ten classes take minutes.
+    """
+
+    most_side: int = 32
     """Largest side of the images to train at."""
-    layers: int
-    heads: int
-    head_dim: int
-    batch_size: int
-    teacher_views: int
-    denoiser_batch_size: int
-    denoiser_views: int
-    denoiser_lr: float
-    fewstep_views: int
-    pool_images: int
-    student_views: int
-    ring_images: int
-    channels: tuple[int, ...]
+    layers: int = 3
+    heads: int = 4
+    head_dim: int = 32
+    batch_size: int = 64
+    teacher_views: int = 12_288
+    denoiser_batch_size: int = 32
+    denoiser_views: int = 40_960
+    denoiser_lr: float = 5e-3
+    fewstep_views: int = 16_384
+    pool_images: int = 512
+    student_views: int = 40_960
+    ring_images: int = 2_048
+    channels: tuple[int, ...] = (32, 64, 128, 128)
     """Widths of the stages of the teacher; the student has half of them."""
 
 
-# On two CPU cores, the jobs of a set of ten classes take minutes. The sizes for CUDA have not been
-# run on real hardware.
+# The sizes for CUDA have not been run on real hardware.
 SIZES = {
-    "cpu": Sizes(
-        most_side=32,
-        layers=3,
-        heads=4,
-        head_dim=32,
-        batch_size=64,
-        teacher_views=12_288,
-        denoiser_batch_size=32,
-        denoiser_views=40_960,
-        denoiser_lr=5e-3,
-        fewstep_views=16_384,
-        pool_images=512,
-        student_views=40_960,
-        ring_images=2_048,
-        channels=(32, 64, 128, 128),
-    ),
+    "cpu": Sizes(),
     "cuda": Sizes(
         most_side=64,
         layers=8,
