@@ -147,7 +147,8 @@ def init(folder: Path, out: Path) -> dict[str, Any]:
             raise UserError(f"{path}: exists already; move it or work in another folder")
     found = look(folder, device)
     print(found.describe())
-    for path, text in zip(names, _texts(found, SIZES[device.type]), strict=True):
+    texts = _texts(found, SIZES[device.type])
+    for path, text in zip(names, texts, strict=True):
         write_new(path, with_comments(text, path.stem))
     teacher, denoiser, fewstep, distill = names
     seconds = own_time.predict(
@@ -162,9 +163,10 @@ def init(folder: Path, out: Path) -> dict[str, Any]:
     total = sum(seconds.values()) / 60
     print(f"wrote {', '.join(path.name for path in names)}: {side} pixels, on {device.type}")
     print(f"next, in about {total:.1f} minutes:")
-    for command, job in _commands(folder):
-        minutes = f"  # {seconds[job] / 60:.1f} min" if job in seconds else ""
-        print(f"  {command}{minutes}")
+    for path, text in zip(names, texts, strict=True):
+        command = text.partition("\n")[0].removeprefix("# ")
+        print(f"  {command}  # {seconds[path.stem] / 60:.1f} min")
+    print("  dmkd report runs/student")
     return {
         "configs": [str(path) for path in names],
         "minutes": {job: round(value / 60, 2) for job, value in seconds.items()},
@@ -244,7 +246,7 @@ def _side(short: int, device: torch.device) -> int:
 
 
 def _texts(found: OwnData, sizes: Sizes) -> list[str]:
-    """Return the text of the four configs, in the order of the commands."""
+    """Return the text of the four configs in order; the first line of each is its command."""
     side = found.shape[1]
     sample = found.real.train.images[:1000].float() / 255
     mean, std = round(sample.mean().item(), 3), round(max(sample.std().item(), 1e-3), 3)
@@ -310,15 +312,3 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
         f"{optim(3e-3, 0.99)}{train(sizes.student_views)}eval: {{path: {test}, num_points: 4}}\n"
     )
     return [teacher, denoiser, fewstep, distill]
-
-
-def _commands(folder: Path) -> list[tuple[str, str]]:
-    """Return each command with the name of its job, in order; "" for those that take seconds."""
-    data = shlex.quote(str(folder))
-    return [
-        (f"dmkd pretrain teacher teacher.yaml run_dir=runs/teacher --data {data}", "teacher"),
-        (f"dmkd pretrain denoiser denoiser.yaml run_dir=runs/denoiser --data {data}", "denoiser"),
-        ("dmkd pretrain fewstep fewstep.yaml run_dir=runs/fewstep", "fewstep"),
-        ("dmkd distill distill.yaml run_dir=runs/student", "distill"),
-        ("dmkd report runs/student", ""),
-    ]
