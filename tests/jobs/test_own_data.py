@@ -132,13 +132,16 @@ def test_mistakes_are_refused_in_one_line(here: Path, capsys: pytest.CaptureFixt
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"), [(os.fsdecode(b"caf\xe9"), "caf\\udce9"), ("two\nlines", "two\\nlines")]
+)
 def test_a_path_that_is_no_text_is_refused_in_one_line(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    name: str, shown: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing that names such a path can be written to a config."""
-    data = image_set(here / os.fsdecode(b"caf\xe9"), sides=(16, 16))
+    """Such a path cannot stand in the first line of a config, as its command."""
+    data = image_set(here / name, sides=(16, 16))
     assert cli.main(["init", "own-data", "--data", str(data)]) == 2
-    one_line(capsys, ["--data: got", "caf\\udce9", "expected a path in UTF-8; rename the folder"])
+    one_line(capsys, ["--data: got", shown, "expected a path of one line in UTF-8", "rename"])
     assert not list(Path().iterdir())
 
 

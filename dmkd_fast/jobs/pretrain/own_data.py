@@ -133,11 +133,10 @@ def init(folder: Path, out: Path) -> dict[str, Any]:
         UserError: The folder has no labeled images or no test set, its path cannot be written to
             a config, or a config exists already.
     """
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        got = ascii(str(folder))
-        raise invalid("--data", got, "a path in UTF-8", "rename the folder") from None
+    text = str(folder)
+    # What is not UTF-8 is replaced, and then differs.
+    if text.encode(errors="replace").decode().splitlines() != [text]:
+        raise invalid("--data", ascii(text), "a path of one line in UTF-8", "rename the folder")
     set_num_threads(0)
     keep_freed_memory()
     device = resolve_device("auto")
