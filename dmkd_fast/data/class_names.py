@@ -136,13 +136,18 @@ def teacher_order(
 def order_by_name(names: Sequence[str], wanted: Sequence[str] | None) -> list[int] | None:
     """Return the place in `wanted` of each of the names; None unless the sets agree.
 
-    Case and punctuation are ignored. Names that are only numbers are not mapped.
+    If no exact match exists, case and punctuation are ignored, and numbers are not mapped.
 
     Args:
         names: Class names of a set of images.
         wanted: Class names in another order, or None if they are unknown.
     """
-    if wanted is None or all_numbers(names) or all_numbers(wanted):
+    if wanted is None:
+        return None
+    if _are_same(names, wanted):
+        exact = {name: place for place, name in enumerate(wanted)}
+        return [exact[name] for name in names] if len(exact) == len(wanted) else None
+    if all_numbers(names) or all_numbers(wanted):
         return None
     places = {_simplified(name): place for place, name in enumerate(wanted)}
     mine = [_simplified(name) for name in names]
@@ -156,7 +161,8 @@ def compare_class_names(
 ) -> None:
     """Refuse classes that have other names in a part of a job than in the test set.
 
-    Case and punctuation are ignored. Names that are only numbers are not compared.
+    If both sides hold the same names, their order must be the same. Otherwise case and punctuation
+    are ignored, and names that are only numbers are not compared.
 
     Args:
         owner: Name of the part, for the message.
@@ -167,15 +173,24 @@ def compare_class_names(
     Raises:
         UserError: A class has different names.
     """
-    if names is None or all_numbers(names) or all_numbers(tested):
+    if names is None:
         return
+    are_same = _are_same(names, tested)
+    if not are_same and (all_numbers(names) or all_numbers(tested)):
+        return
+    form = str if are_same else _simplified
     for label, (mine, other) in enumerate(zip(names, tested, strict=False)):
-        if _simplified(mine) != _simplified(other):
+        if form(mine) != form(other):
             raise UserError(
                 f"classes: class {label} is {mine!r} in {owner} and {other!r} in the test set, "
                 f"expected the same; set {setting} to a file with the test set's class names, one "
                 f"a line, in the order of {owner}"
             )
+
+
+def _are_same(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether two lists hold the same names in any order."""
+    return sorted(names) == sorted(others)
 
 
 def _simplified(name: str) -> str:

@@ -59,6 +59,8 @@ class ImageSet:
     labels: Tensor
     """Classes, (N,) int64."""
     class_names: tuple[str, ...]
+    is_named: bool = True
+    """Whether a list or folders state the class names; otherwise they are the labels."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,6 +101,8 @@ class EncodedSet:
     items: tuple[Item, ...]
     class_names: tuple[str, ...]
     device: torch.device
+    is_named: bool = True
+    """Whether a list or folders state the class names; otherwise they are the labels."""
     is_repeated: bool = False
     """Whether more passes follow. A GPU then keeps the decoded pixels of a pass, if they fit."""
     _kept: dict[_Pass, list[_Decoded]] = field(
@@ -217,9 +221,10 @@ def open_set(
     if worst.label >= most:
         fix = "correct the labels or the list of classes"
         raise invalid(worst.name, f"class {worst.label}", f"0 to {most - 1}", fix)
+    is_named = bool(names)
     names = names or tuple(str(i) for i in range(num_classes or worst.label + 1))
     report_left_out(path, left_out)
-    return EncodedSet(items=tuple(items), class_names=names, device=device)
+    return EncodedSet(items=tuple(items), class_names=names, device=device, is_named=is_named)
 
 
 def in_order_of(
@@ -227,11 +232,13 @@ def in_order_of(
 ) -> ImageSet | EncodedSet:
     """Return the set with its classes in another order; the same set if the names differ.
 
+    A set that states no names is not reordered, as its labels are outputs of the networks.
+
     Args:
         images: Labeled images.
         names: Names of the same classes in the wanted order, or None if they are unknown.
     """
-    places = order_by_name(images.class_names, names)
+    places = order_by_name(images.class_names, names) if images.is_named else None
     if names is None or places is None:
         return images
     if isinstance(images, ImageSet):
@@ -275,8 +282,9 @@ def load_idx(folder: Path, split: str) -> ImageSet:
     class_names = read_class_names(folder / CLASS_NAMES, must_exist=False)
     if class_names and len(class_names) < count:
         raise invalid(folder / CLASS_NAMES, f"{len(class_names)} names", f"{count}, one a line")
+    is_named = bool(class_names)
     class_names = class_names or tuple(str(i) for i in range(count))
-    return ImageSet(images=images, labels=labels, class_names=class_names)
+    return ImageSet(images=images, labels=labels, class_names=class_names, is_named=is_named)
 
 
 def prepare(images: Tensor, spec: InputSpec) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 from dmkd_fast.data.class_names import (
     class_order,
     compare_class_names,
+    order_by_name,
     order_folders,
     teacher_order,
 )
@@ -34,6 +35,17 @@ def test_class_names_in_another_order_are_refused() -> None:
     check(("cat", "dog"), ["cat"])  # numbers of classes are compared elsewhere
     with pytest.raises(UserError, match=r"class 0 is 'cat' in m and 'dog' in .*set --classes to"):
         check(("cat", "dog"), ["dog", "cat"])
+    for names, tested in ((("1", "10", "2"), ["1", "2", "10"]), (("Cat", "cat"), ["cat", "Cat"])):
+        check(names, list(names))
+        with pytest.raises(UserError, match=r"class \d is '(10|Cat)' in m and '(2|cat)' in the"):
+            check(names, tested)
+
+
+def test_equal_names_are_mapped_as_they_are_written() -> None:
+    assert order_by_name(["1", "2", "10"], ["1", "10", "2"]) == [0, 2, 1]
+    assert order_by_name(["Cat", "cat"], ["cat", "Cat"]) == [1, 0]
+    assert order_by_name(["0", "1"], ["1", "2"]) is None
+    assert order_by_name(["a", "a"], ["a", "a"]) is None
 
 
 def test_folders_and_the_list_of_classes_must_have_the_same_names() -> None:

@@ -295,6 +295,19 @@ def test_classes_in_another_order_are_mapped_by_name_and_other_names_are_refused
     assert cli.main(["evaluate", str(wrong), "--data", str(folder), "--classes", str(order)]) == 0
 
 
+def test_numbers_of_shards_without_a_list_are_labels_and_are_not_mapped(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = saved_classifier(tmp_path / "model", label_names=("0", "2", "1"))
+    assert cli.main(["evaluate", str(model), "--data", str(shards)]) == 2
+    line = capsys.readouterr().err
+    assert "class 1 is '2'" in line and "'1' in the test set" in line and "--classes" in line
+    order = tmp_path / "order.txt"
+    order.write_text("0\n2\n1\n")
+    command = ["evaluate", str(model), "--data", str(shards), "--classes", str(order)]
+    assert cli.main(command) == 0
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_logits_that_are_not_finite_count_as_wrong(share: float) -> None:
     torch.manual_seed(0)

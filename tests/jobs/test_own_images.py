@@ -152,6 +152,25 @@ def test_names_and_split_travel_from_the_folder_to_the_job(
     assert denoiser_class_names(config_of) == ("cat", "bee")
 
 
+def test_an_evaluation_sees_the_order_of_numbers_that_a_list_gave_the_training(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The list is beside `train` and `test`, so an evaluation of `test` does not read it."""
+    numbers = dict(zip(NAMES, ("10", "1", "2"), strict=True))
+    for name, number in numbers.items():
+        for part in ("train", "test"):
+            shutil.copytree(folder / name, tmp_path / "data" / part / number)
+    (tmp_path / "data" / "classes.txt").write_text("1\n10\n2\n")
+    model = {"model": {"arch": "cifar_resnet8"}, "views": {"size": 16}}
+    out = tmp_path / "teacher"
+    facts = pretrained("teacher", model, tmp_path / "data", out, capsys)
+    test = tmp_path / "data" / "test"
+    assert cli.main(["evaluate", str(out / "model"), "--data", str(test)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(found["class_top1"]) == ["1", "10", "2"]
+    assert found["top1"] == facts["test_top1"]
+
+
 def test_images_are_decoded_once_until_a_file_changes(
     folder: Path, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
