@@ -60,6 +60,20 @@ def pretrained(kind: str, config: dict[str, Any], data: Path, out: Path, capsys:
     return facts
 
 
+def few_step(denoiser: Path, out: Path) -> None:
+    """Train a denoiser of one step from a saved one."""
+    config = {
+        "denoiser": {"path": str(denoiser)},
+        "sampler": {"num_steps": 2, "micro_batch_images": 8, "compile": False},
+        "num_steps": 1,
+        "pool_images": 8,
+    }
+    shared = {name: value for name, value in COMMON.items() if name != "data"}
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({"name": "few", **shared, **config}))
+    assert cli.main(["pretrain", "fewstep", str(path), f"run_dir={out}"]) == 0
+
+
 @pytest.fixture(scope="module")
 def parts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The class folders as `train`, and some images of theirs as `test`."""
@@ -113,19 +127,11 @@ def test_names_and_split_travel_from_the_folder_to_the_job(
 
     dit = {"patch_size": 4, "num_layers": 1, "num_heads": 2, "head_dim": 8}
     pretrained("denoiser", dit, parts, tmp_path / "denoiser", capsys)
-    few = {
-        "denoiser": {"path": str(tmp_path / "denoiser" / "model")},
-        "sampler": {"num_steps": 2, "micro_batch_images": 8, "compile": False},
-        "num_steps": 1,
-        "pool_images": 8,
-    }
-    shared = {name: value for name, value in COMMON.items() if name != "data"}
-    path = tmp_path / "few.yaml"
-    path.write_text(yaml.safe_dump({"name": "few", **shared, **few}))
-    assert cli.main(["pretrain", "fewstep", str(path), f"run_dir={tmp_path / 'few'}"]) == 0
+    few_step(tmp_path / "denoiser" / "model", tmp_path / "few")
     for name in ("denoiser", "few"):
         assert (tmp_path / name / "model" / "classes.txt").read_text().split() == list(NAMES)
 
+    path = tmp_path / "job.yaml"
     job = {
         "name": "job",
         "denoiser": {"path": str(tmp_path / "few" / "model")},
@@ -331,6 +337,8 @@ def test_grids_show_some_of_many_classes(
     dit = {"patch_size": 4, "num_layers": 1, "num_heads": 2, "head_dim": 8}
     pretrained("denoiser", dit, parts, tmp_path / "denoiser", capsys)
     assert drawn == [(2, ["ant", "bee"])] * 3
+    few_step(tmp_path / "denoiser" / "model", tmp_path / "few")
+    assert drawn[3:] == [(2, ["ant", "bee"])]
 
 
 def test_a_job_that_fails_after_training_says_so_on_its_page(

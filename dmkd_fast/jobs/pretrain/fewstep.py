@@ -289,10 +289,11 @@ def _compare(
     ):
         got = sampler.trajectory(ids, labels)[-1].clamp(-largest, largest)
         facts[name] = round((got - wanted).square().mean().sqrt().item(), 4)
-    classes = torch.arange(start.num_classes, device=device).repeat_interleave(8)
+    shown = report_images.evenly(start.num_classes, report_images.MOST_ROWS)
+    classes = torch.tensor(shown, device=device).repeat_interleave(8)
     out = torch.empty((len(classes), *start.image_shape), dtype=torch.uint8, device=device)
     made.sample(HELD_OUT_ID + torch.arange(len(classes), device=device), classes, out=out)
     names = read_class_names(folder / CLASS_NAMES, must_exist=False)
-    names = names or tuple(str(label) for label in range(start.num_classes))
-    report_images.grid(out.cpu().unflatten(0, (-1, 8)), names, folder / "samples.png")
+    rows = [names[label] if names else str(label) for label in shown]
+    report_images.grid(out.cpu().unflatten(0, (-1, 8)), rows, folder / "samples.png")
     return facts
