@@ -263,6 +263,20 @@ def fewstep(out: Path, *changes: str) -> dict:
     return json.loads(printed.getvalue().splitlines()[-1])
 
 
+@pytest.mark.parametrize(("count", "expected"), [(501, 1 / 501), (1000, 0.001), (9, 1 / 9)])
+def test_each_held_out_image_has_the_same_weight(
+    count: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoiser_job, "flow_loss", lambda model, x, y, job: y.float().mean())
+    labels = torch.zeros(count, dtype=torch.int64)
+    labels[-1] = 1
+    images = torch.zeros(count, 1, 1, 1, dtype=torch.uint8)
+    held_out = test_sets.ImageSet(images=images, labels=labels, class_names=("a", "b"))
+    job: Any = SimpleNamespace(display=Progress(show=False), device=torch.device("cpu"))
+    found = denoiser_job._held_out_loss(torch.nn.Identity(), held_out, job)
+    assert found == round(expected, 5)
+
+
 def test_training_starts_from_blocks_that_are_the_identity() -> None:
     sizes = {"num_classes": 3, "channels": 1, "image_size": 8, "patch_size": 4}
     dit = new_pixel_dit(**sizes, num_layers=2, num_heads=2, head_dim=8).dit

@@ -217,14 +217,18 @@ def training_attention(device: torch.device) -> Iterator[None]:
 def _held_out_loss(
     model: nn.Module, held_out: test_sets.ImageSet, job: loop.PretrainJob[Any]
 ) -> float:
-    batches = zip(held_out.images.split(500), held_out.labels.split(500), strict=True)
+    """Return the mean loss over the images, each in one batch with noise of its own."""
+    labels = held_out.labels.split(500)
+    batches = zip(held_out.images.split(500), labels, strict=True)
     losses = [
-        flow_loss(model, images, labels, job)
-        for images, labels in job.display.track(
+        flow_loss(model, images, classes, job)
+        for images, classes in job.display.track(
             batches, "evaluating", len(held_out), "images", size=lambda batch: len(batch[0])
         )
     ]
-    return round(torch.stack(losses).mean().item(), 5)
+    counts = torch.tensor([float(len(batch)) for batch in labels], device=job.device)
+    weights = counts / counts.mean()  # exactly 1 for batches of equal size
+    return round((torch.stack(losses) * weights).mean().item(), 5)
 
 
 def _sample_grids(
