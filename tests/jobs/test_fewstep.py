@@ -15,10 +15,14 @@ from safetensors.torch import load_file
 from small_models import class_unet_folder, dit_folder, small_dit
 
 from dmkd_fast import cli
+from dmkd_fast.config.jobs import PretrainFewstepConfig
+from dmkd_fast.config.loading import load_config
 from dmkd_fast.denoisers.denoiser import Denoiser
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import save_denoiser
-from dmkd_fast.jobs.pretrain.fewstep import Pool
+from dmkd_fast.jobs.pretrain import loop
+from dmkd_fast.jobs.pretrain.fewstep import Pool, _few_steps
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.sampling.arguments import Steps
 from dmkd_fast.sampling.sampler import DiffusionSampler
 from dmkd_fast.training.ema import WeightEMA
@@ -119,6 +123,56 @@ def test_few_steps_come_closer_to_many_than_the_given_model_does(
         DiffusionSampler(loaded, Steps(count=4))
     out = torch.zeros(5, *loaded.image_shape, dtype=torch.uint8)
     assert DiffusionSampler(loaded, Steps(count=2)).sample(ids, ids % 3, out=out).float().std() > 1
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"beta_start": 1e-3, "beta_end": 0.1},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": torch.linspace(0.01, 0.03, 100).tolist()},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+    ids=lambda trained: next(iter(trained)),
+)
+def test_the_saved_scheduler_makes_first_order_steps_at_the_teachers_levels(
+    trained: dict[str, Any], tmp_path: Path
+) -> None:
+    """A step of DDIM is the first-order step from a level to another."""
+    path = config_of(tmp_path, {"path": "x"})
+    config = load_config(PretrainFewstepConfig, path, ["num_steps=4"])
+    given: Any = diffusers.DDIMScheduler(
+        num_train_timesteps=100, clip_sample=False, timestep_spacing="trailing", **trained
+    )
+    few = _few_steps({**given.config, "_class_name": "DDIMScheduler"}, config)
+    saved: Any = diffusers.DPMSolverMultistepScheduler.from_config(few)
+    torch.manual_seed(0)
+    mine = theirs = torch.randn(2, 1, 4, 4)
+    for scheduler in (given, saved):
+        scheduler.set_timesteps(4)
+    assert given.timesteps.tolist() == saved.timesteps.tolist()
+    for timestep in given.timesteps:
+        theirs = given.step(torch.tanh(theirs), timestep, theirs).prev_sample
+        mine = saved.step(torch.tanh(mine), timestep, mine).prev_sample
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pool_is_used_in_several_passes_and_has_the_noise_of_the_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[tuple[int, int]] = []
+
+    def train(*_: Any, before_step: Any) -> None:
+        for number in range(7):
+            before_step(torch.tensor([number, number + 1]))
+        raise UserError("seen")
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(Pool, "make", lambda pool, number: made.append((number, pool.sampler.seed)))
+    config = config_of(tmp_path, start("pixels", tmp_path / "given"))
+    assert fewstep(config, f"run_dir={tmp_path}/run", "reuse=3", "seed=7") == 2
+    assert "seen" in capsys.readouterr().err
+    assert made == [(number, 7) for number in (0, 0, 0, 1, 1, 1, 2)]
 
 
 @pytest.mark.slow
