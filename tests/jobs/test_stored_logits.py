@@ -384,6 +384,15 @@ def test_the_mean_of_several_teachers_belongs_to_a_temperature() -> None:
     assert plan_of(one, Wanted(None), 10).temperature is None
 
 
+def test_the_largest_logits_of_several_teachers_are_for_their_temperature_only() -> None:
+    plan = LogitsPlan(views_per_image=1, top_k=3, temperature=4.0, views={})
+    changes = [*STORED, "source.path=x", "loss.rest=renormalize", "loss.temperature=2"]
+    _check_loss(load_config(DistillConfig, CONFIG, changes), plan, "x", 10)
+    two = load_config(DistillConfig, CONFIG, [*changes, "more_teachers=[{path: x}]"])
+    with pytest.raises(ValueError, match=r"temperature: got 2, expected 4.*temperature=4$"):
+        _check_loss(two, plan, "x", 10)
+
+
 def test_logits_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = Targets.logits
     monkeypatch.setattr(Targets, "logits", lambda *a, **k: 1e9 * logits(*a, **k))
