@@ -18,6 +18,7 @@ from dmkd_fast.sampling.noise_levels import (
     alpha_bar,
     spaced_sigmas,
     spaced_timesteps,
+    trained_alike,
 )
 from dmkd_fast.sampling.solvers import solver_table
 
@@ -104,3 +105,33 @@ def test_flow_levels_may_end_at_the_lowest_trained_one(num_steps: int, shift: fl
     table = solver_table(config, Steps(count=num_steps), CPU)
     torch.testing.assert_close(table.column("timestep"), scheduler.timesteps, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(table.column("a") * -table.column("out"), scheduler.sigmas[1:])
+
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+CONSISTENCY = {"_class_name": "CMStochasticIterativeScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ({"_class_name": "DDIMScheduler"}, {"prediction_type": "epsilon"}, True),
+        ({}, {"prediction_type": "v_prediction"}, False),
+        ({"prediction_type": "v_prediction"}, {"prediction_type": "v_prediction"}, True),
+        ({}, {"beta_end": 0.03}, False),
+        ({}, {"num_train_timesteps": 500}, False),
+        ({}, FLOW, False),
+        (FLOW, FLOW | {"shift": 3.0}, True),
+        (FLOW, FLOW | {"num_train_timesteps": 500}, False),
+        (FLOW, FLOW | {"distilled_steps": 4}, False),
+        (FLOW | {"distilled_steps": 2}, FLOW | {"distilled_steps": 4}, False),
+        (FLOW | {"distilled_steps": 4}, FLOW | {"distilled_steps": 4}, True),
+        (CONSISTENCY, CONSISTENCY | {"sigma_max": 40.0}, False),
+        (CONSISTENCY, CONSISTENCY, True),
+    ],
+)
+def test_models_are_trained_alike_if_they_predict_the_same_at_the_same_timesteps(
+    one: dict[str, Any], other: dict[str, Any], expected: bool
+) -> None:
+    default = {"_class_name": "DDPMScheduler"}
+    pair = default | one, default | other
+    assert trained_alike(*pair) is trained_alike(*pair[::-1]) is expected

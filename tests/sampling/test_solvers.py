@@ -332,6 +332,37 @@ def test_what_is_not_supported_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting", True),
+        ("FlowMatchEulerDiscreteScheduler", "stochastic_sampling", True),
+        ("FlowMatchEulerDiscreteScheduler", "invert_sigmas", True),
+        ("FlowMatchEulerDiscreteScheduler", "shift_terminal", 0.1),
+        ("FlowMatchEulerDiscreteScheduler", "use_karras_sigmas", True),
+        ("FlowMatchEulerDiscreteScheduler", "use_exponential_sigmas", True),
+        ("FlowMatchEulerDiscreteScheduler", "use_beta_sigmas", True),
+        ("EulerDiscreteScheduler", "interpolation_type", "log_linear"),
+        ("EulerDiscreteScheduler", "timestep_type", "continuous"),
+        ("EulerDiscreteScheduler", "use_karras_sigmas", True),
+        ("EulerDiscreteScheduler", "use_exponential_sigmas", True),
+        ("EulerDiscreteScheduler", "use_beta_sigmas", True),
+        ("EulerDiscreteScheduler", "rescale_betas_zero_snr", True),
+        ("EulerAncestralDiscreteScheduler", "rescale_betas_zero_snr", True),
+        ("DDPMScheduler", "thresholding", True),
+        ("DPMSolverMultistepScheduler", "thresholding", True),
+        ("DPMSolverMultistepScheduler", "use_dynamic_shifting", True),
+        ("DPMSolverMultistepScheduler", "solver_type", "heun"),
+        ("DPMSolverMultistepScheduler", "lambda_min_clipped", -5.1),
+        ("SCMScheduler", "prediction_type", "epsilon"),
+    ],
+)
+def test_values_that_the_tables_do_not_follow_are_refused(name: str, key: str, value: Any) -> None:
+    config = {"_class_name": name, "prediction_type": "v_prediction"} | {key: value}
+    with pytest.raises(ValueError, match=f"scheduler: got {key}={value!r}, expected "):
+        solver_table(config, Steps(count=2), CPU)
+
+
 def test_tables_hold_one_row_per_step() -> None:
     table = solver_table({"_class_name": "DDPMScheduler"}, Steps(count=7), CPU)
     assert table.rows.shape == (7, len(SolverTable.COLUMNS)) and table.rows.dtype == torch.float32
