@@ -12,6 +12,7 @@ from small_jobs import build_distiller, tiny_sampler
 
 from benchmarks.fake_cuda import pretended
 from dmkd_fast import GeneratedImages, LabelStream
+from dmkd_fast.runtime.distributed import Ranks
 from dmkd_fast.runtime.errors import UserError
 
 
@@ -88,3 +89,15 @@ def test_broken_images_of_a_block_count_once_it_is_used() -> None:
         images.advance(16)
         seen.append(int(images.counts(out.device)["broken_images"]))
     assert seen == [1, 1, 1, 2]
+
+
+def test_broken_images_of_a_rank_are_their_part_of_a_mean_that_is_the_total() -> None:
+    """`Metrics` reports means over the ranks: (3 * 2 + 1 * 2) / 2 is 3 + 1."""
+    counts = []
+    for rank, broken in enumerate((3, 1)):
+        sampler = tiny_sampler()
+        sampler.num_broken.fill_(broken)
+        ranks = Ranks(rank=rank, world_size=2)
+        images = GeneratedImages(LabelStream(4), sampler, ranks=ranks)
+        counts.append(float(images.counts(torch.device("cpu"))["broken_images"]))
+    assert counts == [6.0, 2.0]
