@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import folder_of
 from generate_farm import make_set
+from generator_jobs import config_of
 from safetensors.torch import load_file, save_file
 from shard_files import contents
 from small_jobs import CONFIG
 
 from dmkd_fast import cli
 from dmkd_fast.assets import resolve
+from dmkd_fast.config.jobs import DistillConfig
+from dmkd_fast.config.loading import load_config
 from dmkd_fast.data import shards
+from dmkd_fast.jobs import generate
+from dmkd_fast.jobs.stored_logits import Wanted
 from dmkd_fast.runtime.errors import UserError
 
 
@@ -22,6 +28,7 @@ from dmkd_fast.runtime.errors import UserError
     ("changes", "options", "words"),
     [
         (["seed=1"], {}, "seed is 0 there and 1 here"),
+        (["dtype=bfloat16"], {}, "dtype is 'float32' there and 'bfloat16' here"),
         (["sampler.num_steps=2"], {}, "sampler.num_steps is 1 there and 2 here"),
         (["teacher.path=embedded:fashion_mnist/lenet5"], {}, "teacher.path is"),
         (
@@ -66,6 +73,28 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path: Path) -> None:
     save_file(weights, file)
     with pytest.raises(UserError, match="denoiser_sha256"):
         make_set(tmp_path / "set", *settings, num_images=16)
+
+
+def test_another_decoder_under_the_same_path_is_refused(tmp_path: Path) -> None:
+    model = shutil.copytree(folder_of("DiT"), tmp_path / "model")
+    config = load_config(DistillConfig, config_of("DiT", model, tmp_path))
+    generate.run(config, tmp_path / "set", 8, show=False)
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_out.bias"] += 0.5
+    save_file(weights, file)
+    with pytest.raises(UserError, match="denoiser_sha256"):
+        generate.run(config, tmp_path / "set", 8, show=False)
+
+
+def test_stored_logits_need_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, logits = 28 * 28, 4 * 10 * 2
+    free = round(32 * (generate.BYTES_BESIDE + generate.BYTES_PER_PIXEL * pixels + logits / 2))
+    disk = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    with pytest.raises(UserError, match=r"32 images to make take about .* GiB are free"):
+        make_set(tmp_path / "logits", num_images=32, logits=Wanted(None, 4))
+    assert make_set(tmp_path / "images", num_images=32)["is_complete"]
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
