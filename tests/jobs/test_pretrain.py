@@ -25,6 +25,7 @@ from dmkd_fast.config.loading import load_config
 from dmkd_fast.data import test_sets
 from dmkd_fast.denoisers.loading import load_denoiser
 from dmkd_fast.denoisers.trainable import new_pixel_dit, save_denoiser, zero_modulations
+from dmkd_fast.jobs.pretrain import classifier as classifier_job
 from dmkd_fast.jobs.pretrain import denoiser as denoiser_job
 from dmkd_fast.jobs.pretrain import loop
 from dmkd_fast.jobs.pretrain.classifier import pretrain_teacher
@@ -99,6 +100,29 @@ def test_label_smoothing_reaches_the_loss(
     log_p, labels = bias.log_softmax(dim=0), torch.arange(8)
     expected = -((1 - smoothing) * log_p[labels] + smoothing * log_p.mean()).mean()
     assert losses == pytest.approx([expected.item()])
+
+
+def test_weights_orders_and_crops_follow_the_seed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: dict[str, int] = {}
+    views = classifier_job.Views
+
+    def spied(*given: Any, **settings: Any) -> Any:
+        seeds["views"] = settings["seed"]
+        return views(*given, **settings)
+
+    def stopped(*_: Any, **settings: Any) -> None:
+        seeds.update(steps=settings["seed"], weights=torch.initial_seed())
+        raise UserError("seen")
+
+    monkeypatch.setattr(classifier_job, "Views", spied)
+    monkeypatch.setattr(loop, "Pretraining", stopped)
+    settings = ["seed=7", "dtype=float32", f"run_dir={tmp_path / 'run'}"]
+    config = load_config(TeacherConfig, CONFIGS / "lenet5.yaml", settings)
+    with pytest.raises(UserError, match="seen"):
+        pretrain_teacher(config, data, show=False)
+    assert seeds == {"views": 7, "steps": 7, "weights": 7}
 
 
 @pytest.mark.slow
