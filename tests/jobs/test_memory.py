@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,6 +189,28 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * need - 1)
     with pytest.raises(UserError, match=r"ring.capacity_images: .* to each rank"):
         memory.check(job, loaded)
+
+
+@pytest.mark.parametrize(
+    ("optim", "copies"),
+    [
+        ({"name": "adamw", "lr": 1e-3}, 5),  # weights, gradients, average and two moments
+        ({"name": "sgd", "lr": 0.1}, 4),
+    ],
+)
+def test_the_plan_counts_every_copy_of_the_weights_and_what_a_slot_keeps(
+    optim: dict[str, Any], copies: int
+) -> None:
+    config = load_config(DistillConfig, CONFIG, SHORT).model_dump(mode="json") | {"optim": optim}
+    job, loaded = parts.prepare(DistillConfig(**config))
+    found = memory.plan(job, loaded)
+    assert found["student, gradients, optimizer, average"] == copies * 4 * 15_738
+    assert "stored logits" not in found
+    assert found[memory.BLOCK] == 4 * 64 * 28**2  # float32
+    assert found["ring images"] == 192 * 28**2
+    stored: Any = SimpleNamespace(plan=SimpleNamespace(logits_bytes=80))
+    more = memory.plan(job, replace(loaded, stored=stored))
+    assert more == found | {"stored logits": 192 * 80}
 
 
 class Chain(nn.Module):
