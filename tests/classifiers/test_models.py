@@ -8,9 +8,11 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dmkd_fast.classifiers import small_nets
 from dmkd_fast.classifiers.loading import (
@@ -90,6 +92,28 @@ def test_a_residual_network_of_zero_branches_passes_its_stem_through() -> None:
             x = torch.relu(block.shortcut(x))
         expected = model.classifier(x.mean((2, 3)))
         torch.testing.assert_close(model(images), expected)
+
+
+def test_a_wide_network_of_zero_branches_projects_what_the_first_relu_of_a_stage_gives() -> None:
+    """The shortcuts of pre-activation: each new width comes from the activated input."""
+    torch.manual_seed(0)
+    model: Any = small_nets.build("cifar_wrn16_2", num_classes=5, in_chans=1)
+    assert isinstance(model, small_nets.WideResNet)
+    for module in model.eval().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.weight.data, module.bias.data, module.running_mean):
+                values.copy_(torch.randn(values.shape))
+    *blocks, norm, _ = model.blocks
+    for block in blocks:
+        block.conv2.weight.data.zero_()
+    images = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        x = model.stem(images)
+        for stage, block in enumerate(blocks[::2]):  # the first of two, which has another width
+            x = block.norm1(x).relu()
+            x = nn.functional.conv2d(x, block.project.weight, stride=2 if stage else 1)
+        features = norm(x).relu().mean((2, 3))
+        torch.testing.assert_close(model(images), model.classifier(features))
 
 
 def test_lenet5_takes_images_of_up_to_32_pixels() -> None:
