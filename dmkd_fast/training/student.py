@@ -339,7 +339,8 @@ class StudentTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return loss scale and counts; student, optimizer and EMA have their own state dicts."""
-        return {"scale": self._scale, "growth": self._growth, "skipped": self._skipped}
+        counts = {"growth": self._growth, "skipped": self._skipped}
+        return {"scale": self._scale, "scales": self._scales, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from `state_dict`; restore that of the optimizer first.
@@ -353,8 +354,11 @@ class StudentTrainer:
                 expected = "the optimizer of the checkpoint"
                 raise invalid("optim.name", self.schedule.name, expected, "set it back")
             group.update(settings)
-        for name, value in state.items():
-            getattr(self, f"_{name}").copy_(value)
+        self._skipped.copy_(state["skipped"])
+        # A scale is of use to float16 only. Earlier versions did not save whether the run had one.
+        if self._scales and state.get("scales", state["scale"] != 1):
+            self._scale.copy_(state["scale"])
+            self._growth.copy_(state["growth"])
 
     def _all_buffers(self) -> list[Tensor]:
         return [buffer for group in self._buffers.groups() for buffer in group]

@@ -277,6 +277,29 @@ def test_loss_scale_is_that_of_gradscaler_also_after_a_restore(
     assert all(ours == theirs for ours, theirs in seen), seen
 
 
+@pytest.mark.parametrize("earlier", [False, True], ids=["", "earlier version"])
+@pytest.mark.parametrize(("saved", "present"), [("float16", "float32"), ("float32", "float16")])
+def test_another_dtype_after_a_restore_starts_with_its_own_loss_scale(
+    saved: str, present: str, earlier: bool
+) -> None:
+    views, teacher, ends = torch.randn(16, 12), torch.randn(16, 4), []
+    schedule = Schedule(batch_size=16, num_views=160, lr=0.1, name="sgd")
+    state = StudentTrainer(nn.Linear(12, 4), schedule, dtype=getattr(torch, saved)).state_dict()
+    if earlier:
+        state.pop("scales", None)
+    for is_restored in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(12, 4)
+        one = StudentTrainer(net, schedule, dtype=getattr(torch, present))
+        if is_restored:
+            one.load_state_dict(state)
+        one.start(0.1)
+        one.learn(views, teacher, torch.zeros(0))
+        one.finish()
+        ends.append([net.weight, net.bias, one.state_dict()["scale"]])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 @pytest.mark.parametrize("bad", ["loss", "logits"])
 def test_ranks_that_average_their_gradients_skip_together(bad: str) -> None:
     """One of two has a loss that is not finite, in one case with a gradient that is."""
