@@ -19,7 +19,7 @@ from dmkd_fast.data.listing import SourceError
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.clock import Clock
 from dmkd_fast.runtime.device import is_out_of_memory
-from dmkd_fast.runtime.errors import NotFiniteError
+from dmkd_fast.runtime.errors import NotFiniteError, invalid
 from dmkd_fast.runtime.output.profile import StepProfile
 from dmkd_fast.runtime.output.progress import Phase, Progress
 from dmkd_fast.runtime.signals import Interrupts
@@ -206,12 +206,24 @@ class TrainingLoop:
         self._drawn_before = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step; the other parts have state dicts of their own."""
-        return {"step": self.step}
+        """Return the step and what it counts; the other parts have state dicts of their own."""
+        return {"step": self.step, **self._fixed_settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state from `state_dict`."""
+        """Restore the state from `state_dict`.
+
+        Raises:
+            UserError: The state is that of a run with another batch size or seed.
+        """
+        for name, value in self._fixed_settings().items():
+            saved = state.get(name, value)  # Earlier versions saved the step alone.
+            if saved != value:
+                raise invalid(name, value, f"{saved} as in the checkpoint", "set it back")
         self.step = state["step"]
+
+    def _fixed_settings(self) -> dict[str, int]:
+        """Return the settings that the meaning of a step depends on, by their names."""
+        return {"train.batch_size": self.schedule.batch_size}
 
     def _run(self, phase: Phase) -> None:
         """Run the loop, and write a checkpoint when something ends it early."""

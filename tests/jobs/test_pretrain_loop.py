@@ -42,7 +42,7 @@ def make(tmp_path: Path) -> Make:
         count += 1
         torch.manual_seed(1)
         model = small_classifier(dropout=0.3)
-        before_step = changes.pop("before_step", None)
+        before_step, seed = changes.pop("before_step", None), changes.pop("seed", 3)
         settings = {"batch_size": 16, "num_views": 320, "lr": 3e-3, "accumulate": 2}
         schedule = Schedule(**(settings | {"log_every_steps": 5} | changes))
 
@@ -56,7 +56,7 @@ def make(tmp_path: Path) -> Make:
             loss_of,
             50,
             run_dir or tmp_path / f"run{count}",
-            seed=3,
+            seed=seed,
             before_step=before_step,
         )
 
@@ -197,6 +197,33 @@ def test_checkpoints_of_another_run_are_not_mixed_with(make: Make) -> None:
     first.fit()
     with pytest.raises(ValueError, match="restore them first"):
         make(first.run_dir).fit()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"batch_size": 32},
+            r"\(train.batch_size: got 32, expected 16 as in the checkpoint; set it back\)",
+        ),
+        ({"seed": 4}, r"\(seed: got 4, expected 3 as in the checkpoint; set it back\)"),
+    ],
+)
+def test_a_setting_that_gives_steps_another_meaning_is_refused(
+    make: Make, changes: dict[str, int], message: str
+) -> None:
+    run = make()
+    run.step = 10
+    run._save_last()
+    with pytest.raises(UserError, match=r"step-0+10: progress does not fit " + message):
+        make(run.run_dir, **changes).restore()
+    assert make(run.run_dir, accumulate=4, num_views=640).restore().step == 10
+
+
+def test_a_checkpoint_of_an_earlier_version_is_of_the_present_settings(make: Make) -> None:
+    run, again = make(), make(batch_size=32, seed=4)
+    again.load_state_dict({"step": run.state_dict()["step"] + 5})
+    assert again.step == 5
 
 
 def test_what_auto_means_here_is_saved_and_holds_on_another_machine(

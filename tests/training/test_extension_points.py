@@ -222,6 +222,9 @@ def test_settings_of_the_optimizer_hold_that_were_edited_before_a_resume(
     other = make_distiller(name="sgd", run_dir=part.run_dir)
     with pytest.raises(UserError, match=r"step-0+3: trainer does not fit \(optim.name: got sgd, "):
         other.restore()
+    other = make_distiller(**edited, batch_size=32, run_dir=part.run_dir)
+    with pytest.raises(UserError, match=r"\(train.batch_size: got 32, expected 16 as in the che"):
+        other.restore()
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,9 @@ class Pretraining(TrainingLoop):
         self.step += 1
         return sum(losses[1:], losses[0])
 
+    def _fixed_settings(self) -> dict[str, int]:
+        return {**super()._fixed_settings(), "seed": self._seed}
+
     def _prepare_step(self) -> None:
         batch, size = self.schedule.batch_size, self.student.micro_batch_size
         indices, passes = self._examples.batch(self.step * batch, batch)
