@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dmkd_fast.checkpoint.manager import Restored
 from dmkd_fast.checkpoint.step_folders import Stateful
+from dmkd_fast.data.listing import SourceError
 from dmkd_fast.data.test_sets import EncodedSet, ImageSet
 from dmkd_fast.ring.buffer import RingBuffer
 from dmkd_fast.ring.statistics import Statistics
@@ -250,7 +251,8 @@ class Distiller(TrainingLoop):
         batches = self.test_set.batches([wanted], rank=ranks.rank, world_size=ranks.world_size)
         shown = scoring.tracked(batches, -(-len(self.test_set) // ranks.world_size), self.display)
         num_classes = len(self.test_set.class_names)
-        with self.student.autocast:
+        # Otherwise ranks would wait for the sums of one that cannot read an image.
+        with ranks.agreed(SourceError), self.student.autocast:
             scores = scoring.measure(model, shown, input=wanted, num_classes=num_classes)
         scores.sums = ranks.total(scores.sums)
         scoring.check_trained(scores)

@@ -33,6 +33,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from dmkd_fast import ImageSet, cli
+from dmkd_fast.data.listing import SourceError
 from dmkd_fast.jobs import distill as distill_job
 from dmkd_fast.jobs import run_dir
 from dmkd_fast.runtime import distributed, files
@@ -52,7 +53,8 @@ def child(request: dict[str, Any], rank: int) -> int:
         return cli.main(request["command"])
     run, seed = Path(request["run"]), request.get("seed", 0)
     mine = distributed.join()
-    test_set = random_set() if request.get("tests") else None
+    kind = UnreadableSet if rank == request.get("unreadable") else ImageSet
+    test_set = random_set(kind) if request.get("tests") else None
     distiller = build_distiller(
         run,
         seed=seed,
@@ -90,7 +92,7 @@ def child(request: dict[str, Any], rank: int) -> int:
         left["totals"] = distiller.fit()
     except KeyboardInterrupt:
         code = 130
-    except NotFiniteError as error:
+    except (NotFiniteError, SourceError) as error:
         (run / f"end-{rank}.json").write_text(json.dumps({"error": str(error)}))
         return 3
     left |= {"step": distiller.step, "state": fingerprint(distiller), "rows": rows(run)}
@@ -135,10 +137,18 @@ def watch(distiller: Distiller, request: dict[str, Any], rank: int, images: dict
     distiller.ring.commit = watched_commit  # type: ignore[method-assign]
 
 
-def random_set() -> ImageSet:
+class UnreadableSet(ImageSet):
+    """A test set whose first image cannot be decoded."""
+
+    def batches(self, *args: Any, **kwargs: Any) -> Any:
+        yield from ()
+        raise SourceError("a.png: got no image, expected one; replace it")
+
+
+def random_set(kind: type[ImageSet] = ImageSet) -> ImageSet:
     """Make 101 random images; 101 is prime, so no smaller number of ranks divides it."""
     generator = torch.Generator().manual_seed(1)
-    return ImageSet(
+    return kind(
         images=torch.randint(0, 256, (101, 1, 8, 8), generator=generator).to(torch.uint8),
         labels=torch.randint(0, 4, (101,), generator=generator),
         class_names=tuple("abcd"),

@@ -213,6 +213,20 @@ def test_a_generator_that_breaks_on_one_rank_stops_all(serve: Serve, tmp_path: P
         assert end["error"].startswith("16 of 32 images have values that are not finite")
 
 
+def test_a_test_image_that_one_rank_cannot_read_stops_all_with_a_checkpoint(
+    serve: Serve, tmp_path: Path
+) -> None:
+    whole = whole_run(serve, tmp_path / "whole", tests=True)
+    run = tmp_path / "run"
+    done = serve(run, tests=True, unreadable=1)
+    assert done["codes"] == [3, 3], done["outputs"]
+    for end in done["ends"].values():
+        assert end["error"] == "rank 1: a.png: got no image, expected one; replace it"
+    done = serve(run, tests=True)
+    assert [end["restored"][0] for end in done["ends"].values()] == [5, 5]
+    assert_same_end(done, whole)
+
+
 def test_a_run_of_other_ranks_is_refused(serve: Serve, tmp_path: Path) -> None:
     run = tmp_path / "run"
     serve(run, stop_at=[5, 0])
