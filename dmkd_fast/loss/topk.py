@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from dmkd_fast.loss.divergences import DIST, terms_of
 from dmkd_fast.loss.functional import KdLossParts, kd_loss
 from dmkd_fast.runtime.errors import invalid
 
@@ -56,6 +57,7 @@ def kd_loss_topk(
     if teacher_indices.shape != teacher_values.shape:
         expected = f"{tuple(teacher_values.shape)}, that of teacher_values"
         raise invalid("teacher_indices", f"shape {tuple(teacher_indices.shape)}", expected)
+    _check_options(options, teacher_values.shape[-1], classes)
     student, teacher = student_logits, teacher_values
     if teacher_values.shape[-1] == classes:
         # A class that is missing, as another is there twice, makes the loss nan.
@@ -83,3 +85,19 @@ def kd_loss_topk(
     options |= {"temperature": temperature, "t_squared": t_squared}
     loss: Tensor | KdLossParts = kd_loss(student, teacher, **options)
     return loss
+
+
+def _check_options(options: dict[str, Any], count: int, classes: int) -> None:
+    """Refuse options of `kd_loss` that need the logits of all classes in their order."""
+    if (class_dim := options.get("class_dim", -1)) != -1:
+        raise invalid("class_dim", class_dim, "-1", "move the classes to the last dimension")
+    if count == classes:
+        return
+    case = f"for {count} of {classes} classes"
+    if (num_classes := options.get("num_classes")) is not None:
+        raise invalid("num_classes", num_classes, f"None {case}", "shorten student_logits")
+    if (standardizes := options.get("standardize_logits", False)) is not False:
+        raise invalid("standardize_logits", standardizes, f"False {case}", "remove it")
+    divergence = options.get("divergence", "forward_kl")
+    if DIST in terms_of(divergence)[::4]:  # A column is a rank, which is another class in each row.
+        raise invalid("divergence", divergence, f"one other than dist {case}", "choose another")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmkd_fast import kd_loss, kd_loss_and_grad, kd_loss_topk, linear_kd_loss
+from dmkd_fast import Objective, kd_loss, kd_loss_and_grad, kd_loss_topk, linear_kd_loss
+from dmkd_fast.training.objective import TopLogits
 
 
 def logits(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -70,6 +71,23 @@ def test_the_rest_is_one_bucket_or_left_out(rest: str) -> None:
             r"teacher_indices: got shape \(4, 3\), expected \(4, 10\)",
         ),
         ({"target": torch.zeros(4, dtype=torch.int64)}, ValueError, "target"),
+        (
+            {"num_classes": 2},
+            ValueError,
+            "^num_classes: got 2, expected None for 3 of 10 classes; ",
+        ),
+        ({"class_dim": 0}, ValueError, "^class_dim: got 0, expected -1; "),
+        (
+            {"standardize_logits": True},
+            ValueError,
+            "^standardize_logits: got True, expected False for 3 of 10 classes; ",
+        ),
+        (
+            {"divergence": "dist", "rest": "renormalize"},
+            ValueError,
+            "^divergence: got dist, expected one other than dist for 3 of 10 classes; ",
+        ),
+        ({"divergence": {"jsd": 1, "dist": 1}}, ValueError, "^divergence: got {'jsd': 1, 'dist'"),
     ],
 )
 def test_wrong_calls_say_what_to_change(change: dict, error: type[Exception], words: str) -> None:
@@ -80,6 +98,15 @@ def test_wrong_calls_say_what_to_change(change: dict, error: type[Exception], wo
     }
     with pytest.raises(error, match=words):
         kd_loss_topk(**(plain | change))
+
+
+@pytest.mark.parametrize("option", [{"standardize_logits": True}, {"divergence": "dist"}])
+def test_options_that_need_all_classes_are_refused_for_top_logits(option: dict) -> None:
+    values, indices = logits(4, 10, seed=1).topk(3)
+    top = TopLogits(values, indices, torch.zeros(4))
+    student = logits(4, 10, seed=0).requires_grad_()
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}: got .* for 3 of 10 classes; "):
+        Objective(**option).backward(student, top, torch.zeros(0), num_items=4)
 
 
 def test_a_class_given_twice_makes_the_loss_nan() -> None:
