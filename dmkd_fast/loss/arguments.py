@@ -7,7 +7,7 @@ An argument that would be ignored is an error. Nothing here waits for the device
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -141,17 +141,22 @@ def arranged(name: str, tensor: Tensor, class_dim: int, num_classes: int | None)
     """Return a view of a tensor with the first `num_classes` classes in the last dimension."""
     _check(name, tensor)
     if class_dim != -1:
-        if not isinstance(class_dim, int) or not -tensor.ndim <= class_dim < tensor.ndim:
+        if not _is_whole(class_dim) or not -tensor.ndim <= class_dim < tensor.ndim:
             expected = f"one of the dimensions of {name} {tuple(tensor.shape)}"
             raise invalid("class_dim", repr(class_dim), expected)
         tensor = tensor.movedim(class_dim, -1)
     if num_classes is not None:
         most = tensor.shape[-1] if tensor.ndim else 0
-        if not isinstance(num_classes, int) or not 1 <= num_classes <= most:
+        if not _is_whole(num_classes) or not 1 <= num_classes <= most:
             expected = f"1 to {most}, the classes of {name}"
             raise invalid("num_classes", repr(num_classes), expected)
         tensor = tensor[..., :num_classes]
     return tensor
+
+
+def _is_whole(value: object) -> bool:
+    """Return whether a value is an integer of Python or NumPy."""
+    return isinstance(value, int | Integral) and not isinstance(value, bool)
 
 
 def _temperatures(temperature: Tensor, student: Tensor, teacher: Tensor, t_squared: bool) -> Tensor:

@@ -83,7 +83,10 @@ def _term(name: str, given: float | Mapping[str, float]) -> list[float]:
         label, value = f"divergence: {name}.{parameter}", values.get(parameter, usual)
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{label}: got {type(value).__name__}, expected a number")
-        numbers.append(float(value))
+        try:
+            numbers.append(float(value))
+        except OverflowError:
+            numbers.append(math.inf)
         if not (low < numbers[-1] < high if is_open else low <= numbers[-1] <= high):
             kind = " (exclusive)" if is_open else ""
             raise invalid(label, f"{numbers[-1]:g}", f"{low:g} to {high:g}{kind}")

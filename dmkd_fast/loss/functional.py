@@ -159,7 +159,9 @@ def kd_loss_and_grad(
         The loss (a scalar, as from `kd_loss`), and its gradient with respect to `student_logits`
         times `grad_scale` (same shape and dtype as `student_logits`).
     """
-    problem, leading = problem_of(student_logits.detach(), teacher_logits, target, **options)
+    # What is no tensor is refused there.
+    student = student_logits.detach() if isinstance(student_logits, Tensor) else student_logits
+    problem, leading = problem_of(student, teacher_logits, target, **options)
     if options.get("reduction") == "none":
         raise ValueError('reduction: got "none", expected "batchmean", "mean" or "sum"')
     upstream, factor = grad_scale_of(grad_scale, problem.student, problem.teacher)

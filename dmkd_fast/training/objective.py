@@ -50,8 +50,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         checks.number("temperature", self.temperature, low=0.01, high=1000)
-        if not 0 < self.alpha <= 1:
-            fix = "raise it, as with 0 the teacher would be ignored"
+        if not 0 < checks.number("alpha", self.alpha) <= 1:
+            fix = "raise it, as with 0 the teacher would be ignored" if self.alpha == 0 else ""
             raise invalid("alpha", self.alpha, "a number above 0 and at most 1", fix)
         if self.rest not in get_args(Rest):
             raise invalid("rest", repr(self.rest), "bucket or renormalize")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,6 +150,35 @@ def test_vocabularies_may_be_padded_to_different_sizes() -> None:
         kd_loss(student, teacher, num_classes=13)
     with pytest.raises(ValueError, match="num_classes leaves padding out"):
         kd_loss(student, teacher)
+
+
+@pytest.mark.parametrize("count", [np.int64(10), np.uint8(10)])
+def test_a_number_of_classes_may_be_one_of_numpy(count: np.integer) -> None:
+    student, teacher = logits(6, 12, seed=0), logits(6, 16, seed=1)
+    expected = kd_loss_and_grad(student, teacher, num_classes=10)
+    for mine, theirs in zip(
+        kd_loss_and_grad(student, teacher, num_classes=count), expected, strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    images = [x[:, None].movedim(-1, 1) for x in (student, teacher)]
+    loss = kd_loss(*images, num_classes=count, class_dim=np.int64(1))
+    assert torch.equal(loss, expected[0])
+    for named, got in (({"num_classes": True}, "True"), ({"num_classes": 2.0}, "2.0")):
+        with pytest.raises(ValueError, match=f"num_classes: got {got}, expected 1 to 12, the cl"):
+            kd_loss(student, teacher, **named)
+    with pytest.raises(ValueError, match="class_dim: got True, expected one of the dimensions"):
+        kd_loss(*images, class_dim=True)
+
+
+@pytest.mark.parametrize("call", [kd_loss, kd_loss_and_grad])
+def test_logits_that_are_no_tensor_are_named(call: Callable[..., Any]) -> None:
+    tensor = logits(1, 1, seed=0)
+    for given, name in (([[1.0]], "list"), (np.ones((1, 1)), "ndarray"), (None, "NoneType")):
+        for options in ({}, {"num_classes": 1}):
+            with pytest.raises(TypeError, match=f"^student_logits: got {name}, expected a float"):
+                call(given, tensor, **options)
+            with pytest.raises(TypeError, match=f"^teacher_logits: got {name}, expected a float"):
+                call(tensor, given, **options)
 
 
 def test_teacher_logits_may_come_from_inference_mode() -> None:

@@ -256,6 +256,8 @@ def test_a_constant_student_has_a_finite_gradient() -> None:
         ({"jsd": {"beta": 1.0}}, ValueError, r"jsd.beta: got 1, expected 0 to 1 \(exclusive\)"),
         ({"jsd": {"gamma": 1.0}}, ValueError, r"jsd: got \['gamma'\], expected some of"),
         ({"jsd": {"beta": "x"}}, TypeError, "jsd.beta: got str"),
+        ({"jsd": 10**400}, ValueError, "jsd.weight: got inf, expected 0 to inf"),
+        ({"dkd": {"beta": 10**400}}, ValueError, "dkd.beta: got inf, expected 0 to 1000"),
         ({"forward_kl": 0.0}, ValueError, "forward_kl.weight: got 0"),
         ({"forward_kl": float("nan")}, ValueError, "weight: got nan"),
         (dict.fromkeys(("forward_kl", "jsd", "reverse_kl"), 1.0), ValueError, "got 3 terms"),

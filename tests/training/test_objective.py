@@ -114,6 +114,24 @@ def test_top_logits_have_the_loss_of_kd_loss_topk(rest: Any, alpha: float) -> No
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "error", "message"),
+    [
+        ("0.5", TypeError, "^alpha: got '0.5', expected a number$"),
+        (None, TypeError, "^alpha: got None, expected a number$"),
+        (True, TypeError, "^alpha: got True, expected a number$"),
+        (math.nan, UserError, "^alpha: got nan, expected a finite number$"),
+        (0, UserError, "^alpha: got 0, expected a number above 0 and at most 1; raise it, as with"),
+        (1.5, UserError, "^alpha: got 1.5, expected a number above 0 and at most 1$"),
+    ],
+)
+def test_an_alpha_that_is_no_weight_is_refused(
+    alpha: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Objective(alpha=alpha)
+
+
 def test_an_infinite_loss_of_top_logits_shows_in_the_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
