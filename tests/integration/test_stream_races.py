@@ -104,7 +104,7 @@ PLANTED: dict[str, Callable[[str, Names], bool]] = {
     "consumer waits for a block": lambda kind, at: kind == "wait" and at[0] == "before_commit",
     "producer waits for the readers": lambda kind, at: kind == "wait" and at[0] == "before_write",
     "event after a checkpoint": lambda kind, at: kind == "record" and at[0] == "_restart",
-    "streams of a capture": lambda kind, at: kind == "wait" and at[0] == "__init__",
+    "streams of a capture": lambda kind, at: kind == "wait" and at[0] == "new_stream",
 }
 # Checkpoints make the producer wait for everything, so these two count only between them.
 BETWEEN_CHECKPOINTS: dict[str, Callable[[str, Names], bool]] = {
