@@ -35,6 +35,17 @@ def split_state(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
+def cuda_devices(value: Any) -> set[torch.device]:
+    """Return the CUDA devices of the tensors in a state."""
+    if isinstance(value, Tensor):
+        return {value.device} if value.is_cuda else set()
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return {device for item in value for device in cuda_devices(item)}
+    return set()
+
+
 def call_functions(value: Any) -> Any:
     """Replace each function in a split state by what it returns."""
     if callable(value):

@@ -20,7 +20,7 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from dmkd_fast.checkpoint.state import call_functions, join_state, split_state
+from dmkd_fast.checkpoint.state import call_functions, cuda_devices, join_state, split_state
 from dmkd_fast.runtime import files, model_files
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
 
@@ -58,21 +58,21 @@ class Snapshot:
     ) -> None:
         self.step, self.mark, self.world_size = step, mark, world_size
         self.tensors: dict[str, Tensor] = {}
-        self.rest = {
-            name: split_state(item.state_dict(), name, self.tensors)
-            for name, item in objects.items()
-        }
+        self.rest, devices = {}, set()
+        for name, item in objects.items():
+            state = item.state_dict()
+            devices |= cuda_devices(state)
+            self.rest[name] = split_state(state, name, self.tensors)
         self.num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self.num_written = 0
-        self._copied: torch.cuda.Event | None = None
-        if torch.cuda.is_initialized():
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        self._copied = [torch.cuda.Event() for _ in devices]
+        for device, copied in zip(devices, self._copied, strict=True):
+            copied.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
-        """Wait until the copies from the device are complete."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        """Wait until the copies from all devices are complete."""
+        for copied in self._copied:
+            copied.synchronize()
 
     def counted(self, parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
         """Yield the parts of a file, and count the bytes of those before in `num_written`."""

@@ -101,7 +101,7 @@ class Maker:
         if device.type == "cuda":
             cuda: Any = torch.cuda  # its events have no static types
             done = cuda.Event(blocking=True)
-            done.record()
+            done.record(cuda.current_stream(device))
         return Started(ids, made, stored, self.sampler.num_made, done)
 
     def finish(self, batch: Started) -> list[Image]:

@@ -124,13 +124,15 @@ class SingleStream:
 class ProducerStream:
     """Order the producer's own CUDA stream against the current stream, which is the consumer's.
 
+    The current stream is that of the ring's device, which need not be the current device.
+
     Args:
         device: CUDA device of the ring.
         guard_blocks: Commits between the last draw of a slot and its next write, at least 1.
     """
 
     def __init__(self, device: torch.device, *, guard_blocks: int) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)
         self._written = _record(self._stream)
         self._waits = _Waits()
         self._read = _record(torch.cuda.current_stream(device))
@@ -166,7 +168,7 @@ class ProducerStream:
         """
         if self._is_unread:
             raise RuntimeError("commit: drawn slots may still be read; call release() first")
-        consumer = torch.cuda.current_stream()
+        consumer = torch.cuda.current_stream(self._device)
         idle = _record(consumer)
         consumer.wait_event(self._written)
         self._waits.append(("consumer", idle, self._written))
@@ -183,7 +185,7 @@ class ProducerStream:
 
     def after_gather(self) -> None:
         """Record that work queued on the current stream reads everything drawn so far."""
-        self._read = _record(torch.cuda.current_stream())
+        self._read = _record(torch.cuda.current_stream(self._device))
         self._is_unread = False
 
     def join(self) -> None:
@@ -192,12 +194,12 @@ class ProducerStream:
         The current stream waits for all queued work of the producer, aborted blocks included. The
         producer's next block waits for the current stream.
         """
-        torch.cuda.current_stream().wait_event(self._written)
+        torch.cuda.current_stream(self._device).wait_event(self._written)
         self._was_joined = True
 
     def _restart(self) -> None:
         """Make the next blocks wait for everything on the current stream."""
-        self._read = _record(torch.cuda.current_stream())
+        self._read = _record(torch.cuda.current_stream(self._device))
         self._left.extend([self._read] * len(self._left))
         self._was_joined = False
 

@@ -141,7 +141,7 @@ class BlockFiles:
             copy.copy_(images, non_blocking=True)
             copied = torch.cuda.Event() if images.is_cuda else None
             if copied is not None:
-                copied.record()
+                copied.record(torch.cuda.current_stream(images.device))
             first = self.ring.blocks.held.start
             self.writer.submit(functools.partial(self._write, number, copy, copied, first))
             self._queued.add(number)  # last, so that an interrupt before it repeats the write

@@ -210,7 +210,7 @@ class InFlight:
 
     @contextmanager
     def piece(self) -> Iterator[None]:
-        """Queue one piece of work on the current stream, once fewer than `most` are unfinished."""
+        """Queue work on the device's current stream, once fewer than `most` are unfinished."""
         if self._device.type != "cuda":
             yield
             return
@@ -220,7 +220,7 @@ class InFlight:
         yield
         cuda: Any = torch.cuda  # its events have no static types
         end = cuda.Event(blocking=True)  # leaves the core to others during the wait
-        end.record()
+        end.record(cuda.current_stream(self._device))
         self._ends.append(end)
 
 

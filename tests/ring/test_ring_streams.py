@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +22,12 @@ from torch import Tensor
 from torch.cuda._sanitizer import EventHandler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.fake_cuda import pretended
 from dmkd_fast import RingBuffer
+from dmkd_fast.checkpoint.step_folders import Snapshot
 from dmkd_fast.ring.cuda_sync import ProducerStream, SingleStream, streams_for
+from dmkd_fast.ring.storage import BlockFiles
+from dmkd_fast.runtime.files import Writer
 
 PRODUCER = 1
 MEASURES = ("before_write", "before_commit")  # records there only tell the time
@@ -52,6 +57,7 @@ class Log:
         self.waited: set[int] = set()  # events
         self.again: set[int] = set()  # calls that wait for an event once more
         self.kept: set[int] = set()
+        self.devices: list[torch.device | None] = []  # of which the current stream was asked for
 
     def is_left_out(self, kind: str) -> bool:
         """Counts a wait or record by the function of `ProducerStream` that makes it."""
@@ -146,13 +152,17 @@ def fake_streams(log: Log, patch: pytest.MonkeyPatch) -> Iterator[None]:
         finally:
             log.current = before
 
+    def current_stream(device: torch.device | None = None) -> Stream:
+        log.devices.append(device)
+        return Stream(log, log.current)
+
     with patch.context() as p:
         # The engine keeps a stack trace for each access, which takes most of its time.
         no_trace = SimpleNamespace(extract=lambda *_, **__: [])
         stub = SimpleNamespace(StackSummary=no_trace, walk_stack=lambda frame: None)
         p.setattr(torch.cuda._sanitizer, "traceback", stub)
         p.setattr(torch.cuda, "Stream", lambda device: Stream(log, PRODUCER))
-        p.setattr(torch.cuda, "current_stream", lambda device=None: Stream(log, log.current))
+        p.setattr(torch.cuda, "current_stream", current_stream)
         p.setattr(torch.cuda, "stream", on)
         p.setattr(torch.cuda, "Event", Event)
 
@@ -355,6 +365,38 @@ def test_a_gather_that_was_not_released_stops_the_commit(monkeypatch: pytest.Mon
             run.ring.sample(3)
             with pytest.raises(RuntimeError, match=r"call release\(\) first"):
                 run.write()
+
+
+def test_the_current_stream_is_that_of_the_device_of_the_ring(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a ring on a GPU that is not the current one would order the wrong streams."""
+    log = Log()
+    with fake_streams(log, monkeypatch):
+        run = Run()
+        with run.on_streams(log):
+            random_run(run, 1, 40)
+    assert {"wait in join", "record in _restart", "record in after_gather"} < set(log.calls)
+    assert set(log.devices) == {torch.device("cpu")}
+
+
+@pytest.mark.parametrize("kind", ["block files", "checkpoint"])
+def test_a_copy_to_the_host_is_waited_for_on_the_device_that_it_comes_from(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams: list[torch.device] = []
+    with pretended():
+        ring, writer = new_ring(device="cuda"), Writer()
+        block = ring.reserve()
+        ring.commit(block, ids=torch.arange(16).cuda(), labels=torch.zeros(16).long().cuda())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+        monkeypatch.setattr(torch.cuda.Event, "record", lambda _, stream: streams.append(stream))
+        if kind == "checkpoint":
+            Snapshot(0, {"ring": ring}).wait()
+        else:
+            BlockFiles(ring, tmp_path, writer, remakes=[]).append()
+            writer.close()
+    assert streams == [torch.device("cuda", 0)]
 
 
 def test_the_producer_has_its_own_stream_exactly_on_cuda_with_a_guard(

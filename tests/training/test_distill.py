@@ -243,7 +243,8 @@ class FakeEvent:
     def __init__(self, *, blocking: bool) -> None:
         assert blocking  # A host that spins would take a core for the whole fill.
 
-    def record(self) -> None:
+    def record(self, stream: torch.device) -> None:
+        assert stream == torch.device("cuda", 1)  # which need not be the current device
         self.recorded.append(self)
 
     def synchronize(self) -> None:
@@ -254,8 +255,9 @@ def test_the_host_is_at_most_two_blocks_ahead_of_a_gpu(
     make_distiller: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distiller = make_distiller()
-    distiller.feed.in_flight = InFlight(torch.device("cuda", 0))
+    distiller.feed.in_flight = InFlight(torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     FakeEvent.recorded, FakeEvent.waited = [], []
     sample, ahead = sampler_of(distiller).sample, []
 
@@ -280,8 +282,9 @@ def test_sigterm_during_a_fill_is_served_before_another_block_is_queued(
             signal.raise_signal(signal.SIGTERM)  # It arrives while the host waits.
 
     distiller = make_distiller(num_views=10_000)
-    distiller.feed.in_flight = InFlight(torch.device("cuda", 0))
+    distiller.feed.in_flight = InFlight(torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     FakeEvent.recorded, FakeEvent.waited = [], []
     with pytest.raises(KeyboardInterrupt):
         distiller.fit()
