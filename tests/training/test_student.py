@@ -17,6 +17,7 @@ from dmkd_fast.loss.functional import kd_loss_and_grad
 from dmkd_fast.runtime.errors import NotFiniteError
 from dmkd_fast.training import objective as objective_module
 from dmkd_fast.training import student as student_module
+from dmkd_fast.training.ema import WeightEMA
 from dmkd_fast.training.student import StudentTrainer
 
 Make = Callable[..., Distiller]
@@ -198,6 +199,18 @@ def test_a_step_equals_eager_pytorch(name: Any, nesterov: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     for a, b in zip(one.average.module.parameters(), mean, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)  # its share is a float32
+
+
+def test_after_many_updates_an_average_moves_by_its_decay() -> None:
+    model = nn.Linear(3, 2)
+    average = WeightEMA(model, decay=0.5)
+    average.num_updates.fill_(1000)
+    expected = [(p.detach() + (p.detach() + 1)) / 2 for p in model.parameters()]
+    for p in model.parameters():
+        p.data.add_(1)
+    average.update()
+    for mine, theirs in zip(average.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
