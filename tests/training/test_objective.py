@@ -90,13 +90,14 @@ def test_loss_and_gradient_are_those_of_kd_loss(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("rest", ["bucket", "renormalize"])
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
-def test_top_logits_have_the_loss_of_kd_loss_topk(rest: Any, alpha: float) -> None:
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_top_logits_have_the_loss_of_kd_loss_topk(rest: Any, alpha: float, divergence: str) -> None:
     torch.manual_seed(0)
     student, teacher, labels = torch.randn(8, 9), 3 * torch.randn(8, 9), torch.randint(9, (8,))
     values, indices = teacher.topk(3)
     top = TopLogits(values, indices, (teacher / 2).logsumexp(1))
     ours, theirs = (nn.Parameter(student.clone()) for _ in range(2))
-    wanted = Objective(temperature=2.0, alpha=alpha, rest=rest)
+    wanted = Objective(temperature=2.0, alpha=alpha, rest=rest, divergence=divergence)
     loss = wanted.backward(ours * 1, top, labels, num_items=16)
     kd = kd_loss_topk(
         theirs,
@@ -105,6 +106,7 @@ def test_top_logits_have_the_loss_of_kd_loss_topk(rest: Any, alpha: float) -> No
         teacher_logsumexp=top.logsumexp if rest == "bucket" else None,
         rest=rest,
         temperature=2.0,
+        divergence=divergence,
         num_items=16,
     )
     hard = nn.functional.cross_entropy(theirs, labels, reduction="sum") / 16
