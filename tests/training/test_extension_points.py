@@ -22,7 +22,7 @@ from dmkd_fast.checkpoint.state import join_state
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.runtime.errors import NotFiniteError, UserError
-from dmkd_fast.training.optim import Muon
+from dmkd_fast.training.optim import Muon, build_optimizer
 
 Make = Callable[..., Distiller]
 OPTIMIZERS = [
@@ -171,6 +171,18 @@ def test_an_optimizer_object_takes_no_part_in_a_skipped_first_step(make: Any) ->
         seen.append(flat([model.state_dict(), optimizer.state_dict()["state"]]))
     assert seen[0] == seen[1] != seen[2]
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_an_optimizer_of_timm_gets_the_settings_of_the_schedule() -> None:
+    settings = {"batch_size": 16, "num_views": 160, "lr": 0.01, "momentum": 0.7}
+    model = small_classifier()
+    for name, given in (("nadamw", {"betas": (0.7, 0.999)}), ("sgd", {"momentum": 0.7})):
+        schedule = Schedule(**settings, weight_decay=0.3, name=f"timm:{name}")
+        groups = build_optimizer(model, schedule).param_groups
+        decays = {p.ndim: g["weight_decay"] for g in groups for p in g["params"]}
+        assert decays == {1: 0.0, 2: 0.3, 4: 0.3}
+        for group in groups:
+            assert group["lr"] == 0.01 and given.items() <= group.items()
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "muon"])
