@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -228,7 +229,8 @@ def check_classifier(folder: Path) -> None:
         return
     if kind not in _CLASSIFIERS:
         raise invalid(folder, "the run of a denoiser", "a classifier, or the run of one")
-    fix = f"resume it with: dmkd {_CLASSIFIERS[kind].format(folder / CONFIG)}"
+    config = shlex.quote(str(folder / CONFIG))
+    fix = f"resume it with: dmkd {_CLASSIFIERS[kind].format(config)}"
     if files.is_locked(folder / LOCK):
         fix = "wait until it has ended"
     raise UserError(f"{folder}: this run has no classifier, as it is not finished; {fix}")
@@ -279,7 +281,7 @@ def mark(folder: Path, launch: str) -> None:
 def resume_command(folder: Path, ranks: Ranks = ALONE) -> str:
     """Return the command that resumes a distillation."""
     before = "torchrun (as before) " if ranks.world_size > 1 else ""
-    return f"{before}dmkd distill {folder / CONFIG} --resume"
+    return f"{before}dmkd distill {shlex.quote(str(folder / CONFIG))} --resume"
 
 
 @contextlib.contextmanager

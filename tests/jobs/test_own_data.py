@@ -22,6 +22,7 @@ from dmkd_fast.config.data import RealImagesConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.config.reference import JOBS
 from dmkd_fast.jobs.pretrain import own_data, own_time
+from dmkd_fast.jobs.pretrain.real_data import load_real
 from dmkd_fast.runtime.errors import UserError
 
 KINDS = ("teacher", "denoiser", "fewstep", "distill")
@@ -74,6 +75,9 @@ def test_configs_and_commands_fit_the_folder(
     assert "# Number of transformer blocks." in text and text.startswith("# dmkd pretrain denoiser")
     assert max(map(len, text.splitlines()[1:])) <= 120  # the first one holds the path
     before = text
+    (data / "test").rename(data / "valid")
+    found = load_real(data, torch.device("cpu"), teacher.data)
+    assert found.test is not None and len(found.test.labels) == 6
     Path("teacher.yaml").unlink()
     assert cli.main(["init", "own-data", "--data", str(data)]) == 2
     assert "denoiser.yaml: exists already" in capsys.readouterr().err

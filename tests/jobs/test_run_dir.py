@@ -311,7 +311,7 @@ def test_a_disk_that_is_full_before_training_is_one_line(
 def test_a_run_that_was_moved_resumes_where_it_lies_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step, old, new = Distiller.train_step, tmp_path / "old", tmp_path / "new"
+    step, old, new = Distiller.train_step, tmp_path / "old", tmp_path / "new name"
 
     def interrupted(distiller: Distiller) -> torch.Tensor:
         if distiller.step == 7:
@@ -321,8 +321,10 @@ def test_a_run_that_was_moved_resumes_where_it_lies_now(
     with monkeypatch.context() as patch:
         patch.setattr(Distiller, "train_step", interrupted)
         assert cli.main(["distill", CONFIG, *SHORT, f"run_dir={old}"]) == 130
+    said = capsys.readouterr().err
+    assert f"to go on: dmkd distill {old}/config.yaml --resume" in said
     old.rename(new)
-    capsys.readouterr()
+    assert run_dir.resume_command(new) == f"dmkd distill '{new}/config.yaml' --resume"
     assert cli.main(["distill", str(new / "config.yaml"), "--resume"]) == 0
     captured = capsys.readouterr()
     assert f"{new}: going on at step 7 of 20" in captured.err

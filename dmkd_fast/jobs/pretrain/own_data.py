@@ -29,7 +29,7 @@ from dmkd_fast.data.decode import image_size, is_transparent
 from dmkd_fast.data.listing import Item, SourceError
 from dmkd_fast.data.test_sets import EncodedSet, open_set
 from dmkd_fast.jobs.pretrain import own_time
-from dmkd_fast.jobs.pretrain.real_data import RealData, load_real
+from dmkd_fast.jobs.pretrain.real_data import TESTS, RealData, load_real
 from dmkd_fast.runtime.device import keep_freed_memory, resolve_device, set_num_threads
 from dmkd_fast.runtime.errors import UserError, invalid, warn_once
 
@@ -189,7 +189,7 @@ def look(folder: Path, device: torch.device) -> OwnData:
             data = RealImagesConfig(channels=1, image_size=_side(min(height, width), device))
             real = load_real(folder, device, data)
         return OwnData(folder=folder, test=folder, real=real, data=data, stored=stored)
-    tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    tests = [folder / name for name in TESTS if (folder / name).is_dir()]
     if not ((folder / "train").is_dir() and tests):
         raise invalid(
             "--data",

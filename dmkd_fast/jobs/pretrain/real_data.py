@@ -35,7 +35,7 @@ from dmkd_fast.views.spec import InputSpec
 
 HELD_OUT, HELD_OUT_FRACTION = 5_000, 0.1
 HELD_OUT_FILE = "held_out.txt"
-PARTS = {"train", "test", "val", "valid", "validation"}
+TESTS = ("test", "val", "valid", "validation")  # folders with test images; the first counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +101,8 @@ def list_real(
 
     Args:
         folder: Folder with idx files (`train` and `t10k`), with one folder per class, or with
-            shards; or with two such folders, `train`, and `test` or `val`. Beside class folders,
-            a folder `train` with image files is a class of that name.
+            shards; or with two such folders, `train` and one of `TESTS`. Beside class folders, a
+            folder `train` with image files is a class of that name.
         device: Device of the images.
         config: Sizes and fractions.
 
@@ -149,7 +149,7 @@ def _list_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
         fix = "set it to the size to train at, for example data.image_size=32"
         raise invalid("data.image_size", "null for image files", "a number of pixels", fix)
     has_parts = _has_parts(folder)
-    tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    tests = [folder / name for name in TESTS if (folder / name).is_dir()]
     listed = folder / CLASS_NAMES
     classes = listed if has_parts and listed.is_file() else None
     full = _open(folder / "train" if has_parts else folder, device, classes, None)
@@ -201,7 +201,7 @@ def _has_parts(folder: Path) -> bool:
     folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
     # Beside folders of other classes, images without a folder of their own belong to a class.
     images = (p for p in train.iterdir() if p.suffix.lower() in EXTENSIONS and p.name[0] != ".")
-    return folders <= PARTS or not any(images)
+    return folders <= {"train", *TESTS} or not any(images)
 
 
 def _check_classes(train: Path, names: Sequence[str], test: Path, tested: Sequence[str]) -> None:
