@@ -11,7 +11,18 @@ import pytest
 import torch
 from small_jobs import CONFIG, SHORT, small_classifier
 
-from dmkd_fast import Distiller, InputSpec, Mixer, Schedule, Teacher, Teachers, cli, kd_loss
+from dmkd_fast import (
+    Distiller,
+    InputSpec,
+    Mixer,
+    Schedule,
+    Teacher,
+    Teachers,
+    Views,
+    ViewSpec,
+    cli,
+    kd_loss,
+)
 from dmkd_fast.config.jobs import DistillConfig
 from dmkd_fast.config.loading import load_config
 from dmkd_fast.jobs import parts as parts_module
@@ -73,6 +84,29 @@ def test_mixing_with_teachers_of_some_classes_is_refused(make_distiller: Make) -
         Targets(
             Teachers(halves, num_classes=4), distiller.targets.views, mixer=Mixer(mixup_alpha=1.0)
         )
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"mixer": Mixer(mixup_alpha=1.0), "stored": object()},
+            "^mixer: got one with stored logits, expected none, as stored logits are of whole",
+        ),
+        (
+            {"input": InputSpec(size=9, mean=(0.5,), std=(0.5,))},
+            "^input: got 1 channels of 9 pixels, expected the views' 1 of 8; make both agree$",
+        ),
+        (
+            {"input": InputSpec(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)},
+            "^input: got 3 channels of 8 pixels, expected the views' 1 of 8; make both agree$",
+        ),
+    ],
+)
+def test_targets_whose_parts_do_not_fit_are_refused(parts: dict[str, Any], message: str) -> None:
+    views = Views(ViewSpec(size=8, mean=(0.5,), std=(0.5,)))
+    with pytest.raises(UserError, match=message):
+        Targets(small_classifier(), views, **parts)
 
 
 def test_every_rendering_is_mixed_with_the_same_partners_at_the_same_place() -> None:
