@@ -10,8 +10,10 @@ import torch
 from rings import new_ring
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.fake_cuda import pretended
 from dmkd_fast import RingBuffer, RingPlan
 from dmkd_fast.ring.statistics import without_strays
+from dmkd_fast.runtime import tensor_checks
 
 
 def make(
@@ -221,6 +223,30 @@ def test_labels_that_cannot_be_read_are_moved_into_the_classes_and_counted() -> 
         again = make(num_classes=10)
         again.load_state_dict(saved)
         assert int(again.num_faults()) == count
+
+
+def test_labels_on_a_gpu_are_not_read_but_counted_when_they_are_committed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The check of labels on a CPU would read those of the stand-in.
+    monkeypatch.setattr(tensor_checks, "within", lambda *_, **__: None)
+    with pretended():
+        ring = make(num_classes=10, device="cuda")
+        for _ in range(2):
+            block, ids = ring.reserve(), torch.arange(4, device="cuda")
+            torch.cuda.set_sync_debug_mode("error")
+            ring.commit(block, ids=ids, labels=torch.arange(-2, 14, 4).to("cuda"))
+            torch.cuda.set_sync_debug_mode("default")
+        assert int(ring.num_faults()) == 4
+        assert ring.labels[:8].tolist() == [0, 2, 6, 9] * 2
+
+
+def test_waits_are_those_of_the_side_that_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = make()
+    waits = {"producer": 1.0, "consumer": 2.0}
+    monkeypatch.setattr(ring._streams, "waits_s", lambda: waits)
+    figures = ring.statistics().figures()
+    assert (figures["producer_wait_s"], figures["consumer_wait_s"]) == (1.0, 2.0)
 
 
 def test_use_counts_that_would_repeat_views_are_found() -> None:

@@ -22,6 +22,7 @@ from dmkd_fast.jobs import parts as parts_module
 from dmkd_fast.jobs.parts import Parts, load_parts
 from dmkd_fast.jobs.resolve import ResolvedJob
 from dmkd_fast.loss.functional import kd_loss_and_grad
+from dmkd_fast.runtime.errors import UserError
 from dmkd_fast.runtime.output.progress import Progress
 from dmkd_fast.training.metrics import Metrics
 
@@ -201,6 +202,26 @@ def test_forward_half_of_a_step_stays_on_cuda(
     results = [draw.indices, draw.ids, draw.uses, seen, loss, grad, *means.values()]
     assert all(r.device.type == "cuda" for r in results)
     assert seen.shape == (24, 1, 8, 8) and grad.shape == (24, 4)
+
+
+def test_a_run_whose_images_have_strange_labels_stops_at_the_next_row(make_distiller: Make) -> None:
+    """As on a GPU, whose labels are not read when they are committed."""
+    distiller = make_distiller(ring={"num_classes": 4})
+    distiller.ring._num_strays += 3
+    with pytest.raises(UserError, match=r"^ring: got 3 labels outside of 0 to 3 "):
+        distiller.fit()
+    assert distiller.step == 10
+
+
+def test_a_block_ahead_is_forgotten_by_a_restore(make_distiller: Make) -> None:
+    """The ring has no open block then, and needs one at once."""
+    whole, part = (make_distiller(ring={"guard_blocks": 1}) for _ in range(2))
+    whole.fit()
+    part._save_last()
+    part.feed.write_ahead(progress=0.0)
+    part.restore()
+    part.fit()
+    assert all(torch.equal(*pair) for pair in zip(weights(whole), weights(part), strict=True))
 
 
 def test_sums_of_a_row_that_was_interrupted_join_counts_on_a_gpu(tmp_path: Path) -> None:
