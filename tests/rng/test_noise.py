@@ -50,6 +50,12 @@ def test_seed_step_stream_and_id_all_change_the_numbers() -> None:
         assert (other != base).all()
 
 
+def test_each_purpose_has_numbers_of_its_own() -> None:
+    streams = {name: value for name, value in vars(philox).items() if name.startswith("STREAM_")}
+    assert len(streams) >= 8 and len({*streams.values()}) == len(streams)
+    assert all(0 <= value < 256 for value in streams.values())
+
+
 def test_normal_numbers_have_the_moments_of_a_normal() -> None:
     x = philox.normal(5, torch.arange(1000), step=0, count=1000).double()
     n = x.numel()
