@@ -52,6 +52,18 @@ def test_the_rest_is_one_bucket_or_left_out(rest: str) -> None:
     torch.testing.assert_close(stored, expected, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("count", [4, 10])
+@pytest.mark.parametrize("rest", ["bucket", "renormalize"])
+def test_without_the_square_the_loss_is_that_of_kd_loss_too(rest: str, count: int) -> None:
+    student, teacher = logits(6, 10, seed=0), logits(6, 10, seed=1)
+    values, indices = teacher.topk(count)
+    named = {"rest": rest, "temperature": 2.0}
+    if rest == "bucket" and count < 10:
+        named["teacher_logsumexp"] = (teacher / 2).logsumexp(-1)
+    loss = kd_loss_topk(student, values, indices, **named)
+    assert torch.equal(4 * kd_loss_topk(student, values, indices, t_squared=False, **named), loss)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
