@@ -187,9 +187,8 @@ class GeneratedLoader:
         state = {"ring": feed.ring.state_dict(images=images), "images": feed.images.state_dict()}
         rest = split_state(state, "", tensors)
         if feed.ring.images.is_cuda:
-            torch.cuda.synchronize(
-                feed.ring.images.device
-            )  # The copies to the host have been queued only.
+            # The copies to the host have been queued only.
+            torch.cuda.synchronize(feed.ring.images.device)
         return {"step": self.step, "batch_size": self.batch_size, "rest": rest, "tensors": tensors}
 
     def _load(self, saved: dict[str, Any]) -> None:
