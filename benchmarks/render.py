@@ -62,6 +62,8 @@ SOURCES = {
     "end-to-end": (
         Source(bench="end-to-end", only={"part": "whole"}, required=("--part", "whole")),
     ),
+    "kd-loss-family": (Source(bench="kd-loss", only={"set": "family"}),),
+    "kd-loss-linear": (Source(bench="kd-loss", only={"set": "linear"}),),
     "ladder": (Source(bench="end-to-end", only={"part": "ladder"}, required=("--part", "ladder")),),
     **dict.fromkeys(
         ("finding-1", "finding-1-long"), (Source(bench="finding-1", required=("--data", "DIR")),)

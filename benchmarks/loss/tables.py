@@ -47,6 +47,47 @@ def kd_loss(rows: list[Row]) -> str:
     return table(header, body, note)
 
 
+def kd_loss_family(rows: list[Row]) -> str:
+    """Write the table of the divergences beside forward KL and their eager definitions."""
+    rows = [r for r in rows if r["threads"] == rows[-1]["threads"]]
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))
+    found = {(r["arm"], r["shape"]): r for r in rows}
+    body, header = [], ["divergence"]
+    for shape in shapes:
+        header += [f"{shape}, ms", "in units of forward KL", "vs eager"]
+    for arm in dict.fromkeys(r["arm"] for r in rows):
+        cells = [found[arm, shape] for shape in shapes]
+        name = "forward_kl, standardized" if arm == "standardized" else arm
+        body.append([f"`{name}`"])
+        for r in cells:
+            times, gain = r["times_forward_kl"], r["times_faster_than_eager"]
+            body[-1] += [f"{r['median_ms']:.2f}", f"{times:.2f}", f"{gain:.1f}x"]
+    counts = " to ".join(str(n) for n in sorted({r["n"] for r in rows}))
+    note = (
+        f"`kd_loss` and its backward pass in float32, medians of {counts}, interleaved. Eager is "
+        f"the textbook form of the same divergence with autograd. {where(rows)}."
+    )
+    return table(header, body, note)
+
+
+def kd_loss_linear(rows: list[Row]) -> str:
+    """Write the table of two linear heads and the loss between them."""
+    body = []
+    notes = [f"{r['arm'].removeprefix('linear, ')}: {r['note']}." for r in rows if "note" in r]
+    rows = [r for r in rows if "note" not in r]
+    for r in rows:
+        name = r["arm"].removeprefix("linear, ").replace("ours", "`linear_kd_loss`")
+        share = f"{r['share_of_eagers_peak']:.0%}"
+        body.append([name, f"{r['median_ms'] / 1e3:.2f}", f"{r['peak_mib']:,.0f}", share])
+    count, width, classes = (f"{int(n):,}" for n in rows[-1]["shape"].split("x"))
+    note = (
+        f"{count} rows, hidden width {width}, {classes} classes, float32: loss and gradients of "
+        f"the student's hidden states and weight. Memory beyond the inputs. {' '.join(notes)} "
+        f"{where(rows)}."
+    )
+    return table(["arm", "s", "peak memory, MiB", "of eager's"], body, note)
+
+
 def kd_loss_gpu(rows: list[Row]) -> str:
     """Write the table of loss and gradient on a GPU."""
     arms = list(dict.fromkeys(r["arm"] for r in rows if r["arm"] != "copy"))
@@ -100,5 +141,7 @@ def kd_loss_accuracy(rows: list[Row]) -> str:
 LOSS_TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kd-loss": kd_loss,
     "kd-loss-accuracy": kd_loss_accuracy,
+    "kd-loss-family": kd_loss_family,
     "kd-loss-gpu": kd_loss_gpu,
+    "kd-loss-linear": kd_loss_linear,
 }
