@@ -184,7 +184,7 @@ def finding_3(rows: list[Row]) -> str:
                 gaps.append(f"{teachers[0]} less {other} teacher {grid.difference(*pair)}")
                 gaps[-1] += f" [{', '.join(by_t)}]" if len(common) > 1 else ""
                 if (with_all := whole.difference(*pair)) != grid.difference(*pair):
-                    gaps[-1] += f", with the cells left out {with_all}"
+                    gaps[-1] += f", including the cells left out: {with_all}"
         if gaps:
             notes.append(
                 f"Over the temperatures that both have, paired by seed: {'; '.join(gaps)}."

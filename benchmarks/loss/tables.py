@@ -64,8 +64,9 @@ def kd_loss_family(rows: list[Row]) -> str:
             body[-1] += [f"{r['median_ms']:.2f}", f"{times:.2f}", f"{gain:.1f}x"]
     counts = " to ".join(str(n) for n in sorted({r["n"] for r in rows}))
     note = (
-        f"`kd_loss` and its backward pass in float32, medians of {counts}, interleaved. Eager is "
-        f"the textbook form of the same divergence with autograd. {where(rows)}."
+        f"`kd_loss` and its backward pass in float32, medians of {counts}. Ours take turns, and "
+        f"then the eager ones do: the textbook form of the same divergence with autograd. "
+        f"{where(rows)}."
     )
     return table(header, body, note)
 

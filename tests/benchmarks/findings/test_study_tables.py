@@ -160,7 +160,7 @@ def test_teachers_are_compared_over_all_temperatures() -> None:
     rows[0]["superseded"] = "starts as the teacher"
     text = tables.finding_3(rows)
     assert "weak less strong teacher +8.00 (1 seed) [T = 1: +" in text
-    assert "], with the cells left out +9.00" in text
+    assert "], including the cells left out: +9.00" in text
 
 
 def test_stored_teachers_are_compared_with_a_live_one_by_seed() -> None:
