@@ -57,7 +57,7 @@ def new_views(slots: Tensor, indices: Tensor, *rest: Any) -> Tensor:
     """Allocate the result of the operator `views`, whose arguments these are."""
     *_, size, _, dtype = rest
     return torch.empty(
-        (len(indices), slots.shape[1], size, size),
+        (indices.shape[0], slots.shape[1], size, size),  # `len` would fix the number under compile
         dtype=dtype,
         device=slots.device,
         memory_format=torch.channels_last,

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 from views_cases import RECIPES, TOLERANCES, problem
 
 from dmkd_fast.runtime import native
@@ -295,3 +296,12 @@ def test_without_the_extension_views_have_the_same_numbers(tmp_path: Path) -> No
     inputs, named = problem(7, 3, 20, 18, 16, 1)
     theirs = torch.load(path, weights_only=True)
     torch.testing.assert_close(theirs, views(*inputs, **named), rtol=0, atol=5e-6)
+
+
+def test_one_compiled_graph_serves_all_numbers_of_views() -> None:
+    counters.clear()
+    compiled = torch.compile(views, backend="eager", fullgraph=True, dynamic=True)
+    for rows in (5, 9):
+        inputs, named = problem(rows, 1, 8, 8, 6, 1, 0)
+        torch.testing.assert_close(compiled(*inputs, **named), views(*inputs, **named))
+    assert counters["stats"]["unique_graphs"] == 1
