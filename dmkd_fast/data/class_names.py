@@ -136,13 +136,14 @@ def teacher_order(
 def order_by_name(names: Sequence[str], wanted: Sequence[str] | None) -> list[int] | None:
     """Return the place in `wanted` of each of the names; None unless the sets agree.
 
-    If no exact match exists, case and punctuation are ignored, and numbers are not mapped.
+    If no exact match exists, case and punctuation are ignored, and numbers are not mapped. Wanted
+    names that count from 0 on say nothing, as what has no names is saved with those.
 
     Args:
         names: Class names of a set of images.
         wanted: Class names in another order, or None if they are unknown.
     """
-    if wanted is None:
+    if wanted is None or _only_count(wanted):
         return None
     if _are_same(names, wanted):
         exact = {name: place for place, name in enumerate(wanted)}
@@ -162,7 +163,8 @@ def compare_class_names(
     """Refuse classes that have other names in a part of a job than in the test set.
 
     If both sides hold the same names, their order must be the same. Otherwise case and punctuation
-    are ignored, and names that are only numbers are not compared.
+    are ignored, and names that are only numbers are not compared. Names that count from 0 on are
+    those of classes without names, and are compared with no numbers.
 
     Args:
         owner: Name of the part, for the message.
@@ -175,7 +177,7 @@ def compare_class_names(
     """
     if names is None:
         return
-    are_same = _are_same(names, tested)
+    are_same = _are_same(names, tested) and not (_only_count(names) or _only_count(tested))
     if not are_same and (all_numbers(names) or all_numbers(tested)):
         return
     form = str if are_same else _simplified
@@ -186,6 +188,10 @@ def compare_class_names(
                 f"expected the same; set {setting} to a file with the test set's class names, one "
                 f"a line, in the order of {owner}"
             )
+
+
+def _only_count(names: Sequence[str]) -> bool:
+    return list(names) == [str(label) for label in range(len(names))]
 
 
 def _are_same(names: Sequence[str], others: Sequence[str]) -> bool:

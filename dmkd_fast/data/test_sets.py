@@ -207,9 +207,14 @@ def open_set(
         raise UserError(f"{path}: no such folder; give one with idx files, class folders or tars")
     entries = [p for p in path.iterdir() if not p.name.startswith(".")]
     if any("-images-idx3-ubyte" in p.name for p in entries):
-        if classes is not None:
-            raise UserError(f"{classes}: got a list of classes for idx files; remove it")
-        return load_idx(path, "t10k").to(device)
+        images = load_idx(path, "t10k").to(device)
+        if classes is None:
+            return images
+        names = read_class_names(classes, must_exist=True)
+        if len(names) < len(images.class_names):
+            expected = f"at least {len(images.class_names)}, as in {path}"
+            raise invalid(classes, f"{len(names)} names", expected, "add the missing ones")
+        return replace(images, class_names=names, is_named=True)
     names = read_class_names(classes or path / CLASS_NAMES, must_exist=classes is not None)
     tars = [p.name for p in entries if p.suffix == ".tar" and p.is_file()]
     if not tars:

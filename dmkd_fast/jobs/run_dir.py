@@ -230,7 +230,8 @@ def check_classifier(folder: Path) -> None:
     if kind not in _CLASSIFIERS:
         raise invalid(folder, "the run of a denoiser", "a classifier, or the run of one")
     config = shlex.quote(str(folder / CONFIG))
-    fix = f"resume it with: dmkd {_CLASSIFIERS[kind].format(config)}"
+    ranks = "torchrun (as before) " if any((folder / "checkpoints").glob("rank-*")) else ""
+    fix = f"resume it with: {ranks}dmkd {_CLASSIFIERS[kind].format(config)}"
     if files.is_locked(folder / LOCK):
         fix = "wait until it has ended"
     raise UserError(f"{folder}: this run has no classifier, as it is not finished; {fix}")

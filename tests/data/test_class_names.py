@@ -39,12 +39,17 @@ def test_class_names_in_another_order_are_refused() -> None:
         check(names, list(names))
         with pytest.raises(UserError, match=r"class \d is '(10|Cat)' in m and '(2|cat)' in the"):
             check(names, tested)
+    # What has no names of its own is saved with the numbers from 0 on.
+    check(("0", "2", "1"), ["0", "1", "2"])
+    check(("0", "1", "2"), ["0", "2", "1"])
 
 
 def test_equal_names_are_mapped_as_they_are_written() -> None:
     assert order_by_name(["1", "2", "10"], ["1", "10", "2"]) == [0, 2, 1]
     assert order_by_name(["Cat", "cat"], ["cat", "Cat"]) == [1, 0]
     assert order_by_name(["0", "1"], ["1", "2"]) is None
+    assert order_by_name(["0", "1", "10"], ["0", "10", "1"]) == [0, 2, 1]
+    assert order_by_name(["0", "2", "1"], ["0", "1", "2"]) is None  # these say nothing
     assert order_by_name(["a", "a"], ["a", "a"]) is None
 
 

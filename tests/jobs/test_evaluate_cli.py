@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from real_sets import COLOUR, NAMES, picture
-from small_jobs import CONFIG, SHORT
+from small_jobs import CONFIG, SHORT, few_test_images
 from timm.data import create_transform
 
 from dmkd_fast import InputSpec, cli, measure, open_set
@@ -298,13 +298,27 @@ def test_classes_in_another_order_are_mapped_by_name_and_other_names_are_refused
 def test_numbers_of_shards_without_a_list_are_labels_and_are_not_mapped(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = saved_classifier(tmp_path / "model", label_names=("0", "2", "1"))
-    assert cli.main(["evaluate", str(model), "--data", str(shards)]) == 2
-    line = capsys.readouterr().err
-    assert "class 1 is '2'" in line and "'1' in the test set" in line and "--classes" in line
+    found = []
+    for names in (("0", "2", "1"), ("0", "1", "2")):
+        model = saved_classifier(tmp_path / "".join(names), label_names=names)
+        assert cli.main(["evaluate", str(model), "--data", str(shards)]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        found.append(result["top1"])
+    assert found[0] == found[1]
+
+
+def test_idx_files_take_the_names_of_a_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, names = few_test_images(20), tuple(f"kind {label}" for label in range(10))
+    gray: dict[str, Any] = {"num_classes": 10, "in_chans": 1, "mean": (0.3,), "std": (0.3,)}
+    model = saved_classifier(tmp_path / "model", label_names=names, **gray)
     order = tmp_path / "order.txt"
-    order.write_text("0\n2\n1\n")
-    command = ["evaluate", str(model), "--data", str(shards), "--classes", str(order)]
+    order.write_text("\n".join(names[:3]))
+    command = ["evaluate", str(model), "--data", str(data), "--classes", str(order)]
+    assert cli.main(command) == 2
+    assert "got 3 names, expected at least 10" in capsys.readouterr().err
+    order.write_text("\n".join(names))
     assert cli.main(command) == 0
 
 

@@ -272,13 +272,21 @@ def test_mistakes_are_refused_in_one_line(
         load_real(folder, CPU, SMALL)
 
 
-def test_a_class_may_be_called_train(folder: Path, parts: Path, tmp_path: Path) -> None:
+def test_a_class_may_be_called_train(
+    folder: Path, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     flat = tmp_path / "flat"
     for place, name in zip(sorted(folder.iterdir()), ("bus", "car", "train"), strict=True):
         shutil.copytree(place, flat / name)
     real = load_real(flat, CPU, SMALL)
     assert real.train.class_names == ("bus", "car", "train")
     assert len(real.train) + len(real.held_out) == 23 and real.test is None
+    assert "train: taken as a class, beside bus, car;" in caplog.text
+    # A stray image beside the folders of its classes makes none of it.
+    stray = shutil.copytree(parts, tmp_path / "stray")
+    shutil.copy(next((folder / NAMES[0]).iterdir()), stray / "train")
+    (stray / "unlabeled").mkdir()
+    assert real_data.has_parts(stray)
     # Other folders beside the parts of a set are none of its classes.
     more = shutil.copytree(parts, tmp_path / "more")
     (more / "annotations").mkdir()

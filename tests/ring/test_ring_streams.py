@@ -385,12 +385,12 @@ def test_a_copy_to_the_host_is_waited_for_on_the_device_that_it_comes_from(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams: list[torch.device] = []
-    with pretended():
+    with pretended(), monkeypatch.context() as patch:
         ring, writer = new_ring(device="cuda"), Writer()
         block = ring.reserve()
         ring.commit(block, ids=torch.arange(16).cuda(), labels=torch.zeros(16).long().cuda())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
-        monkeypatch.setattr(torch.cuda.Event, "record", lambda _, stream: streams.append(stream))
+        patch.setattr(torch.cuda, "current_stream", lambda device: device)
+        patch.setattr(torch.cuda.Event, "record", lambda _, stream: streams.append(stream))
         if kind == "checkpoint":
             Snapshot(0, {"ring": ring}).wait()
         else:

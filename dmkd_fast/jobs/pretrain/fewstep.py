@@ -294,6 +294,6 @@ def _compare(
     out = torch.empty((len(classes), *start.image_shape), dtype=torch.uint8, device=device)
     made.sample(HELD_OUT_ID + torch.arange(len(classes), device=device), classes, out=out)
     names = read_class_names(folder / CLASS_NAMES, must_exist=False)
-    rows = [names[label] if names else str(label) for label in shown]
+    rows = [names[label] if label < len(names) else str(label) for label in shown]
     report_images.grid(out.cpu().unflatten(0, (-1, 8)), rows, folder / "samples.png")
     return facts

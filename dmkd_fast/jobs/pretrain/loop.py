@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def results(folder: Path) -> Iterator[Path]:
         UserError: The folder cannot be written. The last checkpoint holds the trained model.
     """
     target = folder / "model"
-    resume = f"run it again with run_dir={folder} --resume and no other setting"
+    resume = f"run it again with run_dir={shlex.quote(str(folder))} --resume and no other setting"
     with run_dir.writing_results(target, resume), files.new_folder(target) as partial:
         yield partial
     report_live.rewrite(folder)
@@ -220,9 +221,12 @@ def train(
     )
     if job.resume:
         run_dir.restore(run)
-    page = report_live.pretraining_page(folder, _kind(config), student.device, run.clock)
+    kind = _kind(config)
+    saved = shlex.quote(str(folder / run_dir.CONFIG))
+    hint = f"dmkd pretrain {kind} {saved} --resume{'' if kind == 'fewstep' else ' --data DIR'}"
+    page = report_live.pretraining_page(folder, kind, student.device, run.clock)
     run.on_row.append(page.add)
-    with page.watching(), run_dir.resume_hint(folder, f"add run_dir={folder} --resume"):
+    with page.watching(), run_dir.resume_hint(folder, hint):
         totals = run.fit()
     page.write("running")  # `results` follows.
     parameters = sum(p.numel() for p in model.parameters())

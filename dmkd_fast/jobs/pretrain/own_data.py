@@ -29,7 +29,7 @@ from dmkd_fast.data.decode import image_size, is_transparent
 from dmkd_fast.data.listing import Item, SourceError
 from dmkd_fast.data.test_sets import EncodedSet, open_set
 from dmkd_fast.jobs.pretrain import own_time
-from dmkd_fast.jobs.pretrain.real_data import TESTS, RealData, load_real
+from dmkd_fast.jobs.pretrain.real_data import TESTS, RealData, has_parts, load_real
 from dmkd_fast.runtime.device import keep_freed_memory, resolve_device, set_num_threads
 from dmkd_fast.runtime.errors import UserError, invalid, warn_once
 
@@ -190,10 +190,10 @@ def look(folder: Path, device: torch.device) -> OwnData:
             real = load_real(folder, device, data)
         return OwnData(folder=folder, test=folder, real=real, data=data, stored=stored)
     tests = [folder / name for name in TESTS if (folder / name).is_dir()]
-    if not ((folder / "train").is_dir() and tests):
+    if not (has_parts(folder) and tests):
         raise invalid(
             "--data",
-            f"no train/ with test/ or val/ in {folder}",
+            f"no train/ with one of {', '.join(TESTS)} in {folder}",
             "both, as a student is tested on images that nothing was trained on",
             "move most images of each class to train/CLASS and some to test/CLASS",
         )

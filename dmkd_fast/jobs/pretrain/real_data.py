@@ -148,15 +148,15 @@ def _list_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
     if config.image_size is None:
         fix = "set it to the size to train at, for example data.image_size=32"
         raise invalid("data.image_size", "null for image files", "a number of pixels", fix)
-    has_parts = _has_parts(folder)
+    is_split = has_parts(folder)
     tests = [folder / name for name in TESTS if (folder / name).is_dir()]
     listed = folder / CLASS_NAMES
-    classes = listed if has_parts and listed.is_file() else None
-    full = _open(folder / "train" if has_parts else folder, device, classes, None)
+    classes = listed if is_split and listed.is_file() else None
+    full = _open(folder / "train" if is_split else folder, device, classes, None)
     fraction = HELD_OUT_FRACTION if config.held_out is None else config.held_out
     kept, held_out_items = _split(full.items, full.class_names, fraction, folder)
     test = None
-    if has_parts and tests:
+    if is_split and tests:
         test = _open(tests[0], device, classes, len(full.class_names))
         _check_classes(folder / "train", full.class_names, tests[0], test.class_names)
         names = full.class_names
@@ -193,15 +193,22 @@ def _list_files(folder: Path, device: torch.device, config: RealImagesConfig) ->
     return ListedImages(shape, full.class_names, decode)
 
 
-def _has_parts(folder: Path) -> bool:
+def has_parts(folder: Path) -> bool:
     """Return whether the folder `train` holds a part of the set, and is not the class "train"."""
     train = folder / "train"
     if not train.is_dir():
         return False
     folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
-    # Beside folders of other classes, images without a folder of their own belong to a class.
-    images = (p for p in train.iterdir() if p.suffix.lower() in EXTENSIONS and p.name[0] != ".")
-    return folders <= {"train", *TESTS} or not any(images)
+    inside = [path for path in train.iterdir() if path.name[0] != "."]
+    num_images = sum(path.suffix.lower() in EXTENSIONS for path in inside)
+    num_folders = sum(path.is_dir() for path in inside)
+    # Beside folders of other classes. A stray image among the folders of its classes makes none.
+    is_class = num_images > num_folders and not any(path.suffix == ".tar" for path in inside)
+    if folders <= {"train", *TESTS} or not is_class:
+        return True
+    others = ", ".join(sorted(folders - {"train"})[:3])
+    warn_once(f"{train}: taken as a class, beside {others}; it holds images without class folders")
+    return False
 
 
 def _check_classes(train: Path, names: Sequence[str], test: Path, tested: Sequence[str]) -> None:
