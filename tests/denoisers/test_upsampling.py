@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from compute_dtypes import BOTH
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,7 +28,7 @@ def test_phases_equal_convolving_the_doubled_image(shape: tuple[int, ...], bias:
         torch.testing.assert_close(UpsampleConv(conv)(x), expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BOTH)
 def test_a_decoder_keeps_its_images(dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     kl = diffusers.AutoencoderKL(

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from compute_dtypes import NATIVE_FIRST
 from sampler_cases import Counts, dit_sampler, embedded, make
 from small_jobs import CONFIG, SHORT, tiny_sampler
 from torch import Tensor, nn
@@ -25,9 +26,7 @@ IDS = torch.arange(8)
 MANY = {0: 1.0, 3: 3.0, 4: 3.0, 9: 1.25}
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
-)
+@pytest.mark.parametrize("dtype", NATIVE_FIRST)
 @pytest.mark.parametrize("scale", [1.5, 1.0])
 def test_each_class_gets_the_images_of_its_own_scale(scale: float, dtype: torch.dtype) -> None:
     """To the bit where something is guided; unguided ones pass the denoiser in other batches."""

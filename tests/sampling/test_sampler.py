@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compute_dtypes import BOTH
 from sampler_cases import DDIM, Counts, dit_sampler, embedded, make
 from small_jobs import tiny_sampler
 from small_models import VAE, small_dit, spread
@@ -123,7 +124,7 @@ def digests(images: Tensor) -> list[str]:
     return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BOTH)
 def test_images_are_the_same_bits_in_five_arrangements(dtype: torch.dtype) -> None:
     sampler = embedded(dtype=dtype)
     ids = torch.arange(20)
@@ -140,7 +141,7 @@ def test_images_are_the_same_bits_in_five_arrangements(dtype: torch.dtype) -> No
     assert restarted == whole[9:] and tail == whole[19:]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("size", [1, 7, 24])
 def test_other_micro_batches_differ_by_a_level_in_few_pixels(size: int, dtype: torch.dtype) -> None:
     ids = torch.arange(24)
