@@ -10,8 +10,7 @@ ours uses a denoiser that was trained on the real set; `nearest` says how much o
 repeat.
 
 These trainings are short. With --long-seeds, diffusion and real images are compared at eight times
-the views, where the published student of real images is within reach, and on as many generated
-images as there are real ones.
+the views, and on as many generated images as there are real ones.
 """
 
 from __future__ import annotations
