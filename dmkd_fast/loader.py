@@ -185,7 +185,7 @@ class GeneratedLoader:
         feed = self._feed
         tensors: dict[str, torch.Tensor] = {}
         state = {"ring": feed.ring.state_dict(images=images), "images": feed.images.state_dict()}
-        rest = split_state(state, "", tensors)
+        rest = split_state(state, "", tensors, set())
         if feed.ring.images.is_cuda:
             # The copies to the host have been queued only.
             torch.cuda.synchronize(feed.ring.images.device)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def split_state(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def split_state(
+    value: Any, path: str, tensors: dict[str, Tensor], devices: set[torch.device]
+) -> Any:
     """Copy each tensor in `value` to `tensors`, and return the rest as JSON values.
 
     A tensor becomes its name and strides, a dictionary becomes a list of pairs, and a function
@@ -19,37 +21,31 @@ def split_state(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         value: State to split.
         path: Name of `value`; the names of its tensors begin with it.
         tensors: Receives the copies on the CPU, by name.
+        devices: Receives the CUDA devices whose current streams the copies are queued on.
     """
     if isinstance(value, Tensor):
         # Fused optimizers walk a parameter and its moments in memory order, so a restored moment
         # needs the same layout. Files do not hold strides.
         copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         tensors[path] = copy.copy_(value.detach(), non_blocking=True)
+        if value.is_cuda:
+            devices.add(value.device)
         stride = (value if _is_dense(value) else copy).stride()
         return {"tensor": path, "stride": list(stride)}
     if isinstance(value, Mapping):
-        return {"pairs": [[k, split_state(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+        pairs = [[k, split_state(v, f"{path}/{k}", tensors, devices)] for k, v in value.items()]
+        return {"pairs": pairs}
     if isinstance(value, list | tuple):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [split_state(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+        items = enumerate(value)
+        return {kind: [split_state(v, f"{path}/{i}", tensors, devices) for i, v in items]}
     return value
-
-
-def cuda_devices(value: Any) -> set[torch.device]:
-    """Return the CUDA devices of the tensors in a state."""
-    if isinstance(value, Tensor):
-        return {value.device} if value.is_cuda else set()
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return {device for item in value for device in cuda_devices(item)}
-    return set()
 
 
 def call_functions(value: Any) -> Any:
     """Replace each function in a split state by what it returns."""
     if callable(value):
-        return split_state(value(), "", {})
+        return split_state(value(), "", {}, set())
     if isinstance(value, dict) and "pairs" in value:
         return {"pairs": [[k, call_functions(v)] for k, v in value["pairs"]]}
     for kind in ("list", "tuple"):

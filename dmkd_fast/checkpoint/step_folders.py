@@ -20,7 +20,7 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from dmkd_fast.checkpoint.state import call_functions, cuda_devices, join_state, split_state
+from dmkd_fast.checkpoint.state import call_functions, join_state, split_state
 from dmkd_fast.runtime import files, model_files
 from dmkd_fast.runtime.errors import UserError, invalid, one_line
 
@@ -58,11 +58,11 @@ class Snapshot:
     ) -> None:
         self.step, self.mark, self.world_size = step, mark, world_size
         self.tensors: dict[str, Tensor] = {}
-        self.rest, devices = {}, set()
-        for name, item in objects.items():
-            state = item.state_dict()
-            devices |= cuda_devices(state)
-            self.rest[name] = split_state(state, name, self.tensors)
+        devices: set[torch.device] = set()
+        self.rest = {
+            name: split_state(item.state_dict(), name, self.tensors, devices)
+            for name, item in objects.items()
+        }
         self.num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self.num_written = 0
         self._copied = [torch.cuda.Event() for _ in devices]

@@ -21,16 +21,10 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from dmkd_fast.config.jobs import (
-    DistillConfig,
-    PretrainConfig,
-    PretrainDenoiserConfig,
-    PretrainFewstepConfig,
-    RunConfig,
-    TeacherConfig,
-)
-from dmkd_fast.config.loading import dump_config, load_config
+from dmkd_fast.config.jobs import DistillConfig, PretrainConfig, RunConfig, TeacherConfig
+from dmkd_fast.config.loading import Section, dump_config, load_config
 from dmkd_fast.config.overrides import Overrides
+from dmkd_fast.config.reference import JOBS
 from dmkd_fast.runtime import files
 from dmkd_fast.runtime.device import is_out_of_memory
 from dmkd_fast.runtime.distributed import ALONE, Ranks
@@ -44,7 +38,7 @@ C = TypeVar("C", bound=RunConfig)
 CONFIG, CHECKPOINTS, LAUNCH, LOCK = "config.yaml", "checkpoints", ".launch", ".lock"
 SUMMARY = "summary.json"
 # How to resume the jobs that make a classifier.
-_CLASSIFIERS: dict[type[RunConfig], str] = {
+_CLASSIFIERS: dict[type[Section], str] = {
     DistillConfig: "distill {} --resume",
     TeacherConfig: "pretrain teacher {} --resume --data DIR",
 }
@@ -230,7 +224,7 @@ def check_classifier(folder: Path) -> None:
     if kind not in _CLASSIFIERS:
         raise invalid(folder, "the run of a denoiser", "a classifier, or the run of one")
     config = shlex.quote(str(folder / CONFIG))
-    ranks = "torchrun (as before) " if any((folder / "checkpoints").glob("rank-*")) else ""
+    ranks = "torchrun (as before) " if any((folder / CHECKPOINTS).glob("rank-*")) else ""
     fix = f"resume it with: {ranks}dmkd {_CLASSIFIERS[kind].format(config)}"
     if files.is_locked(folder / LOCK):
         fix = "wait until it has ended"
@@ -335,10 +329,9 @@ def has_checkpoint(folder: Path) -> bool:
     return any(any((folder / CHECKPOINTS).glob(names)) for names in ("step-*", "rank-*/step-*"))
 
 
-def _kind(folder: Path) -> type[RunConfig] | None:
+def _kind(folder: Path) -> type[Section] | None:
     """Return the class of a run's saved config; None if the file is of no known job."""
-    kinds: list[type[RunConfig]] = [PretrainDenoiserConfig, PretrainFewstepConfig]
-    for kind in (*_CLASSIFIERS, *kinds):
+    for kind in JOBS.values():
         with contextlib.suppress(UserError):
             load_config(kind, folder / CONFIG)
             return kind

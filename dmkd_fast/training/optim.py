@@ -108,7 +108,7 @@ def check_settings(name: str, optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for key, value in group.items():
             try:
-                json.dumps(None if key == "params" else split_state(value, key, {}))
+                json.dumps(None if key == "params" else split_state(value, key, {}, set()))
             except (TypeError, ValueError):
                 got = f"{type(optimizer).__name__} with {key}={value!r:.60}"
                 expected = "settings that a checkpoint can keep, such as numbers and texts"

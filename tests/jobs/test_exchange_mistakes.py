@@ -147,6 +147,8 @@ def test_a_run_without_a_classifier(
     ]
     check(capsys, run, [(command, [str(run), *said]) for command in commands])
     if "not finished" in words:
+        (run / "checkpoints" / "rank-0").mkdir(parents=True)
+        check(capsys, run, [(command, ["torchrun (as before) dmkd"]) for command in commands])
         with run_dir.locked(run):
             check(capsys, run, [(command, ["not finished", "wait"]) for command in commands])
 
