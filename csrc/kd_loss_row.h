@@ -17,10 +17,10 @@ struct Row {
   const double temperature;
   const compute_t* __restrict s;  // student's logits
   const compute_t* __restrict t;  // teacher's
-  compute_t* __restrict out;      // gradient, or null
+  compute_t* out;                 // gradient, or null
   compute_t* __restrict s_exp;    // scratch
   compute_t* __restrict t_exp;
-  compute_t* __restrict slopes;
+  compute_t* slopes;  // scratch, or `out` itself
   compute_t* stats;
   compute_t* s_standard;  // scratch: standardized logits
   compute_t* t_standard;
@@ -135,8 +135,11 @@ struct Row {
     compute_t loss = 0;
     bool is_ready = false;  // whether the exponentials in scratch are those of all classes
     double ratio = 0;
+    compute_t* const scratch = slopes;
     for (int64_t k = 0; k < a.num_terms; ++k) {
       const Term& term = a.terms[k];
+      // The gradient's memory is on its way from DRAM while the slopes are computed.
+      slopes = k == 0 && out != nullptr ? out : scratch;
       if (!is_ready && term.kind != Divergence::kDkd) ratio = exponentials();
       is_ready = term.kind != Divergence::kDkd && term.kind != Divergence::kDist;
       const compute_t part = factor * compute_t(term.weight);
@@ -206,8 +209,11 @@ struct Row {
       const bool finite = loss <= std::numeric_limits<compute_t>::max();
       if (!finite) return sweep<kind, true>(term, ratio, factor, first);
     }
-    if (out != nullptr) center(loss != loss ? loss : factor, first, s_sum());
-    return loss;
+    constexpr compute_t common = common_factor(kind);
+    if (out != nullptr) {
+      center(loss != loss ? loss : common * factor, first, s_sum(), sum_of_slopes());
+    }
+    return common * loss;
   }
 
   // log p - log q of some classes in place of their slopes. Returns the largest size of them.
@@ -228,9 +234,10 @@ struct Row {
   template <Divergence kind, Reach reach, bool with_zeros = false>
   DMKD_INLINE compute_t classes(const Shared<compute_t>& shared, int64_t begin, int64_t end,
                                 const Pair<compute_t>& scale, const Pair<compute_t>& ratio) {
-    const compute_t plain_scale = scale_of_d();
+    const compute_t plain_scale = scale_of_d(), common = stats[4];
     const compute_t s_max = stats[0], t_max = stats[2];
     const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
+    compute_t* __restrict const to = slopes;
     compute_t loss = 0;
 #pragma omp simd reduction(+ : loss)
     for (int64_t i = begin; i < end; ++i) {
@@ -239,15 +246,18 @@ struct Row {
       const compute_t x = s[i] - s_max, y = t[i] - t_max;
       compute_t d, value, slope;
       if constexpr (kind == Divergence::kForwardKl || kind == Divergence::kTotalVariation) {
-        d = multiply_add<has_fma>(t[i] - s[i], plain_scale, stats[4]);
+        d = multiply_add<has_fma>(t[i] - s[i], plain_scale, common);
+      } else if constexpr (!with_zeros && kind == Divergence::kReverseKl) {
+        // An error that all classes share cancels in the gradient.
+        d = multiply_add<has_fma>(y - x, scale.high, ratio.high);
       } else if constexpr (!with_zeros && has_near_part<kind, compute_t>) {
-        d = slopes[i];
+        d = to[i];
       } else {
         d = difference_of_logs<!with_zeros>(y, x, scale, ratio);
       }
       class_part<kind, reach, with_zeros, has_fma>(shared, p, q, d, y, x, value, slope);
       loss += value;
-      slopes[i] = slope;
+      to[i] = slope;
     }
     return loss;
   }
@@ -271,9 +281,8 @@ struct Row {
   }
 
   // From slopes to the gradient: slope - q * (sum of slopes), times `factor`.
-  // `s_sum`: that of `s_exp`.
-  DMKD_INLINE void center(compute_t factor, bool first, double s_sum) {
-    const double total = sum_of_slopes();
+  // `s_sum`, `total`: those of `s_exp` and of the slopes.
+  DMKD_INLINE void center(compute_t factor, bool first, double s_sum, double total) {
     const compute_t share = total == 0 ? compute_t(0) : compute_t(total / s_sum);
     if (first) {
 #pragma omp simd
@@ -291,12 +300,13 @@ struct Row {
   // Defined in kd_loss_terms.h.
   DMKD_INLINE void standardize_gradient();
   DMKD_INLINE compute_t decoupled(const Term& term, int64_t id, compute_t factor, bool first);
+  DMKD_INLINE Binary target_against_rest(double s_gap, double t_gap, double ratio) const;
+  template <bool with_zeros>
+  DMKD_INLINE compute_t rest_of_classes(compute_t factor, compute_t binary_slope);
   DMKD_INLINE compute_t correlations(const Term& term, double ratio, compute_t factor,
                                      compute_t column_factor, bool first);
   DMKD_INLINE compute_t kept_correlations(const Term& term, const compute_t* sums, compute_t factor,
                                           compute_t column_factor);
-  DMKD_INLINE compute_t correlations_of(const Term& term, const compute_t* sums, compute_t factor,
-                                        compute_t column_factor, bool first);
   DMKD_INLINE void changes(double ratio, compute_t* __restrict p_out,
                            compute_t* __restrict change_out, compute_t mean, compute_t* sums);
 

@@ -13,55 +13,117 @@ template <typename compute_t, bool has_fma>
 DMKD_INLINE compute_t Row<compute_t, has_fma>::decoupled(const Term& term, int64_t id,
                                                          compute_t factor, bool first) {
   const double ratio = exponentials(id);
-  const compute_t s_id = s[id], t_id = t[id];
-  const bool alone = stats[0] == -std::numeric_limits<compute_t>::infinity() ||
-                     stats[2] == -std::numeric_limits<compute_t>::infinity();
   const compute_t s_max = stats[0], t_max = stats[2];
-  // Log odds of the target for the teacher, and by how much the student's exceed them.
-  const double teacher = (double(t_id) - double(t_max)) / temperature - std::log(t_sum());
-  const double excess =
-      ((double(s_id) - double(s_max)) - (double(t_id) - double(t_max))) / temperature - ratio;
-  double student = teacher + excess;
-  if (std::isinf(teacher)) {
-    student = (double(s_id) - double(s_max)) / temperature - std::log(s_sum());
-  }
-  const bool is_near =
-      sizeof(compute_t) == sizeof(float) && std::abs(teacher) < 60 && std::abs(student) < 60;
-  const Binary binary = alone ? Binary{double(s_id - s_id) + double(t_id - t_id), 0}
-                        // as with one class: 0 or nan
-                        : is_near ? near_binary_of<has_fma>(teacher, excess)
-                                  : binary_of(teacher, student, excess);
-  const compute_t scale = scale_of_d(), common = stats[4];
-  const Pair<compute_t> by_s = alone ? Pair<compute_t>(0) : s_inverse();
-  const Pair<compute_t> by_t = alone ? Pair<compute_t>(0) : t_inverse();
-  const compute_t limit = near_limit();
-  const compute_t others = compute_t(term.second);
-  const compute_t binary_slope = compute_t(term.first * binary.change);
-  compute_t* __restrict const part = out != nullptr && first ? out : slopes;
+  const bool alone = s_max == -std::numeric_limits<compute_t>::infinity() ||
+                     t_max == -std::numeric_limits<compute_t>::infinity();
+  const double t_gap = (double(t[id]) - double(t_max)) / temperature;
+  const double s_gap = (double(s[id]) - double(s_max)) / temperature;
+  const Binary binary = alone ? Binary{double(s[id] - s[id]) + double(t[id] - t[id]), 0}
+                              // as with one class: 0 or nan
+                              : target_against_rest(s_gap, t_gap, ratio);
+  const compute_t binary_slope = compute_t(term.first * binary.change) * factor;
   compute_t loss = 0;
-#pragma omp simd reduction(+ : loss)
-  for (int64_t i = 0; i < n; ++i) {
-    const compute_t q_i = times<has_fma>(s_exp[i], by_s), p_i = times<has_fma>(t_exp[i], by_t);
-    const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
-    compute_t value, difference;
-    divergence<has_fma>(p_i, q_i, d, limit, value, difference);
-    loss += p_i == 0 ? q_i : value;
-    part[i] = multiply_add<has_fma>(others, difference, -(binary_slope * q_i)) * factor;
-  }
   if (alone) {
-    loss = 0;
-    std::fill(part, part + n, compute_t(0));
+    std::fill(slopes, slopes + n, compute_t(0));
+  } else {
+    const compute_t others = compute_t(term.second) * factor;
+    loss = rest_of_classes<false>(others, binary_slope);
+    const bool finite = loss <= std::numeric_limits<compute_t>::max();
+    if (!finite) loss = rest_of_classes<true>(others, binary_slope);
   }
-  part[id] = binary_slope * factor;
-  const compute_t whole = compute_t(term.first * binary.loss) + others * loss;
+  slopes[id] = binary_slope;
+  const compute_t whole = compute_t(term.first * binary.loss) + compute_t(term.second) * loss;
   if (out != nullptr && (!first || whole != whole)) {
     const compute_t nan_or_1 = whole != whole ? whole : compute_t(1);
     for (int64_t i = 0; i < n; ++i) {
-      out[i] = (first ? compute_t(0) : out[i]) + part[i] * nan_or_1;
+      out[i] = (first ? compute_t(0) : out[i]) + slopes[i] * nan_or_1;
     }
   }
   return whole;
 }
+
+// The target against the rest, from its logits less the maxima of the rest, divided by T.
+template <typename compute_t, bool has_fma>
+DMKD_INLINE Binary Row<compute_t, has_fma>::target_against_rest(double s_gap, double t_gap,
+                                                                double ratio) const {
+  const double excess = s_gap - t_gap - ratio;  // of the student's log odds
+  if constexpr (sizeof(compute_t) == sizeof(float)) {
+    const double s_odds = std::exp(s_gap) / s_sum(), t_odds = std::exp(t_gap) / t_sum();
+    const auto is_near = [](double odds) DMKD_LAMBDA { return odds > 1e-26 && odds < 1e26; };
+    if (is_near(s_odds) && is_near(t_odds)) {
+      return near_binary_of<has_fma>(t_odds, s_odds, excess);
+    }
+  }
+  const double teacher = t_gap - std::log(t_sum());
+  const double student = std::isinf(teacher) ? s_gap - std::log(s_sum()) : teacher + excess;
+  return binary_of(teacher, student, excess);
+}
+
+// KL among the classes but the target, by the exponentials in scratch; slopes times a factor, less
+// `binary_slope` for each class's probability.
+template <typename compute_t, bool has_fma>
+template <bool with_zeros>
+DMKD_INLINE compute_t Row<compute_t, has_fma>::rest_of_classes(compute_t factor,
+                                                               compute_t binary_slope) {
+  const compute_t scale = scale_of_d(), common = stats[4], limit = near_limit();
+  const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
+  compute_t* __restrict const to = slopes;
+  compute_t loss = 0;
+#pragma omp simd reduction(+ : loss)
+  for (int64_t i = 0; i < n; ++i) {
+    const compute_t q = times<has_fma>(s_exp[i], by_s), p = times<has_fma>(t_exp[i], by_t);
+    const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
+    compute_t value, difference;
+    divergence<has_fma>(p, q, d, limit, value, difference);
+    loss += with_zeros && p == 0 ? q : value;
+    to[i] = multiply_add<has_fma>(factor, difference, -(binary_slope * q));
+  }
+  return loss;
+}
+
+// The slopes of DIST. `sums`: see `Row::changes`.
+template <typename compute_t, bool has_fma>
+struct CorrelationSlopes {
+  compute_t mean, parallel, by_p, by_change, column_part;
+  const compute_t* __restrict column_p;
+  const compute_t* __restrict column_change;
+  const compute_t* __restrict p_mean;
+  const compute_t* __restrict change_mean;
+  Correlation found;
+
+  DMKD_INLINE CorrelationSlopes(const KdArguments& a, const Term& term, const compute_t* sums,
+                                int64_t n, compute_t factor, compute_t column_factor)
+      : mean(compute_t(1.0 / double(n))),
+        parallel(compute_t(double(sums[2]) / double(sums[0]))),
+        column_part(column_factor * compute_t(term.second / double(n))),
+        column_p(static_cast<const compute_t*>(a.columns)),
+        column_change(column_p + n),
+        p_mean(column_p + 2 * n),
+        change_mean(column_p + 3 * n) {
+    const double floor = kConstant / double(n);
+    found = correlation(sums[0], sums[1], sums[2], sums[3], floor, floor);
+    const compute_t row = factor * compute_t(term.first);
+    by_p = row * compute_t(found.by_p);
+    by_change = row * compute_t(found.by_change);
+  }
+
+  // Of class i; adds the square of its part of q - p that is not along p.
+  DMKD_INLINE compute_t slope(int64_t i, compute_t p, compute_t q, compute_t change,
+                              compute_t& residual) const {
+    const compute_t b = p - mean, apart = multiply_add<has_fma>(-parallel, b, change);
+    residual = multiply_add<has_fma>(apart, apart, residual);
+    const compute_t column = multiply_add<has_fma>(column_p[i], p - p_mean[i],
+                                                   column_change[i] * (change - change_mean[i]));
+    const compute_t row = multiply_add<has_fma>(by_p, b, by_change * change);
+    return q * multiply_add<has_fma>(column_part, column, row);
+  }
+
+  // The residual is the part of variance * teacher - covariance^2 that subtraction would blur.
+  DMKD_INLINE compute_t loss(const KdArguments& a, const Term& term, compute_t residual) const {
+    const double row = found.by_norms > 0 ? found.by_norms * double(residual) : found.loss;
+    return compute_t(term.first * row + term.second * a.columns_loss);
+  }
+};
 
 // DIST: `first` times 1 - correlation over the classes, plus `second` times the mean of
 // 1 - correlation over the columns. `column_factor`: that of the latter's gradient.
@@ -71,10 +133,17 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations(const Term& term, do
                                                             compute_t column_factor, bool first) {
   compute_t sums[4];
   changes(ratio, t_exp, slopes, compute_t(1.0 / double(n)), sums);
+  const CorrelationSlopes<compute_t, has_fma> by(a, term, sums, n, factor, column_factor);
   const compute_t by_s = compute_t(1 / s_sum());
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) s_exp[i] *= by_s;
-  return correlations_of(term, sums, factor, column_factor, first);
+  compute_t residual = 0;
+#pragma omp simd reduction(+ : residual)
+  for (int64_t i = 0; i < n; ++i) {
+    const compute_t q = s_exp[i] * by_s;
+    s_exp[i] = q;
+    slopes[i] = by.slope(i, t_exp[i], q, slopes[i], residual);
+  }
+  if (out != nullptr) center(compute_t(1), first, 1.0, sum_of_slopes());
+  return by.loss(a, term, residual);
 }
 
 // The same where q - p is in `out`, and `stats` and `sums` are what was kept with it.
@@ -86,62 +155,38 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::kept_correlations(const Term& ter
   const Exponent<compute_t> exponent(1 / temperature);
   const compute_t s_max = stats[0], t_max = stats[2], by_s = compute_t(1 / s_sum());
   const Pair<compute_t> by_t = t_inverse();
+  const CorrelationSlopes<compute_t, has_fma> by(a, term, sums, n, factor, column_factor);
+  compute_t residual = 0;
+  double total = 0;  // of the slopes
   for (int64_t begin = 0; begin < n; begin += kPartBlock) {
     const int64_t end = std::min(begin + kPartBlock, n);
-    compute_t least = 1;
-#pragma omp simd reduction(min : least)
+    compute_t least = 1, sum = 0;
+#pragma omp simd reduction(min : least) reduction(+ : residual, sum)
     for (int64_t i = begin; i < end; ++i) {
       const compute_t p = times<has_fma>(exp_scaled<has_fma>(t[i] - t_max, exponent), by_t);
       const compute_t change = out[i], q = p + change;
-      t_exp[i] = p;
-      slopes[i] = change;
-      s_exp[i] = q;
-      const compute_t rest = q - compute_t(0.01) * p;
+      const compute_t rest = multiply_add<has_fma>(compute_t(-0.01), p, q);
       least = rest < least ? rest : least;
+      s_exp[i] = q;
+      slopes[i] = by.slope(i, p, q, change, residual);
+      sum += slopes[i];
     }
-    if (least >= 0) continue;
-    // Where q is much less than p, their difference has lost it.
-#pragma omp simd
-    for (int64_t i = begin; i < end; ++i) {
-      s_exp[i] = exp_scaled<has_fma>(s[i] - s_max, exponent) * by_s;
+    if (least < 0) {  // Where q is much less than p, their difference has lost it.
+      compute_t unused = 0;
+      sum = 0;
+#pragma omp simd reduction(+ : unused, sum)
+      for (int64_t i = begin; i < end; ++i) {
+        const compute_t p = times<has_fma>(exp_scaled<has_fma>(t[i] - t_max, exponent), by_t);
+        const compute_t q = exp_scaled<has_fma>(s[i] - s_max, exponent) * by_s;
+        s_exp[i] = q;
+        slopes[i] = by.slope(i, p, q, out[i], unused);
+        sum += slopes[i];
+      }
     }
+    total += sum;
   }
-  return correlations_of(term, sums, factor, column_factor, true);
-}
-
-// The same from p in `t_exp`, q in `s_exp`, and q - p in `slopes`. `sums`: see `changes`.
-template <typename compute_t, bool has_fma>
-DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations_of(const Term& term,
-                                                               const compute_t* sums,
-                                                               compute_t factor,
-                                                               compute_t column_factor,
-                                                               bool first) {
-  const compute_t mean = compute_t(1.0 / double(n));
-  const double floor = kConstant / double(n);
-  const Correlation found = correlation(sums[0], sums[1], sums[2], sums[3], floor, floor);
-  const compute_t row = factor * compute_t(term.first);
-  const compute_t by_p = row * compute_t(found.by_p), by_change = row * compute_t(found.by_change);
-  const compute_t column_part = column_factor * compute_t(term.second / double(n));
-  const compute_t parallel = compute_t(double(sums[2]) / double(sums[0]));
-  const compute_t* const columns = static_cast<const compute_t*>(a.columns);
-  const compute_t* __restrict const column_p = columns;
-  const compute_t* __restrict const column_change = columns + n;
-  const compute_t* __restrict const p_mean = columns + 2 * n;
-  const compute_t* __restrict const change_mean = columns + 3 * n;
-  compute_t residual = 0;
-#pragma omp simd reduction(+ : residual)
-  for (int64_t i = 0; i < n; ++i) {
-    const compute_t b = t_exp[i] - mean, change = slopes[i];
-    const compute_t apart = change - parallel * b;
-    residual += apart * apart;
-    const compute_t column =
-        column_p[i] * (t_exp[i] - p_mean[i]) + column_change[i] * (change - change_mean[i]);
-    slopes[i] = s_exp[i] * (by_p * b + by_change * change + column_part * column);
-  }
-  if (out != nullptr) center(compute_t(1), first, 1.0);
-  // The residual is the part of variance * teacher - covariance^2 that subtraction would blur.
-  const double row_loss = found.by_norms > 0 ? found.by_norms * double(residual) : found.loss;
-  return compute_t(term.first * row_loss + term.second * a.columns_loss);
+  center(compute_t(1), true, 1.0, total);
+  return by.loss(a, term, residual);
 }
 
 // p and q - p of every class. `sums`: of squares of b = p - mean and of q - mean, of b (q - p), and
@@ -164,10 +209,10 @@ DMKD_INLINE void Row<compute_t, has_fma>::changes(double ratio, compute_t* __res
     p_out[i] = p;
     change_out[i] = change;
     const compute_t b = p - mean, both = b + change;
-    b_squares += b * b;
-    a_squares += both * both;
-    products += b * change;
-    squares += change * change;
+    b_squares = multiply_add<has_fma>(b, b, b_squares);
+    a_squares = multiply_add<has_fma>(both, both, a_squares);
+    products = multiply_add<has_fma>(b, change, products);
+    squares = multiply_add<has_fma>(change, change, squares);
   }
   sums[0] = b_squares;
   sums[1] = a_squares;
