@@ -70,6 +70,12 @@ MARKS = {
         )
     ),
     "one seed": Mark(reason="one seed says nothing of the spread"),
+    "shifts by two pixels": Mark(
+        reason=(
+            "views were shifted by up to 2 pixels then, and LeNet-5-half trained with AdamW, which "
+            "keeps it below the published accuracy"
+        )
+    ),
     "beside other work": Mark(reason="the machine was busy with other work during these timings"),
 }
 

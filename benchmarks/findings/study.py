@@ -67,11 +67,11 @@ STUDENTS: dict[str, Row] = {
     "resnet_half": {**RESNET, "model_args": {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64]}},
 }
 """LeNet-5-half is that of zero-shot distillation, `resnet` that of configs/fashion_mnist.yaml."""
-# AdamW, chosen on the 5,000 held-out images: docs/notebook.md.
-OPTIM: dict[str, Row] = {
-    "lenet5_half": {"lr": 8e-3, "batch_size": 32},
-    "resnet": {"lr": 2e-3, "batch_size": 64},
-    "resnet_half": {"lr": 2e-3, "batch_size": 64},
+# Chosen on the 5,000 held-out images: docs/notebook.md.
+RECIPES: dict[str, Row] = {
+    "lenet5_half": {"name": "adamw", "lr": 8e-3, "batch_size": 32, "pad": 2},
+    "resnet": {"name": "adamw", "lr": 2e-3, "batch_size": 64, "pad": 2},
+    "resnet_half": {"name": "adamw", "lr": 2e-3, "batch_size": 64, "pad": 2},
 }
 EMBEDDED_TEACHERS = ("weak", "lenet5", "strong")
 FIRST_SEED = 1
@@ -231,6 +231,7 @@ def train_student(
     seed: int,
     objective: Objective | None = None,
     capacity: int | None = None,
+    recipe: Row | None = None,
 ) -> Row:
     """Train one student from its random weights, and score it on the test images.
 
@@ -242,6 +243,8 @@ def train_student(
         seed: Seed of the student's weights, of draws and views.
         objective: Loss of the student; None: KL at a temperature of 4.
         capacity: Images in the ring at a time; None: all of them, from the first step on.
+        recipe: Optimizer, learning rate, batch size, and by how many pixels views are shifted;
+            None: that of `RECIPES`.
 
     Returns:
         top1, agreement with the teacher, images, views, wall_s and cpu_s.
@@ -255,7 +258,9 @@ def train_student(
         seed=seed,
         objective=objective,
         capacity=capacity,
+        recipe=recipe,
     )
+    recipe = recipe or RECIPES[student]
     input, scored = found.spec.input, found.teacher_spec.input
     scores = measure(
         found.student,
@@ -269,8 +274,10 @@ def train_student(
         "agreement": round(scores["agreement"], 4),
         "images": len(images.images) // BLOCK * BLOCK,
         "views": num_views,
-        "batch": OPTIM[student]["batch_size"],
-        "lr": OPTIM[student]["lr"],
+        "optimizer": recipe["name"],
+        "batch": recipe["batch_size"],
+        "lr": recipe["lr"],
+        "pad": recipe["pad"],
         "wall_s": round(time.perf_counter() - began, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
     }
@@ -294,11 +301,13 @@ def fitted(
     seed: int,
     objective: Objective | None = None,
     capacity: int | None = None,
+    recipe: Row | None = None,
 ) -> Fitted:
     """Train one student; see `train_student` for the arguments."""
     scorer, teacher_spec = load_teacher(teacher)
     network, spec = new_student(student, seed, teacher_spec)
-    optim = OPTIM[student]
+    optim = {**(recipe or RECIPES[student])}
+    pad = optim.pop("pad")
     count = len(images.images) // BLOCK * BLOCK
     source = images.first(count)
     # The first view needs one free block. All images at once leave it free for the whole run.
@@ -321,7 +330,7 @@ def fitted(
             log_every_steps=10**9,
             num_evaluations=1,
         )
-        views = Views(ViewSpec(size=28, mean=spec.mean, std=spec.std), pad=2, flip=0.0, seed=seed)
+        views = Views(ViewSpec(size=28, mean=spec.mean, std=spec.std), pad=pad, flip=0.0, seed=seed)
         distiller = Distiller(
             source,
             RingBuffer(plan, seed=seed),

@@ -188,6 +188,8 @@ def test_long_trainings_see_as_many_generated_images_as_real_ones(
 
     def trained(images: study.FixedSet, **settings: Any) -> dict[str, Any]:
         seen[-1] = (*seen[-1][:2], settings["num_views"])
+        is_long = settings["num_views"] == tables.LONG_VIEWS
+        assert settings["recipe"] == (finding_1.LONG_RECIPE if is_long else None)
         return {"top1": 0.9}
 
     monkeypatch.setattr(finding_1, "arm_images", images)
@@ -196,7 +198,8 @@ def test_long_trainings_see_as_many_generated_images_as_real_ones(
     finding_1.main(["--data", "DIR", "--seeds", "1", "--long-seeds", "2"])
     assert [s[0] for s in seen[:6]] == list(finding_1.ARMS)
     assert {s[1:] for s in seen[:6]} == {(30_720, tables.VIEWS)}
-    assert seen[6:] == 2 * [("diffusion", 54_784, 3_072_000), ("real", 54_784, 3_072_000)]
+    long = tables.LONG_VIEWS
+    assert seen[6:] == 2 * [("diffusion", 54_784, long), ("real", 54_784, long)]
     assert 0 <= 55_000 - finding_1.LONG_COUNT < study.BLOCK
     _, is_shown, _ = tables.STUDY_TABLES["finding-1-long"]
-    assert is_shown({"views": 3_072_000}) and not is_shown({"views": tables.VIEWS})
+    assert is_shown({"views": long}) and not is_shown({"views": tables.VIEWS})
