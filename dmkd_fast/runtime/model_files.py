@@ -168,6 +168,8 @@ def check_folder(folder: Path) -> None:
 def pickle_hint(folder: Path) -> str:
     """Return advice about a missing model file, based on the other files in the folder."""
     pickles = sorted(p.name for p in folder.glob("*") if _is_pickle(p))
+    if not pickles and (folder / "config.yaml").is_file():
+        return "; a run has its model in a subfolder, and a classifier once it is finished"
     if not pickles:
         return "; check the model's folder"
     return f", but there is {pickles[0]}, a pickle, which can run code when read; {CONVERT}"

@@ -244,6 +244,11 @@ def test_damaged_folders_are_one_line(
     assert words in one_line(lambda: load_trained(str(folder), CPU))
 
 
+def test_a_run_that_is_not_finished_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    assert "once it is finished" in one_line(lambda: load_classifier(tmp_path))
+
+
 def test_pickles_are_named_with_what_to_do_and_never_read(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     train = tmp_path / "train"  # what timm's train.py leaves
