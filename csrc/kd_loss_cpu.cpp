@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "instruction_sets.h"
-#include "kd_loss_columns.h"
 #include "kd_loss_terms.h"
 
 namespace dmkd {
@@ -218,13 +217,14 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
   return -1;
 }
 
+constexpr int64_t kGroup = 8;  // rows whose columns are added up together
+
 template <typename compute_t, bool has_fma>
 DMKD_INLINE int64_t column_sums(const KdArguments& a, int64_t begin, int64_t end, double* sums) {
   const int64_t n = a.num_classes, padded = padded_size(n);
-  compute_t* const memory = scratch_of<compute_t>(padded, 2 * kGroup + 2);
-  compute_t* const extra = memory + kScratchRows * padded;
-  Columns<compute_t, has_fma> columns{
-      n, padded, extra, extra + 2 * kGroup * padded, extra + (2 * kGroup + 1) * padded, {}};
+  compute_t* const memory = scratch_of<compute_t>(padded, 2 * kGroup);
+  compute_t* const p = memory + kScratchRows * padded;
+  compute_t* change[kGroup];
   int64_t filled = 0, counted = 0;
   for (int64_t r = begin; r < end; ++r) {
     if (weight_of<compute_t>(a, r) != 0) {
@@ -245,25 +245,44 @@ DMKD_INLINE int64_t column_sums(const KdArguments& a, int64_t begin, int64_t end
       if (a.standardize) row.standardize();
       const double ratio = row.exponentials();
       const bool is_kept = a.kept != nullptr;
-      compute_t* const change =
-          is_kept ? static_cast<compute_t*>(a.gradient.data) + r * a.gradient.row_stride
-                  : extra + (kGroup + filled) * padded;
-      row.changes(ratio, extra + filled * padded, change,
+      change[filled] = is_kept
+                           ? static_cast<compute_t*>(a.gradient.data) + r * a.gradient.row_stride
+                           : p + (kGroup + filled) * padded;
+      row.changes(ratio, p + filled * padded, change[filled],
                   is_kept ? compute_t(1.0 / double(n)) : compute_t(0), row_sums);
       if (is_kept) {
         compute_t* const kept = static_cast<compute_t*>(a.kept) + r * kKept;
         std::copy(stats, stats + kStats, kept);
         std::copy(row_sums, row_sums + 4, kept + kStats);
       }
-      columns.change[filled++] = change;
+      ++filled;
       ++counted;
     }
     if (filled == 0 || (filled < kGroup && r + 1 < end)) continue;
-    if (counted == filled) columns.choose_origins(filled);
-    columns.add_group(filled, sums);
+    for (; filled < kGroup; ++filled) {
+      change[filled] = p + (kGroup + filled) * padded;
+      std::fill(p + filled * padded, p + filled * padded + n, compute_t(0));
+      std::fill(change[filled], change[filled] + n, compute_t(0));
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      double p_sum = 0, squares = 0, change_sum = 0, products = 0, change_squares = 0;
+      for (int64_t k = 0; k < kGroup; ++k) {
+        const double x = p[k * padded + i], y = change[k][i];
+        p_sum += x;
+        squares = multiply_add<has_fma>(x, x, squares);  // exact products: as without
+        change_sum += y;
+        products = multiply_add<has_fma>(x, y, products);
+        change_squares = multiply_add<has_fma>(y, y, change_squares);
+      }
+      sums[i] += p_sum;
+      sums[n + i] += squares;
+      sums[2 * n + i] += change_sum;
+      sums[3 * n + i] += products;
+      sums[4 * n + i] += change_squares;
+    }
     filled = 0;
   }
-  if (counted > 0) columns.leave_origins(counted, sums);
   return counted;
 }
 

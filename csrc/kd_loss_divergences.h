@@ -95,8 +95,8 @@ DMKD_INLINE Binary binary_of(double teacher, double student, double excess) {
   return {loss < 0 ? 0 : loss, change};
 }
 
-// The same with fewer of the slow functions of the library, which took a quarter of a row's time;
-// the loss in float. Odds are far enough from 0 and infinity that no probability is 0.
+// The same with few slow functions, which would take a quarter of a row's time; the loss in float.
+// Odds are far enough from 0 and infinity that no probability is 0.
 template <bool has_fma>
 DMKD_INLINE Binary near_binary_of(double teacher_odds, double student_odds, double excess) {
   const double x = std::abs(excess);
@@ -191,7 +191,7 @@ struct Shared {
   }
 };
 
-// What `class_part` leaves out of its results.
+// A constant factor of term and slope that `class_part` leaves out.
 constexpr double common_factor(Divergence kind) {
   return kind == Divergence::kTotalVariation ? 0.5 : 1.0;
 }

@@ -1,8 +1,8 @@
 // One row of the distillation loss: its divergences, its cross-entropy, and their gradient.
 //
 // A row is swept from cache: maxima; exponentials into scratch (2 C values in L1/L2); then loss and
-// gradient together. Divergences other than forward KL leave slopes in scratch, and one more sweep
-// makes the gradient of them.
+// gradient together. Divergences other than forward KL leave slopes, the first one in the
+// gradient's memory and a second one in scratch, and one more sweep makes the gradient of them.
 
 #pragma once
 
@@ -138,7 +138,7 @@ struct Row {
     compute_t* const scratch = slopes;
     for (int64_t k = 0; k < a.num_terms; ++k) {
       const Term& term = a.terms[k];
-      // The gradient's memory is on its way from DRAM while the slopes are computed.
+      // Written straight into the gradient: its cache misses overlap with the arithmetic.
       slopes = k == 0 && out != nullptr ? out : scratch;
       if (!is_ready && term.kind != Divergence::kDkd) ratio = exponentials();
       is_ready = term.kind != Divergence::kDkd && term.kind != Divergence::kDist;
@@ -248,7 +248,8 @@ struct Row {
       if constexpr (kind == Divergence::kForwardKl || kind == Divergence::kTotalVariation) {
         d = multiply_add<has_fma>(t[i] - s[i], plain_scale, common);
       } else if constexpr (!with_zeros && kind == Divergence::kReverseKl) {
-        // An error that all classes share cancels in the gradient.
+        // Without the low parts: that of the ratio is common to all classes and cancels in the
+        // gradient, that of 1 / T is as small as the rounding of the logits.
         d = multiply_add<has_fma>(y - x, scale.high, ratio.high);
       } else if constexpr (!with_zeros && has_near_part<kind, compute_t>) {
         d = to[i];
@@ -281,7 +282,7 @@ struct Row {
   }
 
   // From slopes to the gradient: slope - q * (sum of slopes), times `factor`.
-  // `s_sum`, `total`: those of `s_exp` and of the slopes.
+  // `s_sum`, `total`: the sums of `s_exp` and of the slopes.
   DMKD_INLINE void center(compute_t factor, bool first, double s_sum, double total) {
     const compute_t share = total == 0 ? compute_t(0) : compute_t(total / s_sum);
     if (first) {
@@ -298,6 +299,7 @@ struct Row {
   }
 
   // Defined in kd_loss_terms.h.
+  DMKD_INLINE compute_t standardize();
   DMKD_INLINE void standardize_gradient();
   DMKD_INLINE compute_t decoupled(const Term& term, int64_t id, compute_t factor, bool first);
   DMKD_INLINE Binary target_against_rest(double s_gap, double t_gap, double ratio) const;
@@ -309,39 +311,6 @@ struct Row {
                                           compute_t column_factor);
   DMKD_INLINE void changes(double ratio, compute_t* __restrict p_out,
                            compute_t* __restrict change_out, compute_t mean, compute_t* sums);
-
-  // Logits to mean 0 and standard deviation 1 in scratch. Returns the student's own maximum.
-  DMKD_INLINE compute_t standardize() {
-    compute_t top = -std::numeric_limits<compute_t>::infinity(), s_sum = 0, t_sum = 0;
-#pragma omp simd reduction(max : top) reduction(+ : s_sum, t_sum)
-    for (int64_t i = 0; i < n; ++i) {
-      top = s[i] > top ? s[i] : top;
-      s_sum += s[i];
-      t_sum += t[i];
-    }
-    const compute_t s_mean = s_sum / compute_t(n), t_mean = t_sum / compute_t(n);
-    compute_t s_squares = 0, t_squares = 0;
-#pragma omp simd reduction(+ : s_squares, t_squares)
-    for (int64_t i = 0; i < n; ++i) {
-      const compute_t x = s[i] - s_mean, y = t[i] - t_mean;
-      s_squares += x * x;
-      t_squares += y * y;
-    }
-    const double freedom = n > 1 ? double(n - 1) : 1;
-    const double s_std = std::sqrt(double(s_squares) / freedom);
-    const double t_std = std::sqrt(double(t_squares) / freedom);
-    s_inverse_std = compute_t(1 / (s_std + 1e-7));
-    s_chain = s_std > 0 ? compute_t(1 / (freedom * s_std)) : compute_t(0);
-    const compute_t t_inverse_std = compute_t(1 / (t_std + 1e-7));
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      s_standard[i] = (s[i] - s_mean) * s_inverse_std;
-      t_standard[i] = (t[i] - t_mean) * t_inverse_std;
-    }
-    s = s_standard;
-    t = t_standard;
-    return top;
-  }
 
   // Cross-entropy at T = 1, and its gradient times `factor` added to `out`. `logits` with maximum
   // `top`: those before standardization. id: class, or -1 with `target` as probabilities.

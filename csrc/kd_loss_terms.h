@@ -107,7 +107,7 @@ struct CorrelationSlopes {
     by_change = row * compute_t(found.by_change);
   }
 
-  // Of class i; adds the square of its part of q - p that is not along p.
+  // Of class i; adds the square of its part of q - p that is not along p - mean.
   DMKD_INLINE compute_t slope(int64_t i, compute_t p, compute_t q, compute_t change,
                               compute_t& residual) const {
     const compute_t b = p - mean, apart = multiply_add<has_fma>(-parallel, b, change);
@@ -136,11 +136,14 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations(const Term& term, do
   const CorrelationSlopes<compute_t, has_fma> by(a, term, sums, n, factor, column_factor);
   const compute_t by_s = compute_t(1 / s_sum());
   compute_t residual = 0;
+  for (int64_t begin = 0; begin < n; begin += kPartBlock) {  // the order of kept_correlations
+    const int64_t end = std::min(begin + kPartBlock, n);
 #pragma omp simd reduction(+ : residual)
-  for (int64_t i = 0; i < n; ++i) {
-    const compute_t q = s_exp[i] * by_s;
-    s_exp[i] = q;
-    slopes[i] = by.slope(i, t_exp[i], q, slopes[i], residual);
+    for (int64_t i = begin; i < end; ++i) {
+      const compute_t q = s_exp[i] * by_s;
+      s_exp[i] = q;
+      slopes[i] = by.slope(i, t_exp[i], q, slopes[i], residual);
+    }
   }
   if (out != nullptr) center(compute_t(1), first, 1.0, sum_of_slopes());
   return by.loss(a, term, residual);
@@ -199,8 +202,8 @@ DMKD_INLINE void Row<compute_t, has_fma>::changes(double ratio, compute_t* __res
   const compute_t scale = compute_t(1 / temperature), common = compute_t(ratio);
   const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
   const compute_t limit = std::abs(ratio) < 1 ? compute_t(0.5) : compute_t(0);
-  compute_t b_squares = 0, a_squares = 0, products = 0, squares = 0;
-#pragma omp simd reduction(+ : b_squares, a_squares, products, squares)
+  compute_t b_squares = 0, products = 0, squares = 0;
+#pragma omp simd reduction(+ : b_squares, products, squares)
   for (int64_t i = 0; i < n; ++i) {
     const compute_t q = times<has_fma>(s_exp[i], by_s), p = times<has_fma>(t_exp[i], by_t);
     const compute_t d = multiply_add<has_fma>((t[i] - t_max) - (s[i] - s_max), scale, common);
@@ -208,16 +211,59 @@ DMKD_INLINE void Row<compute_t, has_fma>::changes(double ratio, compute_t* __res
     divergence<has_fma>(p, q, d, limit, value, change);
     p_out[i] = p;
     change_out[i] = change;
-    const compute_t b = p - mean, both = b + change;
+    const compute_t b = p - mean;
     b_squares = multiply_add<has_fma>(b, b, b_squares);
-    a_squares = multiply_add<has_fma>(both, both, a_squares);
     products = multiply_add<has_fma>(b, change, products);
     squares = multiply_add<has_fma>(change, change, squares);
+  }
+  // (b + change)^2, added up by itself only where its parts would cancel.
+  compute_t a_squares = b_squares + 2 * products + squares;
+  if (a_squares < compute_t(0.25) * (b_squares + squares)) {
+    a_squares = 0;
+#pragma omp simd reduction(+ : a_squares)
+    for (int64_t i = 0; i < n; ++i) {
+      const compute_t a = (p_out[i] - mean) + change_out[i];
+      a_squares = multiply_add<has_fma>(a, a, a_squares);
+    }
   }
   sums[0] = b_squares;
   sums[1] = a_squares;
   sums[2] = products;
   sums[3] = squares;
+}
+
+// Logits to mean 0 and standard deviation 1 in scratch. Returns the student's own maximum.
+template <typename compute_t, bool has_fma>
+DMKD_INLINE compute_t Row<compute_t, has_fma>::standardize() {
+  compute_t top = -std::numeric_limits<compute_t>::infinity(), s_sum = 0, t_sum = 0;
+#pragma omp simd reduction(max : top) reduction(+ : s_sum, t_sum)
+  for (int64_t i = 0; i < n; ++i) {
+    top = s[i] > top ? s[i] : top;
+    s_sum += s[i];
+    t_sum += t[i];
+  }
+  const compute_t s_mean = s_sum / compute_t(n), t_mean = t_sum / compute_t(n);
+  compute_t s_squares = 0, t_squares = 0;
+#pragma omp simd reduction(+ : s_squares, t_squares)
+  for (int64_t i = 0; i < n; ++i) {
+    const compute_t x = s[i] - s_mean, y = t[i] - t_mean;
+    s_squares += x * x;
+    t_squares += y * y;
+  }
+  const double freedom = n > 1 ? double(n - 1) : 1;
+  const double s_std = std::sqrt(double(s_squares) / freedom);
+  const double t_std = std::sqrt(double(t_squares) / freedom);
+  s_inverse_std = compute_t(1 / (s_std + 1e-7));
+  s_chain = s_std > 0 ? compute_t(1 / (freedom * s_std)) : compute_t(0);
+  const compute_t t_inverse_std = compute_t(1 / (t_std + 1e-7));
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    s_standard[i] = (s[i] - s_mean) * s_inverse_std;
+    t_standard[i] = (t[i] - t_mean) * t_inverse_std;
+  }
+  s = s_standard;
+  t = t_standard;
+  return top;
 }
 
 // The gradient by standardized logits in `out` becomes that by the logits.

@@ -307,9 +307,32 @@ def test_one_class_that_is_apart_changes_no_other_block_of_classes(form: str) ->
 
 @pytest.mark.parametrize("classes", [1, 3, 15, 16, 17, 33, 100, 129, 1000])
 def test_dist_has_the_same_bits_without_its_gradient(classes: int) -> None:
-    student, teacher = (logits(5, classes, seed=seed) for seed in (0, 1))
-    alone = kd_loss(student, teacher, divergence="dist")
-    assert torch.equal(alone, kd_loss_and_grad(student, teacher, divergence="dist")[0])
+    for seed in range(0, 40, 2):
+        student, teacher = (logits(5, classes, seed=seed + k) for k in (0, 1))
+        alone = kd_loss(student, teacher, divergence="dist", reduction="sum")
+        both = kd_loss_and_grad(student, teacher, divergence="dist", reduction="sum")
+        assert torch.equal(alone, both[0])
+
+
+@pytest.mark.parametrize("rows", [6, 128, 600])
+def test_columns_of_dist_keep_the_digits_of_a_nearly_constant_student(rows: int) -> None:
+    columns = {"dist": {"beta": 0.0, "gamma": 1.0}}
+    teacher = logits(rows, 10, seed=0)
+    assert not kd_loss_and_grad(torch.zeros(rows, 10), teacher, divergence=columns)[1].any()
+    teacher = teacher.scatter_add(1, (torch.arange(rows) % 10)[:, None], torch.full((rows, 1), 8.0))
+    student = 0.1 * logits(rows, 10, seed=1)
+    found = kd_loss_and_grad(student, teacher, divergence=columns)[1].double()
+    exact = kd_loss_and_grad(student.double(), teacher.double(), divergence=columns)[1]
+    assert (found - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
+def test_one_row_apart_from_many_equal_ones_leaves_the_columns_of_dist_exact() -> None:
+    columns = {"dist": {"beta": 0.0, "gamma": 1.0}}
+    student = torch.tensor([[30.0, 0.0]]).repeat(4096, 1)
+    teacher = student.clone()
+    student[0, 0], teacher[0, 0] = 2.2, -0.85  # p = 0.3 and q = 0.9 of the first class
+    loss, grad = kd_loss_and_grad(student, teacher, divergence=columns, temperature=1.0)
+    assert loss < 1e-6 and grad.abs().max() < 1e-5
 
 
 def test_dist_into_strided_memory_and_in_other_dtypes() -> None:
