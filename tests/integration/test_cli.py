@@ -38,6 +38,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
     return found
 
 
+@pytest.mark.slow
 def test_distill_leaves_a_complete_run_that_evaluate_reproduces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

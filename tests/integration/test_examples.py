@@ -98,7 +98,14 @@ def prepare(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page.name == "hooks.md" else page
+        for page in PAGES
+    ],
+    ids=str,
+)
 def test_examples_of_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = prepare(tmp_path)
     monkeypatch.setattr(dmkd_fast, "distill", shortened)

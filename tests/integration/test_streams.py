@@ -66,6 +66,7 @@ def test_stderr_that_fails_changes_nothing(
     assert json.loads(capsys.readouterr().out) == RESULT
 
 
+@pytest.mark.slow
 def test_training_goes_on_when_its_progress_cannot_be_printed(
     make_distiller: Callable[..., Distiller], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def test_loss_and_gradients_are_those_of_timm(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_epoch_with_the_optimizer_of_timm_lowers_the_loss() -> None:
     task = FusedDistillationTask(network(0), network(1), nn.CrossEntropyLoss(), temperature=4.0)
     optimizer = create_optimizer_v2(task.trainable_module, opt="adamw", lr=3e-3)

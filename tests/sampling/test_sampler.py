@@ -103,6 +103,7 @@ def test_no_recompiles_over_1000_batches_tails_included() -> None:
     assert first == sum(sizes)
 
 
+@pytest.mark.slow
 def test_many_compiled_samplers_live_in_one_process() -> None:
     """torch.compile keeps eight graphs per code object; twelve samplers must not run out."""
     for steps in range(1, 13):
@@ -110,6 +111,7 @@ def test_many_compiled_samplers_live_in_one_process() -> None:
         assert make(sampler, torch.arange(16), 4).shape == (16, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     """float32; one uint8 level apart in a few pixels at most."""
     eager, compiled = embedded(), embedded(compile=True)
@@ -215,6 +217,7 @@ def test_xformers_branch_traces_as_one_opaque_operator() -> None:
     assert sum("xformers_attention" in name for name in seen) == 2  # one per block
 
 
+@pytest.mark.slow
 def test_decoders_trace_as_one_graph_each() -> None:
     """Compiled on CUDA alone, and whole: a break in the graph would be an error there."""
     import diffusers

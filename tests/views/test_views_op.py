@@ -131,6 +131,7 @@ def test_boxes_of_sizes_beyond_the_operators_are_refused() -> None:
             torch.ops.dmkd_fast.view_boxes(0, ids, ids, *recipe, 0.5)
 
 
+@pytest.mark.slow
 def test_more_than_2_to_the_31_bytes_of_slots() -> None:
     """Addresses, without the memory: slots that overlap, far into one that is large enough."""
     slots = torch.zeros(2**15 + 8, 1, 256, 256, dtype=torch.uint8)  # untouched pages take none

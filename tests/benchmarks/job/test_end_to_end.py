@@ -190,6 +190,7 @@ def few_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     counters.clear()
 
 
+@pytest.mark.slow
 def test_kept_memory_is_seen_in_a_process_of_its_own() -> None:
     code = (
         "from benchmarks.job.ladder import keeps_freed_memory as kept; "
@@ -387,6 +388,7 @@ def test_the_whole_comparison_runs_in_miniature(tmp_path: Path) -> None:
     assert again.stderr.count("there already") == len(IMAGES) - 1 + len(PARTS["ladder"].arms)
 
 
+@pytest.mark.slow
 def test_the_compiled_baseline_compiles_its_denoiser_within_the_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
