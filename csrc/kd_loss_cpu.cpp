@@ -195,7 +195,8 @@ DMKD_INLINE int64_t rows(const KdArguments& a, int64_t begin, int64_t end) {
       row.stats = stats;
     } else if (losses) {
       row.exponentials();
-      kd = out ? row.template forward_kl<true>(factor) : row.template forward_kl<false>(factor);
+      kd = out ? row.template forward_kl<true>(out, factor)
+               : row.template forward_kl<false>(out, factor);
       top = stats[0];
     } else {
       row.forward_kl_gradient(factor);
@@ -270,7 +271,8 @@ DMKD_INLINE int64_t column_sums(const KdArguments& a, int64_t begin, int64_t end
       for (int64_t k = 0; k < kGroup; ++k) {
         const double x = p[k * padded + i], y = change[k][i];
         p_sum += x;
-        squares = multiply_add<has_fma>(x, x, squares);  // exact products: as without
+        // A product of two floats is exact in double: the bits are those without fused operations.
+        squares = multiply_add<has_fma>(x, x, squares);
         change_sum += y;
         products = multiply_add<has_fma>(x, y, products);
         change_squares = multiply_add<has_fma>(y, y, change_squares);

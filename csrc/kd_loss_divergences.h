@@ -95,8 +95,8 @@ DMKD_INLINE Binary binary_of(double teacher, double student, double excess) {
   return {loss < 0 ? 0 : loss, change};
 }
 
-// The same with few slow functions, which would take a quarter of a row's time; the loss in float.
-// Odds are far enough from 0 and infinity that no probability is 0.
+// The same with fewer calls of slow functions; the loss in float. Odds are far enough from 0 and
+// infinity that no probability is 0.
 template <bool has_fma>
 DMKD_INLINE Binary near_binary_of(double teacher_odds, double student_odds, double excess) {
   const double x = std::abs(excess);

@@ -88,11 +88,12 @@ struct Row {
     return n > 1 ? compute_t(1 / temperature) : compute_t(0);
   }
 
-  // Forward KL by the exponentials in scratch, and its gradient times `factor` into `out`. Only
-  // rows with infinite logits need 0 * log 0 = 0, and their loss alone: it is computed again with
-  // the select.
-  template <bool with_grad, bool with_zeros = false>
-  DMKD_INLINE compute_t forward_kl(compute_t factor) {
+  // Forward KL by the exponentials in scratch, and its gradient times `factor` into `to`; for kDkd
+  // less `target_slope` for each class's probability. Only rows with infinite logits need
+  // 0 * log 0 = 0, and their loss alone: it is computed again with the select.
+  template <bool with_grad, bool is_dkd = false, bool with_zeros = false>
+  DMKD_INLINE compute_t forward_kl(compute_t* __restrict to, compute_t factor,
+                                   compute_t target_slope = 0) {
     const compute_t scale = scale_of_d(), common = stats[4], limit = near_limit();
     const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
     compute_t loss = 0;
@@ -103,11 +104,15 @@ struct Row {
       compute_t term, difference;
       divergence<has_fma>(p, q, d, limit, term, difference);
       loss += with_zeros && p == 0 ? q : term;
-      if constexpr (with_grad) out[i] = difference * factor;
+      if constexpr (with_grad && is_dkd) {
+        to[i] = multiply_add<has_fma>(factor, difference, -(target_slope * q));
+      } else if constexpr (with_grad) {
+        to[i] = difference * factor;
+      }
     }
     if constexpr (!with_zeros) {
       const bool finite = loss <= std::numeric_limits<compute_t>::max();
-      if (!finite) loss = forward_kl<false, true>(factor);
+      if (!finite) loss = forward_kl<false, is_dkd, true>(to, factor);
     }
     return loss;
   }
@@ -147,7 +152,7 @@ struct Row {
       switch (term.kind) {
         case Divergence::kForwardKl:
           if (k == 0) {
-            value = out != nullptr ? forward_kl<true>(part) : forward_kl<false>(part);
+            value = out != nullptr ? forward_kl<true>(out, part) : forward_kl<false>(out, part);
           } else {
             value = sweep<Divergence::kForwardKl>(term, ratio, part, false);
           }
@@ -303,8 +308,6 @@ struct Row {
   DMKD_INLINE void standardize_gradient();
   DMKD_INLINE compute_t decoupled(const Term& term, int64_t id, compute_t factor, bool first);
   DMKD_INLINE Binary target_against_rest(double s_gap, double t_gap, double ratio) const;
-  template <bool with_zeros>
-  DMKD_INLINE compute_t rest_of_classes(compute_t factor, compute_t binary_slope);
   DMKD_INLINE compute_t correlations(const Term& term, double ratio, compute_t factor,
                                      compute_t column_factor, bool first);
   DMKD_INLINE compute_t kept_correlations(const Term& term, const compute_t* sums, compute_t factor,

@@ -26,10 +26,7 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::decoupled(const Term& term, int64
   if (alone) {
     std::fill(slopes, slopes + n, compute_t(0));
   } else {
-    const compute_t others = compute_t(term.second) * factor;
-    loss = rest_of_classes<false>(others, binary_slope);
-    const bool finite = loss <= std::numeric_limits<compute_t>::max();
-    if (!finite) loss = rest_of_classes<true>(others, binary_slope);
+    loss = forward_kl<true, true>(slopes, compute_t(term.second) * factor, binary_slope);
   }
   slopes[id] = binary_slope;
   const compute_t whole = compute_t(term.first * binary.loss) + compute_t(term.second) * loss;
@@ -57,28 +54,6 @@ DMKD_INLINE Binary Row<compute_t, has_fma>::target_against_rest(double s_gap, do
   const double teacher = t_gap - std::log(t_sum());
   const double student = std::isinf(teacher) ? s_gap - std::log(s_sum()) : teacher + excess;
   return binary_of(teacher, student, excess);
-}
-
-// KL among the classes but the target, by the exponentials in scratch; slopes times a factor, less
-// `binary_slope` for each class's probability.
-template <typename compute_t, bool has_fma>
-template <bool with_zeros>
-DMKD_INLINE compute_t Row<compute_t, has_fma>::rest_of_classes(compute_t factor,
-                                                               compute_t binary_slope) {
-  const compute_t scale = scale_of_d(), common = stats[4], limit = near_limit();
-  const Pair<compute_t> by_s = s_inverse(), by_t = t_inverse();
-  compute_t* __restrict const to = slopes;
-  compute_t loss = 0;
-#pragma omp simd reduction(+ : loss)
-  for (int64_t i = 0; i < n; ++i) {
-    const compute_t q = times<has_fma>(s_exp[i], by_s), p = times<has_fma>(t_exp[i], by_t);
-    const compute_t d = multiply_add<has_fma>(t[i] - s[i], scale, common);
-    compute_t value, difference;
-    divergence<has_fma>(p, q, d, limit, value, difference);
-    loss += with_zeros && p == 0 ? q : value;
-    to[i] = multiply_add<has_fma>(factor, difference, -(binary_slope * q));
-  }
-  return loss;
 }
 
 // The slopes of DIST. `sums`: see `Row::changes`.

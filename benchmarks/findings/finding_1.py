@@ -31,8 +31,7 @@ from dmkd_fast.sampling.priors import PriorImages
 COUNT = 30_720
 LONG_COUNT, LONGER, LONG_ARMS = 54_784, 3, ("diffusion", "real")
 """Real images in whole blocks of 512, times as many views, and the arms of long trainings."""
-# With AdamW and shifts by up to 2 pixels, students of real images stay 1.4 points below the
-# published accuracy even at eight times the views.
+# The recipe of short trainings keeps real images below the published accuracy: docs/notebook.md.
 LONG_RECIPE = {"name": "muon", "lr": 1e-2, "batch_size": 64, "pad": 1}
 ARMS = ("diffusion", "other noise", "real", "priors", "one image", "noise")
 

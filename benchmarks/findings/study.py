@@ -247,7 +247,7 @@ def train_student(
             None: that of `RECIPES`.
 
     Returns:
-        top1, agreement with the teacher, images, views, wall_s and cpu_s.
+        top1, agreement with the teacher, images, views, the recipe, wall_s and cpu_s.
     """
     began, cpu = time.perf_counter(), time.process_time()
     found = fitted(

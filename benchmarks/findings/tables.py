@@ -29,7 +29,7 @@ ARMS = {
 
 
 VIEWS, LONG_VIEWS = 384_000, 3 * 384_000
-"""Views of the usual students of finding 1; others are in a table of their own."""
+"""Views of the students of finding 1, and of its long trainings, which have their own table."""
 # What a mean over seeds is taken over. A cell's figures of the images themselves have no seed.
 CELLS = {
     "finding-1": ("arm", "views"),
