@@ -313,4 +313,20 @@ DMKD_INLINE Correlation correlation(double teacher, double student, double covar
           -(covariance + variance) / (student * norms), dot / (norms * student), by_norms};
 }
 
+// The same where a is much smaller than b, from the sum `dot` of a * b. The gradient by a is then
+// by_p * b + by_change * a, and `by_norms` is for a less its part along b.
+DMKD_INLINE Correlation flat_correlation(double teacher, double student, double dot,
+                                         double teacher_floor, double student_floor) {
+  if (teacher <= teacher_floor || student <= student_floor) return {1, 0, 0, 0};
+  const double norms = std::sqrt(teacher * student);
+  const double by_norms = dot > 0 ? teacher / (norms * (norms + dot)) : 0;
+  return {1 - dot / norms, -1 / norms, dot / (norms * student), by_norms};
+}
+
+// Whether `sums` of `Row::changes` are those of `flat_correlation`.
+template <typename compute_t>
+DMKD_INLINE bool is_flat_student(const compute_t* sums) {
+  return sums[3] < 0;
+}
+
 }  // namespace dmkd

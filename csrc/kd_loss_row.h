@@ -215,9 +215,7 @@ struct Row {
       if (!finite) return sweep<kind, true>(term, ratio, factor, first);
     }
     constexpr compute_t common = common_factor(kind);
-    if (out != nullptr) {
-      center(loss != loss ? loss : common * factor, first, s_sum(), sum_of_slopes());
-    }
+    if (out != nullptr) center(loss != loss ? loss : common * factor, first, s_sum());
     return common * loss;
   }
 
@@ -287,8 +285,9 @@ struct Row {
   }
 
   // From slopes to the gradient: slope - q * (sum of slopes), times `factor`.
-  // `s_sum`, `total`: the sums of `s_exp` and of the slopes.
-  DMKD_INLINE void center(compute_t factor, bool first, double s_sum, double total) {
+  // `s_sum`: the sum of `s_exp`.
+  DMKD_INLINE void center(compute_t factor, bool first, double s_sum) {
+    const double total = sum_of_slopes();
     const compute_t share = total == 0 ? compute_t(0) : compute_t(total / s_sum);
     if (first) {
 #pragma omp simd
@@ -312,6 +311,8 @@ struct Row {
                                      compute_t column_factor, bool first);
   DMKD_INLINE compute_t kept_correlations(const Term& term, const compute_t* sums, compute_t factor,
                                           compute_t column_factor);
+  DMKD_INLINE compute_t correlations_of(const Term& term, const compute_t* sums, compute_t factor,
+                                        compute_t column_factor, bool first);
   DMKD_INLINE void changes(double ratio, compute_t* __restrict p_out,
                            compute_t* __restrict change_out, compute_t mean, compute_t* sums);
 

@@ -56,50 +56,6 @@ DMKD_INLINE Binary Row<compute_t, has_fma>::target_against_rest(double s_gap, do
   return binary_of(teacher, student, excess);
 }
 
-// The slopes of DIST. `sums`: see `Row::changes`.
-template <typename compute_t, bool has_fma>
-struct CorrelationSlopes {
-  compute_t mean, parallel, by_p, by_change, column_part;
-  const compute_t* __restrict column_p;
-  const compute_t* __restrict column_change;
-  const compute_t* __restrict p_mean;
-  const compute_t* __restrict change_mean;
-  Correlation found;
-
-  DMKD_INLINE CorrelationSlopes(const KdArguments& a, const Term& term, const compute_t* sums,
-                                int64_t n, compute_t factor, compute_t column_factor)
-      : mean(compute_t(1.0 / double(n))),
-        parallel(compute_t(double(sums[2]) / double(sums[0]))),
-        column_part(column_factor * compute_t(term.second / double(n))),
-        column_p(static_cast<const compute_t*>(a.columns)),
-        column_change(column_p + n),
-        p_mean(column_p + 2 * n),
-        change_mean(column_p + 3 * n) {
-    const double floor = kConstant / double(n);
-    found = correlation(sums[0], sums[1], sums[2], sums[3], floor, floor);
-    const compute_t row = factor * compute_t(term.first);
-    by_p = row * compute_t(found.by_p);
-    by_change = row * compute_t(found.by_change);
-  }
-
-  // Of class i; adds the square of its part of q - p that is not along p - mean.
-  DMKD_INLINE compute_t slope(int64_t i, compute_t p, compute_t q, compute_t change,
-                              compute_t& residual) const {
-    const compute_t b = p - mean, apart = multiply_add<has_fma>(-parallel, b, change);
-    residual = multiply_add<has_fma>(apart, apart, residual);
-    const compute_t column = multiply_add<has_fma>(column_p[i], p - p_mean[i],
-                                                   column_change[i] * (change - change_mean[i]));
-    const compute_t row = multiply_add<has_fma>(by_p, b, by_change * change);
-    return q * multiply_add<has_fma>(column_part, column, row);
-  }
-
-  // The residual is the part of variance * teacher - covariance^2 that subtraction would blur.
-  DMKD_INLINE compute_t loss(const KdArguments& a, const Term& term, compute_t residual) const {
-    const double row = found.by_norms > 0 ? found.by_norms * double(residual) : found.loss;
-    return compute_t(term.first * row + term.second * a.columns_loss);
-  }
-};
-
 // DIST: `first` times 1 - correlation over the classes, plus `second` times the mean of
 // 1 - correlation over the columns. `column_factor`: that of the latter's gradient.
 template <typename compute_t, bool has_fma>
@@ -108,20 +64,10 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations(const Term& term, do
                                                             compute_t column_factor, bool first) {
   compute_t sums[4];
   changes(ratio, t_exp, slopes, compute_t(1.0 / double(n)), sums);
-  const CorrelationSlopes<compute_t, has_fma> by(a, term, sums, n, factor, column_factor);
   const compute_t by_s = compute_t(1 / s_sum());
-  compute_t residual = 0;
-  for (int64_t begin = 0; begin < n; begin += kPartBlock) {  // the order of kept_correlations
-    const int64_t end = std::min(begin + kPartBlock, n);
-#pragma omp simd reduction(+ : residual)
-    for (int64_t i = begin; i < end; ++i) {
-      const compute_t q = s_exp[i] * by_s;
-      s_exp[i] = q;
-      slopes[i] = by.slope(i, t_exp[i], q, slopes[i], residual);
-    }
-  }
-  if (out != nullptr) center(compute_t(1), first, 1.0, sum_of_slopes());
-  return by.loss(a, term, residual);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) s_exp[i] *= by_s;
+  return correlations_of(term, sums, factor, column_factor, first);
 }
 
 // The same where q - p is in `out`, and `stats` and `sums` are what was kept with it.
@@ -133,42 +79,73 @@ DMKD_INLINE compute_t Row<compute_t, has_fma>::kept_correlations(const Term& ter
   const Exponent<compute_t> exponent(1 / temperature);
   const compute_t s_max = stats[0], t_max = stats[2], by_s = compute_t(1 / s_sum());
   const Pair<compute_t> by_t = t_inverse();
-  const CorrelationSlopes<compute_t, has_fma> by(a, term, sums, n, factor, column_factor);
-  compute_t residual = 0;
-  double total = 0;  // of the slopes
+  const bool is_flat = is_flat_student(sums);
+  slopes = out;
   for (int64_t begin = 0; begin < n; begin += kPartBlock) {
     const int64_t end = std::min(begin + kPartBlock, n);
-    compute_t least = 1, sum = 0;
-#pragma omp simd reduction(min : least) reduction(+ : residual, sum)
+    compute_t least = 1;
+#pragma omp simd reduction(min : least)
     for (int64_t i = begin; i < end; ++i) {
       const compute_t p = times<has_fma>(exp_scaled<has_fma>(t[i] - t_max, exponent), by_t);
-      const compute_t change = out[i], q = p + change;
+      const compute_t q = p + slopes[i];
+      t_exp[i] = p;
+      s_exp[i] = q;
       const compute_t rest = multiply_add<has_fma>(compute_t(-0.01), p, q);
       least = rest < least ? rest : least;
-      s_exp[i] = q;
-      slopes[i] = by.slope(i, p, q, change, residual);
-      sum += slopes[i];
     }
-    if (least < 0) {  // Where q is much less than p, their difference has lost it.
-      compute_t unused = 0;
-      sum = 0;
-#pragma omp simd reduction(+ : unused, sum)
-      for (int64_t i = begin; i < end; ++i) {
-        const compute_t p = times<has_fma>(exp_scaled<has_fma>(t[i] - t_max, exponent), by_t);
-        const compute_t q = exp_scaled<has_fma>(s[i] - s_max, exponent) * by_s;
-        s_exp[i] = q;
-        slopes[i] = by.slope(i, p, q, out[i], unused);
-        sum += slopes[i];
-      }
+    if (least >= 0 && !is_flat) continue;
+    // Where q is much less than p, their difference has lost it.
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) {
+      s_exp[i] = exp_scaled<has_fma>(s[i] - s_max, exponent) * by_s;
     }
-    total += sum;
   }
-  center(compute_t(1), true, 1.0, total);
-  return by.loss(a, term, residual);
+  return correlations_of(term, sums, factor, column_factor, true);
 }
 
-// p and q - p of every class. `sums`: of squares of b = p - mean and of q - mean, of b (q - p), and
-// of (q - p)^2.
+// The same from p in `t_exp`, q in `s_exp`, and q - p in `slopes`. `sums`: see `changes`.
+template <typename compute_t, bool has_fma>
+DMKD_INLINE compute_t Row<compute_t, has_fma>::correlations_of(const Term& term,
+                                                               const compute_t* sums,
+                                                               compute_t factor,
+                                                               compute_t column_factor,
+                                                               bool first) {
+  const compute_t mean = compute_t(1.0 / double(n));
+  const double floor = kConstant / double(n);
+  const bool is_flat = is_flat_student(sums);
+  const Correlation found = is_flat ? flat_correlation(sums[0], sums[1], sums[2], floor, floor)
+                                    : correlation(sums[0], sums[1], sums[2], sums[3], floor, floor);
+  const compute_t row = factor * compute_t(term.first);
+  const compute_t by_b = row * compute_t(found.by_p), by_x = row * compute_t(found.by_change);
+  const compute_t column_part = column_factor * compute_t(term.second / double(n));
+  const compute_t parallel = compute_t(double(sums[2]) / double(sums[0]));
+  const compute_t* const columns = static_cast<const compute_t*>(a.columns);
+  const compute_t* __restrict const column_p = columns;
+  const compute_t* __restrict const column_change = columns + n;
+  const compute_t* __restrict const p_mean = columns + 2 * n;
+  const compute_t* __restrict const change_mean = columns + 3 * n;
+  compute_t* __restrict const to = slopes;
+  compute_t residual = 0;
+#pragma omp simd reduction(+ : residual)
+  for (int64_t i = 0; i < n; ++i) {
+    const compute_t b = t_exp[i] - mean, change = to[i];
+    const compute_t x = is_flat ? s_exp[i] - mean : change;
+    const compute_t apart = multiply_add<has_fma>(-parallel, b, x);
+    residual = multiply_add<has_fma>(apart, apart, residual);
+    const compute_t column = multiply_add<has_fma>(column_p[i], t_exp[i] - p_mean[i],
+                                                   column_change[i] * (change - change_mean[i]));
+    const compute_t by_row = multiply_add<has_fma>(by_b, b, by_x * x);
+    to[i] = s_exp[i] * multiply_add<has_fma>(column_part, column, by_row);
+  }
+  if (out != nullptr) center(compute_t(1), first, 1.0);
+  // The residual is what subtracting the part of x along b from x^2 would blur.
+  const double row_loss = found.by_norms > 0 ? found.by_norms * double(residual) : found.loss;
+  return compute_t(term.first * row_loss + term.second * a.columns_loss);
+}
+
+// p and q - p of every class. `sums`: of squares of b = p - mean and of a = q - mean, of b (q - p),
+// and of (q - p)^2. Where a is much smaller than b, as for a student with nearly equal logits, the
+// last two would lose it: the third is then that of b a, and the last one -1 (`is_flat_student`).
 template <typename compute_t, bool has_fma>
 DMKD_INLINE void Row<compute_t, has_fma>::changes(double ratio, compute_t* __restrict p_out,
                                                   compute_t* __restrict change_out, compute_t mean,
@@ -191,14 +168,16 @@ DMKD_INLINE void Row<compute_t, has_fma>::changes(double ratio, compute_t* __res
     products = multiply_add<has_fma>(b, change, products);
     squares = multiply_add<has_fma>(change, change, squares);
   }
-  // (b + change)^2, added up by itself only where its parts would cancel.
   compute_t a_squares = b_squares + 2 * products + squares;
   if (a_squares < compute_t(0.25) * (b_squares + squares)) {
-    a_squares = 0;
-#pragma omp simd reduction(+ : a_squares)
+    a_squares = products = 0;
+    squares = -1;
+    const compute_t scale_of_q = compute_t(1 / s_sum());
+#pragma omp simd reduction(+ : a_squares, products)
     for (int64_t i = 0; i < n; ++i) {
-      const compute_t a = (p_out[i] - mean) + change_out[i];
+      const compute_t a = s_exp[i] * scale_of_q - mean, b = p_out[i] - mean;
       a_squares = multiply_add<has_fma>(a, a, a_squares);
+      products = multiply_add<has_fma>(b, a, products);
     }
   }
   sums[0] = b_squares;

@@ -309,6 +309,7 @@ def test_one_class_that_is_apart_changes_no_other_block_of_classes(form: str) ->
 def test_dist_has_the_same_bits_without_its_gradient(classes: int) -> None:
     for seed in range(0, 40, 2):
         student, teacher = (logits(5, classes, seed=seed + k) for k in (0, 1))
+        student[::2] *= 0.01  # rows that are much flatter than the teacher's take another path
         alone = kd_loss(student, teacher, divergence="dist", reduction="sum")
         both = kd_loss_and_grad(student, teacher, divergence="dist", reduction="sum")
         assert torch.equal(alone, both[0])
@@ -321,16 +322,19 @@ def test_the_columns_of_a_constant_student_have_no_gradient(rows: int) -> None:
     assert not kd_loss_and_grad(student, teacher, divergence=columns)[1].any()
 
 
+@pytest.mark.parametrize("scale", [0.01, 0.1])
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 @pytest.mark.parametrize("rows", [6, 128, 600])
-def test_dist_keeps_the_digits_of_a_nearly_constant_student(rows: int, beta: float) -> None:
+def test_dist_keeps_the_digits_of_a_nearly_constant_student(
+    rows: int, beta: float, scale: float
+) -> None:
     named = {"dist": {"beta": beta, "gamma": 1.0 - beta}}  # columns or rows alone
     teacher, classes = logits(rows, 10, seed=0), torch.arange(rows) % 10
     teacher = teacher.scatter_add(1, classes[:, None], torch.full((rows, 1), 8.0))
-    student = 0.1 * logits(rows, 10, seed=1)
+    student = scale * logits(rows, 10, seed=1)
     found = kd_loss_and_grad(student, teacher, divergence=named)[1].double()
     exact = kd_loss_and_grad(student.double(), teacher.double(), divergence=named)[1]
-    assert (found - exact).abs().max() < (1e-3 if beta else 2e-5) * exact.abs().max()
+    assert (found - exact).abs().max() < 2e-7 / scale * exact.abs().max()
 
 
 def test_one_row_apart_from_many_equal_ones_leaves_the_columns_of_dist_exact() -> None:
