@@ -1,7 +1,7 @@
 """Finding 3 within one family: does a weaker teacher of the same kind teach better?
 
-All teachers are ResNets with the stem of the students, trained by one recipe without label
-smoothing; they differ in width, depth and length of training alone. Two teachers of each strength,
+Teachers and students are ResNets of one kind, trained by one recipe without label smoothing;
+teachers differ in width, depth and length of training alone. Two teachers of each strength,
 from different training seeds, teach two students of the family at three temperatures. At the
 temperature of 4, two other losses ask whether the answer is one about plain KL: logits of unit
 deviation (`standardize_logits`), and the correlation of rows and columns (`dist`).
@@ -41,7 +41,7 @@ FIRST_TEACHER_SEED = 100
 class Kind:
     """A strength of teacher."""
 
-    channels: tuple[int, ...] = (32, 64, 128, 128)
+    channels: tuple[int, ...] = (16, 32, 64, 64)
     blocks: int = 1
     """Residual blocks of each of the four stages."""
     length: float = 1.0
@@ -56,12 +56,13 @@ class Kind:
 
 TEACHERS = {
     "short": Kind(length=0.1),
-    "narrow": Kind(channels=(16, 32, 64, 64)),
+    "narrow": Kind(channels=(8, 16, 32, 32)),
     "base": Kind(),
     "deep": Kind(blocks=2),
-    "wide": Kind(channels=(64, 128, 256, 256)),
+    "wide": Kind(channels=(32, 64, 128, 128)),
 }
-STUDENTS = ("resnet_half", "resnet")
+STUDENTS = ("resnet_quarter", "resnet_half")
+"""Of the architectures of `narrow` and of `base`."""
 TEMPERATURES = (1.0, 4.0, 10.0)
 LOSSES: dict[str, Row] = {
     "kl": {},
@@ -82,8 +83,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--teacher-seeds", type=int, default=2, help="teachers of a strength")
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
-    parser.add_argument("--views", type=int, default=60_000, help="per student")
-    parser.add_argument("--teacher-views", type=int, default=400_000)
+    parser.add_argument("--views", type=int, default=48_000, help="per student")
+    parser.add_argument("--teacher-views", type=int, default=200_000)
     parser.add_argument("--threads", type=int, default=1, help="0: all cores")
     return parser.parse_args(argv)
 
@@ -143,6 +144,8 @@ def teacher_path(name: str, seed: int, num_views: int) -> str:
 def train_teacher(name: str, seed: int, options: argparse.Namespace) -> Row:
     """Train a teacher unless it is there, and return its figures; a stopped training goes on."""
     folder = Path(teacher_path(name, seed, options.teacher_views)).parent
+    optim = {**study.RECIPES[STUDENTS[0]]}
+    batch, pad = optim.pop("batch_size"), optim.pop("pad")
     config = TeacherConfig.model_validate(
         {
             "name": name,
@@ -152,10 +155,10 @@ def train_teacher(name: str, seed: int, options: argparse.Namespace) -> Row:
             "mean": 0.2860,
             "std": 0.3530,
             "model": TEACHERS[name].model,
-            "views": {"size": 28, "pad": 2, "flip": 0.0},
-            "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.05, "ema_decay": 0.99},
+            "views": {"size": 28, "pad": pad, "flip": 0.0},
+            "optim": {**optim, "weight_decay": 0.05, "ema_decay": 0.99},
             "train": {
-                "batch_size": 64,
+                "batch_size": batch,
                 "num_views": round(TEACHERS[name].length * options.teacher_views),
                 "compile": False,
                 "log_every_steps": 500,

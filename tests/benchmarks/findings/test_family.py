@@ -24,7 +24,7 @@ def test_no_student_of_the_family_starts_like_a_teacher() -> None:
     seeds = [family.FIRST_TEACHER_SEED + i for i in range(OPTIONS.teacher_seeds)]
     assert not set(seeds) & set(study.student_seeds(50))
     # Networks of other shapes share no weights even with equal seeds.
-    for name, teacher_name in (("resnet", "base"), ("resnet_half", "narrow")):
+    for name, teacher_name in (("resnet_half", "base"), ("resnet_quarter", "narrow")):
         model = family.TEACHERS[teacher_name].model
         spec = ClassifierSpec(
             architecture=model["arch"],
@@ -55,7 +55,9 @@ def test_the_grid_is_the_one_that_is_described() -> None:
     # Width, depth and length are all that teachers differ in.
     assert {kind.model["stem"] for kind in family.TEACHERS.values()} == {"conv3_stride2"}
     base = family.TEACHERS["base"]
-    assert base.model["model_args"] == study.STUDENTS["resnet"]["model_args"]
+    for name, student in (("base", "resnet_half"), ("narrow", "resnet_quarter")):
+        assert family.TEACHERS[name].model["model_args"] == study.STUDENTS[student]["model_args"]
+    assert study.RECIPES["resnet_half"] == study.RECIPES["resnet_quarter"]
     changed = {
         name: {k for k, v in vars(kind).items() if v != vars(base)[k]}
         for name, kind in family.TEACHERS.items()
@@ -119,7 +121,7 @@ def test_slopes_are_of_each_pair_of_seeds_and_the_interval_is_over_students() ->
     assert "| resnet | kl | 4 | 70.00 | 68.75 | 67.50 |" in text
     assert family.interval([0.5]) == "+0.50 (1 seed)" and family.interval([]) == ""
     told = family.teachers_table([r for r in every if r["part"] == "teacher"])
-    assert "| short | 32 64 128 128 x 1 | 10 | 100 | 80.00, 80.00 | 70.00, 70.00 |" in told
+    assert "| short | 16 32 64 64 x 1 | 10 | 100 | 80.00, 80.00 | 70.00, 70.00 |" in told
 
 
 @pytest.mark.slow
@@ -146,7 +148,7 @@ def test_teachers_and_cells_on_record_are_not_made_again(
     monkeypatch.setattr(family, "FEWER", ("short",))
     monkeypatch.setattr(family, "TEMPERATURES", (4.0,))
     call = ["--data", str(tmp_path), "--record", "--views", "640", "--teacher-views", "1280"]
-    call += ["--seeds", "1", "--teacher-seeds", "1", "--students", "resnet_half"]
+    call += ["--seeds", "1", "--teacher-seeds", "1", "--students", "resnet_quarter"]
     torch.set_num_threads(1)
     family.main(call)
     before = (tmp_path / "finding-3-family.jsonl").read_text()
