@@ -20,6 +20,10 @@ NAMES = {
         "digits",
         "hashes of a short job, its resume, the loss: equal where code only moved",
     ),
+    "drawings": (
+        "findings.drawings",
+        "from a folder of color drawings to a student, beside one of real images (3 seeds)",
+    ),
     "embedded": ("job.embedded", "the embedded job, end to end"),
     "end-to-end": (
         "job.end_to_end",

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import provenance
 from benchmarks.__main__ import NAMES
+from benchmarks.findings.drawings import DRAWING_TABLES
 from benchmarks.findings.finding_3_family import FAMILY_TABLES
 from benchmarks.findings.generator_tables import GENERATOR_TABLES
 from benchmarks.findings.levers import LEVER_TABLES
@@ -36,7 +37,9 @@ from benchmarks.parts.tables import PART_TABLES
 
 MARKED = re.compile(r"(<!-- rows:([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
-STUDY_TABLES = FINDINGS | GENERATOR_TABLES | FAMILY_TABLES | LEVER_TABLES | SELECTION_TABLES
+STUDY_TABLES = (
+    FINDINGS | GENERATOR_TABLES | FAMILY_TABLES | LEVER_TABLES | SELECTION_TABLES | DRAWING_TABLES
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,10 @@ SOURCES = {
         ("finding-1", "finding-1-long"), (Source(bench="finding-1", required=("--data", "DIR")),)
     ),
     **dict.fromkeys(FAMILY_TABLES, (Source(bench="finding-3-family", required=("--data", "DIR")),)),
-    **{name: (Source(bench=name, required=("--data", "DIR")),) for name in ("levers", "nearest")},
+    **{
+        name: (Source(bench=name, required=("--data", "DIR")),)
+        for name in ("drawings", "levers", "nearest")
+    },
 }
 
 

@@ -32,6 +32,7 @@ VIEWS, LONG_VIEWS = 384_000, 3 * 384_000
 """Views of the students of finding 1, and of its long trainings, which have their own table."""
 # What a mean over seeds is taken over. A cell's figures of the images themselves have no seed.
 CELLS = {
+    "drawings": ("part", "arm"),
     "finding-1": ("arm", "views"),
     "finding-2": ("part", "guidance_scale", "num_steps", "noise_seed", "student"),
     "finding-3": ("student", "teacher", "temperature"),
