@@ -16,7 +16,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ import yaml
 
 from benchmarks.findings import study
 from benchmarks.findings.tables import Grid, Row, spent
-from benchmarks.harness import arguments
+from benchmarks.harness import ROOT, arguments
+from benchmarks.job.tables import ratio_interval
 from benchmarks.markdown import table
 
 STUDY = "drawings"
@@ -49,8 +50,8 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     cells, folder = study.Cells(STUDY, options), study.CACHE / STUDY
     data = options.data.resolve()
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
+    if not (folder / "distill.yaml").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
         dmkd(folder, "init", "own-data", "--data", str(data))
     for job in LENGTHS:
         if not cells.has(part=job):
@@ -65,15 +66,16 @@ def main(argv: list[str]) -> None:
 
 def pretrain(folder: Path, job: str, data: Path, options: argparse.Namespace) -> Row:
     """Run a command of `dmkd pretrain`, or go on with it, and return its figures."""
-    changes = [f"train.num_views={LENGTHS[job]}", f"num_threads={options.threads}"]
+    saved = f"runs/{job}/config.yaml"
+    if (folder / saved).is_file():
+        command = [saved, "--resume"]
+    else:
+        command = [f"{job}.yaml", f"run_dir=runs/{job}", f"num_threads={options.threads}"]
+        command.append(f"train.num_views={LENGTHS[job]}")
     source = [] if job == "fewstep" else ["--data", str(data)]
-    run_dir = f"runs/{job}"
-    is_begun = (folder / run_dir / "config.yaml").is_file()
-    resume = ["--resume"] if is_begun else []
-    command = ["pretrain", job, f"{job}.yaml", f"run_dir={run_dir}", *changes, *source, *resume]
-    found, cpu_s = dmkd(folder, *command)
+    found, cpu_s = dmkd(folder, "pretrain", job, *command, *source)
     kept = ("test_top1", "held_out_top1", "held_out_loss", "views", "parameters")
-    return {k: found[k] for k in kept if found.get(k) is not None} | {"cpu_s": cpu_s}
+    return chosen(found, kept) | {"cpu_s": cpu_s}
 
 
 def train_student(
@@ -89,7 +91,13 @@ def train_student(
         changes += [f"source.path={data / 'train'}", f"source.image_size={size}"]
     found, cpu_s = dmkd(folder, "distill", "distill.yaml", *changes)
     kept = ("top1", "agreement", "images", "views", "wall_s")
-    return {key: found[key] for key in kept if key in found} | {"cpu_s": cpu_s}
+    return chosen(found, kept) | {"cpu_s": cpu_s}
+
+
+def chosen(found: Row, names: Sequence[str]) -> Row:
+    """Return some of a command's figures, with four digits after the point."""
+    figures = {name: found[name] for name in names if found.get(name) is not None}
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
 
 
 def dmkd(folder: Path, *command: str) -> tuple[dict[str, Any], float]:
@@ -99,7 +107,7 @@ def dmkd(folder: Path, *command: str) -> tuple[dict[str, Any], float]:
         The JSON of its last line, and its processor seconds.
     """
     study.say(f"dmkd {' '.join(command)}")
-    paths = [str(study.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     before = _children_s()
     done = subprocess.run(
         [sys.executable, "-m", "dmkd_fast", *command],
@@ -131,10 +139,16 @@ def drawings_table(rows: list[Row]) -> str:
             body.append([name, grid.text(arm), str(len(own)), f"{agreement:.1f}", less])
     header = ["student sees", "top-1, %", "seeds", "agreement with teacher, %", "less real"]
     teacher = next(r for r in rows if r["part"] == "teacher")
-    ratio = grid.mean_of("generated") / grid.mean_of("real")
+    generated, real = (grid.by_seed[arm] for arm in ("generated", "real"))
+    ratios = [generated[seed] / real[seed] for seed in sorted(generated.keys() & real.keys())]
+    if len(ratios) > 1:
+        low, mean, high = ratio_interval(ratios)
+        over = f"{mean:.3f} ({low:.3f} to {high:.3f}; geometric mean and 95 % interval over seeds)"
+    else:
+        over = f"{ratios[0]:.3f} (1 seed)"
     note = (
-        f"Teacher: {100 * teacher['test_top1']:.2f} %. Generated over real: {ratio:.3f} of the "
-        f"accuracy (goal {GOAL}). {students[0]['views']:,} views a student, ± 95 % interval "
+        f"Teacher: {100 * teacher['test_top1']:.2f} %. Accuracy of generated over real: {over}, "
+        f"goal {GOAL}. {students[0]['views']:,} views a student, ± 95 % interval "
         f"(deviation pooled; differences paired by seed). "
     )
     return table(header, body, note + spent(rows))

@@ -126,7 +126,9 @@ def test_weights_orders_and_crops_follow_the_seed(
 
 
 @pytest.mark.slow
-def test_teacher_learns_and_resumes_exactly(data: Path, tmp_path: Path) -> None:
+def test_teacher_learns_and_resumes_exactly(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     views = "train.num_views=12800"
     facts = run("teacher", "lenet5", data, tmp_path / "whole", views)
     assert facts["held_out_top1"] > 0.9 and facts["test_top1"] > 0.9
@@ -140,6 +142,8 @@ def test_teacher_learns_and_resumes_exactly(data: Path, tmp_path: Path) -> None:
     (tmp_path / "cut" / "model" / "model.safetensors").unlink()
     half = pretrain_state(data, tmp_path, views)
     half.rename(folder / half.name)
+    hint = f"to go on: dmkd pretrain teacher {tmp_path}/half/config.yaml --resume --data DIR\n"
+    assert hint in capsys.readouterr().err
     again = [
         str(CONFIGS / "lenet5.yaml"),
         f"run_dir={tmp_path}/cut",
