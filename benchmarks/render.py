@@ -68,8 +68,9 @@ SOURCES = {
     "kd-loss-family": (Source(bench="kd-loss", only={"set": "family"}),),
     "kd-loss-linear": (Source(bench="kd-loss", only={"set": "linear"}),),
     "ladder": (Source(bench="end-to-end", only={"part": "ladder"}, required=("--part", "ladder")),),
-    **dict.fromkeys(
-        ("finding-1", "finding-1-long"), (Source(bench="finding-1", required=("--data", "DIR")),)
+    "finding-1": (Source(bench="finding-1", required=("--data", "DIR")),),
+    "finding-1-long": (
+        Source(bench="finding-1", required=("--data", "DIR", "--long-seeds", "14")),
     ),
     **dict.fromkeys(FAMILY_TABLES, (Source(bench="finding-3-family", required=("--data", "DIR")),)),
     **{

@@ -42,10 +42,15 @@ TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 def main(source: Path, target: Path) -> None:
     """Write the drawings of each class to train and test."""
+    if target.exists():
+        sys.exit(f"{target}: exists already; give another folder")
     classes: dict[str, set[str]] = {}
     paths: dict[str, Path] = {}
     for name, folder in CLASSES.items():
-        for path in sorted((source / folder).rglob("*.png")):
+        found = sorted((source / folder).rglob("*.png"))
+        if not found:
+            sys.exit(f"{source / folder}: no drawings; give the folder png of the package")
+        for path in found:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             classes.setdefault(digest, set()).add(name)
             paths.setdefault(digest, path)
@@ -69,13 +74,13 @@ def drawing(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as image:
             colors = image.convert("RGBA")
-    # PIL raises SyntaxError for some broken files.
-    except (OSError, SyntaxError, *TOO_LARGE) as error:
+        white = Image.new("RGBA", colors.size, "white")
+        white.alpha_composite(colors)
+        return ImageOps.pad(white.convert("RGB"), (SIDE, SIDE), color="white")
+    # PIL raises the second and the third for some broken files.
+    except (OSError, SyntaxError, ValueError, *TOO_LARGE) as error:
         print(f"left out: {path}: {error}", file=sys.stderr)
         return None
-    white = Image.new("RGBA", colors.size, "white")
-    white.alpha_composite(colors)
-    return ImageOps.pad(white.convert("RGB"), (SIDE, SIDE), color="white")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from benchmarks.findings import study
 from benchmarks.findings.stored_teacher import BLOCK, make_set
-from benchmarks.findings.tables import Row, spent, t_975
+from benchmarks.findings.tables import Row, cell_of, spent, t_975
 from benchmarks.harness import ROOT, arguments
 from benchmarks.job.embedded import ADAMW
 from benchmarks.markdown import table
+from benchmarks.provenance import counted
 from dmkd_fast.data.shards import PLAN
 from dmkd_fast.data.test_sets import ImageSet
 from dmkd_fast.jobs import distill
@@ -135,6 +136,7 @@ def train(arm: str, seed: int, images: Path, held_out: Path, options: argparse.N
 
 def levers_table(rows: list[Row]) -> str:
     """Write each arm's accuracy, its difference from the settings as shipped, and its time."""
+    rows = counted(rows, cell_of("levers"))
     base = {r["seed"]: r for r in rows if r["arm"] == BASE}
     body = []
     for arm in dict.fromkeys(r["arm"] for r in rows):

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from benchmarks.findings import study
 from benchmarks.findings.study import Fitted, FixedSet
-from benchmarks.findings.tables import Grid, Row, spent
+from benchmarks.findings.tables import Grid, Row, cell_of, spent
 from benchmarks.harness import arguments
 from benchmarks.markdown import table
+from benchmarks.provenance import counted
 from dmkd_fast.data.test_sets import ImageSet
 
 TIMES = 3
@@ -132,6 +133,7 @@ def scores(images: FixedSet, pilot: Fitted, score: Callable[[Tensor, Tensor], Te
 
 def selection_table(rows: list[Row]) -> str:
     """Write each arm's accuracy, and its difference from a random third and from all images."""
+    rows = counted(rows, cell_of("selection"))
     grid = Grid(rows, lambda r: r["arm"])
     body = []
     for arm, name in ARMS.items():

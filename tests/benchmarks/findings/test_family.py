@@ -124,6 +124,91 @@ def test_slopes_are_of_each_pair_of_seeds_and_the_interval_is_over_students() ->
     assert "| short | 16 32 64 64 x 1 | 10 | 100 | 80.00, 80.00 | 70.00, 70.00 |" in told
 
 
+def test_seeds_that_a_stopped_study_left_incomplete_are_not_shown() -> None:
+    every = rows()
+    teachers, students = every[:6], every[6:]
+    # Without one student of seed 2: that seed alone has no part in any figure.
+    assert students[-1]["seed"] == 2
+    assert family.whole_seeds(students[:-1]) == [r for r in students if r["seed"] == 1]
+    text = family.students_table([*teachers, *students[:-1]])
+    assert "| 74.00 | 73.00 | 72.00 | +2.00 (1 seed) | -0.20 (1 seed) |" in text
+    for count in range(1, len(every)):
+        family.students_table(every[:count])
+        family.teachers_table(every[: min(count, 6)])
+    marked = [*every, {**students[0], "top1": 0.1, "superseded": "starts as the teacher"}]
+    assert family.students_table(marked) == family.students_table(every)
+
+
+def test_every_student_has_the_settings_of_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(study, "generated", lambda *_, **__: None)
+    monkeypatch.setattr(family, "train_teacher", lambda *_: {"top1": 0.5})
+    monkeypatch.setattr(family, "on_images", lambda *_: {})
+    monkeypatch.setattr(study, "train_student", lambda _, **given: seen.append(given) or {})
+    family.main(["--data", "DIR", "--seeds", "2"])
+    cells = list(family.grid(family.parse(["--data", "DIR", "--seeds", "2"])))
+    assert len(seen) == len(cells)
+    for given, cell in zip(seen, cells, strict=True):
+        assert f"/{cell['teacher']}-{cell['teacher_seed']}-200000/" in given["teacher"]
+        assert (given["student"], given["seed"]) == (cell["student"], cell["seed"])
+        assert given["num_views"] == 48_000
+        objective = given["objective"]
+        assert objective.temperature == cell["temperature"]
+        assert objective.standardize_logits == (cell["loss"] == "standardized")
+        assert (objective.divergence == "dist") == (cell["loss"] == "dist")
+
+
+def test_teachers_have_the_recipe_of_students_and_a_length_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {"test_top1": 0.5, "held_out_top1": 0.5, "views": 1, "parameters": 1, "cpu_s": 1.0}
+    configs: list[Any] = []
+    monkeypatch.setattr(
+        family, "pretrain_teacher", lambda config, *_, **__: configs.append(config) or found
+    )
+    for name in ("short", "base"):
+        family.train_teacher(name, 100, OPTIONS)
+    recipe = study.RECIPES["resnet_half"]
+    for config, num_views in zip(configs, (20_000, 200_000), strict=True):
+        assert config.train.num_views == num_views and config.seed == 100
+        assert config.train.batch_size == recipe["batch_size"]
+        assert (config.optim.name, config.optim.lr) == (recipe["name"], recipe["lr"])
+        # Those of `study.fitted`.
+        assert (config.optim.weight_decay, config.optim.ema_decay) == (0.05, 0.99)
+        assert (config.views.pad, config.views.flip) == (recipe["pad"], 0.0)
+        assert config.label_smoothing == 0
+
+
+def test_accuracy_and_entropy_of_a_teacher_on_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Halves(torch.nn.Module):
+        """Always half class 0 and half class 1, the latter by a hair."""
+
+        def forward(self, views: torch.Tensor) -> torch.Tensor:
+            logits = torch.full((len(views), 10), -1e9)
+            logits[:, 0], logits[:, 1] = 0.0, 1e-6
+            return logits
+
+    spec = ClassifierSpec(
+        architecture="lenet5", num_classes=10, in_chans=1, input_size=28, mean=(0.3,), std=(0.3,)
+    )
+    monkeypatch.setattr(study, "load_teacher", lambda _: (Halves(), spec))
+    images = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
+    found = family.on_images("", study.FixedSet(images=images, labels=torch.tensor([1, 0, 1, 1])))
+    assert found == {"generated_top1": 0.75, "generated_entropy": 0.6931}
+
+
+def test_another_teacher_than_the_recorded_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = study.Cells("finding-3-family", OPTIONS)
+    of_teacher = {"teacher": "base", "teacher_seed": 100}
+    cells.rows = [{"part": "teacher", **of_teacher, "top1": 0.91}]
+    images = study.FixedSet(images=torch.zeros(0), labels=torch.zeros(0))
+    monkeypatch.setattr(family, "train_teacher", lambda *_: {"top1": 0.91})
+    family.get_teacher(cells, of_teacher, images, OPTIONS)
+    monkeypatch.setattr(family, "train_teacher", lambda *_: {"top1": 0.92})
+    with pytest.raises(SystemExit, match=r"got a top-1 of 0.92"):
+        family.get_teacher(cells, of_teacher, images, OPTIONS)
+
+
 @pytest.mark.slow
 def test_teachers_and_cells_on_record_are_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
