@@ -71,6 +71,8 @@ LOSSES: dict[str, Row] = {
     "dist": {"divergence": "dist"},
 }
 """Arguments of `Objective`."""
+CONTRASTS = (("short", "base"), ("narrow", "wide"))
+"""Of teachers that differ in length alone, and of the smallest and the largest."""
 FEWER = ("short", "base", "wide")
 """Teachers, of one seed, of the losses other than KL."""
 
@@ -251,12 +253,16 @@ def students_table(rows: list[Row]) -> str:
         for name in names:
             found = [100 * r["top1"] for r in own if r["teacher"] == name]
             means.append(f"{statistics.mean(found):.2f}" if found else "")
-        ends = Grid(over_teacher_seeds(own), lambda r: r["teacher"])
-        gap = ends.difference(["short"], ["wide"]) if {"short", "wide"} <= ends.cells.keys() else ""
+        grid = Grid(over_teacher_seeds(own), lambda r: r["teacher"])
+        gaps = [
+            grid.difference([one], [other]) if {one, other} <= grid.cells.keys() else ""
+            for one, other in CONTRASTS
+        ]
         by_seed = slopes(own, teachers)
         every = interval([statistics.mean(found) for found in by_seed.values()])
-        body.append([cell[0], cell[1], f"{cell[2]:g}", *means, gap, every])
-    header = ["student", "loss", "T", *names, "short less wide", "slope"]
+        body.append([cell[0], cell[1], f"{cell[2]:g}", *means, *gaps, every])
+    contrasts = [f"{one} less {other}" for one, other in CONTRASTS]
+    header = ["student", "loss", "T", *names, *contrasts, "slope"]
     note = (
         "Student top-1 in %, means over teacher seeds (with losses other than KL there is one) and "
         "student seeds. Slope: points of student per point of teacher accuracy on the test images, "

@@ -117,7 +117,7 @@ def test_slopes_are_of_each_pair_of_seeds_and_the_interval_is_over_students() ->
     text = family.students_table(every)
     # Two students: -0.25 with t = 12.7 over a deviation of 0.0707 / sqrt(2).
     assert f"-0.25 ± {12.706 * 0.05:.2f} (2 seeds) |" in text
-    assert f"+2.50 ± {12.706 * 0.5:.2f} (2 seeds) | -0.25" in text
+    assert f"| +1.25 ± {12.706 * 0.25:.2f} (2 seeds) |  | -0.25" in text
     assert "| resnet | kl | 4 | 70.00 | 68.75 | 67.50 |" in text
     assert family.interval([0.5]) == "+0.50 (1 seed)" and family.interval([]) == ""
     told = family.teachers_table([r for r in every if r["part"] == "teacher"])
@@ -131,7 +131,7 @@ def test_seeds_that_a_stopped_study_left_incomplete_are_not_shown() -> None:
     assert students[-1]["seed"] == 2
     assert family.whole_seeds(students[:-1]) == [r for r in students if r["seed"] == 1]
     text = family.students_table([*teachers, *students[:-1]])
-    assert "| 74.00 | 73.00 | 72.00 | +2.00 (1 seed) | -0.20 (1 seed) |" in text
+    assert "| 74.00 | 73.00 | 72.00 | +1.00 (1 seed) |  | -0.20 (1 seed) |" in text
     for count in range(1, len(every)):
         family.students_table(every[:count])
         family.teachers_table(every[: min(count, 6)])
