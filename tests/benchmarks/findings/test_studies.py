@@ -195,11 +195,13 @@ def test_long_trainings_see_as_many_generated_images_as_real_ones(
     monkeypatch.setattr(finding_1, "arm_images", images)
     monkeypatch.setattr(study, "train_student", trained)
     monkeypatch.setattr(study, "generated", lambda *_, **__: small_set(512))
+    monkeypatch.setattr(finding_1, "PRIORS_SEEDS", 1)
     finding_1.main(["--data", "DIR", "--seeds", "1", "--long-seeds", "2"])
     assert [s[0] for s in seen[:6]] == list(finding_1.ARMS)
     assert {s[1:] for s in seen[:6]} == {(30_720, tables.VIEWS)}
     long = tables.LONG_VIEWS
-    assert seen[6:] == 2 * [("diffusion", 54_784, long), ("real", 54_784, long)]
+    pair = [("diffusion", 54_784, long), ("real", 54_784, long)]
+    assert seen[6:] == [*pair, ("priors", 54_784, long), *pair]
     assert 0 <= 55_000 - finding_1.LONG_COUNT < study.BLOCK
     _, is_shown, _ = tables.STUDY_TABLES["finding-1-long"]
     assert is_shown({"views": long}) and not is_shown({"views": tables.VIEWS})
