@@ -215,8 +215,10 @@ def teachers_table(rows: list[Row]) -> str:
     """Write what the teachers are, and what they make of generated images."""
     rows = counted(rows, cell_of(STUDY))
     body = []
-    for name in dict.fromkeys(r["teacher"] for r in rows):
-        kind, own = TEACHERS[name], [r for r in rows if r["teacher"] == name]
+    for name, kind in TEACHERS.items():
+        own = [r for r in rows if r["teacher"] == name]
+        if not own:
+            continue
 
         def each(key: str, scale: float = 100.0, own: list[Row] = own) -> str:
             return ", ".join(f"{scale * r[key]:.2f}" for r in own)
