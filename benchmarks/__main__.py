@@ -21,7 +21,7 @@ NAMES = {
         "hashes of a short job, its resume, the loss: equal where code only moved",
     ),
     "drawings": (
-        "findings.drawings",
+        "job.drawings",
         "from a folder of color drawings to a student, beside one of real images (3 seeds)",
     ),
     "embedded": ("job.embedded", "the embedded job, end to end"),
@@ -77,7 +77,7 @@ NAMES = {
         "job.sooner",
         "time of the embedded job to a fixed accuracy, beside older settings (5 seeds)",
     ),
-    "step": ("job.step", "a training step alone, one change at a time, on ready views"),
+    "step": ("parts.step", "a training step alone, one change at a time, on ready views"),
     "stored-teacher": (
         "findings.stored_teacher",
         "stored teacher logits against a live teacher: accuracy, time, bytes (5 seeds)",

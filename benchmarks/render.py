@@ -19,7 +19,6 @@ from typing import Any
 
 from benchmarks import provenance
 from benchmarks.__main__ import NAMES
-from benchmarks.findings.drawings import DRAWING_TABLES
 from benchmarks.findings.finding_3_family import FAMILY_TABLES
 from benchmarks.findings.generator_tables import GENERATOR_TABLES
 from benchmarks.findings.levers import LEVER_TABLES
@@ -28,6 +27,7 @@ from benchmarks.findings.selection import SELECTION_TABLES
 from benchmarks.findings.tables import STUDY_TABLES as FINDINGS
 from benchmarks.findings.tables import cell_of, nearest_table
 from benchmarks.harness import ROOT, read_rows
+from benchmarks.job.drawings import DRAWING_TABLES
 from benchmarks.job.end_to_end import end_to_end_table
 from benchmarks.job.sooner import SHIPPED, sooner_table
 from benchmarks.job.tables import JOB_TABLES

@@ -12,8 +12,8 @@ from dmkd_fast import InputSpec, Teacher, Teachers
 
 
 def test_steps_alone_differ_in_what_their_names_say() -> None:
-    from benchmarks.job import step
     from benchmarks.job.arms import ARMS, BF16, CHANNELS_LAST, PUBLISHED, TARGET
+    from benchmarks.parts import step
 
     torch.set_num_threads(1)
     for call in step.arms(("train.batch_size=4",)).values():

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.findings import drawings, study
+from benchmarks.findings import study
+from benchmarks.job import drawings
 
 ROOT = Path(__file__).parents[3]
 
