@@ -63,7 +63,7 @@ TEACHERS = {
     "wide": Kind(channels=(32, 64, 128, 128)),
 }
 STUDENTS = ("resnet_quarter", "resnet_half")
-"""Of the architectures of `narrow` and of `base`."""
+"""Students with the architecture of the teachers `narrow` and `base`."""
 TEMPERATURES = (1.0, 4.0, 10.0)
 LOSSES: dict[str, Row] = {
     "kl": {},
@@ -72,7 +72,7 @@ LOSSES: dict[str, Row] = {
 }
 """Arguments of `Objective`."""
 CONTRASTS = (("short", "base"), ("narrow", "wide"))
-"""Of teachers that differ in length alone, and of the smallest and the largest."""
+"""Pairs of teachers whose students are compared: equal networks, and the smallest and largest."""
 FEWER = ("short", "base", "wide")
 """Teachers, of one seed, of the losses other than KL."""
 

@@ -140,7 +140,8 @@ def selection_table(rows: list[Row]) -> str:
         if arm in grid.cells:
             images = next(r["images"] for r in rows if r["arm"] == arm)
             less = [
-                "" if arm == other else grid.difference([arm], [other]) for other in (RANDOM, ALL)
+                "" if arm == other or other not in grid.cells else grid.difference([arm], [other])
+                for other in (RANDOM, ALL)
             ]
             body.append([name, f"{images:,}", grid.text(arm), *less])
     header = ["student sees", "images", "top-1, %", "less a random third", "less all"]

@@ -39,10 +39,10 @@ FIGURES = {
     "denoiser": ("held_out_loss",),
     "fewstep": ("rms_to_teacher",),
 }
-"""Of the JSON line of a training, beside what all have."""
+"""Figures of each training that its row keeps, beside views, parameters and processor time."""
 ARMS = {"real": "real training drawings", "generated": "generated drawings"}
 GOAL = 0.9
-"""Of the accuracy of the student of real images."""
+"""Least accuracy of the student of generated images, as a fraction of that of real ones."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -65,8 +65,8 @@ def main(argv: list[str]) -> None:
         begun.mkdir(parents=True)
         dmkd(begun, "init", "own-data", "--data", str(data))
         begun.rename(folder)
-    for job in LENGTHS:
-        if not cells.has(part=job):
+    for job, length in LENGTHS.items():
+        if not cells.has(part=job, views=length):
             cells.add({"part": job}, pretrain(folder, job, data, options))
     for seed in study.student_seeds(options.seeds):
         for arm in ARMS:

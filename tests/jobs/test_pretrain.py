@@ -144,14 +144,8 @@ def test_teacher_learns_and_resumes_exactly(
     half.rename(folder / half.name)
     hint = f"to go on: dmkd pretrain teacher {tmp_path}/half/config.yaml --resume --data DIR\n"
     assert hint in capsys.readouterr().err
-    again = [
-        str(CONFIGS / "lenet5.yaml"),
-        f"run_dir={tmp_path}/cut",
-        "--data",
-        str(data),
-        "--resume",
-    ]
-    assert cli.main(["pretrain", "teacher", *again]) == 0
+    again = [str(CONFIGS / "lenet5.yaml"), f"run_dir={tmp_path}/cut", "--data", str(data)]
+    assert cli.main(["pretrain", "teacher", *again, "--resume"]) == 0
     first, second = (
         load_file(tmp_path / r / "model" / "model.safetensors") for r in ("whole", "cut")
     )

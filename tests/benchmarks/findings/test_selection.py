@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.findings import selection, study
+from benchmarks.findings import levers, selection, study
 from benchmarks.findings.study import Fitted, FixedSet
 
 
@@ -56,3 +56,17 @@ def test_arms_see_thirds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({tuple(indices.tolist()) for indices in chosen.values()}) == 3
     options = argparse.Namespace(seeds=10, threads=1, record=False)
     assert selection.parse([]).seeds == options.seeds
+
+
+@pytest.mark.parametrize("study_name", ["selection", "levers"])
+def test_superseded_rows_have_no_part_in_a_mean(study_name: str) -> None:
+    _, _, write = (selection.SELECTION_TABLES | levers.LEVER_TABLES)[study_name]
+    shared = {"images": 9, "views": 9, "cpu_s": 1.0}
+    shared["environment"] = {"device": "CPU", "date": "2026-01-01"}
+    rows = [
+        {"arm": arm, "seed": seed, "top1": top1, "held_out_top1": top1, **shared}
+        for arm in (selection.RANDOM if study_name == "selection" else levers.BASE,)
+        for seed, top1 in ((1, 0.5), (2, 0.6), (3, 0.7))
+    ]
+    superseded = {**rows[0], "top1": 0.1, "held_out_top1": 0.1, "superseded": "one seed"}
+    assert write([*rows, superseded]) == write(rows)
