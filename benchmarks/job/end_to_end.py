@@ -9,7 +9,8 @@ default" and the baseline "our recipe", which have those of configs/fashion_mnis
 
 All arms run once for each seed before the next seed begins, so that drift of the machine meets all.
 With --record a seed is recorded when it is done, and not run again with the same arguments and
-settings. There are two parts: whole jobs at their own size, and the ladder at a smaller one.
+settings on a CPU of the same name. There are two parts: whole jobs at their own size, and the
+ladder at a smaller one.
 
 Every arm and every set of images is made in a process of its own, with an empty compiler cache, and
 leaves a file in --work: what is there is not run again. Arms whose images are made alike share a
@@ -36,7 +37,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Report, arguments, read_rows, recorded
+from benchmarks.harness import Report, arguments, environment, read_rows, recorded
 from benchmarks.job.arms import (
     ARMS,
     CHANNELS_LAST,
@@ -144,7 +145,13 @@ def main(argv: list[str]) -> None:
     same = {"part": options.part, "configs": study.configs(), "arguments": report.arguments}
     if options.record:
         valid = [row for row in read_rows(report.bench) if "superseded" not in row]
-        report.rows = [row for row in valid if same.items() <= row.items()]
+        # Times of two CPUs do not belong into one mean.
+        here = environment()["device"]
+        report.rows = [
+            row
+            for row in valid
+            if same.items() <= row.items() and row["environment"]["device"] == here
+        ]
         report.num_saved = len(report.rows)
     if not cpu_has_bf16():
         print(
@@ -303,7 +310,16 @@ def _read(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def end_to_end_table(rows: list[Row]) -> str:
-    """Whole jobs beside the baselines: one line for each arm, over its seeds."""
+    """Whole jobs beside the baselines: a table for each CPU, the last measured first."""
+    devices = dict.fromkeys(row["environment"]["device"] for row in reversed(rows))
+    return "\n\n".join(
+        _one_cpu([row for row in rows if row["environment"]["device"] == device])
+        for device in devices
+    )
+
+
+def _one_cpu(rows: list[Row]) -> str:
+    """One line for each arm, over its seeds."""
     arms = {
         arm: [r for r in rows if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in rows)
     }

@@ -409,7 +409,9 @@ def test_a_seed_on_record_is_not_run_again_and_each_is_recorded_when_it_is_done(
     run.started.extend(["stopped"] * 7)  # type: ignore[attr-defined]
     monkeypatch.setattr(end_to_end.subprocess, "run", run)
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(harness, "environment", lambda _: {"date": "today"})
+    stamp = {"date": "today", "device": "CPU one"}
+    for module in (harness, end_to_end):
+        monkeypatch.setattr(module, "environment", lambda *_: dict(stamp))
     words = ["--part", "whole", *SIZES, "--work", str(tmp_path), "--record", *SMALL]
     monkeypatch.setattr(end_to_end.Report, "finish", lambda self, record: None)
     lines = []
@@ -421,6 +423,12 @@ def test_a_seed_on_record_is_not_run_again_and_each_is_recorded_when_it_is_done(
     said = capsys.readouterr().err
     assert said.count("seed 0: recorded already") == 1
     assert said.count("no bfloat16 instructions") == 1
+    stamp["device"] = "CPU two"
+    run.started.clear()  # type: ignore[attr-defined]
+    run.started.extend(["stopped"] * 7)  # type: ignore[attr-defined]
+    end_to_end.main(words)
+    both = (tmp_path / "results" / "end-to-end.jsonl").read_text().splitlines()
+    assert len(both) == 2 * len(lines[0])  # Times of another CPU are not those of this one.
     first, *_ = rows = [json.loads(line) for line in lines[0]]
     later = [row | {"seed": 1, "environment": {"date": "later"}} for row in rows]
     assert render._of_one_run([*rows, *later]) == [*rows, *later]

@@ -138,6 +138,17 @@ def test_whole_jobs_are_compared_with_the_recipe_of_both_sides_and_split_by_caus
         assert said in text
 
 
+def test_whole_jobs_of_two_cpus_are_two_tables() -> None:
+    slow = {"environment": dict.fromkeys(("device", "threads", "torch", "date"), 2)}
+    later = [row | {"s_to_target": 3 * row["s_to_target"]} | slow for row in whole()]
+    assert end_to_end.end_to_end_table([*whole(), *later]).split("\n\n| way")[1] in (
+        end_to_end.end_to_end_table(whole())
+    )
+    assert end_to_end.end_to_end_table([*whole(), *later]).startswith(
+        end_to_end.end_to_end_table(later)
+    )
+
+
 def test_whole_jobs_without_some_arms_or_times_say_what_is_known() -> None:
     text = end_to_end.end_to_end_table(whole(OUR_RECIPE, FEW_STEPS))
     assert "with our recipe" not in text and "by our recipe" not in text
