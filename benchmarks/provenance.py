@@ -79,6 +79,9 @@ MARKS = {
             "keeps it below the published accuracy"
         )
     ),
+    "shorter denoiser": Mark(
+        reason="the denoiser saw a third as many views as today", misleads=True
+    ),
     "beside other work": Mark(reason="the machine was busy with other work during these timings"),
 }
 

@@ -2,10 +2,9 @@
 
 A study is a grid of cells. Each cell's row goes to results/STUDY.jsonl the moment it is there, and
 a cell whose row is there is not measured again: kill a study at any time and call it again. Sets of
-generated images wait in runs/studies, which may be deleted.
-All students see the same number of views of whichever images they get, in shuffled passes, with the
-same optimizer; the test set is read once, at the end of each.
-N images, c channels, H W pixels.
+generated images wait in runs/studies, which may be deleted. All students see the same number of
+views of whichever images they get, in shuffled passes, with the same optimizer; the test set is
+read once, at the end of each. N images, c channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -245,11 +244,11 @@ def train_student(
         seed: Seed of the student's weights, of draws and views.
         objective: Loss of the student; None: KL at a temperature of 4.
         capacity: Images in the ring at a time; None: all of them, from the first step on.
-        recipe: Optimizer, learning rate, batch size, and by how many pixels views are shifted;
-            None: that of `RECIPES`.
+        recipe: Optimizer, learning rate, batch size, shift of views in pixels, and `dtype` if it
+            shall not depend on the CPU; None: that of `RECIPES`.
 
     Returns:
-        top1, agreement with the teacher, images, views, the recipe, wall_s and cpu_s.
+        top1, agreement with the teacher, images, views, recipe and dtype, wall_s and cpu_s.
     """
     began, cpu = time.perf_counter(), time.process_time()
     found = fitted(
@@ -280,6 +279,7 @@ def train_student(
         "batch": recipe["batch_size"],
         "lr": recipe["lr"],
         "pad": recipe["pad"],
+        "dtype": str(found.dtype).removeprefix("torch."),
         "wall_s": round(time.perf_counter() - began, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
     }
@@ -292,6 +292,7 @@ class Fitted(NamedTuple):
     spec: ClassifierSpec
     teacher: nn.Module
     teacher_spec: ClassifierSpec
+    dtype: torch.dtype
 
 
 def fitted(
@@ -308,8 +309,8 @@ def fitted(
     """Train one student; see `train_student` for the arguments."""
     scorer, teacher_spec = load_teacher(teacher)
     network, spec = new_student(student, seed, teacher_spec)
-    optim = {**(recipe or RECIPES[student])}
-    pad = optim.pop("pad")
+    optim = {"dtype": "auto", **(recipe or RECIPES[student])}
+    pad, dtype = optim.pop("pad"), resolve_dtype(optim.pop("dtype"), torch.device("cpu"))
     count = len(images.images) // BLOCK * BLOCK
     source = images.first(count)
     # The first view needs one free block. All images at once leave it free for the whole run.
@@ -323,7 +324,6 @@ def fitted(
         samples_per_insert=0.75 * num_views / count,
     )
     with tempfile.TemporaryDirectory() as folder:
-        dtype = resolve_dtype("auto", torch.device("cpu"))
         schedule = Schedule(
             num_views=num_views,
             **optim,
@@ -342,7 +342,7 @@ def fitted(
             show=False,
         )
         distiller.fit()
-    return Fitted(distiller.student.average.module, spec, scorer, teacher_spec)
+    return Fitted(distiller.student.average.module, spec, scorer, teacher_spec, dtype)
 
 
 class Cells:

@@ -2,7 +2,7 @@
 
 The commands are those of the guide from a folder of images to a student: `init own-data`,
 `pretrain teacher`, `pretrain denoiser`, `pretrain fewstep` and `distill`. The networks before the
-student train two to four times as long as their configs say. The question is what a student of
+student train two to twelve times as long as their configs say. The question is what a student of
 generated images lacks beside one of the real training images, with the same teacher, settings and
 number of views. `examples/clipart.py` makes the folder. The runs stay in runs/studies, where a
 stopped command goes on.
@@ -32,7 +32,7 @@ from benchmarks.markdown import table
 from benchmarks.provenance import counted
 
 STUDY = "drawings"
-LENGTHS = {"teacher": 40_000, "denoiser": 160_000, "fewstep": 32_768}
+LENGTHS = {"teacher": 40_000, "denoiser": 480_000, "fewstep": 32_768}
 """Views of the three trainings before the students. Their configs are made for minutes."""
 FIGURES = {
     "teacher": ("test_top1", "held_out_top1"),

@@ -39,7 +39,7 @@ def test_scores_come_in_the_order_of_the_images() -> None:
 
     images = torch.arange(6, dtype=torch.uint8).mul(40).view(6, 1, 1, 1).expand(6, 1, 28, 28)
     every = FixedSet(images=images.contiguous(), labels=torch.zeros(6, dtype=torch.int64))
-    pilot = Fitted(Brightness(), spec, Brightness(), spec)
+    pilot = Fitted(Brightness(), spec, Brightness(), spec, torch.float32)
     found = selection.scores(every, pilot, lambda student, _: student[:, 0])
     assert (found.diff() > 0).all()
 
