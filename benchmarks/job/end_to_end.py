@@ -310,24 +310,41 @@ def _read(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def end_to_end_table(rows: list[Row]) -> str:
-    """Whole jobs beside the baselines: a table for each CPU, the last measured first."""
-    devices = dict.fromkeys(row["environment"]["device"] for row in reversed(rows))
-    return "\n\n".join(
-        _one_cpu([row for row in rows if row["environment"]["device"] == device])
-        for device in devices
+    """Whole jobs beside the baselines: ratios over all CPUs, then each CPU, the last one first."""
+    found = dict.fromkeys(row["environment"]["device"] for row in reversed(rows))
+    cpus = [[row for row in rows if row["environment"]["device"] == name] for name in found]
+    tables = [_one_cpu(own) for own in cpus]
+    return "\n".join([_ratios(rows, len(cpus)), *tables] if len(cpus) > 1 else tables)
+
+
+def _ratios(rows: list[Row], num_cpus: int) -> str:
+    """How many times sooner each arm reaches the target, over the seeds of all CPUs."""
+    arms, columns = _arms(rows), _columns(rows)
+    body = [[arm, *(_sooner(own, label) for label in columns)] for arm, own in arms.items()]
+    note = (
+        f"{max(map(len, arms.values()))} seeds on {num_cpus} CPUs together: how many times sooner "
+        "the target is reached, geometric mean and 95 % interval, paired by seed and CPU."
     )
+    return table(["way of working", *columns.values()], body, note)
+
+
+def _arms(rows: list[Row]) -> dict[str, list[Row]]:
+    return {arm: [r for r in rows if r["arm"] == arm] for arm in {r["arm"]: None for r in rows}}
+
+
+def _columns(rows: list[Row]) -> dict[str, str]:
+    """Yardstick and column of the baselines that there are."""
+    arms = {r["arm"] for r in rows}
+    return {
+        label: column
+        for label, (column, others) in YARDSTICKS.items()
+        if not arms.isdisjoint(others)
+    }
 
 
 def _one_cpu(rows: list[Row]) -> str:
     """One line for each arm, over its seeds."""
-    arms = {
-        arm: [r for r in rows if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in rows)
-    }
-    columns = {
-        label: column
-        for label, (column, others) in YARDSTICKS.items()
-        if not arms.keys().isdisjoint(others)
-    }
+    arms, columns = _arms(rows), _columns(rows)
     body = [
         [
             arm,
@@ -346,9 +363,11 @@ def _one_cpu(rows: list[Row]) -> str:
     ]
     targets = ", ".join(f"{t:.4f}" for t in dict.fromkeys(r["target"] for r in rows))
     gaps = [r["resolution_s"] for r in rows]
+    num_seeds = len({r["seed"] for r in rows})
     note = (
         f"{_by_arm(rows, 'images')} images and {_by_arm(rows, 'views')} views; "
-        f"{len({r['seed'] for r in rows})} seeds, all arms of a seed before the next seed. Top-1: "
+        f"{num_seeds} {'seed' if num_seeds == 1 else 'seeds'}, all arms of a seed before the next "
+        "seed. Top-1: "
         "mean ± std; times: medians; last columns: how many times sooner the target is reached, "
         f"geometric mean and 95 % interval, paired by seed. Targets {targets}; evaluations are "
         f"{min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: PNG files; of ours the run "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from benchmarks.job import end_to_end, tables
@@ -138,15 +139,18 @@ def test_whole_jobs_are_compared_with_the_recipe_of_both_sides_and_split_by_caus
         assert said in text
 
 
-def test_whole_jobs_of_two_cpus_are_two_tables() -> None:
-    slow = {"environment": dict.fromkeys(("device", "threads", "torch", "date"), 2)}
-    later = [row | {"s_to_target": 3 * row["s_to_target"]} | slow for row in whole()]
-    assert end_to_end.end_to_end_table([*whole(), *later]).split("\n\n| way")[1] in (
-        end_to_end.end_to_end_table(whole())
-    )
-    assert end_to_end.end_to_end_table([*whole(), *later]).startswith(
-        end_to_end.end_to_end_table(later)
-    )
+def test_whole_jobs_of_two_cpus_are_two_tables_below_their_common_ratios() -> None:
+    other = {"environment": dict.fromkeys(("device", "threads", "torch", "date"), 2)}
+    later = [row | {"s_to_target": 3 * row["s_to_target"]} | other for row in whole()]
+    for row in later:
+        row["times_faster_than_fp32"] *= 4
+    text = end_to_end.end_to_end_table([*whole(), *later])
+    ratios, new, old = re.split(r"(?<=\n)\n(?=\| way)", text)
+    assert new == end_to_end.end_to_end_table(later)
+    assert old == end_to_end.end_to_end_table(whole())
+    # 10, 10, 40, 40: geometric mean 20, log deviation 0.80, t of three degrees of freedom 3.18.
+    assert f"| {DEFAULT} | 20.00x (5.60 to 71.46) | 5.00x | 3.33x |" in ratios
+    assert "4 seeds on 2 CPUs together" in ratios
 
 
 def test_whole_jobs_without_some_arms_or_times_say_what_is_known() -> None:
