@@ -82,6 +82,9 @@ MARKS = {
     "shorter denoiser": Mark(
         reason="the denoiser saw a third as many views as today", misleads=True
     ),
+    "AdamW in own-data": Mark(
+        reason="teacher and students trained with AdamW then, and with Muon today", misleads=True
+    ),
     "beside other work": Mark(reason="the machine was busy with other work during these timings"),
 }
 

@@ -257,9 +257,9 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
     section = f"data: {dump_flow(data)}\n" if data else ""
     where = shlex.quote(str(found.folder))
 
-    def optim(lr: float, decay: float, clip: str = "") -> str:
+    def optim(name: str, lr: float, decay: float, clip: str = "") -> str:
         return (
-            f"optim: {{name: adamw, lr: {lr}, weight_decay: 0.01, warmup: 0.05, "
+            f"optim: {{name: {name}, lr: {lr}, weight_decay: 0.01, warmup: 0.05, "
             f"ema_decay: {decay}{clip}}}\n"
         )
 
@@ -277,14 +277,14 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
         "# Set views.flip to 0 if left and right matter.\n"
         f"name: teacher\n{section}mean: {mean}\nstd: {std}\n"
         f"model:\n{network(sizes.channels)}views: {views}\n"
-        f"{optim(3e-3, 0.99)}{train(sizes.teacher_views)}"
+        f"{optim('muon', 1e-2, 0.99)}{train(sizes.teacher_views)}"
     )
     denoiser = (
         f"# dmkd pretrain denoiser denoiser.yaml run_dir=runs/denoiser --data {where}\n"
         "# More layers and more views make better images.\n"
         f"name: denoiser\n{section}patch_size: {patch}\nnum_layers: {sizes.layers}\n"
         f"num_heads: {sizes.heads}\nhead_dim: {sizes.head_dim}\n"
-        f"{optim(sizes.denoiser_lr, 0.99, clip)}"
+        f"{optim('adamw', sizes.denoiser_lr, 0.99, clip)}"
         f"{train(sizes.denoiser_views, sizes.denoiser_batch_size)}"
     )
     block = min(128, sizes.pool_images)
@@ -295,7 +295,7 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
         f"sampler: {{num_steps: {TEACHER_STEPS}, solver: dpm++2m, guidance_scale: 1.5, "
         f"micro_batch_images: {block}}}\n"
         f"num_steps: {FEWSTEP_STEPS}\npool_images: {sizes.pool_images}\nreuse: 8\n"
-        f"{optim(5e-4, 0.97, clip)}{train(sizes.fewstep_views)}"
+        f"{optim('adamw', 5e-4, 0.97, clip)}{train(sizes.fewstep_views)}"
     )
     ring, test = sizes.ring_images, dump_flow(str(found.test))
     distill = (
@@ -308,6 +308,7 @@ def _texts(found: OwnData, sizes: Sizes) -> list[str]:
         f"samples_per_insert: 16, order: equal}}\n"
         f"views: {views}\nteacher: {{path: runs/teacher/model}}\n"
         f"student:\n{network(width // 2 for width in sizes.channels)}loss: {{temperature: 4.0}}\n"
-        f"{optim(3e-3, 0.99)}{train(sizes.student_views)}eval: {{path: {test}, num_points: 4}}\n"
+        f"{optim('muon', 1e-2, 0.99)}{train(sizes.student_views)}"
+        f"eval: {{path: {test}, num_points: 4}}\n"
     )
     return [teacher, denoiser, fewstep, distill]
