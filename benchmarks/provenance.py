@@ -82,8 +82,11 @@ MARKS = {
     "shorter denoiser": Mark(
         reason="the denoiser saw a third as many views as today", misleads=True
     ),
-    "AdamW in own-data": Mark(
-        reason="teacher and students trained with AdamW then, and with Muon today", misleads=True
+    "AdamW students": Mark(
+        reason="the students trained with AdamW then, and with Muon today", misleads=True
+    ),
+    "Muon teacher": Mark(
+        reason="the teacher trained with Muon then, as it does not today", misleads=True
     ),
     "beside other work": Mark(reason="the machine was busy with other work during these timings"),
 }
