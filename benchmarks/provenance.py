@@ -119,7 +119,8 @@ def awaited(rows: Iterable[Row], cell: Callable[[Row], Any] = lambda _: None) ->
 
 def _enough(row: Row) -> int:
     """Return how many rows replace one: figures of a cell itself are no mean over seeds."""
-    return 1 if row.get("seed") == "quality" else ENOUGH
+    once = row.get("seed") == "quality" or ("part" in row and "seed" not in row)
+    return 1 if once else ENOUGH
 
 
 def remarks(rows: Iterable[Row]) -> str:

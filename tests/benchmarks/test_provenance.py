@@ -21,6 +21,8 @@ def test_superseded_rows_give_way_to_as_many_as_an_interval_needs() -> None:
     again = {"cell": 1, "seed": "quality"}
     assert provenance.counted([timing, again], cell) == [again]
     assert provenance.awaited([timing, again], cell) == []
+    network = {"cell": 1, "part": "teacher", "superseded": "Muon teacher"}
+    assert provenance.awaited([network, {"cell": 1, "part": "teacher"}], cell) == []
     assert "initial weights of the weak teacher" in provenance.remarks([wrong])
 
 
