@@ -53,7 +53,7 @@ from benchmarks.job.arms import (
     run_part,
 )
 from benchmarks.job.fewstep import time_to
-from benchmarks.job.tables import Row, break_even, ratio_interval, reached, spread
+from benchmarks.job.tables import Row, break_even, breakdown, by_arm, factor, reached, spread
 from benchmarks.markdown import table, where
 from dmkd_fast.runtime.device import cpu_has_bf16
 
@@ -365,40 +365,17 @@ def _one_cpu(rows: list[Row]) -> str:
     gaps = [r["resolution_s"] for r in rows]
     num_seeds = len({r["seed"] for r in rows})
     note = (
-        f"{_by_arm(rows, 'images')} images and {_by_arm(rows, 'views')} views; "
+        f"{by_arm(rows, 'images')} images and {by_arm(rows, 'views')} views; "
         f"{num_seeds} {'seed' if num_seeds == 1 else 'seeds'}, all arms of a seed before the next "
         "seed. Top-1: "
         "mean ± std; times: medians; last columns: how many times sooner the target is reached, "
         f"geometric mean and 95 % interval, paired by seed. Targets {targets}; evaluations are "
         f"{min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: PNG files; of ours the run "
-        f"directory, checkpoints included. {_compiled(arms)}{breakdown(rows)}{break_even(saved)} "
-        f"{where(rows)}."
+        f"directory, checkpoints included. {_compiled(arms)}{breakdown(rows, CAUSES)}"
+        f"{break_even(saved)} {where(rows)}."
     )
     header = ["way of working", "top-1", *MEDIANS, "s to target", *columns.values()]
     return table(header, body, note)
-
-
-def breakdown(rows: list[Row]) -> str:
-    """Split the gain over the eager bfloat16 baseline into its causes; empty without their arms."""
-    said = []
-    for name, before, after, figure in CAUSES:
-        found = [[r[figure] for r in rows if r["arm"] == arm] for arm in (before, after)]
-        # The time of a run that never reaches the target is unknown.
-        if all(found) and None not in [*found[0], *found[1]]:
-            was, now = (statistics.median(times) for times in found)
-            said.append(f"{name} {was:.0f} to {now:.0f} s ({was / now:.1f}x)")
-    gain = "Where the gain over eager bf16 comes from, by medians: "
-    return f"{gain}{'; '.join(said)}. " if said else ""
-
-
-def _by_arm(rows: list[Row], name: str) -> str:
-    """A figure of the first arm, and the arms that have another one."""
-    first, *others = dict.fromkeys(r[name] for r in rows)
-    said = []
-    for value in others:
-        arms = dict.fromkeys(f'"{r["arm"]}"' for r in rows if r[name] == value)
-        said.append(f"{value:,} in {' and '.join(arms)}")
-    return f"{first:,} ({'; '.join(said)})" if said else f"{first:,}"
 
 
 def _compiled(arms: dict[str, list[Row]]) -> str:
@@ -408,7 +385,7 @@ def _compiled(arms: dict[str, list[Row]]) -> str:
     gains = [was / now for was, now in pairs if was and now]
     if not gains or len(gains) < len(pairs):
         return ""
-    return f"Compiled, the bf16 baseline is there {_factor(gains)} as soon as not compiled. "
+    return f"Compiled, the bf16 baseline is there {factor(gains)} as soon as not compiled. "
 
 
 def _sooner(rows: list[Row], label: str) -> str:
@@ -419,12 +396,4 @@ def _sooner(rows: list[Row], label: str) -> str:
     gains = [g for r in rows if (g := r.get(f"times_faster_than_{label}")) is not None]
     if 0 < len(gains) < len(rows):  # A mean of those that reach it would be one of survivors.
         return f"- ({len(gains)} of {len(rows)} reach it)"
-    return _factor(gains)
-
-
-def _factor(ratios: Sequence[float]) -> str:
-    """Write ratios of seeds: geometric mean and 95 % interval, which one seed does not have."""
-    if len(ratios) < 2:
-        return f"{ratios[0]:.1f}x" if ratios else "-"
-    low, mean, high = ratio_interval(ratios)
-    return f"{mean:.2f}x" if low == high else f"{mean:.2f}x ({low:.2f} to {high:.2f})"
+    return factor(gains)

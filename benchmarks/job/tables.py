@@ -105,6 +105,37 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return math.exp(mean - half), math.exp(mean), math.exp(mean + half)
 
 
+def factor(ratios: Sequence[float]) -> str:
+    """Write ratios of seeds: geometric mean and 95 % interval, which one seed does not have."""
+    if len(ratios) < 2:
+        return f"{ratios[0]:.1f}x" if ratios else "-"
+    low, mean, high = ratio_interval(ratios)
+    return f"{mean:.2f}x" if low == high else f"{mean:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def by_arm(rows: list[Row], name: str) -> str:
+    """A figure of the first arm, and the arms that have another one."""
+    first, *others = dict.fromkeys(r[name] for r in rows)
+    said = []
+    for value in others:
+        arms = dict.fromkeys(f'"{r["arm"]}"' for r in rows if r[name] == value)
+        said.append(f"{value:,} in {' and '.join(arms)}")
+    return f"{first:,} ({'; '.join(said)})" if said else f"{first:,}"
+
+
+def breakdown(rows: list[Row], causes: Sequence[tuple[str, str, str, str]]) -> str:
+    """Split the gain over the eager bfloat16 baseline into its causes; empty without their arms."""
+    said = []
+    for name, before, after, figure in causes:
+        found = [[r[figure] for r in rows if r["arm"] == arm] for arm in (before, after)]
+        # The time of a run that never reaches the target is unknown.
+        if all(found) and None not in [*found[0], *found[1]]:
+            was, now = (statistics.median(times) for times in found)
+            said.append(f"{name} {was:.0f} to {now:.0f} s ({was / now:.1f}x)")
+    gain = "Where the gain over eager bf16 comes from, by medians: "
+    return f"{gain}{'; '.join(said)}. " if said else ""
+
+
 def break_even(saved_cpu_s: Sequence[float]) -> str:
     """Say after how many jobs the few-step denoiser has paid for its own training.
 
