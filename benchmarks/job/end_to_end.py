@@ -318,18 +318,20 @@ def end_to_end_table(rows: list[Row]) -> str:
 
 
 def _ratios(rows: list[Row], num_cpus: int) -> str:
-    """How many times sooner each arm reaches the target, over the seeds of all CPUs."""
+    """How many times sooner each arm reaches the target, over the runs of all CPUs."""
     arms, columns = _arms(rows), _columns(rows)
     body = [[arm, *(_sooner(own, label) for label in columns)] for arm, own in arms.items()]
     note = (
-        f"{max(map(len, arms.values()))} seeds on {num_cpus} CPUs together: how many times sooner "
+        f"{max(map(len, arms.values()))} runs on {num_cpus} CPUs together: how many times sooner "
         "the target is reached, geometric mean and 95 % interval, paired by seed and CPU."
     )
     return table(["way of working", *columns.values()], body, note)
 
 
 def _arms(rows: list[Row]) -> dict[str, list[Row]]:
-    return {arm: [r for r in rows if r["arm"] == arm] for arm in {r["arm"]: None for r in rows}}
+    return {
+        arm: [r for r in rows if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in rows)
+    }
 
 
 def _columns(rows: list[Row]) -> dict[str, str]:

@@ -150,7 +150,7 @@ def test_whole_jobs_of_two_cpus_are_two_tables_below_their_common_ratios() -> No
     assert old == end_to_end.end_to_end_table(whole())
     # 10, 10, 40, 40: geometric mean 20, log deviation 0.80, t of three degrees of freedom 3.18.
     assert f"| {DEFAULT} | 20.00x (5.60 to 71.46) | 5.00x | 3.33x |" in ratios
-    assert "4 seeds on 2 CPUs together" in ratios
+    assert "4 runs on 2 CPUs together" in ratios
 
 
 def test_whole_jobs_without_some_arms_or_times_say_what_is_known() -> None:
