@@ -369,12 +369,11 @@ def _one_cpu(rows: list[Row]) -> str:
     note = (
         f"{by_arm(rows, 'images')} images and {by_arm(rows, 'views')} views; "
         f"{num_seeds} {'seed' if num_seeds == 1 else 'seeds'}, all arms of a seed before the next "
-        "seed. Top-1: "
-        "mean ± std; times: medians; last columns: how many times sooner the target is reached, "
-        f"geometric mean and 95 % interval, paired by seed. Targets {targets}; evaluations are "
-        f"{min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: PNG files; of ours the run "
-        f"directory, checkpoints included. {_compiled(arms)}{breakdown(rows, CAUSES)}"
-        f"{break_even(saved)} {where(rows)}."
+        "seed. Top-1: mean ± std; times: medians; last columns: how many times sooner the target "
+        f"is reached, geometric mean and 95 % interval, paired by seed. Targets {targets}; "
+        f"evaluations are {min(gaps):.0f} to {max(gaps):.0f} s apart and count. Disk: PNG files; "
+        f"of ours the run directory, checkpoints included. {_compiled(arms)}"
+        f"{breakdown(rows, CAUSES)}{break_even(saved)} {where(rows)}."
     )
     header = ["way of working", "top-1", *MEDIANS, "s to target", *columns.values()]
     return table(header, body, note)
