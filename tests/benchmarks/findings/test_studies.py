@@ -13,6 +13,7 @@ from likeness import likeness
 
 from benchmarks.findings import finding_1, finding_2, study, tables
 from dmkd_fast import RingBuffer
+from dmkd_fast.runtime import device
 
 
 def small_set(count: int, *, seed: int = 0) -> study.FixedSet:
@@ -32,10 +33,25 @@ def test_a_student_sees_exactly_the_set_it_is_given(monkeypatch: pytest.MonkeyPa
             seen.update(ids.tolist())
 
     monkeypatch.setattr(study.FixedSet, "write", watched)
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
+    trainer = study.StudentTrainer
+    dtypes: list[torch.dtype] = []
+
+    def made(*args: Any, dtype: torch.dtype) -> Any:
+        dtypes.append(dtype)
+        return trainer(*args, dtype=dtype)
+
+    monkeypatch.setattr(study, "StudentTrainer", made)
     torch.set_num_threads(1)
     row = study.train_student(
-        small_set(2_100), teacher="lenet5", student="lenet5_half", num_views=12_800, seed=0
+        small_set(2_100),
+        teacher="lenet5",
+        student="lenet5_half",
+        num_views=12_800,
+        seed=0,
+        recipe={**study.RECIPES["lenet5_half"], "dtype": "float32"},
     )
+    assert (row["dtype"], dtypes) == ("float32", [torch.float32])
     assert row["images"] == 2_048 and seen == set(range(512, 2_048))
     assert 0.5 < row["top1"] < 0.85 and row["views"] == 12_800
 
